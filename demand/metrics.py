@@ -1,0 +1,95 @@
+"""Confidence intervals over replications, by the bootstrap."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from demand.atoms import Floats
+from demand.errors import DemandError
+
+
+class Interval(NamedTuple):
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    replications: ArrayLike, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of the mean of independent replications.
+
+    Args:
+        replications: `[r]`, one number for each independent seed, such as `result.mean` or
+            `result.quantile(0.95)`. Not the completion times of one run: jobs that queue behind
+            each other are correlated, and the interval would be far too narrow.
+        confidence: between 0 and 1.
+        resamples: bootstrap draws.
+        seed: of the draws.
+
+    Raises:
+        DemandError: fewer than two replications, a non-finite one, or a confidence outside (0, 1).
+    """
+    values = _replications(replications)
+    return _percentile(
+        lambda drawn: values[drawn].mean(axis=1), values.size, confidence, resamples, seed
+    )
+
+
+def paired_ratio_interval(
+    ours: ArrayLike,
+    baseline: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of mean(ours) / mean(baseline), replications drawn in pairs.
+
+    Entry i of both must come from the same workload; what the two share then cancels.
+
+    Raises:
+        DemandError: as `bootstrap_interval`, and for lengths that differ.
+    """
+    first, second = _replications(ours), _replications(baseline)
+    if first.size != second.size:
+        raise DemandError(
+            f"there are {first.size} and {second.size} replications; pair them seed by seed"
+        )
+    return _percentile(
+        lambda drawn: first[drawn].mean(axis=1) / second[drawn].mean(axis=1),
+        first.size,
+        confidence,
+        resamples,
+        seed,
+    )
+
+
+def _replications(numbers: ArrayLike) -> Floats:
+    values = np.asarray(numbers, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
+        raise DemandError(
+            f"replications have shape {values.shape}; expected at least two finite numbers, "
+            "one for each seed"
+        )
+    return values
+
+
+def _percentile(
+    statistic: Callable[[np.ndarray], Floats],
+    size: int,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    if not 0.0 < confidence < 1.0:
+        raise DemandError(f"confidence is {confidence}; expected a number between 0 and 1")
+    if resamples < 1:
+        raise DemandError(f"resamples is {resamples}; expected at least 1")
+    drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(statistic(drawn), [tail, 1.0 - tail])
+    return Interval(float(statistic(np.arange(size)[None])[0]), float(low), float(high))

@@ -1,0 +1,23 @@
+"""Shortest expected remaining processing time."""
+
+from dataclasses import dataclass
+from typing import final
+
+from demand.distribution import Distribution
+from demand.policies.base import Job, Policy
+from demand.policies.tables import table_of
+from demand.rank_table import RankTable
+
+
+@final
+@dataclass(frozen=True)
+class SERPT(Policy):
+    """Smallest mean remaining demand first: E[X - a | X > a] at attained service a."""
+
+    def table(self, distribution: Distribution) -> RankTable:
+        """Mean remaining seconds by age."""
+        return RankTable(distribution, rank="mean")
+
+    def rank(self, job: Job, now: float) -> float:
+        """Mean remaining seconds."""
+        return table_of(job).at(job.attained_service)

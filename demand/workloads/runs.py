@@ -1,0 +1,113 @@
+"""Generators of runs: applications described stage by stage, executed at random."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from demand.atoms import Floats
+from demand.units import END, CostModel, Execution, Kind, Unit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of a generated application, by its means.
+
+    Args:
+        kind: of the unit.
+        then: probability of each next stage or "end", of sum 1.
+        tokens: mean (input, output) per call, for an llm.
+        calls: mean number of parallel calls.
+        seconds: mean per call, for what is not an llm.
+    """
+
+    kind: Kind
+    then: Mapping[str, float]
+    tokens: tuple[float, float] = (0.0, 0.0)
+    calls: float = 1.0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class RunGenerator:
+    """Draws runs of an application that starts at its first stage.
+
+    Tokens, seconds and calls are gamma variables around the means of a stage, each draw on its
+    own; tokens and calls are rounded at random, so that rounding leaves the means alone.
+
+    Args:
+        stages: by unit name.
+        scale: multiplies all tokens and seconds.
+        spread: coefficient of variation of tokens and of seconds per call.
+        call_spread: the same for the number of calls.
+    """
+
+    stages: Mapping[str, Stage]
+    scale: float = 1.0
+    spread: float = 0.3
+    call_spread: float = 0.1
+
+    def run(self, rng: np.random.Generator) -> list[Execution]:
+        """One run."""
+        executed = []
+        name = next(iter(self.stages))
+        while name != END:
+            stage = self.stages[name]
+            executed.append(self._execute(Unit(name, stage.kind), stage, rng))
+            choices = iter(stage.then.items())
+            name, at = next(choices)
+            draw = rng.random()
+            while draw >= at:
+                name, more = next(choices, (name, math.inf))
+                at += more
+        return executed
+
+    def demands(self, rng: np.random.Generator, n: int) -> Floats:
+        """Total seconds of `[n]` runs under the default cost model."""
+        cost = CostModel()
+        return np.array([cost.run_seconds(self.run(rng)) for _ in range(n)], dtype=np.float64)
+
+    def mean_seconds(self) -> float:
+        """Expected total seconds of a run: expected visits of each stage times its mean."""
+        names = list(self.stages)
+        moves = np.array(
+            [[stage.then.get(name, 0.0) for name in names] for stage in self.stages.values()]
+        )
+        first = np.eye(len(names))[0]
+        visits = np.linalg.solve(np.eye(len(names)) - moves.T, first)
+        cost = CostModel()
+        each = [
+            stage.calls
+            * (
+                stage.tokens[0] * cost.prefill_seconds_per_token
+                + stage.tokens[1] * cost.decode_seconds_per_token
+                if stage.seconds is None
+                else stage.seconds
+            )
+            for stage in self.stages.values()
+        ]
+        return self.scale * float(visits @ each)
+
+    def _execute(self, unit: Unit, stage: Stage, rng: np.random.Generator) -> Execution:
+        calls = _around(stage.calls, self.call_spread, rng) if stage.calls > 1.0 else 1.0
+        parallelism = max(1, _rounded(calls, rng))
+        if stage.seconds is not None:
+            seconds = _around(stage.seconds * self.scale, self.spread, rng)
+            return Execution(unit, parallelism=parallelism, seconds=seconds)
+        tokens = [
+            max(1, _rounded(_around(mean * self.scale, self.spread, rng), rng))
+            for mean in stage.tokens
+        ]
+        return Execution(unit, tokens[0], tokens[1], parallelism)
+
+
+def _around(mean: float, spread: float, rng: np.random.Generator) -> float:
+    if spread == 0.0:
+        return mean
+    shape = spread**-2
+    return rng.gamma(shape, mean / shape)
+
+
+def _rounded(number: float, rng: np.random.Generator) -> int:
+    return math.floor(number + rng.random())

@@ -1,0 +1,176 @@
+"""A stream of jobs, and how to draw one from applications."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from demand.atoms import Floats
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph import PDGraph
+
+Sampler = Callable[[np.random.Generator, int], Floats]
+"""(generator, n) to `[n]` true demands in seconds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """A class of jobs: what the scheduler knows of its demand, and what the demand truly is.
+
+    Args:
+        name: of the application.
+        distribution: of total demand, as known to the scheduler.
+        sample: draws true demands; `None` draws from `distribution`, the scheduler being right.
+        mean_seconds: true mean demand, which sets the arrival rate; `None` takes the mean of
+            `distribution`.
+        weight: share of the arrivals, relative to the other applications.
+        graph: the demand graph that `distribution` came from, if one did.
+
+    Raises:
+        DemandError: a mean or weight that is not positive and finite, or an own sampler without
+            its mean.
+    """
+
+    name: str
+    distribution: Distribution
+    sample: Sampler | None = None
+    mean_seconds: float | None = None
+    weight: float = 1.0
+    graph: PDGraph | None = None
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and self.mean_seconds is None:
+            raise DemandError(
+                f"application {self.name!r} has its own sampler and no mean_seconds; give the "
+                "true mean of what it draws, which sets the arrival rate"
+            )
+        for what, value in (("weight", self.weight), ("mean_seconds", self.true_mean_seconds)):
+            if not 0.0 < value < np.inf:
+                raise DemandError(
+                    f"{what} of application {self.name!r} is {value}; "
+                    "expected a positive finite number"
+                )
+
+    @property
+    def true_mean_seconds(self) -> float:
+        """Mean of the demands that `demands` draws."""
+        if self.mean_seconds is not None:
+            return self.mean_seconds
+        return float(self.distribution.values @ self.distribution.weights)
+
+    def demands(self, rng: np.random.Generator, n: int) -> Floats:
+        """Draw `[n]` true demands in seconds."""
+        if self.sample is not None:
+            return self.sample(rng, n)
+        return rng.choice(self.distribution.values, size=n, p=self.distribution.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Jobs in order of arrival.
+
+    Args:
+        arrivals: `[n]` seconds, ascending.
+        demands: `[n]` true total demand in seconds.
+        applications: `[n]` names.
+        distributions: what the scheduler knows, by application name.
+        load: offered load per server that it was drawn for; NaN if unknown.
+
+    Raises:
+        DemandError: no jobs, lengths that differ, arrivals out of order, numbers that are
+            negative or not finite, or an application without a distribution.
+    """
+
+    arrivals: Floats
+    demands: Floats
+    applications: Sequence[str] = field(repr=False)
+    distributions: Mapping[str, Distribution]
+    load: float = float("nan")
+
+    def __post_init__(self) -> None:
+        for name in ("arrivals", "demands"):
+            numbers = np.array(getattr(self, name), dtype=np.float64)
+            numbers.setflags(write=False)
+            object.__setattr__(self, name, numbers)
+            if numbers.ndim != 1 or not numbers.size:
+                raise DemandError(f"{name} has shape {numbers.shape}; expected [n], n at least 1")
+            if not (np.isfinite(numbers) & (numbers >= 0.0)).all():
+                raise DemandError(f"{name} has a negative or non-finite entry; expected seconds")
+        object.__setattr__(self, "applications", tuple(self.applications))
+        n = self.arrivals.size
+        if self.demands.size != n or len(self.applications) != n:
+            raise DemandError(
+                f"there are {n} arrivals, {self.demands.size} demands and "
+                f"{len(self.applications)} application names; expected one of each per job"
+            )
+        back = np.flatnonzero(np.diff(self.arrivals) < 0.0)
+        if back.size:
+            at = int(back[0]) + 1
+            raise DemandError(
+                f"arrivals[{at}] is {self.arrivals[at]}, before its predecessor; sort the jobs"
+            )
+        strangers = set(self.applications) - set(self.distributions)
+        if strangers:
+            raise DemandError(
+                f"applications {sorted(strangers)} have no distribution; add one for each to "
+                "distributions, if only a rough one"
+            )
+
+    def __len__(self) -> int:
+        return self.arrivals.size
+
+    def __repr__(self) -> str:
+        return (
+            f"Workload({len(self)} jobs of {len(self.distributions)} applications, "
+            f"load {self.load:.3g}, mean demand {self.demands.mean():.4g} s)"
+        )
+
+
+def poisson_workload(
+    applications: Sequence[Application],
+    load: float,
+    jobs: int,
+    seed: int = 0,
+    servers: int = 1,
+) -> Workload:
+    """Draw jobs that arrive in a Poisson stream at a given load.
+
+    Random numbers are common: for one seed, every policy sees the same jobs, and another load
+    only stretches the same arrivals.
+
+    Args:
+        applications: drawn from by weight.
+        load: offered load per server: arrival rate * mean demand / servers.
+        jobs: how many.
+        seed: of arrivals, applications and demands, which have a stream each.
+        servers: the number of servers that will share the load.
+
+    Raises:
+        DemandError: no applications, two of one name, no jobs or servers, or a load that is not
+            positive and finite.
+    """
+    names = [application.name for application in applications]
+    if not names or len(set(names)) < len(names):
+        raise DemandError(f"application names are {names}; expected distinct names, at least one")
+    if not 0.0 < load < np.inf:
+        raise DemandError(f"load is {load}; expected a positive number, below 1 to be stable")
+    if jobs < 1 or servers < 1:
+        raise DemandError(f"jobs is {jobs} and servers is {servers}; expected at least 1 of each")
+    share = np.array([application.weight for application in applications])
+    share = share / share.sum()
+    mean = float(share @ [application.true_mean_seconds for application in applications])
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2 + len(names))]
+    arrivals = np.cumsum(streams[0].exponential(size=jobs)) * (mean / (load * servers))
+    kind = streams[1].choice(len(names), size=jobs, p=share)
+    demands = np.empty(jobs)
+    for number, application in enumerate(applications):
+        mine = kind == number
+        demands[mine] = application.demands(streams[2 + number], int(mine.sum()))
+    return Workload(
+        arrivals,
+        demands,
+        [names[number] for number in kind],
+        {application.name: application.distribution for application in applications},
+        load,
+    )
