@@ -162,8 +162,12 @@ class _Simulation:
             service.since = now
         while self.waiting:
             rank, index, worst = max(
-                (self.rank(service.job, now), service.job.index, at)
-                for at, service in enumerate(self.running)
+                (
+                    (self.rank(service.job, now), service.job.index, at)
+                    for at, service in enumerate(self.running)
+                    if service.finish > now  # one that ends at this moment is as good as gone
+                ),
+                default=(-math.inf, -1, -1),
             )
             if (rank, index) <= self.waiting[0][:2]:
                 break
@@ -176,7 +180,7 @@ class _Simulation:
     def watch(self, service: _Service, now: float) -> None:
         """Find when the rank of a running job will rise over the best one waiting."""
         service.crossing = math.inf
-        if not self.waiting:
+        if not self.waiting or service.finish <= now:
             return
         job = service.job
         best_rank, best_index, _ = self.waiting[0]

@@ -68,6 +68,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         name = self.unit.name
+        self._to_python_numbers()
         for attribute, value in (
             ("input_tokens", self.input_tokens),
             ("output_tokens", self.output_tokens),
@@ -78,7 +79,7 @@ class Execution:
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        if self.parallelism < 1 or self.parallelism != int(self.parallelism):
+        if self.parallelism < 1 or self.parallelism % 1:
             raise DemandError(
                 f"parallelism of unit {name!r} is {self.parallelism}; expected a whole number of "
                 "at least 1: leave out units that made no call"
@@ -98,6 +99,14 @@ class Execution:
             raise DemandError(
                 f"unit {name!r} of kind {self.unit.kind!r} has no seconds; give its duration"
             )
+        object.__setattr__(self, "parallelism", int(self.parallelism))
+
+    def _to_python_numbers(self) -> None:
+        """Measurements often are numpy scalars, which JSON does not take."""
+        object.__setattr__(self, "input_tokens", float(self.input_tokens))
+        object.__setattr__(self, "output_tokens", float(self.output_tokens))
+        if self.seconds is not None:
+            object.__setattr__(self, "seconds", float(self.seconds))
 
 
 @dataclass(frozen=True, slots=True)
