@@ -1,0 +1,89 @@
+"""Attention of a few queries over retained keys: an obvious reference and the dispatch."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def attend_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Plain softmax attention in float32; grouped queries, soft cap and sink logits included.
+
+    query: `[batch, query_heads, q, head_dim]`; key: `[batch, kv_heads, n, head_dim]`; value:
+    `[batch, kv_heads, n, value_dim]`. mask: bool (True attends) or additive float,
+    `[batch or 1, kv_heads or 1, q, n]`. softcap: scores become softcap * tanh(score / softcap).
+    sinks: one logit a query head that takes part in the softmax and is then dropped,
+    `[query_heads]`. A query that may attend to nothing gives zeros.
+
+    Returns `[batch, q, query_heads, value_dim]` in the dtype of `value`.
+    """
+    batch, query_heads, queries, head_dim = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, queries, head_dim).float()
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    elif mask is not None:
+        scores = scores + mask[:, :, None].float()
+    if sinks is not None:
+        sink = sinks.float().view(1, kv_heads, -1, 1, 1)
+        scores = torch.cat([scores, sink.expand(batch, -1, -1, queries, 1)], dim=-1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
+    weights = F.dropout(weights, dropout, training=dropout > 0)
+    out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float()).to(value.dtype)
+    return out.reshape(batch, query_heads, queries, -1).transpose(1, 2).contiguous()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    causal: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`attend_reference` by the fastest kernel that computes it; keys are never repeated here.
+
+    causal: as many queries as keys, each attends to itself and what stands before; instead of a
+    mask. A query that may attend to nothing gives finite values, to be ignored.
+    """
+    batch, query_heads, queries, _ = query.shape
+    kv_heads, length = key.shape[1:3]
+    if softcap is not None or sinks is not None:
+        if causal:
+            mask = query.new_ones(queries, length, dtype=torch.bool).tril()[None, None]
+        return attend_reference(query, key, value, mask, scaling, softcap, sinks, dropout)
+    if mask is not None and queries > 1 and mask.dtype == torch.bool:
+        mask = mask | ~mask.any(-1, keepdim=True)  # padding queries: any value, but no NaN
+    groups = query_heads // kv_heads
+    whole = mask is None or mask.shape[1] == 1 or groups == 1
+    if groups > 1 and (queries == 1 or not whole):
+        # The queries of a group side by side, as if they were so many positions.
+        query = query.reshape(batch, kv_heads, groups * queries, -1)
+        if mask is not None:
+            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != kv_heads,
+    )
+    out = out.reshape(batch, query_heads, queries, -1)
+    return out.transpose(1, 2).contiguous()

@@ -1,0 +1,60 @@
+"""A mask that is evaluated on logical positions, when and where it is needed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+
+
+@dataclass(frozen=True)
+class LazyMask:
+    """What transformers wants masked in one forward, as a rule and not yet as a tensor.
+
+    rule: `(batch, head, query column, key column) -> bool`, broadcast over its indices; None for
+    plain causal. padding: bool `[batch, columns]`, False for padding; None for none. custom: the
+    rule came from the user and may not broadcast. dense: makes the tensor that transformers
+    itself would use, for layers that keep every token.
+    """
+
+    rule: Callable[..., Tensor] | None
+    padding: Tensor | None
+    custom: bool
+    dense: Callable[[], Tensor | None]
+    _made: list[Tensor | None] = field(default_factory=list, compare=False)
+
+    def __call__(self, columns: Tensor, slots: Tensor) -> Tensor:
+        """True where the query at `columns` (`[q]`) may attend to the token at `slots`.
+
+        slots: int `[batch, heads, n]`, -1 for none. Returns bool `[batch, heads, q, n]`.
+        """
+        if self.custom:
+            raise SparsityError(
+                "the model adds a mask function of its own (vmapped), which cannot be evaluated on "
+                "the retained tokens; use this model without SparseCache"
+            )
+        key = slots.clamp(min=0).long()
+        allowed = slots >= 0
+        if self.padding is not None:
+            batch = torch.arange(key.shape[0], device=key.device)[:, None, None]
+            allowed = allowed & self.padding.to(key.device)[batch, key]
+        query = columns[None, None, :, None]
+        if self.rule is None:
+            return allowed[:, :, None] & (key[:, :, None] <= query)
+        b = torch.arange(key.shape[0], device=key.device)[:, None, None, None]
+        return allowed[:, :, None] & self.rule(b, torch.zeros_like(b[:1]), query, key[:, :, None])
+
+    def tensor(self) -> Tensor | None:
+        """The mask of transformers itself, made once a forward."""
+        if not self._made:
+            self._made.append(self.dense())
+        return self._made[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
+        """The same mask with its padding on another device (arguments of `Tensor.to`)."""
+        if self.padding is None:
+            return self
+        return replace(self, padding=self.padding.to(*args, **kwargs))

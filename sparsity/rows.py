@@ -1,0 +1,186 @@
+"""Which columns of a batch are real tokens: the bookkeeping that all layers share."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.pins import Pins
+from sparsity.policy import Policy
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each row of the batch stands, between forwards.
+
+    A column is a logical position of the padded batch; a rank counts a row's real tokens only.
+    Everything about pages goes by rank, so a padded row behaves as it would alone.
+
+    batch: rows; None before the first forward. seen: columns so far. stored: columns that the
+    layers have taken in (fewer than `seen` while a past cache waits for the first forward).
+    real: real tokens of each row, int64 `[batch]`. longest: upper bound of `real`. ragged: rows
+    may differ. pins: what is pinned, where the policy pins. room: single tokens that fit before
+    all pages of some row are pinned and full; None when that is out of reach.
+    """
+
+    batch: int | None = None
+    seen: int = 0
+    stored: int = 0
+    real: Tensor | None = None
+    longest: int = 0
+    ragged: bool = False
+    pins: Pins | None = None
+    room: int | None = None
+
+    def take(self, index: Tensor) -> "Rows":
+        """The rows of `index` (int64 numbers or a bool mask), in that order."""
+        if self.batch is None:
+            return self
+        batch = int(index.sum()) if index.dtype == torch.bool else index.numel()
+        if self.real is None:
+            return replace(self, batch=batch)
+        index = index.to(self.real.device)
+        pins = None if self.pins is None else self.pins.take(index)
+        return replace(self, batch=batch, real=self.real[index], pins=pins)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward: where its tokens stand. T new columns, the last `queries` of them are asked.
+
+    first, stop: the new columns. valid: bool `[batch, T]`, False for padding; None when all are
+    real. before, after: real tokens of each row, int64 `[batch]`. longest_before, longest_after:
+    their upper bounds. single: one new token onto what is stored; else several, and then order:
+    among the new columns, the index of each row's i-th real token, int64 `[batch, T]`, and
+    pages_kept, pages_total: most pages a row has before this forward evicts any, when earlier ones
+    did and when nothing was ever evicted. then: the rows after this forward.
+    """
+
+    queries: int
+    first: int
+    stop: int
+    valid: Tensor | None
+    before: Tensor
+    after: Tensor
+    longest_before: int
+    longest_after: int
+    single: bool
+    order: Tensor | None
+    pages_kept: int
+    pages_total: int
+    then: Rows
+
+    def on(self, device: torch.device) -> "Step":
+        """The same step with its tensors on `device`."""
+        if self.before.device == device:
+            return self
+        moved: dict[str, Tensor | None] = {
+            name: None if value is None else value.to(device)
+            for name, value in (
+                ("valid", self.valid),
+                ("before", self.before),
+                ("after", self.after),
+                ("order", self.order),
+            )
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+def max_pages(policy: Policy) -> int | None:
+    """Pages a KV head keeps under a policy that evicts; None for a policy that does not."""
+    if not policy.evicts or policy.budget is None:
+        return None
+    return policy.budget // policy.page_size
+
+
+def plan(
+    rows: Rows, policy: Policy, batch: int, queries: int, mask: Tensor | None, device: torch.device
+) -> Step:
+    """What a forward of `queries` columns does to `rows`; changes nothing.
+
+    mask: nonzero for real tokens, `[batch, seen + queries]`, or None when all are real. Raises
+    SparsityError when the policy pins more than its budget holds.
+    """
+    first, stop = rows.stored, rows.seen + queries
+    before = rows.real
+    if before is None:
+        before = torch.zeros(batch, dtype=torch.int64, device=device)
+    single = stop - first == 1 and rows.longest > 0
+    valid = None if mask is None else mask[:, first:stop].to(device=device, dtype=torch.bool)
+    if valid is not None and not single and bool(valid.all()):
+        valid = None
+    after = before + (stop - first if valid is None else valid.sum(-1))
+    then = replace(rows, batch=batch, seen=stop, stored=stop, real=after)
+    then = replace(then, ragged=rows.ragged or valid is not None)
+    order, pages_kept, pages_total = None, 0, 0
+    if single:
+        then = replace(then, longest=rows.longest + 1, room=_room_left(rows, policy))
+    else:  # several tokens at once: looking at the device is affordable
+        then = replace(then, longest=int(after.max()))
+        order = torch.arange(stop - first, device=device).expand(batch, -1)
+        if valid is not None:
+            order = valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
+        size, limit = policy.page_size, max_pages(policy)
+        held, total = -(-before // size), -(-after // size)
+        kept = held if limit is None else held.clamp(max=limit)
+        pages_kept, pages_total = int((kept + total - held).max()), int(total.max())
+        if policy.pin_prompt and limit is not None:
+            pins = (rows.pins or Pins.none(batch, device)).add(policy, before, after)
+            room = int(pins.room.min())
+            then = replace(then, pins=pins, room=room if room < size else None)
+    return Step(
+        queries=queries,
+        first=first,
+        stop=stop,
+        valid=valid,
+        before=before,
+        after=after,
+        longest_before=rows.longest,
+        longest_after=then.longest,
+        single=single,
+        order=order,
+        pages_kept=pages_kept,
+        pages_total=pages_total,
+        then=then,
+    )
+
+
+def _room_left(rows: Rows, policy: Policy) -> int | None:
+    if rows.room is None:
+        return None
+    if rows.room == 0:
+        name, budget = type(policy).__name__, policy.budget or 0
+        raise SparsityError(
+            f"{name}(budget={budget}, page_size={policy.page_size}): pinned pages fill the whole "
+            f"budget of {budget} tokens, so the next token has no place. Raise the budget to at "
+            f"least {budget + policy.page_size}, or use {name}(..., pin_prompt=False)"
+        )
+    return rows.room - 1
+
+
+def check_columns(seen: int, queries: int, mask: object, positions: Tensor | None) -> None:
+    """Raise SparsityError unless the mask, or else the positions, go on from `seen` columns.
+
+    mask: what the model was given as `attention_mask`. positions: `position_ids`, or None.
+    """
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SparsityError(
+            f"attention_mask is {shape}: with a SparseCache it must be the padding mask, "
+            "[batch, tokens seen and new]"
+        )
+    expected = seen + queries
+    given = None
+    if isinstance(mask, Tensor):
+        given = mask.shape[1]
+    elif seen and positions is not None and positions.dim() == 2:
+        given = min(int(positions.max()) + 1, expected)
+    if given is not None and given != expected:
+        raise SparsityError(
+            f"the cache has seen {seen} tokens and the model is called with {queries} more, but "
+            f"the call is for {given} tokens in all. Hand generate the full input_ids (and "
+            "attention_mask) of the conversation, with at least one token more than the cache has "
+            "seen: generate feeds a prompt that is cached whole once again from its start. Or call "
+            "cache.reset()"
+        )
