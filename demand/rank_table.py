@@ -50,6 +50,7 @@ class RankTable:
         self._end_rank_list = self._end_ranks.tolist()
         self._rate_list = self._rates.tolist()
         self._jump_age_list = self._jump_ages.tolist()
+        self._jump_rank_list = self._jump_ranks.tolist()
 
     def __call__(self, ages: ArrayLike) -> Floats:
         """Ranks in seconds of jobs of the given ages in seconds, any shape; smaller goes first.
@@ -88,6 +89,10 @@ class RankTable:
         if self.at(age) > threshold:
             return age
         first = bisect_right(self._jump_age_list, age)
+        # Ranks often rise at once, which a few plain comparisons find faster than numpy.
+        for k in range(first, min(first + 4, len(self._jump_age_list))):
+            if self._jump_rank_list[k] > threshold:
+                return self._jump_age_list[k]
         later = self._jump_ranks[first:] > threshold
         if later.size:
             k = int(later.argmax())

@@ -85,8 +85,12 @@ class _Service:
     job: Job
     since: float
     finish: float
+    rank: float  # as of `since` too, once settled
     crossing: float = math.inf
     crossing_age: float = math.inf
+
+    def after(self, other: "_Service") -> bool:
+        return (self.rank, self.job.index) > (other.rank, other.job.index)
 
 
 class _Simulation:
@@ -151,29 +155,27 @@ class _Simulation:
         if self.waiting[0][2] is job:  # behind a better one, it changes nothing yet
             self.settle(now)
 
-    def start(self, job: Job, now: float) -> None:
+    def start(self, job: Job, now: float, rank: float = math.nan) -> None:
         finish = now + max(job.demand - job.attained_service, 0.0)
-        self.running.append(_Service(job, now, finish))
+        self.running.append(_Service(job, now, finish, rank))
 
     def settle(self, now: float) -> None:
         """Serve the jobs that go first, then find when each may lose its place."""
         for service in self.running:
             service.job.attained_service += now - service.since
             service.since = now
+            service.rank = self.rank(service.job, now)
         while self.waiting:
-            rank, index, worst = max(
-                (
-                    (self.rank(service.job, now), service.job.index, at)
-                    for at, service in enumerate(self.running)
-                    if service.finish > now  # one that ends at this moment is as good as gone
-                ),
-                default=(-math.inf, -1, -1),
-            )
-            if (rank, index) <= self.waiting[0][:2]:
+            worst: _Service | None = None
+            for service in self.running:
+                if service.finish > now and (worst is None or service.after(worst)):
+                    worst = service  # one that ends at this moment is as good as gone
+            if worst is None or (worst.rank, worst.job.index) <= self.waiting[0][:2]:
                 break
-            job = self.running.pop(worst).job
+            self.running.remove(worst)
             self.preemptions += 1
-            self.start(heapreplace(self.waiting, (rank, index, job))[2], now)
+            rank, _, job = heapreplace(self.waiting, (worst.rank, worst.job.index, worst.job))
+            self.start(job, now, rank)
         for service in self.running:
             self.watch(service, now)
 
