@@ -1,0 +1,32 @@
+"""Position-independent caching: compile each text chunk's KV once, link chunks in any order.
+
+    pic = PIC(model, tokenizer)
+    chunks = [pic.compile(document) for document in documents]
+    prompt = pic.link(chunks, question, method=LegoLink(k=16))
+    out = model.generate(**prompt, max_new_tokens=64)
+
+After EPIC (arXiv 2410.15332).
+"""
+
+from picache.chunk import Chunk
+from picache.errors import PICacheError
+from picache.methods import FullRecompute, LegoLink, NaiveReuse, RandomRecompute
+from picache.pic import PIC, LinkedPrompt
+from picache.plan import Layout, LinkMethod
+from picache.report import LinkReport
+from picache.store import ChunkStore
+
+__all__ = [
+    "PIC",
+    "Chunk",
+    "ChunkStore",
+    "FullRecompute",
+    "Layout",
+    "LegoLink",
+    "LinkMethod",
+    "LinkReport",
+    "LinkedPrompt",
+    "NaiveReuse",
+    "PICacheError",
+    "RandomRecompute",
+]

@@ -1,0 +1,98 @@
+"""Attention of scattered rows: queries at any positions over all keys, causal by position.
+
+A causal flag is of no use here: it aligns query rows to the end (or the start) of the keys, while
+the recomputed rows lie anywhere. The mask is evaluated on true positions, for a block of rows at a
+time, so it never takes more than `_MASK_ELEMENTS` elements, whatever the prompt's length.
+"""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+MaskFunction = Callable[[Tensor, Tensor], Tensor]  # positions [q], [n] -> allowed, bool [q, n]
+_MASK_ELEMENTS = 2**22
+
+
+def attend_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention written out, in fp32: the slow twin.
+
+    Args:
+        query: ``[batch, heads, q, head_dim]``.
+        key: ``[batch, kv_heads, n, head_dim]``; heads is a multiple of kv_heads.
+        value: ``[batch, kv_heads, n, value_dim]``.
+        allowed: bool ``[q, n]``; every row allows at least one key.
+        scaling: factor on the scores.
+        softcap: ``softcap * tanh(score / softcap)`` before the mask (Gemma 2).
+        sinks: ``[heads]``, one extra logit per head that takes weight and has no value (GPT-OSS).
+
+    Returns:
+        ``[batch, heads, q, value_dim]`` in the query's dtype.
+    """
+    kv_heads = key.shape[1]
+    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        column = rearrange(sinks.float(), "(h g) -> 1 h g 1 1", h=kv_heads)
+        scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float())
+    return rearrange(out, "b h g q d -> b (h g) q d").to(query.dtype)
+
+
+def scattered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    mask: MaskFunction,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of the rows at `positions` over keys at positions ``0..n-1``.
+
+    Rows are taken in blocks; a block's keys end at its last position, since what lies behind is
+    never allowed.
+
+    Args:
+        query: ``[batch, heads, q, head_dim]``, rows sorted by position.
+        key: ``[batch, kv_heads, n, head_dim]``.
+        value: ``[batch, kv_heads, n, value_dim]``.
+        positions: int64 ``[q]``, ascending.
+        mask: allowed(query positions, key positions), causal at least.
+        scaling: factor on the scores.
+        softcap: see `attend_reference`.
+        sinks: see `attend_reference`.
+
+    Returns:
+        ``[batch, heads, q, value_dim]``.
+    """
+    rows = max(1, _MASK_ELEMENTS // key.shape[2])
+    ends = positions[rows - 1 :: rows].tolist() + [int(positions[-1])]
+    out = []
+    for block, end in zip(range(0, len(positions), rows), ends, strict=False):
+        at = positions[block : block + rows]
+        allowed = mask(at, torch.arange(end + 1, device=at.device))
+        parts = (query[:, :, block : block + rows], key[:, :, : end + 1], value[:, :, : end + 1])
+        if softcap is None and sinks is None:
+            out.append(
+                torch.nn.functional.scaled_dot_product_attention(
+                    *parts, attn_mask=allowed, scale=scaling, enable_gqa=True
+                )
+            )
+        else:
+            out.append(attend_reference(*parts, allowed, scaling, softcap, sinks))
+    return torch.cat(out, dim=2)

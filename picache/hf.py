@@ -1,0 +1,324 @@
+"""All contact with transformers: what the engine needs of a model, and the linked cache."""
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+
+from picache.attention import scattered_attention
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.rope import Angles, Rotation, calibrate, frequencies
+
+_NAME = "picache_scattered"
+_REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+# Where the rows of the pass under way stand; read by the mask function, which sees no other state.
+_positions: ContextVar[Tensor] = ContextVar("picache_positions")
+
+
+@dataclass(frozen=True)
+class ScatterMask:
+    """A mask that is not made yet: HF's index function, to be asked at true positions."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    positions: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
+        zero = torch.zeros((), dtype=torch.int64, device=query.device)
+        allowed = self.function(zero, zero, query[:, None], key[None, :])
+        return allowed.expand(len(query), len(key))
+
+    def to(self, *args: object, **kwargs: object) -> "ScatterMask":
+        """Follow a layer to its device, as accelerate asks of arguments."""
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs))  # type: ignore[arg-type]
+
+
+def _scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
+    return ScatterMask(mask_function, _positions.get())
+
+
+def _scattered_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: ScatterMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise PICacheError(
+                f"{type(module).__name__} changes its attention scores through {name!r}, which "
+                "linking does not know: use a full prefill with this model"
+            )
+    out = scattered_attention(
+        query,
+        key,
+        value,
+        attention_mask.positions,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        s_aux,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _ScatterLayer(DynamicLayer):
+    """Whole-prompt keys and values; an update writes the recomputed rows in their places."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.positions = keys, values, positions
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> KV:
+        self.keys.index_copy_(2, self.positions, key_states)
+        self.values.index_copy_(2, self.positions, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+
+class LinkedLayer(DynamicLayer):
+    """One layer of a linked prompt; goes on as a `DynamicLayer`, expanding for beams by itself."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> KV:
+        """Append; the batch may grow by a factor once, as beams and `num_return_sequences` do.
+
+        Raises:
+            PICacheError: when the batch does not fit, or when the whole prompt is fed again.
+        """
+        batch, held = key_states.shape[0], self.keys.shape[0]
+        if batch != held:
+            if batch % held:
+                raise PICacheError(
+                    f"the linked cache holds a batch of {held}, the model was given {batch}: "
+                    "link one prompt per row, or generate from this prompt's own input_ids"
+                )
+            self.batch_repeat_interleave(batch // held)
+        seen = self.keys.shape[2]
+        if key_states.shape[2] >= seen and torch.allclose(
+            key_states[:, :, :seen].float(), self.keys.float(), atol=1e-3, rtol=1e-3
+        ):
+            raise PICacheError(
+                f"the cache already holds all {seen} tokens of the prompt and the model was given "
+                "them again: pass input_ids with at least one token more than the cache, as "
+                "PIC.link returns them"
+            )
+        return super().update(key_states, value_states)
+
+
+class LinkedCache(Cache):
+    """The cache `PIC.link` hands to `generate`: every layer full, all prompt tokens but the last.
+
+    Args:
+        kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
+    """
+
+    def __init__(self, kv: list[KV]) -> None:
+        super().__init__(layers=[LinkedLayer(keys, values) for keys, values in kv])
+
+    def fork(self) -> "LinkedCache":
+        """A second cache on the same tensors, safe because layers append by concatenation."""
+        return LinkedCache([(layer.keys, layer.values) for layer in self.layers])
+
+
+class HFModel:
+    """What the engine asks of a causal language model.
+
+    Raises:
+        PICacheError: when the model cannot be linked exactly; says why.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise PICacheError(
+                f"PIC needs a transformers PreTrainedModel, got {type(model).__name__}: "
+                "load it with AutoModelForCausalLM.from_pretrained"
+            )
+        name = type(model).__name__
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
+        if not model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+            raise PICacheError(
+                f"{name} does not use transformers' attention interface, so its attention cannot "
+                "be replaced while linking: use a full prefill with this model"
+            )
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.config = model.config.get_text_config(decoder=True)
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        self._rotary = self._find_rotary()
+        self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives."""
+        return self.model.device
+
+    def _find_rotary(self) -> nn.Module:
+        for parameters in _rope_parameters(self.config):
+            kind = parameters.get("rope_type", "default")
+            if kind in _LENGTH_DEPENDENT:
+                raise PICacheError(
+                    f"{type(self.model).__name__} uses rope_type={kind!r}, whose frequencies "
+                    "depend on the length of the context: keys compiled alone cannot be moved "
+                    "exactly, use a full prefill"
+                )
+        modules = self.decoder.modules()
+        rotary = next((m for m in modules if type(m).__name__.endswith("RotaryEmbedding")), None)
+        if rotary is None:
+            raise PICacheError(
+                f"{type(self.model).__name__} has no rotary embedding: keys of learned or "
+                "relative positions cannot be moved, use a full prefill"
+            )
+        return rotary
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, position: int = 0) -> list[KV]:
+        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention.
+
+        A `DynamicCache` without a config keeps every key of sliding-window layers too.
+        """
+        cache = DynamicCache()
+        positions = torch.arange(position, position + ids.shape[1], device=self.device)
+        self.decoder(
+            input_ids=ids.to(self.device),
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _keys_at(self, position: int, token: int) -> list[Tensor]:
+        kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
+        layers = self.config.num_hidden_layers
+        if len(kv) != layers or any(keys is None or keys.dim() != 4 for keys, _ in kv):
+            raise PICacheError(
+                f"{type(self.model).__name__} has {layers} layers but caches keys and values in "
+                f"{len(kv)}: layers with another kind of state cannot be linked"
+            )
+        if any(keys.shape[-1] != values.shape[-1] for keys, values in kv):
+            raise PICacheError(
+                f"{type(self.model).__name__} caches latents instead of keys and values (MLA), "
+                "which linking does not know: use a full prefill with this model"
+            )
+        return [keys for keys, _ in kv]
+
+    def _cos_sin(self, layer: int, positions: Tensor) -> Angles:
+        """What the rotary module returns at positions; an fp32 input keeps the result in fp32."""
+        x = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
+        arguments: list[object] = [x, positions[None].to(self.device)]
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types and "layer_type" in inspect.signature(self._rotary.forward).parameters:
+            arguments.append(layer_types[layer])
+        out = self._rotary(*arguments)
+        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+        return cos[0].float(), sin[0].float()
+
+    def angles(self, layer: int, positions: Tensor) -> Angles:
+        """cos and sin at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``, fp32."""
+        rotation = self.rotations[layer]
+        if rotation is None:
+            raise PICacheError(f"layer {layer} has no rotary positions")
+        return frequencies(*self._cos_sin(layer, positions), rotation.source)
+
+    @torch.no_grad()
+    def scattered_forward(self, ids: Tensor, positions: Tensor, kv: list[KV]) -> Tensor:
+        """Run only the rows at `positions` through the layers; write their KV into `kv`.
+
+        Args:
+            ids: token ids of the rows, int64 ``[rows]``.
+            positions: where they stand, int64 ``[rows]``, ascending, each once.
+            kv: keys and values of the whole prompt, overwritten in place at the rows.
+
+        Returns:
+            Logits of the last row, ``[1, vocab_size]``.
+        """
+        positions = positions.to(self.device)
+        cache = Cache(layers=[_ScatterLayer(keys, values, positions) for keys, values in kv])
+        token = _positions.set(positions)
+        try:
+            with self._attending():
+                out = self.model(
+                    input_ids=ids[None].to(self.device),
+                    position_ids=positions[None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        finally:
+            _positions.reset(token)
+        return out.logits[:, -1]
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """The decoder attends by position inside the block, and as before after it."""
+        AttentionInterface.register(_NAME, _scattered_attention)
+        AttentionMaskInterface.register(_NAME, _scattered_mask)
+        configs = {id(m.config): m.config for m in self.decoder.modules() if hasattr(m, "config")}
+        before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
+        try:
+            for config, _ in before:
+                config._attn_implementation = _NAME  # noqa: SLF001
+            yield
+        finally:
+            for config, implementation in before:
+                config._attn_implementation = implementation  # noqa: SLF001
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over the configuration, and each parameter's name, shape, dtype and first values.
+
+        Two models of one configuration but other weights, or another dtype, never share a chunk.
+        """
+        config = copy.deepcopy(self.config.to_dict())
+        for volatile in ("_name_or_path", "transformers_version", "_attn_implementation"):
+            config.pop(volatile, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            sample = parameter.detach().flatten()[:64].float().cpu()
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _rope_parameters(config: object) -> list[dict]:
+    """Every set of RoPE parameters of a configuration: one, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        return [parameters]
+    return [value for value in parameters.values() if isinstance(value, dict)]

@@ -1,0 +1,45 @@
+"""EPIC's static selection: the first tokens of every chunk."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from picache.errors import PICacheError
+from picache.plan import Layout
+
+
+@dataclass(frozen=True)
+class LegoLink:
+    """Recompute the first `k` tokens of every chunk but the first (EPIC, arXiv 2410.15332, 4).
+
+    Compiled alone, a chunk's first tokens become attention sinks; linked behind other chunks they
+    absorb attention wrongly. Recomputed at their true place, they see that they are not at the
+    start. The selection is static: it costs nothing and is the same in every layer, so linking N
+    tokens costs O(k' N) with k' the recomputed tokens.
+
+    Departures from the authors' code: chunks shorter than `k` are clamped, where the code spills
+    into the next chunk and makes duplicates; BOS tokens in the middle are dropped unless
+    ``PIC(sinks="keep")``, where the code keeps them, so that its k counts the BOS.
+
+    Args:
+        k: tokens per chunk; 16 is the setting of the paper's throughput figures. 0 recomputes
+            nothing but the query.
+
+    Raises:
+        PICacheError: when `k` is negative.
+    """
+
+    k: int = 16
+
+    def __post_init__(self) -> None:
+        if self.k < 0:
+            raise PICacheError(f"LegoLink needs k >= 0 tokens per chunk, got {self.k}")
+
+    def recompute(self, layout: Layout) -> Tensor:
+        """The first min(k, length) positions of every chunk but the first."""
+        heads = [
+            torch.arange(start, start + min(self.k, length))
+            for start, length in zip(layout.starts[1:], layout.chunk_lengths[1:], strict=True)
+        ]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *heads])

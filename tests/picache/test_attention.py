@@ -1,0 +1,69 @@
+"""Scattered attention against its slow twin and against a loop over single rows."""
+
+import pytest
+import torch
+
+import picache.attention
+from picache.attention import attend_reference, scattered_attention
+from tests.helpers import assert_close
+
+
+def causal(query, key):
+    return key[None, :] <= query[:, None]
+
+
+def sliding(query, key):
+    return causal(query, key) & (key[None, :] > query[:, None] - 5)
+
+
+def tensors(rows, n, heads, kv_heads, head_dim, value_dim):
+    generator = torch.Generator().manual_seed(rows * 1000 + n)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    positions = torch.randperm(n, generator=generator)[:rows].sort().values
+    return (
+        draw(2, heads, rows, head_dim),
+        draw(2, kv_heads, n, head_dim),
+        draw(2, kv_heads, n, value_dim),
+        positions,
+    )
+
+
+@pytest.mark.parametrize("mask", [causal, sliding])
+@pytest.mark.parametrize(
+    ("rows", "n", "heads", "kv_heads", "value_dim"),
+    [(1, 1, 2, 2, 8), (7, 63, 4, 1, 8), (13, 75, 4, 2, 8), (75, 75, 8, 2, 6), (3, 200, 6, 3, 8)],
+)
+@pytest.mark.parametrize("elements", [2**22, 300, 1])
+def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, monkeypatch):
+    monkeypatch.setattr(picache.attention, "_MASK_ELEMENTS", elements)
+    query, key, value, positions = tensors(rows, n, heads, kv_heads, 8, value_dim)
+    allowed = mask(positions, torch.arange(n))
+    expected = attend_reference(query, key, value, allowed, 0.3)
+    assert_close("out", scattered_attention(query, key, value, positions, mask, 0.3), expected)
+    sinks = torch.randn(heads)
+    expected = attend_reference(query, key, value, allowed, 0.3, 2.0, sinks)
+    actual = scattered_attention(query, key, value, positions, mask, 0.3, 2.0, sinks)
+    assert_close("softcap and sinks", actual, expected)
+
+
+def test_reference_by_hand():
+    """One row that sees two of three keys: weights 1/4 and 3/4, worked out on paper."""
+    query = torch.tensor([[[[1.0]]]])
+    key = torch.tensor([[[[0.0], [torch.log(torch.tensor(3.0)).item()], [9.0]]]])
+    value = torch.tensor([[[[4.0], [8.0], [1e6]]]])
+    allowed = torch.tensor([[True, True, False]])
+    assert attend_reference(query, key, value, allowed, 1.0).item() == pytest.approx(7.0)
+    sink = torch.log(torch.tensor([4.0]))
+    half = attend_reference(query, key, value, allowed, 1.0, None, sink)
+    assert half.item() == pytest.approx(3.5)
+
+
+def test_what_lies_behind_a_row_is_never_read():
+    query, key, value, positions = tensors(5, 40, 2, 1, 8, 8)
+    positions = torch.tensor([3, 9, 10, 11, 20])
+    key[:, :, 21:] = value[:, :, 21:] = torch.nan
+    out = scattered_attention(query, key, value, positions, causal, 0.3)
+    assert not out.isnan().any()
