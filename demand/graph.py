@@ -34,7 +34,8 @@ class PDGraph:
 
     Args:
         name: of the application, for messages and for people.
-        window: samples kept per unit; the oldest leave first (1000 as in the SC25 artifact).
+        window: samples kept per unit; the oldest leave first (1000 as in the SC25 artifact). A
+            unit that loops 17 times a run then remembers 60 runs; raise it where loops matter.
         cost: seconds of an execution.
     """
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from demand.errors import DemandError
 from demand.graph import PDGraph
 from demand.units import END
 from demand.workloads.runs import RunGenerator, Stage
@@ -65,7 +66,13 @@ def hermes_applications(training_runs: int = 1000, seed: int = 1) -> tuple[Appli
 
 
 def hermes_generator(name: str) -> RunGenerator:
-    """The generator of runs of one of the nine applications."""
+    """The generator of runs of one of the nine applications.
+
+    Raises:
+        DemandError: a name that is none of theirs.
+    """
+    if name not in _TABLE:
+        raise DemandError(f"application is {name!r}; expected one of {', '.join(_TABLE)}")
     row = _TABLE[name]
     plain = RunGenerator(row.stages, spread=row.spread, call_spread=row.call_spread)
     return replace(plain, scale=row.mean_seconds / plain.mean_seconds())
