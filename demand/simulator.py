@@ -61,7 +61,9 @@ def simulate(
     do not age, so their ranks stand still and sit in a heap; a running job can lose its place
     only at an arrival or where its own rank rises over the best one waiting, an age the policy
     gives exactly (`Policy.next_above`). The simulated events are therefore arrivals, completions
-    and these crossings; there is no time step. O(events * (log n + servers)).
+    and these crossings; there is no time step. O(events * (log n + servers)). Crossings add
+    little as a rule; but where ranks rise with every atom (falling hazard under Gittins, or SERPT
+    on two far modes) jobs of near-equal rank take turns, up to once per atom and job.
 
     Args:
         workload: the jobs.
@@ -119,8 +121,8 @@ class _Simulation:
         arrived = 0
         next_arrival = jobs[0].arrival
         while running or arrived < len(jobs):
-            # Of simultaneous events completions go first, then crossings, then arrivals; a
-            # moment has no length, so the order changes no completion time.
+            # Of simultaneous events completions go first, so that no finished job is put back;
+            # a moment has no length, so the order of the others changes no completion time.
             now, service, finished = next_arrival, None, False
             for candidate in running:
                 if candidate.finish <= now:

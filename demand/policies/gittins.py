@@ -21,7 +21,7 @@ class Gittins(Policy):
     Departures from the Hermes artifact: the infimum is exact, over all D; its numerator counts
     the time spent on jobs that do not finish; a job beyond all samples does not get rank 0. The
     rank is that of the application's distribution at its attained service; it is not refined by
-    which units have run.
+    which units have run. As in the artifact, nothing bounds how long a large job may wait.
     """
 
     def table(self, distribution: Distribution) -> RankTable:

@@ -15,8 +15,8 @@ def bimodal_mix(load: float = 0.8, jobs: int = 10_000, seed: int = 0, servers: i
     """Poisson arrivals of `bimodal_applications`, half of each.
 
     The mean of the first application is the larger, yet most of its jobs are the shortest of
-    all: class-mean keeps them behind, Gittins gives each a short try. Both ranges and shares are
-    ours (one of the mixes of the project's notes on when Gittins helps), not from a paper.
+    all: class-mean keeps them behind, Gittins gives each a short try. Ranges and shares are
+    ours, not from a paper.
     """
     return poisson_workload(bimodal_applications(), load, jobs, seed, servers)
 

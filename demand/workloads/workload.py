@@ -34,7 +34,7 @@ class Application:
 
     name: str
     distribution: Distribution
-    sample: Sampler | None = None
+    sample: Sampler | None = field(default=None, repr=False)
     mean_seconds: float | None = None
     weight: float = 1.0
     graph: PDGraph | None = None
@@ -98,6 +98,7 @@ class Workload:
             if not (np.isfinite(numbers) & (numbers >= 0.0)).all():
                 raise DemandError(f"{name} has a negative or non-finite entry; expected seconds")
         object.__setattr__(self, "applications", tuple(self.applications))
+        object.__setattr__(self, "distributions", dict(self.distributions))
         n = self.arrivals.size
         if self.demands.size != n or len(self.applications) != n:
             raise DemandError(

@@ -22,7 +22,7 @@ from demand import (
 from demand.workloads.hermes import hermes_generator
 from demand.workloads.runs import RunGenerator, Stage
 
-# Section "applications" of the artifact's profiles: mean seconds, coefficient of variation.
+# From the profiles in the artifact: mean seconds, coefficient of variation.
 HERMES = {
     "got_docmerge": (2030.0, 0.35),
     "langchain_mapreduce": (313.0, 0.27),
