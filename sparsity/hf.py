@@ -111,6 +111,7 @@ class BoundSparseCache(SparseCache, Cache):
         attach_model(model)
         Cache.__init__(self, layers=layers)
         self._policy = policy
+        self._planned = policy if _decides(policy, layers) else Full(page_size=policy.page_size)
         self._rows = rows
         self._stock = _stock_layers(decoder.config, policy)
         self._model = _TOKENS[decoder]
@@ -123,6 +124,17 @@ class BoundSparseCache(SparseCache, Cache):
     def policy(self) -> Policy:
         """The policy of this cache."""
         return self._policy
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention: count the new tokens and hand them on."""
+        if self._step is None:
+            raise SparsityError(
+                "a SparseCache works with an attached model only, and this one is detached (or its "
+                "decoder was called past its hooks); call attach(model) first"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
         """Check one forward and plan it; nothing has changed when it raises SparsityError."""
@@ -151,7 +163,7 @@ class BoundSparseCache(SparseCache, Cache):
             )
         if batch > have:  # beams or samples of a row, or prompts that share it
             rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
-        step = plan(rows, self._policy, batch, queries, mask, tokens.device)
+        step = plan(rows, self._planned, batch, queries, mask, tokens.device)
         if batch > have:
             self.batch_repeat_interleave(batch // have)
         self._step, self._reached = step, set()
@@ -259,6 +271,11 @@ def _refuse_rollback() -> NoReturn:
         "a SparseCache cannot go back to an earlier token, so assisted and prompt-lookup decoding "
         "and crop() are refused; generate without an assistant, or use a DynamicCache"
     )
+
+
+def _decides(policy: Policy, layers: list[Any]) -> bool:
+    """Whether any layer is under the policy itself."""
+    return any(isinstance(x, RetainedLayer) and x.retention.policy is policy for x in layers)
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -1,0 +1,186 @@
+"""Through the real model: a sparse step equals a dense step masked to the kept set."""
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+import sparsity
+from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM
+from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
+from tests.sparsity.twins import simulate
+
+POLICIES = [
+    Full(),
+    Random(16, recent=3, pin_prompt=False),
+    Random(16, recent=3),
+    StreamingLLM(8, sinks=2),
+    Quest(12, page_size=4, dense_layers=1),
+    RaaS(20, page_size=4, alpha=0.15),
+    RaaS(8, page_size=4, top_ratio=0.5, pin_prompt=False, dense_layers=1),
+]
+PROMPT, PADS, STEPS = 13, 4, 26
+
+
+class Oracle:
+    """Attention over the full K/V of a plain cache, masked to what the twin keeps."""
+
+    def __init__(self, policy, padding):
+        self.policy, self.padding, self.history = policy, padding, {}
+
+    def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        batch, heads, total = key.shape[:3]
+        width, group = query.shape[2], query.shape[1] // heads
+        first = total - width
+        allowed = torch.ones(total, total, dtype=torch.bool).tril()[first:]
+        allowed = allowed & self.padding[:, None, None, :total]
+        if attention_mask is not None:
+            allowed = allowed & attention_mask
+        allowed = allowed.expand(-1, heads, -1, -1).clone()
+        history = self.history.setdefault(module.layer_idx, [])
+        history.append((first, total, query[:, :, -1]))
+        types = getattr(module.config, "layer_types", None)
+        full = types is None or types[module.layer_idx] == "full_attention"
+        if full and module.layer_idx >= self.policy.dense_layers:
+            for b in range(batch):
+                real = self.padding[b, :total].nonzero()[:, 0]
+                before = self.padding[b].cumsum(0)
+                for h in range(heads):
+                    forwards = [
+                        (
+                            int(before[start - 1]) if start else 0,
+                            int(before[stop - 1]),
+                            q[b, h * group : (h + 1) * group],
+                        )
+                        for start, stop, q in history
+                    ]
+                    ranks, _ = simulate(
+                        self.policy, module.layer_idx, h, key[b, h, real], forwards, scaling
+                    )
+                    keep = torch.zeros(total, dtype=torch.bool)
+                    keep[real[sorted(ranks)]] = True
+                    allowed[b, h] &= keep
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.mT * scaling
+        scores = scores.masked_fill(~allowed.repeat_interleave(group, 1), -1e30)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+ORACLE = "retention_test_oracle"
+
+
+def run(model, cache, ids, padding, between=None):
+    """Logits of every forward: the prompt, then the rest one token at a time."""
+    logits = []
+    for first, stop in [(0, PROMPT)] + [(i, i + 1) for i in range(PROMPT, ids.shape[1])]:
+        mask = padding[:, :stop].long()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:]
+        with torch.no_grad():
+            out = model(
+                input_ids=ids[:, first:stop],
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+            )
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def batch(rows=2):
+    ids = random_ids(PROMPT + STEPS, rows)
+    padding = torch.ones_like(ids, dtype=torch.bool)
+    padding[0, :PADS] = False
+    return ids, padding
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
+    ids, padding = batch()
+    model = tiny_model(family)
+    cache = SparseCache(model, policy)
+    sparse = run(model, cache, ids, padding)
+    if policy.evicts and family != "gemma3":
+        assert sum(cache.report().evictions) > 0
+    sparsity.detach(model)
+    oracle = Oracle(policy, padding)
+    AttentionInterface.register(ORACLE, oracle.attend)
+    AttentionMaskInterface.register(ORACLE, sdpa_mask)
+    model.set_attn_implementation(ORACLE)
+    expected = run(model, DynamicCache(), ids, padding)
+    assert_close("logits", sparse, expected, 1e-5)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_padded_row_equals_its_run_alone(policy, llama):
+    ids, padding = batch(3)
+    padding[1, :9] = False
+    together = run(llama, SparseCache(llama, policy), ids, padding)
+    for b, pads in ((0, PADS), (1, 9), (2, 0)):
+        cache, logits = SparseCache(llama, policy), []
+        with torch.no_grad():
+            for first, stop in [(pads, PROMPT)] + [(i, i + 1) for i in range(PROMPT, ids.shape[1])]:
+                out = llama(input_ids=ids[b : b + 1, first:stop], past_key_values=cache)
+                logits.append(out.logits[:, -1])
+        assert_close(f"row {b}", together[b : b + 1], torch.stack(logits, 1), 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
+    ids, padding = batch()
+    model = tiny_model(family)
+    config, hooks = model.config.to_dict(), len(model.get_decoder()._forward_hooks)
+    implementation = model.config._attn_implementation
+    before = run(model, DynamicCache(config=model.config), ids, padding)
+    sparsity.attach(model)
+    sparsity.attach(model)
+    attached = run(model, DynamicCache(config=model.config), ids, padding)
+    assert_close("attached", attached, before, 1e-5)
+    no_cache = model(input_ids=ids[1:], use_cache=False).logits
+    sparsity.detach(model)
+    sparsity.detach(model)
+    assert_close("without a cache", no_cache[:, PROMPT - 1 :], before[1:], 1e-5)
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == implementation
+    decoder = model.get_decoder()
+    assert len(decoder._forward_hooks) == hooks
+    assert len(decoder._forward_pre_hooks) == 0
+    assert torch.equal(run(model, DynamicCache(config=model.config), ids, padding), before)
+
+
+def test_bfloat16_runs(llama):
+    model = llama.to(torch.bfloat16)
+    ids, padding = batch()
+    assert run(model, SparseCache(model, POLICIES[-1]), ids, padding).isfinite().all()
+
+
+def test_a_model_of_sliding_windows_alone_is_left_to_transformers():
+    model = tiny_model("mistral", sliding_window=16)
+    cache = SparseCache(model, RaaS(16))
+    ids = random_ids(40, 2)
+    got = model.generate(ids, max_new_tokens=9, past_key_values=cache)
+    report = cache.report()
+    sparsity.detach(model)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=9))
+    assert report.managed == (False,) * 4
+    assert "decides nothing" in str(report)
+    assert report.num_bytes > 0
+
+
+SCORES = {
+    "Gemma2": dict(sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=1.0),
+    "GptOss": dict(sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_softcap_and_sinks_through_the_model(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SHAPE, head_dim=16, **SCORES[name])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.eval()
+    ids, padding = batch()
+    dense = run(model, DynamicCache(config=model.config), ids, padding)
+    for policy in (Full(), RaaS(64), Quest(64, dense_layers=0)):
+        assert_close(name, run(model, SparseCache(model, policy), ids, padding), dense)

@@ -1,0 +1,37 @@
+"""What importing the package does, and what it exports."""
+
+import subprocess
+import sys
+
+import sparsity
+
+CODE = """
+import sys
+import sparsity
+from sparsity import RaaS, SparseCache, attach
+RaaS(budget=64)
+assert "torch" in sys.modules
+loaded = [n for n in ("transformers", "picache", "demand") if n in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_import_loads_no_transformers_and_no_other_package():
+    subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+def test_public_names():
+    assert sorted(sparsity.__all__) == [
+        "Full",
+        "Quest",
+        "RaaS",
+        "Random",
+        "Report",
+        "SparseCache",
+        "SparsityError",
+        "StreamingLLM",
+        "attach",
+        "detach",
+    ]
+    for name in sparsity.__all__:
+        assert getattr(sparsity, name).__doc__
