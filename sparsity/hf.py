@@ -115,6 +115,7 @@ class BoundSparseCache(SparseCache, Cache):
         self._rows = rows
         self._stock = _stock_layers(decoder.config, policy)
         self._model = _TOKENS[decoder]
+        self._dropped_at = _dropped_at(decoder.config)
         self._step: Step | None = None
         self._reached: set[int] = set()
         self._decoding = False
@@ -154,6 +155,12 @@ class BoundSparseCache(SparseCache, Cache):
         rows, mask = self._rows, arguments.get("attention_mask")
         look = queries > 1 or not self._decoding  # while decoding, never wait for the device
         check_columns(rows.seen, queries, mask, arguments.get("position_ids") if look else None)
+        if rows.seen + queries == self._dropped_at:
+            raise SparsityError(
+                f"this model drops its cache when a text grows past {self._dropped_at} tokens "
+                "(original_max_position_embeddings, where its rotation changes), and would go on "
+                "without the SparseCache; keep the prompt and the new tokens below that"
+            )
         have = rows.batch or batch
         if batch % have:
             raise SparsityError(
@@ -273,6 +280,13 @@ def _refuse_rollback() -> NoReturn:
     )
 
 
+def _dropped_at(config: Any) -> int | None:
+    """Tokens after which `prepare_inputs_for_generation` of the Phi-3 family drops any cache."""
+    if config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
+        return None
+    return getattr(config, "original_max_position_embeddings", None)
+
+
 def _decides(policy: Policy, layers: list[Any]) -> bool:
     """Whether any layer is under the policy itself."""
     return any(isinstance(x, RetainedLayer) and x.retention.policy is policy for x in layers)
@@ -311,7 +325,10 @@ def _build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list
             layers[i] = RetainedLayer(Retention(small, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:
             if type(before) is DynamicSlidingWindowLayer:
-                layers[i] = copy.deepcopy(before)
+                window: Any = copy.copy(before)
+                window.keys = before.keys.detach().clone()
+                window.values = before.values.detach().clone()
+                layers[i] = window
             elif before is not None:
                 layer.update(*_held(before, i))
         elif isinstance(layer, CacheLayerMixin) or before is not None:
@@ -337,7 +354,7 @@ def _held(layer: Any, index: int) -> tuple[Tensor, Tensor]:
             f"layer {index} of past holds {held} of the {seen} tokens it has seen (or is a "
             "SparseCache's); go on from a cache that keeps every token, such as DynamicCache()"
         )
-    return layer.keys, layer.values
+    return layer.keys.detach(), layer.values.detach()
 
 
 def retention_mask(

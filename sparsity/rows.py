@@ -41,8 +41,14 @@ class Rows:
         if self.real is None:
             return replace(self, batch=batch)
         index = index.to(self.real.device)
-        pins = None if self.pins is None else self.pins.take(index)
-        return replace(self, batch=batch, real=self.real[index], pins=pins)
+        rows = replace(self, batch=batch, real=self.real[index])
+        if self.pins is None:
+            return rows
+        pins, room = self.pins.take(index), self.room
+        if room is not None:  # the row with the least room may be gone; the steps since remain
+            left = int(pins.room.min()) - (int(self.pins.room.min()) - room)
+            room = left if left < 2**31 else None
+        return replace(rows, pins=pins, room=room)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Bad input: an error that says what to do; nothing lost, nothing left attached."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -68,7 +70,11 @@ def test_going_back_is_refused(llama):
         cache = SparseCache(llama, policy)
         with pytest.raises(SparsityError, match="prompt-lookup"):
             llama.generate(
-                ids, max_new_tokens=20, past_key_values=cache, prompt_lookup_num_tokens=4
+                ids,
+                max_new_tokens=20,
+                past_key_values=cache,
+                prompt_lookup_num_tokens=4,
+                eos_token_id=2,
             )
         with pytest.raises(SparsityError, match="crop"):
             cache.crop(-1)
@@ -204,3 +210,33 @@ def test_a_detached_model_is_refused_and_comes_back(llama):
     sparsity.attach(llama)
     got = llama.generate(ids, max_new_tokens=5, past_key_values=cache)
     assert torch.equal(got, llama.generate(ids, max_new_tokens=5))
+
+
+def test_a_model_that_drops_its_cache_at_a_length():
+    model = tiny_model("phi3", original_max_position_embeddings=20)
+    cache, ids = SparseCache(model, RaaS(64)), random_ids(12, 1)
+    with pytest.raises(SparsityError, match="drops its cache when a text grows past 20 tokens"):
+        model.generate(ids, max_new_tokens=20, past_key_values=cache)
+    cache.reset()
+    got = model.generate(ids, max_new_tokens=8, past_key_values=cache)
+    assert torch.equal(got, model.generate(ids, max_new_tokens=8))
+
+
+def test_a_copy_of_an_attached_model_is_refused(llama):
+    sparsity.attach(llama)
+    with pytest.raises(SparsityError, match="before copying"):
+        SparseCache(copy.deepcopy(llama), RaaS(64))
+
+
+def test_rows_without_room_may_be_left_out(llama):
+    ids = random_ids(30, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    cache = SparseCache(llama, RaaS(32, page_size=8))
+    with torch.no_grad():
+        llama(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([0]))
+        for _ in range(9):
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            llama(input_ids=ids[:1, :1], attention_mask=mask[:1], past_key_values=cache)
+    assert cache.report().tokens_kept == (19,) * 4

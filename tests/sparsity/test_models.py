@@ -169,8 +169,8 @@ def test_a_model_of_sliding_windows_alone_is_left_to_transformers():
 
 
 SCORES = {
-    "Gemma2": dict(sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=1.0),
-    "GptOss": dict(sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+    "Gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
+    "GptOss": {"sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
