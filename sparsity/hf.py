@@ -27,7 +27,8 @@ from sparsity.policies import Full
 from sparsity.policy import Policy
 from sparsity.report import Report
 from sparsity.retention import Retention, storage_bytes
-from sparsity.rows import Rows, Step, check_columns, plan
+from sparsity.rows import Rows
+from sparsity.state import CacheState
 
 NAME = "kv_retention"  # of the attention function; names with "sdpa" or "flash" mean something
 KWARG = "sparse_cache"  # how the cache reaches the attention function
@@ -110,27 +111,23 @@ class BoundSparseCache(SparseCache, Cache):
         layers, rows = _build_layers(decoder.config, policy, past)
         attach_model(model)
         Cache.__init__(self, layers=layers)
-        self._policy = policy
-        self._planned = policy if _decides(policy, layers) else Full(page_size=policy.page_size)
-        self._rows = rows
+        managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
+        self._state = CacheState(policy, {x.layer: x for x in managed}, rows)
+        self._state.peak_bytes = sum(_layer_bytes(layer) for layer in layers)
         self._stock = _stock_layers(decoder.config, policy)
         self._model = _TOKENS[decoder]
         self._dropped_at = _dropped_at(decoder.config)
-        self._step: Step | None = None
-        self._reached: set[int] = set()
-        self._decoding = False
-        self._peak = sum(_layer_bytes(layer) for layer in layers)
 
     @property
     def policy(self) -> Policy:
         """The policy of this cache."""
-        return self._policy
+        return self._state.policy
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention: count the new tokens and hand them on."""
-        if self._step is None:
+        if self._state.step is None:
             raise SparsityError(
                 "a SparseCache works with an attached model only, and this one is detached (or its "
                 "decoder was called past its hooks); call attach(model) first"
@@ -144,70 +141,44 @@ class BoundSparseCache(SparseCache, Cache):
                 "this SparseCache was made for another model; make one for this model with "
                 "SparseCache(model, policy)"
             )
-        if self._step is not None:
-            raise SparsityError(
-                "the last forward with this SparseCache did not finish, so what it holds is "
-                "incomplete; call cache.reset() and start from the prompt"
-            )
-        tokens = arguments.get("input_ids")
-        tokens = arguments["inputs_embeds"] if tokens is None else tokens
-        batch, queries = tokens.shape[:2]
-        rows, mask = self._rows, arguments.get("attention_mask")
-        look = queries > 1 or not self._decoding  # while decoding, never wait for the device
-        check_columns(rows.seen, queries, mask, arguments.get("position_ids") if look else None)
-        if rows.seen + queries == self._dropped_at:
+        step, times = self._state.plan(arguments)
+        if step.stop == self._dropped_at:
             raise SparsityError(
                 f"this model drops its cache when a text grows past {self._dropped_at} tokens "
                 "(original_max_position_embeddings, where its rotation changes), and would go on "
                 "without the SparseCache; keep the prompt and the new tokens below that"
             )
-        have = rows.batch or batch
-        if batch % have:
-            raise SparsityError(
-                f"this SparseCache holds {have} rows and the model was called with {batch}; use "
-                "cache.batch_select_indices(...) to keep some of the rows, cache.reset(), or a new "
-                "SparseCache"
-            )
-        if batch > have:  # beams or samples of a row, or prompts that share it
-            rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
-        step = plan(rows, self._planned, batch, queries, mask, tokens.device)
-        if batch > have:
-            self.batch_repeat_interleave(batch // have)
-        self._step, self._reached = step, set()
+        if times > 1:
+            self.batch_repeat_interleave(times)
+        self._state.open(step)
 
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
     ) -> Tensor:
         """Attention of one managed layer in the current forward."""
-        if self._step is None or layer.pending != (key.shape, value.shape):
-            self._give_up(
-                f"layer {layer.retention.layer} attends to other tensors than it gave to the cache "
-                "(latent attention, or keys shared between layers)"
+        index = layer.retention.layer
+        if layer.pending != (key.shape, value.shape):
+            self.give_up(
+                f"layer {index} attends to other tensors than it gave to the cache (latent "
+                "attention, or keys shared between layers)"
             )
         layer.pending = None
-        out = layer.retention.attend(query, key, value, self._step, **scores)
+        out = self._state.attend(index, query, key, value, **scores)
         layer.show()
-        self._reached.add(layer.retention.layer)
         return out
 
     def finish(self) -> None:
         """Close one forward: every managed layer must have come through the attention function."""
-        managed = [layer for layer in self.layers if isinstance(layer, RetainedLayer)]
-        missing = sorted({layer.retention.layer for layer in managed} - self._reached)
-        if missing or self._step is None:
-            self._give_up(
-                f"layers {missing} did not reach the attention function with the cache: the model "
+        if missed := self._state.missed():
+            self.give_up(
+                f"layers {missed} did not reach the attention function with the cache: the model "
                 "drops keyword arguments on the way, or its attention implementation was changed"
             )
-        self._rows, self._decoding, self._step = self._step.then, self._step.single, None
-        if any(layer.retention.moved for layer in managed):
-            held = sum(_layer_bytes(layer) for layer in self.layers)
-            extra = max(layer.retention.transient_bytes for layer in managed)
-            self._peak = max(self._peak, held + extra)
-            for layer in managed:
-                layer.retention.moved, layer.retention.transient_bytes = False, 0
+        stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
+        self._state.close(sum(_layer_bytes(layer) for layer in stock))
 
-    def _give_up(self, why: str) -> NoReturn:
+    def give_up(self, why: str) -> NoReturn:
+        """Detach the model and raise SparsityError: it cannot be served right."""
         for decoder, attachment in list(_ATTACHED.items()):
             if attachment.token == self._model:
                 _remove(decoder)
@@ -215,27 +186,19 @@ class BoundSparseCache(SparseCache, Cache):
 
     def report(self) -> Report:
         """What is held now, measured from the tensors; waits for the device."""
-        kept, evictions = [], []
-        for layer in self.layers:
-            retention = layer.retention if isinstance(layer, RetainedLayer) else None
-            if retention is not None and retention.pool is not None:
-                tokens = (retention.pool.slots >= 0).sum(-1)
-                kept.append(int(tokens.max()))
-                assert self._rows.real is not None
-                seen = self._rows.real.to(tokens.device).sum() * tokens.shape[1]
-                evictions.append(int(seen - tokens.sum()))
-            else:
-                held = getattr(layer, "keys", None)  # linear attention has no keys
-                kept.append(0 if held is None or held.dim() < 2 else held.shape[-2])
-                evictions.append(0)
+        managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
+        tokens = [
+            self._state.kept(i) if managed[i] else (_stock_tokens(layer), 0)
+            for i, layer in enumerate(self.layers)
+        ]
         return Report(
-            policy=self._policy,
-            tokens_seen=self._rows.seen,
-            tokens_kept=tuple(kept),
-            evictions=tuple(evictions),
-            managed=tuple(isinstance(layer, RetainedLayer) for layer in self.layers),
+            policy=self._state.policy,
+            tokens_seen=self._state.rows.seen,
+            tokens_kept=tuple(kept for kept, _ in tokens),
+            evictions=tuple(dropped for _, dropped in tokens),
+            managed=managed,
             num_bytes=sum(_layer_bytes(layer) for layer in self.layers),
-            peak_bytes=self._peak,
+            peak_bytes=self._state.peak_bytes,
         )
 
     def reset(self) -> None:
@@ -245,23 +208,23 @@ class BoundSparseCache(SparseCache, Cache):
                 layer.reset()
             else:
                 self.layers[i] = copy.deepcopy(self._stock[i])
-        self._rows, self._step, self._decoding, self._peak = Rows(), None, False, 0
+        self._state.clear()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""
         super().reorder_cache(beam_idx)
-        self._rows = self._rows.take(beam_idx)
+        self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices`, int64 numbers or a bool mask."""
         super().batch_select_indices(indices)
-        self._rows = self._rows.take(indices)
+        self._state.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
         super().batch_repeat_interleave(repeats)
-        if self._rows.batch is not None:
-            self._rows = self._rows.take(torch.arange(self._rows.batch).repeat_interleave(repeats))
+        if (batch := self._state.rows.batch) is not None:
+            self._state.take(torch.arange(batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
         """Refused: assisted decoding goes back."""
@@ -287,9 +250,9 @@ def _dropped_at(config: Any) -> int | None:
     return getattr(config, "original_max_position_embeddings", None)
 
 
-def _decides(policy: Policy, layers: list[Any]) -> bool:
-    """Whether any layer is under the policy itself."""
-    return any(isinstance(x, RetainedLayer) and x.retention.policy is policy for x in layers)
+def _stock_tokens(layer: Any) -> int:
+    held = getattr(layer, "keys", None)  # linear attention has no keys
+    return 0 if held is None or held.dim() < 2 else held.shape[-2]
 
 
 def _layer_bytes(layer: Any) -> int:
@@ -315,7 +278,7 @@ def _build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list
         )
     rows = Rows()
     for i, layer in enumerate(layers):
-        before = earlier[i]
+        before: Any = earlier[i]
         if before is not None and not before.is_initialized:
             before = None
         if type(layer) is DynamicLayer:
@@ -326,8 +289,8 @@ def _build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list
         elif type(layer) is DynamicSlidingWindowLayer:
             if type(before) is DynamicSlidingWindowLayer:
                 window: Any = copy.copy(before)
-                window.keys = before.keys.detach().clone()
-                window.values = before.values.detach().clone()
+                window.keys = window.keys.detach().clone()
+                window.values = window.values.detach().clone()
                 layers[i] = window
             elif before is not None:
                 layer.update(*_held(before, i))
@@ -419,7 +382,7 @@ def retention_attention(
             )
             return out, None
         if layer is None:
-            sparse_cache.finish()  # says that the model is not supported
+            sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
     causal = module.is_causal if is_causal is None else is_causal
     causal = bool(causal) and mask is None and query.shape[2] > 1
