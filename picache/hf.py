@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class ScatterMask:
         allowed = self.function(zero, zero, query[:, None], key[None, :])
         return allowed.expand(len(query), len(key))
 
-    def to(self, *args: object, **kwargs: object) -> "ScatterMask":
+    def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
         """Follow a layer to its device, as accelerate asks of arguments."""
-        return ScatterMask(self.function, self.positions.to(*args, **kwargs))  # type: ignore[arg-type]
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs))
 
 
 def _scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
@@ -88,6 +89,9 @@ def _scattered_attention(
 class _ScatterLayer(DynamicLayer):
     """Whole-prompt keys and values; an update writes the recomputed rows in their places."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
@@ -106,6 +110,9 @@ class _ScatterLayer(DynamicLayer):
 
 class LinkedLayer(DynamicLayer):
     """One layer of a linked prompt; goes on as a `DynamicLayer`, expanding for beams by itself."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -148,11 +155,12 @@ class LinkedCache(Cache):
     """
 
     def __init__(self, kv: list[KV]) -> None:
-        super().__init__(layers=[LinkedLayer(keys, values) for keys, values in kv])
+        self._linked = [LinkedLayer(keys, values) for keys, values in kv]
+        super().__init__(layers=list(self._linked))
 
     def fork(self) -> "LinkedCache":
         """A second cache on the same tensors, safe because layers append by concatenation."""
-        return LinkedCache([(layer.keys, layer.values) for layer in self.layers])
+        return LinkedCache([(layer.keys, layer.values) for layer in self._linked])
 
 
 class HFModel:
@@ -179,7 +187,8 @@ class HFModel:
         self.model = model
         self.decoder = model.get_decoder()
         self.config = model.config.get_text_config(decoder=True)
-        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        embedding: Any = model.get_input_embeddings()
+        self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self._rotary = self._find_rotary()
         self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
@@ -222,7 +231,8 @@ class HFModel:
             past_key_values=cache,
             use_cache=True,
         )
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        return [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
 
     def _keys_at(self, position: int, token: int) -> list[Tensor]:
         kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)

@@ -153,23 +153,20 @@ class PIC:
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
-            rows = [(list(chunks), query)]
+            checked = [self._check(chunks, query)]
         else:
             if isinstance(query, str | Tensor) or len(query) != len(chunks):
                 raise PICacheError(
                     f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
                 )
-            rows = [(list(row), q) for row, q in zip(chunks, query, strict=True)]  # type: ignore[arg-type]
-        checked = [self._check(row, q) for row, q in rows]  # type: ignore[arg-type]
+            checked = [self._check(row, q) for row, q in zip(chunks, query, strict=True)]
         linked = [
             link_row(self._model, self.store, row, skips, tokens, method)
             for row, skips, tokens in checked
         ]
         return self._batch(linked)
 
-    def _check(
-        self, chunks: list[Chunk], query: Document
-    ) -> tuple[list[Chunk], list[int], tuple[int, ...]]:
+    def _check(self, chunks: Any, query: Any) -> tuple[list[Chunk], list[int], tuple[int, ...]]:
         """A row with the leading tokens to leave out of each chunk, and the query's ids."""
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
@@ -196,7 +193,7 @@ class PIC:
             tokens = tokens[1:]
         if not tokens:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
-        return chunks, skips, tokens
+        return list(chunks), skips, tokens
 
     def _batch(self, rows: list[tuple[Tensor, list[KV], Tensor, LinkReport]]) -> LinkedPrompt:
         """Left-pad the rows; the last token of each is left for `generate` to feed."""

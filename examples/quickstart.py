@@ -1,0 +1,210 @@
+"""Three papers measured on a small trained model, in about three minutes on two CPU cores.
+
+    python examples/quickstart.py
+    python examples/quickstart.py --model NAME_OR_PATH --documents a.txt b.txt --question "..."
+
+The first form writes `quickstart.json` and `quickstart.png` into --out. The second links your own
+files in front of your own question on any HuggingFace model.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from evaluate import (
+    LINK_ARMS,
+    REFERENCE_MODEL,
+    Row,
+    environment,
+    first_token_seconds,
+    linking,
+    load,
+    retention,
+    scheduling,
+)
+
+from picache import PIC
+
+
+def table(rows: list[Row], columns: dict[str, str]) -> str:
+    """Rows as aligned text; `columns` maps a heading to a format string over the row."""
+    cells = [list(columns), *([text.format(**row) for text in columns.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = []
+    for line in cells:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append("  ".join([first, *rest]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+LINKING = {
+    "linking": "{arm}",
+    "accuracy": "{accuracy:.3f}",
+    "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
+    "recomputed": "{tokens_recomputed:.0f} of {prompt_tokens}",
+    "first token": "{first_token_ms:.1f} ms",
+    "long prompt": "{long_tokens_recomputed} of {long_prompt_tokens}",
+    "its first token": "{long_first_token_ms:.1f} ms",
+}
+RETENTION = {
+    "retention": "{arm}",
+    "accuracy": "{accuracy:.3f}",
+    "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
+    "decoded": "{decoded_tokens:.0f}",
+    "peak KV": "{peak_kv_kib:.0f} KiB",
+    "step": "{milliseconds_a_token:.1f} ms",
+}
+SCHEDULING = {
+    "scheduling": "{mix}: {arm}",
+    "mean": "{mean_seconds:.0f} s",
+    "P95": "{p95_seconds:.0f} s",
+    "mean / FCFS": "{mean_to_fcfs:.2f}",
+    "P95 / FCFS": "{p95_to_fcfs:.2f}",
+}
+
+
+def show(results: dict[str, list[Row]]) -> None:
+    for row in results["linking"]:
+        row["first_token_ms"] = 1e3 * float(row["first_token_seconds"])
+        row["long_first_token_ms"] = 1e3 * float(row["long_first_token_seconds"])
+    for row in results["retention"]:
+        row["peak_kv_kib"] = float(row["peak_kv_bytes"]) / 1024
+    link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
+    print(f"\nLookup in 8 documents, {link[0]['problems']} problems; long prompt: many documents")
+    print(table(link, LINKING))
+    print(
+        f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']} prompt tokens, "
+        f"budget {kept[0]['budget']} tokens, batch {kept[0]['batch_size']}; KV of one row"
+    )
+    print(table(kept, RETENTION))
+    print(f"\nCompletion time, load {jobs[0]['load']}, {jobs[0]['jobs']} jobs x {jobs[0]['seeds']}")
+    print(table(jobs, SCHEDULING))
+
+
+def figure(results: dict[str, list[Row]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for row in results["linking"]:
+        low, high = row["interval"]
+        x, y = row["tokens_recomputed"] / row["prompt_tokens"], row["accuracy"]
+        left.errorbar(x, y, [[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3)
+        left.annotate(row["arm"], (x, y), textcoords="offset points", xytext=(6, -11), fontsize=8)
+    left.set(
+        xlabel="share of the prompt recomputed",
+        ylabel="answer accuracy",
+        title="Linking: lookup in 8 documents",
+        xlim=(-0.03, 1.2),
+        ylim=(-0.03, 1.06),
+    )
+    for row in results["retention"]:
+        low, high = row["interval"]
+        x, y = row["peak_kv_bytes"] / 1024, row["accuracy"]
+        middle.errorbar(x, y, [[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3)
+        middle.annotate(row["arm"], (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    middle.set(
+        xlabel="peak KV, KiB a sequence",
+        ylabel="answer accuracy",
+        title=f"Retention: reasoning, budget {results['retention'][0]['budget']} tokens",
+        ylim=(-0.03, 1.06),
+    )
+    middle.margins(x=0.2)
+    mixes = list(dict.fromkeys(row["mix"] for row in results["scheduling"]))
+    for i, mix in enumerate(mixes):
+        rows = [row for row in results["scheduling"] if row["mix"] == mix]
+        places = [place + 0.4 * i for place in range(len(rows))]
+        right.bar(places, [row["mean_to_fcfs"] for row in rows], 0.38, label=f"{mix}: mean")
+        right.plot(places, [row["p95_to_fcfs"] for row in rows], "k_", markersize=12)
+    right.plot([], [], "k_", label="P95")
+    right.set_xticks([place + 0.2 for place in range(len(rows))], [row["arm"] for row in rows])
+    right.tick_params(axis="x", labelrotation=20)
+    right.set(ylabel="completion time / FCFS", title=f"Scheduling at load {rows[0]['load']}")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def own_documents(name: str, paths: list[Path], question: str, new_tokens: int) -> None:
+    """Link the user's files on any model: what each arm answers, costs, and how far it strays."""
+    model, tokenizer = load(name)
+    pic = PIC(model, tokenizer)
+    documents = [path.read_text() for path in paths]
+    begun = time.perf_counter()
+    chunks = [pic.compile(document) for document in documents]
+    print(f"compiled {len(chunks)} documents in {time.perf_counter() - begun:.2f} s: {pic.store}\n")
+    ids = pic.link(chunks, question, LINK_ARMS[0][1])["input_ids"]
+    with torch.no_grad():
+        full = model(ids, logits_to_keep=1).logits[:, -1].log_softmax(-1)
+    plain = statistics.median(first_token_seconds(model, ids) for _ in range(3))
+    print(f"full prefill: {ids.shape[1]} tokens, first token after {1e3 * plain:.1f} ms\n")
+    for arm, method, bos in LINK_ARMS:
+        if bos:
+            continue  # the tokenizer decides whether a document begins with a BOS
+        prompt = pic.link(chunks, question, method)
+        linked = prompt.logits.log_softmax(-1)
+        divergence = float((full.exp() * (full - linked)).sum())
+        out = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
+        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        print(f"{arm}: KL to full {divergence:.2e}\n{prompt.report}\nanswer: {answer!r}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for JSON and PNG")
+    parser.add_argument("--model", default=str(REFERENCE_MODEL), help="name or path of an HF model")
+    parser.add_argument("--documents", type=Path, nargs="+", help="text files to link, in order")
+    parser.add_argument("--question", help="what to ask after the documents")
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer")
+    parser.add_argument("--link-problems", type=int, default=200)
+    parser.add_argument("--reasoning-problems", type=int, default=50)
+    parser.add_argument("--budget", type=int, default=384, help="tokens kept by a KV head")
+    parser.add_argument("--jobs", type=int, default=5000)
+    parser.add_argument("--load", type=float, default=0.9)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if (args.documents is None) != (args.question is None):
+        parser.error("--documents and --question go together")
+    if args.documents:
+        own_documents(args.model, args.documents, args.question, args.new_tokens)
+        return
+    if args.model != str(REFERENCE_MODEL):
+        parser.error(
+            "another --model needs --documents and --question: the tasks of the tables "
+            "are those the reference model was trained on"
+        )
+    begun = time.perf_counter()
+    model, tokenizer = load(args.model)
+    results = {
+        "linking": linking(model, tokenizer, args.link_problems),
+        "retention": retention(model, tokenizer, args.reasoning_problems, args.budget),
+        "scheduling": scheduling(args.jobs, range(4), args.load),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {
+        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "environment": environment(),
+        "seconds": time.perf_counter() - begun,
+        **results,
+    }
+    (args.out / "quickstart.json").write_text(json.dumps(record, indent=1) + "\n")
+    show(results)
+    figure(results, args.out / "quickstart.png")
+    print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'quickstart.json'} and quickstart.png")
+
+
+if __name__ == "__main__":
+    main()
