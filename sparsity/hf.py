@@ -381,7 +381,7 @@ def retention_attention(
                 layer, query, key, value, mask=mask, scaling=scaling, softcap=softcap, sinks=s_aux
             )
             return out, None
-        if layer is None:
+        if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
     causal = module.is_causal if is_causal is None else is_causal

@@ -161,13 +161,23 @@ class Retention:
             columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
             allowed = mask(columns, slots)
         out = attend(query, key, value, allowed, scaling, causal, softcap, sinks)
-        newest = query[:, :, -1].detach()
+        newest = _newest(query.detach(), step)
         self.pool = extend(
             self.pool, key, value, slots, step, self.policy, self.layer, newest, scaling
         )
         self.past, self.moved = None, True
         self.transient_bytes = key.nbytes + value.nbytes
         return out
+
+
+def _newest(query: Tensor, step: Step) -> Tensor:
+    """The query of each row's newest real token, `[batch, query_heads, head_dim]`."""
+    if step.valid is None or step.order is None:
+        return query[:, :, -1]
+    last = step.order.gather(1, (step.after - step.before - 1).clamp(min=0)[:, None])
+    place = (last - (step.stop - step.first - step.queries)).clamp(min=0)
+    index = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)[:, :, 0]
 
 
 def _pages_of(tokens: Tensor, pages: Tensor, size: int) -> Tensor:

@@ -240,3 +240,24 @@ def test_rows_without_room_may_be_left_out(llama):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             llama(input_ids=ids[:1, :1], attention_mask=mask[:1], past_key_values=cache)
     assert cache.report().tokens_kept == (19,) * 4
+
+
+def test_a_model_whose_layers_share_keys_is_refused():
+    types = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma3nTextConfig(
+        **{key: value for key, value in SHAPE.items() if key != "eos_token_id"},
+        head_dim=16,
+        layer_types=types,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=128,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        sliding_window=16,
+        activation_sparsity_pattern=None,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(SparsityError, match=r"shares? keys|between layers|cannot manage"):
+        model(input_ids=random_ids(5, 1), past_key_values=SparseCache(model, RaaS(64)))
+    assert model.config._attn_implementation == before
+    assert not model.get_decoder()._forward_pre_hooks
