@@ -57,7 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     torch.manual_seed(args.seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=(len(VOCABULARY) + 63) // 64 * 64,
             hidden_size=args.hidden,
@@ -66,6 +66,8 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=32,
+            attention_bias=True,
+            initializer_range=args.init_std,
             max_position_embeddings=4096,
             rope_theta=10000.0,
             tie_word_embeddings=True,
@@ -74,8 +76,32 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
             eos_token_id=TOKEN[EOS],
         )
     )
+    look_back(model, offsets=(1, 2, 3, 4, 5))
+    return model
 
 
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, offsets: tuple[int, ...], strength: float = 2.5) -> None:
+    """Let the first heads of layer 0 begin by looking a fixed number of tokens back.
+
+    Copying from context takes a head that looks back and a head that matches what the first one
+    brought; learned together from nothing they wait for each other for millions of tokens. A key
+    bias u and a query bias that is u turned back by the offset make the score of layer 0 largest
+    at that distance. Both are trained like everything else.
+    """
+    attention, head_dim, fastest = model.model.layers[0].self_attn, model.config.head_dim, 6
+    turns = model.config.rope_parameters["rope_theta"] ** (
+        -torch.arange(0, head_dim, 2)[:fastest] / head_dim
+    )
+    keys = attention.k_proj.bias.view(-1, 2, head_dim // 2)  # halves: cos part, sin part
+    keys[:, 0, :fastest] = strength
+    queries = attention.q_proj.bias.view(-1, 2, head_dim // 2)
+    for head, offset in enumerate(offsets):
+        queries[head, 0, :fastest] = strength * torch.cos(offset * turns)
+        queries[head, 1, :fastest] = -strength * torch.sin(offset * turns)
+
+
+Size = tuple[int, ...]
 Row = tuple[list[str], list[int]]  # words, and the places of the words the loss is taken on
 
 
@@ -83,18 +109,18 @@ Row = tuple[list[str], list[int]]  # words, and the places of the words the loss
 class Curriculum:
     """Problem sizes grow with what the model can do: a level up at a mean accuracy over `bar`."""
 
-    row: Callable[[random.Random, tuple[int, ...]], Row]
-    sizes: list[tuple[int, ...]]  # the largest problem of each level
+    row: Callable[[random.Random, Size], Row]
+    draw: Callable[[random.Random, Size], Size]  # a size up to the level's largest
+    sizes: list[Size]  # the largest problem of each level
     bar: float
     level: int = 0
     accuracy: float = 0.0
 
     def batch(self, rng: random.Random, tokens: int) -> tuple[Tensor, Tensor]:
         """Ids and labels ``[rows, length]``; labels are IGNORE where no loss is taken."""
-        largest = self.sizes[self.level]
-        at_most = [rng.randint(1, most) if rng.random() < 0.6 else most for most in largest]
-        rows = [self.row(rng, tuple(at_most))]
-        rows += [self.row(rng, tuple(at_most)) for _ in range(tokens // len(rows[0][0]) - 1)]
+        size = self.draw(rng, self.sizes[self.level])
+        rows = [self.row(rng, size)]
+        rows += [self.row(rng, size) for _ in range(tokens // len(rows[0][0]) - 1)]
         shape = (len(rows), max(len(words) for words, _ in rows))
         ids, labels = np.full(shape, TOKEN[PAD]), np.full(shape, IGNORE)
         for index, (words, places) in enumerate(rows):
@@ -112,20 +138,39 @@ class Curriculum:
         return self.level + 1 == len(self.sizes) and self.accuracy > 0.998
 
 
-def lookup_row(rng: random.Random, size: tuple[int, ...]) -> Row:
-    documents, facts = size
-    problem = lookup_problem(rng, documents, facts)
-    words = problem.prompt().split()[:-2]  # without the one question: all of them follow
+def lookup_size(rng: random.Random, largest: Size) -> Size:
+    """Documents and facts; often one of either, so that both keys are learned on their own too."""
+    documents, facts = largest
+    kind = rng.random()
+    if kind < 0.2:
+        return rng.randint(2, documents), 1
+    if kind < 0.4:
+        return 1, rng.randint(2, facts)
+    return rng.randint(2, documents), rng.randint(2, facts)
+
+
+def reasoning_size(rng: random.Random, largest: Size) -> Size:
+    return (largest[0] if rng.random() < 0.5 else rng.randint(3, largest[0]),)
+
+
+def lookup_row(rng: random.Random, size: Size) -> Row:
+    """Questions are drawn with replacement.
+
+    Asked once each, the values left over give a shortcut (answer with one that was not used yet)
+    that is easier to learn than the lookup and keeps the model from it.
+    """
+    problem = lookup_problem(rng, *size)
+    words = problem.prompt().split()[:-2]  # without the one question: the drawn ones follow
     places = []
-    for question, answer in problem.questions:
+    for question, answer in rng.choices(problem.questions, k=16):
         words += question.split()
-        places += [len(words), len(words) + 1]
+        places.append(len(words))
         words += [answer, "."]
     return words, places
 
 
-def reasoning_row(rng: random.Random, size: tuple[int, ...]) -> Row:
-    problem = reasoning_problem(rng, max(3, size[0]))
+def reasoning_row(rng: random.Random, size: Size) -> Row:
+    problem = reasoning_problem(rng, size[0])
     prompt, solution = problem.prompt.split(), problem.solution.split()
     return prompt + solution, list(range(len(prompt), len(prompt) + len(solution)))
 
@@ -162,19 +207,16 @@ class Schedule:
 
 def train(model: LlamaForCausalLM, args: argparse.Namespace, device: str) -> list[dict]:
     rng = random.Random(args.seed)
+    longest = args.steps_of_thought
     tasks = {
-        "lookup": Curriculum(
-            lookup_row,
-            [(4, 3), (6, 4), (8, 6), (9, 7)],
-            0.9,
-        ),
+        "lookup": Curriculum(lookup_row, lookup_size, [(3, 3), (5, 4), (8, 6), (9, 7)], 0.9),
         "reasoning": Curriculum(
             reasoning_row,
-            [(n,) for n in (4, 6, 9, 13, 18, 25, 34, 44, args.steps_of_thought)],
-            0.97,
+            reasoning_size,
+            [(n,) for n in (4, 6, 9, 13, 18, 25, 34, 44, longest)],
+            0.96,
         ),
     }
-    period = TOKEN["."]
     optimizing = optimizers(model, args)
     plan = Schedule(args.steps)
     curve: list[dict] = []
@@ -189,15 +231,14 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace, device: str) -> lis
         point: dict = {"step": step, "seconds": round(time.perf_counter() - begun, 1)}
         for name, task in tasks.items():
             ids, labels = (t.to(device) for t in task.batch(rng, args.tokens))
-            with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
                 asked = labels[:, 1:] != IGNORE
                 logits = model.lm_head(hidden[:, :-1][asked])
             targets = labels[:, 1:][asked]
             loss = F.cross_entropy(logits.float(), targets)
             loss.backward()
-            counted = targets != period
-            right = (logits.argmax(-1) == targets)[counted].float().mean().item()
+            right = (logits.argmax(-1) == targets).float().mean().item()
             task.observe(right)
             point |= {
                 f"{name}_loss": round(loss.item(), 5),
@@ -276,17 +317,18 @@ at most 2,048 tokens. The learning curve stands in `training.json`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3900)
     parser.add_argument(
         "--minutes", type=float, default=100.0, help="stop training after this long"
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per task and step")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per task and step")
     parser.add_argument(
         "--steps-of-thought", type=int, default=48, help="longest reasoning problem"
     )
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--init-std", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=200, help="unseen problems per task")
     parser.add_argument("--save-every", type=int, default=0, help="steps between copies; 0: none")

@@ -81,7 +81,7 @@ def scattered_attention(
         ``[batch, heads, q, value_dim]``.
     """
     rows = max(1, _MASK_ELEMENTS // key.shape[2])
-    ends = positions[rows - 1 :: rows].tolist() + [int(positions[-1])]
+    ends = [*positions[rows - 1 :: rows].tolist(), int(positions[-1])]
     out = []
     for block, end in zip(range(0, len(positions), rows), ends, strict=False):
         at = positions[block : block + rows]

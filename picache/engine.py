@@ -66,7 +66,7 @@ def _place(parts: list[list[KV]], skips: list[int], layout: Layout) -> list[KV]:
 
 
 def _move_keys(model: "HFModel", kv: list[KV], skips: list[int], layout: Layout) -> None:
-    """Rotate the keys of every chunk but the first from where they were compiled to where they are."""
+    """Rotate every chunk's keys but the first's from where they were compiled to their place."""
     first, context = layout.chunk_lengths[0], layout.context_length
     if first == context:
         return

@@ -20,7 +20,7 @@ def test_the_whole_prompt_fed_again_is_refused(pic):
     document, query = random_ids(12), random_ids(5, seed=2)
     prompt = pic.link([pic.compile(document)], query)
     covered = torch.cat([document, query])[None, :-1]
-    with pytest.raises(PICacheError, match="already holds all 16 tokens.*at least one token more"):
+    with pytest.raises(PICacheError, match=r"already holds all 16 tokens.*at least one token more"):
         pic._model.model.generate(
             covered, past_key_values=prompt["past_key_values"], max_new_tokens=2
         )

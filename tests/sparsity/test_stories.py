@@ -1,0 +1,95 @@
+"""Retention on a real trained model that this project did not make: stories260K."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from picache import PIC, LegoLink
+from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM, detach
+from tests.stories260k import (
+    StoriesTokenizer,
+    golden,
+    load_model,
+    needs_stories,
+    published_stories,
+)
+
+pytestmark = needs_stories
+
+
+@cache
+def stories():
+    return load_model()
+
+
+def next_token_loss(cache, ids, prompt):
+    """Mean NLL of ids after `prompt` tokens, fed one by one as decoding does."""
+    model, losses = stories(), []
+    with torch.no_grad():
+        logits = model(ids[None, :prompt], past_key_values=cache).logits[:, -1]
+        for token in ids[prompt:]:
+            losses.append(torch.nn.functional.cross_entropy(logits, token[None]))
+            logits = model(token[None, None], past_key_values=cache).logits[:, -1]
+    return torch.stack(losses).mean().item()
+
+
+POLICIES = (
+    Full(),
+    Random(256),
+    StreamingLLM(256),
+    Quest(256, dense_layers=0),
+    RaaS(256),
+)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+def test_the_golden_text_comes_out_under_an_ample_budget(policy):
+    ids, _ = golden()
+    cache = SparseCache(stories(), policy)
+    start = torch.tensor([ids[:3]])
+    out = stories().generate(
+        start, past_key_values=cache, max_new_tokens=len(ids) - 3, do_sample=False
+    )
+    detach(stories())
+    assert out[0].tolist() == ids
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Random(64), StreamingLLM(64), Quest(64, dense_layers=0), RaaS(64)],
+    ids=lambda p: type(p).__name__,
+)
+def test_next_token_loss_on_real_text_at_a_quarter_of_the_context(policy):
+    """The model is local: 64 of 256 tokens keep every policy within half a nat of dense."""
+    ids = torch.tensor([1, *StoriesTokenizer().encode(published_stories()[1])])
+    dense = next_token_loss(DynamicCache(), ids, 32)
+    cache = SparseCache(stories(), policy)
+    kept = next_token_loss(cache, ids, 32)
+    report = cache.report()
+    detach(stories())
+    assert abs(kept - dense) < 0.5
+    if policy.evicts:
+        assert max(report.tokens_kept) <= 64
+        assert sum(report.evictions) > 0
+
+
+def test_a_linked_prompt_goes_on_under_a_policy():
+    """picache hands over an ordinary cache: linking and retention compose."""
+    ids = [1, *StoriesTokenizer().encode(published_stories()[0])]
+    pic = PIC(stories())
+    chunks = [pic.compile(ids[i : i + 24]) for i in range(0, 72, 24)]
+    prompt = pic.link(chunks, ids[72:80], LegoLink(4))
+    dense = stories().generate(**prompt, max_new_tokens=40, do_sample=False)
+    inputs = {name: prompt[name] for name in ("input_ids", "attention_mask")}
+    for policy in (Full(), RaaS(128), StreamingLLM(128)):
+        cache = SparseCache(stories(), policy, past=prompt["past_key_values"])
+        out = stories().generate(
+            **inputs, past_key_values=cache, max_new_tokens=40, do_sample=False
+        )
+        assert out.tolist() == dense.tolist()
+    cache = SparseCache(stories(), StreamingLLM(32), past=prompt["past_key_values"])
+    stories().generate(**inputs, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    assert max(cache.report().tokens_kept) == 32
+    detach(stories())

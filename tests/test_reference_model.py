@@ -1,0 +1,136 @@
+"""The generators of the two tasks, and what the shipped model does with them."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import evaluate  # noqa: E402
+from reference_tasks import (  # noqa: E402
+    VOCABULARY,
+    final_answer,
+    lookup_problem,
+    reasoning_problem,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 8))
+def test_every_question_has_its_answer_in_its_own_document(seed, documents, facts):
+    problem = lookup_problem(random.Random(seed), documents, facts)
+    assert problem == lookup_problem(random.Random(seed), documents, facts)
+    assert len(problem.documents) == documents
+    assert len(problem.questions) == documents * facts
+    for question, answer in problem.questions:
+        town, relation = question.split()
+        (own,) = [d for d in problem.documents if d.startswith(f"Document : {town} .")]
+        (fact,) = [s.split() for s in own.split(" . ") if relation in s.split()]
+        assert fact[fact.index(relation) + 1] == answer
+    assert set(problem.prompt().split()) <= set(VOCABULARY)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(3, 120))
+def test_a_chain_of_thought_follows_from_its_definitions(seed, steps):
+    problem = reasoning_problem(random.Random(seed), steps)
+    values = {}
+    definitions = problem.prompt.split("Definitions : ")[1].split(" Question")[0]
+    for definition in definitions.removesuffix(" ;").split(" ; "):
+        name, _, first, *rest = definition.split()
+        value = int(first) if first.isdigit() else values[first]
+        if rest:
+            value += values[rest[1]] if rest[0] == "+" else -values[rest[1]]
+        values[name] = value % 10
+        assert f"so {name} {values[name]} ;" in problem.solution
+    assert final_answer(problem.solution) == problem.answer == str(values[name])
+    assert set(f"{problem.prompt} {problem.solution}".split()) <= set(VOCABULARY)
+
+
+def test_final_answer_of_a_broken_text():
+    assert final_answer("no answer here") is None
+    assert final_answer("Answer :") is None
+    assert final_answer("Answer : 3 Answer : 7 . <eos>") == "7"
+
+
+def test_wilson_interval_by_hand():
+    low, high = evaluate.wilson_interval(200, 200)
+    assert (round(low, 4), high) == (0.9812, 1.0)
+    low, high = evaluate.wilson_interval(5, 10)
+    assert (round(low, 3), round(high, 3)) == (0.237, 0.763)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return evaluate.load(str(evaluate.REFERENCE_MODEL))
+
+
+def test_the_model_is_small_and_says_how_it_was_made():
+    folder = evaluate.REFERENCE_MODEL
+    assert (folder / "model.safetensors").stat().st_size <= 12e6
+    record = json.loads((folder / "training.json").read_text())
+    assert record["problems"] >= 200
+    card = (folder / "README.md").read_text()
+    assert record["command"] in card
+    assert f"{record['lookup_exact_match']:.3f}" in card
+    assert f"{record['reasoning_exact_match']:.3f}" in card
+
+
+@pytest.mark.slow
+def test_full_attention_solves_both_tasks(reference):
+    """The bar of the model card, on a part of the problems it was measured on."""
+    model, tokenizer = reference
+    rng = random.Random(7 * 10**9)
+    problems = [lookup_problem(rng) for _ in range(100)]
+    inputs = tokenizer(
+        [p.prompt() for p in problems],
+        return_tensors="pt",
+        padding=True,
+        return_token_type_ids=False,
+    )
+    out = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+    answers = tokenizer([p.questions[0][1] for p in problems])["input_ids"]
+    assert (out == torch.tensor(answers)[:, 0]).float().mean() >= 0.9
+    chains = [reasoning_problem(rng) for _ in range(20)]
+    inputs = tokenizer([c.prompt for c in chains], return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**inputs, max_new_tokens=445, do_sample=False)
+    texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])
+    right = [final_answer(t) == c.answer for t, c in zip(texts, chains, strict=True)]
+    assert sum(right) >= 18
+
+
+def test_linking_table_has_every_arm(reference):
+    rows = evaluate.linking(*reference, problems=2, long_documents=12, progress=False)
+    assert [row["arm"] for row in rows] == [name for name, *_ in evaluate.LINK_ARMS]
+    by_name = {row["arm"]: row for row in rows}
+    assert by_name["full"]["tokens_recomputed"] > by_name["LegoLink-16"]["tokens_recomputed"]
+    assert by_name["naive"]["tokens_recomputed"] == 4  # Questions : TOWN RELATION
+    assert by_name["random-4"]["tokens_recomputed"] == by_name["LegoLink-4"]["tokens_recomputed"]
+
+
+def test_scheduling_table_has_every_arm():
+    rows = evaluate.scheduling(jobs=50, seeds=[0], load=0.7, progress=False)
+    assert [row["arm"] for row in rows[:6]] == [
+        "FCFS",
+        "RandomOrder",
+        "ClassMean",
+        "SERPT",
+        "Gittins",
+        "Oracle",
+    ]
+    assert all(row["mean_seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_retention_table_has_every_arm(reference):
+    rows = evaluate.retention(*reference, problems=2, budget=256, steps=20, progress=False)
+    assert [row["arm"] for row in rows] == ["full", "random", "StreamingLLM", "Quest", "RaaS"]
+    held = {row["arm"]: row["peak_kv_bytes"] for row in rows}
+    assert held["RaaS"] < held["full"] < held["Quest"]
