@@ -71,12 +71,18 @@ SCHEDULING = {
 }
 
 
-def show(results: dict[str, list[Row]]) -> None:
+def prepare(results: dict) -> dict[str, list[Row]]:
+    """The three lists of rows, with milliseconds and KiB for reading."""
     for row in results["linking"]:
-        row["first_token_ms"] = 1e3 * float(row["first_token_seconds"])
-        row["long_first_token_ms"] = 1e3 * float(row["long_first_token_seconds"])
+        row["first_token_ms"] = 1e3 * row["first_token_seconds"]
+        row["long_first_token_ms"] = 1e3 * row["long_first_token_seconds"]
     for row in results["retention"]:
-        row["peak_kv_kib"] = float(row["peak_kv_bytes"]) / 1024
+        row["peak_kv_kib"] = row["peak_kv_bytes"] / 1024
+    return results
+
+
+def show(results: dict[str, list[Row]]) -> None:
+    results = prepare(results)
     link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
     print(f"\nLookup in 8 documents, {link[0]['problems']} problems; long prompt: many documents")
     print(table(link, LINKING))

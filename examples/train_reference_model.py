@@ -24,6 +24,7 @@ from reference_tasks import (
     BOS,
     EOS,
     PAD,
+    TOWNS,
     UNK,
     VOCABULARY,
     final_answer,
@@ -76,51 +77,100 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
             eos_token_id=TOKEN[EOS],
         )
     )
-    look_back(model, offsets=(1, 2, 3, 4, 5))
+    plant_copying(model)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM, offsets: tuple[int, ...], strength: float = 2.5) -> None:
-    """Let the first heads of layer 0 begin by looking a fixed number of tokens back.
+def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 2.0) -> None:
+    """Let training begin with heads that look back, and heads that match what those bring.
 
-    Copying from context takes a head that looks back and a head that matches what the first one
-    brought; learned together from nothing they wait for each other for millions of tokens. A key
-    bias u and a query bias that is u turned back by the offset make the score of layer 0 largest
-    at that distance. Both are trained like everything else.
+    Copying from context takes both (an induction circuit); learned from nothing they wait for each
+    other for tens of millions of tokens. So in layer 0 head h begins by looking h + 1 tokens back
+    (h < 5): a key bias u and a query bias that is u turned back by the offset make the score
+    largest at that distance. Its value is a projection A of the token, put into a part B_h of the
+    residual stream. In layer 1 three heads begin by comparing A of one token with A of another: the
+    token itself with what stood before a key, what stood before it with what stood two before a
+    key, and what stood before it with what head 6 of layer 0 brings: the latest town, which it
+    finds by a direction that the embeddings of all towns begin with. Everything is trained from
+    there like the rest.
     """
-    attention, head_dim, fastest = model.model.layers[0].self_attn, model.config.head_dim, 6
-    turns = model.config.rope_parameters["rope_theta"] ** (
-        -torch.arange(0, head_dim, 2)[:fastest] / head_dim
-    )
-    keys = attention.k_proj.bias.view(-1, 2, head_dim // 2)  # halves: cos part, sin part
-    keys[:, 0, :fastest] = strength
-    queries = attention.q_proj.bias.view(-1, 2, head_dim // 2)
-    for head, offset in enumerate(offsets):
-        queries[head, 0, :fastest] = strength * torch.cos(offset * turns)
-        queries[head, 1, :fastest] = -strength * torch.sin(offset * turns)
+    config, (first, second) = model.config, (layer.self_attn for layer in model.model.layers[:2])
+    head_dim, hidden, half, fastest = config.head_dim, config.hidden_size, config.head_dim // 2, 6
+    turns = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
+    first.k_proj.bias.view(-1, 2, half)[:, 0, :fastest] = strength
+    queries = first.q_proj.bias.view(-1, 2, half)
+    for head in range(5):
+        queries[head, 0, :fastest] = strength * torch.cos((head + 1) * turns[:fastest])
+        queries[head, 1, :fastest] = -strength * torch.sin((head + 1) * turns[:fastest])
+
+    # Head 6: towns score high, nearer ones higher.
+    towns = torch.tensor([TOKEN[town] for town in TOWNS])
+    direction = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
+    model.model.embed_tokens.weight[towns] += direction
+    by_kind, by_distance, last = 10, 6, first.k_proj.bias.view(-1, head_dim)[3]
+    last.zero_()
+    first.k_proj.weight[3 * head_dim + by_kind] = direction
+    last[by_distance], first.q_proj.bias.view(-1, head_dim)[6, by_distance] = 5.0, 5.0
+    first.q_proj.bias.view(-1, head_dim)[6, by_kind] = 4.0
+
+    # What the blocks write begins small beside the embedding, or it drowns what is planted.
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 0.1
+        layer.mlp.down_proj.weight *= 0.1
+    # Matching must not depend on the distance: it lives in the slowly turning dimensions.
+    slow = torch.tensor([i for i in range(head_dim) if i % half >= 7])
+    bring = torch.nn.init.orthogonal_(torch.empty(len(slow), hidden))
+    parts = torch.nn.init.orthogonal_(torch.empty(hidden, 3 * len(slow))).chunk(3, dim=1)
+    into = dict(zip((0, 1, 6), parts, strict=True))
+    for kv_head in range(config.num_key_value_heads):
+        first.v_proj.weight[kv_head * head_dim : kv_head * head_dim + len(slow)] = bring
+    for head, part in into.items():
+        first.o_proj.weight[:, head * head_dim : head * head_dim + len(slow)] = 0.3 * part
+
+    def match(head: int, query: Tensor, key: Tensor) -> None:
+        kv_head = head // (config.num_attention_heads // config.num_key_value_heads)
+        second.q_proj.weight[head * head_dim + slow] = gain * query
+        second.k_proj.weight[kv_head * head_dim + slow] = gain * key
+
+    match(0, bring, into[0].T)
+    match(2, into[0].T, into[1].T)
+    match(4, into[0].T, into[6].T)
 
 
-Size = tuple[int, ...]
 Row = tuple[list[str], list[int]]  # words, and the places of the words the loss is taken on
+Level = list[tuple[tuple[int, int], ...]]  # kinds of problems, each a least and a most per size
+
+# Documents and facts. First facts of one document and single facts of several, so that both keys
+# of a lookup (the relation, the town) are learned on their own before they are needed together.
+LOOKUP_LEVELS: list[Level] = [
+    [((1, 1), (2, 3)), ((2, 3), (1, 1))],
+    [((1, 1), (2, 6)), ((2, 6), (1, 1)), ((2, 3), (2, 3))],
+    [((1, 1), (2, 7)), ((2, 8), (1, 1)), ((2, 3), (2, 3)), ((2, 4), (2, 4))],
+    [((2, 5), (2, 5))],
+    [((2, 8), (2, 6))],
+    [((2, 9), (2, 7)), ((6, 9), (5, 7))],
+]
+REASONING_LEVELS: list[Level] = [
+    [((3, steps),), ((steps, steps),)] for steps in (4, 6, 9, 13, 18, 25, 34, 44, 48)
+]
 
 
 @dataclass
 class Curriculum:
     """Problem sizes grow with what the model can do: a level up at a mean accuracy over `bar`."""
 
-    row: Callable[[random.Random, Size], Row]
-    draw: Callable[[random.Random, Size], Size]  # a size up to the level's largest
-    sizes: list[Size]  # the largest problem of each level
+    row: Callable[..., Row]
+    levels: list[Level]
     bar: float
     level: int = 0
     accuracy: float = 0.0
 
     def batch(self, rng: random.Random, tokens: int) -> tuple[Tensor, Tensor]:
         """Ids and labels ``[rows, length]``; labels are IGNORE where no loss is taken."""
-        size = self.draw(rng, self.sizes[self.level])
-        rows = [self.row(rng, size)]
-        rows += [self.row(rng, size) for _ in range(tokens // len(rows[0][0]) - 1)]
+        size = [rng.randint(*span) for span in rng.choice(self.levels[self.level])]
+        rows = [self.row(rng, *size)]
+        rows += [self.row(rng, *size) for _ in range(tokens // len(rows[0][0]) - 1)]
         shape = (len(rows), max(len(words) for words, _ in rows))
         ids, labels = np.full(shape, TOKEN[PAD]), np.full(shape, IGNORE)
         for index, (words, places) in enumerate(rows):
@@ -130,36 +180,21 @@ class Curriculum:
 
     def observe(self, accuracy: float) -> None:
         self.accuracy += 0.05 * (accuracy - self.accuracy)
-        if self.accuracy > self.bar and self.level + 1 < len(self.sizes):
+        if self.accuracy > self.bar and self.level + 1 < len(self.levels):
             self.level, self.accuracy = self.level + 1, 0.0
 
     @property
     def mastered(self) -> bool:
-        return self.level + 1 == len(self.sizes) and self.accuracy > 0.998
+        return self.level + 1 == len(self.levels) and self.accuracy > 0.998
 
 
-def lookup_size(rng: random.Random, largest: Size) -> Size:
-    """Documents and facts; often one of either, so that both keys are learned on their own too."""
-    documents, facts = largest
-    kind = rng.random()
-    if kind < 0.2:
-        return rng.randint(2, documents), 1
-    if kind < 0.4:
-        return 1, rng.randint(2, facts)
-    return rng.randint(2, documents), rng.randint(2, facts)
-
-
-def reasoning_size(rng: random.Random, largest: Size) -> Size:
-    return (largest[0] if rng.random() < 0.5 else rng.randint(3, largest[0]),)
-
-
-def lookup_row(rng: random.Random, size: Size) -> Row:
+def lookup_row(rng: random.Random, documents: int, facts: int) -> Row:
     """Questions are drawn with replacement.
 
     Asked once each, the values left over give a shortcut (answer with one that was not used yet)
     that is easier to learn than the lookup and keeps the model from it.
     """
-    problem = lookup_problem(rng, *size)
+    problem = lookup_problem(rng, documents, facts)
     words = problem.prompt().split()[:-2]  # without the one question: the drawn ones follow
     places = []
     for question, answer in rng.choices(problem.questions, k=16):
@@ -169,8 +204,8 @@ def lookup_row(rng: random.Random, size: Size) -> Row:
     return words, places
 
 
-def reasoning_row(rng: random.Random, size: Size) -> Row:
-    problem = reasoning_problem(rng, size[0])
+def reasoning_row(rng: random.Random, steps: int) -> Row:
+    problem = reasoning_problem(rng, steps)
     prompt, solution = problem.prompt.split(), problem.solution.split()
     return prompt + solution, list(range(len(prompt), len(prompt) + len(solution)))
 
@@ -207,18 +242,12 @@ class Schedule:
 
 def train(model: LlamaForCausalLM, args: argparse.Namespace, device: str) -> list[dict]:
     rng = random.Random(args.seed)
-    longest = args.steps_of_thought
     tasks = {
-        "lookup": Curriculum(lookup_row, lookup_size, [(3, 3), (5, 4), (8, 6), (9, 7)], 0.9),
-        "reasoning": Curriculum(
-            reasoning_row,
-            reasoning_size,
-            [(n,) for n in (4, 6, 9, 13, 18, 25, 34, 44, longest)],
-            0.96,
-        ),
+        "lookup": Curriculum(lookup_row, LOOKUP_LEVELS, 0.92),
+        "reasoning": Curriculum(reasoning_row, REASONING_LEVELS, 0.96),
     }
     optimizing = optimizers(model, args)
-    plan = Schedule(args.steps)
+    plan, joined = Schedule(args.steps), False
     curve: list[dict] = []
     begun = time.perf_counter()
     for step in (progress := tqdm(range(args.steps), mininterval=20, desc="train")):
@@ -229,7 +258,10 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace, device: str) -> lis
         for group in (g for optimizer in optimizing for g in optimizer.param_groups):
             group["lr"] = args.lr * factor
         point: dict = {"step": step, "seconds": round(time.perf_counter() - begun, 1)}
+        joined = joined or tasks["lookup"].level + 1 == len(LOOKUP_LEVELS)
         for name, task in tasks.items():
+            if name == "reasoning" and not joined:
+                continue  # it joins when the harder task is at its last level
             ids, labels = (t.to(device) for t in task.batch(rng, args.tokens))
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
@@ -317,15 +349,12 @@ at most 2,048 tokens. The learning curve stands in `training.json`.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=3900)
+    parser.add_argument("--steps", type=int, default=4600)
     parser.add_argument(
         "--minutes", type=float, default=100.0, help="stop training after this long"
     )
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per task and step")
-    parser.add_argument(
-        "--steps-of-thought", type=int, default=48, help="longest reasoning problem"
-    )
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--init-std", type=float, default=0.08)
