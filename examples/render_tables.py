@@ -43,8 +43,9 @@ def tables(record: dict) -> str:
             ),
             markdown(jobs, SCHEDULING),
             (
-                f"From `docs/results/quickstart.json`: {where['hardware']}, {where['threads']} threads, "
-                f"torch {where['torch']}, transformers {where['transformers']}."
+                f"From `docs/results/quickstart.json`: {where['hardware']}, "
+                f"{where['threads']} threads, torch {where['torch']}, "
+                f"transformers {where['transformers']}."
             ),
         ]
     )
