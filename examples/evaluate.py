@@ -102,7 +102,7 @@ def linking(
     seed: int = 2 * 10**9,
     progress: bool = True,
 ) -> list[Row]:
-    """Answer accuracy, recomputed tokens and time to first token of every arm on the lookup task.
+    """Accuracy, KL to full, recomputed tokens and time to first token of every arm, on lookups.
 
     Documents are compiled once, each alone and without a BOS unless the arm says so; the first
     chunk is the system line with the only BOS. "full" answers and its time are those of the model
@@ -112,15 +112,21 @@ def linking(
     pic = PIC(model, tokenizer)
     right = {name: 0 for name, *_ in LINK_ARMS}
     seconds: dict[str, list[float]] = {name: [] for name, *_ in LINK_ARMS}
+    divergence: dict[str, list[float]] = {name: [] for name, *_ in LINK_ARMS}
     recomputed: dict[str, int] = {}
-    total = 0
+    total, full = 0.0, torch.empty(0)
     for _ in tqdm(range(problems), desc="linking", disable=not progress):
         problem = lookup_problem(rng)
         answer = tokenizer(problem.questions[0][1], add_special_tokens=False)["input_ids"][0]
         for name, method, bos in LINK_ARMS:
             prompt = _link(pic, problem, method, bos)
-            total = prompt.report.tokens_total
-            recomputed[name] = recomputed.get(name, 0) + prompt.report.tokens_recomputed
+            computed = prompt.report.tokens_total if name == "full" else None
+            computed = computed or prompt.report.tokens_recomputed
+            recomputed[name] = recomputed.get(name, 0) + computed
+            total += prompt.report.tokens_total / len(LINK_ARMS)
+            linked = prompt.logits.double().log_softmax(-1)
+            full = linked if name == "full" else full
+            divergence[name].append(float((full.exp() * (full - linked)).sum()))
             if name == "full":
                 seconds[name].append(first_token_seconds(model, prompt["input_ids"]))
                 token = model.generate(prompt["input_ids"], max_new_tokens=1, do_sample=False)[
@@ -138,7 +144,8 @@ def linking(
             "accuracy": right[name] / problems,
             "interval": wilson_interval(right[name], problems),
             "problems": problems,
-            "prompt_tokens": total,
+            "prompt_tokens": total / problems,
+            "kl_to_full": float(np.mean(divergence[name])),
             "tokens_recomputed": recomputed[name] / problems,
             "first_token_seconds": statistics.median(seconds[name]),
             **long_seconds[name],
@@ -166,6 +173,7 @@ def _long_prompt_seconds(
             tokens, rows[name] = prompt.report.tokens_total, prompt.report.tokens_recomputed
             spent = prompt.report.seconds["first_token"]
             if name == "full":
+                rows[name] = tokens
                 spent = first_token_seconds(model, prompt["input_ids"])
             if repeat:  # the first round warms up
                 samples[name].append(spent)
@@ -206,7 +214,7 @@ def retention(
     longest = max(len(tokenizer(c.solution)["input_ids"]) for c in chains)
     rows: list[Row] = []
     for name, policy in tqdm(retention_arms(budget), desc="retention", disable=not progress):
-        right = tokens = decoded = 0
+        right = tokens = decoded = prompt_tokens = 0
         peak, seconds = 0.0, 0.0
         for first in range(0, problems, batch_size):
             batch = chains[first : first + batch_size]
@@ -218,6 +226,7 @@ def retention(
             ).to(model.device)
             cache = SparseCache(model, policy())
             width = inputs["input_ids"].shape[1]
+            prompt_tokens += int(inputs["attention_mask"].sum())
             begun = time.perf_counter()
             out = model.generate(
                 **inputs, past_key_values=cache, max_new_tokens=longest + 8, do_sample=False
@@ -235,11 +244,11 @@ def retention(
                 "interval": wilson_interval(right, problems),
                 "problems": problems,
                 "budget": budget,
-                "prompt_tokens": width,
+                "prompt_tokens": prompt_tokens / problems,
                 "decoded_tokens": tokens / problems,
                 "peak_kv_bytes": peak,
                 "milliseconds_a_token": 1e3 * seconds / decoded,
-                "batch_size": batch_size,
+                "batch_size": min(batch_size, problems),
             }
         )
     detach(model)

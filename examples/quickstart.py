@@ -49,7 +49,8 @@ LINKING = {
     "linking": "{arm}",
     "accuracy": "{accuracy:.3f}",
     "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
-    "recomputed": "{tokens_recomputed:.0f} of {prompt_tokens}",
+    "KL to full": "{kl_to_full:.1e}",
+    "recomputed": "{tokens_recomputed:.0f} of {prompt_tokens:.0f}",
     "first token": "{first_token_ms:.1f} ms",
     "long prompt": "{long_tokens_recomputed} of {long_prompt_tokens}",
     "its first token": "{long_first_token_ms:.1f} ms",
@@ -87,8 +88,8 @@ def show(results: dict[str, list[Row]]) -> None:
     print(f"\nLookup in 8 documents, {link[0]['problems']} problems; long prompt: many documents")
     print(table(link, LINKING))
     print(
-        f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']} prompt tokens, "
-        f"budget {kept[0]['budget']} tokens, batch {kept[0]['batch_size']}; KV of one row"
+        f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']:.0f} "
+        f"prompt tokens, budget {kept[0]['budget']}, batch {kept[0]['batch_size']}; KV of one row"
     )
     print(table(kept, RETENTION))
     print(f"\nCompletion time, load {jobs[0]['load']}, {jobs[0]['jobs']} jobs x {jobs[0]['seeds']}")
@@ -141,28 +142,44 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
     plt.close(figure)
 
 
-def own_documents(name: str, paths: list[Path], question: str, new_tokens: int) -> None:
-    """Link the user's files on any model: what each arm answers, costs, and how far it strays."""
+def own_documents(name: str, paths: list[Path], question: str, new_tokens: int, out: Path) -> None:
+    """Link the user's files on any model: what each arm answers, costs, and how far it strays.
+
+    The texts are joined as they are, with an empty line after each file; no chat template.
+    """
     model, tokenizer = load(name)
     pic = PIC(model, tokenizer)
-    documents = [path.read_text() for path in paths]
+    documents = [path.read_text().strip() + "\n\n" for path in paths]
     begun = time.perf_counter()
     chunks = [pic.compile(document) for document in documents]
     print(f"compiled {len(chunks)} documents in {time.perf_counter() - begun:.2f} s: {pic.store}\n")
     ids = pic.link(chunks, question, LINK_ARMS[0][1])["input_ids"]
     with torch.no_grad():
-        full = model(ids, logits_to_keep=1).logits[:, -1].log_softmax(-1)
+        full = model(ids, logits_to_keep=1).logits[:, -1].double().log_softmax(-1)
     plain = statistics.median(first_token_seconds(model, ids) for _ in range(3))
     print(f"full prefill: {ids.shape[1]} tokens, first token after {1e3 * plain:.1f} ms\n")
+    rows = []
     for arm, method, bos in LINK_ARMS:
         if bos:
             continue  # the tokenizer decides whether a document begins with a BOS
         prompt = pic.link(chunks, question, method)
-        linked = prompt.logits.log_softmax(-1)
+        linked = prompt.logits.double().log_softmax(-1)
         divergence = float((full.exp() * (full - linked)).sum())
-        out = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
-        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        tokens = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
+        answer = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+        rows.append({"arm": arm, "kl_to_full": divergence, "answer": answer, **vars(prompt.report)})
         print(f"{arm}: KL to full {divergence:.2e}\n{prompt.report}\nanswer: {answer!r}\n")
+
+    configuration = {"model": name, "documents": [str(p) for p in paths], "question": question}
+    record = {
+        "configuration": configuration,
+        "environment": environment(),
+        "full_prefill_seconds": plain,
+        "linking": rows,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "own_documents.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {out / 'own_documents.json'}")
 
 
 def main() -> None:
@@ -185,7 +202,10 @@ def main() -> None:
     if (args.documents is None) != (args.question is None):
         parser.error("--documents and --question go together")
     if args.documents:
-        own_documents(args.model, args.documents, args.question, args.new_tokens)
+        for path in args.documents:
+            if not path.is_file() or not path.read_text().strip():
+                parser.error(f"{path} is no file with text in it")
+        own_documents(args.model, args.documents, args.question, args.new_tokens, args.out)
         return
     if args.model != str(REFERENCE_MODEL):
         parser.error(

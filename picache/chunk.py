@@ -50,7 +50,13 @@ def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
     Raises:
         PICacheError: when it is empty, not one-dimensional integers, or out of the vocabulary.
     """
-    tensor = torch.as_tensor(tokens)
+    try:
+        tensor = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PICacheError(
+            f"{what} must be a text, a list of token ids or a 1-D integer tensor, got "
+            f"{type(tokens).__name__}"
+        ) from error
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         if tensor.numel() == 0:
             raise PICacheError(f"{what} is empty: give at least one token")

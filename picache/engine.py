@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from picache.chunk import KV, Chunk
-from picache.errors import PICacheError
 from picache.plan import Layout, LinkMethod, rows_to_compute
 from picache.report import LinkReport
 from picache.rope import Angles, Rotation, difference, rotate
@@ -22,13 +21,14 @@ def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
     return model.prefill(torch.tensor([ids]))
 
 
-def fetch(model: "HFModel", store: ChunkStore, chunk: Chunk) -> list[KV]:
-    """The chunk's KV from the store, compiled again when it was evicted."""
+def fetch(model: "HFModel", store: ChunkStore, chunk: Chunk) -> tuple[list[KV], bool]:
+    """The chunk's KV and whether the store had it; compiled again when it was evicted."""
     kv = store.get(chunk.key)
-    if kv is None:
-        kv = compile_chunk(model, chunk.ids)
-        store.put(chunk.key, kv)
-    return kv
+    if kv is not None:
+        return kv, True
+    kv = compile_chunk(model, chunk.ids)
+    store.put(chunk.key, kv)
+    return kv, False
 
 
 class _Clock:
@@ -87,6 +87,12 @@ def _move_keys(model: "HFModel", kv: list[KV], skips: list[int], layout: Layout)
         keys[:, :, first:context] = rotate(keys[:, :, first:context], turns[same], rotation.layout)
 
 
+def layout_of(chunks: list[Chunk], skips: list[int], query: tuple[int, ...]) -> Layout:
+    """Where chunks, less their skipped leading tokens, and the query stand."""
+    lengths = (chunk.num_tokens - skip for chunk, skip in zip(chunks, skips, strict=True))
+    return Layout(tuple(lengths), len(query))
+
+
 def link_row(
     model: "HFModel",
     store: ChunkStore,
@@ -108,26 +114,15 @@ def link_row(
     Returns:
         Token ids ``[tokens]``, KV of every token per layer, logits of the first new token
         ``[1, vocab_size]``, and the report.
-
-    Raises:
-        PICacheError: when the prompt is longer than the model's positions.
     """
-    layout = Layout(
-        tuple(chunk.num_tokens - skip for chunk, skip in zip(chunks, skips, strict=True)),
-        len(query),
-    )
-    if model.max_length is not None and layout.total_length > model.max_length:
-        raise PICacheError(
-            f"the linked prompt has {layout.total_length} tokens, the model has positions for "
-            f"{model.max_length}: link fewer or shorter chunks"
-        )
+    layout = layout_of(chunks, skips, query)
     rows = rows_to_compute(method, layout)
-    hits = sum(chunk.key in store for chunk in chunks)
     tokens = [chunk.ids[skip:] for chunk, skip in zip(chunks, skips, strict=True)]
     ids = torch.tensor([token for part in (*tokens, query) for token in part])
 
     clock = _Clock(model.device)
-    parts = [fetch(model, store, chunk) for chunk in chunks]
+    fetched = [fetch(model, store, chunk) for chunk in chunks]
+    parts, hits = [kv for kv, _ in fetched], sum(hit for _, hit in fetched)
     compiling = clock.lap()
     kv = _place(parts, skips, layout)
     loading = clock.lap()

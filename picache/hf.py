@@ -114,10 +114,20 @@ class LinkedLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    is_croppable = False
+
+    def __init__(self, keys: Tensor, values: Tensor, index: int) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values, self.index = keys, values, index
+
+    def crop(self, *args: object, **kwargs: object) -> None:
+        """Refused: assisted decoding feeds the prompt again and then rolls back."""
+        _refuse_assistance()
+
+    def activate_past_recording(self) -> None:
+        """Refused, before anything is fed."""
+        _refuse_assistance()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -135,16 +145,34 @@ class LinkedLayer(DynamicLayer):
                     "link one prompt per row, or generate from this prompt's own input_ids"
                 )
             self.batch_repeat_interleave(batch // held)
-        seen = self.keys.shape[2]
-        if key_states.shape[2] >= seen and torch.allclose(
-            key_states[:, :, :seen].float(), self.keys.float(), atol=1e-3, rtol=1e-3
-        ):
+        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states):
             raise PICacheError(
-                f"the cache already holds all {seen} tokens of the prompt and the model was given "
-                "them again: pass input_ids with at least one token more than the cache, as "
-                "PIC.link returns them"
+                f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
+                "some of them again: pass input_ids with at least one token more than the cache, "
+                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run"
             )
         return super().update(key_states, value_states)
+
+    def _holds(self, new: Tensor) -> bool:
+        """Whether the first two new keys of layer 0 stand in the cache already, side by side.
+
+        In layer 0 a key depends on its token and position alone, so equal keys are tokens of the
+        prompt fed at their old positions again; the same tokens at later positions differ by a
+        whole rotation. The bound is far over the rounding of half precision.
+        """
+        errors = []
+        for place in (0, 1):
+            key = new[:, :, place : place + 1].float()
+            distance = (self.keys.float() - key).square().sum(dim=(1, 3))
+            errors.append(distance / key.square().sum(dim=(1, 3)))
+        return bool(((errors[0][:, :-1] < 0.01) & (errors[1][:, 1:] < 0.01)).any())
+
+
+def _refuse_assistance() -> None:
+    raise PICacheError(
+        "a linked cache cannot roll back, so assisted and prompt-lookup decoding and crop() are "
+        "refused: leave out assistant_model and prompt_lookup_num_tokens"
+    )
 
 
 class LinkedCache(Cache):
@@ -155,7 +183,7 @@ class LinkedCache(Cache):
     """
 
     def __init__(self, kv: list[KV]) -> None:
-        self._linked = [LinkedLayer(keys, values) for keys, values in kv]
+        self._linked = [LinkedLayer(keys, values, i) for i, (keys, values) in enumerate(kv)]
         super().__init__(layers=list(self._linked))
 
     def fork(self) -> "LinkedCache":
@@ -177,6 +205,8 @@ class HFModel:
                 "load it with AutoModelForCausalLM.from_pretrained"
             )
         name = type(model).__name__
+        if model.training:
+            raise PICacheError(f"{name} is in training mode: call model.eval() first")
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if not model._supports_attention_backend:  # noqa: SLF001 - no public name for it
@@ -192,7 +222,7 @@ class HFModel:
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         self._rotary = self._find_rotary()
         self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
-        self.fingerprint = self._fingerprint()
+        self._digest: tuple[object, str] = (None, "")
 
     @property
     def device(self) -> torch.device:
@@ -235,17 +265,27 @@ class HFModel:
         return [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
 
     def _keys_at(self, position: int, token: int) -> list[Tensor]:
-        kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
+        try:
+            kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
+            moved = self.prefill(torch.tensor([[token % self.vocab_size]]), position + 1)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise PICacheError(
+                f"{type(self.model).__name__} does not prefill into a plain DynamicCache "
+                f"({type(error).__name__}: {error}): its layers keep another kind of state, use a "
+                "full prefill with this model"
+            ) from error
         layers = self.config.num_hidden_layers
         if len(kv) != layers or any(keys is None or keys.dim() != 4 for keys, _ in kv):
             raise PICacheError(
                 f"{type(self.model).__name__} has {layers} layers but caches keys and values in "
                 f"{len(kv)}: layers with another kind of state cannot be linked"
             )
-        if any(keys.shape[-1] != values.shape[-1] for keys, values in kv):
+        same = zip(kv, moved, strict=True)
+        if any((here - there).norm() > 0.02 * here.norm() for (_, here), (_, there) in same):
             raise PICacheError(
-                f"{type(self.model).__name__} caches latents instead of keys and values (MLA), "
-                "which linking does not know: use a full prefill with this model"
+                f"{type(self.model).__name__} caches values that depend on the position "
+                "(latents, as in MLA), which linking does not know: "
+                "use a full prefill with this model"
             )
         return [keys for keys, _ in kv]
 
@@ -310,19 +350,30 @@ class HFModel:
             for config, implementation in before:
                 config._attn_implementation = implementation  # noqa: SLF001
 
-    def _fingerprint(self) -> str:
-        """SHA-256 over the configuration, and each parameter's name, shape, dtype and first values.
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
 
-        Two models of one configuration but other weights, or another dtype, never share a chunk.
+        Models of one configuration with other weights or another dtype do not share chunks. Made
+        again when a tensor was replaced or written to since the last time.
         """
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        state = tuple((t.data_ptr(), t._version) for _, t in tensors)  # noqa: SLF001
+        if state != self._digest[0]:
+            self._digest = (state, self._sums(tensors))
+        return self._digest[1]
+
+    @torch.no_grad()
+    def _sums(self, tensors: list[tuple[str, Tensor]]) -> str:
         config = copy.deepcopy(self.config.to_dict())
         for volatile in ("_name_or_path", "transformers_version", "_attn_implementation"):
             config.pop(volatile, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            sample = parameter.detach().flatten()[:64].float().cpu()
-            digest.update(sample.numpy().tobytes())
+        for name, tensor in tensors:
+            bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+            bits = bits.view(torch.int16) if bits.numel() % 2 == 0 else bits
+            sums = [int(bits[::step].sum(dtype=torch.int64)) for step in (1, 2, 3, 7)]
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{sums}".encode())
         return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The public face: compile chunks once, link them in any order."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -7,10 +8,10 @@ import torch
 from torch import Tensor
 
 from picache.chunk import KV, Chunk, as_ids, content_key
-from picache.engine import compile_chunk, link_row
+from picache.engine import compile_chunk, layout_of, link_row
 from picache.errors import PICacheError
 from picache.methods import LegoLink
-from picache.plan import LinkMethod
+from picache.plan import LinkMethod, rows_to_compute
 from picache.report import LinkReport, total
 from picache.store import ChunkStore, kv_bytes
 
@@ -41,12 +42,13 @@ class LinkedPrompt(Mapping[str, Any]):
         cache: "LinkedCache",
         logits: Tensor,
         reports: tuple[LinkReport, ...],
+        seconds: float,
     ) -> None:
         self._inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._cache = cache
         self.logits = logits
         self.reports = reports
-        self.report = total(reports)
+        self.report = total(reports, seconds)
 
     def __getitem__(self, name: str) -> Any:
         return self._cache.fork() if name == "past_key_values" else self._inputs[name]
@@ -96,7 +98,15 @@ class PIC:
         self.tokenizer = tokenizer
         self.store = ChunkStore() if store is None else store
         self.sinks = sinks
-        self.bos_token_id: int | None = self._model.config.bos_token_id
+        self._bos = self._special("bos_token_id")
+
+    def _special(self, name: str) -> tuple[int, ...]:
+        """The ids of a special token: the tokenizer's, else the model configuration's."""
+        for source in (self.tokenizer, self._model.model.generation_config, self._model.config):
+            found = None if source is None else getattr(source, name, None)
+            if found is not None:
+                return tuple(found) if isinstance(found, list | tuple) else (found,)
+        return ()
 
     def _tokens(self, document: Document, what: str, special: bool) -> tuple[int, ...]:
         if isinstance(document, str):
@@ -149,22 +159,44 @@ class PIC:
             PICacheError: on an empty list, an empty query, a chunk of another model, or a prompt
                 longer than the model's positions; the store is unchanged.
         """
+        begun = time.perf_counter()
         method = LegoLink() if method is None else method
+        if isinstance(method, type) or not isinstance(method, LinkMethod):
+            raise PICacheError(
+                f"method={method!r} is no link method: give one such as LegoLink(k=16)"
+            )
+        if not isinstance(chunks, list | tuple):
+            raise PICacheError(
+                f"chunks must be a list of what PIC.compile returned, got {type(chunks).__name__}"
+            )
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
             checked = [self._check(chunks, query)]
+        elif not isinstance(chunks[0], list | tuple):
+            raise PICacheError(
+                f"link takes chunks that PIC.compile returned, got {type(chunks[0]).__name__} at "
+                "place 0: compile the document first"
+            )
         else:
-            if isinstance(query, str | Tensor) or len(query) != len(chunks):
+            if not isinstance(query, list | tuple) or len(query) != len(chunks):
                 raise PICacheError(
                     f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
                 )
             checked = [self._check(row, q) for row, q in zip(chunks, query, strict=True)]
+        for row, skips, tokens in checked:  # refuse before anything is loaded or compiled
+            layout = layout_of(row, skips, tokens)
+            if (limit := self._model.max_length) is not None and layout.total_length > limit:
+                raise PICacheError(
+                    f"the linked prompt has {layout.total_length} tokens, the model has positions "
+                    f"for {limit}: link fewer or shorter chunks"
+                )
+            rows_to_compute(method, layout)
         linked = [
             link_row(self._model, self.store, row, skips, tokens, method)
             for row, skips, tokens in checked
         ]
-        return self._batch(linked)
+        return self._batch(linked, begun)
 
     def _check(self, chunks: Any, query: Any) -> tuple[list[Chunk], list[int], tuple[int, ...]]:
         """A row with the leading tokens to leave out of each chunk, and the query's ids."""
@@ -182,27 +214,30 @@ class PIC:
                     f"{chunk!r} at place {index} was compiled with another model, dtype or "
                     "weights: compile it with this PIC"
                 )
-            bos = index > 0 and self.sinks == "drop" and chunk.ids[0] == self.bos_token_id
+            bos = index > 0 and self.sinks == "drop" and chunk.ids[0] in self._bos
             if bos and chunk.num_tokens == 1:
                 raise PICacheError(
                     f"{chunk!r} at place {index} is only a BOS, which sinks='drop' leaves out"
                 )
             skips.append(int(bos))
         tokens = self._tokens(query, "the query", special=self.sinks == "keep")
-        if self.sinks == "drop" and tokens[0] == self.bos_token_id:
+        if self.sinks == "drop" and tokens[0] in self._bos:
             tokens = tokens[1:]
         if not tokens:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
         return list(chunks), skips, tokens
 
-    def _batch(self, rows: list[tuple[Tensor, list[KV], Tensor, LinkReport]]) -> LinkedPrompt:
+    def _batch(
+        self, rows: list[tuple[Tensor, list[KV], Tensor, LinkReport]], begun: float
+    ) -> LinkedPrompt:
         """Left-pad the rows; the last token of each is left for `generate` to feed."""
         from picache.hf import LinkedCache
 
         width = max(len(ids) for ids, *_ in rows)
         device = self._model.device
-        input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
+        pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
+        input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for index, (ids, *_) in enumerate(rows):
             input_ids[index, width - len(ids) :] = ids
             mask[index, width - len(ids) :] = 1
@@ -224,4 +259,5 @@ class PIC:
             LinkedCache(kv),
             torch.cat([logits for _, _, logits, _ in rows]),
             tuple(report for *_, report in rows),
+            time.perf_counter() - begun,
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Layout:
         return self.context_length + self.query_length
 
 
+@runtime_checkable
 class LinkMethod(Protocol):
     """Which tokens of the linked chunks are recomputed. Configuration only, no state."""
 
@@ -48,6 +49,12 @@ class LinkMethod(Protocol):
         ``[layout.chunk_lengths[0], layout.context_length)``.
         """
         ...
+
+
+def check_tokens(name: str, k: int) -> None:
+    """Raise PICacheError unless `k` is a whole number of at least 0."""
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        raise PICacheError(f"{name} needs a whole number k >= 0 of tokens per chunk, got {k!r}")
 
 
 def rows_to_compute(method: LinkMethod, layout: Layout) -> Tensor:

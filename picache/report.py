@@ -13,11 +13,12 @@ class LinkReport:
         tokens_total: tokens of the prompt.
         tokens_reused: tokens whose KV was taken as compiled.
         tokens_recomputed: tokens that went through the layers, the query included.
-        bytes_loaded: bytes of KV taken from the store.
+        bytes_loaded: bytes of KV copied into the prompt.
         hits: chunks found in the store.
         misses: chunks that had been evicted and were compiled again.
         seconds: "compile" (misses only), "load" (copy into the prompt), "rotate", "recompute", and
-            "first_token": all of them together, up to the logits of the first new token.
+            "first_token": the whole of `PIC.link`, which ends with the logits of the first new
+            token (`generate` runs the last token once more, to sample from it itself).
     """
 
     method: str
@@ -44,8 +45,8 @@ class LinkReport:
         )
 
 
-def total(reports: Iterable[LinkReport]) -> LinkReport:
-    """The sums over the rows of a batch."""
+def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
+    """The sums over the rows of a batch; `seconds` is what linking all of them took."""
     rows = list(reports)
     return LinkReport(
         method=rows[0].method,
@@ -55,5 +56,6 @@ def total(reports: Iterable[LinkReport]) -> LinkReport:
         bytes_loaded=sum(r.bytes_loaded for r in rows),
         hits=sum(r.hits for r in rows),
         misses=sum(r.misses for r in rows),
-        seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds},
+        seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
+        | {"first_token": seconds},
     )

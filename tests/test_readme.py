@@ -1,10 +1,19 @@
 """The README's code runs as pasted, and its test command is the one CI runs."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,3 +56,30 @@ def test_the_tables_are_those_of_the_result_file(monkeypatch):
     rendered = render_tables.tables(record)
     assert rendered.count("\n| ") > 20
     assert rendered in README
+
+
+def test_the_quickstart_links_own_files_on_any_model(tmp_path):
+    """As a user would: a model folder, two files, a question; answers, report and JSON."""
+    model = tiny_model("llama")
+    words = {f"w{i}": i for i in range(128)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i}" for i in range(5, 40)))
+    (tmp_path / "b.txt").write_text(" ".join(f"w{i}" for i in range(60, 90)))
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--out", str(tmp_path)]
+    command += ["--model", str(tmp_path / "model"), "--question", "w7 w8", "--new-tokens", "4"]
+    files = ["--documents", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command + files, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert "compiled 2 documents" in run.stdout
+    rows = json.loads((tmp_path / "own_documents.json").read_text())["linking"]
+    assert [row["arm"] for row in rows][:2] == ["full", "naive"]
+    assert rows[0]["kl_to_full"] < 1e-9 < rows[1]["kl_to_full"]
+    assert rows[1]["tokens_recomputed"] == 2
+    files[1] = str(tmp_path / "absent.txt")
+    run = subprocess.run(command + files, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2
+    assert "absent.txt is no file with text in it" in run.stderr

@@ -85,7 +85,7 @@ def test_the_model_is_small_and_says_how_it_was_made():
 
 @pytest.mark.slow
 def test_full_attention_solves_both_tasks(reference):
-    """The bar of the model card, on a part of the problems it was measured on."""
+    """The bar of the model card, on other problems of the same kind."""
     model, tokenizer = reference
     rng = random.Random(7 * 10**9)
     problems = [lookup_problem(rng) for _ in range(100)]

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.errors import PICacheError
-from picache.plan import Layout
+from picache.plan import Layout, check_tokens
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,22 @@ class LegoLink:
 
     Departures from the authors' code: chunks shorter than `k` are clamped, where the code spills
     into the next chunk and makes duplicates; BOS tokens in the middle are dropped unless
-    ``PIC(sinks="keep")``, where the code keeps them, so that its k counts the BOS.
+    ``PIC(sinks="keep")``, where the code keeps them, so that its k counts the BOS. The paper's
+    LegoLink-0 compiles every chunk behind four dummy tokens (its code: three and a BOS); here
+    ``k=0`` recomputes nothing and the only dummy is a BOS that the chunk may begin with.
 
     Args:
         k: tokens per chunk; 16 is the setting of the paper's throughput figures. 0 recomputes
             nothing but the query.
 
     Raises:
-        PICacheError: when `k` is negative.
+        PICacheError: when `k` is not a whole number of at least 0.
     """
 
     k: int = 16
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise PICacheError(f"LegoLink needs k >= 0 tokens per chunk, got {self.k}")
+        check_tokens("LegoLink", self.k)
 
     def recompute(self, layout: Layout) -> Tensor:
         """The first min(k, length) positions of every chunk but the first."""

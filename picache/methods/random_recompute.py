@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.errors import PICacheError
-from picache.plan import Layout
+from picache.plan import Layout, check_tokens
 
 
 @dataclass(frozen=True)
@@ -20,15 +19,14 @@ class RandomRecompute:
         seed: the draw is a function of the seed and the layout alone.
 
     Raises:
-        PICacheError: when `k` is negative.
+        PICacheError: when `k` is not a whole number of at least 0.
     """
 
     k: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.k < 0:
-            raise PICacheError(f"RandomRecompute needs k >= 0 tokens per chunk, got {self.k}")
+        check_tokens("RandomRecompute", self.k)
 
     def recompute(self, layout: Layout) -> Tensor:
         """min(k, length) positions drawn without replacement in every chunk but the first."""

@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from picache import PIC, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
 from picache.plan import Layout
-from tests.helpers import FAMILIES, assert_close, random_ids, tiny_model
+from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 
+FAMILIES = tuple(CONFIGS)
 LENGTHS = (7, 20, 33, 1, 18)
 
 
@@ -244,6 +245,34 @@ def test_any_layout_links(lengths, query, k, seed, data):
     assert prompt.report.tokens_reused == len(ids) - recomputed
     if k >= max((len(d) for d in documents[1:]), default=0):
         assert_close("logits", prompt.logits, prefill(pic._model.model, ids)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_chosen_rows_go_through_the_layers(family):
+    """Truly sparse: every linear layer sees the recomputed rows and nothing else."""
+    pic = PIC(tiny_model(family))
+    documents, query = prompt_parts()
+    chunks = [pic.compile(d) for d in documents]
+    rows: set[int] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda m, inputs: rows.add(inputs[0].shape[1]))
+        for layer in pic._model.decoder.layers
+        for module in layer.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    prompt = pic.link(chunks, query, LegoLink(3))
+    for hook in hooks:
+        hook.remove()
+    assert rows == {prompt.report.tokens_recomputed} == {3 + 3 + 1 + 3 + 9}
+
+
+def test_a_chunk_may_stand_in_two_places():
+    pic = pic_of("llama")
+    (document,), query = prompt_parts((13,))
+    chunk = pic.compile(document)
+    prompt = pic.link([chunk, chunk, chunk], query, LegoLink(13))
+    expected, _ = prefill(pic._model.model, torch.cat([document] * 3 + [query]))
+    assert_close("logits", prompt.logits, expected)
 
 
 def test_linking_leaves_the_model_as_it_was():

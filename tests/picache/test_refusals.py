@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from picache import PIC, LegoLink, PICacheError, RandomRecompute
+from picache import PIC, ChunkStore, LegoLink, PICacheError, RandomRecompute
 from tests.helpers import SHAPE, random_ids, tiny_model
 
 
@@ -16,13 +16,41 @@ def pic():
     return PIC(tiny_model("llama"))
 
 
-def test_the_whole_prompt_fed_again_is_refused(pic):
-    document, query = random_ids(12), random_ids(5, seed=2)
-    prompt = pic.link([pic.compile(document)], query)
-    covered = torch.cat([document, query])[None, :-1]
-    with pytest.raises(PICacheError, match=r"already holds all 16 tokens.*at least one token more"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lengths", [(12,), (7, 20, 33)])
+def test_the_whole_prompt_fed_again_is_refused(dtype, lengths):
+    pic = PIC(tiny_model("llama", dtype=dtype))
+    model = pic._model.model
+    documents = [random_ids(n, seed=n) for n in lengths]
+    prompt = pic.link([pic.compile(d) for d in documents], random_ids(5, seed=2))
+    covered, cache = prompt["input_ids"][:, :-1], prompt["past_key_values"]
+    with pytest.raises(PICacheError, match=r"already holds \d+ tokens.*at least one token more"):
+        model.generate(covered, past_key_values=cache, max_new_tokens=2)
+    used = prompt["past_key_values"]
+    first = model.generate(
+        prompt["input_ids"], past_key_values=used, max_new_tokens=3, do_sample=False
+    )
+    with pytest.raises(PICacheError, match="take a fresh cache from the prompt"):
+        model.generate(prompt["input_ids"], past_key_values=used, max_new_tokens=3)
+    again = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(first, again)
+
+
+def test_a_covered_padded_batch_is_refused(pic):
+    rows = [[pic.compile(random_ids(n, seed=n)) for n in lengths] for lengths in ((5, 9), (14, 8))]
+    prompt = pic.link(rows, [random_ids(3), random_ids(4)])
+    covered = {name: prompt[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(PICacheError, match="already holds 25 tokens"):
         pic._model.model.generate(
-            covered, past_key_values=prompt["past_key_values"], max_new_tokens=2
+            **covered, past_key_values=prompt["past_key_values"], max_new_tokens=2
+        )
+
+
+def test_assisted_decoding_is_refused(pic):
+    prompt = pic.link([pic.compile(random_ids(n)) for n in (7, 12)], random_ids(5))
+    with pytest.raises(PICacheError, match="leave out assistant_model and prompt_lookup"):
+        pic._model.model.generate(
+            **prompt, prompt_lookup_num_tokens=3, max_new_tokens=5, eos_token_id=2
         )
 
 
@@ -36,6 +64,8 @@ def test_the_whole_prompt_fed_again_is_refused(pic):
         (torch.zeros(3), "dtype torch.float32"),
         (list(range(3, 120)) * 5, "585 tokens is longer than the model's 512"),
         ("some text", "has no tokenizer"),
+        (None, r"a document must be a text.*got NoneType"),
+        (["a", "b"], r"a document must be a text.*got list"),
     ],
 )
 def test_bad_documents(pic, document, says):
@@ -54,10 +84,34 @@ def test_bad_links(pic):
         pic.link([chunk, "text"], random_ids(3))
     with pytest.raises(PICacheError, match="as many queries"):
         pic.link([[chunk], [chunk]], random_ids(3))
+    with pytest.raises(PICacheError, match="got str at place 0"):
+        pic.link(["text"], random_ids(3))
+    with pytest.raises(PICacheError, match="got Chunk"):
+        pic.link(chunk, random_ids(3))
+    with pytest.raises(PICacheError, match=r"the query must be a text.*got NoneType"):
+        pic.link([chunk], None)
+    for method in (LegoLink, "naive"):
+        with pytest.raises(PICacheError, match="is no link method"):
+            pic.link([chunk], random_ids(3), method)
     with pytest.raises(PICacheError, match="positions for 512"):
         pic.link([chunk] * 60, random_ids(3))
     with pytest.raises(PICacheError, match="compiled with another model"):
         PIC(tiny_model("llama", seed=3)).link([chunk], random_ids(3))
+    with torch.no_grad():
+        pic._model.model.model.layers[1].mlp.down_proj.weight[10:] += 1
+    with pytest.raises(PICacheError, match="compiled with another model"):
+        pic.link([chunk], random_ids(3))
+
+
+def test_a_batch_with_a_bad_row_leaves_the_store_alone():
+    model = tiny_model("llama")
+    one = PIC(model).compile(random_ids(20)).nbytes
+    pic = PIC(model, store=ChunkStore(device_bytes=one))
+    chunks = [pic.compile(random_ids(20, seed=s)) for s in (1, 2)]
+    with pytest.raises(PICacheError, match="positions for 512"):
+        pic.link([[chunks[0]], [chunks[1]] * 30], [random_ids(3)] * 2)
+    assert chunks[1].key in pic.store
+    assert pic.store.misses == 2
 
 
 def test_a_method_may_not_touch_the_prefix_or_the_query(pic):
@@ -70,10 +124,11 @@ def test_a_method_may_not_touch_the_prefix_or_the_query(pic):
         pic.link(chunks, random_ids(3), Greedy())
 
 
+@pytest.mark.parametrize("k", [-1, 2.5, "4", True])
 @pytest.mark.parametrize("method", [LegoLink, RandomRecompute])
-def test_negative_k(method):
-    with pytest.raises(PICacheError, match=r"k >= 0 tokens per chunk, got -1"):
-        method(-1)
+def test_k_is_a_whole_number(method, k):
+    with pytest.raises(PICacheError, match=f"whole number k >= 0 of tokens per chunk, got {k!r}"):
+        method(k)
 
 
 def test_unknown_models_are_refused():
@@ -83,9 +138,26 @@ def test_unknown_models_are_refused():
         transformers.FalconConfig(
             vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
         )
-    )
+    ).eval()
     with pytest.raises(PICacheError, match="attention interface"):
         PIC(falcon)
+    with pytest.raises(PICacheError, match=r"call model.eval\(\) first"):
+        PIC(tiny_model("llama").train())
+    latent = dict(q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16)
+    mla = transformers.DeepseekV3Config(
+        **{**SHAPE, "num_key_value_heads": 4},
+        **latent,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=4,
+        moe_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+    )
+    with pytest.raises(PICacheError, match=r"latents, as in MLA|no known rotary"):
+        PIC(transformers.AutoModelForCausalLM.from_config(mla).eval())
     with pytest.raises(PICacheError, match="sinks must be 'drop' or 'keep', got 'no'"):
         PIC(tiny_model("llama"), sinks="no")
 
