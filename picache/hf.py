@@ -149,7 +149,9 @@ class LinkedLayer(DynamicLayer):
             raise PICacheError(
                 f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
                 "some of them again: pass input_ids with at least one token more than the cache, "
-                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run"
+                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run; "
+                "for assisted decoding, which feeds it again, leave out assistant_model and "
+                "prompt_lookup_num_tokens"
             )
         return super().update(key_states, value_states)
 
