@@ -103,7 +103,7 @@ def lookup_problem(
 
 
 def reasoning_problem(rng: random.Random, steps: int = 40) -> ReasoningProblem:
-    """`steps` variables in alphabetical order: two digits, then sums and differences modulo ten.
+    """`steps` variables in alphabetical order: two digits, then sums modulo ten.
 
     One operand is one of the last three variables, the other lies further back, at a distance
     that falls off exponentially (mean about eight lines).
@@ -122,12 +122,9 @@ def reasoning_problem(rng: random.Random, steps: int = 40) -> ReasoningProblem:
             far = i - 1 - min(int(rng.expovariate(0.125)), i - 1)
             left, right = (near, far) if rng.random() < 0.5 else (far, near)
             a, b = values[left], values[right]
-            operator = rng.choice("+-")
-            value = (a + b if operator == "+" else a - b) % 10
-            definitions.append(f"{name} = {names[left]} {operator} {names[right]} ;")
-            lines.append(
-                f"{name} = {names[left]} {a} {operator} {names[right]} {b} so {name} {value} ;"
-            )
+            value = (a + b) % 10
+            definitions.append(f"{name} = {names[left]} + {names[right]} ;")
+            lines.append(f"{name} = {names[left]} {a} + {names[right]} {b} so {name} {value} ;")
         values.append(value)
     prompt = f"{REASONING_SYSTEM} Definitions : {' '.join(definitions)} Question : {names[-1]} ;"
     solution = f"{' '.join(lines)} Answer : {values[-1]} . {EOS}"

@@ -56,6 +56,7 @@ def test_the_tables_are_those_of_the_result_file(monkeypatch):
     rendered = render_tables.tables(record)
     assert rendered.count("\n| ") > 20
     assert rendered in README
+    assert (ROOT / "docs" / "cap.md").read_text() == render_tables.cap_page(record)
 
 
 def test_the_quickstart_links_own_files_on_any_model(tmp_path):
