@@ -221,7 +221,8 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
-        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        | {"model": "examples/reference_model"},
         "environment": environment(),
         "seconds": time.perf_counter() - begun,
         **results,
