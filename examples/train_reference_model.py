@@ -89,11 +89,12 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
     other for tens of millions of tokens. So in layer 0 head h begins by looking h + 1 tokens back
     (h < 5): a key bias u and a query bias that is u turned back by the offset make the score
     largest at that distance. Its value is a projection A of the token, put into a part B_h of the
-    residual stream. In layer 1 four heads begin by comparing A of one token with A of another: the
-    token itself with what stood before a key, what stood before it with what stood two before a
-    key, and what stood before it with what head 6 of layer 0 brings: the latest town, which it
-    finds by a direction that the embeddings of all towns begin with. Everything is trained from
-    there like the rest.
+    residual stream. In layer 1 four heads begin by comparing such projections of what stands at and
+    before a token with those at and before the keys: the token itself with what stood before a key
+    (where was this variable given its value?), the last two tokens with the two before a key (what
+    came after these two?), the same with the latest town in place of the first (head 6 of layer 0
+    finds it by a direction that the embeddings of all towns begin with), and the tokens two and
+    four back with those two and four before a key. Everything is trained from there like the rest.
     """
     config, (first, second) = model.config, (layer.self_attn for layer in model.model.layers[:2])
     head_dim, hidden, half, fastest = config.head_dim, config.hidden_size, config.head_dim // 2, 6
@@ -128,15 +129,18 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
     for head, part in into.items():
         first.o_proj.weight[:, head * head_dim : head * head_dim + len(slow)] = 0.3 * part
 
-    def match(head: int, query: Tensor, key: Tensor) -> None:
+    def match(head: int, *pairs: tuple[Tensor, Tensor]) -> None:
         kv_head = head // (config.num_attention_heads // config.num_key_value_heads)
-        second.q_proj.weight[head * head_dim + slow] = gain * query
-        second.k_proj.weight[kv_head * head_dim + slow] = gain * key
+        for query, key in pairs:  # each in a basis of its own, or they would match crosswise
+            basis = torch.nn.init.orthogonal_(torch.empty(len(slow), len(slow)))
+            second.q_proj.weight[head * head_dim + slow] += gain * basis @ query
+            second.k_proj.weight[kv_head * head_dim + slow] += gain * basis @ key
 
-    match(0, bring, into[0].T)
-    match(2, into[0].T, into[1].T)
-    match(4, into[0].T, into[6].T)
-    match(6, into[3].T, into[3].T)
+    itself, before, two_before, four_before, town = bring, *(into[h].T for h in (0, 1, 3, 6))
+    match(0, (itself, before))
+    match(2, (before, two_before), (itself, before))
+    match(4, (before, town), (itself, before))
+    match(6, (four_before, four_before), (two_before, two_before))
     # What is found is copied: a share of the embedding per head, written back where it was.
     second.v_proj.weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(second.v_proj.weight)))
     for head in (0, 2, 4, 6):

@@ -10,16 +10,32 @@ After EPIC (arXiv 2410.15332).
 
 from picache.chunk import Chunk
 from picache.errors import PICacheError
-from picache.methods import FullRecompute, LegoLink, NaiveReuse, RandomRecompute
+from picache.methods import (
+    A3,
+    CacheBlend,
+    Combined,
+    FullRecompute,
+    LegoLink,
+    NaiveReuse,
+    OracleDeviation,
+    ProphetKV,
+    RandomRecompute,
+)
 from picache.pic import PIC, LinkedPrompt
-from picache.plan import Layout, LinkMethod
+from picache.plan import Evidence, Layout, LinkMethod
 from picache.report import LinkReport
+from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore
 
 __all__ = [
+    "A3",
     "PIC",
+    "CacheBlend",
     "Chunk",
     "ChunkStore",
+    "Combined",
+    "DummySinks",
+    "Evidence",
     "FullRecompute",
     "Layout",
     "LegoLink",
@@ -27,6 +43,9 @@ __all__ = [
     "LinkReport",
     "LinkedPrompt",
     "NaiveReuse",
+    "OracleDeviation",
     "PICacheError",
+    "ProphetKV",
     "RandomRecompute",
+    "SharedPrefix",
 ]

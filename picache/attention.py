@@ -15,6 +15,27 @@ MaskFunction = Callable[[Tensor, Tensor], Tensor]  # positions [q], [n] -> allow
 _MASK_ELEMENTS = 2**22
 
 
+def softmax_weights(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The weights of `attend_reference`, fp32 ``[batch, kv_heads, heads / kv_heads, q, n]``."""
+    kv_heads = key.shape[1]
+    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        column = rearrange(sinks.float(), "(h g) -> 1 h g 1 1", h=kv_heads)
+        scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
+    return scores.softmax(dim=-1)[..., : key.shape[2]]
+
+
 def attend_reference(
     query: Tensor,
     key: Tensor,
@@ -38,16 +59,7 @@ def attend_reference(
     Returns:
         ``[batch, heads, q, value_dim]`` in the query's dtype.
     """
-    kv_heads = key.shape[1]
-    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
-    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    if sinks is not None:
-        column = rearrange(sinks.float(), "(h g) -> 1 h g 1 1", h=kv_heads)
-        scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    weights = softmax_weights(query, key, allowed, scaling, softcap, sinks)
     out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float())
     return rearrange(out, "b h g q d -> b (h g) q d").to(query.dtype)
 
@@ -96,3 +108,41 @@ def scattered_attention(
         else:
             out.append(attend_reference(*parts, allowed, scaling, softcap, sinks))
     return torch.cat(out, dim=2)
+
+
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    mask: MaskFunction,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """How much the rows attend to each key: the mean over rows and heads of the softmax weights.
+
+    Args:
+        query: ``[1, heads, q, head_dim]``, rows sorted by position.
+        key: ``[1, kv_heads, n, head_dim]``.
+        positions: int64 ``[q]``, ascending.
+        mask: allowed(query positions, key positions).
+        scaling: factor on the scores.
+        softcap: see `attend_reference`.
+        sinks: see `attend_reference`.
+        weight: ``[1, kv_heads, n, 1]``, a factor on the weights by key; None for 1.
+
+    Returns:
+        fp32 ``[n]``.
+    """
+    heads, n = query.shape[1], key.shape[2]
+    factor = 1.0 if weight is None else rearrange(weight.float(), "1 h n 1 -> 1 h 1 1 n")
+    rows = max(1, _MASK_ELEMENTS // (heads * n))
+    mass = torch.zeros(n, dtype=torch.float32, device=key.device)
+    everything = torch.arange(n, device=key.device)
+    for block in range(0, len(positions), rows):
+        allowed = mask(positions[block : block + rows], everything)
+        part = query[:, :, block : block + rows]
+        weights = softmax_weights(part, key, allowed, scaling, softcap, sinks)
+        mass += (weights * factor).sum(dim=(0, 1, 2, 3))
+    return mass / (heads * len(positions))

@@ -12,6 +12,21 @@ KV = tuple[Tensor, Tensor]  # keys and values of one layer, each [1, kv_heads, t
 
 
 @dataclass(frozen=True)
+class Form:
+    """Tokens as they go through the model together, and which of them come into a prompt.
+
+    Attributes:
+        ids: the token ids that are prefilled alone.
+        skip: leading tokens whose KV is left out of the prompt: a BOS, or dummies.
+        key: content key of `ids`; empty for a query.
+    """
+
+    ids: tuple[int, ...]
+    skip: int
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A handle on a compiled chunk; the KV itself lives in the store, under `key`.
 
@@ -19,8 +34,8 @@ class Chunk:
     is linked (the report counts it as a miss).
 
     Attributes:
-        key: content key: token ids, model weights, configuration and dtype.
-        ids: the token ids as compiled, a leading BOS included.
+        key: content key: token ids as compiled, model weights, configuration and dtype.
+        ids: the token ids of the text, a leading BOS included.
         nbytes: bytes of the compiled keys and values.
     """
 
@@ -30,7 +45,7 @@ class Chunk:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens as compiled, a leading BOS included."""
+        """Tokens of the text, a leading BOS included."""
         return len(self.ids)
 
     def __repr__(self) -> str:

@@ -1,19 +1,36 @@
-"""Run a plan: put compiled chunks in their places, and recompute only the chosen rows."""
+"""Link one prompt: place its chunks, ask the method, recompute the rows it chose."""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from picache.chunk import KV, Chunk
-from picache.plan import Layout, LinkMethod, rows_to_compute
+from picache.chunk import KV, Form
+from picache.evidence import MeasuredEvidence, squared_distance
+from picache.place import LinkedKV
+from picache.plan import Layout, LinkMethod, Metric, rows_to_compute
 from picache.report import LinkReport
-from picache.rope import Angles, Rotation, difference, rotate
 from picache.store import ChunkStore, kv_bytes
 
 if TYPE_CHECKING:
     from picache.hf import HFModel
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt to link: its chunks as they are compiled, the first an exact prefix, its query."""
+
+    chunks: tuple[Form, ...]
+    query: Form
+
+
+def layout_of(row: Row, num_layers: int) -> Layout:
+    """Where the chunks, less their skipped leading tokens, and the query stand."""
+    lengths = tuple(len(form.ids) - form.skip for form in row.chunks)
+    return Layout(lengths, len(row.query.ids) - row.query.skip, num_layers)
 
 
 def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
@@ -21,130 +38,114 @@ def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
     return model.prefill(torch.tensor([ids]))
 
 
-def fetch(model: "HFModel", store: ChunkStore, chunk: Chunk) -> tuple[list[KV], bool]:
+def fetch(model: "HFModel", store: ChunkStore, form: Form) -> tuple[list[KV], bool]:
     """The chunk's KV and whether the store had it; compiled again when it was evicted."""
-    kv = store.get(chunk.key)
+    kv = store.get(form.key)
     if kv is not None:
         return kv, True
-    kv = compile_chunk(model, chunk.ids)
-    store.put(chunk.key, kv)
+    kv = compile_chunk(model, form.ids)
+    store.put(form.key, kv)
     return kv, False
 
 
-class _Clock:
-    """Seconds between marks, with the device's work finished at each."""
+def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
+    """The method's `narrow` in the engine's terms; None when it keeps its rows."""
+    if type(method).narrow is LinkMethod.narrow:
+        return None
+    forced = layout.context_length if method.force_query else layout.total_length - 1
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.last = self._now()
+    def narrow(layer: int, rows: Tensor, fresh: KV, stale: KV) -> tuple[Tensor, Tensor] | None:
+        free = int((rows < forced).sum())
+        fresh_free, stale_free = (
+            (keys[:, :, :free], values[:, :, :free]) for keys, values in (fresh, stale)
+        )
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        def deviation(metric: Metric) -> Tensor:
+            return squared_distance(fresh_free, stale_free, metric).cpu()
 
-    def lap(self) -> float:
-        before, self.last = self.last, self._now()
-        return self.last - before
+        chosen = method.narrow(layer, layout, rows[:free].cpu(), deviation)
+        if chosen is None:
+            return None
+        always = rows[free:].cpu()
+        return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
 
-
-def _place(parts: list[list[KV]], skips: list[int], layout: Layout) -> list[KV]:
-    """Whole-prompt KV per layer, the chunks copied in and the query's rows left to be written."""
-    placed = []
-    for layer in zip(*parts, strict=True):
-        both = []
-        for which in (0, 1):
-            first = layer[0][which]
-            shape = (1, first.shape[1], layout.total_length, first.shape[3])
-            whole = first.new_empty(shape)
-            for kv, skip, start in zip(layer, skips, layout.starts, strict=True):
-                part = kv[which][:, :, skip:]
-                whole[:, :, start : start + part.shape[2]] = part
-            both.append(whole)
-        placed.append((both[0], both[1]))
-    return placed
-
-
-def _move_keys(model: "HFModel", kv: list[KV], skips: list[int], layout: Layout) -> None:
-    """Rotate every chunk's keys but the first's from where they were compiled to their place."""
-    first, context = layout.chunk_lengths[0], layout.context_length
-    if first == context:
-        return
-    new = torch.arange(first, context)
-    old = torch.cat(
-        [torch.arange(s, s + n) for s, n in zip(skips, layout.chunk_lengths, strict=True)][1:]
-    )
-    turns: dict[tuple[Rotation, bytes], Angles] = {}
-    probe = torch.tensor([1])
-    for layer, rotation in enumerate(model.rotations):
-        if rotation is None:
-            continue
-        # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
-        same = (rotation, model.angles(layer, probe)[0].cpu().numpy().tobytes())
-        if same not in turns:
-            turns[same] = difference(model.angles(layer, old), model.angles(layer, new))
-        keys = kv[layer][0]
-        keys[:, :, first:context] = rotate(keys[:, :, first:context], turns[same], rotation.layout)
-
-
-def layout_of(chunks: list[Chunk], skips: list[int], query: tuple[int, ...]) -> Layout:
-    """Where chunks, less their skipped leading tokens, and the query stand."""
-    lengths = (chunk.num_tokens - skip for chunk, skip in zip(chunks, skips, strict=True))
-    return Layout(tuple(lengths), len(query))
+    return narrow
 
 
 def link_row(
     model: "HFModel",
     store: ChunkStore,
-    chunks: list[Chunk],
-    skips: list[int],
-    query: tuple[int, ...],
+    row: Row,
     method: LinkMethod,
+    flops_per_byte: float | None = None,
 ) -> tuple[Tensor, list[KV], Tensor, LinkReport]:
-    """Link one prompt.
+    """Link one prompt, or prefill it in full where linking would cost as much.
 
     Args:
         model: the model the chunks were compiled with.
         store: where their KV lives.
-        chunks: in prompt order.
-        skips: leading tokens of each chunk to leave out (a BOS in the middle, say).
-        query: token ids after the last chunk.
+        row: the prompt.
         method: says which tokens of the chunks to recompute.
+        flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
+            whatever it costs.
 
     Returns:
         Token ids ``[tokens]``, KV of every token per layer, logits of the first new token
         ``[1, vocab_size]``, and the report.
     """
-    layout = layout_of(chunks, skips, query)
-    rows = rows_to_compute(method, layout)
-    tokens = [chunk.ids[skip:] for chunk, skip in zip(chunks, skips, strict=True)]
-    ids = torch.tensor([token for part in (*tokens, query) for token in part])
+    begun = time.perf_counter()
+    layout = layout_of(row, len(model.rotations))
+    forms = (*row.chunks, row.query)
+    ids = torch.tensor([token for form in forms for token in form.ids[form.skip :]])
+    compiling = time.perf_counter()
+    fetched = [fetch(model, store, form) for form in row.chunks]
+    parts = [kv for kv, _ in fetched]
+    if not method.force_query:
+        parts.append(compile_chunk(model, row.query.ids))
+    compiled = time.perf_counter()
 
-    clock = _Clock(model.device)
-    fetched = [fetch(model, store, chunk) for chunk in chunks]
-    parts, hits = [kv for kv, _ in fetched], sum(hit for _, hit in fetched)
-    compiling = clock.lap()
-    kv = _place(parts, skips, layout)
-    loading = clock.lap()
-    _move_keys(model, kv, skips, layout)
-    rotating = clock.lap()
-    logits = model.scattered_forward(ids[rows], rows, kv)
-    recomputing = clock.lap()
+    skips = [form.skip for form in forms][: len(parts)]
+    with LinkedKV(model, [part.__getitem__ for part in parts], skips, layout) as kv:
+        evidence = MeasuredEvidence(model, ids, layout, kv)
+        choosing = time.perf_counter()
+        rows = rows_to_compute(method, layout, evidence)
+        chosen = time.perf_counter()
+        narrow = _narrowing(method, layout)
+        nbytes = sum(kv_bytes(part) for part in parts)
+        full = model.flops([torch.arange(layout.total_length)] * layout.num_layers)
+        static = model.flops([rows] * layout.num_layers)
+        reason = ""
+        if narrow is None and flops_per_byte is not None:
+            cost = (static + flops_per_byte * nbytes) / full
+            if cost >= 1:
+                reason = f"linking would cost {cost:.2f} times as much (estimated)"
+        if reason:
+            logits, layers = model.full_prefill(ids)
+            entered = [torch.arange(layout.total_length)] * layout.num_layers
+            nbytes = 0
+        else:
+            logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow)
+            layers = [kv[layer] for layer in range(layout.num_layers)]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    ended = time.perf_counter()
 
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
-        tokens_reused=layout.total_length - len(rows),
-        tokens_recomputed=len(rows),
-        bytes_loaded=sum(kv_bytes(part) for part in parts),
-        hits=hits,
-        misses=len(chunks) - hits,
+        tokens_recomputed_per_layer=tuple(len(positions) for positions in entered),
+        bytes_loaded=nbytes,
+        chunk_hits=tuple(hit for _, hit in fetched),
+        flops=model.flops([*evidence.entered, *entered]),
+        flops_full_prefill=full,
         seconds={
-            "compile": compiling,
-            "load": loading,
-            "rotate": rotating,
-            "recompute": recomputing,
-            "first_token": compiling + loading + rotating + recomputing,
+            "compile": compiled - compiling,
+            "load": kv.seconds["load"],
+            "rotate": kv.seconds["rotate"],
+            "choose": chosen - choosing,
+            "recompute": ended - chosen - kv.seconds["wait"],
+            "first_token": ended - begun,
         },
+        full_prefill=reason,
     )
-    return ids, kv, logits, report
+    return ids, layers, logits, report

@@ -4,10 +4,8 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,39 +19,19 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from picache.attention import scattered_attention
+from picache.attention import attention_mass, scattered_attention
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.rope import Angles, Rotation, calibrate, frequencies
+from picache.sparse_pass import Layers, Narrow, Pass, ScatterMask, Stop, current, enter_layer
 
 _NAME = "picache_scattered"
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
-# Where the rows of the pass under way stand; read by the mask function, which sees no other state.
-_positions: ContextVar[Tensor] = ContextVar("picache_positions")
-
-
-@dataclass(frozen=True)
-class ScatterMask:
-    """A mask that is not made yet: HF's index function, to be asked at true positions."""
-
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    positions: Tensor
-
-    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
-        zero = torch.zeros((), dtype=torch.int64, device=query.device)
-        allowed = self.function(zero, zero, query[:, None], key[None, :])
-        return allowed.expand(len(query), len(key))
-
-    def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
-        """Follow a layer to its device, as accelerate asks of arguments."""
-        return ScatterMask(self.function, self.positions.to(*args, **kwargs))
-
 
 def _scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
-    return ScatterMask(mask_function, _positions.get())
+    return ScatterMask(mask_function, current.get().positions)
 
 
 def _scattered_attention(
@@ -73,39 +51,48 @@ def _scattered_attention(
                 f"{type(module).__name__} changes its attention scores through {name!r}, which "
                 "linking does not know: use a full prefill with this model"
             )
-    out = scattered_attention(
-        query,
-        key,
-        value,
-        attention_mask.positions,
-        attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap,
-        s_aux,
-    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    positions = attention_mask.positions
+    out = scattered_attention(query, key, value, positions, attention_mask, scale, softcap, s_aux)
+    state = current.get()
+    if state.observe is not None:
+        norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
+        mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)
+        state.observe(state.layer, mass)
     return out.transpose(1, 2).contiguous(), None
 
 
 class _ScatterLayer(DynamicLayer):
-    """Whole-prompt keys and values; an update writes the recomputed rows in their places."""
+    """Whole-prompt keys and values; an update writes the recomputed rows in their places.
 
-    keys: Tensor
-    values: Tensor
+    Args:
+        kv: keys and values of the whole prompt by layer, asked for when the layer is reached.
+        index: of this layer.
+        length: tokens of the whole prompt.
+        state: of the pass.
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def __init__(self, kv: Layers, index: int, length: int, state: Pass) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.positions = keys, values, positions
+        self.is_initialized = True
+        self.kv, self.index, self.length, self.state = kv, index, length, state
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KV:
-        self.keys.index_copy_(2, self.positions, key_states)
-        self.values.index_copy_(2, self.positions, value_states)
-        return self.keys, self.values
+        keys, values = self.kv[self.index]
+        state = self.state
+        chosen = state.replaced((key_states, value_states), (keys, values))
+        places = state.positions[chosen]
+        keys.index_copy_(2, places, key_states[:, :, chosen])
+        values.index_copy_(2, places, value_states[:, :, chosen])
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
 
 
 class LinkedLayer(DynamicLayer):
@@ -266,6 +253,20 @@ class HFModel:
         full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         return [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
 
+    @torch.no_grad()
+    def full_prefill(self, ids: Tensor) -> tuple[Tensor, list[KV]]:
+        """Logits of the last token ``[1, vocab_size]`` and KV of ids ``[n]``, nothing reused."""
+        cache = DynamicCache()
+        out = self.model(
+            input_ids=ids[None].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        kv = [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
+        return out.logits[:, -1], kv
+
     def _keys_at(self, position: int, token: int) -> list[Tensor]:
         try:
             kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
@@ -310,32 +311,118 @@ class HFModel:
         return frequencies(*self._cos_sin(layer, positions), rotation.source)
 
     @torch.no_grad()
-    def scattered_forward(self, ids: Tensor, positions: Tensor, kv: list[KV]) -> Tensor:
+    def scattered_forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        kv: Layers,
+        narrow: Narrow | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run only the rows at `positions` through the layers; write their KV into `kv`.
 
         Args:
             ids: token ids of the rows, int64 ``[rows]``.
-            positions: where they stand, int64 ``[rows]``, ascending, each once.
-            kv: keys and values of the whole prompt, overwritten in place at the rows.
+            positions: where they stand, int64 ``[rows]``, ascending, each once, the prompt's last
+                among them.
+            kv: keys and values of the whole prompt by layer, asked for when a layer is reached and
+                overwritten in place at the rows.
+            narrow: (layer, positions of its rows, their fresh KV, their held KV) to the positions
+                whose KV is replaced in this layer and those that go on to the next, the last among
+                them; None for all.
 
         Returns:
-            Logits of the last row, ``[1, vocab_size]``.
+            Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
+            layer.
         """
-        positions = positions.to(self.device)
-        cache = Cache(layers=[_ScatterLayer(keys, values, positions) for keys, values in kv])
-        token = _positions.set(positions)
+        state = Pass(positions.to(self.device), narrow)
+        logits = self._run(ids, kv, int(positions[-1]) + 1, state)
+        return logits[:, -1], state.entered
+
+    @torch.no_grad()
+    def attention_masses(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        kv: Layers,
+        layers: int | None = None,
+        value_norm: bool = False,
+    ) -> Tensor:
+        """How much the rows at `positions` attend to each token; writes their KV into `kv`.
+
+        Args:
+            ids: see `scattered_forward`.
+            positions: see `scattered_forward`.
+            kv: see `scattered_forward`.
+            layers: the first so many layers only; None for all.
+            value_norm: weigh attention by the length of the value it brings.
+
+        Returns:
+            Mean over heads and rows, fp32 ``[layers, tokens]``, on the CPU.
+        """
+        masses: list[Tensor] = []
+        state = Pass(
+            positions.to(self.device),
+            observe=lambda layer, mass: masses.append(mass.cpu()),
+            value_norm=value_norm,
+            stop=layers,
+        )
+        with suppress(Stop):
+            self._run(ids, kv, int(positions[-1]) + 1, state)
+        return torch.stack(masses)
+
+    def _run(self, ids: Tensor, kv: Layers, length: int, state: Pass) -> Tensor:
+        count = self.config.num_hidden_layers
+        cache = Cache(layers=[_ScatterLayer(kv, index, length, state) for index in range(count)])
+        hooks = []
+        if state.narrow is not None or state.stop is not None:
+            hooks = [
+                layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+                for layer in self._layers()
+            ]
+        token = current.set(state)
         try:
             with self._attending():
-                out = self.model(
+                return self.model(
                     input_ids=ids[None].to(self.device),
-                    position_ids=positions[None],
+                    position_ids=state.positions[None],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
-                )
+                ).logits
         finally:
-            _positions.reset(token)
-        return out.logits[:, -1]
+            current.reset(token)
+            for hook in hooks:
+                hook.remove()
+
+    def _layers(self) -> nn.ModuleList:
+        count = self.config.num_hidden_layers
+        for module in self.decoder.children():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        raise PICacheError(
+            f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
+            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+        )
+
+    def flops(self, entered: Sequence[Tensor]) -> float:
+        """Floating-point operations of rows that go through the layers, an estimate.
+
+        Two per parameter of a layer's matrices and row (all experts of a mixture counted), four per
+        head dimension and pair of row and key, and the output matrix once.
+
+        Args:
+            entered: positions of the rows, layer by layer.
+        """
+        config = self.config
+        matrices = sum(p.numel() for p in self._layers().parameters() if p.dim() > 1)
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        rows = sum(len(positions) for positions in entered)
+        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
+        per_row = 2.0 * matrices / config.num_hidden_layers
+        attention = 4.0 * config.num_attention_heads * width * pairs
+        return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
 
     @contextmanager
     def _attending(self) -> Iterator[None]:

@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from picache.chunk import KV, Chunk, as_ids, content_key
-from picache.engine import compile_chunk, layout_of, link_row
+from picache.chunk import KV, Chunk, Form, as_ids, content_key
+from picache.engine import Row, fetch, layout_of, link_row
 from picache.errors import PICacheError
 from picache.methods import LegoLink
-from picache.plan import LinkMethod, rows_to_compute
+from picache.plan import LinkMethod
 from picache.report import LinkReport, total
+from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore, kv_bytes
 
 if TYPE_CHECKING:
@@ -75,9 +76,15 @@ class PIC:
             `picache.rope.calibrate` can prove.
         tokenizer: needed for text; token ids do without.
         store: where compiled chunks live; one without a bound by default.
-        sinks: what becomes of a BOS that a chunk in the middle begins with. "drop" compiles the
-            chunk behind it and leaves its KV out; "keep" leaves it in the prompt, as EPIC's code
-            does. A chunk without a BOS is compiled as it stands.
+        sinks: what a chunk that stands in the middle is compiled behind. "drop": its own BOS, if
+            it begins with one, left out of the prompt. "keep": the same, but left in, as EPIC's
+            code does. `DummySinks` or `SharedPrefix`: those, left out.
+        flops_per_byte: what copying and rotating a byte of compiled KV costs, in floating-point
+            operations of a prefill. Where the rows a method chose and the bytes it would load
+            cost as much as a full prefill by this estimate, the prompt is prefilled in full,
+            which is exact, and the report says so. The default is low, so that it happens only
+            where there is no doubt; KV in the device's own memory costs some 200, from further
+            away more. None links whatever it costs. Methods that choose by layer are always linked.
 
     Raises:
         PICacheError: when the model cannot be linked exactly; says why.
@@ -88,17 +95,48 @@ class PIC:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         store: ChunkStore | None = None,
-        sinks: Literal["drop", "keep"] = "drop",
+        sinks: Sinks = "drop",
+        flops_per_byte: float | None = 25.0,
     ) -> None:
-        if sinks not in ("drop", "keep"):
-            raise PICacheError(f"sinks must be 'drop' or 'keep', got {sinks!r}")
+        if sinks not in ("drop", "keep") and not isinstance(sinks, DummySinks | SharedPrefix):
+            raise PICacheError(
+                f"sinks must be 'drop', 'keep', DummySinks(...) or SharedPrefix(...), got {sinks!r}"
+            )
+        if flops_per_byte is not None and not flops_per_byte >= 0:
+            raise PICacheError(f"flops_per_byte must be at least 0 or None, got {flops_per_byte!r}")
         from picache.hf import HFModel  # transformers is loaded when a model is handed in
 
         self._model = HFModel(model)
         self.tokenizer = tokenizer
         self.store = ChunkStore() if store is None else store
         self.sinks = sinks
+        self.flops_per_byte = flops_per_byte
         self._bos = self._special("bos_token_id")
+        self._lead = self._leading(sinks)
+
+    def _leading(self, sinks: Sinks) -> tuple[int, ...]:
+        """Tokens a chunk in the middle is compiled behind, its own BOS aside."""
+        if isinstance(sinks, SharedPrefix):
+            return self._tokens(sinks.text, "the shared prefix", special=True)
+        if isinstance(sinks, DummySinks):
+            token = (sinks.token,) if sinks.token is not None else self._bos[:1]
+            if not token:
+                raise PICacheError(
+                    "the model has no BOS to take as a dummy: name one, DummySinks(token=...)"
+                )
+            return as_ids(list(token * sinks.count), self._model.vocab_size, "DummySinks")
+        return ()
+
+    def _form(self, ids: tuple[int, ...], first: bool = False) -> Form:
+        """How a chunk of these ids is compiled, and what of it comes into a prompt."""
+        own = 1 if ids[0] in self._bos else 0
+        if first or self.sinks == "keep":
+            skip = 0
+        elif self._lead:
+            ids, skip = (*self._lead, *ids[own:]), len(self._lead)
+        else:
+            skip = own
+        return Form(ids, skip, content_key(ids, self._model.fingerprint))
 
     def _special(self, name: str) -> tuple[int, ...]:
         """The ids of a special token: the tokenizer's, else the model configuration's."""
@@ -118,29 +156,29 @@ class PIC:
             document = self.tokenizer(document, add_special_tokens=special)["input_ids"]
         return as_ids(document, self._model.vocab_size, what)
 
-    def compile(self, document: Document) -> Chunk:
+    def compile(self, document: Document, first: bool = False) -> Chunk:
         """Prefill one chunk alone and keep its KV; a second compile of the same tokens is a hit.
 
         Args:
             document: text, or token ids as a list or a 1-D tensor.
+            first: whether it will stand first in prompts, where it is an exact prefix, compiled
+                behind nothing. Only `DummySinks` and `SharedPrefix` make a difference; a chunk
+                linked elsewhere than it was compiled for is compiled again there, once.
 
         Raises:
             PICacheError: when it is empty, out of the vocabulary, longer than the model's positions
                 or larger than the store; the store is unchanged.
         """
         ids = self._tokens(document, "a document", special=True)
+        form = self._form(ids, first)
         limit = self._model.max_length
-        if limit is not None and len(ids) > limit:
+        if limit is not None and len(form.ids) > limit:
             raise PICacheError(
-                f"a document of {len(ids)} tokens is longer than the model's {limit} positions: "
-                "split it into chunks"
+                f"a document of {len(form.ids)} tokens is longer than the model's {limit} "
+                "positions: split it into chunks"
             )
-        key = content_key(ids, self._model.fingerprint)
-        kv = self.store.get(key)
-        if kv is None:
-            kv = compile_chunk(self._model, ids)
-            self.store.put(key, kv)
-        return Chunk(key, ids, kv_bytes(kv))
+        kv, _ = fetch(self._model, self.store, form)
+        return Chunk(form.key, ids, kv_bytes(kv))
 
     def link(
         self,
@@ -184,48 +222,47 @@ class PIC:
                     f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
                 )
             checked = [self._check(row, q) for row, q in zip(chunks, query, strict=True)]
-        for row, skips, tokens in checked:  # refuse before anything is loaded or compiled
-            layout = layout_of(row, skips, tokens)
-            if (limit := self._model.max_length) is not None and layout.total_length > limit:
+        for row in checked:  # refuse before anything is loaded or compiled
+            length = layout_of(row, 1).total_length
+            if (limit := self._model.max_length) is not None and length > limit:
                 raise PICacheError(
-                    f"the linked prompt has {layout.total_length} tokens, the model has positions "
+                    f"the linked prompt has {length} tokens, the model has positions "
                     f"for {limit}: link fewer or shorter chunks"
                 )
-            rows_to_compute(method, layout)
         linked = [
-            link_row(self._model, self.store, row, skips, tokens, method)
-            for row, skips, tokens in checked
+            link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
         ]
         return self._batch(linked, begun)
 
-    def _check(self, chunks: Any, query: Any) -> tuple[list[Chunk], list[int], tuple[int, ...]]:
-        """A row with the leading tokens to leave out of each chunk, and the query's ids."""
+    def _check(self, chunks: Any, query: Any) -> Row:
+        """A row to link, every chunk in the form its place asks for."""
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
-        skips = []
+        forms = []
         for index, chunk in enumerate(chunks):
             if not isinstance(chunk, Chunk):
                 raise PICacheError(
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}"
                 )
-            if content_key(chunk.ids, self._model.fingerprint) != chunk.key:
+            if chunk.key not in (self._form(chunk.ids, first).key for first in (False, True)):
                 raise PICacheError(
-                    f"{chunk!r} at place {index} was compiled with another model, dtype or "
-                    "weights: compile it with this PIC"
+                    f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
+                    "or sinks: compile it with this PIC"
                 )
-            bos = index > 0 and self.sinks == "drop" and chunk.ids[0] in self._bos
-            if bos and chunk.num_tokens == 1:
+            form = self._form(chunk.ids, first=index == 0)
+            if len(form.ids) == form.skip:
                 raise PICacheError(
-                    f"{chunk!r} at place {index} is only a BOS, which sinks='drop' leaves out"
+                    f"{chunk!r} at place {index} is only a BOS, which sinks={self.sinks!r} "
+                    "leaves out"
                 )
-            skips.append(int(bos))
+            forms.append(form)
         tokens = self._tokens(query, "the query", special=self.sinks == "keep")
-        if self.sinks == "drop" and tokens[0] in self._bos:
+        if self.sinks != "keep" and tokens[0] in self._bos:
             tokens = tokens[1:]
         if not tokens:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
-        return list(chunks), skips, tokens
+        return Row(tuple(forms), Form(tokens, 0))
 
     def _batch(
         self, rows: list[tuple[Tensor, list[KV], Tensor, LinkReport]], begun: float

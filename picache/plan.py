@@ -1,13 +1,17 @@
-"""The layout of a linked prompt, and the protocol of a method that says what to recompute."""
+"""The layout of a linked prompt, and what a method that says what to recompute looks like."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from picache.errors import PICacheError
+
+Metric = Literal["K", "V", "KV"]
 
 
 @dataclass(frozen=True)
@@ -17,15 +21,22 @@ class Layout:
     Attributes:
         chunk_lengths: tokens of each chunk in prompt order, dropped BOS tokens not counted.
         query_length: tokens of the query, which follows the last chunk.
+        num_layers: layers of the model, for methods that choose by layer.
     """
 
     chunk_lengths: tuple[int, ...]
     query_length: int
+    num_layers: int = 1
 
     @property
     def starts(self) -> tuple[int, ...]:
         """Position of the first token of each chunk."""
         return (0, *accumulate(self.chunk_lengths[:-1]))
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the first chunk, which is an exact prefix."""
+        return self.chunk_lengths[0]
 
     @property
     def context_length(self) -> int:
@@ -37,18 +48,79 @@ class Layout:
         """Tokens of the whole prompt."""
         return self.context_length + self.query_length
 
+    @property
+    def reusable(self) -> Tensor:
+        """Positions behind the first chunk and before the query, ascending."""
+        return torch.arange(self.prefix_length, self.context_length)
 
-@runtime_checkable
-class LinkMethod(Protocol):
-    """Which tokens of the linked chunks are recomputed. Configuration only, no state."""
+    def share(self, ratio: float) -> int:
+        """Tokens in a share of the reusable ones, rounded down."""
+        return int(ratio * (self.context_length - self.prefix_length) + 1e-9)
 
-    def recompute(self, layout: Layout) -> Tensor:
-        """Positions to recompute, 1-D int64, any order, duplicates allowed.
 
-        The first chunk is an exact prefix and the query is always recomputed, so positions lie in
-        ``[layout.chunk_lengths[0], layout.context_length)``.
+class Evidence(Protocol):
+    """What a method may ask about the prompt before it chooses. Each answer costs a pass."""
+
+    def query_attention(self, layers: int | None = None, value_norm: bool = False) -> Tensor:
+        """How much the query attends to each token of the context as compiled.
+
+        Args:
+            layers: the first so many layers only, for the price of those; None for all.
+            value_norm: weigh attention by the length of the value it brings.
+
+        Returns:
+            Mean over heads and query tokens, fp32 ``[layers, context_length]``.
         """
         ...
+
+    def true_deviation(self, metric: Metric) -> Tensor:
+        """Squared distance of reused from true KV, by a full prefill; for oracles.
+
+        Returns:
+            Sums over heads and dimensions, fp32 ``[layers, context_length]``.
+        """
+        ...
+
+
+class LinkMethod(ABC):
+    """Which tokens of a linked prompt are recomputed. Configuration only: a frozen dataclass.
+
+    `recompute` is all that most methods define. One that narrows its choice from layer to layer
+    by what it sees there defines `narrow` too.
+
+    Attributes:
+        force_query: whether the whole query is recomputed, as every method does by default. False
+            compiles the query alone, as some authors' code does, and forces its last token only.
+    """
+
+    force_query: bool = True
+
+    @abstractmethod
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
+        """Positions that enter the first layer, 1-D int64, each once, most important first.
+
+        The first chunk is an exact prefix and the query comes by itself, so positions lie in
+        ``[layout.prefix_length, layout.context_length)``; with ``force_query=False`` they may lie
+        in the query too.
+        """
+
+    def narrow(
+        self, layer: int, layout: Layout, rows: Tensor, deviation: Callable[[Metric], Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Choose again once a layer's keys and values are made; None goes on with every row.
+
+        Args:
+            layer: index of the layer.
+            layout: of the prompt.
+            rows: positions under recomputation in this layer, ascending, a forced query left out.
+            deviation: metric to the squared distance of each row's fresh keys or values (or both)
+                from the reused ones, fp32 ``[len(rows)]``.
+
+        Returns:
+            Two subsets of `rows`: whose keys and values are replaced in this layer, and which go
+            on to the next.
+        """
+        return None
 
 
 def check_tokens(name: str, k: int) -> None:
@@ -57,19 +129,32 @@ def check_tokens(name: str, k: int) -> None:
         raise PICacheError(f"{name} needs a whole number k >= 0 of tokens per chunk, got {k!r}")
 
 
-def rows_to_compute(method: LinkMethod, layout: Layout) -> Tensor:
-    """The method's positions and the whole query, sorted, each once.
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise PICacheError unless `ratio` lies in [0, 1]."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+        raise PICacheError(f"{name} needs a ratio of tokens between 0 and 1, got {ratio!r}")
+
+
+def top(score: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, largest first; of equals, the earlier first."""
+    return score.argsort(descending=True, stable=True)[:count]
+
+
+def rows_to_compute(method: LinkMethod, layout: Layout, evidence: Evidence) -> Tensor:
+    """The method's positions and the query's (or its last), sorted, each once.
 
     Raises:
         PICacheError: when the method names a position outside the chunks it may recompute.
     """
-    chosen = method.recompute(layout).to(torch.int64)
-    first, context = layout.chunk_lengths[0], layout.context_length
-    if chosen.numel() and not (first <= int(chosen.min()) and int(chosen.max()) < context):
+    chosen = method.recompute(layout, evidence).to(torch.int64).cpu()
+    first, forced = layout.prefix_length, layout.context_length
+    end = forced
+    if not method.force_query:
+        forced, end = layout.total_length - 1, layout.total_length
+    if chosen.numel() and not (first <= int(chosen.min()) and int(chosen.max()) < end):
         raise PICacheError(
             f"{method!r} asks for positions {int(chosen.min())}..{int(chosen.max())}; only "
-            f"{first}..{context - 1} may be recomputed (the first chunk is an exact prefix, the "
+            f"{first}..{end - 1} may be recomputed (the first chunk is an exact prefix, the "
             "query is always recomputed)"
         )
-    query = torch.arange(context, layout.total_length)
-    return torch.unique(torch.cat([chosen, query]))
+    return torch.unique(torch.cat([chosen, torch.arange(forced, layout.total_length)]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from html import escape
 
 
 @dataclass(frozen=True)
@@ -11,51 +12,107 @@ class LinkReport:
     Attributes:
         method: the link method, as written.
         tokens_total: tokens of the prompt.
-        tokens_reused: tokens whose KV was taken as compiled.
-        tokens_recomputed: tokens that went through the layers, the query included.
+        tokens_recomputed_per_layer: tokens that went through each layer, the query included.
         bytes_loaded: bytes of KV copied into the prompt.
-        hits: chunks found in the store.
-        misses: chunks that had been evicted and were compiled again.
-        seconds: "compile" (misses only), "load" (copy into the prompt), "rotate", "recompute", and
-            "first_token": the whole of `PIC.link`, which ends with the logits of the first new
-            token (`generate` runs the last token once more, to sample from it itself).
+        chunk_hits: for each chunk in prompt order, whether the store had it; the others had been
+            evicted or found damaged, and were compiled again.
+        flops: estimated floating-point operations of the link, what the method measured before
+            it chose included.
+        flops_full_prefill: the same of a full prefill of the prompt.
+        seconds: "compile" (misses only), "load" (copy into the prompt), "rotate", "choose" (what
+            the method measured), "recompute", and "first_token": the whole of `PIC.link`, which
+            ends with the logits of the first new token (`generate` runs the last token once more,
+            to sample from it itself). Loading ahead of need overlaps with recomputing, so that
+            the parts may add up to more than the whole.
+        full_prefill: why the prompt was prefilled in full instead of linked; empty when linked.
     """
 
     method: str
     tokens_total: int
-    tokens_reused: int
-    tokens_recomputed: int
+    tokens_recomputed_per_layer: tuple[int, ...]
     bytes_loaded: int
-    hits: int
-    misses: int
+    chunk_hits: tuple[bool, ...]
+    flops: float
+    flops_full_prefill: float
     seconds: dict[str, float] = field(default_factory=dict)
+    full_prefill: str = ""
+
+    @property
+    def tokens_recomputed(self) -> int:
+        """Tokens that went through a layer, the query included; the mean over layers, rounded."""
+        per_layer = self.tokens_recomputed_per_layer
+        return round(sum(per_layer) / len(per_layer))
+
+    @property
+    def tokens_reused(self) -> int:
+        """Tokens whose KV was taken as compiled; the mean over layers."""
+        return self.tokens_total - self.tokens_recomputed
 
     @property
     def reuse_ratio(self) -> float:
         """Share of the prompt's tokens that were reused."""
         return self.tokens_reused / self.tokens_total
 
+    @property
+    def hits(self) -> int:
+        """Chunks found in the store."""
+        return sum(self.chunk_hits)
+
+    @property
+    def misses(self) -> int:
+        """Chunks that were compiled again."""
+        return len(self.chunk_hits) - self.hits
+
+    def _lines(self) -> list[tuple[str, str]]:
+        per_layer = self.tokens_recomputed_per_layer
+        recomputed = f"{self.tokens_recomputed} recomputed"
+        if len(set(per_layer)) > 1:
+            recomputed += f" (by layer: {_runs(per_layer)})"
+        reused = f"{self.tokens_reused} reused ({self.reuse_ratio:.1%})"
+        share = f"{self.flops / self.flops_full_prefill:.1%} of a full prefill (estimated)"
+        found = f"{self.hits} hits, {self.misses} misses"
+        lines = [
+            ("tokens", f"{self.tokens_total}, {reused}, {recomputed}"),
+            ("chunks", f"{found}, {self.bytes_loaded:,} bytes loaded"),
+            ("compute", f"{self.flops:.2e} floating-point operations, {share}"),
+            ("milliseconds", "  ".join(f"{n} {1e3 * s:.1f}" for n, s in self.seconds.items())),
+        ]
+        if self.full_prefill:
+            lines.insert(0, ("full prefill", self.full_prefill))
+        return lines
+
     def __str__(self) -> str:
-        parts = "  ".join(f"{name} {1e3 * value:.1f}" for name, value in self.seconds.items())
-        return (
-            f"{self.method}: {self.tokens_total} tokens, {self.tokens_reused} reused "
-            f"({self.reuse_ratio:.1%}), {self.tokens_recomputed} recomputed\n"
-            f"chunks: {self.hits} hits, {self.misses} misses, {self.bytes_loaded:,} bytes loaded\n"
-            f"milliseconds: {parts}"
-        )
+        return "\n".join([self.method, *(f"  {name}: {text}" for name, text in self._lines())])
+
+    def _repr_html_(self) -> str:
+        cells = (f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in self._lines())
+        return f"<table><caption>{escape(self.method)}</caption>{''.join(cells)}</table>"
+
+
+def _runs(counts: tuple[int, ...]) -> str:
+    """Counts by layer, equal neighbours written once: ``0-1: 244, 2-3: 36``."""
+    starts = [i for i, n in enumerate(counts) if not i or n != counts[i - 1]]
+    ends = [*(start - 1 for start in starts[1:]), len(counts) - 1]
+    return ", ".join(
+        f"{start}: {counts[start]}" if start == end else f"{start}-{end}: {counts[start]}"
+        for start, end in zip(starts, ends, strict=True)
+    )
 
 
 def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
     """The sums over the rows of a batch; `seconds` is what linking all of them took."""
     rows = list(reports)
+    per_layer = zip(*(r.tokens_recomputed_per_layer for r in rows), strict=True)
+    reasons = [r.full_prefill for r in rows if r.full_prefill]
     return LinkReport(
         method=rows[0].method,
         tokens_total=sum(r.tokens_total for r in rows),
-        tokens_reused=sum(r.tokens_reused for r in rows),
-        tokens_recomputed=sum(r.tokens_recomputed for r in rows),
+        tokens_recomputed_per_layer=tuple(sum(counts) for counts in per_layer),
         bytes_loaded=sum(r.bytes_loaded for r in rows),
-        hits=sum(r.hits for r in rows),
-        misses=sum(r.misses for r in rows),
+        chunk_hits=tuple(hit for r in rows for hit in r.chunk_hits),
+        flops=sum(r.flops for r in rows),
+        flops_full_prefill=sum(r.flops_full_prefill for r in rows),
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
+        full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
     )

@@ -1,8 +1,23 @@
 """What to recompute when chunks are linked; one paper a file."""
 
+from picache.methods.a3 import A3
+from picache.methods.cacheblend import CacheBlend
+from picache.methods.combined import Combined
 from picache.methods.full_recompute import FullRecompute
 from picache.methods.legolink import LegoLink
 from picache.methods.naive_reuse import NaiveReuse
+from picache.methods.oracle_deviation import OracleDeviation
+from picache.methods.prophetkv import ProphetKV
 from picache.methods.random_recompute import RandomRecompute
 
-__all__ = ["FullRecompute", "LegoLink", "NaiveReuse", "RandomRecompute"]
+__all__ = [
+    "A3",
+    "CacheBlend",
+    "Combined",
+    "FullRecompute",
+    "LegoLink",
+    "NaiveReuse",
+    "OracleDeviation",
+    "ProphetKV",
+    "RandomRecompute",
+]

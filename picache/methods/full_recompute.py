@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from picache.plan import Layout
+from picache.plan import Evidence, Layout, LinkMethod
 
 
 @dataclass(frozen=True)
-class FullRecompute:
+class FullRecompute(LinkMethod):
     """Recompute every token after the first chunk; equal to a full prefill of the prompt."""
 
-    def recompute(self, layout: Layout) -> Tensor:
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """Every position between the first chunk and the query."""
-        return torch.arange(layout.chunk_lengths[0], layout.context_length)
+        return layout.reusable

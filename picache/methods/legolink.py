@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.plan import Layout, check_tokens
+from picache.plan import Evidence, Layout, LinkMethod, check_tokens
 
 
 @dataclass(frozen=True)
-class LegoLink:
+class LegoLink(LinkMethod):
     """Recompute the first `k` tokens of every chunk but the first (EPIC, arXiv 2410.15332, 4).
 
     Compiled alone, a chunk's first tokens become attention sinks; linked behind other chunks they
@@ -20,8 +20,8 @@ class LegoLink:
     Departures from the authors' code: chunks shorter than `k` are clamped, where the code spills
     into the next chunk and makes duplicates; BOS tokens in the middle are dropped unless
     ``PIC(sinks="keep")``, where the code keeps them, so that its k counts the BOS. The paper's
-    LegoLink-0 compiles every chunk behind four dummy tokens (its code: three and a BOS); here
-    ``k=0`` recomputes nothing and the only dummy is a BOS that the chunk may begin with.
+    LegoLink-0 compiles every chunk behind four dummy tokens (its code: three and a BOS): that is
+    ``k=0`` with ``PIC(sinks=DummySinks(4))``.
 
     Args:
         k: tokens per chunk; 16 is the setting of the paper's throughput figures. 0 recomputes
@@ -36,10 +36,9 @@ class LegoLink:
     def __post_init__(self) -> None:
         check_tokens("LegoLink", self.k)
 
-    def recompute(self, layout: Layout) -> Tensor:
-        """The first min(k, length) positions of every chunk but the first."""
-        heads = [
-            torch.arange(start, start + min(self.k, length))
-            for start, length in zip(layout.starts[1:], layout.chunk_lengths[1:], strict=True)
-        ]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *heads])
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
+        """The first min(k, length) positions of every chunk but the first; all firsts first."""
+        starts = torch.tensor(layout.starts[1:], dtype=torch.int64)
+        lengths = torch.tensor(layout.chunk_lengths[1:], dtype=torch.int64)
+        offsets = torch.arange(self.k)[:, None]
+        return (starts + offsets)[offsets < lengths]

@@ -5,18 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.plan import Layout
+from picache.plan import Evidence, Layout, LinkMethod
 
 
 @dataclass(frozen=True)
-class NaiveReuse:
+class NaiveReuse(LinkMethod):
     """Reuse every chunk as compiled; only the query is computed.
 
     Called "fully reuse" or "naive" in EPIC (arXiv 2410.15332, section 5) and CacheBlend (arXiv
-    2405.16444). Departure from EPIC's code, which reuses an isolated query too and recomputes one
-    token: here the query is recomputed in full, as under every method.
+    2405.16444).
+
+    Args:
+        force_query: whether the query is computed in full, as under every method. EPIC's code
+            reuses a query that was compiled alone and recomputes its last token only, which
+            handicaps this baseline; False reproduces that.
     """
 
-    def recompute(self, layout: Layout) -> Tensor:
+    force_query: bool = True
+
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """No position."""
         return torch.empty(0, dtype=torch.int64)

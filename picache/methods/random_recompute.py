@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.plan import Layout, check_tokens
+from picache.plan import Evidence, Layout, LinkMethod, check_tokens
 
 
 @dataclass(frozen=True)
-class RandomRecompute:
+class RandomRecompute(LinkMethod):
     """Recompute `k` uniformly drawn tokens of every chunk but the first.
 
     The arm that tells whether a selector knows anything, at LegoLink's token budget.
@@ -28,7 +28,7 @@ class RandomRecompute:
     def __post_init__(self) -> None:
         check_tokens("RandomRecompute", self.k)
 
-    def recompute(self, layout: Layout) -> Tensor:
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """min(k, length) positions drawn without replacement in every chunk but the first."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from picache import PIC, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
+from picache import PIC, FullRecompute, LegoLink, LinkMethod, NaiveReuse, RandomRecompute
 from picache.plan import Layout
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 
@@ -19,7 +19,7 @@ LENGTHS = (7, 20, 33, 1, 18)
 
 @cache
 def pic_of(family: str) -> PIC:
-    return PIC(tiny_model(family))
+    return PIC(tiny_model(family), flops_per_byte=None)
 
 
 def prompt_parts(lengths=LENGTHS, query=9, seed=0):
@@ -119,8 +119,8 @@ def test_scattered_rows_equal_an_independent_oracle(family):
     ids = torch.cat([*documents, query])
     rows = torch.tensor([7, 8, 9, 30, 41, 59, 60, 61, *range(len(ids) - len(query), len(ids))])
 
-    class Chosen:
-        def recompute(self, layout):
+    class Chosen(LinkMethod):
+        def recompute(self, layout, evidence):
             return rows[:8]
 
     chunks = [pic.compile(d) for d in documents]
@@ -250,7 +250,7 @@ def test_any_layout_links(lengths, query, k, seed, data):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_the_chosen_rows_go_through_the_layers(family):
     """Truly sparse: every linear layer sees the recomputed rows and nothing else."""
-    pic = PIC(tiny_model(family))
+    pic = PIC(tiny_model(family), flops_per_byte=None)
     documents, query = prompt_parts()
     chunks = [pic.compile(d) for d in documents]
     rows: set[int] = set()
@@ -280,7 +280,7 @@ def test_linking_leaves_the_model_as_it_was():
     before = {n: p.clone() for n, p in model.state_dict().items()}
     config, hooks = model.config.to_dict(), [len(m._forward_pre_hooks) for m in model.modules()]
     implementation = model.config._attn_implementation
-    pic = PIC(model)
+    pic = PIC(model, flops_per_byte=None)
     documents, query = prompt_parts()
     pic.link([pic.compile(d) for d in documents], query)
     assert model.config.to_dict() == config
@@ -292,20 +292,20 @@ def test_linking_leaves_the_model_as_it_was():
 def test_what_the_methods_choose_by_hand():
     layout = Layout((3, 5, 2), 4)
     assert layout.starts == (0, 3, 8)
-    assert LegoLink(2).recompute(layout).tolist() == [3, 4, 8, 9]
-    assert LegoLink(4).recompute(layout).tolist() == [3, 4, 5, 6, 8, 9]
-    assert FullRecompute().recompute(layout).tolist() == [3, 4, 5, 6, 7, 8, 9]
-    assert NaiveReuse().recompute(layout).tolist() == []
-    drawn = RandomRecompute(3, seed=1).recompute(layout).tolist()
+    assert LegoLink(2).recompute(layout, None).tolist() == [3, 8, 4, 9]
+    assert LegoLink(4).recompute(layout, None).tolist() == [3, 8, 4, 9, 5, 6]
+    assert FullRecompute().recompute(layout, None).tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert NaiveReuse().recompute(layout, None).tolist() == []
+    drawn = RandomRecompute(3, seed=1).recompute(layout, None).tolist()
     assert len(set(drawn)) == 5
     assert sum(3 <= d < 8 for d in drawn) == 3
-    assert drawn == RandomRecompute(3, seed=1).recompute(layout).tolist()
+    assert drawn == RandomRecompute(3, seed=1).recompute(layout, None).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_links_close_to_its_own_prefill(dtype):
     model = tiny_model("llama", dtype=dtype)
-    pic = PIC(model)
+    pic = PIC(model, flops_per_byte=None)
     documents, query = prompt_parts()
     prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
     logits, _ = prefill(model, torch.cat([*documents, query]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from picache import PIC, ChunkStore, LegoLink, PICacheError, RandomRecompute
+from picache import PIC, ChunkStore, LegoLink, LinkMethod, PICacheError, RandomRecompute
 from tests.helpers import SHAPE, random_ids, tiny_model
 
 
@@ -115,8 +115,8 @@ def test_a_batch_with_a_bad_row_leaves_the_store_alone():
 
 
 def test_a_method_may_not_touch_the_prefix_or_the_query(pic):
-    class Greedy:
-        def recompute(self, layout):
+    class Greedy(LinkMethod):
+        def recompute(self, layout, evidence):
             return torch.tensor([0])
 
     chunks = [pic.compile(random_ids(n)) for n in (5, 6)]

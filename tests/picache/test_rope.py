@@ -67,7 +67,7 @@ SUPPORTED = {
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_other_rotary_kinds_link_exactly(kind):
     config, rotation = SUPPORTED[kind]
-    pic = PIC(random_model(config))
+    pic = PIC(random_model(config), flops_per_byte=None)
     found = pic._model.rotations[0]
     assert (found.layout, found.rotary_dim) == (rotation.layout, rotation.rotary_dim)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
@@ -83,7 +83,7 @@ def test_layer_zero_keys_moved_are_the_keys_of_full_prefill(family):
     """Layer 0 does not depend on context, so this is the whole of re-rotation, end to end."""
     from picache import NaiveReuse
 
-    pic = PIC(tiny_model(family))
+    pic = PIC(tiny_model(family), flops_per_byte=None)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
     linked = pic.link([pic.compile(d) for d in documents], query, NaiveReuse())

@@ -1,0 +1,121 @@
+"""CacheBlend's dynamic selection: the tokens whose KV deviates most in an early layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from picache.errors import PICacheError
+from picache.plan import Evidence, Layout, LinkMethod, Metric, check_ratio, top
+
+
+@dataclass(frozen=True)
+class CacheBlend(LinkMethod):
+    """Recompute the tokens of high KV deviation (CacheBlend, arXiv 2405.16444, section 4).
+
+    Every token goes through the layers up to the first check layer; there the squared distance of
+    its fresh keys or values from the reused ones is taken, and the `ratio` of tokens that deviate
+    most go on. Deviations of neighbouring layers rank alike, which is what makes one early layer
+    a guide to the rest. Layer 0 says nothing: its keys and values depend on no context.
+
+    The paper filters gradually: a little over the target on the first check layer, fewer on each
+    that follows, so that the mean is the target. It gives no numbers for the steps; here the share
+    falls linearly from 1.25 to 0.75 of `ratio` between the check layer and the last but one.
+
+    Departures from the authors' code (presets `repo`, `lmcache`): causality by true position, where
+    the code aligns scattered rows to the end of the keys; the whole query is recomputed unless
+    ``force_query=False``; `ratio` is of the tokens behind the first chunk, which cannot deviate.
+
+    Args:
+        ratio: share of the reusable tokens to recompute, on average over the layers after the
+            check; 0.15 is the paper's usual setting.
+        metric: whose deviation counts.
+        check_layers: where to choose; only the first is used by the gradual schedule.
+        schedule: "single" chooses at the check layers only, "gradual" at every layer from the
+            first check layer on.
+        force_query: see `LinkMethod`.
+        layer1_kv: what becomes of the fresh keys and values of tokens that are not chosen at a
+            check layer: "fresh_all" keeps them (they cost nothing more), "selected_only" reuses
+            the compiled ones.
+
+    Raises:
+        PICacheError: on a ratio outside [0, 1], an unknown option, or no check layer over 0.
+    """
+
+    ratio: float = 0.15
+    metric: Metric = "V"
+    check_layers: tuple[int, ...] = (1,)
+    schedule: Literal["single", "gradual"] = "gradual"
+    force_query: bool = True
+    layer1_kv: Literal["fresh_all", "selected_only"] = "fresh_all"
+
+    def __post_init__(self) -> None:
+        check_ratio("CacheBlend", self.ratio)
+        options = {
+            "metric": ("K", "V", "KV"),
+            "schedule": ("single", "gradual"),
+            "layer1_kv": ("fresh_all", "selected_only"),
+        }
+        for name, allowed in options.items():
+            if getattr(self, name) not in allowed:
+                raise PICacheError(
+                    f"CacheBlend: {name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        layers = self.check_layers
+        if not layers or any(isinstance(c, bool) or not isinstance(c, int) for c in layers):
+            raise PICacheError(f"CacheBlend: check_layers must be layer indices, got {layers!r}")
+        if min(layers) < 1 or list(layers) != sorted(set(layers)):
+            raise PICacheError(
+                f"CacheBlend: check_layers must ascend from at least 1, got {layers!r}: in layer 0 "
+                "no token deviates, its keys and values depend on no context"
+            )
+
+    @classmethod
+    def paper(cls, ratio: float = 0.15) -> "CacheBlend":
+        """As the paper describes it: gradual filtering from layer 1 on."""
+        return cls(ratio)
+
+    @classmethod
+    def repo(cls, ratio: float = 0.16) -> "CacheBlend":
+        """As the authors' code runs it: one choice by V, only the query's last token forced."""
+        return cls(ratio, "V", schedule="single", force_query=False)
+
+    @classmethod
+    def lmcache(cls, ratio: float = 0.15) -> "CacheBlend":
+        """As LMCache's blender runs it: one choice by K, compiled KV kept for the rest."""
+        return cls(ratio, "K", schedule="single", layer1_kv="selected_only")
+
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
+        """Every token: the first layers see them all.
+
+        Raises:
+            PICacheError: when the model has no such check layer, or none after it to save in.
+        """
+        if self.check_layers[-1] > layout.num_layers - 2:
+            raise PICacheError(
+                f"CacheBlend: check layer {self.check_layers[-1]} leaves nothing to save in a "
+                f"model of {layout.num_layers} layers: check_layers must lie in "
+                f"1..{layout.num_layers - 2}"
+            )
+        if self.force_query:
+            return layout.reusable
+        return torch.arange(layout.prefix_length, layout.total_length)
+
+    def narrow(
+        self, layer: int, layout: Layout, rows: Tensor, deviation: Callable[[Metric], Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The share of this layer that deviates most, from the first check layer on."""
+        first, last = self.check_layers[0], layout.num_layers - 2  # the last choice that saves
+        ratio = self.ratio
+        if self.schedule == "gradual":
+            if not first <= layer <= last:
+                return None
+            if last > first:
+                ratio *= 1.25 - 0.5 * (layer - first) / (last - first)
+        elif layer not in self.check_layers:
+            return None
+        chosen = rows[top(deviation(self.metric), layout.share(min(ratio, 1.0))).sort().values]
+        return (rows if self.layer1_kv == "fresh_all" else chosen), chosen

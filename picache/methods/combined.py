@@ -1,0 +1,48 @@
+"""Several methods at one budget: what the first finds most important, then the next."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from picache.errors import PICacheError
+from picache.plan import Evidence, Layout, LinkMethod, check_ratio
+
+
+@dataclass(frozen=True)
+class Combined(LinkMethod):
+    """The union of several methods' tokens, cut at a budget of its own.
+
+    Each method's tokens are taken in its order of importance, the first method's before the next
+    one's, until the budget is full: so ``Combined((LegoLink(4), ProphetKV(0.15)), ratio=0.15)``
+    recomputes as many tokens as ``ProphetKV(0.15)`` alone, the starts of the chunks among them.
+
+    Args:
+        methods: in order of precedence; none that chooses by layer, as CacheBlend does.
+        ratio: share of the reusable tokens to recompute at most; 1 for the whole union.
+
+    Raises:
+        PICacheError: on a ratio outside [0, 1], no method, or one that chooses by layer.
+    """
+
+    methods: tuple[LinkMethod, ...]
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ratio("Combined", self.ratio)
+        if not isinstance(self.methods, tuple) or not self.methods:
+            raise PICacheError(f"Combined needs a tuple of link methods, got {self.methods!r}")
+        for method in self.methods:
+            if not isinstance(method, LinkMethod):
+                raise PICacheError(f"Combined takes link methods, got {method!r}")
+            if type(method).narrow is not LinkMethod.narrow or not method.force_query:
+                raise PICacheError(
+                    f"Combined cannot hold {method!r}, whose choice is not one set of tokens for "
+                    "all layers: link with it alone"
+                )
+
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
+        """The first tokens of the joined lists, each once."""
+        lists = [method.recompute(layout, evidence).tolist() for method in self.methods]
+        joined = dict.fromkeys(position for one in lists for position in one)
+        return torch.tensor(list(joined)[: layout.share(self.ratio)], dtype=torch.int64)

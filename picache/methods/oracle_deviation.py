@@ -1,0 +1,36 @@
+"""An oracle: the tokens whose reused KV is furthest from the truth."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from picache.plan import Evidence, Layout, LinkMethod, Metric, check_ratio, top
+
+
+@dataclass(frozen=True)
+class OracleDeviation(LinkMethod):
+    """Recompute the tokens of the largest true KV deviation, known from a full prefill.
+
+    What CacheBlend (arXiv 2405.16444) estimates from one early layer, here known for every layer:
+    an upper bound for selection by deviation, of no use for serving. The squared distance is
+    divided by its sum in each layer, so that no layer outweighs the others, and summed over them.
+
+    Args:
+        ratio: share of the reusable tokens to recompute.
+        metric: whose deviation counts.
+
+    Raises:
+        PICacheError: when `ratio` is outside [0, 1].
+    """
+
+    ratio: float = 0.15
+    metric: Metric = "KV"
+
+    def __post_init__(self) -> None:
+        check_ratio("OracleDeviation", self.ratio)
+
+    def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
+        """The share of tokens that deviate most."""
+        deviation = evidence.true_deviation(self.metric)[:, layout.reusable]
+        score = (deviation / deviation.sum(dim=1, keepdim=True).clamp_min(1e-30)).sum(dim=0)
+        return layout.reusable[top(score, layout.share(self.ratio))]

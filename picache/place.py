@@ -1,0 +1,119 @@
+"""Whole-prompt keys and values, put together from compiled chunks layer by layer."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from picache.chunk import KV
+from picache.plan import Layout
+from picache.rope import Angles, Rotation, difference, rotate
+
+if TYPE_CHECKING:
+    from picache.hf import HFModel
+
+
+class LinkedKV:
+    """Every layer of a linked prompt, made when it is first asked for.
+
+    Chunks are copied to their places and their keys rotated there from where they were compiled.
+    With `ahead`, the layer after the one asked for is made by a thread meanwhile, so that loading
+    overlaps with recomputing. To be used as a context manager, which ends that thread.
+
+    Args:
+        model: the model the chunks were compiled with.
+        parts: what gives the KV of one chunk by layer, ``[1, kv_heads, tokens, head_dim]``; in
+            prompt order, and after them the query's if it was compiled too.
+        skips: leading tokens of each part that are left out.
+        layout: where the chunks stand.
+        ahead: whether to make the next layer ahead of time.
+
+    Attributes:
+        seconds: spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
+    """
+
+    def __init__(
+        self,
+        model: "HFModel",
+        parts: Sequence[Callable[[int], KV]],
+        skips: Sequence[int],
+        layout: Layout,
+        ahead: bool = False,
+    ) -> None:
+        self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
+        self._made: list[KV | None] = [None] * layout.num_layers
+        self._turns: dict[tuple[Rotation, bytes], Angles] = {}
+        self._thread = ThreadPoolExecutor(1, "picache-load") if ahead else None
+        self._coming: dict[int, Future[KV]] = {}
+        self.seconds = dict.fromkeys(("load", "rotate", "wait"), 0.0)
+        lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
+        # Tokens behind the exact prefix: where they were compiled, and where they stand.
+        moved = [torch.arange(s, s + n) for s, n in zip(skips, lengths, strict=True)][1:]
+        self._old = torch.cat([torch.empty(0, dtype=torch.int64), *moved])
+        self._new = torch.arange(layout.prefix_length, layout.prefix_length + len(self._old))
+
+    def __enter__(self) -> "LinkedKV":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, layer: int) -> KV:
+        """Keys and values ``[1, kv_heads, tokens, head_dim]``; the same tensors at each call."""
+        made = self._made[layer]
+        if made is None:
+            begun = time.perf_counter()
+            coming = self._coming.pop(layer, None)
+            made = self._made[layer] = self._make(layer) if coming is None else coming.result()
+            self.seconds["wait"] += time.perf_counter() - begun
+            if self._thread is not None and layer + 1 < len(self):
+                self._coming[layer + 1] = self._thread.submit(self._make, layer + 1)
+        return made
+
+    def _make(self, layer: int) -> KV:
+        begun = time.perf_counter()
+        kv = self._copied([part(layer) for part in self._parts])
+        self._finish()
+        copied = time.perf_counter()
+        self._move(layer, kv[0])
+        self._finish()
+        self.seconds["load"] += copied - begun
+        self.seconds["rotate"] += time.perf_counter() - copied
+        return kv
+
+    def _finish(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+    def _copied(self, parts: list[KV]) -> KV:
+        starts = (*self._layout.starts, self._layout.context_length)
+        both: list[Tensor] = []
+        for which in (0, 1):
+            first = parts[0][which]
+            shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
+            whole = first.new_empty(shape, device=self._model.device)
+            for part, skip, start in zip(parts, self._skips, starts, strict=False):
+                tokens = part[which][:, :, skip:]
+                whole[:, :, start : start + tokens.shape[2]] = tokens
+            both.append(whole)
+        return both[0], both[1]
+
+    def _move(self, layer: int, keys: Tensor) -> None:
+        rotation = self._model.rotations[layer]
+        if rotation is None or not len(self._old):
+            return
+        # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
+        probe = self._model.angles(layer, torch.tensor([1]))[0]
+        same = (rotation, probe.cpu().numpy().tobytes())
+        if same not in self._turns:
+            old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
+            self._turns[same] = difference(old, new)
+        moved = keys[:, :, self._new[0] : self._new[-1] + 1]
+        moved.copy_(rotate(moved, self._turns[same], rotation.layout))

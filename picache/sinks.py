@@ -1,0 +1,49 @@
+"""What a chunk is compiled behind, so that its first tokens need not become attention sinks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from picache.errors import PICacheError
+
+
+@dataclass(frozen=True)
+class DummySinks:
+    """Compile chunks behind `count` dummy tokens, whose KV is left out of the prompt.
+
+    EPIC's LegoLink-0 (arXiv 2410.15332, section 4): the dummies absorb the attention that a
+    chunk's first tokens would. A BOS that the chunk begins with is one of the dummies.
+
+    Args:
+        count: dummies; the paper has 4 (its code three and the BOS).
+        token: id of the dummy; None for the BOS.
+
+    Raises:
+        PICacheError: when `count` is not a whole number of at least 1.
+    """
+
+    count: int = 4
+    token: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise PICacheError(
+                f"DummySinks needs a whole number of at least 1 dummies, got {self.count!r}: "
+                "sinks='drop' compiles a chunk behind its own BOS alone"
+            )
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Compile chunks behind a real text, such as the system prompt, left out of the middle.
+
+    As APE does (arXiv 2502.05431, section 3): a prefix that chunks share absorbs the sink as the
+    prompt's own beginning will.
+
+    Args:
+        text: what to compile behind: text, or token ids, a BOS included if the prompt has one.
+    """
+
+    text: str | tuple[int, ...]
+
+
+Sinks = Literal["drop", "keep"] | DummySinks | SharedPrefix

@@ -1,0 +1,149 @@
+"""The state of one sparse pass: which rows are under way, and how rows are left behind.
+
+A model's own forward runs with a few rows instead of the whole prompt. Three places need to know
+which rows those are: the mask (evaluated at their true positions), the cache (which writes their
+KV in place) and each decoder layer (which must not be given rows that were dropped before it).
+"""
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+
+# (layer, positions of its rows, their fresh KV, their held KV) to the positions whose KV is
+# replaced in this layer and those that go on to the next; None for all.
+Narrow = Callable[[int, Tensor, KV, KV], tuple[Tensor, Tensor] | None]
+Observe = Callable[[int, Tensor], None]
+
+
+class Layers(Protocol):
+    """Keys and values of a whole prompt by layer."""
+
+    def __getitem__(self, layer: int, /) -> KV:
+        """Keys and values ``[1, kv_heads, tokens, head_dim]`` of one layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScatterMask:
+    """A mask that is not made yet: an index function, to be asked at true positions."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    positions: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
+        zero = torch.zeros((), dtype=torch.int64, device=query.device)
+        allowed = self.function(zero, zero, query[:, None], key[None, :])
+        return allowed.expand(len(query), len(key))
+
+    def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
+        """Follow a layer to its device, as accelerate asks of arguments."""
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs))
+
+
+class Pass:
+    """What one sparse pass shares between the mask, the cache layers and the decoder layers.
+
+    Args:
+        positions: of the rows that enter, int64 ``[rows]``, ascending.
+        narrow: asked for fewer rows once a layer's KV is made; None to keep them all.
+        observe: told (layer, attention mass ``[tokens]``); None when nobody asks.
+        value_norm: whether that mass is weighed by the length of the values.
+        stop: the layer before which the pass ends; None to run to the logits.
+
+    Attributes:
+        positions: of the rows in the layer under way.
+        entered: the positions that went through each layer so far.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        narrow: Narrow | None = None,
+        observe: Observe | None = None,
+        value_norm: bool = False,
+        stop: int | None = None,
+    ) -> None:
+        self.positions, self.narrow, self.observe = positions, narrow, observe
+        self.value_norm, self.stop = value_norm, stop
+        self.entered: list[Tensor] = []
+        self._rows = self._everything()  # indices, among the rows that entered, of those left
+        self._going_on: Tensor | None = None  # indices, in this layer, of those for the next
+
+    def _everything(self) -> Tensor:
+        return torch.arange(len(self.positions), device=self.positions.device)
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer whose KV was made last."""
+        return len(self.entered) - 1
+
+    def replaced(self, fresh: KV, held: KV) -> Tensor:
+        """Indices of this layer's rows whose fresh KV replaces what is held.
+
+        Args:
+            fresh: keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
+            held: those of the whole prompt.
+        """
+        self.entered.append(self.positions)
+        if self.narrow is None:
+            return self._everything()
+        stale = (held[0][:, :, self.positions], held[1][:, :, self.positions])
+        chosen = self.narrow(self.layer, self.positions, fresh, stale)
+        if chosen is None:
+            return self._everything()
+        kept, going_on = (
+            torch.isin(self.positions, one.to(self.positions.device)).nonzero().flatten()
+            for one in chosen
+        )
+        self._going_on = going_on
+        return kept
+
+    def arguments(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """A decoder layer's arguments, less the rows that were dropped before it."""
+        left = dict(given)
+        if self._going_on is not None:
+            left["hidden_states"] = given["hidden_states"][:, self._going_on]
+            self._rows = self._rows[self._going_on]
+            self.positions = self.positions[self._going_on]
+            self._going_on = None
+        for name, value in given.items():
+            if isinstance(value, ScatterMask):
+                left[name] = ScatterMask(value.function, self.positions)
+            elif name == "position_embeddings":
+                left[name] = tuple(part[:, self._rows] for part in value)
+            elif name in ("position_ids", "cache_position"):
+                left[name] = value[..., self._rows]
+            elif isinstance(value, Tensor) and name != "hidden_states":
+                raise PICacheError(
+                    f"{type(module).__name__} is given {name!r} row by row, which a method that "
+                    "drops rows between layers does not know: choose one that keeps its rows, "
+                    "such as LegoLink"
+                )
+        return left
+
+
+class Stop(Exception):  # noqa: N818 - not an error: the pass has gone far enough
+    """Ends a pass that needs only the first layers."""
+
+
+current: ContextVar[Pass] = ContextVar("picache_pass")
+
+
+def enter_layer(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of every decoder layer in a pass that may drop rows or end early."""
+    state = current.get()
+    if state.stop == state.layer + 1:
+        raise Stop
+    names = list(inspect.signature(module.forward).parameters)
+    return (), state.arguments(module, dict(zip(names, args, strict=False)) | kwargs)
