@@ -70,7 +70,7 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
             attention_bias=True,
             initializer_range=args.init_std,
             max_position_embeddings=4096,
-            rope_theta=10000.0,
+            rope_theta=1e6,
             tie_word_embeddings=True,
             pad_token_id=TOKEN[PAD],
             bos_token_id=TOKEN[BOS],
@@ -82,7 +82,7 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 2.0) -> None:
+def plant_copying(model: LlamaForCausalLM, strength: float = 12.0, gain: float = 3.0) -> None:
     """Let training begin with heads that look back, and heads that match what those bring.
 
     Copying from context takes both (an induction circuit); learned from nothing they wait for each
@@ -93,8 +93,8 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
     before a token with those at and before the keys: the token itself with what stood before a key
     (where was this variable given its value?), the last two tokens with the two before a key (what
     came after these two?), the same with the latest town in place of the first (head 6 of layer 0
-    finds it by a direction that the embeddings of all towns begin with), and the tokens two and
-    four back with those two and four before a key. Everything is trained from there like the rest.
+    finds it by a direction that the embeddings of all towns begin with), and the same with the token
+    four back in place of the first. Everything is trained from there like the rest.
     """
     config, (first, second) = model.config, (layer.self_attn for layer in model.model.layers[:2])
     head_dim, hidden, half, fastest = config.head_dim, config.hidden_size, config.head_dim // 2, 6
@@ -109,7 +109,7 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
     towns = torch.tensor([TOKEN[town] for town in TOWNS])
     direction = torch.nn.functional.normalize(torch.randn(hidden), dim=0)
     model.model.embed_tokens.weight[towns] += direction
-    by_kind, by_distance, last = 10, 6, first.k_proj.bias.view(-1, head_dim)[3]
+    by_kind, by_distance, last = 10, 4, first.k_proj.bias.view(-1, head_dim)[3]
     last.zero_()
     first.k_proj.weight[3 * head_dim + by_kind] = direction
     last[by_distance], first.q_proj.bias.view(-1, head_dim)[6, by_distance] = 5.0, 5.0
@@ -117,13 +117,13 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
 
     # What the blocks write begins small beside the embedding, or it drowns what is planted.
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight *= 0.1
-        layer.mlp.down_proj.weight *= 0.1
+        layer.self_attn.o_proj.weight *= 0.02
+        layer.mlp.down_proj.weight *= 0.02
     # Matching must not depend on the distance: it lives in the slowly turning dimensions.
     slow = torch.tensor([i for i in range(head_dim) if i % half >= 7])
-    bring = torch.nn.init.orthogonal_(torch.empty(len(slow), hidden))
-    parts = torch.nn.init.orthogonal_(torch.empty(hidden, 4 * len(slow))).chunk(4, dim=1)
-    into = dict(zip((0, 1, 3, 6), parts, strict=True))
+    # What is read and what is written share no direction, or the written would drown the read.
+    read, *written = torch.nn.init.orthogonal_(torch.empty(hidden, 5 * len(slow))).chunk(5, dim=1)
+    bring, into = read.T, dict(zip((0, 1, 3, 6), written, strict=True))
     for kv_head in range(config.num_key_value_heads):
         first.v_proj.weight[kv_head * head_dim : kv_head * head_dim + len(slow)] = bring
     for head, part in into.items():
@@ -136,11 +136,11 @@ def plant_copying(model: LlamaForCausalLM, strength: float = 4.0, gain: float = 
             second.q_proj.weight[head * head_dim + slow] += gain * basis @ query
             second.k_proj.weight[kv_head * head_dim + slow] += gain * basis @ key
 
-    itself, before, two_before, four_before, town = bring, *(into[h].T for h in (0, 1, 3, 6))
+    itself, before, two_before, four_before, town = bring, *(part.T for part in written)
     match(0, (itself, before))
     match(2, (before, two_before), (itself, before))
     match(4, (before, town), (itself, before))
-    match(6, (four_before, four_before), (two_before, two_before))
+    match(6, (four_before, four_before), (itself, before))
     # What is found is copied: a share of the embedding per head, written back where it was.
     second.v_proj.weight.copy_(torch.nn.init.orthogonal_(torch.empty_like(second.v_proj.weight)))
     for head in (0, 2, 4, 6):
@@ -359,7 +359,7 @@ Full attention, greedy, on the saved bf16 weights. {steps} steps, seed {seed}, {
 {command}
 ```
 
-Shape: {layers} layers, hidden {hidden}, {heads} query heads on {kv_heads} KV heads, vocabulary {vocabulary}, RoPE theta 10,000,
+Shape: {layers} layers, hidden {hidden}, {heads} query heads on {kv_heads} KV heads, vocabulary {vocabulary}, RoPE theta 1,000,000,
 4,096 positions, biases in attention. Training begins with planted copying heads (`plant_copying`).
 The tokenizer is word-level (one word, one token) and adds no special token: a prompt begins with an
 explicit `<bos>`. Training sequences hold at most 900 tokens. The learning curve stands in
