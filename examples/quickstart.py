@@ -102,24 +102,41 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for row in results["linking"]:
+    figure, axes = plt.subplot_mosaic(
+        [["accuracy", "retention", "scheduling"], ["divergence", "retention", "scheduling"]],
+        figsize=(15, 5.2),
+        layout="constrained",
+    )
+    above, below = axes["accuracy"], axes["divergence"]
+    middle, right = axes["retention"], axes["scheduling"]
+    for marker, row in zip("*os^vD<Px", results["linking"], strict=False):
         low, high = row["interval"]
         x, y = row["tokens_recomputed"] / row["prompt_tokens"], row["accuracy"]
-        left.errorbar(x, y, [[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3)
-        left.annotate(row["arm"], (x, y), textcoords="offset points", xytext=(6, -11), fontsize=8)
-    left.set(
-        xlabel="share of the prompt recomputed",
+        spread = [[max(0, y - low)], [max(0, high - y)]]
+        above.errorbar(x, y, spread, fmt=marker, capsize=3, label=row["arm"])
+        if row["kl_to_full"] > 0:
+            below.plot(x, row["kl_to_full"], marker)
+        else:
+            below.plot([], [], marker)  # keeps the colours in step
+    above.set(
         ylabel="answer accuracy",
         title="Linking: lookup in 8 documents",
-        xlim=(-0.03, 1.2),
+        xlim=(0, 1.05),
         ylim=(-0.03, 1.06),
     )
-    for row in results["retention"]:
+    above.legend(fontsize=7, ncols=2)
+    below.set(
+        xlabel="share of the prompt recomputed",
+        ylabel="KL to full prefill",
+        yscale="log",
+        xlim=(0, 1.05),
+    )
+    for marker, row in zip("*os^v", results["retention"], strict=False):
         low, high = row["interval"]
         x, y = row["peak_kv_bytes"] / 1024, row["accuracy"]
-        middle.errorbar(x, y, [[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3)
-        middle.annotate(row["arm"], (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        spread = [[max(0, y - low)], [max(0, high - y)]]
+        middle.errorbar(x, y, spread, fmt=marker, capsize=3, label=row["arm"])
+    middle.legend(fontsize=8)
     middle.set(
         xlabel="peak KV, KiB a sequence",
         ylabel="answer accuracy",
