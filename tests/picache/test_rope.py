@@ -88,7 +88,17 @@ def test_layer_zero_keys_moved_are_the_keys_of_full_prefill(family):
     query = random_ids(5, seed=5)
     linked = pic.link([pic.compile(d) for d in documents], query, NaiveReuse())
     full = pic._model.prefill(torch.cat([*documents, query])[None])
-    assert_close("keys", linked["past_key_values"].layers[0].keys, full[0][0][:, :, :-1])
+    layer = linked["past_key_values"].layers[0]
+    assert_close("keys", layer.keys, full[0][0][:, :, :-1])
+    assert_close("values", layer.values, full[0][1][:, :, :-1])
+
+
+def test_moving_half_precision_keys_costs_one_rounding():
+    keys = torch.randn(1, 2, 64, 8).bfloat16()
+    old, new = (angles_at(torch.arange(s, s + 64), 1.0) for s in (0, 3000))
+    turn = difference(old, new)
+    error = rotate(keys, turn, "half").float() - rotate(keys.float(), turn, "half")
+    assert error.abs().max() <= 2**-8 * keys.float().abs().max() * 2**0.5
 
 
 @pytest.mark.parametrize(

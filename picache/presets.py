@@ -1,0 +1,57 @@
+"""The arms of a comparison, set up fairly or as the authors ran them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from picache.errors import PICacheError
+from picache.methods import CacheBlend, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
+from picache.plan import LinkMethod
+from picache.sinks import DummySinks, Sinks
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a comparison.
+
+    Attributes:
+        method: for `PIC.link`.
+        sinks: for `PIC(..., sinks=...)`; arms of one comparison may differ in it.
+    """
+
+    method: LinkMethod
+    sinks: Sinks = "drop"
+
+
+def arms(
+    preset: Literal["fair", "paper", "repo"] = "fair", k: int = 16, ratio: float = 0.15
+) -> dict[str, Arm]:
+    """EPIC's comparison: full, naive, random, LegoLink with and without recomputation, CacheBlend.
+
+    - "fair": the whole query is computed in every arm, the prompt has one BOS, all arms see the
+      same tokens. CacheBlend filters gradually, as its paper describes.
+    - "paper": as EPIC (arXiv 2410.15332) and CacheBlend (arXiv 2405.16444) describe it: as "fair",
+      and LegoLink-0 compiles behind four dummies.
+    - "repo": as EPIC's code runs it: every chunk and the query begin with a BOS that stays in the
+      prompt (so that LegoLink's k counts it; full prefill runs on the same tokens), and naive reuse
+      and CacheBlend compute the query's last token only, the rest of it being compiled alone.
+
+    Args:
+        preset: which of the three.
+        k: LegoLink's tokens a chunk; random's too.
+        ratio: CacheBlend's share of tokens.
+
+    Raises:
+        PICacheError: on an unknown preset.
+    """
+    if preset not in ("fair", "paper", "repo"):
+        raise PICacheError(f"preset must be 'fair', 'paper' or 'repo', got {preset!r}")
+    repo = preset == "repo"
+    sinks: Sinks = "keep" if repo else "drop"
+    return {
+        "full": Arm(FullRecompute(), sinks),
+        "naive": Arm(NaiveReuse(force_query=not repo), sinks),
+        "random": Arm(RandomRecompute(k), sinks),
+        "LegoLink-0": Arm(LegoLink(0), "drop" if preset == "fair" else DummySinks(4)),
+        f"LegoLink-{k}": Arm(LegoLink(k), sinks),
+        "CacheBlend": Arm(CacheBlend.repo(ratio) if repo else CacheBlend.paper(ratio), sinks),
+    }
