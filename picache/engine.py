@@ -23,9 +23,9 @@ def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
 
 def fetch(model: "HFModel", store: ChunkStore, chunk: Chunk) -> tuple[list[KV], bool]:
     """The chunk's KV and whether the store had it; compiled again when it was evicted."""
-    kv = store.get(chunk.key)
-    if kv is not None:
-        return kv, True
+    stored = store.get(chunk.key)
+    if stored is not None:
+        return stored.load(), True
     kv = compile_chunk(model, chunk.ids)
     store.put(chunk.key, kv)
     return kv, False

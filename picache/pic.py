@@ -136,10 +136,11 @@ class PIC:
                 "split it into chunks"
             )
         key = content_key(ids, self._model.fingerprint)
-        kv = self.store.get(key)
-        if kv is None:
-            kv = compile_chunk(self._model, ids)
-            self.store.put(key, kv)
+        stored = self.store.get(key)
+        if stored is not None:
+            return Chunk(key, ids, stored.nbytes)
+        kv = compile_chunk(self._model, ids)
+        self.store.put(key, kv)
         return Chunk(key, ids, kv_bytes(kv))
 
     def link(
