@@ -129,7 +129,7 @@ class Disk:
                 f"chunk {key} is not on disk at {self.where}, only in memory: {problem}. Further "
                 "failures are counted in ChunkStore.disk_failures and not warned about",
                 RuntimeWarning,
-                stacklevel=4,  # where ChunkStore.put was called
+                stacklevel=3,  # where ChunkStore.put was called
             )
         return False, gone
 

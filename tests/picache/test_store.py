@@ -250,7 +250,7 @@ def test_a_header_that_says_otherwise_than_the_tensors_or_the_store_is_refused(c
 
 def test_keys_hold_every_field_but_the_time():
     header = Header(model="m", dtype="float32", tokens=2)
-    others = {field: "other" for field in ("model", "fingerprint", "revision", "dtype", "rope")}
+    others = dict.fromkeys(("model", "fingerprint", "revision", "dtype", "rope"), "other")
     others |= {"sinks": "keep", "namespace": "t", "storage": "int8", "tokens": 3, "exact": False}
     assert set(others) | {"compile_seconds"} == set(header.__dataclass_fields__)
     keys = {chunk_key((1, 2), replace(header, **{name: value})) for name, value in others.items()}
