@@ -82,7 +82,7 @@ class Disk:
 
     def refresh(self) -> list[str]:
         """Look at the directory again; the keys deleted because they were over the bound."""
-        listed = sorted(self._files.list().items(), key=lambda item: item[1].used)
+        listed = sorted(self._files.listing().items(), key=lambda item: item[1].used)
         files = {name.rpartition("/")[2].removesuffix(SUFFIX): info for name, info in listed}
         with self._lock:
             for key in self.tier.entries.keys() - files.keys():
@@ -106,19 +106,20 @@ class Disk:
         What the disk cannot take is counted in `failures`, and warned about the first time.
         """
         data = pack(key, header, layers)
+        nbytes = sum(piece.nbytes for piece in data)
         gone: list[str] = []
         try:
             if not math.isinf(self.tier.budget):
                 gone += self.refresh()  # other processes fill the same directory
             with self._lock:
-                fits = self.tier.room_for(len(data), key, self._busy) is not None
+                fits = self.tier.room_for(nbytes, key, self._busy) is not None
             if fits:
                 self._files.write(self.name(key), data)
                 with self._lock:
-                    self.tier.add(key, Entry.of(len(data), header))
+                    self.tier.add(key, Entry.of(nbytes, header))
                     gone += self._trim(key)
                 return True, gone
-            problem = f"its {len(data):,} bytes do not fit disk_bytes={self.tier.budget:,}"
+            problem = f"its {nbytes:,} bytes do not fit disk_bytes={self.tier.budget:,}"
         except OSError as error:
             problem = f"{type(error).__name__}: {error}"
         with self._lock:

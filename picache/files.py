@@ -33,13 +33,13 @@ class Files(Protocol):
 
     where: str
 
-    def list(self) -> dict[str, FileInfo]:
+    def listing(self) -> dict[str, FileInfo]:
         """Every whole file; what killed writers left behind is not among them."""
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now, whoever wrote it."""
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: list[memoryview]) -> None:
         """Make the file appear with this content at once; on any error nothing is left."""
 
     def remove(self, name: str) -> None:
@@ -94,7 +94,7 @@ class LocalFiles:
             if not check_marker(
                 marker.read_bytes() if marker.exists() else None, others, str(root)
             ):
-                self._write(marker, json.dumps(MARKED).encode())
+                self._write(marker, [memoryview(json.dumps(MARKED).encode())])
             self._root.mkdir(parents=True, exist_ok=True)
             self._clean()
             self._probe()
@@ -119,11 +119,11 @@ class LocalFiles:
             except FileNotFoundError:  # its writer, or another cleaner, was faster
                 continue
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: list[memoryview]) -> None:
         temporary = path.parent / temporary_name(path.name)
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -137,7 +137,7 @@ class LocalFiles:
             finally:
                 os.close(parent)
 
-    def list(self) -> dict[str, FileInfo]:
+    def listing(self) -> dict[str, FileInfo]:
         """Every whole file by name."""
         found = {}
         for path in self._root.glob(f"*/*{SUFFIX}"):
@@ -153,7 +153,7 @@ class LocalFiles:
         """Whether the file is there now."""
         return (self._root / name).is_file()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: list[memoryview]) -> None:
         """Write, sync, rename; raises OSError with nothing left behind."""
         path = self._root / name
         path.parent.mkdir(exist_ok=True)

@@ -90,7 +90,7 @@ class RemoteFiles:
                 self._fs.rm_file(temporary)
             raise
 
-    def list(self) -> dict[str, FileInfo]:
+    def listing(self) -> dict[str, FileInfo]:
         """Every whole file by name; the age is unknown."""
         self._fs.invalidate_cache()  # other processes write here too
         if not self._fs.exists(self._root):
@@ -108,9 +108,9 @@ class RemoteFiles:
         self._fs.invalidate_cache()
         return bool(self._fs.exists(f"{self._root}/{name}"))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: list[memoryview]) -> None:
         """Put, or put and move; raises OSError."""
-        self._put(f"{self._root}/{name}", data)
+        self._put(f"{self._root}/{name}", b"".join(data))
 
     def remove(self, name: str) -> None:
         """Delete the file if it is there."""
