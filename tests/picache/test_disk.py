@@ -463,7 +463,10 @@ def check_everything(path):
     store = ChunkStore(path=path)
     expected = {KEY: chunk(0, tokens=500, layers=8)} | {f"{i}" * 8: chunk(i) for i in range(7)}
     held = [key for key in expected if key in store]
-    assert all(same(store.get(key), expected[key]) for key in held)
+    for key in held:
+        found = store.get(key)
+        assert found is not None, f"{key} was there but damaged"
+        assert same(found, expected[key])
     assert store.corrupt == 0
     return held
 

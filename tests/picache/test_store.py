@@ -164,6 +164,22 @@ def test_promote_brings_a_chunk_back_up(tmp_path):
     assert not store.promote("absent", "cpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_chunks_of_a_cuda_device_wait_in_page_locked_memory(tmp_path):
+    store = ChunkStore(40, 40, tmp_path)
+    for seed, key in enumerate("abc"):
+        store.put(key, [tuple(t.cuda() for t in layer) for layer in entry(40, seed)])
+    found = [store.get(key) for key in "abc"]
+    assert [chunk.tier for chunk in found] == ["disk", "host", "device"]
+    assert [chunk.layer(0)[0].is_cuda for chunk in found] == [False, False, True]
+    assert [chunk.layer(0)[0].is_pinned() for chunk in found] == [True, True, False]
+    assert store.promote("a", "cuda")
+    assert store.get("a").layer(0)[0].is_cuda
+    for seed, key in enumerate("abc"):
+        assert same([tuple(t.cpu() for t in layer) for layer in store.get(key)], entry(40, seed))
+
+
 def test_by_cost_what_compiles_slowly_stays_until_it_has_aged():
     def put(key, seconds, size=40):
         header = Header(dtype="float32", tokens=size // 8, compile_seconds=seconds)
