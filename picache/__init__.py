@@ -9,7 +9,7 @@ After EPIC (arXiv 2410.15332).
 """
 
 from picache.chunk import Chunk
-from picache.errors import PICacheError
+from picache.errors import CorruptChunk, PICacheError
 from picache.methods import (
     A3,
     CacheBlend,
@@ -25,7 +25,7 @@ from picache.pic import PIC, LinkedPrompt
 from picache.plan import Evidence, Layout, LinkMethod
 from picache.report import LinkReport
 from picache.sinks import DummySinks, SharedPrefix
-from picache.store import ChunkStore
+from picache.store import ChunkStore, StoredChunk
 
 __all__ = [
     "A3",
@@ -34,6 +34,7 @@ __all__ = [
     "Chunk",
     "ChunkStore",
     "Combined",
+    "CorruptChunk",
     "DummySinks",
     "Evidence",
     "FullRecompute",
@@ -48,4 +49,5 @@ __all__ = [
     "ProphetKV",
     "RandomRecompute",
     "SharedPrefix",
+    "StoredChunk",
 ]

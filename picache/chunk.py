@@ -1,12 +1,12 @@
 """A chunk of text as token ids, and the key its compiled KV is stored under."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from picache.errors import PICacheError
+from picache.header import Header
 
 KV = tuple[Tensor, Tensor]  # keys and values of one layer, each [1, kv_heads, tokens, head_dim]
 
@@ -18,12 +18,14 @@ class Form:
     Attributes:
         ids: the token ids that are prefilled alone.
         skip: leading tokens whose KV is left out of the prompt: a BOS, or dummies.
-        key: content key of `ids`; empty for a query.
+        key: content key of `ids` and `header`; empty for a query, which is not stored.
+        header: what else tells this chunk's KV apart.
     """
 
     ids: tuple[int, ...]
     skip: int
     key: str = ""
+    header: Header | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Chunk:
     is linked (the report counts it as a miss).
 
     Attributes:
-        key: content key: token ids as compiled, model weights, configuration and dtype.
+        key: content key: token ids as compiled, and everything in a `picache.header.Header`.
         ids: the token ids of the text, a leading BOS included.
         nbytes: bytes of the compiled keys and values.
     """
@@ -50,13 +52,6 @@ class Chunk:
 
     def __repr__(self) -> str:
         return f"Chunk({self.num_tokens} tokens, {self.nbytes:,} bytes, key={self.key[:12]})"
-
-
-def content_key(ids: tuple[int, ...], fingerprint: str) -> str:
-    """SHA-256 over the model's fingerprint and the token ids."""
-    digest = hashlib.sha256(fingerprint.encode())
-    digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:

@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from picache.chunk import KV, Form
+from picache.errors import CorruptChunk
 from picache.evidence import MeasuredEvidence, squared_distance
 from picache.place import LinkedKV
 from picache.plan import Layout, LinkMethod, Metric, rows_to_compute
 from picache.report import LinkReport
-from picache.store import ChunkStore, kv_bytes
+from picache.store import ChunkStore
 
 if TYPE_CHECKING:
     from picache.hf import HFModel
@@ -38,14 +39,39 @@ def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
     return model.prefill(torch.tensor([ids]))
 
 
-def fetch(model: "HFModel", store: ChunkStore, form: Form) -> tuple[list[KV], bool]:
-    """The chunk's KV and whether the store had it; compiled again when it was evicted."""
-    kv = store.get(form.key)
-    if kv is not None:
-        return kv, True
-    kv = compile_chunk(model, form.ids)
-    store.put(form.key, kv)
-    return kv, False
+class Fetched:
+    """One chunk's KV by layer, compiled where the store has lost it or finds it damaged.
+
+    Attributes:
+        hit: whether the store had it.
+        tier: where: "device", "host" or "disk"; "device" when it was compiled just now.
+    """
+
+    def __init__(self, model: "HFModel", store: ChunkStore, form: Form) -> None:
+        self._model, self._store, self._form = model, store, form
+        self._stored = store.get(form.key)
+        self._compiled: list[KV] = []
+        self.hit = self._stored is not None
+        self.tier = "device" if self._stored is None else self._stored.tier
+        if self._stored is None:
+            self._compile()
+
+    def _compile(self) -> None:
+        assert self._form.header is not None
+        begun = time.perf_counter()
+        self._compiled = compile_chunk(self._model, self._form.ids)
+        header = replace(self._form.header, compile_seconds=time.perf_counter() - begun)
+        self._store.put(self._form.key, self._compiled, header)
+
+    def layer(self, index: int) -> KV:
+        """Keys and values ``[1, kv_heads, tokens, head_dim]``."""
+        if self._stored is not None and not self._compiled:
+            try:
+                return self._stored.layer(index)
+            except CorruptChunk:  # the store has dropped and counted it
+                self.hit = False
+                self._compile()
+        return self._compiled[index]
 
 
 def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
@@ -98,20 +124,22 @@ def link_row(
     forms = (*row.chunks, row.query)
     ids = torch.tensor([token for form in forms for token in form.ids[form.skip :]])
     compiling = time.perf_counter()
-    fetched = [fetch(model, store, form) for form in row.chunks]
-    parts = [kv for kv, _ in fetched]
+    fetched = [Fetched(model, store, form) for form in row.chunks]
+    parts: list[Callable[[int], KV]] = [one.layer for one in fetched]
     if not method.force_query:
-        parts.append(compile_chunk(model, row.query.ids))
+        query = compile_chunk(model, row.query.ids)
+        parts.append(lambda layer: query[layer])
     compiled = time.perf_counter()
 
     skips = [form.skip for form in forms][: len(parts)]
-    with LinkedKV(model, [part.__getitem__ for part in parts], skips, layout) as kv:
+    far = any(one.tier != "device" for one in fetched)
+    with LinkedKV(model, parts, skips, layout, ahead=far) as kv:
         evidence = MeasuredEvidence(model, ids, layout, kv)
         choosing = time.perf_counter()
         rows = rows_to_compute(method, layout, evidence)
         chosen = time.perf_counter()
         narrow = _narrowing(method, layout)
-        nbytes = sum(kv_bytes(part) for part in parts)
+        nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
         full = model.flops([torch.arange(layout.total_length)] * layout.num_layers)
         static = model.flops([rows] * layout.num_layers)
         reason = ""
@@ -129,13 +157,16 @@ def link_row(
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     ended = time.perf_counter()
+    for form, one in zip(row.chunks, fetched, strict=True):
+        if one.tier == "host" and one.hit:
+            store.promote(form.key, model.device)
 
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
         tokens_recomputed_per_layer=tuple(len(positions) for positions in entered),
         bytes_loaded=nbytes,
-        chunk_hits=tuple(hit for _, hit in fetched),
+        chunk_hits=tuple(one.hit for one in fetched),
         flops=model.flops([*evidence.entered, *entered]),
         flops_full_prefill=full,
         seconds={

@@ -1,5 +1,9 @@
-"""The one error root of the package."""
+"""The errors of the package: one root, and the one kind a caller recovers from."""
 
 
 class PICacheError(ValueError):
     """What was asked cannot be done exactly; the message names the value and the remedy."""
+
+
+class CorruptChunk(PICacheError):  # noqa: N818 - the root names the kind
+    """A stored chunk failed its check; it is gone from the store, so compile it again."""

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from picache.attention import attention_mass, scattered_attention
 from picache.chunk import KV
 from picache.errors import PICacheError
+from picache.header import Header
 from picache.rope import Angles, Rotation, calibrate, frequencies
 from picache.sparse_pass import Layers, Narrow, Pass, ScatterMask, Stop, current, enter_layer
 
@@ -212,6 +213,7 @@ class HFModel:
         self._rotary = self._find_rotary()
         self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
         self._digest: tuple[object, str] = (None, "")
+        self._one_token = self.prefill(torch.tensor([[0]]))
 
     @property
     def device(self) -> torch.device:
@@ -438,6 +440,23 @@ class HFModel:
         finally:
             for config, implementation in before:
                 config._attn_implementation = implementation  # noqa: SLF001
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, all layers."""
+        return sum(tensor.nbytes for layer in self._one_token for tensor in layer)
+
+    def header(self, namespace: str, storage: str) -> Header:
+        """What tells chunks of this model in such a store apart from others, text aside."""
+        return Header(
+            model=type(self.model).__name__,
+            fingerprint=self.fingerprint,
+            revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
+            dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
+            rope=repr(sorted({repr(rotation) for rotation in self.rotations})),
+            namespace=namespace,
+            storage=storage,
+        )
 
     @property
     def fingerprint(self) -> str:

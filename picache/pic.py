@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from picache.chunk import KV, Chunk, Form, as_ids, content_key
-from picache.engine import Row, fetch, layout_of, link_row
-from picache.errors import PICacheError
+from picache.chunk import KV, Chunk, Form, as_ids
+from picache.engine import Fetched, Row, layout_of, link_row
+from picache.errors import CorruptChunk, PICacheError
+from picache.header import Header, chunk_key
 from picache.methods import LegoLink
 from picache.plan import LinkMethod
 from picache.report import LinkReport, total
 from picache.sinks import DummySinks, SharedPrefix, Sinks
-from picache.store import ChunkStore, kv_bytes
+from picache.store import ChunkStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,16 +129,22 @@ class PIC:
             return as_ids(list(token * sinks.count), self._model.vocab_size, "DummySinks")
         return ()
 
-    def _form(self, ids: tuple[int, ...], first: bool = False) -> Form:
+    def _header(self) -> Header:
+        """What tells this model's chunks in this store from others, the text aside."""
+        return self._model.header(namespace=self.store.namespace, storage=self.store.storage)
+
+    def _form(self, ids: tuple[int, ...], header: Header, first: bool = False) -> Form:
         """How a chunk of these ids is compiled, and what of it comes into a prompt."""
         own = 1 if ids[0] in self._bos else 0
+        sinks = ""  # what KV does not depend on stays out of its key
         if first or self.sinks == "keep":
             skip = 0
         elif self._lead:
-            ids, skip = (*self._lead, *ids[own:]), len(self._lead)
+            ids, skip, sinks = (*self._lead, *ids[own:]), len(self._lead), repr(self.sinks)
         else:
             skip = own
-        return Form(ids, skip, content_key(ids, self._model.fingerprint))
+        header = replace(header, sinks=sinks, tokens=len(ids))
+        return Form(ids, skip, chunk_key(ids, header), header)
 
     def _special(self, name: str) -> tuple[int, ...]:
         """The ids of a special token: the tokenizer's, else the model configuration's."""
@@ -170,15 +178,19 @@ class PIC:
                 or larger than the store; the store is unchanged.
         """
         ids = self._tokens(document, "a document", special=True)
-        form = self._form(ids, first)
+        form = self._form(ids, self._header(), first)
         limit = self._model.max_length
         if limit is not None and len(form.ids) > limit:
             raise PICacheError(
                 f"a document of {len(form.ids)} tokens is longer than the model's {limit} "
                 "positions: split it into chunks"
             )
-        kv, _ = fetch(self._model, self.store, form)
-        return Chunk(form.key, ids, kv_bytes(kv))
+        if Fetched(self._model, self.store, form).tier != "device":
+            try:
+                self.store.promote(form.key, self._model.device)
+            except CorruptChunk:  # the store has dropped it
+                Fetched(self._model, self.store, form)
+        return Chunk(form.key, ids, self._model.bytes_per_token * len(form.ids))
 
     def link(
         self,
@@ -238,19 +250,21 @@ class PIC:
         """A row to link, every chunk in the form its place asks for."""
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
-        forms = []
+        forms, header = [], self._header()
         for index, chunk in enumerate(chunks):
             if not isinstance(chunk, Chunk):
                 raise PICacheError(
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}"
                 )
-            if chunk.key not in (self._form(chunk.ids, first).key for first in (False, True)):
+            if chunk.key not in (
+                self._form(chunk.ids, header, first).key for first in (False, True)
+            ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
                     "or sinks: compile it with this PIC"
                 )
-            form = self._form(chunk.ids, first=index == 0)
+            form = self._form(chunk.ids, header, first=index == 0)
             if len(form.ids) == form.skip:
                 raise PICacheError(
                     f"{chunk!r} at place {index} is only a BOS, which sinks={self.sinks!r} "

@@ -1,84 +1,311 @@
-"""Where compiled chunks live: in memory, bounded in bytes, least recently used leaves first."""
+"""Where compiled chunks live: device, pinned host memory and disk, each bounded in bytes."""
 
-from collections import OrderedDict
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Literal
 
+import torch
+
+from picache.busy import Busy
 from picache.chunk import KV
-from picache.errors import PICacheError
+from picache.disk import Disk
+from picache.errors import CorruptChunk, PICacheError
+from picache.header import STORAGES, Header
+from picache.memory import Memory
+from picache.quantize import Encoded, encode
+from picache.stats import StoreStats, TierStats
+from picache.stored import StoredChunk, check_kv, kv_bytes
+from picache.tiers import Entry, Tier
 
-
-def kv_bytes(kv: list[KV]) -> int:
-    """Bytes of the tensors of one chunk, all layers."""
-    return sum(tensor.nbytes for layer in kv for tensor in layer)
+__all__ = ["ChunkStore", "StoreStats", "StoredChunk", "TierStats", "kv_bytes"]
 
 
 class ChunkStore:
-    """KV of compiled chunks by content key, on the device they were compiled on.
+    """KV of compiled chunks by content key.
 
-    One store may serve several models: keys hold the model's fingerprint.
+    A chunk is put on the device it was compiled on. What the device tier has no room for moves to
+    host memory, what that has no room for is left to disk, and what is on no disk is gone. With a
+    `path`, every chunk is also written to disk when it is put, so that it outlives the process. A
+    hit does not move a chunk up by itself: `promote` does. One store may serve several models:
+    keys hold what tells them apart (`picache.header.chunk_key`). Methods may be called from
+    several threads.
 
     Args:
-        device_bytes: most bytes of keys and values to hold; None for no bound.
+        device_bytes: most bytes of keys and values on the device; None for no bound.
+        host_bytes: most bytes in host memory, page-locked where they come from a CUDA device;
+            `math.inf` for no bound, None for no host tier. Chunks come here only from a device
+            tier that has a bound.
+        path: local folder or fsspec URL to keep chunks under; None for no disk tier. Others may
+            use it at the same time.
+        disk_bytes: most bytes of this namespace's files there, None for no bound. A file is
+            written before others leave for it: leave room for one more.
+        eviction: "lru", or "cost" to keep what takes long to compile per byte; see `Tier`.
+        storage: "exact", or "int8" or "fp8" to keep half the bytes of bf16 at an error; see
+            `picache.quantize.encode`. The dtype given out is always the one put in.
+        namespace: the tenant. Stores of two namespaces see nothing of each other.
+
+    Attributes:
+        hits: chunks found.
+        misses: chunks asked for and not found.
+        demotions: chunks that left a tier for a slower one that holds them.
+        evictions: chunks that are nowhere any more, for want of room.
+        corrupt: damaged or foreign files found, and removed.
+        disk_failures: chunks that could not be written to disk.
 
     Raises:
-        PICacheError: when `device_bytes` is not positive.
+        PICacheError: when a bound is not positive, a name unknown, or `path` is not a chunk store.
     """
 
-    def __init__(self, device_bytes: int | None = None) -> None:
-        if device_bytes is not None and device_bytes <= 0:
-            raise PICacheError(
-                f"device_bytes must be positive, got {device_bytes}: "
-                "leave it out for a store without a bound"
+    def __init__(
+        self,
+        device_bytes: float | None = None,
+        host_bytes: float | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        disk_bytes: float | None = None,
+        eviction: Literal["lru", "cost"] = "lru",
+        storage: Literal["exact", "int8", "fp8"] = "exact",
+        namespace: str = "",
+    ) -> None:
+        if storage not in STORAGES:
+            raise PICacheError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        if disk_bytes is not None and path is None:
+            raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
+        self.storage, self.namespace = storage, namespace
+        self._lock = threading.RLock()
+        self._busy = Busy(self._lock)
+        self._memory = Memory(device_bytes, host_bytes, eviction, self._busy)
+        self._disk = (
+            None
+            if path is None
+            else Disk(path, disk_bytes, eviction, namespace, storage, self._busy, self._lock)
+        )
+        self.misses = self.evictions = self._left_to_disk = 0
+
+    # What is held
+
+    @property
+    def _tiers(self) -> list[Tier]:
+        return self._memory.tiers + ([] if self._disk is None else [self._disk.tier])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory, device and host."""
+        return sum(tier.nbytes for tier in self._memory.tiers)
+
+    @property
+    def hits(self) -> int:
+        """Chunks found, in any tier."""
+        return sum(tier.hits for tier in self._tiers)
+
+    @property
+    def demotions(self) -> int:
+        """Chunks that left a tier for a slower one that holds them."""
+        return self._memory.demotions + self._left_to_disk
+
+    @property
+    def corrupt(self) -> int:
+        """Damaged or foreign files found."""
+        return 0 if self._disk is None else self._disk.corrupt
+
+    @property
+    def disk_failures(self) -> int:
+        """Chunks that could not be written to disk."""
+        return 0 if self._disk is None else self._disk.failures
+
+    def stats(self) -> StoreStats:
+        """The counters and what each tier holds, at one moment."""
+        with self._lock:
+            return StoreStats(
+                tuple(
+                    TierStats(tier.name, len(tier.entries), tier.nbytes, tier.budget, tier.hits)
+                    for tier in self._tiers
+                ),
+                self.hits,
+                self.misses,
+                self.demotions,
+                self.evictions,
+                self.corrupt,
+                self.disk_failures,
             )
-        self.device_bytes = device_bytes
-        self.nbytes = 0
-        self.hits = self.misses = self.evictions = 0
-        self._entries: OrderedDict[str, list[KV]] = OrderedDict()
-
-    def get(self, key: str) -> list[KV] | None:
-        """The KV under `key`, now the most recently used, or None."""
-        kv = self._entries.get(key)
-        if kv is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
-        return kv
-
-    def put(self, key: str, kv: list[KV]) -> None:
-        """Store a chunk, evicting the least recently used ones until it fits.
-
-        Raises:
-            PICacheError: when the chunk alone is larger than the store; the store is unchanged.
-        """
-        nbytes = kv_bytes(kv)
-        if self.device_bytes is not None and nbytes > self.device_bytes:
-            raise PICacheError(
-                f"a chunk of {nbytes:,} bytes does not fit a store of {self.device_bytes:,} "
-                "bytes: raise device_bytes or split the document"
-            )
-        if key in self._entries:
-            self.nbytes -= kv_bytes(self._entries.pop(key))
-        while self.device_bytes is not None and self.nbytes + nbytes > self.device_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self.nbytes -= kv_bytes(evicted)
-            self.evictions += 1
-        self._entries[key] = kv
-        self.nbytes += nbytes
-
-    def clear(self) -> None:
-        """Drop every chunk; the counters stay."""
-        self._entries.clear()
-        self.nbytes = 0
 
     def __contains__(self, key: str) -> bool:
-        return key in self._entries
+        with self._lock:
+            if key in self._memory:
+                return True
+        return self._disk is not None and key in self._disk
 
     def __len__(self) -> int:
-        return len(self._entries)
+        with self._lock:
+            return len({key for tier in self._tiers for key in tier.entries})
 
     def __repr__(self) -> str:
-        bound = "no bound" if self.device_bytes is None else f"of {self.device_bytes:,}"
+        stats = self.stats()
+        tiers = "; ".join(str(tier) for tier in stats.tiers)
+        where = "" if self._disk is None else f" at {self._disk.where}"
         return (
-            f"ChunkStore({len(self)} chunks, {self.nbytes:,} bytes ({bound}), {self.hits} hits, "
-            f"{self.misses} misses, {self.evictions} evictions)"
+            f"ChunkStore({len(self)} chunks, {self.storage}: {tiers}{where}; {stats.hits} hits, "
+            f"{stats.misses} misses, {stats.demotions} demotions, {stats.evictions} evictions, "
+            f"{stats.corrupt} corrupt, {stats.disk_failures} disk failures)"
         )
+
+    # Reading
+
+    def get(self, key: str) -> StoredChunk | None:
+        """The chunk under `key`, now the most recently used; None when absent or damaged."""
+        found = self._find(key)
+        with self._lock:
+            if found is None:
+                self.misses += 1
+            else:
+                next(tier for tier in self._tiers if tier.name == found.tier).hits += 1
+        return found
+
+    def _find(self, key: str) -> StoredChunk | None:
+        with self._lock:
+            held = self._memory.find(key)
+        if held is not None:
+            tier, entry = held
+            assert entry.header is not None
+            layers = entry.layers  # of this moment: a demotion replaces the list
+            return StoredChunk(
+                key, entry.header, entry.nbytes, tier.name, len(layers), layers.__getitem__
+            )
+        disk = self._disk
+        if disk is None:
+            return None
+        file, gone = disk.open(key)
+        self._count_deleted(gone)
+        if file is None:
+            return None
+
+        def read(index: int) -> Encoded:
+            try:
+                return file.layer(index)
+            except CorruptChunk:
+                disk.damaged(key)
+                raise
+
+        return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
+
+    # Writing
+
+    def put(self, key: str, kv: list[KV], header: Header | None = None) -> None:
+        """Store a chunk; what is the cheapest to lose leaves until it fits.
+
+        A disk that cannot take it is counted and warned about once; the chunk stays in memory.
+
+        Args:
+            key: from `picache.header.chunk_key`.
+            kv: keys and values per layer, each ``[1, kv_heads, tokens, head_dim]``, kept without a
+                copy: do not write to them afterwards.
+            header: what the chunk is; its `compile_seconds` counts in eviction by cost.
+
+        Raises:
+            PICacheError: when a tensor is not finite, shapes, dtypes and header do not go together,
+                or there is no room; the store is unchanged.
+        """
+        header = check_kv(key, kv, header, self.namespace, self.storage)
+        if self._disk is not None:
+            self._disk.name(key)  # refuse a key that cannot name a file before anything moves
+        entry = _entry(header, [encode(layer, self.storage) for layer in kv])
+        written = False
+        if self._disk is not None:  # without the lock: writing takes long
+            written, gone = self._disk.write(key, header, entry.layers)
+            self._count_deleted(gone)
+        with self._lock:
+            level = self._memory.level_for(key, entry.nbytes)
+            if level is not None:
+                self._count_out(self._memory.insert(level, key, entry))
+            elif not written:
+                raise self._memory.no_room(entry.nbytes)
+
+    def promote(self, key: str, device: torch.device | str) -> bool:
+        """Bring a chunk to `device` and its tier, out of host memory or from disk.
+
+        Returns:
+            Whether it is on the device tier now; False when it is absent or there is no room.
+
+        Raises:
+            CorruptChunk: when its file is damaged; the store has dropped it.
+        """
+        found = self._find(key)
+        if found is None or found.tier == "device":
+            return found is not None
+        layers = []
+        for index in range(found.num_layers):
+            parts = found.encoded(index)
+            layers.append(
+                {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+            )
+        entry = _entry(found.header, layers)
+        with self._lock:
+            if self._memory.tiers[0].room_for(entry.nbytes, key, self._busy) is None:
+                return False
+            self._count_out(self._memory.insert(0, key, entry))
+        return True
+
+    def _count_out(self, gone: list[str]) -> None:
+        """Count what left memory: demoted if it is on disk, else evicted."""
+        for key in gone:
+            on_disk = self._disk is not None and key in self._disk.tier.entries
+            self._left_to_disk += on_disk
+            self.evictions += not on_disk
+
+    def _count_deleted(self, gone: list[str]) -> None:
+        """Count files deleted for want of room, unless the chunk is in memory."""
+        with self._lock:
+            self.evictions += sum(key not in self._memory for key in gone)
+
+    # What must stay
+
+    def pin(self, key: str) -> None:
+        """Keep a chunk in the tier it is in until `unpin`; pinning twice is pinning once.
+
+        Raises:
+            PICacheError: when it is not in the store.
+        """
+        with self._lock:
+            if key not in self:
+                raise PICacheError(f"cannot pin {key!r}: it is not in the store; put it first")
+            self._busy.pins.add(key)
+
+    def unpin(self, key: str) -> None:
+        """Let a pinned chunk leave again.
+
+        Raises:
+            PICacheError: when it is not pinned.
+        """
+        self._busy.unpin(key)
+
+    def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+        """Count a reference to each chunk while a ``with`` block runs: none is evicted or moved.
+
+        Keys that are not in the store yet count too, from when they are put.
+        """
+        return self._busy.using(keys)
+
+    def clear(self) -> None:
+        """Drop every chunk, pinned ones and files on disk included; the counters stay.
+
+        Raises:
+            PICacheError: when chunks are in use; the store is unchanged.
+        """
+        with self._lock:
+            if self._busy.in_use:
+                raise PICacheError(
+                    f"cannot clear a store while {self._busy.in_use} chunks are in use: leave the "
+                    "block of `using` first"
+                )
+            self._busy.pins.clear()
+            self._memory.clear()
+            if self._disk is not None:
+                self._disk.clear()
+
+
+def _entry(header: Header, layers: list[Encoded]) -> Entry:
+    entry = Entry.of(sum(part.nbytes for layer in layers for part in layer.values()), header)
+    entry.layers = layers
+    return entry

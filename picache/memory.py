@@ -1,0 +1,110 @@
+"""The tiers of memory: the device, and host memory under it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from picache.busy import Busy
+from picache.errors import PICacheError
+from picache.tiers import Entry, Tier
+
+
+def to_host(part: Tensor) -> Tensor:
+    """The tensor in host memory, page-locked if it comes from a CUDA device."""
+    if part.device.type == "cpu":
+        return part
+    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
+    return host.copy_(part)
+
+
+class Memory:
+    """Chunks in memory, each in one tier; what a tier has no room for moves to the next.
+
+    Args:
+        device_bytes: bound of the device tier; None for no bound.
+        host_bytes: bound of the host tier; None for no such tier.
+        eviction: see `Tier`.
+        busy: says what must stay where it is.
+    """
+
+    def __init__(
+        self, device_bytes: float | None, host_bytes: float | None, eviction: str, busy: Busy
+    ) -> None:
+        device = Tier("device", math.inf if device_bytes is None else device_bytes, eviction)
+        self.tiers = [device]
+        if host_bytes is not None:
+            self.tiers.append(Tier("host", host_bytes, eviction))
+        self.demotions = 0  # from device to host
+        self._busy = busy
+
+    def __contains__(self, key: str) -> bool:
+        return any(key in tier.entries for tier in self.tiers)
+
+    def find(self, key: str) -> tuple[Tier, Entry] | None:
+        """The entry and its tier, now the most recently used there."""
+        for tier in self.tiers:
+            if key in tier.entries:
+                tier.touch(key)
+                return tier, tier.entries[key]
+        return None
+
+    def level_for(self, key: str, nbytes: int) -> int | None:
+        """The fastest tier that can take `nbytes` under `key`; None if none can."""
+        for level, tier in enumerate(self.tiers):
+            if tier.room_for(nbytes, key, self._busy) is not None:
+                return level
+        return None
+
+    def insert(self, level: int, key: str, entry: Entry) -> list[str]:
+        """Put an entry in a tier that can take it, and in no other.
+
+        Returns:
+            Keys that are in no tier of memory any more.
+        """
+        tier = self.tiers[level]
+        if level > 0:
+            entry.layers = [
+                {name: to_host(part) for name, part in layer.items()} for layer in entry.layers
+            ]
+        leave = tier.room_for(entry.nbytes, key, self._busy)
+        assert leave is not None, "level_for said there is room"
+        for other in self.tiers:
+            if other is not tier:
+                other.drop(key)
+        gone = [lost for victim in leave for lost in self._demote(level, victim)]
+        tier.add(key, entry)
+        return gone
+
+    def _demote(self, level: int, key: str) -> list[str]:
+        """Move an entry one tier down, or out; the keys that went out."""
+        tier = self.tiers[level]
+        entry = tier.entries[key]
+        below = self.tiers[level + 1 : level + 2]
+        if not below or below[0].room_for(entry.nbytes, key, self._busy) is None:
+            tier.drop(key, evicted=True)
+            return [key]
+        tier.raise_floor(key)
+        self.demotions += 1
+        return self.insert(level + 1, key, entry)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        for tier in self.tiers:
+            for key in list(tier.entries):
+                tier.drop(key)
+
+    def no_room(self, nbytes: int) -> PICacheError:
+        """Why `nbytes` fit no tier, and what to do."""
+        largest = max(self.tiers, key=lambda tier: tier.budget)
+        if nbytes > largest.budget:
+            return PICacheError(
+                f"a chunk of {nbytes:,} bytes does not fit a store of {largest.budget:,} bytes: "
+                f"raise {largest.name}_bytes or split the document"
+            )
+        keys = [key for tier in self.tiers for key in tier.entries]
+        return PICacheError(
+            f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._busy, keys))} of the "
+            f"{len(keys)} chunks in memory are pinned or in use and cannot leave; unpin some or "
+            f"raise {largest.name}_bytes={largest.budget:,}"
+        )
