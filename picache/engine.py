@@ -51,6 +51,7 @@ class Fetched:
         self._model, self._store, self._form = model, store, form
         self._stored = store.get(form.key)
         self._compiled: list[KV] = []
+        self._damaged = False
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         if self._stored is None:
@@ -64,14 +65,24 @@ class Fetched:
         self._store.put(self._form.key, self._compiled, header)
 
     def layer(self, index: int) -> KV:
-        """Keys and values ``[1, kv_heads, tokens, head_dim]``."""
-        if self._stored is not None and not self._compiled:
-            try:
-                return self._stored.layer(index)
-            except CorruptChunk:  # the store has dropped and counted it
-                self.hit = False
-                self._compile()
-        return self._compiled[index]
+        """Keys and values ``[1, kv_heads, tokens, head_dim]``.
+
+        Raises:
+            CorruptChunk: when the file is damaged; the store has dropped it, `mend` compiles it.
+        """
+        if self._stored is None:
+            return self._compiled[index]
+        try:
+            return self._stored.layer(index)
+        except CorruptChunk:
+            self._damaged = True
+            raise
+
+    def mend(self) -> None:
+        """Compile the chunk again if it was found damaged; no pass may be under way."""
+        if self._damaged:
+            self._damaged, self._stored, self.hit = False, None, False
+            self._compile()
 
 
 def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
@@ -96,6 +107,57 @@ def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
         return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
 
     return narrow
+
+
+@dataclass
+class _Outcome:
+    """What one pass over a prompt gave."""
+
+    logits: Tensor
+    kv: list[KV]
+    entered: list[Tensor]  # positions that went through each layer
+    flops: float
+    full_prefill: str
+    seconds: dict[str, float]
+
+
+def _pass(
+    model: "HFModel",
+    kv: LinkedKV,
+    ids: Tensor,
+    layout: Layout,
+    method: LinkMethod,
+    flops_per_byte: float | None,
+    nbytes: int,
+) -> _Outcome:
+    """Choose rows and recompute them, or prefill in full where that costs no more."""
+    begun = time.perf_counter()
+    evidence = MeasuredEvidence(model, ids, layout, kv)
+    rows, narrow = rows_to_compute(method, layout, evidence), _narrowing(method, layout)
+    chosen = time.perf_counter()
+    everything = [torch.arange(layout.total_length)] * layout.num_layers
+    reason = ""
+    if narrow is None and flops_per_byte is not None:
+        linking = model.flops([rows] * layout.num_layers) + flops_per_byte * nbytes
+        ratio = linking / model.flops(everything)
+        reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
+    if reason:
+        logits, layers = model.full_prefill(ids)
+        entered = everything
+    else:
+        logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow)
+        layers = [kv[layer] for layer in range(layout.num_layers)]
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    waited = kv.seconds["wait"]
+    seconds = {
+        "load": kv.seconds["load"],
+        "rotate": kv.seconds["rotate"],
+        "choose": chosen - begun,
+        "recompute": max(0.0, time.perf_counter() - chosen - waited),
+    }
+    flops = model.flops([*evidence.entered, *entered])
+    return _Outcome(logits, layers, entered, flops, reason, seconds)
 
 
 def link_row(
@@ -123,60 +185,43 @@ def link_row(
     layout = layout_of(row, len(model.rotations))
     forms = (*row.chunks, row.query)
     ids = torch.tensor([token for form in forms for token in form.ids[form.skip :]])
-    compiling = time.perf_counter()
     fetched = [Fetched(model, store, form) for form in row.chunks]
     parts: list[Callable[[int], KV]] = [one.layer for one in fetched]
     if not method.force_query:
         query = compile_chunk(model, row.query.ids)
         parts.append(lambda layer: query[layer])
-    compiled = time.perf_counter()
-
+    compiling = time.perf_counter() - begun
     skips = [form.skip for form in forms][: len(parts)]
+    nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
     far = any(one.tier != "device" for one in fetched)
-    with LinkedKV(model, parts, skips, layout, ahead=far) as kv:
-        evidence = MeasuredEvidence(model, ids, layout, kv)
-        choosing = time.perf_counter()
-        rows = rows_to_compute(method, layout, evidence)
-        chosen = time.perf_counter()
-        narrow = _narrowing(method, layout)
-        nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
-        full = model.flops([torch.arange(layout.total_length)] * layout.num_layers)
-        static = model.flops([rows] * layout.num_layers)
-        reason = ""
-        if narrow is None and flops_per_byte is not None:
-            cost = (static + flops_per_byte * nbytes) / full
-            if cost >= 1:
-                reason = f"linking would cost {cost:.2f} times as much (estimated)"
-        if reason:
-            logits, layers = model.full_prefill(ids)
-            entered = [torch.arange(layout.total_length)] * layout.num_layers
-            nbytes = 0
-        else:
-            logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow)
-            layers = [kv[layer] for layer in range(layout.num_layers)]
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    ended = time.perf_counter()
+    while True:
+        try:
+            with LinkedKV(model, parts, skips, layout, ahead=far) as kv:
+                done = _pass(model, kv, ids, layout, method, flops_per_byte, nbytes)
+            break
+        except CorruptChunk:  # found when its layer was due: mend it and begin again
+            mending = time.perf_counter()
+            for one in fetched:
+                one.mend()
+            compiling += time.perf_counter() - mending
     for form, one in zip(row.chunks, fetched, strict=True):
         if one.tier == "host" and one.hit:
             store.promote(form.key, model.device)
 
+    everything = [torch.arange(layout.total_length)] * layout.num_layers
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
-        tokens_recomputed_per_layer=tuple(len(positions) for positions in entered),
-        bytes_loaded=nbytes,
+        tokens_recomputed_per_layer=tuple(len(positions) for positions in done.entered),
+        bytes_loaded=0 if done.full_prefill else nbytes,
         chunk_hits=tuple(one.hit for one in fetched),
-        flops=model.flops([*evidence.entered, *entered]),
-        flops_full_prefill=full,
+        flops=done.flops,
+        flops_full_prefill=model.flops(everything),
         seconds={
-            "compile": compiled - compiling,
-            "load": kv.seconds["load"],
-            "rotate": kv.seconds["rotate"],
-            "choose": chosen - choosing,
-            "recompute": ended - chosen - kv.seconds["wait"],
-            "first_token": ended - begun,
+            "compile": compiling,
+            **done.seconds,
+            "first_token": time.perf_counter() - begun,
         },
-        full_prefill=reason,
+        full_prefill=done.full_prefill,
     )
-    return ids, layers, logits, report
+    return ids, done.kv, done.logits, report

@@ -158,7 +158,7 @@ def test_unknown_models_are_refused():
     )
     with pytest.raises(PICacheError, match=r"latents, as in MLA|no known rotary"):
         PIC(transformers.AutoModelForCausalLM.from_config(mla).eval())
-    with pytest.raises(PICacheError, match="sinks must be 'drop', 'keep', .*got 'no'"):
+    with pytest.raises(PICacheError, match=r"sinks must be 'drop', 'keep', .*got 'no'"):
         PIC(tiny_model("llama"), sinks="no")
 
 
