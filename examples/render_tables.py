@@ -1,15 +1,18 @@
-"""Write the tables of docs/results/quickstart.json into README.md, and the page docs/cap.md.
+"""Write the tables of docs/results/*.json into README.md, docs/linking.md and docs/cap.md.
 
-python examples/quickstart.py --out docs/results && python examples/render_tables.py
+python examples/quickstart.py --out docs/results
+python examples/link_accuracy.py --out docs/results
+python examples/render_tables.py
 """
 
 import json
 from pathlib import Path
 
+import link_accuracy
 from quickstart import LINKING, RETENTION, SCHEDULING, prepare
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- tables of docs/results/quickstart.json -->", "<!-- end of the tables -->"
+END = "<!-- end of the tables -->"
 
 
 def markdown(rows: list[dict], columns: dict[str, str]) -> str:
@@ -87,13 +90,21 @@ def cap_page(record: dict) -> str:
     return CAP.format(rows="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
 
 
-def main() -> None:
-    record = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+def insert(page: Path, result: str, text: str) -> None:
+    """Put `text` between the markers of a result file in a page."""
+    begin = f"<!-- tables of docs/results/{result} -->"
+    before, rest = page.read_text().split(begin)
     after = rest.split(END)[1]
+    page.write_text(f"{before}{begin}\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    results = ROOT / "docs" / "results"
+    record = json.loads((results / "quickstart.json").read_text())
     (ROOT / "docs" / "cap.md").write_text(cap_page(record))
-    readme.write_text(f"{before}{BEGIN}\n{tables(record)}\n{END}{after}")
+    insert(ROOT / "README.md", "quickstart.json", tables(record))
+    accuracy = json.loads((results / "link_accuracy.json").read_text())
+    insert(ROOT / "docs" / "linking.md", "link_accuracy.json", link_accuracy.tables(accuracy))
 
 
 if __name__ == "__main__":

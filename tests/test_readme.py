@@ -57,6 +57,10 @@ def test_the_tables_are_those_of_the_result_file(monkeypatch):
     assert rendered.count("\n| ") > 20
     assert rendered in README
     assert (ROOT / "docs" / "cap.md").read_text() == render_tables.cap_page(record)
+    accuracy = json.loads((ROOT / "docs" / "results" / "link_accuracy.json").read_text())
+    rendered = render_tables.link_accuracy.tables(accuracy)
+    assert rendered.count("\n| ") > 40
+    assert rendered in (ROOT / "docs" / "linking.md").read_text()
 
 
 def test_the_quickstart_links_own_files_on_any_model(tmp_path):
