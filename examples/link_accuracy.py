@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from picache import (
     A3,
+    APE,
     PIC,
     CacheBlend,
     ChunkStore,
@@ -81,6 +82,14 @@ def sink_arms(system: str) -> list[tuple[str, object, bool]]:
     ]
 
 
+def sink_methods(policy: object) -> dict[str, LinkMethod]:
+    """What is linked under each policy; APE only behind a shared prefix, as its paper compiles."""
+    methods = {"reused": LegoLink(0), "LegoLink-1": LegoLink(1), "LegoLink-4": LegoLink(4)}
+    if isinstance(policy, SharedPrefix):
+        return {**methods, "APE, T = S = 0.9": APE(), "APE, T = S = 1": APE(1, 1)}
+    return methods
+
+
 class Measured:
     """What one arm did, question by question."""
 
@@ -113,8 +122,9 @@ def measure(problems: int, documents: int, seed: int, model_name: str) -> dict:
     arms = method_arms()
     sinks = sink_arms(made[0].system)
     by_method = {label: Measured() for _, label, _ in arms}
-    sink_methods = {"reused": LegoLink(0), "LegoLink-1": LegoLink(1), "LegoLink-4": LegoLink(4)}
-    by_sink = {(label, name): Measured() for label, *_ in sinks for name in sink_methods}
+    by_sink = {
+        (label, name): Measured() for label, policy, _ in sinks for name in sink_methods(policy)
+    }
     store = ChunkStore()
     # Every arm links, whatever it costs: the arms are to be compared, not served.
     pics = {
@@ -132,12 +142,12 @@ def measure(problems: int, documents: int, seed: int, model_name: str) -> dict:
             if label == "full":
                 full = prompt.logits.double().log_softmax(-1)
             by_method[label].add(prompt, answer, full)
-        for label, _, bos in sinks:
+        for label, policy, bos in sinks:
             pic = pics[label]
             before = f"{tokenizer.bos_token} " if bos else ""
             behind = [pic.compile(texts[0], first=True)]
             behind += [pic.compile(before + text) for text in texts[1:]]
-            for name, method in sink_methods.items():
+            for name, method in sink_methods(policy).items():
                 by_sink[label, name].add(pic.link(behind, query, method), answer, full)
         store.clear()
     draws = np.random.default_rng(seed)

@@ -12,6 +12,7 @@ from picache.chunk import Chunk
 from picache.errors import CorruptChunk, PICacheError
 from picache.methods import (
     A3,
+    APE,
     CacheBlend,
     Combined,
     FullRecompute,
@@ -29,6 +30,7 @@ from picache.store import ChunkStore, StoredChunk
 
 __all__ = [
     "A3",
+    "APE",
     "PIC",
     "CacheBlend",
     "Chunk",

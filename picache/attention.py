@@ -111,6 +111,51 @@ def scattered_attention(
     return torch.cat(out, dim=2)
 
 
+def parallel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    parallel: Tensor,
+    scaling: float,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention whose log-sum-exp over some keys is scaled before the two parts are joined.
+
+    With L_c and L_o the log-sum-exp of the scores on the parallel and on the other keys and O_c and
+    O_o the attention outputs of each alone: (e^{scale L_c} O_c + e^{L_o} O_o) / (e^{scale L_c} +
+    e^{L_o}). Written out in fp32.
+
+    Args:
+        query: ``[batch, heads, q, head_dim]``.
+        key: ``[batch, kv_heads, n, head_dim]``, the parallel ones divided by the temperature.
+        value: ``[batch, kv_heads, n, value_dim]``.
+        allowed: bool, broadcast to ``[batch, 1, q, n]``; each row allows a key of the others.
+        parallel: bool ``[batch, n]``.
+        scaling: factor on the scores.
+        scale: factor on the log-sum-exp of the parallel keys.
+        softcap: see `attend_reference`.
+
+    Returns:
+        ``[batch, heads, q, value_dim]`` in the query's dtype.
+    """
+    kv_heads = key.shape[1]
+    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed[:, :, None], -torch.inf)
+    inside = scores.masked_fill(~parallel[:, None, None, None], -torch.inf)
+    outside = scores.masked_fill(parallel[:, None, None, None], -torch.inf)
+    mass = inside.logsumexp(dim=-1, keepdim=True)
+    # Scaling the log-sum-exp of a part is adding (scale - 1) times it to each of its scores.
+    shift = torch.where(mass.isinf(), 0.0, (scale - 1) * mass)
+    weights = torch.maximum(inside + shift, outside).softmax(dim=-1)
+    out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float())
+    return rearrange(out, "b h g q d -> b (h g) q d").to(query.dtype)
+
+
 def attention_mass(
     query: Tensor,
     key: Tensor,

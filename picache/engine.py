@@ -109,6 +109,25 @@ def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
     return narrow
 
 
+@dataclass(frozen=True)
+class Linked:
+    """One linked prompt.
+
+    Attributes:
+        ids: token ids ``[tokens]``.
+        layout: where the chunks stand.
+        kv: keys and values of every token per layer.
+        logits: of the first new token ``[1, vocab_size]``.
+        report: what linking did.
+    """
+
+    ids: Tensor
+    layout: Layout
+    kv: list[KV]
+    logits: Tensor
+    report: LinkReport
+
+
 @dataclass
 class _Outcome:
     """What one pass over a prompt gave."""
@@ -137,7 +156,7 @@ def _pass(
     chosen = time.perf_counter()
     everything = [torch.arange(layout.total_length)] * layout.num_layers
     reason = ""
-    if narrow is None and flops_per_byte is not None:
+    if narrow is None and flops_per_byte is not None and method.parallel is None:
         linking = model.flops([rows] * layout.num_layers) + flops_per_byte * nbytes
         ratio = linking / model.flops(everything)
         reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
@@ -145,7 +164,11 @@ def _pass(
         logits, layers = model.full_prefill(ids)
         entered = everything
     else:
-        logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow)
+        parallel, at = None, rows
+        if method.parallel is not None:
+            behind = slice(layout.prefix_length, layout.context_length)
+            parallel, at = (behind, method.parallel.scale), layout.parallel_positions()[rows]
+        logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow, at, parallel)
         layers = [kv[layer] for layer in range(layout.num_layers)]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
@@ -166,7 +189,7 @@ def link_row(
     row: Row,
     method: LinkMethod,
     flops_per_byte: float | None = None,
-) -> tuple[Tensor, list[KV], Tensor, LinkReport]:
+) -> Linked:
     """Link one prompt, or prefill it in full where linking would cost as much.
 
     Args:
@@ -176,10 +199,6 @@ def link_row(
         method: says which tokens of the chunks to recompute.
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
             whatever it costs.
-
-    Returns:
-        Token ids ``[tokens]``, KV of every token per layer, logits of the first new token
-        ``[1, vocab_size]``, and the report.
     """
     begun = time.perf_counter()
     layout = layout_of(row, len(model.rotations))
@@ -196,7 +215,7 @@ def link_row(
     far = any(one.tier != "device" for one in fetched)
     while True:
         try:
-            with LinkedKV(model, parts, skips, layout, ahead=far) as kv:
+            with LinkedKV(model, parts, skips, layout, far, method.parallel) as kv:
                 done = _pass(model, kv, ids, layout, method, flops_per_byte, nbytes)
             break
         except CorruptChunk:  # found when its layer was due: mend it and begin again
@@ -224,4 +243,4 @@ def link_row(
         },
         full_prefill=done.full_prefill,
     )
-    return ids, done.kv, done.logits, report
+    return Linked(ids, layout, done.kv, done.logits, report)

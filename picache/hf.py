@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import eager_mask
 
-from picache.attention import attention_mass, scattered_attention
+from picache.attention import attention_mass, parallel_attention, scattered_attention
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.header import Header
@@ -29,6 +31,10 @@ from picache.sparse_pass import Layers, Narrow, Pass, ScatterMask, Stop, current
 _NAME = "picache_scattered"
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_PARALLEL = "picache_parallel"
+
+# Which keys of a batch are side by side, bool [batch, tokens], and the scale of attention to them.
+_decoding: ContextVar[tuple[Tensor, float] | None] = ContextVar("picache_decoding", default=None)
 
 
 def _scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
@@ -53,13 +59,48 @@ def _scattered_attention(
                 "linking does not know: use a full prefill with this model"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions = attention_mask.positions
+    positions, state = attention_mask.positions, current.get()
+    if state.parallel is not None:
+        rows, factor = state.parallel
+        everything = torch.arange(key.shape[2], device=key.device)
+        allowed, causal = attention_mask(positions, everything), everything <= positions[:, None]
+        if s_aux is not None or not torch.equal(allowed, causal):
+            raise PICacheError(
+                f"{type(module).__name__} attends through a window or with sinks, which chunks "
+                "side by side (APE) do not go with: choose a method that places them in order"
+            )
+        inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
+        inside[:, rows] = True
+        out = parallel_attention(
+            query, key, value, allowed[None, None], inside, scale, factor, softcap
+        )
+        return out.transpose(1, 2).contiguous(), None
     out = scattered_attention(query, key, value, positions, attention_mask, scale, softcap, s_aux)
-    state = current.get()
     if state.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
         mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)
         state.observe(state.layer, mass)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _parallel_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """While decoding behind chunks side by side; `attention_mask` is additive, 0 where allowed."""
+    decoding = _decoding.get()
+    assert decoding is not None
+    inside, factor = decoding
+    inside = inside.repeat_interleave(len(key) // len(inside), dim=0)  # beams, several sequences
+    inside = nn.functional.pad(inside, (0, key.shape[2] - inside.shape[1]))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = parallel_attention(query, key, value, attention_mask == 0, inside, scale, factor, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -104,10 +145,10 @@ class LinkedLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, keys: Tensor, values: Tensor, index: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, index: int, attach: bool = False) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.keys, self.values, self.index = keys, values, index
+        self.keys, self.values, self.index, self.attach = keys, values, index, attach
 
     def crop(self, *args: object, **kwargs: object) -> None:
         """Refused: assisted decoding feeds the prompt again and then rolls back."""
@@ -123,8 +164,14 @@ class LinkedLayer(DynamicLayer):
         """Append; the batch may grow by a factor once, as beams and `num_return_sequences` do.
 
         Raises:
-            PICacheError: when the batch does not fit, or when the whole prompt is fed again.
+            PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
+                the method's attention is not attached.
         """
+        if self.attach and _decoding.get() is None:
+            raise PICacheError(
+                "this prompt's method changes attention while decoding too: run generate inside "
+                "`with prompt.attached():`, or link with a scale of 1"
+            )
         batch, held = key_states.shape[0], self.keys.shape[0]
         if batch != held:
             if batch % held:
@@ -170,15 +217,17 @@ class LinkedCache(Cache):
 
     Args:
         kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
+        attach: whether it may only be used while the method's attention is attached.
     """
 
-    def __init__(self, kv: list[KV]) -> None:
-        self._linked = [LinkedLayer(keys, values, i) for i, (keys, values) in enumerate(kv)]
+    def __init__(self, kv: list[KV], attach: bool = False) -> None:
+        self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
+        self._attach = attach
         super().__init__(layers=list(self._linked))
 
     def fork(self) -> "LinkedCache":
         """A second cache on the same tensors, safe because layers append by concatenation."""
-        return LinkedCache([(layer.keys, layer.values) for layer in self._linked])
+        return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
 
 
 class HFModel:
@@ -319,6 +368,8 @@ class HFModel:
         positions: Tensor,
         kv: Layers,
         narrow: Narrow | None = None,
+        position_ids: Tensor | None = None,
+        parallel: tuple[slice, float] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run only the rows at `positions` through the layers; write their KV into `kv`.
 
@@ -331,13 +382,15 @@ class HFModel:
             narrow: (layer, positions of its rows, their fresh KV, their held KV) to the positions
                 whose KV is replaced in this layer and those that go on to the next, the last among
                 them; None for all.
+            position_ids: rotary positions of the rows; None where they are their positions.
+            parallel: the rows of chunks side by side and the scale of attention to them.
 
         Returns:
             Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
             layer.
         """
-        state = Pass(positions.to(self.device), narrow)
-        logits = self._run(ids, kv, int(positions[-1]) + 1, state)
+        state = Pass(positions.to(self.device), narrow, parallel=parallel)
+        logits = self._run(ids, kv, int(positions[-1]) + 1, state, position_ids)
         return logits[:, -1], state.entered
 
     @torch.no_grad()
@@ -372,7 +425,15 @@ class HFModel:
             self._run(ids, kv, int(positions[-1]) + 1, state)
         return torch.stack(masses)
 
-    def _run(self, ids: Tensor, kv: Layers, length: int, state: Pass) -> Tensor:
+    def _run(
+        self,
+        ids: Tensor,
+        kv: Layers,
+        length: int,
+        state: Pass,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        at = state.positions if position_ids is None else position_ids.to(self.device)
         count = self.config.num_hidden_layers
         cache = Cache(layers=[_ScatterLayer(kv, index, length, state) for index in range(count)])
         hooks = []
@@ -383,10 +444,10 @@ class HFModel:
             ]
         token = current.set(state)
         try:
-            with self._attending():
+            with self._attending(_NAME):
                 return self.model(
                     input_ids=ids[None].to(self.device),
-                    position_ids=state.positions[None],
+                    position_ids=at[None],
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
@@ -427,15 +488,32 @@ class HFModel:
         return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
 
     @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """The decoder attends by position inside the block, and as before after it."""
+    def parallel_decoding(self, inside: Tensor, scale: float) -> Iterator[None]:
+        """The model attends with scaled attention to some keys inside the block.
+
+        Args:
+            inside: which keys of a batch, bool ``[batch, tokens]``; those that follow are not.
+            scale: factor on the log-sum-exp of their scores.
+        """
+        token = _decoding.set((inside, scale))
+        try:
+            with self._attending(_PARALLEL):
+                yield
+        finally:
+            _decoding.reset(token)
+
+    @contextmanager
+    def _attending(self, name: str) -> Iterator[None]:
+        """The decoder attends by another function inside the block, and as before after it."""
         AttentionInterface.register(_NAME, _scattered_attention)
         AttentionMaskInterface.register(_NAME, _scattered_mask)
+        AttentionInterface.register(_PARALLEL, _parallel_attention)
+        AttentionMaskInterface.register(_PARALLEL, eager_mask)
         configs = {id(m.config): m.config for m in self.decoder.modules() if hasattr(m, "config")}
         before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
         try:
             for config, _ in before:
-                config._attn_implementation = _NAME  # noqa: SLF001
+                config._attn_implementation = name  # noqa: SLF001
             yield
         finally:
             for config, implementation in before:

@@ -1,15 +1,16 @@
 """The public face: compile chunks once, link them in any order."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from picache.chunk import KV, Chunk, Form, as_ids
-from picache.engine import Fetched, Row, layout_of, link_row
+from picache.chunk import Chunk, Form, as_ids
+from picache.engine import Fetched, Linked, Row, layout_of, link_row
 from picache.errors import CorruptChunk, PICacheError
 from picache.header import Header, chunk_key
 from picache.methods import LegoLink
@@ -30,7 +31,8 @@ class LinkedPrompt(Mapping[str, Any]):
     """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
 
     Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
-    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last.
+    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method
+    that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
 
     Attributes:
         logits: of the first new token, ``[batch, vocab_size]``.
@@ -40,18 +42,25 @@ class LinkedPrompt(Mapping[str, Any]):
 
     def __init__(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        inputs: dict[str, Tensor],
         cache: "LinkedCache",
         logits: Tensor,
         reports: tuple[LinkReport, ...],
         seconds: float,
+        attach: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        self._cache = cache
+        self._inputs, self._cache, self._attach = inputs, cache, attach
         self.logits = logits
         self.reports = reports
         self.report = total(reports, seconds)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The model decodes with the method's attention inside the ``with`` block.
+
+        Only methods that change attention while decoding need it (`APE`); for others it does
+        nothing. Inside the block the model is for this prompt alone.
+        """
+        return self._attach()
 
     def __getitem__(self, name: str) -> Any:
         return self._cache.fork() if name == "past_key_values" else self._inputs[name]
@@ -244,7 +253,7 @@ class PIC:
         linked = [
             link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
         ]
-        return self._batch(linked, begun)
+        return self._batch(linked, method, begun)
 
     def _check(self, chunks: Any, query: Any) -> Row:
         """A row to link, every chunk in the form its place asks for."""
@@ -278,20 +287,26 @@ class PIC:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
         return Row(tuple(forms), Form(tokens, 0))
 
-    def _batch(
-        self, rows: list[tuple[Tensor, list[KV], Tensor, LinkReport]], begun: float
-    ) -> LinkedPrompt:
+    def _batch(self, rows: list[Linked], method: LinkMethod, begun: float) -> LinkedPrompt:
         """Left-pad the rows; the last token of each is left for `generate` to feed."""
         from picache.hf import LinkedCache
 
-        width = max(len(ids) for ids, *_ in rows)
-        device = self._model.device
+        width = max(len(row.ids) for row in rows)
+        device, parallel = self._model.device, method.parallel
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
         input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for index, (ids, *_) in enumerate(rows):
-            input_ids[index, width - len(ids) :] = ids
-            mask[index, width - len(ids) :] = 1
+        mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+        inside = torch.zeros(len(rows), width, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            start = width - len(row.ids)
+            input_ids[index, start:] = row.ids
+            mask[index, start:] = 1
+            position_ids[index, start:] = row.layout.parallel_positions()
+            behind = (row.layout.prefix_length, row.layout.context_length)
+            inside[index, start + behind[0] : start + behind[1]] = True
+        inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+        if parallel is not None:
+            inputs["position_ids"] = position_ids.to(device)
 
         def stacked(tensors: list[Tensor]) -> Tensor:
             kept = [tensor[:, :, :-1] for tensor in tensors]
@@ -302,13 +317,20 @@ class PIC:
 
         kv = [
             (stacked([keys for keys, _ in layer]), stacked([values for _, values in layer]))
-            for layer in zip(*(row[1] for row in rows), strict=True)
+            for layer in zip(*(row.kv for row in rows), strict=True)
         ]
+        scaled = parallel is not None and parallel.scale != 1
+
+        def attach() -> AbstractContextManager[None]:
+            if parallel is None or not scaled:
+                return nullcontext()
+            return self._model.parallel_decoding(inside.to(device), parallel.scale)
+
         return LinkedPrompt(
-            input_ids.to(device),
-            mask.to(device),
-            LinkedCache(kv),
-            torch.cat([logits for _, _, logits, _ in rows]),
-            tuple(report for *_, report in rows),
+            inputs,
+            LinkedCache(kv, attach=scaled),
+            torch.cat([row.logits for row in rows]),
+            tuple(row.report for row in rows),
             time.perf_counter() - begun,
+            attach,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from picache.chunk import KV
-from picache.plan import Layout
+from picache.plan import Layout, ParallelEncoding
 from picache.rope import Angles, Rotation, difference, rotate
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class LinkedKV:
         skips: leading tokens of each part that are left out.
         layout: where the chunks stand.
         ahead: whether to make the next layer ahead of time.
+        parallel: for chunks side by side, whose keys are also divided by the temperature.
 
     Attributes:
         seconds: spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
@@ -42,6 +43,7 @@ class LinkedKV:
         skips: Sequence[int],
         layout: Layout,
         ahead: bool = False,
+        parallel: ParallelEncoding | None = None,
     ) -> None:
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
@@ -50,10 +52,14 @@ class LinkedKV:
         self._coming: dict[int, Future[KV]] = {}
         self.seconds = dict.fromkeys(("load", "rotate", "wait"), 0.0)
         lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
-        # Tokens behind the exact prefix: where they were compiled, and where they stand.
+        # Tokens behind the exact prefix: where they were compiled, where they stand in the prompt,
+        # and the position they are rotated to.
         moved = [torch.arange(s, s + n) for s, n in zip(skips, lengths, strict=True)][1:]
         self._old = torch.cat([torch.empty(0, dtype=torch.int64), *moved])
-        self._new = torch.arange(layout.prefix_length, layout.prefix_length + len(self._old))
+        self._rows = slice(layout.prefix_length, layout.prefix_length + len(self._old))
+        everywhere = torch.arange(layout.total_length)
+        self._new = (layout.parallel_positions() if parallel else everywhere)[self._rows]
+        self._temperature = parallel.temperature if parallel else 1.0
 
     def __enter__(self) -> "LinkedKV":
         return self
@@ -106,7 +112,9 @@ class LinkedKV:
         return both[0], both[1]
 
     def _move(self, layer: int, keys: Tensor) -> None:
-        rotation = self._model.rotations[layer]
+        rotation, moved = self._model.rotations[layer], keys[:, :, self._rows]
+        if self._temperature != 1:
+            moved /= self._temperature
         if rotation is None or not len(self._old):
             return
         # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
@@ -115,5 +123,4 @@ class LinkedKV:
         if same not in self._turns:
             old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
             self._turns[same] = difference(old, new)
-        moved = keys[:, :, self._new[0] : self._new[-1] + 1]
         moved.copy_(rotate(moved, self._turns[same], rotation.layout))

@@ -48,6 +48,16 @@ class Layout:
         """Tokens of the whole prompt."""
         return self.context_length + self.query_length
 
+    def parallel_positions(self) -> Tensor:
+        """Rotary position of every token when the chunks behind the first begin at one place.
+
+        The query follows the longest of them.
+        """
+        behind = [torch.arange(length) + self.prefix_length for length in self.chunk_lengths[1:]]
+        longest = max(self.chunk_lengths[1:], default=0)
+        query = torch.arange(self.query_length) + self.prefix_length + longest
+        return torch.cat([torch.arange(self.prefix_length), *behind, query])
+
     @property
     def reusable(self) -> Tensor:
         """Positions behind the first chunk and before the query, ascending."""
@@ -56,6 +66,19 @@ class Layout:
     def share(self, ratio: float) -> int:
         """Tokens in a share of the reusable ones, rounded down."""
         return int(ratio * (self.context_length - self.prefix_length) + 1e-9)
+
+
+@dataclass(frozen=True)
+class ParallelEncoding:
+    """Chunks side by side instead of one after the other; see `picache.methods.ape.APE`.
+
+    Attributes:
+        temperature: of the attention to the chunks.
+        scale: factor on the log of the sum of exponentials of the scores on the chunks.
+    """
+
+    temperature: float
+    scale: float
 
 
 class Evidence(Protocol):
@@ -91,9 +114,11 @@ class LinkMethod(ABC):
     Attributes:
         force_query: whether the whole query is recomputed, as every method does by default. False
             compiles the query alone, as some authors' code does, and forces its last token only.
+        parallel: for a method that places the chunks side by side; None to place them in order.
     """
 
     force_query: bool = True
+    parallel: ParallelEncoding | None = None
 
     @abstractmethod
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

@@ -58,6 +58,8 @@ class Pass:
         observe: told (layer, attention mass ``[tokens]``); None when nobody asks.
         value_norm: whether that mass is weighed by the length of the values.
         stop: the layer before which the pass ends; None to run to the logits.
+        parallel: the rows of chunks side by side and the scale of attention to them; None when the
+            chunks stand one after the other.
 
     Attributes:
         positions: of the rows in the layer under way.
@@ -71,9 +73,10 @@ class Pass:
         observe: Observe | None = None,
         value_norm: bool = False,
         stop: int | None = None,
+        parallel: tuple[slice, float] | None = None,
     ) -> None:
         self.positions, self.narrow, self.observe = positions, narrow, observe
-        self.value_norm, self.stop = value_norm, stop
+        self.value_norm, self.stop, self.parallel = value_norm, stop, parallel
         self.entered: list[Tensor] = []
         self._rows = self._everything()  # indices, among the rows that entered, of those left
         self._going_on: Tensor | None = None  # indices, in this layer, of those for the next

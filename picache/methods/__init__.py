@@ -1,6 +1,7 @@
 """What to recompute when chunks are linked; one paper a file."""
 
 from picache.methods.a3 import A3
+from picache.methods.ape import APE
 from picache.methods.cacheblend import CacheBlend
 from picache.methods.combined import Combined
 from picache.methods.full_recompute import FullRecompute
@@ -12,6 +13,7 @@ from picache.methods.random_recompute import RandomRecompute
 
 __all__ = [
     "A3",
+    "APE",
     "CacheBlend",
     "Combined",
     "FullRecompute",

@@ -35,9 +35,10 @@ class Combined(LinkMethod):
         for method in self.methods:
             if not isinstance(method, LinkMethod):
                 raise PICacheError(f"Combined takes link methods, got {method!r}")
-            if type(method).narrow is not LinkMethod.narrow or not method.force_query:
+            layered = type(method).narrow is not LinkMethod.narrow
+            if layered or not method.force_query or method.parallel is not None:
                 raise PICacheError(
-                    f"Combined cannot hold {method!r}, whose choice is not one set of tokens for "
+                    f"Combined cannot hold {method!r}, which is more than one set of tokens for "
                     "all layers: link with it alone"
                 )
 

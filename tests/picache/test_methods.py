@@ -365,7 +365,7 @@ def test_combined_fills_its_budget_in_order():
         (lambda: ProphetKV(-0.1), "got -0.1"),
         (lambda: OracleDeviation(True), "got True"),
         (lambda: Combined(()), "needs a tuple of link methods"),
-        (lambda: Combined((CacheBlend(),)), "not one set of tokens for all layers"),
+        (lambda: Combined((CacheBlend(),)), "more than one set of tokens for all layers"),
         (lambda: Combined((LegoLink,)), "takes link methods"),
     ],
 )
