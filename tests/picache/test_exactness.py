@@ -310,3 +310,31 @@ def test_half_precision_links_close_to_its_own_prefill(dtype):
     prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
     logits, _ = prefill(model, torch.cat([*documents, query]))
     assert_close("logits", prompt.logits, logits, 3e-2 if dtype == torch.bfloat16 else 5e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 6)),
+        min_size=1,
+        max_size=4,
+    ),
+    k=st.integers(0, 22),
+    family=st.sampled_from(["llama", "gemma3"]),
+)
+def test_any_batch_equals_its_rows(rows, k, family):
+    """Logits and the whole cache, left-padded, of every row."""
+    pic = pic_of(family)
+    parts = [prompt_parts(tuple(lengths), query, seed=i) for i, (lengths, query) in enumerate(rows)]
+    chunks = [[pic.compile(document) for document in documents] for documents, _ in parts]
+    batch = pic.link(chunks, [query for _, query in parts], LegoLink(k))
+    mask, layers = batch["attention_mask"], batch["past_key_values"].layers
+    for index, (row, (_, query)) in enumerate(zip(chunks, parts, strict=True)):
+        alone = pic.link(row, query, LegoLink(k))
+        length = int(mask[index].sum())
+        assert batch["input_ids"][index, -length:].tolist() == alone["input_ids"][0].tolist()
+        assert torch.equal(batch.logits[index], alone.logits[0])
+        for mine, theirs in zip(layers, alone["past_key_values"].layers, strict=True):
+            held = mine.keys.shape[2] - (length - 1)
+            assert torch.equal(mine.keys[index, :, held:], theirs.keys[0])
+            assert torch.equal(mine.values[index, :, held:], theirs.values[0])
