@@ -13,7 +13,7 @@ DTYPES = {
 """Names of the dtypes that keys and values may have."""
 
 STORAGES = ("exact", "int8", "fp8")
-"""How a store may keep keys and values; see `picache.quantize`."""
+"""How a store may keep keys and values; see `picache.store.quantize`."""
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from picache import ChunkStore, PICacheError
-from picache.chunkfile import FORMAT, _seal
 from picache.errors import CorruptChunk
-from picache.files import MARKER, STALE_SECONDS
+from picache.store.chunkfile import FORMAT, _seal
+from picache.store.files import MARKER, STALE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 KEY = "ab" + "0" * 62

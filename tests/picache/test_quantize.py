@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picache import PICacheError
-from picache.quantize import PARTS, decode, encode
+from picache.store.quantize import PARTS, decode, encode
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7))
 magnitudes = st.sampled_from([0.0, 1e-38, 1e-6, 1.0, 37.5, 1e4, 1e30])

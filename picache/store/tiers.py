@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from picache.errors import PICacheError
 from picache.header import Header
-from picache.quantize import Encoded
+from picache.store.quantize import Encoded
 
 SECONDS_PER_BYTE = 30e-6 / 2**17
 """Compile time of a chunk that does not say: an 8-billion-parameter Llama 3.1 in bf16 on one H200,

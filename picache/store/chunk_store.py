@@ -8,18 +8,16 @@ from typing import Literal
 
 import torch
 
-from picache.busy import Busy
 from picache.chunk import KV
-from picache.disk import Disk
 from picache.errors import CorruptChunk, PICacheError
 from picache.header import STORAGES, Header
-from picache.memory import Memory
-from picache.quantize import Encoded, encode
-from picache.stats import StoreStats, TierStats
-from picache.stored import StoredChunk, check_kv, kv_bytes
-from picache.tiers import Entry, Tier
-
-__all__ = ["ChunkStore", "StoreStats", "StoredChunk", "TierStats", "kv_bytes"]
+from picache.store.busy import Busy
+from picache.store.disk import Disk
+from picache.store.memory import Memory
+from picache.store.quantize import Encoded, encode
+from picache.store.stats import StoreStats, TierStats
+from picache.store.stored import StoredChunk, check_kv
+from picache.store.tiers import Entry, Tier
 
 
 class ChunkStore:
@@ -43,7 +41,7 @@ class ChunkStore:
             written before others leave for it: leave room for one more.
         eviction: "lru", or "cost" to keep what takes long to compile per byte; see `Tier`.
         storage: "exact", or "int8" or "fp8" to keep half the bytes of bf16 at an error; see
-            `picache.quantize.encode`. The dtype given out is always the one put in.
+            `picache.store.quantize.encode`. The dtype given out is always the one put in.
         namespace: the tenant. Stores of two namespaces see nothing of each other.
 
     Attributes:

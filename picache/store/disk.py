@@ -8,14 +8,14 @@ from contextlib import suppress
 from threading import RLock
 from urllib.parse import quote
 
-from picache.busy import Busy
-from picache.chunkfile import ChunkFile, pack
 from picache.errors import CorruptChunk, PICacheError
-from picache.files import SUFFIX
 from picache.header import Header
-from picache.quantize import Encoded
-from picache.remote import open_files
-from picache.tiers import Entry, Tier
+from picache.store.busy import Busy
+from picache.store.chunkfile import ChunkFile, pack
+from picache.store.files import SUFFIX
+from picache.store.quantize import Encoded
+from picache.store.remote import open_files
+from picache.store.tiers import Entry, Tier
 
 
 class Disk:

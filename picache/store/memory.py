@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from picache.busy import Busy
 from picache.errors import PICacheError
-from picache.tiers import Entry, Tier
+from picache.store.busy import Busy
+from picache.store.tiers import Entry, Tier
 
 
 def to_host(part: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from picache.errors import PICacheError
-from picache.files import (
+from picache.store.files import (
     MARKED,
     MARKER,
     SUFFIX,

@@ -8,7 +8,7 @@ import torch
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.header import DTYPES, Header
-from picache.quantize import Encoded, decode
+from picache.store.quantize import Encoded, decode
 
 
 def kv_bytes(kv: Iterable[KV]) -> int:

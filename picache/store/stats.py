@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from picache.stored import human
+from picache.store.stored import human
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from picache.errors import CorruptChunk
 from picache.header import DTYPES, Header
-from picache.quantize import FP8, KEPT_AS, PARTS, Encoded
+from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
 
 FORMAT = "picache-chunk/1"
 CODES = {
