@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from evaluate import REFERENCE_MODEL, environment, load
-from reference_tasks import lookup_problem
+from evaluate import REFERENCE_MODEL, cut, environment, load
+from reference_tasks import LookupProblem, lookup_problem
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from picache import (
     A3,
@@ -77,7 +78,7 @@ def sink_arms(system: str) -> list[tuple[str, object, bool]]:
         ("nothing", "drop", False),
         ("BOS, dropped", "drop", True),
         ("BOS, kept", "keep", True),
-        *((f"{m} dummies", DummySinks(m), False) for m in (1, 2, 4, 8)),
+        *((f"{m} dumm{'y' if m == 1 else 'ies'}", DummySinks(m), False) for m in (1, 2, 4, 8)),
         ("the system prompt", SharedPrefix(system), False),
     ]
 
@@ -114,59 +115,72 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 200
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
 
 
-def measure(problems: int, documents: int, seed: int, model_name: str) -> dict:
-    """Rows of both experiments, each arm on the same questions."""
-    model, tokenizer = load(model_name)
-    rng = random.Random(seed)
-    made = [lookup_problem(rng, documents) for _ in range(problems)]
-    arms = method_arms()
-    sinks = sink_arms(made[0].system)
-    by_method = {label: Measured() for _, label, _ in arms}
-    by_sink = {
-        (label, name): Measured() for label, policy, _ in sinks for name in sink_methods(policy)
-    }
-    store = ChunkStore()
-    # Every arm links, whatever it costs: the arms are to be compared, not served.
+def measure_methods(
+    pic: PIC, made: list[LookupProblem], chunk_tokens: int | None, seed: int
+) -> list[dict]:
+    """Every method on the same questions; documents as chunks, or cut into pieces."""
+    arms, tokenizer = method_arms(), pic.tokenizer
+    measured = {label: Measured() for _, label, _ in arms}
+    for problem in tqdm(made, desc=f"chunks of {chunk_tokens or 'a document'}"):
+        answer = tokenizer(problem.questions[0][1])["input_ids"][0]
+        texts = problem.documents if chunk_tokens is None else cut(problem.documents, chunk_tokens)
+        chunks = [pic.compile(text) for text in (problem.system, *texts)]
+        full = torch.empty(0)
+        for _, label, method in arms:
+            prompt = pic.link(chunks, problem.query(), method)
+            if label == "full":
+                full = prompt.logits.double().log_softmax(-1)
+            measured[label].add(prompt, answer, full)
+        pic.store.clear()
+    draws = np.random.default_rng(seed)
+    rows = []
+    for family, label, _ in arms:
+        row = summary(measured[label], measured["full"], draws)
+        if family == "LegoLink":  # beside random tokens, as many of them
+            mine, control = measured[label], measured[label.replace("LegoLink-", "random-")]
+            for name in ("right", "divergence"):
+                difference = np.subtract(getattr(mine, name), getattr(control, name))
+                row[f"{name}_minus_random"] = float(difference.mean())
+                row[f"{name}_minus_random_interval"] = bootstrap(difference, draws)
+        rows.append({"arm": label, "family": family, **row})
+    return rows
+
+
+def measure_sinks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    made: list[LookupProblem],
+    seed: int,
+) -> list[dict]:
+    """What chunks are compiled behind, with and without recomputed tokens."""
+    sinks, store = sink_arms(made[0].system), ChunkStore()
     pics = {
         label: PIC(model, tokenizer, store, sinks=policy, flops_per_byte=None)
         for label, policy, _ in sinks
     }
-    plain = pics["nothing"]
-    for problem in tqdm(made, desc="questions"):
+    measured = {
+        (label, name): Measured() for label, policy, _ in sinks for name in sink_methods(policy)
+    }
+    reference = Measured()
+    for problem in tqdm(made, desc="compiled behind"):
         answer = tokenizer(problem.questions[0][1])["input_ids"][0]
-        texts, query = [problem.system, *problem.documents], problem.query()
-        chunks = [plain.compile(text) for text in texts]
-        full = torch.empty(0)
-        for _, label, method in arms:
-            prompt = plain.link(chunks, query, method)
-            if label == "full":
-                full = prompt.logits.double().log_softmax(-1)
-            by_method[label].add(prompt, answer, full)
+        plain, query = pics["nothing"], problem.query()
+        chunks = [plain.compile(text) for text in (problem.system, *problem.documents)]
+        prompt = plain.link(chunks, query, FullRecompute())
+        full = prompt.logits.double().log_softmax(-1)
+        reference.add(prompt, answer, full)
         for label, policy, bos in sinks:
-            pic = pics[label]
-            before = f"{tokenizer.bos_token} " if bos else ""
-            behind = [pic.compile(texts[0], first=True)]
-            behind += [pic.compile(before + text) for text in texts[1:]]
+            pic, before = pics[label], f"{tokenizer.bos_token} " if bos else ""
+            chunks = [pic.compile(problem.system, first=True)]
+            chunks += [pic.compile(before + text) for text in problem.documents]
             for name, method in sink_methods(policy).items():
-                by_sink[label, name].add(pic.link(behind, query, method), answer, full)
+                measured[label, name].add(pic.link(chunks, query, method), answer, full)
         store.clear()
     draws = np.random.default_rng(seed)
-    method_rows = []
-    for family, label, _ in arms:
-        row = summary(by_method[label], by_method["full"], draws)
-        control = label.replace("LegoLink-", "random-")
-        if family == "LegoLink":
-            row["divergence_to_random"] = float(
-                np.mean(by_method[label].divergence) - np.mean(by_method[control].divergence)
-            )
-            difference = np.subtract(by_method[label].divergence, by_method[control].divergence)
-            row["divergence_to_random_interval"] = bootstrap(difference, draws)
-        method_rows.append({"arm": label, "family": family, **row})
-    sink_rows = [
-        {"compiled_behind": label, "method": name, **summary(one, by_method["full"], draws)}
-        for (label, name), one in by_sink.items()
+    return [
+        {"compiled_behind": label, "method": name, **summary(one, reference, draws)}
+        for (label, name), one in measured.items()
     ]
-    return {"methods": method_rows, "sinks": sink_rows}
 
 
 def summary(one: Measured, full: Measured, draws: np.random.Generator) -> dict:
@@ -186,34 +200,37 @@ def summary(one: Measured, full: Measured, draws: np.random.Generator) -> dict:
 
 
 def figure(record: dict, path: Path) -> None:
-    """KL and accuracy against the share of the prompt that was recomputed."""
+    """KL and accuracy against the share of the prompt that was recomputed, both experiments."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    families = dict.fromkeys(row["family"] for row in record["methods"] if row["family"] != "full")
-    for index, family in enumerate(families):
-        rows = [row for row in record["methods"] if row["family"] == family]
-        style = dict(
-            color=f"C{index % 10}", marker="os^vD*Px"[index % 8], linestyle="-", label=family
-        )
-        x = [row["share_recomputed"] for row in rows]
-        kl = [max(row["kl_to_full"], 1e-9) for row in rows]
-        low = [max(row["kl_to_full_interval"][0], 1e-9) for row in rows]
-        high = [max(row["kl_to_full_interval"][1], 1e-9) for row in rows]
-        spread = [np.maximum(np.subtract(kl, low), 0), np.maximum(np.subtract(high, kl), 0)]
-        left.errorbar(x, kl, spread, capsize=2, linewidth=1, **style)
-        right.plot(x, [row["accuracy"] for row in rows], linewidth=1, **style)
-    full = record["methods"][0]["accuracy"]
-    right.axhline(full, color="black", linewidth=0.8, label="full prefill")
-    left.set(yscale="log", ylabel="KL divergence from full prefill")
-    right.set(ylabel="answer accuracy")
-    for axes in (left, right):
-        axes.set(xlabel="share of the prompt recomputed, mean over layers", xlim=(0, 1))
-    right.legend(fontsize=8)
-    figure.suptitle(f"Lookup in {record['configuration']['documents']} documents")
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), sharex=True, layout="constrained")
+    titles = {
+        "documents": "chunks are documents",
+        "cut": f"chunks are pieces of {record['configuration']['chunk_tokens']} tokens",
+    }
+    for (name, title), (left, right) in zip(titles.items(), axes, strict=True):
+        families = dict.fromkeys(row["family"] for row in record[name] if row["family"] != "full")
+        for index, family in enumerate(families):
+            rows = [row for row in record[name] if row["family"] == family]
+            style = dict(
+                color=f"C{index % 10}",
+                marker="os^vD*Px"[index % 8],
+                linewidth=1,
+                label=family,
+                alpha=0.8,
+            )
+            x = [row["share_recomputed"] for row in rows]
+            left.plot(x, [max(row["kl_to_full"], 1e-9) for row in rows], **style)
+            right.plot(x, [row["accuracy"] for row in rows], **style)
+        right.axhline(record[name][0]["accuracy"], color="black", linewidth=0.8, label="full")
+        left.set(yscale="log", ylabel="KL divergence from full prefill", title=title)
+        right.set(ylabel="answer accuracy", ylim=(-0.03, 1.06), title=title)
+    for bottom in axes[1]:
+        bottom.set(xlabel="share of the prompt recomputed, mean over layers", xlim=(0, 1))
+    axes[0][1].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -224,8 +241,8 @@ def interval(row: dict, name: str, form: str) -> str:
     return f"{row[name]:{form}} ({low:{form}} to {high:{form}})"
 
 
-def tables(record: dict) -> str:
-    """The two tables of docs/linking.md."""
+def methods_table(rows: list[dict]) -> str:
+    """One experiment's arms."""
     lines = [
         "| method | recomputed | operations | accuracy (95 %) | minus full | KL to full |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -234,19 +251,56 @@ def tables(record: dict) -> str:
         f"| {row['arm']} | {row['share_recomputed']:.1%} | {row['share_of_flops']:.1%} "
         f"| {interval(row, 'accuracy', '.3f')} | {interval(row, 'accuracy_minus_full', '+.3f')} "
         f"| {interval(row, 'kl_to_full', '.1e')} |"
-        for row in record["methods"]
+        for row in rows
     ]
+    return "\n".join(lines)
+
+
+def control_table(rows: list[dict]) -> str:
+    """LegoLink less random recomputation of as many tokens, paired by question."""
+    lines = ["| | accuracy | KL to full |", "| --- | ---: | ---: |"]
     lines += [
-        "",
+        f"| {row['arm']} minus random | {interval(row, 'right_minus_random', '+.3f')} "
+        f"| {interval(row, 'divergence_minus_random', '+.1e')} |"
+        for row in rows
+        if row["family"] == "LegoLink"
+    ]
+    return "\n".join(lines)
+
+
+def sinks_table(rows: list[dict]) -> str:
+    """What chunks were compiled behind."""
+    lines = [
         "| compiled behind | method | recomputed | accuracy (95 %) | KL to full |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     lines += [
         f"| {row['compiled_behind']} | {row['method']} | {row['share_recomputed']:.1%} "
         f"| {interval(row, 'accuracy', '.3f')} | {interval(row, 'kl_to_full', '.1e')} |"
-        for row in record["sinks"]
+        for row in rows
     ]
     return "\n".join(lines)
+
+
+def tables(record: dict) -> str:
+    """What stands between the markers of docs/linking.md."""
+    setting, where = record["configuration"], record["environment"]
+    return "\n\n".join(
+        [
+            f"## Chunks are documents ({setting['problems']} questions)",
+            methods_table(record["documents"]),
+            control_table(record["documents"]),
+            f"## Chunks are pieces of {setting['chunk_tokens']} tokens, cut anywhere",
+            methods_table(record["cut"]),
+            control_table(record["cut"]),
+            "## What chunks are compiled behind",
+            sinks_table(record["sinks"]),
+            (
+                f"From `docs/results/link_accuracy.json`: {where['hardware']}, torch "
+                f"{where['torch']}, transformers {where['transformers']}."
+            ),
+        ]
+    )
 
 
 def main() -> None:
@@ -257,16 +311,24 @@ def main() -> None:
     parser.add_argument("--model", default=str(REFERENCE_MODEL))
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--chunk-tokens", type=int, default=16, help="of documents cut in pieces")
     parser.add_argument("--seed", type=int, default=4 * 10**9)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     begun = time.perf_counter()
+    model, tokenizer = load(args.model)
+    rng = random.Random(args.seed)
+    made = [lookup_problem(rng, args.documents) for _ in range(args.problems)]
+    # Every arm links, whatever it costs: the arms are to be compared, not served.
+    pic = PIC(model, tokenizer, flops_per_byte=None)
     record = {
         "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
         | {"model": "examples/reference_model"},
         "environment": environment(),
-        **measure(args.problems, args.documents, args.seed, args.model),
+        "documents": measure_methods(pic, made, None, args.seed),
+        "cut": measure_methods(pic, made, args.chunk_tokens, args.seed),
+        "sinks": measure_sinks(model, tokenizer, made, args.seed),
     }
     record["seconds"] = time.perf_counter() - begun
     args.out.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,10 @@ def prepare(results: dict) -> dict[str, list[Row]]:
 def show(results: dict[str, list[Row]]) -> None:
     results = prepare(results)
     link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
-    print(f"\nLookup in 8 documents, {link[0]['problems']} problems; long prompt: many documents")
+    print(
+        f"\nLookup in 8 documents, cut into chunks of {link[0]['chunk_tokens']} tokens, "
+        f"{link[0]['problems']} problems; long prompt: many documents"
+    )
     print(table(link, LINKING))
     print(
         f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']:.0f} "
@@ -120,7 +123,7 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
             below.plot([], [], marker)  # keeps the colours in step
     above.set(
         ylabel="answer accuracy",
-        title="Linking: lookup in 8 documents",
+        title=f"Linking: lookup in chunks of {results['linking'][0]['chunk_tokens']} tokens",
         xlim=(0, 1.05),
         ylim=(-0.03, 1.06),
     )
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--question", help="what to ask after the documents")
     parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--link-problems", type=int, default=100)
+    parser.add_argument("--chunk-tokens", type=int, default=24, help="tokens of a chunk")
     parser.add_argument("--reasoning-problems", type=int, default=20)
     parser.add_argument("--budget", type=int, default=384, help="tokens kept by a KV head")
     parser.add_argument("--jobs", type=int, default=3000)
@@ -232,7 +236,7 @@ def main() -> None:
     begun = time.perf_counter()
     model, tokenizer = load(args.model)
     results = {
-        "linking": linking(model, tokenizer, args.link_problems),
+        "linking": linking(model, tokenizer, args.link_problems, args.chunk_tokens),
         "retention": retention(model, tokenizer, args.reasoning_problems, args.budget),
         "scheduling": scheduling(args.jobs, range(4), args.load),
     }

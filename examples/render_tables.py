@@ -30,8 +30,10 @@ def tables(record: dict) -> str:
     return "\n\n".join(
         [
             (
-                f"Lookup in 8 documents, {link[0]['problems']} problems; the long prompt has 112 "
-                "documents, all compiled before."
+                f"Lookup in 8 documents whose text is cut into chunks of {link[0]['chunk_tokens']} "
+                f"tokens, {link[0]['problems']} problems; the long prompt has 112 documents, all "
+                "compiled before. Every method on this and on whole documents: "
+                "[docs/linking.md](docs/linking.md)."
             ),
             markdown(link, LINKING),
             (
