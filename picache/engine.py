@@ -83,8 +83,8 @@ def _move_keys(model: "HFModel", kv: list[KV], skips: list[int], layout: Layout)
         same = (rotation, model.angles(layer, probe)[0].cpu().numpy().tobytes())
         if same not in turns:
             turns[same] = difference(model.angles(layer, old), model.angles(layer, new))
-        keys = kv[layer][0]
-        keys[:, :, first:context] = rotate(keys[:, :, first:context], turns[same], rotation.layout)
+        keys = kv[layer][rotation.part][:, :, first:context]
+        keys.copy_(rotate(keys, turns[same], rotation.layout, rotation.offset))
 
 
 def layout_of(chunks: list[Chunk], skips: list[int], query: tuple[int, ...]) -> Layout:

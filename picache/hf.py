@@ -4,7 +4,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,13 +22,15 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from picache.attention import scattered_attention
+from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.rope import Angles, Rotation, calibrate, frequencies
 
 _NAME = "picache_scattered"
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
+_FAR = 2**16  # a length to look at where the configuration states no limit
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 # Where the rows of the pass under way stand; read by the mask function, which sees no other state.
 _positions: ContextVar[Tensor] = ContextVar("picache_positions")
@@ -211,20 +213,43 @@ class HFModel:
             raise PICacheError(f"{name} is in training mode: call model.eval() first")
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
-        if not model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+        if model._is_stateful:  # noqa: SLF001 - no public name for it
             raise PICacheError(
-                f"{name} does not use transformers' attention interface, so its attention cannot "
-                "be replaced while linking: use a full prefill with this model"
+                f"{name} keeps a recurrent state beside keys and values, which holds the whole "
+                "prefix and cannot be linked: use a full prefill with this model"
             )
         self.model = model
-        self.decoder = model.get_decoder()
+        decoder: Any = model.get_decoder()
+        # Some models name their output layer `decoder`.
+        self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        self._rotary = self._find_rotary()
-        self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
+        windows = [
+            getattr(self.config, n, None) for n in ("sliding_window", "attention_chunk_size")
+        ]
+        self.window: int | None = min((w for w in windows if w), default=None)
+        self._stretches = False  # until it is measured, with the rotations at hand
         self._digest: tuple[object, str] = (None, "")
+        try:
+            self._prove()
+        except PICacheError as error:
+            if model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+                raise
+            raise PICacheError(
+                f"{name} does not state that it uses transformers' attention interface, and "
+                f"linking it was tried in vain: {error}"
+            ) from error
+
+    def _prove(self) -> None:
+        """Measure the rotations and whether frequencies follow the length, then link a prompt."""
+        self._rotary = self._find_rotary()
+        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self._cos_sin)
+        rotated = (layer for layer, rotation in enumerate(self.rotations) if rotation is not None)
+        self._rotated = list({self._layer_type(layer): layer for layer in rotated}.values())
+        self._stretches = not self._same_angles(2, 2 * (self.max_length or _FAR))
+        check(self)
 
     @property
     def device(self) -> torch.device:
@@ -232,72 +257,74 @@ class HFModel:
         return self.model.device
 
     def _find_rotary(self) -> nn.Module:
-        for parameters in _rope_parameters(self.config):
-            kind = parameters.get("rope_type", "default")
-            if kind in _LENGTH_DEPENDENT:
-                raise PICacheError(
-                    f"{type(self.model).__name__} uses rope_type={kind!r}, whose frequencies "
-                    "depend on the length of the context: keys compiled alone cannot be moved "
-                    "exactly, use a full prefill"
-                )
         modules = self.decoder.modules()
         rotary = next((m for m in modules if type(m).__name__.endswith("RotaryEmbedding")), None)
         if rotary is None:
             raise PICacheError(
-                f"{type(self.model).__name__} has no rotary embedding: keys of learned or "
-                "relative positions cannot be moved, use a full prefill"
+                f"{type(self.model).__name__} has no rotary embedding module: positions that are "
+                "learned, relative or made in another way cannot be moved, use a full prefill"
             )
         return rotary
 
-    @torch.no_grad()
     def prefill(self, ids: Tensor, position: int = 0) -> list[KV]:
-        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention.
+        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention."""
+        return self._prefill(ids, torch.arange(position, position + ids.shape[1])[None])
+
+    @torch.no_grad()
+    def _prefill(self, ids: Tensor, positions: Tensor) -> list[KV]:
+        """KV of ids ``[batch, n]`` at positions of the same shape.
 
         A `DynamicCache` without a config keeps every key of sliding-window layers too.
         """
+        if self._stretches:
+            self._settle()
         cache = DynamicCache()
-        positions = torch.arange(position, position + ids.shape[1], device=self.device)
         self.decoder(
             input_ids=ids.to(self.device),
-            position_ids=positions[None],
+            position_ids=positions.to(self.device),
             past_key_values=cache,
             use_cache=True,
         )
         full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
         return [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
 
-    def _keys_at(self, position: int, token: int) -> list[Tensor]:
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
+        out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def _kv_at(self, positions: Tensor, tokens: Tensor) -> list[KV]:
+        """What every layer caches of each token alone at its position; refused when not KV."""
+        name = type(self.model).__name__
         try:
-            kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
-            moved = self.prefill(torch.tensor([[token % self.vocab_size]]), position + 1)
+            kv = self._prefill(tokens[:, None] % self.vocab_size, positions[:, None])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise PICacheError(
-                f"{type(self.model).__name__} does not prefill into a plain DynamicCache "
-                f"({type(error).__name__}: {error}): its layers keep another kind of state, use a "
-                "full prefill with this model"
+                f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
+                f"{error}): its layers keep another kind of state, use a full prefill with this "
+                "model"
             ) from error
         layers = self.config.num_hidden_layers
-        if len(kv) != layers or any(keys is None or keys.dim() != 4 for keys, _ in kv):
+        if len(kv) != layers or any(tensor.dim() != 4 for layer in kv for tensor in layer):
             raise PICacheError(
-                f"{type(self.model).__name__} has {layers} layers but caches keys and values in "
-                f"{len(kv)}: layers with another kind of state cannot be linked"
+                f"{name} has {layers} layers but caches keys and values in {len(kv)}: layers that "
+                "share keys or keep another kind of state cannot be linked, use a full prefill"
             )
-        same = zip(kv, moved, strict=True)
-        if any((here - there).norm() > 0.02 * here.norm() for (_, here), (_, there) in same):
-            raise PICacheError(
-                f"{type(self.model).__name__} caches values that depend on the position "
-                "(latents, as in MLA), which linking does not know: "
-                "use a full prefill with this model"
-            )
-        return [keys for keys, _ in kv]
+        return kv
+
+    def _layer_type(self, layer: int) -> str | None:
+        """The layer type the rotary module asks for, where its frequencies differ by type."""
+        types: list[str] | None = getattr(self.config, "layer_types", None)
+        takes = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        return types[layer] if types and takes else None
 
     def _cos_sin(self, layer: int, positions: Tensor) -> Angles:
         """What the rotary module returns at positions; an fp32 input keeps the result in fp32."""
         x = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
         arguments: list[object] = [x, positions[None].to(self.device)]
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types and "layer_type" in inspect.signature(self._rotary.forward).parameters:
-            arguments.append(layer_types[layer])
+        if (layer_type := self._layer_type(layer)) is not None:
+            arguments.append(layer_type)
         out = self._rotary(*arguments)
         cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
         return cos[0].float(), sin[0].float()
@@ -308,6 +335,52 @@ class HFModel:
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
         return frequencies(*self._cos_sin(layer, positions), rotation.source)
+
+    def _settle(self) -> None:
+        """Back to the short frequencies: a rotary module that follows the length keeps state."""
+        for layer in self._rotated:
+            self._cos_sin(layer, torch.tensor([0]))
+
+    def _same_angles(self, tokens: int, others: int) -> bool:
+        """Whether position 1 is rotated alike in a sequence of so many tokens and of the others.
+
+        It is not where the frequencies follow the length (dynamic NTK, longrope).
+        """
+        seen = []
+        for length in (tokens, others):
+            self._settle()
+            at = torch.tensor([1, length - 1])
+            seen.append([torch.stack(self._cos_sin(layer, at))[:, 0] for layer in self._rotated])
+        self._settle()
+        return all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+    def check_frequencies(self, compiled: Iterable[int], total: int) -> None:
+        """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
+
+        Args:
+            compiled: tokens of each chunk as compiled.
+            total: tokens of the linked prompt.
+
+        Raises:
+            PICacheError: when the model's frequencies follow the length and differ between the two.
+        """
+        if not self._stretches:
+            return
+        for length in sorted(set(compiled)):
+            if not self._same_angles(length, total):
+                raise PICacheError(
+                    f"{type(self.model).__name__} rotates keys with other frequencies in a prompt "
+                    f"of {total} tokens than in a chunk compiled with {length}: its RoPE follows "
+                    f"the length (longrope, dynamic). Link at most {self._longest(length, total)} "
+                    "tokens, or use a full prefill"
+                )
+
+    def _longest(self, same: int, other: int) -> int:
+        """The longest prompt with the frequencies of `same` tokens, by bisection."""
+        while other - same > 1:
+            middle = (same + other) // 2
+            same, other = (middle, other) if self._same_angles(same, middle) else (same, middle)
+        return same
 
     @torch.no_grad()
     def scattered_forward(self, ids: Tensor, positions: Tensor, kv: list[KV]) -> Tensor:
@@ -342,7 +415,8 @@ class HFModel:
         """The decoder attends by position inside the block, and as before after it."""
         AttentionInterface.register(_NAME, _scattered_attention)
         AttentionMaskInterface.register(_NAME, _scattered_mask)
-        configs = {id(m.config): m.config for m in self.decoder.modules() if hasattr(m, "config")}
+        modules = self.decoder.modules()
+        configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
         before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
         try:
             for config, _ in before:
@@ -357,9 +431,12 @@ class HFModel:
         """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
 
         Models of one configuration with other weights or another dtype do not share chunks. Made
-        again when a tensor was replaced or written to since the last time.
+        again when a tensor was replaced or written to since the last time. Frequencies that follow
+        the length are written to by every forward and are left out: the configuration has them.
         """
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        moving = {id(b) for b in self._rotary.buffers()} if self._stretches else set()
+        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
+        tensors = [*self.model.named_parameters(), *buffers]
         state = tuple((t.data_ptr(), t._version) for _, t in tensors)  # noqa: SLF001
         if state != self._digest[0]:
             self._digest = (state, self._sums(tensors))
@@ -377,11 +454,3 @@ class HFModel:
             sums = [int(bits[::step].sum(dtype=torch.int64)) for step in (1, 2, 3, 7)]
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{sums}".encode())
         return digest.hexdigest()
-
-
-def _rope_parameters(config: object) -> list[dict]:
-    """Every set of RoPE parameters of a configuration: one, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        return [parameters]
-    return [value for value in parameters.values() if isinstance(value, dict)]

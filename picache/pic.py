@@ -191,6 +191,7 @@ class PIC:
                     f"the linked prompt has {layout.total_length} tokens, the model has positions "
                     f"for {limit}: link fewer or shorter chunks"
                 )
+            self._model.check_frequencies((c.num_tokens for c in row), layout.total_length)
             rows_to_compute(method, layout)
         linked = [
             link_row(self._model, self.store, row, skips, tokens, method)
