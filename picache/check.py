@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Relative error that a layer may add, and the part of the tokens that must keep to it. Rounding
 # grows from layer to layer, so a layer may double what is there; in half precision a router
 # may choose another expert for a token. A wrong mask or a lost state jumps to an error near 1.
-_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (2e-2, 0.5), torch.bfloat16: (5e-2, 0.5)}
+_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (3e-3, 0.5), torch.bfloat16: (2e-2, 0.5)}
+_FLIP = 0.25
 _TOKENS = 24
 _LONGEST_WINDOW = 256  # a window up to here is made shorter than the prompt of the check
 _CHUNK = slice(5, 12)
@@ -66,8 +67,10 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
     """Rows erased from a full prefill come back, and give the logits of the model without cache."""
     tokens = len(ids)
     at = torch.arange(tokens)
-    late = (at >= tokens - _TOKENS) & ((at % 5 == 1) | (at % 5 == 2))  # most are past the window
-    rows = at[((at < _TOKENS) & (at % 5 == 1)) | late | (at >= tokens - 4)]
+    behind = tokens - 1 - at
+    late = (behind < _TOKENS) & ((behind % 5 == 0) | (behind % 5 == 2) | (behind % 5 == 3))
+    early = (at < _TOKENS) & (behind >= _TOKENS) & (at % 5 == 1)  # few: most are past the window
+    rows = at[early | late]  # the last row without the one before it
     whole = model.prefill(ids[None])
     kv = [(keys.clone(), values.clone()) for keys, values in whole]
     for tensor in (tensor for layer in kv for tensor in layer):
@@ -87,7 +90,9 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
     own = [(keys[:, :, rows], values[:, :, rows]) for keys, values in whole]
     _compare(model, what, mine, own)
     last = [relative_errors(a, b, dim=-2)[-1] for a, b in zip(mine[-1], own[-1], strict=True)]
-    grown = float(torch.stack(last).max())  # of the one token the logits are of
+    # The logits are of one token: what that had grown to counts, and a choice of another expert.
+    flip = 0.0 if logits.dtype == torch.float32 else _FLIP
+    grown = max(flip, float(torch.stack(last).max()))
     _hold(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
 
 

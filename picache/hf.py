@@ -147,7 +147,7 @@ class LinkedLayer(DynamicLayer):
                     "link one prompt per row, or generate from this prompt's own input_ids"
                 )
             self.batch_repeat_interleave(batch // held)
-        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states):
+        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states, value_states):
             raise PICacheError(
                 f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
                 "some of them again: pass input_ids with at least one token more than the cache, "
@@ -157,18 +157,22 @@ class LinkedLayer(DynamicLayer):
             )
         return super().update(key_states, value_states)
 
-    def _holds(self, new: Tensor) -> bool:
-        """Whether the first two new keys of layer 0 stand in the cache already, side by side.
+    def _holds(self, *new: Tensor) -> bool:
+        """Whether the first two new tokens stand in the cache of layer 0 already, side by side.
 
-        In layer 0 a key depends on its token and position alone, so equal keys are tokens of the
-        prompt fed at their old positions again; the same tokens at later positions differ by a
-        whole rotation. The bound is far over the rounding of half precision.
+        There keys and values depend on the token and its position alone, so equal ones are tokens
+        of the prompt fed at their old positions again; the same tokens at later positions differ
+        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. The bound
+        is far over the rounding of half precision.
         """
         errors = []
         for place in (0, 1):
-            key = new[:, :, place : place + 1].float()
-            distance = (self.keys.float() - key).square().sum(dim=(1, 3))
-            errors.append(distance / key.square().sum(dim=(1, 3)))
+            ones = [part[:, :, place : place + 1].float() for part in new]
+            distances = [
+                (held.float() - one).square().sum(dim=(1, 3)) / one.square().sum(dim=(1, 3))
+                for held, one in zip((self.keys, self.values), ones, strict=True)
+            ]
+            errors.append(torch.maximum(*distances))
         return bool(((errors[0][:, :-1] < 0.01) & (errors[1][:, 1:] < 0.01)).any())
 
 

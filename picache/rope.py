@@ -21,10 +21,10 @@ Layout = Literal["half", "interleaved"]
 Part = Literal[0, 1]
 _LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 _PARTS: tuple[Part, ...] = (0, 1)
-# Relative error (Frobenius) of the token that is explained best. In half precision the deep layers
-# depend on a lone token's position by rounding, and a router may choose another expert for it; a
-# wrong rotation is an error near 1 for every token.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Relative error (Frobenius) that a layer may add, of the token that is explained best. Sinks make
+# even a lone token depend on its position by rounding, which grows from layer to layer, so a
+# layer may double what is there; a router may choose another expert, but hardly for all tokens.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _PROBES = ((3, 77, 17), (150, 11, 29), (5, 40, 43), (91, 8, 61), (2, 120, 97))  # positions, token
 
 
@@ -115,7 +115,7 @@ def calibrate(
     old, new, tokens = torch.tensor(_PROBES).T
     positions = torch.cat([old, new])
     kv = kv_at(positions, torch.cat([tokens, tokens]))
-    tolerance = _TOLERANCE[kv[0][0].dtype]
+    added, grown = _TOLERANCE[kv[0][0].dtype], 0.0
 
     def error(layer: int, rotation: Rotation | None) -> float:
         moved, expected = ([part.tensor_split(2)[i] for part in kv[layer]] for i in (0, 1))
@@ -136,6 +136,7 @@ def calibrate(
             candidates += _candidates(width, (keys.shape[-1], values.shape[-1]))
         errors = {candidate: error(layer, candidate) for candidate in candidates}
         best = min(errors, key=errors.__getitem__)
+        tolerance = added + 2 * grown
         if not errors[best] <= tolerance:
             raise PICacheError(
                 f"layer {layer}: no known rotary layout explains how its keys and values move with "
@@ -143,6 +144,7 @@ def calibrate(
                 f"{tolerance:.0e} is accepted); position-independent caching of this model would "
                 "be silently wrong, use a full prefill"
             )
+        grown = max(grown, errors[best])
         found.append(best)
     return found
 
