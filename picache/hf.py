@@ -4,7 +4,7 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from picache.attention import attention_mass, parallel_attention, scattered_attention
+from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.header import Header
@@ -29,8 +30,9 @@ from picache.rope import Angles, Rotation, calibrate, frequencies
 from picache.sparse_pass import Layers, Narrow, Pass, ScatterMask, Stop, current, enter_layer
 
 _NAME = "picache_scattered"
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
+_FAR = 2**16  # a length to look at where the configuration states no limit
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 _PARALLEL = "picache_parallel"
 
 # Which keys of a batch are side by side, bool [batch, tokens], and the scale of attention to them.
@@ -180,7 +182,7 @@ class LinkedLayer(DynamicLayer):
                     "link one prompt per row, or generate from this prompt's own input_ids"
                 )
             self.batch_repeat_interleave(batch // held)
-        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states):
+        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states, value_states):
             raise PICacheError(
                 f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
                 "some of them again: pass input_ids with at least one token more than the cache, "
@@ -190,18 +192,22 @@ class LinkedLayer(DynamicLayer):
             )
         return super().update(key_states, value_states)
 
-    def _holds(self, new: Tensor) -> bool:
-        """Whether the first two new keys of layer 0 stand in the cache already, side by side.
+    def _holds(self, *new: Tensor) -> bool:
+        """Whether the first two new tokens stand in the cache of layer 0 already, side by side.
 
-        In layer 0 a key depends on its token and position alone, so equal keys are tokens of the
-        prompt fed at their old positions again; the same tokens at later positions differ by a
-        whole rotation. The bound is far over the rounding of half precision.
+        There keys and values depend on the token and its position alone, so equal ones are tokens
+        of the prompt fed at their old positions again; the same tokens at later positions differ
+        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. The bound
+        is far over the rounding of half precision.
         """
         errors = []
         for place in (0, 1):
-            key = new[:, :, place : place + 1].float()
-            distance = (self.keys.float() - key).square().sum(dim=(1, 3))
-            errors.append(distance / key.square().sum(dim=(1, 3)))
+            ones = [part[:, :, place : place + 1].float() for part in new]
+            distances = [
+                (held.float() - one).square().sum(dim=(1, 3)) / one.square().sum(dim=(1, 3))
+                for held, one in zip((self.keys, self.values), ones, strict=True)
+            ]
+            errors.append(torch.maximum(*distances))
         return bool(((errors[0][:, :-1] < 0.01) & (errors[1][:, 1:] < 0.01)).any())
 
 
@@ -248,21 +254,44 @@ class HFModel:
             raise PICacheError(f"{name} is in training mode: call model.eval() first")
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
-        if not model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+        if model._is_stateful:  # noqa: SLF001 - no public name for it
             raise PICacheError(
-                f"{name} does not use transformers' attention interface, so its attention cannot "
-                "be replaced while linking: use a full prefill with this model"
+                f"{name} keeps a recurrent state beside keys and values, which holds the whole "
+                "prefix and cannot be linked: use a full prefill with this model"
             )
         self.model = model
-        self.decoder = model.get_decoder()
+        decoder: Any = model.get_decoder()
+        # Some models name their output layer `decoder`.
+        self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        self._rotary = self._find_rotary()
-        self.rotations: list[Rotation | None] = calibrate(self._keys_at, self._cos_sin)
+        windows = [
+            getattr(self.config, n, None) for n in ("sliding_window", "attention_chunk_size")
+        ]
+        self.window: int | None = min((w for w in windows if w), default=None)
+        self._stretches = False  # until it is measured, with the rotations at hand
         self._digest: tuple[object, str] = (None, "")
-        self._one_token = self.prefill(torch.tensor([[0]]))
+        try:
+            self._prove()
+        except PICacheError as error:
+            if model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+                raise
+            raise PICacheError(
+                f"{name} does not state that it uses transformers' attention interface, and "
+                f"linking it was tried in vain: {error}"
+            ) from error
+
+    def _prove(self) -> None:
+        """Measure the rotations and whether frequencies follow the length, then link a prompt."""
+        self._rotary = self._find_rotary()
+        self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
+        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self._cos_sin)
+        rotated = (layer for layer, rotation in enumerate(self.rotations) if rotation is not None)
+        self._rotated = list({self._layer_type(layer): layer for layer in rotated}.values())
+        self._stretches = not self._same_angles(2, 2 * (self.max_length or _FAR))
+        check(self)
 
     @property
     def device(self) -> torch.device:
@@ -270,34 +299,31 @@ class HFModel:
         return self.model.device
 
     def _find_rotary(self) -> nn.Module:
-        for parameters in _rope_parameters(self.config):
-            kind = parameters.get("rope_type", "default")
-            if kind in _LENGTH_DEPENDENT:
-                raise PICacheError(
-                    f"{type(self.model).__name__} uses rope_type={kind!r}, whose frequencies "
-                    "depend on the length of the context: keys compiled alone cannot be moved "
-                    "exactly, use a full prefill"
-                )
         modules = self.decoder.modules()
         rotary = next((m for m in modules if type(m).__name__.endswith("RotaryEmbedding")), None)
         if rotary is None:
             raise PICacheError(
-                f"{type(self.model).__name__} has no rotary embedding: keys of learned or "
-                "relative positions cannot be moved, use a full prefill"
+                f"{type(self.model).__name__} has no rotary embedding module: positions that are "
+                "learned, relative or made in another way cannot be moved, use a full prefill"
             )
         return rotary
 
-    @torch.no_grad()
     def prefill(self, ids: Tensor, position: int = 0) -> list[KV]:
-        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention.
+        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention."""
+        return self._prefill(ids, torch.arange(position, position + ids.shape[1])[None])
+
+    @torch.no_grad()
+    def _prefill(self, ids: Tensor, positions: Tensor) -> list[KV]:
+        """KV of ids ``[batch, n]`` at positions of the same shape.
 
         A `DynamicCache` without a config keeps every key of sliding-window layers too.
         """
+        if self._stretches:
+            self._settle()
         cache = DynamicCache()
-        positions = torch.arange(position, position + ids.shape[1], device=self.device)
         self.decoder(
             input_ids=ids.to(self.device),
-            position_ids=positions[None],
+            position_ids=positions.to(self.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -318,38 +344,43 @@ class HFModel:
         kv = [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
         return out.logits[:, -1], kv
 
-    def _keys_at(self, position: int, token: int) -> list[Tensor]:
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
+        out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def _kv_at(self, positions: Tensor, tokens: Tensor) -> list[KV]:
+        """What every layer caches of each token alone at its position; refused when not KV."""
+        name = type(self.model).__name__
         try:
-            kv = self.prefill(torch.tensor([[token % self.vocab_size]]), position)
-            moved = self.prefill(torch.tensor([[token % self.vocab_size]]), position + 1)
+            kv = self._prefill(tokens[:, None] % self.vocab_size, positions[:, None])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise PICacheError(
-                f"{type(self.model).__name__} does not prefill into a plain DynamicCache "
-                f"({type(error).__name__}: {error}): its layers keep another kind of state, use a "
-                "full prefill with this model"
+                f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
+                f"{error}): its layers keep another kind of state, use a full prefill with this "
+                "model"
             ) from error
         layers = self.config.num_hidden_layers
-        if len(kv) != layers or any(keys is None or keys.dim() != 4 for keys, _ in kv):
+        if len(kv) != layers or any(tensor.dim() != 4 for layer in kv for tensor in layer):
             raise PICacheError(
-                f"{type(self.model).__name__} has {layers} layers but caches keys and values in "
-                f"{len(kv)}: layers with another kind of state cannot be linked"
+                f"{name} has {layers} layers but caches keys and values in {len(kv)}: layers that "
+                "share keys or keep another kind of state cannot be linked, use a full prefill"
             )
-        same = zip(kv, moved, strict=True)
-        if any((here - there).norm() > 0.02 * here.norm() for (_, here), (_, there) in same):
-            raise PICacheError(
-                f"{type(self.model).__name__} caches values that depend on the position "
-                "(latents, as in MLA), which linking does not know: "
-                "use a full prefill with this model"
-            )
-        return [keys for keys, _ in kv]
+        return kv
+
+    def _layer_type(self, layer: int) -> str | None:
+        """The layer type the rotary module asks for, where its frequencies differ by type."""
+        types: list[str] | None = getattr(self.config, "layer_types", None)
+        takes = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        return types[layer] if types and takes else None
 
     def _cos_sin(self, layer: int, positions: Tensor) -> Angles:
         """What the rotary module returns at positions; an fp32 input keeps the result in fp32."""
         x = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
         arguments: list[object] = [x, positions[None].to(self.device)]
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types and "layer_type" in inspect.signature(self._rotary.forward).parameters:
-            arguments.append(layer_types[layer])
+        if (layer_type := self._layer_type(layer)) is not None:
+            arguments.append(layer_type)
         out = self._rotary(*arguments)
         cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
         return cos[0].float(), sin[0].float()
@@ -360,6 +391,52 @@ class HFModel:
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
         return frequencies(*self._cos_sin(layer, positions), rotation.source)
+
+    def _settle(self) -> None:
+        """Back to the short frequencies: a rotary module that follows the length keeps state."""
+        for layer in self._rotated:
+            self._cos_sin(layer, torch.tensor([0]))
+
+    def _same_angles(self, tokens: int, others: int) -> bool:
+        """Whether position 1 is rotated alike in a sequence of so many tokens and of the others.
+
+        It is not where the frequencies follow the length (dynamic NTK, longrope).
+        """
+        seen = []
+        for length in (tokens, others):
+            self._settle()
+            at = torch.tensor([1, length - 1])
+            seen.append([torch.stack(self._cos_sin(layer, at))[:, 0] for layer in self._rotated])
+        self._settle()
+        return all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+    def check_frequencies(self, compiled: Iterable[int], total: int) -> None:
+        """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
+
+        Args:
+            compiled: tokens of each chunk as compiled.
+            total: tokens of the linked prompt.
+
+        Raises:
+            PICacheError: when the model's frequencies follow the length and differ between the two.
+        """
+        if not self._stretches:
+            return
+        for length in sorted(set(compiled)):
+            if not self._same_angles(length, total):
+                raise PICacheError(
+                    f"{type(self.model).__name__} rotates keys with other frequencies in a prompt "
+                    f"of {total} tokens than in a chunk compiled with {length}: its RoPE follows "
+                    f"the length (longrope, dynamic). Link at most {self._longest(length, total)} "
+                    "tokens, or use a full prefill"
+                )
+
+    def _longest(self, same: int, other: int) -> int:
+        """The longest prompt with the frequencies of `same` tokens, by bisection."""
+        while other - same > 1:
+            middle = (same + other) // 2
+            same, other = (middle, other) if self._same_angles(same, middle) else (same, middle)
+        return same
 
     @torch.no_grad()
     def scattered_forward(
@@ -477,10 +554,11 @@ class HFModel:
             entered: positions of the rows, layer by layer.
         """
         config = self.config
-        matrices = sum(p.numel() for p in self._layers().parameters() if p.dim() > 1)
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
+        embedding: Any = self.model.get_input_embeddings()
+        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
+        matrices = sum(p.numel() for p in inside if p.dim() > 1)
+        # Of the cached keys, the mean over layers, which may differ (Gemma 4).
+        width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
         rows = sum(len(positions) for positions in entered)
         pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
         per_row = 2.0 * matrices / config.num_hidden_layers
@@ -509,7 +587,8 @@ class HFModel:
         AttentionMaskInterface.register(_NAME, _scattered_mask)
         AttentionInterface.register(_PARALLEL, _parallel_attention)
         AttentionMaskInterface.register(_PARALLEL, eager_mask)
-        configs = {id(m.config): m.config for m in self.decoder.modules() if hasattr(m, "config")}
+        modules = self.decoder.modules()
+        configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
         before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
         try:
             for config, _ in before:
@@ -541,9 +620,12 @@ class HFModel:
         """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
 
         Models of one configuration with other weights or another dtype do not share chunks. Made
-        again when a tensor was replaced or written to since the last time.
+        again when a tensor was replaced or written to since the last time. Frequencies that follow
+        the length are written to by every forward and are left out: the configuration has them.
         """
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        moving = {id(b) for b in self._rotary.buffers()} if self._stretches else set()
+        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
+        tensors = [*self.model.named_parameters(), *buffers]
         state = tuple((t.data_ptr(), t._version) for _, t in tensors)  # noqa: SLF001
         if state != self._digest[0]:
             self._digest = (state, self._sums(tensors))
@@ -561,11 +643,3 @@ class HFModel:
             sums = [int(bits[::step].sum(dtype=torch.int64)) for step in (1, 2, 3, 7)]
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{sums}".encode())
         return digest.hexdigest()
-
-
-def _rope_parameters(config: object) -> list[dict]:
-    """Every set of RoPE parameters of a configuration: one, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        return [parameters]
-    return [value for value in parameters.values() if isinstance(value, dict)]

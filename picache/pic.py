@@ -250,6 +250,8 @@ class PIC:
                     f"the linked prompt has {length} tokens, the model has positions "
                     f"for {limit}: link fewer or shorter chunks"
                 )
+            compiled = (len(form.ids) for form in row.chunks)
+            self._model.check_frequencies(compiled, length)
         linked = [
             link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
         ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from picache.chunk import KV
+from picache.errors import PICacheError
 from picache.plan import Layout, ParallelEncoding
 from picache.rope import Angles, Rotation, difference, rotate
 
@@ -45,6 +46,13 @@ class LinkedKV:
         ahead: bool = False,
         parallel: ParallelEncoding | None = None,
     ) -> None:
+        latent = any(rotation is not None and rotation.part for rotation in model.rotations)
+        if parallel is not None and latent:
+            raise PICacheError(
+                f"{type(model.model).__name__} caches latents, whose attention a temperature does "
+                "not reach: chunks side by side (APE) are refused, choose a method that places "
+                "them in order"
+            )
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, bytes], Angles] = {}
@@ -88,7 +96,7 @@ class LinkedKV:
         kv = self._copied([part(layer) for part in self._parts])
         self._finish()
         copied = time.perf_counter()
-        self._move(layer, kv[0])
+        self._move(layer, kv)
         self._finish()
         self.seconds["load"] += copied - begun
         self.seconds["rotate"] += time.perf_counter() - copied
@@ -111,10 +119,10 @@ class LinkedKV:
             both.append(whole)
         return both[0], both[1]
 
-    def _move(self, layer: int, keys: Tensor) -> None:
-        rotation, moved = self._model.rotations[layer], keys[:, :, self._rows]
+    def _move(self, layer: int, kv: KV) -> None:
         if self._temperature != 1:
-            moved /= self._temperature
+            kv[0][:, :, self._rows] /= self._temperature
+        rotation = self._model.rotations[layer]
         if rotation is None or not len(self._old):
             return
         # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
@@ -123,4 +131,5 @@ class LinkedKV:
         if same not in self._turns:
             old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
             self._turns[same] = difference(old, new)
-        moved.copy_(rotate(moved, self._turns[same], rotation.layout))
+        moved = kv[rotation.part][:, :, self._rows]
+        moved.copy_(rotate(moved, self._turns[same], rotation.layout, rotation.offset))

@@ -1,8 +1,8 @@
 """Rotary positions of cached keys: find out how a model rotates, and move keys elsewhere.
 
-Nothing is read from a table of model families. A token alone attends only to itself, so its keys at
-two positions differ by the rotation and nothing else; `calibrate` looks for the rotation that
-explains the difference and refuses the model when none does.
+Nothing is read from a table of model families. A token alone attends only to itself, so what is
+cached of it at two positions differs by the rotation and nothing else; `calibrate` looks for the
+rotation that explains the difference and refuses the model when none does.
 """
 
 from collections.abc import Callable
@@ -12,28 +12,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from picache.chunk import KV
 from picache.errors import PICacheError
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each [tokens, rotary_dim / 2], fp32
+Source = Literal["half", "interleaved", "single"]
 Layout = Literal["half", "interleaved"]
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_PROBES = ((3, 77, 17), (150, 11, 29))  # (position, position, token)
+Part = Literal[0, 1]
+_LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
+_PARTS: tuple[Part, ...] = (0, 1)
+# Relative error (Frobenius) that a layer may add, of the token that is explained best. Sinks make
+# even a lone token depend on its position by rounding, which grows from layer to layer, so a
+# layer may double what is there; a router may choose another expert, but hardly for all tokens.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_PROBES = ((3, 77, 17), (150, 11, 29), (5, 40, 43), (91, 8, 61), (2, 120, 97))  # positions, token
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """How one layer rotates its keys.
+    """How one layer rotates what it caches.
 
     Attributes:
         source: how the model lays out cos and sin: "half" as (f, f), "interleaved" as each f twice,
             "single" as f.
         layout: which dimensions form a pair: "half" i with i + d/2, "interleaved" 2i with 2i + 1.
-        rotary_dim: leading dimensions that are rotated; the rest pass through.
+        rotary_dim: how many dimensions are rotated; the rest pass through.
+        offset: the first rotated dimension; behind the others where keys are made of a part
+            without a position and a rotated one (MLA expanded per head).
+        part: which cached tensor carries the position: 0 the keys; 1 the values, where MLA caches
+            a latent without a position as keys and the rotated key part as values.
     """
 
-    source: Literal["half", "interleaved", "single"]
+    source: Source
     layout: Layout
     rotary_dim: int
+    offset: int = 0
+    part: Part = 0
 
 
 def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
@@ -46,18 +60,28 @@ def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
     return cos, sin
 
 
-def rotate(keys: Tensor, angles: Angles, layout: Layout) -> Tensor:
-    """Rotate the leading dimensions of keys ``[..., tokens, head_dim]`` by angles, in fp32."""
+def rotate(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
+    """Rotate the dimensions from `offset` on of keys ``[..., tokens, head_dim]``, in fp32.
+
+    As many dimensions are rotated as there are angles for, two per angle; the others are copied.
+    """
     cos, sin = angles
     half = cos.shape[-1]
-    turned, passed = keys[..., : 2 * half].float(), keys[..., 2 * half :]
+    before, turned, behind = keys.tensor_split((offset, offset + 2 * half), dim=-1)
+    turned = turned.float()
     if layout == "half":
         a, b = turned[..., :half], turned[..., half:]
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([turned.to(keys.dtype), passed], dim=-1)
+    return torch.cat([before, turned.to(keys.dtype), behind], dim=-1)
+
+
+def relative_errors(actual: Tensor, expected: Tensor, dim: int) -> Tensor:
+    """Relative error of every slice along `dim`, in the Frobenius norm."""
+    actual, expected = (t.float().movedim(dim, 0).flatten(1) for t in (actual, expected))
+    return (actual - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
 
 
 def difference(old: Angles, new: Angles) -> Angles:
@@ -75,56 +99,68 @@ def difference(old: Angles, new: Angles) -> Angles:
 
 
 def calibrate(
-    keys_at: Callable[[int, int], list[Tensor]],
+    kv_at: Callable[[Tensor, Tensor], list[KV]],
     cos_sin: Callable[[int, Tensor], Angles],
 ) -> list[Rotation | None]:
-    """Find each layer's rotation, or None where keys do not depend on the position (NoPE).
+    """Find each layer's rotation, or None where nothing cached depends on the position (NoPE).
 
     Args:
-        keys_at: (position, token) to the keys of every layer, each ``[1, kv_heads, 1, head_dim]``,
-            of that token alone at that position.
-        cos_sin: (layer, positions) to what the model's rotary module returns, each ``[tokens, d]``.
+        kv_at: (positions, tokens), each ``[probes]``, to what every layer caches of each token
+            alone at its position, keys and values, each ``[probes, heads, 1, dim]``.
+        cos_sin: (layer, positions) to what the model's rotary module returns, each ``[probes, d]``.
 
     Raises:
-        PICacheError: when no known rotation explains a layer's keys.
+        PICacheError: when no known rotation explains how a layer's keys and values move.
     """
-    samples = [(p0, p1, keys_at(p0, token), keys_at(p1, token)) for p0, p1, token in _PROBES]
-    tolerance = _TOLERANCE[samples[0][2][0].dtype]
+    old, new, tokens = torch.tensor(_PROBES).T
+    positions = torch.cat([old, new])
+    kv = kv_at(positions, torch.cat([tokens, tokens]))
+    added, grown = _TOLERANCE[kv[0][0].dtype], 0.0
 
-    def error(layer: int, rotation: Rotation) -> float:
-        worst = 0.0
-        for p0, p1, keys0, keys1 in samples:
-            raw0 = cos_sin(layer, torch.tensor([p0]))
-            raw1 = cos_sin(layer, torch.tensor([p1]))
-            turn = difference(
-                frequencies(*raw0, rotation.source), frequencies(*raw1, rotation.source)
-            )
-            actual, expected = rotate(keys0[layer], turn, rotation.layout), keys1[layer]
-            scale = expected.float().abs().max().clamp_min(1e-30)
-            worst = max(worst, float((actual.float() - expected.float()).abs().max() / scale))
-        return worst
+    def error(layer: int, rotation: Rotation | None) -> float:
+        moved, expected = ([part.tensor_split(2)[i] for part in kv[layer]] for i in (0, 1))
+        if rotation is not None:
+            angles = frequencies(*cos_sin(layer, positions), rotation.source)
+            cos, sin = (each[:, None, None].tensor_split(2) for each in angles)
+            turn = difference((cos[0], sin[0]), (cos[1], sin[1]))
+            part = moved[rotation.part]
+            moved[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+        each = [relative_errors(a, b, dim=0) for a, b in zip(moved, expected, strict=True)]
+        return float(torch.maximum(*each).min())
 
     found: list[Rotation | None] = []
-    for layer in range(len(samples[0][2])):
-        if all(torch.equal(keys0[layer], keys1[layer]) for _, _, keys0, keys1 in samples):
-            found.append(None)
-            continue
-        width = cos_sin(layer, torch.tensor([0]))[0].shape[-1]
-        head_dim = samples[0][2][layer].shape[-1]
-        candidates = [
-            Rotation(source, layout, 2 * width if source == "single" else width)
-            for source in ("half", "interleaved", "single")
-            for layout in ("half", "interleaved")
-        ]
-        fitting = [c for c in candidates if c.rotary_dim <= head_dim]
-        errors = {c: error(layer, c) for c in fitting}
-        best = min(errors, key=errors.__getitem__, default=None)
-        if best is None or not errors[best] <= tolerance:
+    for layer, (keys, values) in enumerate(kv):
+        candidates: list[Rotation | None] = [None]
+        if error(layer, None) > 0:
+            width = cos_sin(layer, positions)[0].shape[-1]
+            candidates += _candidates(width, (keys.shape[-1], values.shape[-1]))
+        errors = {candidate: error(layer, candidate) for candidate in candidates}
+        best = min(errors, key=errors.__getitem__)
+        tolerance = added + 2 * grown
+        if not errors[best] <= tolerance:
             raise PICacheError(
-                f"layer {layer}: no known rotary layout explains how its keys move with the "
-                f"position (smallest relative error {errors[best] if best else float('nan'):.1e}, "
-                f"at most {tolerance:.0e} is accepted); position-independent caching of this "
-                "model would be silently wrong, use a full prefill"
+                f"layer {layer}: no known rotary layout explains how its keys and values move with "
+                f"the position (smallest relative error {errors[best]:.1e}, at most "
+                f"{tolerance:.0e} is accepted); position-independent caching of this model would "
+                "be silently wrong, use a full prefill"
             )
+        grown = max(grown, errors[best])
         found.append(best)
     return found
+
+
+def _candidates(width: int, dims: tuple[int, int]) -> list[Rotation]:
+    """Every rotation that `width` cosines can mean: leading or trailing, in the keys or values."""
+    widths: tuple[tuple[Source, int], ...] = (
+        ("half", width),
+        ("interleaved", width),
+        ("single", 2 * width),
+    )
+    return [
+        Rotation(source, layout, rotary_dim, offset, part)
+        for part in _PARTS
+        for source, rotary_dim in widths
+        if rotary_dim <= dims[part]
+        for layout in _LAYOUTS
+        for offset in sorted({0, dims[part] - rotary_dim})
+    ]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picache import PIC, FullRecompute, PICacheError
-from picache.rope import Rotation, calibrate, difference, rotate
+from picache.rope import Rotation, calibrate, difference, frequencies, rotate
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
 
 THETA = dict(rope_theta=10000.0)
@@ -101,58 +101,138 @@ def test_moving_half_precision_keys_costs_one_rounding():
     assert error.abs().max() <= 2**-8 * keys.float().abs().max() * 2**0.5
 
 
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        (
-            transformers.LlamaConfig(
-                **SHAPE, rope_parameters=dict(rope_type="dynamic", factor=4.0, **THETA)
-            ),
-            "rope_type='dynamic'",
+def longrope(original=128):
+    factors = dict(
+        short_factor=[1 + i / 10 for i in range(8)], long_factor=[2.0 + i for i in range(8)]
+    )
+    return transformers.Phi3Config(
+        **SHAPE,
+        original_max_position_embeddings=original,
+        rope_parameters=dict(
+            rope_type="longrope", original_max_position_embeddings=original, **factors, **THETA
         ),
-        (
-            transformers.LlamaConfig(
-                **SHAPE,
-                rope_parameters=dict(
-                    rope_type="longrope",
-                    short_factor=[1.0] * 8,
-                    long_factor=[2.0] * 8,
-                    original_max_position_embeddings=256,
-                    factor=2.0,
-                    **THETA,
-                ),
-            ),
-            "rope_type='longrope'",
-        ),
-        (
-            transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4),
-            "no rotary embedding",
-        ),
-    ],
-    ids=["dynamic", "longrope", "learned"],
-)
-def test_what_cannot_be_proven_is_refused(config, says):
-    model = random_model(config)
-    with pytest.raises(PICacheError, match=says):
+    )
+
+
+def dynamic():
+    return transformers.LlamaConfig(
+        **SHAPE, rope_parameters=dict(rope_type="dynamic", factor=4.0, **THETA)
+    )
+
+
+def links_exactly(pic, lengths, query=5):
+    documents = [random_ids(n, seed=n) for n in lengths]
+    question = random_ids(query, seed=5)
+    prompt = pic.link([pic.compile(d) for d in documents], question, FullRecompute())
+    ids = torch.cat([*documents, question])[None]
+    with torch.no_grad():
+        expected = pic._model.model(ids).logits[:, -1]
+    assert_close("logits", prompt.logits, expected)
+    return prompt, ids
+
+
+def test_longrope_links_up_to_the_length_its_frequencies_hold_for():
+    pic = PIC(random_model(longrope()))
+    links_exactly(pic, (9, 21, 14))
+    links_exactly(pic, (40, 60, 23))  # 128 tokens, the last with the short frequencies
+    chunks = [pic.compile(random_ids(n, seed=n)) for n in (40, 60, 24)]
+    with pytest.raises(PICacheError, match=r"prompt of 129 tokens.*with 24.*at most 128 tokens"):
+        pic.link(chunks, random_ids(5))
+    links_exactly(pic, (200, 5)[:1])  # one chunk beyond: compiled with the long frequencies
+    with pytest.raises(PICacheError, match=r"prompt of 229 tokens.*compiled with 24"):
+        pic.link([pic.compile(random_ids(200, seed=200)), chunks[2]], random_ids(5))
+
+
+def test_longrope_generates_as_a_full_prefill_does():
+    pic = PIC(random_model(longrope()))
+    prompt, ids = links_exactly(pic, (9, 21, 14))
+    run = dict(max_new_tokens=20, do_sample=False)
+    model = pic._model.model
+    assert torch.equal(model.generate(**prompt, **run), model.generate(ids, **run))
+
+
+@pytest.mark.parametrize("config", [longrope(), dynamic()], ids=["longrope", "dynamic"])
+def test_a_long_forward_between_changes_nothing(config):
+    """Such rotary modules keep the frequencies of the last text; chunks stay valid all the same."""
+    pic = PIC(random_model(config))
+    model = pic._model.model
+    chunk, fingerprint = pic.compile(random_ids(9, seed=9)), pic._model.fingerprint
+    with torch.no_grad():
+        model(random_ids(900, 1))
+    assert pic._model.fingerprint == fingerprint
+    links_exactly(pic, (9, 21, 14))
+    with torch.no_grad():
+        model(random_ids(900, 1))
+    assert torch.equal(
+        pic.store.get(chunk.key).layer(0)[0], pic._model.prefill(random_ids(9, seed=9)[None])[0][0]
+    )
+
+
+def test_dynamic_is_exact_up_to_all_of_the_models_positions():
+    pic = PIC(random_model(dynamic()))
+    with torch.no_grad():
+        pic._model.model(random_ids(900, 1))
+    links_exactly(pic, (250, 150, 107))  # 512, as many as the model has
+
+
+def test_a_model_without_rotary_positions_is_refused():
+    model = random_model(transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4))
+    with pytest.raises(PICacheError, match="no rotary embedding module"):
         PIC(model)
 
 
-def test_a_rotation_nobody_knows_is_refused():
-    def keys_at(position, token):
-        generator = torch.Generator().manual_seed(token)
-        return [torch.randn(1, 2, 1, 8, generator=generator) * (1 + position)]
+def cos_sin(layer, positions):
+    angles = positions[:, None].float() * torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
+    return angles.cos(), angles.sin()
 
-    def cos_sin(layer, positions):
-        angles = positions[:, None].float() * torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
-        return angles.cos(), angles.sin()
+
+def probed(positions, tokens, dim=8):
+    """Without a position: what a token is, ``[probes, 2, 1, dim]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(128, 2, 1, dim, generator=generator)[tokens]
+
+
+@pytest.mark.parametrize("offset", [0, 6])
+@pytest.mark.parametrize("part", [0, 1])
+def test_the_rotated_part_is_found_wherever_it_stands(offset, part):
+    """Leading, trailing (MLA, expanded per head), or cached as the values (MLA, latents)."""
+    expected = Rotation("half", "half", 8, offset, part)
+
+    def kv_at(positions, tokens):
+        kv = [probed(positions, tokens, 14), probed(positions, tokens, 14)]
+        angles = frequencies(*cos_sin(0, positions), "half")
+        angles = tuple(each[:, None, None] for each in angles)
+        kv[part] = rotate(kv[part], angles, "half", offset)
+        return [tuple(kv)]
+
+    assert calibrate(kv_at, cos_sin) == [expected]
+
+
+def test_a_rotation_nobody_knows_is_refused():
+    def kv_at(positions, tokens):
+        keys = probed(positions, tokens)
+        return [(keys * (1 + positions[:, None, None, None]), keys)]
 
     with pytest.raises(PICacheError, match="layer 0: no known rotary layout"):
-        calibrate(keys_at, cos_sin)
+        calibrate(kv_at, cos_sin)
+
+
+def test_values_that_follow_the_position_are_refused():
+    def kv_at(positions, tokens):
+        keys = probed(positions, tokens)
+        angles = frequencies(*cos_sin(0, positions), "half")
+        turned = rotate(keys, tuple(each[:, None, None] for each in angles), "half")
+        return [(turned, keys + positions[:, None, None, None])]
+
+    with pytest.raises(PICacheError, match="keys and values move"):
+        calibrate(kv_at, cos_sin)
 
 
 def test_keys_that_do_not_move_are_left_alone():
-    keys = [torch.randn(1, 2, 1, 8)]
-    assert calibrate(lambda position, token: keys, lambda layer, p: (p, p)) == [None]
+    def kv_at(positions, tokens):
+        return [(probed(positions, tokens),) * 2]
+
+    assert calibrate(kv_at, cos_sin) == [None]
 
 
 def angles_at(positions, scale=1.0):
