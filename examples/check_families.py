@@ -72,7 +72,9 @@ def rotations(pic: PIC) -> str:
         where = f" from {rotation.offset}" if rotation.offset else ""
         part = ", beside latents" if rotation.part else ""
         kinds[f"{rotation.layout} {rotation.rotary_dim}/{dim}{where}{part}"] += 1
-    return "; ".join(f"{n} layers {kind}" if len(kinds) > 1 else kind for kind, n in kinds.items())
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{n} of {kinds.total()} layers {kind}" for kind, n in kinds.items())
 
 
 def table(record: dict) -> str:

@@ -99,7 +99,12 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "Qwen3-MoE": lambda: hf.Qwen3MoeConfig(**SHAPE, **HEADS, **EXPERTS, num_experts=4),
     "Gemma": lambda: hf.GemmaConfig(**SHAPE, **HEADS),
     "Gemma 2": lambda: hf.Gemma2Config(
-        **SHAPE, **HEADS, sliding_window=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0
+        **SHAPE,
+        **HEADS,
+        sliding_window=16,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
+        attn_implementation="eager",  # sdpa leaves the softcap out in older releases
     ),
     "Gemma 3": lambda: hf.Gemma3TextConfig(**SHAPE, **HEADS, **SLIDING, query_pre_attn_scalar=16),
     "Gemma 4": lambda: hf.Gemma4TextConfig(

@@ -290,7 +290,10 @@ class HFModel:
         self.rotations: list[Rotation | None] = calibrate(self._kv_at, self._cos_sin)
         rotated = (layer for layer, rotation in enumerate(self.rotations) if rotation is not None)
         self._rotated = list({self._layer_type(layer): layer for layer in rotated}.values())
-        self._stretches = not self._same_angles(2, 2 * (self.max_length or _FAR))
+        self._short = self._angles_in(2)
+        self._stretches = not torch.equal(
+            self._short, self._angles_in(2 * (self.max_length or _FAR))
+        )
         check(self)
 
     @property
@@ -358,8 +361,8 @@ class HFModel:
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise PICacheError(
                 f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
-                f"{error}): its layers keep another kind of state, use a full prefill with this "
-                "model"
+                f"{error}), most often since its layers keep another kind of state: use a full "
+                "prefill with this model"
             ) from error
         layers = self.config.num_hidden_layers
         if len(kv) != layers or any(tensor.dim() != 4 for layer in kv for tensor in layer):
@@ -375,13 +378,20 @@ class HFModel:
         takes = "layer_type" in inspect.signature(self._rotary.forward).parameters
         return types[layer] if types and takes else None
 
-    def _cos_sin(self, layer: int, positions: Tensor) -> Angles:
+    def _cos_sin(self, layer: int, positions: Tensor, rotary: nn.Module | None = None) -> Angles:
         """What the rotary module returns at positions; an fp32 input keeps the result in fp32."""
         x = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
         arguments: list[object] = [x, positions[None].to(self.device)]
         if (layer_type := self._layer_type(layer)) is not None:
             arguments.append(layer_type)
-        out = self._rotary(*arguments)
+        try:
+            out = (rotary or self._rotary)(*arguments)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PICacheError(
+                f"the rotary module of {type(self.model).__name__} does not take positions of "
+                f"shape {tuple(positions[None].shape)} ({type(error).__name__}: {error}): its "
+                "rotation cannot be measured, use a full prefill with this model"
+            ) from error
         cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
         return cos[0].float(), sin[0].float()
 
@@ -392,23 +402,32 @@ class HFModel:
             raise PICacheError(f"layer {layer} has no rotary positions")
         return frequencies(*self._cos_sin(layer, positions), rotation.source)
 
+    def _angles_in(self, length: int) -> Tensor:
+        """How position 1 is rotated in a sequence of so many tokens.
+
+        A copy of the rotary module is asked: one that follows the length keeps its last state.
+        """
+        rotary, at = copy.deepcopy(self._rotary), torch.tensor([1, length - 1])
+        seen = []
+        for layer in self._rotated:
+            self._cos_sin(layer, torch.tensor([0]), rotary)  # back to the short ones, if it can
+            seen.append(torch.cat(self._cos_sin(layer, at, rotary), dim=1)[0])
+        return torch.cat(seen) if seen else torch.empty(0)
+
     def _settle(self) -> None:
-        """Back to the short frequencies: a rotary module that follows the length keeps state."""
+        """Back to the short frequencies, which a longer text in between has replaced.
+
+        Raises:
+            PICacheError: when the rotary module does not go back.
+        """
         for layer in self._rotated:
             self._cos_sin(layer, torch.tensor([0]))
-
-    def _same_angles(self, tokens: int, others: int) -> bool:
-        """Whether position 1 is rotated alike in a sequence of so many tokens and of the others.
-
-        It is not where the frequencies follow the length (dynamic NTK, longrope).
-        """
-        seen = []
-        for length in (tokens, others):
-            self._settle()
-            at = torch.tensor([1, length - 1])
-            seen.append([torch.stack(self._cos_sin(layer, at))[:, 0] for layer in self._rotated])
-        self._settle()
-        return all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        if not torch.equal(self._angles_in(2), self._short):
+            raise PICacheError(
+                f"{type(self.model).__name__} still rotates keys with the frequencies of a longer "
+                "text it was given before (a dynamic RoPE that does not go back, in some releases "
+                "of transformers): load the model again, and give it no longer text"
+            )
 
     def check_frequencies(self, compiled: Iterable[int], total: int) -> None:
         """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
@@ -422,8 +441,9 @@ class HFModel:
         """
         if not self._stretches:
             return
+        self._settle()
         for length in sorted(set(compiled)):
-            if not self._same_angles(length, total):
+            if not torch.equal(self._angles_in(length), self._angles_in(total)):
                 raise PICacheError(
                     f"{type(self.model).__name__} rotates keys with other frequencies in a prompt "
                     f"of {total} tokens than in a chunk compiled with {length}: its RoPE follows "
@@ -435,7 +455,8 @@ class HFModel:
         """The longest prompt with the frequencies of `same` tokens, by bisection."""
         while other - same > 1:
             middle = (same + other) // 2
-            same, other = (middle, other) if self._same_angles(same, middle) else (same, middle)
+            alike = torch.equal(self._angles_in(same), self._angles_in(middle))
+            same, other = (middle, other) if alike else (same, middle)
         return same
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Calibration proves a rotation or refuses; moved keys are the keys of the new place."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -157,8 +159,14 @@ def test_a_long_forward_between_changes_nothing(config):
     pic = PIC(random_model(config))
     model = pic._model.model
     chunk, fingerprint = pic.compile(random_ids(9, seed=9)), pic._model.fingerprint
+    before = [p.clone() for p in pic._model._rotary.buffers()]
     with torch.no_grad():
         model(random_ids(900, 1))
+        model(random_ids(5, 1))
+    if not all(map(torch.equal, before, pic._model._rotary.buffers())):
+        with pytest.raises(PICacheError, match="does not go back"):  # transformers 5.4, dynamic
+            pic.compile(random_ids(8))
+        return
     assert pic._model.fingerprint == fingerprint
     links_exactly(pic, (9, 21, 14))
     with torch.no_grad():
@@ -169,9 +177,10 @@ def test_a_long_forward_between_changes_nothing(config):
 
 
 def test_dynamic_is_exact_up_to_all_of_the_models_positions():
-    pic = PIC(random_model(dynamic()))
-    with torch.no_grad():
-        pic._model.model(random_ids(900, 1))
+    model = random_model(dynamic())
+    before = copy.deepcopy(list(model.model.rotary_emb.buffers()))
+    pic = PIC(model)
+    assert all(map(torch.equal, before, model.model.rotary_emb.buffers())), "the model was changed"
     links_exactly(pic, (250, 150, 107))  # 512, as many as the model has
 
 
