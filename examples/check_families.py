@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from evaluate import environment
+from environment import environment
 from families import FAMILIES, build, random_ids
 from tqdm import tqdm
 

@@ -4,10 +4,8 @@ Each returns rows of plain numbers, ready for JSON. Times are medians over probl
 problem one after the other in the same run, so that a noisy machine disturbs them alike.
 """
 
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from math import sqrt
@@ -41,24 +39,6 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
-
-
-def environment() -> dict[str, str | int]:
-    """What a reader needs to place the numbers: versions, hardware, commit."""
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    cpu = platform.processor() or platform.machine()
-    lines = Path("/proc/cpuinfo").read_text().split("\n") if Path("/proc/cpuinfo").exists() else []
-    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else [*named, cpu][0],
-        "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip() or "not a checkout",
-    }
 
 
 def wilson_interval(right: int, problems: int) -> list[float]:
@@ -200,7 +180,6 @@ def _long_prompt_seconds(
 def retention_arms(budget: int) -> tuple[tuple[str, Callable], ...]:
     """Policies at one budget in tokens, in every layer."""
     return (
-        ("full", lambda: Full()),
         ("random", lambda: Random(budget)),
         ("StreamingLLM", lambda: StreamingLLM(budget)),
         ("Quest", lambda: Quest(budget, dense_layers=0)),
@@ -212,18 +191,23 @@ def retention(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: int,
-    budget: int,
+    budgets: Sequence[int],
     steps: int = 40,
     batch_size: int = 50,
     seed: int = 3 * 10**9,
     progress: bool = True,
 ) -> list[Row]:
-    """Accuracy, peak KV bytes and milliseconds a token of every policy on the reasoning task."""
+    """Accuracy, peak KV bytes and milliseconds a token of every policy on the reasoning task.
+
+    Every policy at every budget, and full attention once (its budget is written 0).
+    """
     rng = random.Random(seed)
     chains = [reasoning_problem(rng, steps) for _ in range(problems)]
     longest = max(len(tokenizer(c.solution)["input_ids"]) for c in chains)
     rows: list[Row] = []
-    for name, policy in tqdm(retention_arms(budget), desc="retention", disable=not progress):
+    arms = [("full", 0, lambda: Full())]
+    arms += [(name, b, make) for b in budgets for name, make in retention_arms(b)]
+    for name, budget, policy in tqdm(arms, desc="retention", disable=not progress):
         right = tokens = decoded = prompt_tokens = 0
         peak, seconds = 0.0, 0.0
         for first in range(0, problems, batch_size):

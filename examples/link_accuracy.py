@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from evaluate import REFERENCE_MODEL, cut, environment, load
+from environment import environment
+from evaluate import REFERENCE_MODEL, cut, load
 from reference_tasks import LookupProblem, lookup_problem
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

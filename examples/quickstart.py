@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from environment import environment
 from evaluate import (
     LINK_ARMS,
     REFERENCE_MODEL,
     Row,
-    environment,
     first_token_seconds,
     linking,
     load,
@@ -57,6 +57,7 @@ LINKING = {
 }
 RETENTION = {
     "retention": "{arm}",
+    "budget": "{budget_text}",
     "accuracy": "{accuracy:.3f}",
     "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
     "decoded": "{decoded_tokens:.0f}",
@@ -79,6 +80,7 @@ def prepare(results: dict) -> dict[str, list[Row]]:
         row["long_first_token_ms"] = 1e3 * row["long_first_token_seconds"]
     for row in results["retention"]:
         row["peak_kv_kib"] = row["peak_kv_bytes"] / 1024
+        row["budget_text"] = str(row["budget"] or "all")
     return results
 
 
@@ -92,7 +94,7 @@ def show(results: dict[str, list[Row]]) -> None:
     print(table(link, LINKING))
     print(
         f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']:.0f} "
-        f"prompt tokens, budget {kept[0]['budget']}, batch {kept[0]['batch_size']}; KV of one row"
+        f"prompt tokens, batch {kept[0]['batch_size']}; KV of one row"
     )
     print(table(kept, RETENTION))
     print(f"\nCompletion time, load {jobs[0]['load']}, {jobs[0]['jobs']} jobs x {jobs[0]['seeds']}")
@@ -134,16 +136,20 @@ def figure(results: dict[str, list[Row]], path: Path) -> None:
         yscale="log",
         xlim=(0, 1.05),
     )
-    for marker, row in zip("*os^v", results["retention"], strict=False):
-        low, high = row["interval"]
-        x, y = row["peak_kv_bytes"] / 1024, row["accuracy"]
-        spread = [[max(0, y - low)], [max(0, high - y)]]
-        middle.errorbar(x, y, spread, fmt=marker, capsize=3, label=row["arm"])
+    names = dict.fromkeys(row["arm"] for row in results["retention"])
+    for marker, name in zip("*os^v", names, strict=True):
+        rows = [row for row in results["retention"] if row["arm"] == name]
+        x = [row["peak_kv_bytes"] / 1024 for row in rows]
+        y = [row["accuracy"] for row in rows]
+        low = [max(0, a - row["interval"][0]) for a, row in zip(y, rows, strict=True)]
+        high = [max(0, row["interval"][1] - a) for a, row in zip(y, rows, strict=True)]
+        middle.errorbar(x, y, [low, high], fmt=marker, capsize=3, label=name)
     middle.legend(fontsize=8)
+    budgets = sorted({row["budget"] for row in results["retention"]} - {0})
     middle.set(
         xlabel="peak KV, KiB a sequence",
         ylabel="answer accuracy",
-        title=f"Retention: reasoning, budget {results['retention'][0]['budget']} tokens",
+        title=f"Retention: reasoning, budgets {', '.join(map(str, budgets))} tokens",
         ylim=(-0.03, 1.06),
     )
     middle.margins(x=0.2)
@@ -213,8 +219,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--link-problems", type=int, default=100)
     parser.add_argument("--chunk-tokens", type=int, default=24, help="tokens of a chunk")
-    parser.add_argument("--reasoning-problems", type=int, default=20)
-    parser.add_argument("--budget", type=int, default=384, help="tokens kept by a KV head")
+    parser.add_argument("--reasoning-problems", type=int, default=40)
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[384, 512], help="tokens kept by a KV head"
+    )
     parser.add_argument("--jobs", type=int, default=3000)
     parser.add_argument("--load", type=float, default=0.9)
     args = parser.parse_args()
@@ -237,7 +245,7 @@ def main() -> None:
     model, tokenizer = load(args.model)
     results = {
         "linking": linking(model, tokenizer, args.link_problems, args.chunk_tokens),
-        "retention": retention(model, tokenizer, args.reasoning_problems, args.budget),
+        "retention": retention(model, tokenizer, args.reasoning_problems, args.budgets),
         "scheduling": scheduling(args.jobs, range(4), args.load),
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -37,9 +37,9 @@ def tables(record: dict) -> str:
             ),
             markdown(link, LINKING),
             (
-                f"Reasoning, {kept[0]['problems']} problems, budget {kept[0]['budget']} tokens of "
-                f"about {kept[0]['prompt_tokens'] + kept[0]['decoded_tokens']:.0f}, batch "
-                f"{kept[0]['batch_size']}; peak KV of one row."
+                f"Reasoning, {kept[0]['problems']} problems of about "
+                f"{kept[0]['prompt_tokens'] + kept[0]['decoded_tokens']:.0f} tokens, policies at two "
+                f"budgets, batch {kept[0]['batch_size']}; peak KV of one row."
             ),
             markdown(kept, RETENTION),
             (
@@ -84,7 +84,8 @@ def cap_page(record: dict) -> str:
         tokens = f"{row['prompt_tokens'] + row['decoded_tokens']:.0f}"
         ratio = row["peak_kv_bytes"] / full
         cells = (tokens, f"{row['accuracy']:.3f}", f"{ratio:.2f} of the bytes")
-        rows.append((f"retain: {row['arm']}", *cells))
+        budget = f" at {row['budget']}" if row["budget"] else ""
+        rows.append((f"retain: {row['arm']}{budget}", *cells))
     for row in record["scheduling"]:
         if row["mix"] == "bimodal":
             ratio = f"{row['mean_to_fcfs']:.2f} of the time"

@@ -9,7 +9,6 @@ bf16 weights, with full attention, on problems from a seed that training never d
 
 import argparse
 import json
-import platform
 import random
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from environment import hardware
 from reference_tasks import (
     BOS,
     EOS,
@@ -358,8 +358,8 @@ It knows nothing else.
 | reasoning: greedy over {reasoning_tokens[0]} to {reasoning_tokens[1]} tokens to the right final answer, {problems} unseen problems | {reasoning_exact_match:.3f} |
 | the same, every line of the chain right | {reasoning_whole_chain:.3f} |
 
-Full attention, greedy, on the saved bf16 weights. {steps} steps, seed {seed}, {seconds:.0f} s on one {hardware}
-(torch {torch}, transformers {transformers}), with
+Full attention, greedy, on the saved bf16 weights. {steps} steps, seed {seed}, {seconds:.0f} s on one {hardware}, {threads} CPU
+threads (torch {torch}, transformers {transformers}), with
 
 ```
 {command}
@@ -378,9 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument(
-        "--minutes", type=float, default=100.0, help="stop training after this long"
-    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="stop training after this long")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per task and step")
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--hidden", type=int, default=128)
@@ -416,7 +414,8 @@ def main() -> None:
         "seed": args.seed,
         "steps": curve[-1]["step"] + 1,
         "seconds": seconds,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,

@@ -95,12 +95,15 @@ def test_full_attention_answers_lookups(reference):
     assert record["lookup_exact_match"] >= 0.95
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the weights trained on two CPU cores copy the second operand wrongly in a few percent "
-    "of the lines; the bar is 0.95 (docs/limits.md)",
-)
-def test_the_reasoning_bar_of_the_model_card():
+def test_full_attention_reasons_to_the_end(reference):
+    """The bar of the model card, on other chains of the same kind, every line checked."""
+    model, tokenizer = reference
+    rng = random.Random(8 * 10**9)
+    chains = [reasoning_problem(rng) for _ in range(25)]
+    assert min(len(c.solution.split()) for c in chains) >= 300
+    texts = answers(model, tokenizer, [c.prompt for c in chains], 450)
+    assert sum(final_answer(t) == c.answer for t, c in zip(texts, chains, strict=True)) >= 24
+    assert sum(t.startswith(c.solution) for t, c in zip(texts, chains, strict=True)) >= 23
     record = json.loads((evaluate.REFERENCE_MODEL / "training.json").read_text())
     assert record["reasoning_tokens"][0] >= 300
     assert record["reasoning_exact_match"] >= 0.95
@@ -112,7 +115,7 @@ def test_linking_table_has_every_arm(reference):
     by_name = {row["arm"]: row for row in rows}
     assert by_name["full"]["tokens_recomputed"] > by_name["LegoLink-16"]["tokens_recomputed"]
     assert by_name["naive"]["tokens_recomputed"] == 4  # Questions : TOWN RELATION
-    assert by_name["random-4"]["tokens_recomputed"] == by_name["LegoLink-4"]["tokens_recomputed"]
+    assert by_name["random-8"]["tokens_recomputed"] == by_name["LegoLink-8"]["tokens_recomputed"]
 
 
 def test_scheduling_table_has_every_arm():
@@ -130,7 +133,7 @@ def test_scheduling_table_has_every_arm():
 
 @pytest.mark.slow
 def test_retention_table_has_every_arm(reference):
-    rows = evaluate.retention(*reference, problems=2, budget=256, steps=20, progress=False)
+    rows = evaluate.retention(*reference, problems=2, budgets=[256], steps=20, progress=False)
     assert [row["arm"] for row in rows] == ["full", "random", "StreamingLLM", "Quest", "RaaS"]
     held = {row["arm"]: row["peak_kv_bytes"] for row in rows}
     assert held["RaaS"] < held["full"] < held["Quest"]
