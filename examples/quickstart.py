@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--link-problems", type=int, default=100)
     parser.add_argument("--chunk-tokens", type=int, default=24, help="tokens of a chunk")
-    parser.add_argument("--reasoning-problems", type=int, default=40)
+    parser.add_argument("--reasoning-problems", type=int, default=24)
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[384, 512], help="tokens kept by a KV head"
     )

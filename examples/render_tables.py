@@ -27,6 +27,7 @@ def tables(record: dict) -> str:
     results = prepare(record)
     link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
     where = record["environment"]
+    tokens = kept[0]["prompt_tokens"] + kept[0]["decoded_tokens"]
     return "\n\n".join(
         [
             (
@@ -37,9 +38,8 @@ def tables(record: dict) -> str:
             ),
             markdown(link, LINKING),
             (
-                f"Reasoning, {kept[0]['problems']} problems of about "
-                f"{kept[0]['prompt_tokens'] + kept[0]['decoded_tokens']:.0f} tokens, policies at two "
-                f"budgets, batch {kept[0]['batch_size']}; peak KV of one row."
+                f"Reasoning, {kept[0]['problems']} problems of about {tokens:.0f} tokens, at "
+                f"two budgets, batch {kept[0]['batch_size']}; peak KV of one row."
             ),
             markdown(kept, RETENTION),
             (

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import picache.hf
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluate import environment, first_token_seconds
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+from environment import environment
+from evaluate import first_token_seconds
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -102,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--query", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
