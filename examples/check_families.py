@@ -54,7 +54,7 @@ def verdict(family: str, seed: int = SEED) -> dict:
         "logits_relative_error": error,
         "same_tokens": same,
         "rope": rotations(pic),
-        "follows_length": pic._model._stretches,  # noqa: SLF001
+        "follows_length": pic._model.rotary.stretches,  # noqa: SLF001
     }
 
 

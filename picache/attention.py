@@ -16,6 +16,13 @@ _MASK_ELEMENTS = 2**22
 _BLOCK_ROWS = 64  # a block's keys end at its last row: smaller blocks skip more, with more calls
 
 
+def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Scores before the mask, fp32 ``[batch, kv_heads, heads / kv_heads, q, n]``."""
+    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=key.shape[1]).float()
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def softmax_weights(
     query: Tensor,
     key: Tensor,
@@ -25,14 +32,9 @@ def softmax_weights(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The weights of `attend_reference`, fp32 ``[batch, kv_heads, heads / kv_heads, q, n]``."""
-    kv_heads = key.shape[1]
-    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
-    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed, -torch.inf)
+    scores = _scores(query, key, scaling, softcap).masked_fill(~allowed, -torch.inf)
     if sinks is not None:
-        column = rearrange(sinks.float(), "(h g) -> 1 h g 1 1", h=kv_heads)
+        column = rearrange(sinks.float(), "(h g) -> 1 h g 1 1", h=key.shape[1])
         scores = torch.cat([scores, column.expand(*scores.shape[:-1], 1)], dim=-1)
     return scores.softmax(dim=-1)[..., : key.shape[2]]
 
@@ -140,12 +142,7 @@ def parallel_attention(
     Returns:
         ``[batch, heads, q, value_dim]`` in the query's dtype.
     """
-    kv_heads = key.shape[1]
-    grouped = rearrange(query, "b (h g) q d -> b h g q d", h=kv_heads).float()
-    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~allowed[:, :, None], -torch.inf)
+    scores = _scores(query, key, scaling, softcap).masked_fill(~allowed[:, :, None], -torch.inf)
     inside = scores.masked_fill(~parallel[:, None, None, None], -torch.inf)
     outside = scores.masked_fill(parallel[:, None, None, None], -torch.inf)
     mass = inside.logsumexp(dim=-1, keepdim=True)

@@ -1,12 +1,7 @@
 """All contact with transformers: what the engine needs of a model, and the linked cache."""
 
-import copy
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,89 +16,20 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
-from picache.attention import attention_mass, parallel_attention, scattered_attention
+from picache.angles import RotaryAngles
+from picache.attending import attend_parallel, attend_scattered, decoding, scattered_mask
 from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
+from picache.fingerprint import fingerprint
 from picache.header import Header
 from picache.rope import Angles, Rotation, calibrate, frequencies
-from picache.sparse_pass import Layers, Narrow, Pass, ScatterMask, Stop, current, enter_layer
+from picache.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
 
 _NAME = "picache_scattered"
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
 _FAR = 2**16  # a length to look at where the configuration states no limit
-_REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 _PARALLEL = "picache_parallel"
-
-# Which keys of a batch are side by side, bool [batch, tokens], and the scale of attention to them.
-_decoding: ContextVar[tuple[Tensor, float] | None] = ContextVar("picache_decoding", default=None)
-
-
-def _scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
-    return ScatterMask(mask_function, current.get().positions)
-
-
-def _scattered_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: ScatterMask,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise PICacheError(
-                f"{type(module).__name__} changes its attention scores through {name!r}, which "
-                "linking does not know: use a full prefill with this model"
-            )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions, state = attention_mask.positions, current.get()
-    if state.parallel is not None:
-        rows, factor = state.parallel
-        everything = torch.arange(key.shape[2], device=key.device)
-        allowed, causal = attention_mask(positions, everything), everything <= positions[:, None]
-        if s_aux is not None or not torch.equal(allowed, causal):
-            raise PICacheError(
-                f"{type(module).__name__} attends through a window or with sinks, which chunks "
-                "side by side (APE) do not go with: choose a method that places them in order"
-            )
-        inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
-        inside[:, rows] = True
-        out = parallel_attention(
-            query, key, value, allowed[None, None], inside, scale, factor, softcap
-        )
-        return out.transpose(1, 2).contiguous(), None
-    out = scattered_attention(query, key, value, positions, attention_mask, scale, softcap, s_aux)
-    if state.observe is not None:
-        norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
-        mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)
-        state.observe(state.layer, mass)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _parallel_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """While decoding behind chunks side by side; `attention_mask` is additive, 0 where allowed."""
-    decoding = _decoding.get()
-    assert decoding is not None
-    inside, factor = decoding
-    inside = inside.repeat_interleave(len(key) // len(inside), dim=0)  # beams, several sequences
-    inside = nn.functional.pad(inside, (0, key.shape[2] - inside.shape[1]))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = parallel_attention(query, key, value, attention_mask == 0, inside, scale, factor, softcap)
-    return out.transpose(1, 2).contiguous(), None
 
 
 class _ScatterLayer(DynamicLayer):
@@ -169,7 +95,7 @@ class LinkedLayer(DynamicLayer):
             PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
                 the method's attention is not attached.
         """
-        if self.attach and _decoding.get() is None:
+        if self.attach and decoding.get() is None:
             raise PICacheError(
                 "this prompt's method changes attention while decoding too: run generate inside "
                 "`with prompt.attached():`, or link with a scale of 1"
@@ -271,7 +197,6 @@ class HFModel:
             getattr(self.config, n, None) for n in ("sliding_window", "attention_chunk_size")
         ]
         self.window: int | None = min((w for w in windows if w), default=None)
-        self._stretches = False  # until it is measured, with the rotations at hand
         self._digest: tuple[object, str] = (None, "")
         try:
             self._prove()
@@ -285,15 +210,11 @@ class HFModel:
 
     def _prove(self) -> None:
         """Measure the rotations and whether frequencies follow the length, then link a prompt."""
-        self._rotary = self._find_rotary()
+        self.rotary = RotaryAngles(self._find_rotary(), self.config, type(self.model).__name__)
         self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
-        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self._cos_sin)
-        rotated = (layer for layer, rotation in enumerate(self.rotations) if rotation is not None)
-        self._rotated = list({self._layer_type(layer): layer for layer in rotated}.values())
-        self._short = self._angles_in(2)
-        self._stretches = not torch.equal(
-            self._short, self._angles_in(2 * (self.max_length or _FAR))
-        )
+        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
+        rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
+        self.rotary.watch(rotated, 2 * (self.max_length or _FAR))
         check(self)
 
     @property
@@ -321,8 +242,7 @@ class HFModel:
 
         A `DynamicCache` without a config keeps every key of sliding-window layers too.
         """
-        if self._stretches:
-            self._settle()
+        self.rotary.settle()
         cache = DynamicCache()
         self.decoder(
             input_ids=ids.to(self.device),
@@ -372,92 +292,12 @@ class HFModel:
             )
         return kv
 
-    def _layer_type(self, layer: int) -> str | None:
-        """The layer type the rotary module asks for, where its frequencies differ by type."""
-        types: list[str] | None = getattr(self.config, "layer_types", None)
-        takes = "layer_type" in inspect.signature(self._rotary.forward).parameters
-        return types[layer] if types and takes else None
-
-    def _cos_sin(self, layer: int, positions: Tensor, rotary: nn.Module | None = None) -> Angles:
-        """What the rotary module returns at positions; an fp32 input keeps the result in fp32."""
-        x = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
-        arguments: list[object] = [x, positions[None].to(self.device)]
-        if (layer_type := self._layer_type(layer)) is not None:
-            arguments.append(layer_type)
-        try:
-            out = (rotary or self._rotary)(*arguments)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise PICacheError(
-                f"the rotary module of {type(self.model).__name__} does not take positions of "
-                f"shape {tuple(positions[None].shape)} ({type(error).__name__}: {error}): its "
-                "rotation cannot be measured, use a full prefill with this model"
-            ) from error
-        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
-        return cos[0].float(), sin[0].float()
-
     def angles(self, layer: int, positions: Tensor) -> Angles:
         """cos and sin at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``, fp32."""
         rotation = self.rotations[layer]
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
-        return frequencies(*self._cos_sin(layer, positions), rotation.source)
-
-    def _angles_in(self, length: int) -> Tensor:
-        """How position 1 is rotated in a sequence of so many tokens.
-
-        A copy of the rotary module is asked: one that follows the length keeps its last state.
-        """
-        rotary, at = copy.deepcopy(self._rotary), torch.tensor([1, length - 1])
-        seen = []
-        for layer in self._rotated:
-            self._cos_sin(layer, torch.tensor([0]), rotary)  # back to the short ones, if it can
-            seen.append(torch.cat(self._cos_sin(layer, at, rotary), dim=1)[0])
-        return torch.cat(seen) if seen else torch.empty(0)
-
-    def _settle(self) -> None:
-        """Back to the short frequencies, which a longer text in between has replaced.
-
-        Raises:
-            PICacheError: when the rotary module does not go back.
-        """
-        for layer in self._rotated:
-            self._cos_sin(layer, torch.tensor([0]))
-        if not torch.equal(self._angles_in(2), self._short):
-            raise PICacheError(
-                f"{type(self.model).__name__} still rotates keys with the frequencies of a longer "
-                "text it was given before (a dynamic RoPE that does not go back, in some releases "
-                "of transformers): load the model again, and give it no longer text"
-            )
-
-    def check_frequencies(self, compiled: Iterable[int], total: int) -> None:
-        """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
-
-        Args:
-            compiled: tokens of each chunk as compiled.
-            total: tokens of the linked prompt.
-
-        Raises:
-            PICacheError: when the model's frequencies follow the length and differ between the two.
-        """
-        if not self._stretches:
-            return
-        self._settle()
-        for length in sorted(set(compiled)):
-            if not torch.equal(self._angles_in(length), self._angles_in(total)):
-                raise PICacheError(
-                    f"{type(self.model).__name__} rotates keys with other frequencies in a prompt "
-                    f"of {total} tokens than in a chunk compiled with {length}: its RoPE follows "
-                    f"the length (longrope, dynamic). Link at most {self._longest(length, total)} "
-                    "tokens, or use a full prefill"
-                )
-
-    def _longest(self, same: int, other: int) -> int:
-        """The longest prompt with the frequencies of `same` tokens, by bisection."""
-        while other - same > 1:
-            middle = (same + other) // 2
-            alike = torch.equal(self._angles_in(same), self._angles_in(middle))
-            same, other = (middle, other) if alike else (same, middle)
-        return same
+        return frequencies(*self.rotary.cos_sin(layer, positions), rotation.source)
 
     @torch.no_grad()
     def scattered_forward(
@@ -594,19 +434,19 @@ class HFModel:
             inside: which keys of a batch, bool ``[batch, tokens]``; those that follow are not.
             scale: factor on the log-sum-exp of their scores.
         """
-        token = _decoding.set((inside, scale))
+        token = decoding.set((inside, scale))
         try:
             with self._attending(_PARALLEL):
                 yield
         finally:
-            _decoding.reset(token)
+            decoding.reset(token)
 
     @contextmanager
     def _attending(self, name: str) -> Iterator[None]:
         """The decoder attends by another function inside the block, and as before after it."""
-        AttentionInterface.register(_NAME, _scattered_attention)
-        AttentionMaskInterface.register(_NAME, _scattered_mask)
-        AttentionInterface.register(_PARALLEL, _parallel_attention)
+        AttentionInterface.register(_NAME, attend_scattered)
+        AttentionMaskInterface.register(_NAME, scattered_mask)
+        AttentionInterface.register(_PARALLEL, attend_parallel)
         AttentionMaskInterface.register(_PARALLEL, eager_mask)
         modules = self.decoder.modules()
         configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
@@ -644,23 +484,10 @@ class HFModel:
         again when a tensor was replaced or written to since the last time. Frequencies that follow
         the length are written to by every forward and are left out: the configuration has them.
         """
-        moving = {id(b) for b in self._rotary.buffers()} if self._stretches else set()
+        moving = {id(buffer) for buffer in self.rotary.moving_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
         tensors = [*self.model.named_parameters(), *buffers]
         state = tuple((t.data_ptr(), t._version) for _, t in tensors)  # noqa: SLF001
         if state != self._digest[0]:
-            self._digest = (state, self._sums(tensors))
+            self._digest = (state, fingerprint(self.config.to_dict(), tensors))
         return self._digest[1]
-
-    @torch.no_grad()
-    def _sums(self, tensors: list[tuple[str, Tensor]]) -> str:
-        config = copy.deepcopy(self.config.to_dict())
-        for volatile in ("_name_or_path", "transformers_version", "_attn_implementation"):
-            config.pop(volatile, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in tensors:
-            bits = tensor.detach().contiguous().flatten().view(torch.uint8)
-            bits = bits.view(torch.int16) if bits.numel() % 2 == 0 else bits
-            sums = [int(bits[::step].sum(dtype=torch.int64)) for step in (1, 2, 3, 7)]
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{sums}".encode())
-        return digest.hexdigest()

@@ -251,7 +251,7 @@ class PIC:
                     f"for {limit}: link fewer or shorter chunks"
                 )
             compiled = (len(form.ids) for form in row.chunks)
-            self._model.check_frequencies(compiled, length)
+            self._model.rotary.check(compiled, length)
         linked = [
             link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
         ]

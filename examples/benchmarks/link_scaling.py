@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import picache.hf
+import picache.attending
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
@@ -46,12 +46,12 @@ class MaskWatch:
     """The largest mask that attention made while inside, in elements."""
 
     def __enter__(self) -> "MaskWatch":
-        self.most, self.before = 0, picache.hf.scattered_attention
-        picache.hf.scattered_attention = self._attend
+        self.most, self.before = 0, picache.attending.scattered_attention
+        picache.attending.scattered_attention = self._attend
         return self
 
     def __exit__(self, *error: object) -> None:
-        picache.hf.scattered_attention = self.before
+        picache.attending.scattered_attention = self.before
 
     def _attend(self, query, key, value, positions, mask, *rest):
         def counted(at, keys):
