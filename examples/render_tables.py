@@ -2,6 +2,7 @@
 
 python examples/quickstart.py --out docs/results
 python examples/link_accuracy.py --out docs/results
+python examples/benchmarks/link_scaling.py --out docs/results
 python examples/render_tables.py
 """
 
@@ -56,6 +57,22 @@ def tables(record: dict) -> str:
     )
 
 
+def scaling_table(record: dict) -> str:
+    """What stands between the markers of link_scaling.json in docs/linking.md."""
+    lines = [
+        "| prompt | recomputed | full prefill | naive | LegoLink-16 | of full | a token |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['prompt_tokens']} | {row['tokens_recomputed']} | {row['full_seconds']:.2f} s "
+        f"| {row['naive_seconds']:.2f} s | {row['legolink_16_seconds']:.2f} s "
+        f"| {row['legolink_16_share_of_full']:.1%} "
+        f"| {row['legolink_16_microseconds_a_token']:.0f} us |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines)
+
+
 CAP = """# Where each method stands: context, accuracy, performance
 
 The CAP principle (arXiv 2405.11299): serving context (C), accuracy (A) and performance (P) trade
@@ -97,7 +114,7 @@ def insert(page: Path, result: str, text: str) -> None:
     """Put `text` between the markers of a result file in a page."""
     begin = f"<!-- tables of docs/results/{result} -->"
     before, rest = page.read_text().split(begin)
-    after = rest.split(END)[1]
+    after = rest.split(END, 1)[1]
     page.write_text(f"{before}{begin}\n{text}\n{END}{after}")
 
 
@@ -108,6 +125,8 @@ def main() -> None:
     insert(ROOT / "README.md", "quickstart.json", tables(record))
     accuracy = json.loads((results / "link_accuracy.json").read_text())
     insert(ROOT / "docs" / "linking.md", "link_accuracy.json", link_accuracy.tables(accuracy))
+    scaling = json.loads((results / "link_scaling.json").read_text())
+    insert(ROOT / "docs" / "linking.md", "link_scaling.json", scaling_table(scaling))
 
 
 if __name__ == "__main__":

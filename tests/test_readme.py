@@ -60,7 +60,10 @@ def test_the_tables_are_those_of_the_result_file(monkeypatch):
     accuracy = json.loads((ROOT / "docs" / "results" / "link_accuracy.json").read_text())
     rendered = render_tables.link_accuracy.tables(accuracy)
     assert rendered.count("\n| ") > 40
-    assert rendered in (ROOT / "docs" / "linking.md").read_text()
+    page = (ROOT / "docs" / "linking.md").read_text()
+    assert rendered in page
+    scaling = json.loads((ROOT / "docs" / "results" / "link_scaling.json").read_text())
+    assert render_tables.scaling_table(scaling) in page
 
 
 def test_the_quickstart_links_own_files_on_any_model(tmp_path):
