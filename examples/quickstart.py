@@ -193,7 +193,8 @@ def own_documents(name: str, paths: list[Path], question: str, new_tokens: int, 
         divergence = float((full.exp() * (full - linked)).sum())
         tokens = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
         answer = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-        rows.append({"arm": arm, "kl_to_full": divergence, "answer": answer, **vars(prompt.report)})
+        row = {"arm": arm, "kl_to_full": divergence, "answer": answer, **vars(prompt.report)}
+        rows.append(row | {"tokens_recomputed": prompt.report.tokens_recomputed})
         print(f"{arm}: KL to full {divergence:.2e}\n{prompt.report}\nanswer: {answer!r}\n")
 
     configuration = {"model": name, "documents": [str(p) for p in paths], "question": question}
