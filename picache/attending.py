@@ -4,7 +4,8 @@ Both have the signature of transformers' attention interface; `picache.hf` regis
 """
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,57 @@ from picache.attention import attention_mass, parallel_attention, scattered_atte
 from picache.errors import PICacheError
 from picache.sparse_pass import ScatterMask, current
 
+_BLOCK_ROWS = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 
-# Which keys of a batch are side by side, bool [batch, tokens], and the scale of attention to them.
-decoding: ContextVar[tuple[Tensor, float] | None] = ContextVar("picachedecoding", default=None)
+# What is attached to a model for decoding, by the id of its decoder's configuration: generation may
+# run in another thread than the one that attached it.
+attached: dict[int, "Attached"] = {}
+
+
+@dataclass(frozen=True)
+class Attached:
+    """Attention behind chunks side by side, of one linked batch.
+
+    Attributes:
+        inside: which of the linked keys are side by side, bool ``[batch, tokens]``.
+        scale: factor on the log-sum-exp of their scores.
+        lag: how far rotary positions lag behind the places of the tokens, int64 ``[batch]``.
+    """
+
+    inside: Tensor
+    scale: float
+    lag: Tensor
+
+    def repeats(self, batch: int, tokens: int) -> int:
+        """How often the linked batch is repeated in one of `batch` rows and `tokens` keys.
+
+        Raises:
+            PICacheError: when that cannot be the linked prompt.
+        """
+        if batch % len(self.inside) or tokens < self.inside.shape[1]:
+            raise PICacheError(
+                f"a forward of {batch} rows over {tokens} keys inside `with prompt.attached():`, "
+                f"which is for the linked batch of {len(self.inside)} and {self.inside.shape[1]} "
+                "tokens alone: run it outside"
+            )
+        return batch // len(self.inside)
+
+
+def rotary_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of a decoder while attached: positions behind chunks side by side."""
+    state, cache = attached[id(module.config)], kwargs.get("past_key_values")
+    fed = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+    if cache is None or fed is None:
+        raise PICacheError(
+            "a forward without the prompt's cache inside `with prompt.attached():`: run it outside"
+        )
+    held = cache.get_seq_length()
+    places = torch.arange(held, held + fed.shape[1], device=fed.device)
+    lag = state.lag.repeat_interleave(state.repeats(fed.shape[0], held + fed.shape[1]))
+    return args, kwargs | {"position_ids": places - lag[:, None]}
 
 
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
@@ -46,17 +94,31 @@ def attend_scattered(
     positions, state = attention_mask.positions, current.get()
     if state.parallel is not None:
         rows, factor = state.parallel
-        everything = torch.arange(key.shape[2], device=key.device)
-        allowed, causal = attention_mask(positions, everything), everything <= positions[:, None]
-        if s_aux is not None or not torch.equal(allowed, causal):
+        if s_aux is not None:
             raise PICacheError(
-                f"{type(module).__name__} attends through a window or with sinks, which chunks "
-                "side by side (APE) do not go with: choose a method that places them in order"
+                f"{type(module).__name__} attends with sinks, which chunks side by side (APE) do "
+                "not go with: choose a method that places them in order"
             )
+        everything = torch.arange(key.shape[2], device=key.device)
         inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
         inside[:, rows] = True
-        out = parallel_attention(
-            query, key, value, allowed[None, None], inside, scale, factor, softcap
+        out = torch.cat(
+            [
+                parallel_attention(
+                    some,
+                    key,
+                    value,
+                    attention_mask(at, everything)[None, None],
+                    inside,
+                    scale,
+                    factor,
+                    softcap,
+                )
+                for some, at in zip(
+                    query.split(_BLOCK_ROWS, dim=2), positions.split(_BLOCK_ROWS), strict=True
+                )
+            ],
+            dim=2,
         )
         return out.transpose(1, 2).contiguous(), None
     out = scattered_attention(query, key, value, positions, attention_mask, scale, softcap, s_aux)
@@ -78,11 +140,11 @@ def attend_parallel(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """While decoding behind chunks side by side; `attention_mask` is additive, 0 where allowed."""
-    state = decoding.get()
-    assert state is not None
-    inside, factor = state
-    inside = inside.repeat_interleave(len(key) // len(inside), dim=0)  # beams, several sequences
+    state = attached[id(module.config)]
+    repeats = state.repeats(len(key), key.shape[2])  # beams, several sequences
+    inside = state.inside.repeat_interleave(repeats, dim=0)
     inside = nn.functional.pad(inside, (0, key.shape[2] - inside.shape[1]))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = parallel_attention(query, key, value, attention_mask == 0, inside, scale, factor, softcap)
+    allowed = attention_mask == 0
+    out = parallel_attention(query, key, value, allowed, inside, scale, state.scale, softcap)
     return out.transpose(1, 2).contiguous(), None

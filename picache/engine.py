@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from picache.chunk import KV, Form
-from picache.errors import CorruptChunk
+from picache.errors import CorruptChunk, StoreFull
 from picache.evidence import MeasuredEvidence, squared_distance
 from picache.place import LinkedKV
 from picache.plan import Layout, LinkMethod, Metric, rows_to_compute
@@ -45,24 +46,31 @@ class Fetched:
     Attributes:
         hit: whether the store had it.
         tier: where: "device", "host" or "disk"; "device" when it was compiled just now.
+        look_up_seconds: what finding it took.
     """
 
-    def __init__(self, model: "HFModel", store: ChunkStore, form: Form) -> None:
+    def __init__(self, model: "HFModel", store: ChunkStore, form: Form, keep: bool = False) -> None:
         self._model, self._store, self._form = model, store, form
+        looking = time.perf_counter()
         self._stored = store.get(form.key)
+        self.look_up_seconds = time.perf_counter() - looking
         self._compiled: list[KV] = []
         self._damaged = False
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         if self._stored is None:
-            self._compile()
+            with suppress(*() if keep else (StoreFull,)):  # a link goes on with the KV in hand
+                self._compile()
 
     def _compile(self) -> None:
+        """Prefill the chunk and store it; raises `StoreFull`, with the KV in hand all the same."""
         assert self._form.header is not None
         begun = time.perf_counter()
         self._compiled = compile_chunk(self._model, self._form.ids)
         header = replace(self._form.header, compile_seconds=time.perf_counter() - begun)
         self._store.put(self._form.key, self._compiled, header)
+        if self._store.storage != "exact":  # what a hit would give, not what was computed
+            self._stored = self._store.get(self._form.key)
 
     def layer(self, index: int) -> KV:
         """Keys and values ``[1, kv_heads, tokens, head_dim]``.
@@ -82,7 +90,8 @@ class Fetched:
         """Compile the chunk again if it was found damaged; no pass may be under way."""
         if self._damaged:
             self._damaged, self._stored, self.hit = False, None, False
-            self._compile()
+            with suppress(StoreFull):
+                self._compile()
 
 
 def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
@@ -153,7 +162,7 @@ def _pass(
     begun = time.perf_counter()
     evidence = MeasuredEvidence(model, ids, layout, kv)
     rows, narrow = rows_to_compute(method, layout, evidence), _narrowing(method, layout)
-    chosen = time.perf_counter()
+    chosen, waited = time.perf_counter(), kv.seconds["wait"]
     everything = [torch.arange(layout.total_length)] * layout.num_layers
     reason = ""
     if narrow is None and flops_per_byte is not None and method.parallel is None:
@@ -172,14 +181,14 @@ def _pass(
         layers = [kv[layer] for layer in range(layout.num_layers)]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    waited = kv.seconds["wait"]
     seconds = {
         "load": kv.seconds["load"],
         "rotate": kv.seconds["rotate"],
-        "choose": chosen - begun,
-        "recompute": max(0.0, time.perf_counter() - chosen - waited),
+        "choose": chosen - begun - waited,
+        "recompute": time.perf_counter() - chosen - (kv.seconds["wait"] - waited),
     }
-    flops = model.flops([*evidence.entered, *entered])
+    alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
+    flops = model.flops([*evidence.entered, *alone, *entered])
     return _Outcome(logits, layers, entered, flops, reason, seconds)
 
 
@@ -204,12 +213,15 @@ def link_row(
     layout = layout_of(row, len(model.rotations))
     forms = (*row.chunks, row.query)
     ids = torch.tensor([token for form in forms for token in form.ids[form.skip :]])
-    fetched = [Fetched(model, store, form) for form in row.chunks]
+    unlike = {form.key: form for form in row.chunks}  # a chunk may stand in several places
+    found = {key: Fetched(model, store, form) for key, form in unlike.items()}
+    fetched = [found[form.key] for form in row.chunks]
+    looking = sum(one.look_up_seconds for one in found.values())
     parts: list[Callable[[int], KV]] = [one.layer for one in fetched]
     if not method.force_query:
         query = compile_chunk(model, row.query.ids)
         parts.append(lambda layer: query[layer])
-    compiling = time.perf_counter() - begun
+    compiling = time.perf_counter() - begun - looking
     skips = [form.skip for form in forms][: len(parts)]
     nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
     far = any(one.tier != "device" for one in fetched)
@@ -220,23 +232,24 @@ def link_row(
             break
         except CorruptChunk:  # found when its layer was due: mend it and begin again
             mending = time.perf_counter()
-            for one in fetched:
+            for one in found.values():
                 one.mend()
             compiling += time.perf_counter() - mending
-    for form, one in zip(row.chunks, fetched, strict=True):
+    for key, one in found.items():
         if one.tier == "host" and one.hit:
-            store.promote(form.key, model.device)
+            store.promote(key, model.device)
 
     everything = [torch.arange(layout.total_length)] * layout.num_layers
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
         tokens_recomputed_per_layer=tuple(len(positions) for positions in done.entered),
-        bytes_loaded=0 if done.full_prefill else nbytes,
+        bytes_loaded=kv.nbytes,
         chunk_hits=tuple(one.hit for one in fetched),
         flops=done.flops,
         flops_full_prefill=model.flops(everything),
         seconds={
+            "look_up": looking,
             "compile": compiling,
             **done.seconds,
             "first_token": time.perf_counter() - begun,

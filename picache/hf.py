@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -17,7 +20,14 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from picache.angles import RotaryAngles
-from picache.attending import attend_parallel, attend_scattered, decoding, scattered_mask
+from picache.attending import (
+    Attached,
+    attached,
+    attend_parallel,
+    attend_scattered,
+    rotary_positions,
+    scattered_mask,
+)
 from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
@@ -73,7 +83,7 @@ class LinkedLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, keys: Tensor, values: Tensor, index: int, attach: bool = False) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, index: int, attach: int | None = None) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.index, self.attach = keys, values, index, attach
@@ -95,10 +105,10 @@ class LinkedLayer(DynamicLayer):
             PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
                 the method's attention is not attached.
         """
-        if self.attach and decoding.get() is None:
+        if self.attach is not None and self.attach not in attached:
             raise PICacheError(
-                "this prompt's method changes attention while decoding too: run generate inside "
-                "`with prompt.attached():`, or link with a scale of 1"
+                "this prompt's method changes positions and attention while decoding too: run "
+                "generate inside `with prompt.attached():`"
             )
         batch, held = key_states.shape[0], self.keys.shape[0]
         if batch != held:
@@ -119,22 +129,22 @@ class LinkedLayer(DynamicLayer):
         return super().update(key_states, value_states)
 
     def _holds(self, *new: Tensor) -> bool:
-        """Whether the first two new tokens stand in the cache of layer 0 already, side by side.
+        """Whether the first new tokens stand in the cache of layer 0 already, side by side.
 
         There keys and values depend on the token and its position alone, so equal ones are tokens
         of the prompt fed at their old positions again; the same tokens at later positions differ
-        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. The bound
-        is far over the rounding of half precision.
+        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. Distances
+        are taken against the spread of what is held, which a large bias does not widen, and up to
+        eight tokens in a row must agree. The bound is far over the rounding of half precision.
         """
-        errors = []
-        for place in (0, 1):
-            ones = [part[:, :, place : place + 1].float() for part in new]
-            distances = [
-                (held.float() - one).square().sum(dim=(1, 3)) / one.square().sum(dim=(1, 3))
-                for held, one in zip((self.keys, self.values), ones, strict=True)
-            ]
-            errors.append(torch.maximum(*distances))
-        return bool(((errors[0][:, :-1] < 0.01) & (errors[1][:, 1:] < 0.01)).any())
+        count = min(new[0].shape[2], 8, self.keys.shape[2])
+        same = torch.ones_like(self.keys[:, 0, :, 0], dtype=torch.bool)
+        for held, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
+            spread = held.var(dim=2, correction=0).sum(dim=(1, 2)).clamp_min(1e-30)
+            for place in range(count):
+                distance = (held - fed[:, :, place : place + 1].float()).square().sum(dim=(1, 3))
+                same &= (distance / spread[:, None] < 0.01).roll(-place, dims=1)
+        return bool(same[:, : same.shape[1] - count + 1].any())
 
 
 def _refuse_assistance() -> None:
@@ -149,10 +159,11 @@ class LinkedCache(Cache):
 
     Args:
         kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
-        attach: whether it may only be used while the method's attention is attached.
+        attach: where the method's attention must be attached (see `picache.attending`); None where
+            nothing need be.
     """
 
-    def __init__(self, kv: list[KV], attach: bool = False) -> None:
+    def __init__(self, kv: list[KV], attach: int | None = None) -> None:
         self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
         self._attach = attach
         super().__init__(layers=list(self._linked))
@@ -160,6 +171,20 @@ class LinkedCache(Cache):
     def fork(self) -> "LinkedCache":
         """A second cache on the same tensors, safe because layers append by concatenation."""
         return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
+
+
+_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
+
+
+def _lock(model: PreTrainedModel) -> RLock:
+    """One lock a model: while its attention is switched, no other thread may compile or link."""
+    return _locks.setdefault(model, RLock())
+
+
+def _held(cache: DynamicCache) -> list[KV]:
+    """Keys and values of every layer that holds some."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return [(x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]
 
 
 class HFModel:
@@ -242,35 +267,39 @@ class HFModel:
 
         A `DynamicCache` without a config keeps every key of sliding-window layers too.
         """
-        self.rotary.settle()
+        if self.attach_key in attached:
+            raise PICacheError(
+                "this model is attached to a prompt: compile and link outside its block"
+            )
         cache = DynamicCache()
-        self.decoder(
-            input_ids=ids.to(self.device),
-            position_ids=positions.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-        return [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
+        with _lock(self.model):
+            self.rotary.settle()
+            self.decoder(
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return _held(cache)
 
     @torch.no_grad()
     def full_prefill(self, ids: Tensor) -> tuple[Tensor, list[KV]]:
         """Logits of the last token ``[1, vocab_size]`` and KV of ids ``[n]``, nothing reused."""
         cache = DynamicCache()
-        out = self.model(
-            input_ids=ids[None].to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        full = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-        kv = [(x.keys, x.values) for x in full if x.keys is not None and x.values is not None]
-        return out.logits[:, -1], kv
+        with _lock(self.model):
+            out = self.model(
+                input_ids=ids[None].to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1], _held(cache)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
-        out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
+        with _lock(self.model):
+            out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         return out.logits[:, -1]
 
     def _kv_at(self, positions: Tensor, tokens: Tensor) -> list[KV]:
@@ -374,26 +403,28 @@ class HFModel:
         at = state.positions if position_ids is None else position_ids.to(self.device)
         count = self.config.num_hidden_layers
         cache = Cache(layers=[_ScatterLayer(kv, index, length, state) for index in range(count)])
-        hooks = []
-        if state.narrow is not None or state.stop is not None:
-            hooks = [
-                layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
-                for layer in self._layers()
-            ]
         token = current.set(state)
+        hooks: list[RemovableHandle] = []
         try:
-            with self._attending(_NAME):
-                return self.model(
-                    input_ids=ids[None].to(self.device),
-                    position_ids=at[None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits
+            with self._attending(_NAME):  # hooks too are for this thread's turn
+                if state.narrow is not None or state.stop is not None:
+                    hooks += [
+                        layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+                        for layer in self._layers()
+                    ]
+                try:
+                    return self.model(
+                        input_ids=ids[None].to(self.device),
+                        position_ids=at[None],
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).logits
+                finally:
+                    for hook in hooks:
+                        hook.remove()
         finally:
             current.reset(token)
-            for hook in hooks:
-                hook.remove()
 
     def _layers(self) -> nn.ModuleList:
         count = self.config.num_hidden_layers
@@ -426,35 +457,57 @@ class HFModel:
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
 
-    @contextmanager
-    def parallel_decoding(self, inside: Tensor, scale: float) -> Iterator[None]:
-        """The model attends with scaled attention to some keys inside the block.
+    @property
+    def attach_key(self) -> int:
+        """Under which `picache.attending.attached` knows this model."""
+        return id(self.decoder.config)
 
-        Args:
-            inside: which keys of a batch, bool ``[batch, tokens]``; those that follow are not.
-            scale: factor on the log-sum-exp of their scores.
+    @contextmanager
+    def parallel_decoding(self, state: Attached) -> Iterator[None]:
+        """The model decodes behind chunks side by side inside the block, and nothing else.
+
+        Raises:
+            PICacheError: when another prompt is attached.
         """
-        token = decoding.set((inside, scale))
+        if self.attach_key in attached:
+            raise PICacheError("another prompt is attached to this model: leave its block first")
+        hook = self.decoder.register_forward_pre_hook(rotary_positions, with_kwargs=True)
         try:
-            with self._attending(_PARALLEL):
+            with self._attending(_PARALLEL) as configs:
+                attached.update(dict.fromkeys([self.attach_key, *configs], state))
                 yield
         finally:
-            decoding.reset(token)
+            for key in [key for key, one in attached.items() if one is state]:
+                del attached[key]
+            hook.remove()
 
     @contextmanager
-    def _attending(self, name: str) -> Iterator[None]:
-        """The decoder attends by another function inside the block, and as before after it."""
+    def _attending(self, name: str) -> Iterator[list[int]]:
+        """The decoder attends by another function inside the block, and as before after it.
+
+        Gives the ids of the configurations that say so. One block at a time on a model: another
+        thread waits.
+        """
+        with _lock(self.model), self._switched(name) as configs:
+            yield configs
+
+    @contextmanager
+    def _switched(self, name: str) -> Iterator[list[int]]:
         AttentionInterface.register(_NAME, attend_scattered)
         AttentionMaskInterface.register(_NAME, scattered_mask)
         AttentionInterface.register(_PARALLEL, attend_parallel)
         AttentionMaskInterface.register(_PARALLEL, eager_mask)
+        if self.attach_key in attached:
+            raise PICacheError(
+                "this model is attached to a prompt: compile and link outside its block"
+            )
         modules = self.decoder.modules()
         configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
         before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
         try:
             for config, _ in before:
                 config._attn_implementation = name  # noqa: SLF001
-            yield
+            yield list(configs)
         finally:
             for config, implementation in before:
                 config._attn_implementation = implementation  # noqa: SLF001
@@ -481,13 +534,20 @@ class HFModel:
         """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
 
         Models of one configuration with other weights or another dtype do not share chunks. Made
-        again when a tensor was replaced or written to since the last time. Frequencies that follow
-        the length are written to by every forward and are left out: the configuration has them.
+        again when a tensor was replaced or written to since the last time; a write through `.data`,
+        as merging an adapter does, shows in the value in the middle of each tensor. Frequencies
+        that follow the length are written to by every forward and are left out: the configuration
+        has them.
         """
         moving = {id(buffer) for buffer in self.rotary.moving_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
         tensors = [*self.model.named_parameters(), *buffers]
-        state = tuple((t.data_ptr(), t._version) for _, t in tensors)  # noqa: SLF001
+        versions = [
+            (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
+            for _, t in tensors
+        ]
+        middles = [t.detach()[tuple(n // 2 for n in t.shape)] for _, t in tensors if t.numel()]
+        state = (versions, torch.stack([m.double().to(self.device) for m in middles]).tolist())
         if state != self._digest[0]:
             self._digest = (state, fingerprint(self.config.to_dict(), tensors))
         return self._digest[1]

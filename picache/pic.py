@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from picache.attending import Attached
 from picache.chunk import Chunk, Form, as_ids
 from picache.engine import Fetched, Linked, Row, layout_of, link_row
 from picache.errors import CorruptChunk, PICacheError
@@ -61,6 +63,9 @@ class LinkedPrompt(Mapping[str, Any]):
         nothing. Inside the block the model is for this prompt alone.
         """
         return self._attach()
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __getitem__(self, name: str) -> Any:
         return self._cache.fork() if name == "past_key_values" else self._inputs[name]
@@ -194,11 +199,11 @@ class PIC:
                 f"a document of {len(form.ids)} tokens is longer than the model's {limit} "
                 "positions: split it into chunks"
             )
-        if Fetched(self._model, self.store, form).tier != "device":
+        if Fetched(self._model, self.store, form, keep=True).tier != "device":
             try:
                 self.store.promote(form.key, self._model.device)
             except CorruptChunk:  # the store has dropped it
-                Fetched(self._model, self.store, form)
+                Fetched(self._model, self.store, form, keep=True)
         return Chunk(form.key, ids, self._model.bytes_per_token * len(form.ids))
 
     def link(
@@ -244,11 +249,12 @@ class PIC:
                 )
             checked = [self._check(row, q) for row, q in zip(chunks, query, strict=True)]
         for row in checked:  # refuse before anything is loaded or compiled
-            length = layout_of(row, 1).total_length
+            alone = max(len(form.ids) for form in row.chunks)
+            length = max(layout_of(row, 1).total_length, alone)
             if (limit := self._model.max_length) is not None and length > limit:
                 raise PICacheError(
-                    f"the linked prompt has {length} tokens, the model has positions "
-                    f"for {limit}: link fewer or shorter chunks"
+                    f"the linked prompt, or a chunk behind its sinks, has {length} tokens, the "
+                    f"model has positions for {limit}: link fewer or shorter chunks"
                 )
             compiled = (len(form.ids) for form in row.chunks)
             self._model.rotary.check(compiled, length)
@@ -321,18 +327,15 @@ class PIC:
             (stacked([keys for keys, _ in layer]), stacked([values for _, values in layer]))
             for layer in zip(*(row.kv for row in rows), strict=True)
         ]
-        scaled = parallel is not None and parallel.scale != 1
-
-        def attach() -> AbstractContextManager[None]:
-            if parallel is None or not scaled:
-                return nullcontext()
-            return self._model.parallel_decoding(inside.to(device), parallel.scale)
-
+        state = None
+        if parallel is not None:
+            lag = width - 1 - position_ids[:, -1]
+            state = Attached(inside.to(device), parallel.scale, lag.to(device))
         return LinkedPrompt(
             inputs,
-            LinkedCache(kv, attach=scaled),
+            LinkedCache(kv, None if state is None else self._model.attach_key),
             torch.cat([row.logits for row in rows]),
             tuple(row.report for row in rows),
             time.perf_counter() - begun,
-            attach,
+            nullcontext if state is None else partial(self._model.parallel_decoding, state),
         )

@@ -35,6 +35,7 @@ class LinkedKV:
 
     Attributes:
         seconds: spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
+        nbytes: of the keys and values copied so far.
     """
 
     def __init__(
@@ -46,6 +47,12 @@ class LinkedKV:
         ahead: bool = False,
         parallel: ParallelEncoding | None = None,
     ) -> None:
+        if parallel is not None and model.window is not None:
+            raise PICacheError(
+                f"{type(model.model).__name__} attends through a window of {model.window} tokens, "
+                "which chunks side by side (APE) do not go with: choose a method that places them "
+                "in order"
+            )
         latent = any(rotation is not None and rotation.part for rotation in model.rotations)
         if parallel is not None and latent:
             raise PICacheError(
@@ -58,6 +65,7 @@ class LinkedKV:
         self._turns: dict[tuple[Rotation, bytes], Angles] = {}
         self._thread = ThreadPoolExecutor(1, "picache-load") if ahead else None
         self._coming: dict[int, Future[KV]] = {}
+        self.nbytes = 0
         self.seconds = dict.fromkeys(("load", "rotate", "wait"), 0.0)
         lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
         # Tokens behind the exact prefix: where they were compiled, where they stand in the prompt,
@@ -116,6 +124,7 @@ class LinkedKV:
             for part, skip, start in zip(parts, self._skips, starts, strict=False):
                 tokens = part[which][:, :, skip:]
                 whole[:, :, start : start + tokens.shape[2]] = tokens
+                self.nbytes += tokens.nbytes
             both.append(whole)
         return both[0], both[1]
 

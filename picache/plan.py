@@ -171,7 +171,12 @@ def rows_to_compute(method: LinkMethod, layout: Layout, evidence: Evidence) -> T
     Raises:
         PICacheError: when the method names a position outside the chunks it may recompute.
     """
-    chosen = method.recompute(layout, evidence).to(torch.int64).cpu()
+    chosen = method.recompute(layout, evidence)
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.dim() != 1:
+        raise PICacheError(
+            f"{method!r}.recompute must give positions as a 1-D int64 tensor, got {chosen!r}"
+        )
+    chosen = chosen.cpu()
     first, forced = layout.prefix_length, layout.context_length
     end = forced
     if not method.force_query:

@@ -16,10 +16,12 @@ class Arm:
     Attributes:
         method: for `PIC.link`.
         sinks: for `PIC(..., sinks=...)`; arms of one comparison may differ in it.
+        flops_per_byte: for `PIC`: None, so that every arm links, whatever it costs.
     """
 
     method: LinkMethod
     sinks: Sinks = "drop"
+    flops_per_byte: float | None = None
 
 
 def arms(
@@ -34,6 +36,7 @@ def arms(
     - "repo": as EPIC's code runs it: every chunk and the query begin with a BOS that stays in the
       prompt (so that LegoLink's k counts it; full prefill runs on the same tokens), and naive reuse
       and CacheBlend compute the query's last token only, the rest of it being compiled alone.
+      LegoLink-0's BOS is one of its four dummies (the code: three and the BOS) and is left out.
 
     Args:
         preset: which of the three.

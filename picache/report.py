@@ -19,8 +19,9 @@ class LinkReport:
         flops: estimated floating-point operations of the link, what the method measured before
             it chose included.
         flops_full_prefill: the same of a full prefill of the prompt.
-        seconds: "compile" (misses only), "load" (copy into the prompt), "rotate", "choose" (what
-            the method measured), "recompute", and "first_token": the whole of `PIC.link`, which
+        seconds: "look_up" in the store, "compile" (misses, and a query that is compiled alone),
+            "load" (copy into the prompt), "rotate", "choose" (what the method measured),
+            "recompute", and "first_token": the whole of `PIC.link`, which
             ends with the logits of the first new token (`generate` runs the last token once more,
             to sample from it itself). Loading ahead of need overlaps with recomputing, so that
             the parts may add up to more than the whole.
@@ -71,6 +72,9 @@ class LinkReport:
         reused = f"{self.tokens_reused} reused ({self.reuse_ratio:.1%})"
         share = f"{self.flops / self.flops_full_prefill:.1%} of a full prefill (estimated)"
         found = f"{self.hits} hits, {self.misses} misses"
+        if self.misses:
+            missed = [str(i) for i, hit in enumerate(self.chunk_hits) if not hit]
+            found += f" (chunks {', '.join(missed)})"
         lines = [
             ("tokens", f"{self.tokens_total}, {reused}, {recomputed}"),
             ("chunks", f"{found}, {self.bytes_loaded:,} bytes loaded"),

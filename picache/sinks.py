@@ -45,5 +45,11 @@ class SharedPrefix:
 
     text: str | tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str | tuple):
+            raise PICacheError(
+                f"SharedPrefix needs a text or a tuple of token ids, got {self.text!r}"
+            )
+
 
 Sinks = Literal["drop", "keep"] | DummySinks | SharedPrefix

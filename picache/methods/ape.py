@@ -19,8 +19,8 @@ class APE(LinkMethod):
     many chunks read side by side draw about what they would one after the other. Compile the chunks
     behind the prompt's own prefix, as the paper does: ``PIC(sinks=SharedPrefix(system))``.
 
-    The scale reaches into decoding: run ``generate`` inside ``with prompt.attached():``, which a
-    scale of 1 does without. Sliding-window layers, which know no side by side, are refused.
+    Positions and the scale reach into decoding: run ``generate`` inside ``with
+    prompt.attached():``. Sliding-window layers, which know no side by side, are refused.
 
     Args:
         temperature: T; 0.9 here, the paper tunes it by task.

@@ -65,8 +65,13 @@ class CacheBlend(LinkMethod):
                     f"got {getattr(self, name)!r}"
                 )
         layers = self.check_layers
-        if not layers or any(isinstance(c, bool) or not isinstance(c, int) for c in layers):
-            raise PICacheError(f"CacheBlend: check_layers must be layer indices, got {layers!r}")
+        if not isinstance(self.force_query, bool):
+            raise PICacheError(f"CacheBlend: force_query is a bool, got {self.force_query!r}")
+        indices = isinstance(layers, tuple) and all(type(index) is int for index in layers)
+        if not indices or not layers:
+            raise PICacheError(
+                f"CacheBlend: check_layers must be a tuple of layer indices, got {layers!r}"
+            )
         if min(layers) < 1 or list(layers) != sorted(set(layers)):
             raise PICacheError(
                 f"CacheBlend: check_layers must ascend from at least 1, got {layers!r}: in layer 0 "
@@ -108,6 +113,8 @@ class CacheBlend(LinkMethod):
         self, layer: int, layout: Layout, rows: Tensor, deviation: Callable[[Metric], Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The share of this layer that deviates most, from the first check layer on."""
+        if self.ratio == 1:
+            return None
         first, last = self.check_layers[0], layout.num_layers - 2  # the last choice that saves
         ratio = self.ratio
         if self.schedule == "gradual":

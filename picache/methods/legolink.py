@@ -40,5 +40,5 @@ class LegoLink(LinkMethod):
         """The first min(k, length) positions of every chunk but the first; all firsts first."""
         starts = torch.tensor(layout.starts[1:], dtype=torch.int64)
         lengths = torch.tensor(layout.chunk_lengths[1:], dtype=torch.int64)
-        offsets = torch.arange(self.k)[:, None]
+        offsets = torch.arange(min(self.k, max(layout.chunk_lengths)))[:, None]
         return (starts + offsets)[offsets < lengths]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from picache.errors import PICacheError
 from picache.plan import Evidence, Layout, LinkMethod, Metric, check_ratio, top
 
 
@@ -20,7 +21,7 @@ class OracleDeviation(LinkMethod):
         metric: whose deviation counts.
 
     Raises:
-        PICacheError: when `ratio` is outside [0, 1].
+        PICacheError: when `ratio` is outside [0, 1], or on an unknown metric.
     """
 
     ratio: float = 0.15
@@ -28,6 +29,8 @@ class OracleDeviation(LinkMethod):
 
     def __post_init__(self) -> None:
         check_ratio("OracleDeviation", self.ratio)
+        if self.metric not in ("K", "V", "KV"):
+            raise PICacheError(f"OracleDeviation: metric must be K, V or KV, got {self.metric!r}")
 
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """The share of tokens that deviate most."""

@@ -185,6 +185,8 @@ class ChunkStore:
             except CorruptChunk:
                 disk.damaged(key)
                 raise
+            except OSError as error:  # the disk, not the file: nothing is deleted
+                raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
 
         return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
 
@@ -224,7 +226,8 @@ class ChunkStore:
         """Bring a chunk to `device` and its tier, out of host memory or from disk.
 
         Returns:
-            Whether it is on the device tier now; False when it is absent or there is no room.
+            Whether it is on the device tier now; False when it is absent, pinned where it is, or
+            there is no room.
 
         Raises:
             CorruptChunk: when its file is damaged; the store has dropped it.
@@ -232,6 +235,8 @@ class ChunkStore:
         found = self._find(key)
         if found is None or found.tier == "device":
             return found is not None
+        if key in self._busy.pins:
+            return False
         layers = []
         for index in range(found.num_layers):
             parts = found.encoded(index)

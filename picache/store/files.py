@@ -167,7 +167,7 @@ class LocalFiles:
         """Set the file's time, which other processes and later ones read as its last use."""
         try:
             os.utime(self._root / name)
-        except FileNotFoundError:  # another process evicted it: nothing to mark
+        except OSError:  # evicted by another process, or another user's: nothing to mark
             return
 
     @contextmanager

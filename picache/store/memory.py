@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from picache.errors import PICacheError
+from picache.errors import StoreFull
 from picache.store.busy import Busy
 from picache.store.tiers import Entry, Tier
 
@@ -94,16 +94,16 @@ class Memory:
             for key in list(tier.entries):
                 tier.drop(key)
 
-    def no_room(self, nbytes: int) -> PICacheError:
+    def no_room(self, nbytes: int) -> StoreFull:
         """Why `nbytes` fit no tier, and what to do."""
         largest = max(self.tiers, key=lambda tier: tier.budget)
         if nbytes > largest.budget:
-            return PICacheError(
+            return StoreFull(
                 f"a chunk of {nbytes:,} bytes does not fit a store of {largest.budget:,} bytes: "
                 f"raise {largest.name}_bytes or split the document"
             )
         keys = [key for tier in self.tiers for key in tier.entries]
-        return PICacheError(
+        return StoreFull(
             f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._busy, keys))} of the "
             f"{len(keys)} chunks in memory are pinned or in use and cannot leave; unpin some or "
             f"raise {largest.name}_bytes={largest.budget:,}"

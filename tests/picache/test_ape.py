@@ -1,5 +1,8 @@
 """Chunks side by side, against the definition written out on the model's own forward."""
 
+import threading
+from functools import cache as once
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -13,6 +16,7 @@ PREFIX = torch.tensor([1, 11, 12, 13, 14])
 LENGTHS = (20, 33, 8)
 
 
+@once
 def pic_of(family):
     return PIC(tiny_model(family), sinks=SharedPrefix(tuple(PREFIX.tolist())))
 
@@ -112,7 +116,8 @@ def test_one_chunk_behind_the_prompts_own_prefix_is_a_full_prefill(family):
     ids = torch.cat([PREFIX, text, query])[None]
     with torch.no_grad():
         assert_close("logits", prompt.logits, model(ids).logits[:, -1])
-    out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    with prompt.attached():
+        out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert out.tolist() == model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
 
 
@@ -152,10 +157,54 @@ def test_a_scale_asks_to_be_attached_and_leaves_nothing_behind():
         assert model.config._attn_implementation == implementation
 
 
+def test_positions_are_right_without_position_ids_and_in_the_next_turn():
+    """A cache alone does not say that positions lag behind places; what is attached does."""
+    pic = pic_of("llama")
+    model, method, prompt = pic._model.model, APE(0.8, 0.9), linked(pic_of("llama"), APE(0.8, 0.9))
+    inputs = {name: prompt[name] for name in ("input_ids", "attention_mask")}
+    cache = prompt["past_key_values"]
+    with prompt.attached():
+        bare = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        given = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+        assert bare.tolist() == given.tolist()
+        turn = torch.cat([bare, random_ids(4, 1, seed=3)], dim=1)
+        out = model.generate(turn, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    said = turn[0, prompt["input_ids"].shape[1] :].tolist()
+    assert by_definition(model, method, said).argmax().item() == out[0, -1].item()
+
+
+def test_while_attached_the_model_is_for_that_prompt_alone():
+    pic = pic_of("llama")
+    model, prompt = pic._model.model, linked(pic_of("llama"), APE())
+    pic = PIC(model, sinks=SharedPrefix(tuple(PREFIX.tolist())))
+    with prompt.attached():
+        with pytest.raises(PICacheError, match="attached to a prompt: compile and link outside"):
+            pic.compile(random_ids(30, seed=77))
+        with pytest.raises(PICacheError, match="without the prompt's cache"):
+            model(random_ids(9, 1))
+        with pytest.raises(PICacheError, match="another prompt is attached"), prompt.attached():
+            pass
+    assert model(random_ids(9, 1)).logits.isfinite().all()
+    assert not pic._model.decoder._forward_pre_hooks
+
+
+def test_generation_may_run_in_another_thread_while_attached():
+    pic = pic_of("llama")
+    model, prompt, out = pic._model.model, linked(pic_of("llama"), APE()), []
+    model = pic._model.model
+    options = dict(max_new_tokens=4, do_sample=False)
+    with prompt.attached():
+        here = model.generate(**prompt, **options)
+        thread = threading.Thread(target=lambda: out.append(model.generate(**prompt, **options)))
+        thread.start()
+        thread.join()
+    assert out[0].tolist() == here.tolist()
+
+
 @pytest.mark.parametrize("family", ["mistral_sliding", "gemma3"])
 def test_windows_are_refused(family):
     pic = pic_of(family)
-    with pytest.raises(PICacheError, match="window or with sinks"):
+    with pytest.raises(PICacheError, match="window of 16 tokens"):
         linked(pic, APE())
     assert linked(pic, LegoLink(2)).logits.isfinite().all()
 

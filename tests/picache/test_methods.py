@@ -324,10 +324,13 @@ def test_ratios_are_kept_and_one_is_exact(lengths, query, seed, method, ratio):
     reusable = sum(lengths[1:])
     last = prompt.report.tokens_recomputed_per_layer[-1]
     forced = query if chosen.force_query else 1
-    share = 0.75 if isinstance(chosen, CacheBlend) and chosen.schedule == "gradual" else 1.0
+    gradual = isinstance(chosen, CacheBlend) and chosen.schedule == "gradual" and ratio < 1
+    share = 0.75 if gradual else 1.0
     expected = int(ratio * share * reusable + 1e-9)
-    # Where only the last token is forced, it may be among the chosen.
-    assert last == expected + forced or (not chosen.force_query and last == max(expected, 1))
+    if ratio == 1:
+        assert last == reusable + query
+    else:  # where only the last token is forced, it may be among the chosen
+        assert last == expected + forced or (not chosen.force_query and last == max(expected, 1))
     if ratio == 1.0 and isinstance(chosen, A3 | OracleDeviation | ProphetKV):
         assert_close("logits", prompt.logits, full_logits(pic, ids))
     if ratio == 0.0 and isinstance(chosen, A3 | OracleDeviation | ProphetKV):
@@ -335,12 +338,26 @@ def test_ratios_are_kept_and_one_is_exact(lengths, query, seed, method, ratio):
         assert torch.equal(prompt.logits, naive.logits)
 
 
-def test_a_ratio_of_one_is_exact_for_single_cacheblend():
+def test_a_ratio_of_one_is_exact_for_cacheblend():
     pic = pic_of("qwen2")
     for layer1_kv in ("fresh_all", "selected_only"):
-        method = CacheBlend(1.0, schedule="single", layer1_kv=layer1_kv)
-        prompt, ids = linked(pic, method)
-        assert_close("logits", prompt.logits, full_logits(pic, ids))
+        for schedule in ("single", "gradual"):
+            method = CacheBlend(1.0, schedule=schedule, layer1_kv=layer1_kv)
+            prompt, ids = linked(pic, method)
+            assert_close("logits", prompt.logits, full_logits(pic, ids))
+
+
+def test_positions_are_a_tensor_of_whole_numbers():
+    class Answers(LinkMethod):
+        def __init__(self, answer):
+            self.answer = answer
+
+        def recompute(self, layout, evidence):
+            return self.answer
+
+    for answer in ([8, 9], None, torch.tensor([8.5]), torch.tensor([[8]])):
+        with pytest.raises(PICacheError, match="positions as a 1-D int64 tensor"):
+            linked(pic_of("llama"), Answers(answer))
 
 
 def test_combined_fills_its_budget_in_order():
@@ -360,7 +377,13 @@ def test_combined_fills_its_budget_in_order():
         (lambda: CacheBlend(schedule="slow"), "single, gradual, got 'slow'"),
         (lambda: CacheBlend(check_layers=(0,)), "in layer 0 no token deviates"),
         (lambda: CacheBlend(check_layers=(2, 1)), "must ascend"),
-        (lambda: CacheBlend(check_layers=()), "check_layers must be layer indices"),
+        (lambda: CacheBlend(check_layers=()), "check_layers must be a tuple of layer indices"),
+        (
+            lambda: CacheBlend(check_layers=1),
+            "tuple of layer indices, got 1",
+        ),
+        (lambda: CacheBlend(force_query="no"), "force_query is a bool, got 'no'"),
+        (lambda: OracleDeviation(metric="Q"), "metric must be K, V or KV, got 'Q'"),
         (lambda: A3("x"), "A3 needs a ratio of tokens between 0 and 1, got 'x'"),
         (lambda: ProphetKV(-0.1), "got -0.1"),
         (lambda: OracleDeviation(True), "got True"),
