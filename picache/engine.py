@@ -145,6 +145,7 @@ class _Outcome:
     kv: list[KV]
     entered: list[Tensor]  # positions that went through each layer
     flops: float
+    flops_full_prefill: float
     full_prefill: str
     seconds: dict[str, float]
 
@@ -164,10 +165,10 @@ def _pass(
     rows, narrow = rows_to_compute(method, layout, evidence), _narrowing(method, layout)
     chosen, waited = time.perf_counter(), kv.seconds["wait"]
     everything = [torch.arange(layout.total_length)] * layout.num_layers
-    reason = ""
+    full, reason = model.flops(everything), ""
     if narrow is None and flops_per_byte is not None and method.parallel is None:
         linking = model.flops([rows] * layout.num_layers) + flops_per_byte * nbytes
-        ratio = linking / model.flops(everything)
+        ratio = linking / full
         reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
     if reason:
         logits, layers = model.full_prefill(ids)
@@ -189,7 +190,7 @@ def _pass(
     }
     alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
     flops = model.flops([*evidence.entered, *alone, *entered])
-    return _Outcome(logits, layers, entered, flops, reason, seconds)
+    return _Outcome(logits, layers, entered, flops, full, reason, seconds)
 
 
 def link_row(
@@ -239,7 +240,6 @@ def link_row(
         if one.tier == "host" and one.hit:
             store.promote(key, model.device)
 
-    everything = [torch.arange(layout.total_length)] * layout.num_layers
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
@@ -247,7 +247,7 @@ def link_row(
         bytes_loaded=kv.nbytes,
         chunk_hits=tuple(one.hit for one in fetched),
         flops=done.flops,
-        flops_full_prefill=model.flops(everything),
+        flops_full_prefill=done.flops_full_prefill,
         seconds={
             "look_up": looking,
             "compile": compiling,

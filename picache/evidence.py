@@ -1,6 +1,5 @@
 """What a method may ask about a prompt before it chooses, answered by measuring."""
 
-import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,27 +24,22 @@ class MeasuredEvidence:
     """`picache.plan.Evidence` of one prompt.
 
     Attributes:
-        seconds: spent on answers.
         entered: positions that went through a layer for an answer, one entry a layer run.
     """
 
     def __init__(self, model: "HFModel", ids: Tensor, layout: Layout, kv: LinkedKV) -> None:
         self._model, self._ids, self._layout, self._kv = model, ids, layout, kv
-        self.seconds = 0.0
         self.entered: list[Tensor] = []
 
     def query_attention(self, layers: int | None = None, value_norm: bool = False) -> Tensor:
         """See `picache.plan.Evidence.query_attention`."""
-        begun = time.perf_counter()
         rows = torch.arange(self._layout.context_length, self._layout.total_length)
         masses = self._model.attention_masses(self._ids[rows], rows, self._kv, layers, value_norm)
         self.entered += [rows] * len(masses)
-        self.seconds += time.perf_counter() - begun
         return masses[:, : self._layout.context_length]
 
     def true_deviation(self, metric: Metric) -> Tensor:
         """See `picache.plan.Evidence.true_deviation`."""
-        begun = time.perf_counter()
         true = self._model.prefill(self._ids[None])
         context = self._layout.context_length
         rows = [
@@ -57,5 +51,4 @@ class MeasuredEvidence:
             for layer, (keys, values) in enumerate(true)
         ]
         self.entered += [torch.arange(self._layout.total_length)] * len(true)
-        self.seconds += time.perf_counter() - begun
         return torch.stack(rows)

@@ -218,9 +218,7 @@ class HFModel:
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        windows = [
-            getattr(self.config, n, None) for n in ("sliding_window", "attention_chunk_size")
-        ]
+        windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
         try:

@@ -236,7 +236,7 @@ class PIC:
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
-            checked = [self._check(chunks, query)]
+            checked = [self._check(chunks, query, self._header())]
         elif not isinstance(chunks[0], list | tuple):
             raise PICacheError(
                 f"link takes chunks that PIC.compile returned, got {type(chunks[0]).__name__} at "
@@ -247,7 +247,8 @@ class PIC:
                 raise PICacheError(
                     f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
                 )
-            checked = [self._check(row, q) for row, q in zip(chunks, query, strict=True)]
+            header = self._header()  # looks at every weight: once for all rows
+            checked = [self._check(row, q, header) for row, q in zip(chunks, query, strict=True)]
         for row in checked:  # refuse before anything is loaded or compiled
             alone = max(len(form.ids) for form in row.chunks)
             length = max(layout_of(row, 1).total_length, alone)
@@ -263,25 +264,24 @@ class PIC:
         ]
         return self._batch(linked, method, begun)
 
-    def _check(self, chunks: Any, query: Any) -> Row:
+    def _check(self, chunks: Any, query: Any, header: Header) -> Row:
         """A row to link, every chunk in the form its place asks for."""
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
-        forms, header = [], self._header()
+        forms = []
         for index, chunk in enumerate(chunks):
             if not isinstance(chunk, Chunk):
                 raise PICacheError(
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}"
                 )
-            if chunk.key not in (
-                self._form(chunk.ids, header, first).key for first in (False, True)
-            ):
+            middle, prefix = (self._form(chunk.ids, header, first) for first in (False, True))
+            if chunk.key not in (middle.key, prefix.key):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
                     "or sinks: compile it with this PIC"
                 )
-            form = self._form(chunk.ids, header, first=index == 0)
+            form = middle if index else prefix
             if len(form.ids) == form.skip:
                 raise PICacheError(
                     f"{chunk!r} at place {index} is only a BOS, which sinks={self.sinks!r} "
