@@ -282,10 +282,9 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace, device: str) -> lis
             if task.mastered and step % task.rest:
                 continue
             ids, labels = (t.to(device) for t in task.batch(rng, args.tokens))
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-                asked = labels[:, 1:] != IGNORE
-                logits = model.lm_head(hidden[:, :-1][asked])
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            asked = labels[:, 1:] != IGNORE
+            logits = model.lm_head(hidden[:, :-1][asked])
             targets = labels[:, 1:][asked]
             loss = F.cross_entropy(logits.float(), targets)
             loss.backward()

@@ -35,10 +35,13 @@ class RotaryAngles:
 
     def watch(self, rotated: Sequence[int], far: int) -> None:
         """Measure whether the frequencies of the rotated layers follow the length, up to `far`."""
-        kinds = {None if self._types is None else self._types[layer]: layer for layer in rotated}
-        self._layers = list(kinds.values())
+        self._layers = list({self.kind(layer): layer for layer in rotated}.values())
         self._short = self._in_a_text_of(2)
         self.stretches = not torch.equal(self._short, self._in_a_text_of(far))
+
+    def kind(self, layer: int) -> str | None:
+        """The layer type whose frequencies a layer rotates by; None where all share them."""
+        return None if self._types is None else self._types[layer]
 
     def moving_buffers(self) -> list[Tensor]:
         """The module's buffers, if every forward may write to them."""

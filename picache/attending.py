@@ -69,7 +69,8 @@ def rotary_positions(
 
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
     """The mask of the pass under way, not made yet."""
-    return ScatterMask(mask_function, current.get().positions)
+    state = current.get()
+    return ScatterMask(mask_function, state.positions, state.known)
 
 
 def attend_scattered(
@@ -91,7 +92,7 @@ def attend_scattered(
                 "linking does not know: use a full prefill with this model"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions, state = attention_mask.positions, current.get()
+    positions, known, state = attention_mask.positions, attention_mask.known, current.get()
     if state.parallel is not None:
         rows, factor = state.parallel
         if s_aux is not None:
@@ -121,7 +122,9 @@ def attend_scattered(
             dim=2,
         )
         return out.transpose(1, 2).contiguous(), None
-    out = scattered_attention(query, key, value, positions, attention_mask, scale, softcap, s_aux)
+    out = scattered_attention(
+        query, key, value, positions, attention_mask, scale, softcap, s_aux, known
+    )
     if state.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
         mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)

@@ -73,7 +73,7 @@ class Fetched:
             self._stored = self._store.get(self._form.key)
 
     def layer(self, index: int) -> KV:
-        """Keys and values ``[1, kv_heads, tokens, head_dim]``.
+        """Keys and values ``[1, kv_heads, tokens, head_dim]`` on the model's device.
 
         Raises:
             CorruptChunk: when the file is damaged; the store has dropped it, `mend` compiles it.
@@ -81,7 +81,7 @@ class Fetched:
         if self._stored is None:
             return self._compiled[index]
         try:
-            return self._stored.layer(index)
+            return self._stored.layer(index, self._model.device)
         except CorruptChunk:
             self._damaged = True
             raise
@@ -163,7 +163,8 @@ def _pass(
     begun = time.perf_counter()
     evidence = MeasuredEvidence(model, ids, layout, kv)
     rows, narrow = rows_to_compute(method, layout, evidence), _narrowing(method, layout)
-    chosen, waited = time.perf_counter(), kv.seconds["wait"]
+    model.finish()
+    chosen, waited = time.perf_counter(), kv.watch.seconds("wait")
     everything = [torch.arange(layout.total_length)] * layout.num_layers
     full, reason = model.flops(everything), ""
     if narrow is None and flops_per_byte is not None and method.parallel is None:
@@ -180,13 +181,12 @@ def _pass(
             parallel, at = (behind, method.parallel.scale), layout.parallel_positions()[rows]
         logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow, at, parallel)
         layers = [kv[layer] for layer in range(layout.num_layers)]
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    model.finish()
     seconds = {
-        "load": kv.seconds["load"],
-        "rotate": kv.seconds["rotate"],
+        "load": kv.watch.seconds("load"),
+        "rotate": kv.watch.seconds("rotate"),
         "choose": chosen - begun - waited,
-        "recompute": time.perf_counter() - chosen - (kv.seconds["wait"] - waited),
+        "recompute": time.perf_counter() - chosen - (kv.watch.seconds("wait") - waited),
     }
     alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
     flops = model.flops([*evidence.entered, *alone, *entered])
@@ -236,6 +236,7 @@ def link_row(
             for one in found.values():
                 one.mend()
             compiling += time.perf_counter() - mending
+    first_token = time.perf_counter() - begun
     for key, one in found.items():
         if one.tier == "host" and one.hit:
             store.promote(key, model.device)
@@ -252,7 +253,7 @@ def link_row(
             "look_up": looking,
             "compile": compiling,
             **done.seconds,
-            "first_token": time.perf_counter() - begun,
+            "first_token": first_token,
         },
         full_prefill=done.full_prefill,
     )

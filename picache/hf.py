@@ -63,9 +63,11 @@ class _ScatterLayer(DynamicLayer):
         keys, values = self.kv[self.index]
         state = self.state
         chosen = state.replaced((key_states, value_states), (keys, values))
-        places = state.positions[chosen]
-        keys.index_copy_(2, places, key_states[:, :, chosen])
-        values.index_copy_(2, places, value_states[:, :, chosen])
+        places, fresh = state.positions, (key_states, value_states)
+        if chosen is not None:
+            places, fresh = places[chosen], (fresh[0][:, :, chosen], fresh[1][:, :, chosen])
+        keys.index_copy_(2, places, fresh[0])
+        values.index_copy_(2, places, fresh[1])
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -245,6 +247,11 @@ class HFModel:
         """Where the first parameter lives."""
         return self.model.device
 
+    def finish(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _find_rotary(self) -> nn.Module:
         modules = self.decoder.modules()
         rotary = next((m for m in modules if type(m).__name__.endswith("RotaryEmbedding")), None)
@@ -354,7 +361,7 @@ class HFModel:
             Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
             layer.
         """
-        state = Pass(positions.to(self.device), narrow, parallel=parallel)
+        state = Pass(positions, self.device, narrow, parallel=parallel)
         logits = self._run(ids, kv, int(positions[-1]) + 1, state, position_ids)
         return logits[:, -1], state.entered
 
@@ -381,7 +388,8 @@ class HFModel:
         """
         masses: list[Tensor] = []
         state = Pass(
-            positions.to(self.device),
+            positions,
+            self.device,
             observe=lambda layer, mass: masses.append(mass.cpu()),
             value_norm=value_norm,
             stop=layers,

@@ -1,8 +1,8 @@
 """Whole-prompt keys and values, put together from compiled chunks layer by layer."""
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.plan import Layout, ParallelEncoding
 from picache.rope import Angles, Rotation, difference, rotate
+from picache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from picache.hf import HFModel
@@ -21,20 +22,21 @@ class LinkedKV:
     """Every layer of a linked prompt, made when it is first asked for.
 
     Chunks are copied to their places and their keys rotated there from where they were compiled.
-    With `ahead`, the layer after the one asked for is made by a thread meanwhile, so that loading
-    overlaps with recomputing. To be used as a context manager, which ends that thread.
+    With `ahead`, the layer after the one asked for is made by a thread meanwhile, on a CUDA device
+    in a stream of its own, so that loading overlaps with recomputing. To be used as a context
+    manager, which ends that thread.
 
     Args:
         model: the model the chunks were compiled with.
-        parts: what gives the KV of one chunk by layer, ``[1, kv_heads, tokens, head_dim]``; in
-            prompt order, and after them the query's if it was compiled too.
+        parts: what gives the KV of one chunk by layer, ``[1, kv_heads, tokens, head_dim]``, on
+            the model's device; in prompt order, and after them the query's if it was compiled too.
         skips: leading tokens of each part that are left out.
         layout: where the chunks stand.
         ahead: whether to make the next layer ahead of time.
         parallel: for chunks side by side, whose keys are also divided by the temperature.
 
     Attributes:
-        seconds: spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
+        watch: time spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
         nbytes: of the keys and values copied so far.
     """
 
@@ -62,11 +64,16 @@ class LinkedKV:
             )
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
-        self._turns: dict[tuple[Rotation, bytes], Angles] = {}
+        self._turns: dict[tuple[Rotation, str | None], Angles] = {}
         self._thread = ThreadPoolExecutor(1, "picache-load") if ahead else None
         self._coming: dict[int, Future[KV]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        if ahead and model.device.type == "cuda":
+            self._stream = torch.cuda.Stream(model.device)
+            # What compiled the chunks may still be under way.
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))
         self.nbytes = 0
-        self.seconds = dict.fromkeys(("load", "rotate", "wait"), 0.0)
+        self.watch = Stopwatch(model.device)
         lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
         # Tokens behind the exact prefix: where they were compiled, where they stand in the prompt,
         # and the position they are rotated to.
@@ -91,28 +98,34 @@ class LinkedKV:
         """Keys and values ``[1, kv_heads, tokens, head_dim]``; the same tensors at each call."""
         made = self._made[layer]
         if made is None:
-            begun = time.perf_counter()
-            coming = self._coming.pop(layer, None)
-            made = self._made[layer] = self._make(layer) if coming is None else coming.result()
-            self.seconds["wait"] += time.perf_counter() - begun
+            with self.watch.span("wait"):
+                coming = self._coming.pop(layer, None)
+                made = self._made[layer] = self._make(layer) if coming is None else coming.result()
+                self._hand_over(made)
             if self._thread is not None and layer + 1 < len(self):
                 self._coming[layer + 1] = self._thread.submit(self._make, layer + 1)
         return made
 
     def _make(self, layer: int) -> KV:
-        begun = time.perf_counter()
-        kv = self._copied([part(layer) for part in self._parts])
-        self._finish()
-        copied = time.perf_counter()
-        self._move(layer, kv)
-        self._finish()
-        self.seconds["load"] += copied - begun
-        self.seconds["rotate"] += time.perf_counter() - copied
+        beside: AbstractContextManager[object] = nullcontext()
+        if self._stream is not None:
+            beside = torch.cuda.stream(self._stream)
+        with beside:
+            with self.watch.span("load"):
+                kv = self._copied([part(layer) for part in self._parts])
+            with self.watch.span("rotate"):
+                self._move(layer, kv)
         return kv
 
-    def _finish(self) -> None:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+    def _hand_over(self, kv: KV) -> None:
+        """Let the reader's stream wait for the one that made these."""
+        if self._stream is None:
+            return
+        reader = torch.cuda.current_stream(self._model.device)
+        # All that the side stream was given so far is this layer.
+        reader.wait_stream(self._stream)
+        for tensor in kv:
+            tensor.record_stream(reader)  # or their memory is reused while the reader still reads
 
     def _copied(self, parts: list[KV]) -> KV:
         starts = (*self._layout.starts, self._layout.context_length)
@@ -135,8 +148,7 @@ class LinkedKV:
         if rotation is None or not len(self._old):
             return
         # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
-        probe = self._model.angles(layer, torch.tensor([1]))[0]
-        same = (rotation, probe.cpu().numpy().tobytes())
+        same = (rotation, self._model.rotary.kind(layer))
         if same not in self._turns:
             old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
             self._turns[same] = difference(old, new)

@@ -33,10 +33,17 @@ class Layers(Protocol):
 
 @dataclass(frozen=True)
 class ScatterMask:
-    """A mask that is not made yet: an index function, to be asked at true positions."""
+    """A mask that is not made yet: an index function, to be asked at true positions.
+
+    Attributes:
+        function: allowed, of (batch, head, query position, key position).
+        positions: of the rows, int64 ``[rows]``, on their device.
+        known: the same, on the CPU: what is decided by them need not wait for the device.
+    """
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     positions: Tensor
+    known: Tensor
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
@@ -46,14 +53,15 @@ class ScatterMask:
 
     def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
         """Follow a layer to its device, as accelerate asks of arguments."""
-        return ScatterMask(self.function, self.positions.to(*args, **kwargs))
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs), self.known)
 
 
 class Pass:
     """What one sparse pass shares between the mask, the cache layers and the decoder layers.
 
     Args:
-        positions: of the rows that enter, int64 ``[rows]``, ascending.
+        known: positions of the rows that enter, int64 ``[rows]``, ascending, on the CPU.
+        device: of the model.
         narrow: asked for fewer rows once a layer's KV is made; None to keep them all.
         observe: told (layer, attention mass ``[tokens]``); None when nobody asks.
         value_norm: whether that mass is weighed by the length of the values.
@@ -62,69 +70,70 @@ class Pass:
             chunks stand one after the other.
 
     Attributes:
-        positions: of the rows in the layer under way.
-        entered: the positions that went through each layer so far.
+        known: positions of the rows in the layer under way, on the CPU.
+        positions: the same on the device.
+        entered: the positions that went through each layer so far, on the CPU.
     """
 
     def __init__(
         self,
-        positions: Tensor,
+        known: Tensor,
+        device: torch.device,
         narrow: Narrow | None = None,
         observe: Observe | None = None,
         value_norm: bool = False,
         stop: int | None = None,
         parallel: tuple[slice, float] | None = None,
     ) -> None:
-        self.positions, self.narrow, self.observe = positions, narrow, observe
+        self.known, self.positions = known, known.to(device)
+        self.narrow, self.observe = narrow, observe
         self.value_norm, self.stop, self.parallel = value_norm, stop, parallel
         self.entered: list[Tensor] = []
-        self._rows = self._everything()  # indices, among the rows that entered, of those left
+        self._left: Tensor | None = None  # indices, among the rows that entered, of those left
         self._going_on: Tensor | None = None  # indices, in this layer, of those for the next
-
-    def _everything(self) -> Tensor:
-        return torch.arange(len(self.positions), device=self.positions.device)
 
     @property
     def layer(self) -> int:
         """Index of the layer whose KV was made last."""
         return len(self.entered) - 1
 
-    def replaced(self, fresh: KV, held: KV) -> Tensor:
-        """Indices of this layer's rows whose fresh KV replaces what is held.
+    def replaced(self, fresh: KV, held: KV) -> Tensor | None:
+        """Indices of this layer's rows whose fresh KV replaces what is held; None for all.
 
         Args:
             fresh: keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
             held: those of the whole prompt.
         """
-        self.entered.append(self.positions)
+        self.entered.append(self.known)
         if self.narrow is None:
-            return self._everything()
+            return None
         stale = (held[0][:, :, self.positions], held[1][:, :, self.positions])
-        chosen = self.narrow(self.layer, self.positions, fresh, stale)
+        chosen = self.narrow(self.layer, self.known, fresh, stale)
         if chosen is None:
-            return self._everything()
-        kept, going_on = (
-            torch.isin(self.positions, one.to(self.positions.device)).nonzero().flatten()
-            for one in chosen
-        )
+            return None
+        kept, going_on = (torch.isin(self.known, one).nonzero().flatten() for one in chosen)
         self._going_on = going_on
-        return kept
+        return kept.to(self.positions.device)
 
     def arguments(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         """A decoder layer's arguments, less the rows that were dropped before it."""
         left = dict(given)
         if self._going_on is not None:
-            left["hidden_states"] = given["hidden_states"][:, self._going_on]
-            self._rows = self._rows[self._going_on]
-            self.positions = self.positions[self._going_on]
+            going_on = self._going_on.to(self.positions.device)
+            left["hidden_states"] = given["hidden_states"][:, going_on]
+            self._left = going_on if self._left is None else self._left[going_on]
+            self.known = self.known[self._going_on]
+            self.positions = self.positions[going_on]
             self._going_on = None
+        if self._left is None:
+            return left
         for name, value in given.items():
             if isinstance(value, ScatterMask):
-                left[name] = ScatterMask(value.function, self.positions)
+                left[name] = ScatterMask(value.function, self.positions, self.known)
             elif name == "position_embeddings":
-                left[name] = tuple(part[:, self._rows] for part in value)
+                left[name] = tuple(part[:, self._left] for part in value)
             elif name in ("position_ids", "cache_position"):
-                left[name] = value[..., self._rows]
+                left[name] = value[..., self._left]
             elif isinstance(value, Tensor) and name != "hidden_states":
                 raise PICacheError(
                     f"{type(module).__name__} is given {name!r} row by row, which a method that "

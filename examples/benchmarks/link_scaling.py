@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import picache.attending
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
@@ -24,22 +24,7 @@ from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
 from environment import environment
 from evaluate import first_token_seconds
-
-
-def build_model(seed: int) -> LlamaForCausalLM:
-    """Llama's shape at 100 million parameters: 12 layers, 12 query heads on 4 KV heads."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=16384,
-        hidden_size=768,
-        intermediate_size=2304,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=65536,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+from shapes import build_model
 
 
 class MaskWatch:
@@ -109,7 +94,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model = build_model(args.seed)
+    model = build_model("llama-100m", args.seed)
     rows = [
         measure(model, length, args.chunks, args.query, args.repeats)
         for length in tqdm(args.lengths, desc="prompt lengths")

@@ -237,6 +237,10 @@ class ChunkStore:
             return found is not None
         if key in self._busy.pins:
             return False
+        with self._lock:  # see before anything is copied; of a file the size is not yet known
+            room = self._memory.tiers[0].room_for(found.nbytes, key, self._busy)
+        if room is None and found.tier == "host":
+            return False
         layers = []
         for index in range(found.num_layers):
             parts = found.encoded(index)

@@ -57,17 +57,25 @@ class StoredChunk:
             raise IndexError(f"layer {index} of a chunk of {self.num_layers} layers")
         return self._read(index)
 
-    def layer(self, index: int) -> KV:
+    def layer(self, index: int, device: torch.device | None = None) -> KV:
         """Keys and values of one layer, each ``[1, kv_heads, tokens, head_dim]``.
 
         They lie where the tier does: on the device they were put from, or in host memory, page-
         locked where there is a CUDA device. Do not write to them.
 
+        Args:
+            index: of the layer.
+            device: to bring them to, as stored, so that fewer bytes move where 8 bits are stored.
+                From page-locked memory nobody waits: the current stream does. None to leave them.
+
         Raises:
             CorruptChunk: when the file does not hold what was written; the store has dropped it.
             IndexError: when there is no such layer.
         """
-        return decode(self.encoded(index), DTYPES[self.header.dtype])
+        parts = self.encoded(index)
+        if device is not None:
+            parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        return decode(parts, DTYPES[self.header.dtype])
 
     def load(self) -> list[KV]:
         """Every layer; raises as `layer` does."""

@@ -38,7 +38,7 @@ def tensors(rows, n, heads, kv_heads, head_dim, value_dim):
 )
 @pytest.mark.parametrize("elements", [2**22, 300, 1])
 def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, monkeypatch):
-    monkeypatch.setattr(picache.attention, "_MASK_ELEMENTS", elements)
+    monkeypatch.setitem(picache.attention._BLOCKS, "cpu", (64, elements))
     query, key, value, positions = tensors(rows, n, heads, kv_heads, 8, value_dim)
     allowed = mask(positions, torch.arange(n))
     expected = attend_reference(query, key, value, allowed, 0.3)
