@@ -51,6 +51,7 @@ class Fetched:
 
     def __init__(self, model: "HFModel", store: ChunkStore, form: Form, keep: bool = False) -> None:
         self._model, self._store, self._form = model, store, form
+        self._device = model.device
         looking = time.perf_counter()
         self._stored = store.get(form.key)
         self.look_up_seconds = time.perf_counter() - looking
@@ -81,7 +82,7 @@ class Fetched:
         if self._stored is None:
             return self._compiled[index]
         try:
-            return self._stored.layer(index, self._model.device)
+            return self._stored.layer(index, self._device)
         except CorruptChunk:
             self._damaged = True
             raise

@@ -31,3 +31,13 @@ def fingerprint(config: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> st
         for sums in (whole.sum(1, dtype=torch.int64), whole.sum(0, dtype=torch.int64), rest):
             digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def middles(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Views of the element in the middle of each tensor, those of a kind and place together."""
+    views: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            middle = tensor.detach()[tuple(n // 2 for n in tensor.shape)]
+            views.setdefault((tensor.dtype, tensor.device), []).append(middle)
+    return list(views.values())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from array import array
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,5 +54,5 @@ def chunk_key(ids: tuple[int, ...], header: Header) -> str:
     identity = asdict(header)
     del identity["compile_seconds"]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    digest.update(torch.tensor(ids, dtype=torch.int64).numpy().tobytes())
+    digest.update(array("q", ids).tobytes())
     return digest.hexdigest()

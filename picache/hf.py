@@ -31,7 +31,7 @@ from picache.attending import (
 from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
-from picache.fingerprint import fingerprint
+from picache.fingerprint import fingerprint, middles
 from picache.header import Header
 from picache.rope import Angles, Rotation, calibrate, frequencies
 from picache.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
@@ -223,6 +223,8 @@ class HFModel:
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
+        self._versions: object = None
+        self._middles: list[list[Tensor]] = []
         try:
             self._prove()
         except PICacheError as error:
@@ -552,8 +554,9 @@ class HFModel:
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
         ]
-        middles = [t.detach()[tuple(n // 2 for n in t.shape)] for _, t in tensors if t.numel()]
-        state = (versions, torch.stack([m.double().to(self.device) for m in middles]).tolist())
+        if versions != self._versions:
+            self._versions, self._middles = versions, middles([t for _, t in tensors])
+        state = (versions, [torch.stack(alike).tolist() for alike in self._middles])
         if state != self._digest[0]:
             self._digest = (state, fingerprint(self.config.to_dict(), tensors))
         return self._digest[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.plan import Layout, ParallelEncoding
-from picache.rope import Angles, Rotation, difference, rotate
+from picache.rope import Angles, Rotation, difference, rotate_
 from picache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ class LinkedKV:
         self._thread = ThreadPoolExecutor(1, "picache-load") if ahead else None
         self._coming: dict[int, Future[KV]] = {}
         self._stream: torch.cuda.Stream | None = None
-        if ahead and model.device.type == "cuda":
-            self._stream = torch.cuda.Stream(model.device)
+        self._device = model.device
+        if ahead and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
             # What compiled the chunks may still be under way.
-            self._stream.wait_stream(torch.cuda.current_stream(model.device))
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self.nbytes = 0
-        self.watch = Stopwatch(model.device)
+        self.watch = Stopwatch(self._device)
         lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
         # Tokens behind the exact prefix: where they were compiled, where they stand in the prompt,
         # and the position they are rotated to.
@@ -121,7 +122,7 @@ class LinkedKV:
         """Let the reader's stream wait for the one that made these."""
         if self._stream is None:
             return
-        reader = torch.cuda.current_stream(self._model.device)
+        reader = torch.cuda.current_stream(self._device)
         # All that the side stream was given so far is this layer.
         reader.wait_stream(self._stream)
         for tensor in kv:
@@ -133,7 +134,7 @@ class LinkedKV:
         for which in (0, 1):
             first = parts[0][which]
             shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
-            whole = first.new_empty(shape, device=self._model.device)
+            whole = first.new_empty(shape, device=self._device)
             for part, skip, start in zip(parts, self._skips, starts, strict=False):
                 tokens = part[which][:, :, skip:]
                 whole[:, :, start : start + tokens.shape[2]] = tokens
@@ -153,4 +154,4 @@ class LinkedKV:
             old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
             self._turns[same] = difference(old, new)
         moved = kv[rotation.part][:, :, self._rows]
-        moved.copy_(rotate(moved, self._turns[same], rotation.layout, rotation.offset))
+        rotate_(moved, self._turns[same], rotation.layout, rotation.offset)

@@ -60,22 +60,27 @@ def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
     return cos, sin
 
 
-def rotate(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
-    """Rotate the dimensions from `offset` on of keys ``[..., tokens, head_dim]``, in fp32.
+def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
+    """Rotate the dimensions from `offset` on of keys ``[..., tokens, head_dim]`` in place, in fp32.
 
-    As many dimensions are rotated as there are angles for, two per angle; the others are copied.
+    As many dimensions are rotated as there are angles for, two per angle.
     """
     cos, sin = angles
     half = cos.shape[-1]
-    before, turned, behind = keys.tensor_split((offset, offset + 2 * half), dim=-1)
-    turned = turned.float()
+    turned = keys[..., offset : offset + 2 * half]
     if layout == "half":
         a, b = turned[..., :half], turned[..., half:]
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-    return torch.cat([before, turned.to(keys.dtype), behind], dim=-1)
+    new_a = a * cos - b * sin
+    b.copy_(b * cos + a * sin)
+    a.copy_(new_a)
+    return keys
+
+
+def rotate(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
+    """The same, of a copy."""
+    return rotate_(keys.clone(), angles, layout, offset)
 
 
 def relative_errors(actual: Tensor, expected: Tensor, dim: int) -> Tensor:
