@@ -226,7 +226,8 @@ def link_row(
     compiling = time.perf_counter() - begun - looking
     skips = [form.skip for form in forms][: len(parts)]
     nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
-    far = any(one.tier != "device" for one in fetched)
+    tiers = {one.tier for one in fetched}
+    far = next((tier for tier in ("disk", "host") if tier in tiers), None)
     while True:
         try:
             with LinkedKV(model, parts, skips, layout, far, method.parallel) as kv:

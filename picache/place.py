@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ class LinkedKV:
     """Every layer of a linked prompt, made when it is first asked for.
 
     Chunks are copied to their places and their keys rotated there from where they were compiled.
-    With `ahead`, the layer after the one asked for is made by a thread meanwhile, on a CUDA device
-    in a stream of its own, so that loading overlaps with recomputing. To be used as a context
-    manager, which ends that thread.
+    With `ahead`, the layer after the one asked for is made meanwhile, so that loading overlaps with
+    recomputing: on a CUDA device in a stream of its own, and by a thread where that has to wait for
+    a disk (two threads of Python get in each other's way) or there is no such stream. To be used as
+    a context manager, which ends that thread.
 
     Args:
         model: the model the chunks were compiled with.
@@ -32,7 +33,7 @@ class LinkedKV:
             the model's device; in prompt order, and after them the query's if it was compiled too.
         skips: leading tokens of each part that are left out.
         layout: where the chunks stand.
-        ahead: whether to make the next layer ahead of time.
+        ahead: what the next layer is made ahead of time from: "host" memory or "disk"; None not to.
         parallel: for chunks side by side, whose keys are also divided by the temperature.
 
     Attributes:
@@ -46,7 +47,7 @@ class LinkedKV:
         parts: Sequence[Callable[[int], KV]],
         skips: Sequence[int],
         layout: Layout,
-        ahead: bool = False,
+        ahead: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
     ) -> None:
         if parallel is not None and model.window is not None:
@@ -65,10 +66,12 @@ class LinkedKV:
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
-        self._thread = ThreadPoolExecutor(1, "picache-load") if ahead else None
+        self._ahead, self._device = ahead is not None, model.device
+        self._thread: ThreadPoolExecutor | None = None
+        if ahead == "disk" or (ahead and self._device.type != "cuda"):
+            self._thread = ThreadPoolExecutor(1, "picache-load")
         self._coming: dict[int, Future[KV]] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._device = model.device
         if ahead and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
             # What compiled the chunks may still be under way.
@@ -101,11 +104,19 @@ class LinkedKV:
         if made is None:
             with self.watch.span("wait"):
                 coming = self._coming.pop(layer, None)
-                made = self._made[layer] = self._make(layer) if coming is None else coming.result()
+                made = self._make(layer) if coming is None else coming.result()
+                self._made[layer] = made
                 self._hand_over(made)
-            if self._thread is not None and layer + 1 < len(self):
-                self._coming[layer + 1] = self._thread.submit(self._make, layer + 1)
+            if self._ahead and layer + 1 < len(self):
+                self._coming[layer + 1] = self._begin(layer + 1)
         return made
+
+    def _begin(self, layer: int) -> Future[KV]:
+        if self._thread is not None:
+            return self._thread.submit(self._make, layer)
+        begun: Future[KV] = Future()
+        begun.set_result(self._make(layer))  # returns once the stream has its orders
+        return begun
 
     def _make(self, layer: int) -> KV:
         beside: AbstractContextManager[object] = nullcontext()

@@ -34,7 +34,7 @@ from shapes import SHAPES, build_model
 
 def one_at_a_time(model, parts, skips, layout, ahead, parallel):
     """`LinkedKV` that loads a layer only when it is asked for."""
-    return LinkedKV(model, parts, skips, layout, False, parallel)
+    return LinkedKV(model, parts, skips, layout, None, parallel)
 
 
 def timed_link(pic, chunks, query, method, overlap=True) -> tuple[float, dict[str, float]]:
