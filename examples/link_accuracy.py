@@ -11,6 +11,8 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,8 @@ import torch
 import transformers
 from environment import environment
 from evaluate import REFERENCE_MODEL, cut, load
-from reference_tasks import LookupProblem, lookup_problem
-from tqdm import tqdm
+from parallel import spread
+from reference_tasks import LOOKUP_SYSTEM, LookupProblem, lookup_problem
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from picache import (
@@ -73,14 +75,14 @@ def method_arms() -> list[Arm]:
     return arms
 
 
-def sink_arms(system: str) -> list[tuple[str, object, bool]]:
+def sink_arms() -> list[tuple[str, object, bool]]:
     """What chunks are compiled behind: label, policy, whether documents begin with a BOS."""
     return [
         ("nothing", "drop", False),
         ("BOS, dropped", "drop", True),
         ("BOS, kept", "keep", True),
         *((f"{m} dumm{'y' if m == 1 else 'ies'}", DummySinks(m), False) for m in (1, 2, 4, 8)),
-        ("the system prompt", SharedPrefix(system), False),
+        ("the system prompt", SharedPrefix(LOOKUP_SYSTEM), False),
     ]
 
 
@@ -109,6 +111,11 @@ class Measured:
         self.recomputed.append(prompt.report.tokens_recomputed / prompt.report.tokens_total)
         self.flops.append(prompt.report.flops / prompt.report.flops_full_prefill)
 
+    def extend(self, other: "Measured") -> None:
+        """Go on with what was measured on other questions."""
+        for name, values in vars(other).items():
+            vars(self)[name].extend(values)
+
 
 def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> list[float]:
     """95 % percentile interval of the mean."""
@@ -116,26 +123,49 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 200
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
 
 
+@cache
+def loaded(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChunkStore]:
+    """Once in a process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return *load(path), ChunkStore()
+
+
+@cache
+def pic_behind(path: str, label: str = "nothing") -> PIC:
+    """One for each kind of sinks in a process."""
+    model, tokenizer, store = loaded(path)
+    policies = {name: policy for name, policy, _ in sink_arms()}
+    # Every arm links, whatever it costs: the arms are to be compared, not served.
+    return PIC(model, tokenizer, store, sinks=policies[label], flops_per_byte=None)
+
+
+def methods_on(path: str, chunk_tokens: int | None, problem: LookupProblem) -> dict[str, Measured]:
+    """Every method on one question; documents as chunks, or cut into pieces."""
+    pic = pic_behind(path)
+    measured = {label: Measured() for _, label, _ in method_arms()}
+    answer = pic.tokenizer(problem.questions[0][1])["input_ids"][0]
+    texts = problem.documents if chunk_tokens is None else cut(problem.documents, chunk_tokens)
+    chunks = [pic.compile(text) for text in (problem.system, *texts)]
+    full = torch.empty(0)
+    for _, label, method in method_arms():
+        prompt = pic.link(chunks, problem.query(), method)
+        if label == "full":
+            full = prompt.logits.double().log_softmax(-1)
+        measured[label].add(prompt, answer, full)
+    pic.store.clear()
+    return measured
+
+
 def measure_methods(
-    pic: PIC, made: list[LookupProblem], chunk_tokens: int | None, seed: int
+    path: str, made: list[LookupProblem], chunk_tokens: int | None, seed: int, workers: int
 ) -> list[dict]:
-    """Every method on the same questions; documents as chunks, or cut into pieces."""
-    arms, tokenizer = method_arms(), pic.tokenizer
-    measured = {label: Measured() for _, label, _ in arms}
-    for problem in tqdm(made, desc=f"chunks of {chunk_tokens or 'a document'}"):
-        answer = tokenizer(problem.questions[0][1])["input_ids"][0]
-        texts = problem.documents if chunk_tokens is None else cut(problem.documents, chunk_tokens)
-        chunks = [pic.compile(text) for text in (problem.system, *texts)]
-        full = torch.empty(0)
-        for _, label, method in arms:
-            prompt = pic.link(chunks, problem.query(), method)
-            if label == "full":
-                full = prompt.logits.double().log_softmax(-1)
-            measured[label].add(prompt, answer, full)
-        pic.store.clear()
+    """Every method on the same questions."""
+    task = partial(methods_on, path, chunk_tokens)
+    measured = together(spread(task, made, workers, f"chunks of {chunk_tokens or 'a document'}"))
     draws = np.random.default_rng(seed)
     rows = []
-    for family, label, _ in arms:
+    for family, label, _ in method_arms():
         row = summary(measured[label], measured["full"], draws)
         if family == "LegoLink":  # beside random tokens, as many of them
             mine, control = measured[label], measured[label.replace("LegoLink-", "random-")]
@@ -147,41 +177,44 @@ def measure_methods(
     return rows
 
 
-def measure_sinks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    made: list[LookupProblem],
-    seed: int,
-) -> list[dict]:
-    """What chunks are compiled behind, with and without recomputed tokens."""
-    sinks, store = sink_arms(made[0].system), ChunkStore()
-    pics = {
-        label: PIC(model, tokenizer, store, sinks=policy, flops_per_byte=None)
-        for label, policy, _ in sinks
-    }
-    measured = {
-        (label, name): Measured() for label, policy, _ in sinks for name in sink_methods(policy)
-    }
-    reference = Measured()
-    for problem in tqdm(made, desc="compiled behind"):
-        answer = tokenizer(problem.questions[0][1])["input_ids"][0]
-        plain, query = pics["nothing"], problem.query()
-        chunks = [plain.compile(text) for text in (problem.system, *problem.documents)]
-        prompt = plain.link(chunks, query, FullRecompute())
-        full = prompt.logits.double().log_softmax(-1)
-        reference.add(prompt, answer, full)
-        for label, policy, bos in sinks:
-            pic, before = pics[label], f"{tokenizer.bos_token} " if bos else ""
-            chunks = [pic.compile(problem.system, first=True)]
-            chunks += [pic.compile(before + text) for text in problem.documents]
-            for name, method in sink_methods(policy).items():
-                measured[label, name].add(pic.link(chunks, query, method), answer, full)
-        store.clear()
+def sinks_on(path: str, problem: LookupProblem) -> dict[tuple[str, str], Measured]:
+    """One question behind every kind of sinks, with and without recomputed tokens."""
+    plain, query = pic_behind(path), problem.query()
+    answer = plain.tokenizer(problem.questions[0][1])["input_ids"][0]
+    chunks = [plain.compile(text) for text in (problem.system, *problem.documents)]
+    prompt = plain.link(chunks, query, FullRecompute())
+    full = prompt.logits.double().log_softmax(-1)
+    measured = {("full", "full"): Measured()}
+    measured["full", "full"].add(prompt, answer, full)
+    for label, policy, bos in sink_arms():
+        pic, before = pic_behind(path, label), f"{plain.tokenizer.bos_token} " if bos else ""
+        chunks = [pic.compile(problem.system, first=True)]
+        chunks += [pic.compile(before + text) for text in problem.documents]
+        for name, method in sink_methods(policy).items():
+            measured[label, name] = Measured()
+            measured[label, name].add(pic.link(chunks, query, method), answer, full)
+    plain.store.clear()
+    return measured
+
+
+def measure_sinks(path: str, made: list[LookupProblem], seed: int, workers: int) -> list[dict]:
+    """What chunks are compiled behind."""
+    measured = together(spread(partial(sinks_on, path), made, workers, "compiled behind"))
+    reference = measured.pop(("full", "full"))
     draws = np.random.default_rng(seed)
     return [
         {"compiled_behind": label, "method": name, **summary(one, reference, draws)}
         for (label, name), one in measured.items()
     ]
+
+
+def together(parts: Iterable[dict]) -> dict:
+    """What was measured on single questions, as if on all of them, in their order."""
+    whole: dict = {}
+    for part in parts:
+        for arm, one in part.items():
+            whole.setdefault(arm, Measured()).extend(one)
+    return whole
 
 
 def summary(one: Measured, full: Measured, draws: np.random.Generator) -> dict:
@@ -314,22 +347,18 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--chunk-tokens", type=int, default=16, help="of documents cut in pieces")
     parser.add_argument("--seed", type=int, default=4 * 10**9)
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     begun = time.perf_counter()
-    model, tokenizer = load(args.model)
     rng = random.Random(args.seed)
     made = [lookup_problem(rng, args.documents) for _ in range(args.problems)]
-    # Every arm links, whatever it costs: the arms are to be compared, not served.
-    pic = PIC(model, tokenizer, flops_per_byte=None)
     record = {
         "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
         | {"model": "examples/reference_model"},
         "environment": environment(),
-        "documents": measure_methods(pic, made, None, args.seed),
-        "cut": measure_methods(pic, made, args.chunk_tokens, args.seed),
-        "sinks": measure_sinks(model, tokenizer, made, args.seed),
+        "documents": measure_methods(args.model, made, None, args.seed, args.workers),
+        "cut": measure_methods(args.model, made, args.chunk_tokens, args.seed, args.workers),
+        "sinks": measure_sinks(args.model, made, args.seed, args.workers),
     }
     record["seconds"] = time.perf_counter() - begun
     args.out.mkdir(parents=True, exist_ok=True)
