@@ -1,0 +1,245 @@
+"""Answer accuracy, decoded length and loops against the KV budget, for every retention policy.
+
+    python examples/retention_accuracy.py --out docs/results
+
+Chains of thought of the reference model, every policy on the same problems. Writes
+`retention_accuracy.json` and `.png`. Intervals are bootstraps over problems; differences from full
+attention and from random eviction are paired.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from environment import environment
+from evaluate import REFERENCE_MODEL, load
+from link_accuracy import bootstrap
+from parallel import spread
+from reference_tasks import ReasoningProblem, final_answer, reasoning_problem
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsity import (
+    Full,
+    Quest,
+    RaaS,
+    Random,
+    SparseCache,
+    SparsityError,
+    StreamingLLM,
+)
+from sparsity.policy import Policy
+
+# A policy by its budget in tokens. Where the prompt is pinned the label says so.
+ARMS: dict[str, Callable[[int], Policy]] = {
+    "full": lambda budget: Full(),
+    "random": lambda budget: Random(budget, pin_prompt=False),
+    "random, prompt pinned": lambda budget: Random(budget),
+    "StreamingLLM": lambda budget: StreamingLLM(budget),
+    "Quest": lambda budget: Quest(budget, dense_layers=0),
+    "RaaS": lambda budget: RaaS(budget, pin_prompt=False),
+    "RaaS, prompt pinned": lambda budget: RaaS(budget),
+    "RaaS, top half, prompt pinned": lambda budget: RaaS(budget, top_ratio=0.5),
+}
+LOOP_TOKENS, LOOP_TIMES = 12, 3
+Job = tuple[str, int]  # arm, budget
+
+
+@cache
+def loaded(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Once in a process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return load(path)
+
+
+def loops(words: list[str]) -> bool:
+    """Whether some 12 tokens in a row come at least three times: the chain goes round."""
+    spans = zip(*(words[i:] for i in range(LOOP_TOKENS)), strict=False)
+    return any(times >= LOOP_TIMES for times in Counter(spans).values())
+
+
+def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: Job) -> dict:
+    """One policy at one budget on every problem, or why it refuses."""
+    name, budget = job
+    row: dict = {"arm": name, "budget": budget}
+    model, tokenizer = loaded(path)
+    longest = max(len(tokenizer(p.solution)["input_ids"]) for p in problems)
+    right: list[bool] = []
+    whole: list[bool] = []
+    looped: list[bool] = []
+    decoded: list[int] = []
+    peak, begun = 0.0, time.perf_counter()
+    for first in range(0, len(problems), batch_size):
+        batch = problems[first : first + batch_size]
+        inputs = tokenizer(
+            [p.prompt for p in batch],
+            return_tensors="pt",
+            padding=True,
+            return_token_type_ids=False,
+        ).to(model.device)
+        try:
+            cache = SparseCache(model, ARMS[name](budget))
+            out = model.generate(
+                **inputs, past_key_values=cache, max_new_tokens=2 * longest, do_sample=False
+            )
+        except SparsityError as error:
+            return row | {"refused": str(error)}
+        peak = max(peak, cache.report().peak_bytes / len(batch))
+        for text, problem in zip(
+            tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :]), batch, strict=True
+        ):
+            text = text.split(tokenizer.eos_token)[0]
+            right.append(final_answer(text) == problem.answer)
+            whole.append(problem.solution.startswith(text.strip()) and right[-1])
+            looped.append(loops(text.split()))
+            decoded.append(len(text.split()))
+    return row | {
+        "right": right,
+        "whole": whole,
+        "looped": looped,
+        "decoded": decoded,
+        "cap": 2 * longest,
+        "peak_kv_bytes": peak,
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+def summaries(measured: list[dict], seed: int) -> list[dict]:
+    """Means with intervals; accuracy also as the paired difference from full and from random."""
+    draws = np.random.default_rng(seed)
+    full = np.array(measured[0]["right"], dtype=float)
+    control = {r["budget"]: r for r in measured if r["arm"] == "random"}
+    rows = []
+    for one in measured:
+        row = {key: one[key] for key in ("arm", "budget")}
+        if "refused" in one:
+            rows.append(row | {"refused": one["refused"]})
+            continue
+        right, decoded = np.array(one["right"], dtype=float), np.array(one["decoded"])
+        row |= {
+            "problems": len(right),
+            "accuracy": float(right.mean()),
+            "accuracy_interval": bootstrap(right, draws),
+            "accuracy_minus_full": float((right - full).mean()),
+            "accuracy_minus_full_interval": bootstrap(right - full, draws),
+            "whole_chain": float(np.mean(one["whole"])),
+            "decoded_tokens": float(decoded.mean()),
+            "at_the_cap": float(np.mean(decoded >= one["cap"])),
+            "looped": float(np.mean(one["looped"])),
+            "peak_kv_bytes": one["peak_kv_bytes"],
+            "seconds": one["seconds"],
+        }
+        if one["budget"] in control:
+            beside = right - np.array(control[one["budget"]]["right"], dtype=float)
+            row["accuracy_minus_random"] = float(beside.mean())
+            row["accuracy_minus_random_interval"] = bootstrap(beside, draws)
+        rows.append(row)
+    return rows
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Accuracy and decoded length against the budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    full = rows[0]
+    for index, name in enumerate(name for name in ARMS if name != "full"):
+        points = [row for row in rows if row["arm"] == name and "refused" not in row]
+        style = dict(
+            color=f"C{index % 10}",
+            marker="os^vD*PxX<>"[index % 11],
+            linestyle=("-", "--")[index // 10 % 2],
+            linewidth=1,
+            alpha=0.85,
+            label=name,
+        )
+        x = [row["budget"] for row in points]
+        left.plot(x, [row["accuracy"] for row in points], **style)
+        right.plot(x, [row["decoded_tokens"] for row in points], **style)
+    left.axhline(full["accuracy"], color="black", linewidth=0.8, label="full")
+    right.axhline(full["decoded_tokens"], color="black", linewidth=0.8)
+    left.set(ylabel="exact match of the answer", ylim=(-0.03, 1.06))
+    right.set(ylabel="decoded tokens, mean")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("budget, tokens a KV head")
+    left.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def table(record: dict) -> str:
+    """Accuracy with its interval by policy and budget, as Markdown."""
+    budgets = record["configuration"]["budgets"]
+    rows = {(row["arm"], row["budget"]): row for row in record["rows"]}
+
+    def cell(row: dict) -> str:
+        if "refused" in row:
+            return "refused"
+        low, high = row["accuracy_interval"]
+        return f"{row['accuracy']:.3f} ({low:.2f} to {high:.2f})"
+
+    lines = [
+        "| policy | " + " | ".join(f"{budget}" for budget in budgets) + " |",
+        "| --- |" + " ---: |" * len(budgets),
+        "| full | " + " | ".join([cell(record["rows"][0])] * len(budgets)) + " |",
+    ]
+    for name in dict.fromkeys(row["arm"] for row in record["rows"][1:]):
+        cells = [cell(rows[name, budget]) for budget in budgets]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default=str(REFERENCE_MODEL))
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=40, help="lines of a chain of thought")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 384, 512, 1024])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=5 * 10**9)
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    rng = random.Random(args.seed)
+    problems = [reasoning_problem(rng, args.steps) for _ in range(args.problems)]
+    jobs: list[Job] = [("full", 0)]
+    jobs += [(name, b) for b in args.budgets for name in args.arms if name != "full"]
+    task = partial(measure, args.model, problems, args.batch_size)
+    measured = list(spread(task, jobs, args.workers, "policies at budgets"))
+    _, tokenizer = loaded(args.model)
+    record = {
+        "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
+        | {
+            "model": "examples/reference_model",
+            "prompt_tokens": float(np.mean([len(tokenizer(p.prompt).input_ids) for p in problems])),
+        },
+        "environment": environment(),
+        "rows": summaries(measured, args.seed),
+        "seconds": time.perf_counter() - begun,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "retention_accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+    figure(record["rows"], args.out / "retention_accuracy.png")
+    print(table(record))
+    print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'retention_accuracy.json'} and .png")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
