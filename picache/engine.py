@@ -210,6 +210,17 @@ def link_row(
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
             whatever it costs.
     """
+    with store.using([form.key for form in row.chunks]):  # nobody evicts what is being read
+        return _link_row(model, store, row, method, flops_per_byte)
+
+
+def _link_row(
+    model: "HFModel",
+    store: ChunkStore,
+    row: Row,
+    method: LinkMethod,
+    flops_per_byte: float | None,
+) -> Linked:
     begun = time.perf_counter()
     layout = layout_of(row, len(model.rotations))
     forms = (*row.chunks, row.query)
