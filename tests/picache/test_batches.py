@@ -205,6 +205,7 @@ ARMS: dict[str, Callable[[int, float], Arm]] = {
     for index, name in enumerate(arms(preset))
 }
 ARMS["CacheBlend as LMCache"] = lambda k, ratio: Arm(CacheBlend.lmcache(ratio))
+ARMS["RandomRecompute of all"] = lambda k, ratio: Arm(RandomRecompute(seed=k, ratio=ratio))
 
 
 def test_every_method_is_among_the_arms():
