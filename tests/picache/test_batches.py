@@ -1,5 +1,7 @@
 """A ragged batch: whatever is done with it, each row comes out as linked and run alone."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import cache
 
@@ -19,6 +21,7 @@ from picache import (
     LegoLink,
     NaiveReuse,
     OracleDeviation,
+    PICacheError,
     ProphetKV,
     RandomRecompute,
 )
@@ -181,6 +184,60 @@ def test_chat_goes_on_behind_chunks_side_by_side(family):
         assert (
             together[index].tolist() == chat(pic, prompt, [turns[0][index : index + 1]])[0].tolist()
         )
+
+
+def answered(pic, prompt, **options):
+    with prompt.attached():
+        out = pic._model.model.generate(**prompt, max_new_tokens=6, do_sample=False, **options)
+    return out[:, -6:].tolist()
+
+
+@pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3), APE()], ids=repr)
+def test_a_deep_copy_is_a_prompt_of_its_own_on_the_same_model(method):
+    pic = pic_of("qwen3")
+    batch, _ = linked(pic, method)
+    expected, held = answered(pic, batch), batch["past_key_values"].layers[1].keys.clone()
+    twin = copy.deepcopy(batch)
+    assert answered(pic, twin) == answered(pic, twin) == expected
+    assert answered(pic, twin, num_beams=2) == answered(pic, batch, num_beams=2)
+    assert torch.equal(twin.logits, batch.logits)
+    assert twin.report == batch.report
+    for layer in twin["past_key_values"].layers:  # nothing is shared but the model
+        layer.keys.zero_()
+        layer.values.zero_()
+    twin.logits.zero_()
+    twin["attention_mask"].zero_()
+    assert torch.equal(batch["past_key_values"].layers[1].keys, held)
+    assert answered(pic, batch) == expected
+
+
+def test_a_deep_copy_of_the_cache_is_for_one_more_run():
+    pic = pic_of("qwen3")
+    batch, _ = linked(pic, APE())
+    inputs = {name: batch[name] for name in batch if name != "past_key_values"}
+    first = batch["past_key_values"]
+    second = copy.deepcopy(first)
+    runs = []
+    with batch.attached():
+        for held in (first, second):
+            before = held.get_seq_length()
+            runs.append(
+                pic._model.model.generate(
+                    **inputs, past_key_values=held, max_new_tokens=6, do_sample=False
+                )
+            )
+            assert held.get_seq_length() == before + 6
+    assert torch.equal(*runs)
+
+
+def test_a_pickled_prompt_is_the_same_and_one_bound_to_its_model_is_refused():
+    pic = pic_of("qwen3")
+    batch, _ = linked(pic, LegoLink(3))
+    assert answered(pic, pickle.loads(pickle.dumps(batch))) == answered(pic, batch)
+    batch, _ = linked(pic, APE())
+    for what in (batch, batch["past_key_values"]):
+        with pytest.raises(PICacheError, match="keep the texts and a store with a path, and link"):
+            pickle.dumps(what)
 
 
 METHODS: dict[str, Callable[[int, float], picache.LinkMethod]] = {
