@@ -58,7 +58,7 @@ class Attached:
 class Attachment:
     """Attaches the attention of one linked batch to its model.
 
-    A copy attaches to the same model, which is not copied; there is no pickle of a model's state.
+    A copy attaches to the same model, which is not copied; none leaves the process.
 
     Args:
         attention: of the model the batch was linked with.
@@ -83,8 +83,8 @@ class Attachment:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PICacheError(
             "a prompt whose method is attached to the model while decoding (APE) cannot be "
-            "pickled, since its model is not part of it: keep the texts and a store with a path, "
-            "and link them again where the prompt is needed"
+            "written out, since its model is not part of it: keep the texts and a store with a "
+            "path, and link again where the prompt is needed"
         )
 
 

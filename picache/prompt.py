@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 class LinkedPrompt(Mapping[str, Any]):
     """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
 
-    A copy, shallow or deep, is for the same model. A pickle is for any process with the same model,
-    unless the method must be attached.
+    ``copy.deepcopy`` copies the tensors and stays on the same model.
 
     Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
     ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method

@@ -21,7 +21,7 @@ from picache.errors import CorruptChunk
 from picache.header import DTYPES, Header
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
 
-FORMAT = "picache-chunk/1"
+FORMAT = "picache-chunk/2"
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",

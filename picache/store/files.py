@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from picache.errors import PICacheError
 
 MARKER = "picache-store.json"
-MARKED = {"format": "picache-store", "version": 1}
+MARKED = {"format": "picache-store", "version": 2}
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(r"\..*\.tmp")
 STALE_SECONDS = 600.0  # a writer touches its file all the time; one silent for so long was killed

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from picache import ChunkStore, PICacheError
 from picache.errors import CorruptChunk
 from picache.store.chunkfile import FORMAT, _seal
-from picache.store.files import MARKER, STALE_SECONDS
+from picache.store.files import MARKED, MARKER, STALE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 KEY = "ab" + "0" * 62
@@ -243,7 +243,7 @@ def set_header(**fields):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda m, t: m.update(format="picache-chunk/0"),
+        lambda m, t: m.update(format="picache-chunk/1"),
         lambda m, t: m.clear(),
         lambda m, t: m.pop("checksums"),
         lambda m, t: m.update(checksums="[1"),
@@ -270,7 +270,7 @@ def test_a_file_whose_header_does_not_go_with_its_tensors_is_refused(folder, cha
 
 def test_a_header_changed_without_its_checksum_is_refused(folder):
     (path,) = files(folder)
-    rewrite(path, set_header(exact=False), seal=False)
+    rewrite(path, set_header(revision="other"), seal=False)
     assert read(folder) is None
     (path,) = files(folder)
     rewrite(path, lambda m, t: None)  # what the two tests above change is what they find
@@ -305,7 +305,7 @@ def test_a_path_that_is_no_chunk_store_is_refused_by_name(tmp_path):
 
 def test_another_format_version_is_refused_and_left_alone(folder):
     marker = json.loads((folder / MARKER).read_text())
-    for version in (0, 2):
+    for version in (MARKED["version"] - 1, MARKED["version"] + 1):
         (folder / MARKER).write_text(json.dumps({**marker, "version": version}))
         with pytest.raises(PICacheError, match=f"'version': {version}"):
             ChunkStore(path=folder)
