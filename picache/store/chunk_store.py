@@ -183,7 +183,7 @@ class ChunkStore:
             try:
                 return file.layer(index)
             except CorruptChunk:
-                disk.damaged(key)
+                disk.damaged(key, file.version)
                 raise
             except OSError as error:  # the disk, not the file: nothing is deleted
                 raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
