@@ -47,7 +47,7 @@ Arm = tuple[str, str, LinkMethod]  # family, label, method
 
 
 def method_arms() -> list[Arm]:
-    """Every method over its budgets; random beside LegoLink at the same tokens a chunk."""
+    """Every method over its budgets; random at LegoLink's tokens a chunk and at every ratio."""
     arms: list[Arm] = [
         ("full", "full", FullRecompute()),
         ("naive", "naive", NaiveReuse()),
@@ -59,6 +59,7 @@ def method_arms() -> list[Arm]:
     for ratio in RATIOS:
         percent = f"{100 * ratio:.0f}%"
         arms += [
+            ("random, anywhere", f"random {percent}", RandomRecompute(ratio=ratio)),
             ("CacheBlend", f"CacheBlend {percent}", CacheBlend.paper(ratio)),
             ("CacheBlend, repo", f"CacheBlend repo {percent}", CacheBlend.repo(ratio)),
             ("CacheBlend, LMCache", f"CacheBlend lmcache {percent}", CacheBlend.lmcache(ratio)),
@@ -73,6 +74,15 @@ def method_arms() -> list[Arm]:
             ),
         ]
     return arms
+
+
+def control(family: str, label: str) -> str | None:
+    """The random arm of the same budget; None for arms without one, and random itself."""
+    if family == "LegoLink":
+        return label.replace("LegoLink-", "random-")
+    if family.startswith("random") or not label.endswith("%"):
+        return None
+    return f"random {label.rpartition(' ')[2]}"
 
 
 def sink_arms() -> list[tuple[str, object, bool]]:
@@ -167,10 +177,10 @@ def measure_methods(
     rows = []
     for family, label, _ in method_arms():
         row = summary(measured[label], measured["full"], draws)
-        if family == "LegoLink":  # beside random tokens, as many of them
-            mine, control = measured[label], measured[label.replace("LegoLink-", "random-")]
+        if (beside := control(family, label)) is not None:
+            mine, drawn = measured[label], measured[beside]
             for name in ("right", "divergence"):
-                difference = np.subtract(getattr(mine, name), getattr(control, name))
+                difference = np.subtract(getattr(mine, name), getattr(drawn, name))
                 row[f"{name}_minus_random"] = float(difference.mean())
                 row[f"{name}_minus_random_interval"] = bootstrap(difference, draws)
         rows.append({"arm": label, "family": family, **row})
@@ -291,13 +301,13 @@ def methods_table(rows: list[dict]) -> str:
 
 
 def control_table(rows: list[dict]) -> str:
-    """LegoLink less random recomputation of as many tokens, paired by question."""
+    """Methods less random recomputation of as many tokens, paired by question."""
     lines = ["| | accuracy | KL to full |", "| --- | ---: | ---: |"]
     lines += [
         f"| {row['arm']} minus random | {interval(row, 'right_minus_random', '+.3f')} "
         f"| {interval(row, 'divergence_minus_random', '+.1e')} |"
         for row in rows
-        if row["family"] == "LegoLink"
+        if "right_minus_random" in row
     ]
     return "\n".join(lines)
 

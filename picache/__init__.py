@@ -22,8 +22,9 @@ from picache.methods import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.pic import PIC, LinkedPrompt
+from picache.pic import PIC
 from picache.plan import Evidence, Layout, LinkMethod
+from picache.prompt import LinkedPrompt
 from picache.report import LinkReport
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk

@@ -1,11 +1,12 @@
 """Attention as a model's layers call it, while a prompt is linked and behind one with APE.
 
-Both have the signature of transformers' attention interface; `picache.hf` registers them.
+Both have the signature of transformers' attention interface; `picache.hf_attention` registers them.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from picache.attention import attention_mass, parallel_attention, scattered_attention
 from picache.errors import PICacheError
 from picache.sparse_pass import ScatterMask, current
+
+if TYPE_CHECKING:
+    from picache.hf_attention import Attention
 
 _BLOCK_ROWS = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
@@ -49,6 +53,39 @@ class Attached:
                 "tokens alone: run it outside"
             )
         return batch // len(self.inside)
+
+
+class Attachment:
+    """Attaches the attention of one linked batch to its model.
+
+    A copy attaches to the same model, which is not copied; none leaves the process.
+
+    Args:
+        attention: of the model the batch was linked with.
+        state: what it must know.
+    """
+
+    def __init__(self, attention: "Attention", state: Attached) -> None:
+        self._attention, self._state = attention, state
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """The model decodes behind this batch inside the ``with`` block, and nothing else."""
+        return self._attention.parallel(self._state)
+
+    @property
+    def on(self) -> bool:
+        """Whether a prompt is attached to the model now."""
+        return self._attention.key in attached
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PICacheError(
+            "a prompt whose method is attached to the model while decoding (APE) cannot be "
+            "written out, since its model is not part of it: keep the texts and a store with a "
+            "path, and link again where the prompt is needed"
+        )
 
 
 def rotary_positions(

@@ -16,6 +16,7 @@ from picache.place import LinkedKV
 from picache.plan import Layout, LinkMethod, Metric, rows_to_compute
 from picache.report import LinkReport
 from picache.store import ChunkStore
+from picache.store.quantize import decode, encode
 
 if TYPE_CHECKING:
     from picache.hf import HFModel
@@ -67,11 +68,11 @@ class Fetched:
         """Prefill the chunk and store it; raises `StoreFull`, with the KV in hand all the same."""
         assert self._form.header is not None
         begun = time.perf_counter()
-        self._compiled = compile_chunk(self._model, self._form.ids)
+        computed = compile_chunk(self._model, self._form.ids)
         header = replace(self._form.header, compile_seconds=time.perf_counter() - begun)
-        self._store.put(self._form.key, self._compiled, header)
-        if self._store.storage != "exact":  # what a hit would give, not what was computed
-            self._stored = self._store.get(self._form.key)
+        storage = self._store.storage  # a link goes on with what a hit would give
+        self._compiled = [decode(encode(kv, storage), kv[0].dtype) for kv in computed]
+        self._store.put(self._form.key, computed, header)
 
     def layer(self, index: int) -> KV:
         """Keys and values ``[1, kv_heads, tokens, head_dim]`` on the model's device.
@@ -211,6 +212,17 @@ def link_row(
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
             whatever it costs.
     """
+    with store.using([form.key for form in row.chunks]):  # nobody evicts what is being read
+        return _link_row(model, store, row, method, flops_per_byte)
+
+
+def _link_row(
+    model: "HFModel",
+    store: ChunkStore,
+    row: Row,
+    method: LinkMethod,
+    flops_per_byte: float | None,
+) -> Linked:
     begun = time.perf_counter()
     layout = layout_of(row, len(model.rotations))
     forms = (*row.chunks, row.query)

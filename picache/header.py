@@ -24,15 +24,16 @@ class Header:
     Attributes:
         model: class name of the model.
         fingerprint: hash of its weights and configuration.
-        revision: of the weights, as the caller names it.
+        revision: of the weights: the commit on the Hub that transformers recorded when it loaded
+            them; empty where it recorded none, as for a local folder.
         dtype: of keys and values, a name of `DTYPES`.
         rope: the rotation the keys were written with, as text.
-        sinks: what was done with a leading BOS, as text.
+        sinks: what the chunk was compiled behind: the `DummySinks` or `SharedPrefix`, as text;
+            empty for nothing but its own BOS, whether a prompt keeps that or not.
         namespace: the tenant; chunks of two namespaces are never shared.
-        storage: how the store keeps the tensors, one of `STORAGES`.
+        storage: how the store keeps the tensors, one of `STORAGES`; what is not kept exactly has
+            keys of its own and never passes for exact.
         tokens: of the chunk, as compiled.
-        exact: False for KV that a full prefill would not have given, so that an approximate entry
-            never passes for an exact one.
         compile_seconds: what compiling took; for eviction, no part of the identity.
     """
 
@@ -45,7 +46,6 @@ class Header:
     namespace: str = ""
     storage: str = "exact"
     tokens: int = 0
-    exact: bool = True
     compile_seconds: float | None = None
 
 

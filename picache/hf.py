@@ -1,192 +1,34 @@
-"""All contact with transformers: what the engine needs of a model, and the linked cache."""
+"""What the engine needs of a transformers model.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from threading import RLock
+All contact with transformers stands in this file, `picache.hf_attention` and `picache.hf_cache`.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     Cache,
     DynamicCache,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import eager_mask
 
 from picache.angles import RotaryAngles
-from picache.attending import (
-    Attached,
-    attached,
-    attend_parallel,
-    attend_scattered,
-    rotary_positions,
-    scattered_mask,
-)
 from picache.check import check
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.fingerprint import fingerprint, middles
 from picache.header import Header
+from picache.hf_attention import Attention
+from picache.hf_cache import ScatterLayer, held_by
 from picache.rope import Angles, Rotation, calibrate, frequencies
 from picache.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
 
-_NAME = "picache_scattered"
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
 _FAR = 2**16  # a length to look at where the configuration states no limit
-_PARALLEL = "picache_parallel"
-
-
-class _ScatterLayer(DynamicLayer):
-    """Whole-prompt keys and values; an update writes the recomputed rows in their places.
-
-    Args:
-        kv: keys and values of the whole prompt by layer, asked for when the layer is reached.
-        index: of this layer.
-        length: tokens of the whole prompt.
-        state: of the pass.
-    """
-
-    def __init__(self, kv: Layers, index: int, length: int, state: Pass) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.kv, self.index, self.length, self.state = kv, index, length, state
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> KV:
-        keys, values = self.kv[self.index]
-        state = self.state
-        chosen = state.replaced((key_states, value_states), (keys, values))
-        places, fresh = state.positions, (key_states, value_states)
-        if chosen is not None:
-            places, fresh = places[chosen], (fresh[0][:, :, chosen], fresh[1][:, :, chosen])
-        keys.index_copy_(2, places, fresh[0])
-        values.index_copy_(2, places, fresh[1])
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class LinkedLayer(DynamicLayer):
-    """One layer of a linked prompt; goes on as a `DynamicLayer`, expanding for beams by itself."""
-
-    keys: Tensor
-    values: Tensor
-
-    is_croppable = False
-
-    def __init__(self, keys: Tensor, values: Tensor, index: int, attach: int | None = None) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.index, self.attach = keys, values, index, attach
-
-    def crop(self, *args: object, **kwargs: object) -> None:
-        """Refused: assisted decoding feeds the prompt again and then rolls back."""
-        _refuse_assistance()
-
-    def activate_past_recording(self) -> None:
-        """Refused, before anything is fed."""
-        _refuse_assistance()
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> KV:
-        """Append; the batch may grow by a factor once, as beams and `num_return_sequences` do.
-
-        Raises:
-            PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
-                the method's attention is not attached.
-        """
-        if self.attach is not None and self.attach not in attached:
-            raise PICacheError(
-                "this prompt's method changes positions and attention while decoding too: run "
-                "generate inside `with prompt.attached():`"
-            )
-        batch, held = key_states.shape[0], self.keys.shape[0]
-        if batch != held:
-            if batch % held:
-                raise PICacheError(
-                    f"the linked cache holds a batch of {held}, the model was given {batch}: "
-                    "link one prompt per row, or generate from this prompt's own input_ids"
-                )
-            self.batch_repeat_interleave(batch // held)
-        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states, value_states):
-            raise PICacheError(
-                f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
-                "some of them again: pass input_ids with at least one token more than the cache, "
-                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run; "
-                "for assisted decoding, which feeds it again, leave out assistant_model and "
-                "prompt_lookup_num_tokens"
-            )
-        return super().update(key_states, value_states)
-
-    def _holds(self, *new: Tensor) -> bool:
-        """Whether the first new tokens stand in the cache of layer 0 already, side by side.
-
-        There keys and values depend on the token and its position alone, so equal ones are tokens
-        of the prompt fed at their old positions again; the same tokens at later positions differ
-        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. Distances
-        are taken against the spread of what is held, which a large bias does not widen, and up to
-        eight tokens in a row must agree. The bound is far over the rounding of half precision.
-        """
-        count = min(new[0].shape[2], 8, self.keys.shape[2])
-        same = torch.ones_like(self.keys[:, 0, :, 0], dtype=torch.bool)
-        for held, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
-            spread = held.var(dim=2, correction=0).sum(dim=(1, 2)).clamp_min(1e-30)
-            for place in range(count):
-                distance = (held - fed[:, :, place : place + 1].float()).square().sum(dim=(1, 3))
-                same &= (distance / spread[:, None] < 0.01).roll(-place, dims=1)
-        return bool(same[:, : same.shape[1] - count + 1].any())
-
-
-def _refuse_assistance() -> None:
-    raise PICacheError(
-        "a linked cache cannot roll back, so assisted and prompt-lookup decoding and crop() are "
-        "refused: leave out assistant_model and prompt_lookup_num_tokens"
-    )
-
-
-class LinkedCache(Cache):
-    """The cache `PIC.link` hands to `generate`: every layer full, all prompt tokens but the last.
-
-    Args:
-        kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
-        attach: where the method's attention must be attached (see `picache.attending`); None where
-            nothing need be.
-    """
-
-    def __init__(self, kv: list[KV], attach: int | None = None) -> None:
-        self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
-        self._attach = attach
-        super().__init__(layers=list(self._linked))
-
-    def fork(self) -> "LinkedCache":
-        """A second cache on the same tensors, safe because layers append by concatenation."""
-        return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
-
-
-_locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
-
-
-def _lock(model: PreTrainedModel) -> RLock:
-    """One lock a model: while its attention is switched, no other thread may compile or link."""
-    return _locks.setdefault(model, RLock())
-
-
-def _held(cache: DynamicCache) -> list[KV]:
-    """Keys and values of every layer that holds some."""
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return [(x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]
 
 
 class HFModel:
@@ -216,6 +58,7 @@ class HFModel:
         decoder: Any = model.get_decoder()
         # Some models name their output layer `decoder`.
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+        self.attention = Attention(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
@@ -274,12 +117,9 @@ class HFModel:
 
         A `DynamicCache` without a config keeps every key of sliding-window layers too.
         """
-        if self.attach_key in attached:
-            raise PICacheError(
-                "this model is attached to a prompt: compile and link outside its block"
-            )
+        self.attention.refuse_attached()
         cache = DynamicCache()
-        with _lock(self.model):
+        with self.attention.turn:
             self.rotary.settle()
             self.decoder(
                 input_ids=ids.to(self.device),
@@ -287,25 +127,25 @@ class HFModel:
                 past_key_values=cache,
                 use_cache=True,
             )
-        return _held(cache)
+        return held_by(cache)
 
     @torch.no_grad()
     def full_prefill(self, ids: Tensor) -> tuple[Tensor, list[KV]]:
         """Logits of the last token ``[1, vocab_size]`` and KV of ids ``[n]``, nothing reused."""
         cache = DynamicCache()
-        with _lock(self.model):
+        with self.attention.turn:
             out = self.model(
                 input_ids=ids[None].to(self.device),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return out.logits[:, -1], _held(cache)
+        return out.logits[:, -1], held_by(cache)
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
-        with _lock(self.model):
+        with self.attention.turn:
             out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         return out.logits[:, -1]
 
@@ -410,11 +250,11 @@ class HFModel:
     ) -> Tensor:
         at = state.positions if position_ids is None else position_ids.to(self.device)
         count = self.config.num_hidden_layers
-        cache = Cache(layers=[_ScatterLayer(kv, index, length, state) for index in range(count)])
+        cache = Cache(layers=[ScatterLayer(kv, index, length, state) for index in range(count)])
         token = current.set(state)
         hooks: list[RemovableHandle] = []
         try:
-            with self._attending(_NAME):  # hooks too are for this thread's turn
+            with self.attention.scattered():  # hooks too are for this thread's turn
                 if state.narrow is not None or state.stop is not None:
                     hooks += [
                         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
@@ -464,61 +304,6 @@ class HFModel:
         per_row = 2.0 * matrices / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
-
-    @property
-    def attach_key(self) -> int:
-        """Under which `picache.attending.attached` knows this model."""
-        return id(self.decoder.config)
-
-    @contextmanager
-    def parallel_decoding(self, state: Attached) -> Iterator[None]:
-        """The model decodes behind chunks side by side inside the block, and nothing else.
-
-        Raises:
-            PICacheError: when another prompt is attached.
-        """
-        if self.attach_key in attached:
-            raise PICacheError("another prompt is attached to this model: leave its block first")
-        hook = self.decoder.register_forward_pre_hook(rotary_positions, with_kwargs=True)
-        try:
-            with self._attending(_PARALLEL) as configs:
-                attached.update(dict.fromkeys([self.attach_key, *configs], state))
-                yield
-        finally:
-            for key in [key for key, one in attached.items() if one is state]:
-                del attached[key]
-            hook.remove()
-
-    @contextmanager
-    def _attending(self, name: str) -> Iterator[list[int]]:
-        """The decoder attends by another function inside the block, and as before after it.
-
-        Gives the ids of the configurations that say so. One block at a time on a model: another
-        thread waits.
-        """
-        with _lock(self.model), self._switched(name) as configs:
-            yield configs
-
-    @contextmanager
-    def _switched(self, name: str) -> Iterator[list[int]]:
-        AttentionInterface.register(_NAME, attend_scattered)
-        AttentionMaskInterface.register(_NAME, scattered_mask)
-        AttentionInterface.register(_PARALLEL, attend_parallel)
-        AttentionMaskInterface.register(_PARALLEL, eager_mask)
-        if self.attach_key in attached:
-            raise PICacheError(
-                "this model is attached to a prompt: compile and link outside its block"
-            )
-        modules = self.decoder.modules()
-        configs: dict[int, Any] = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-        before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
-        try:
-            for config, _ in before:
-                config._attn_implementation = name  # noqa: SLF001
-            yield list(configs)
-        finally:
-            for config, implementation in before:
-                config._attn_implementation = implementation  # noqa: SLF001
 
     @property
     def bytes_per_token(self) -> int:

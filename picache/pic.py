@@ -1,84 +1,26 @@
 """The public face: compile chunks once, link them in any order."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from picache.attending import Attached
 from picache.chunk import Chunk, Form, as_ids
-from picache.engine import Fetched, Linked, Row, layout_of, link_row
+from picache.engine import Fetched, Row, layout_of, link_row
 from picache.errors import CorruptChunk, PICacheError
 from picache.header import Header, chunk_key
 from picache.methods import LegoLink
 from picache.plan import LinkMethod
-from picache.report import LinkReport, total
+from picache.prompt import LinkedPrompt, batched
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from picache.hf import LinkedCache
-
 Document = str | Sequence[int] | Tensor
-
-
-class LinkedPrompt(Mapping[str, Any]):
-    """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
-
-    Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
-    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method
-    that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
-
-    Attributes:
-        logits: of the first new token, ``[batch, vocab_size]``.
-        report: what linking did; the sums over a batch.
-        reports: the same, one per row.
-    """
-
-    def __init__(
-        self,
-        inputs: dict[str, Tensor],
-        cache: "LinkedCache",
-        logits: Tensor,
-        reports: tuple[LinkReport, ...],
-        seconds: float,
-        attach: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> None:
-        self._inputs, self._cache, self._attach = inputs, cache, attach
-        self.logits = logits
-        self.reports = reports
-        self.report = total(reports, seconds)
-
-    def attached(self) -> AbstractContextManager[None]:
-        """The model decodes with the method's attention inside the ``with`` block.
-
-        Only methods that change attention while decoding need it (`APE`); for others it does
-        nothing. Inside the block the model is for this prompt alone.
-        """
-        return self._attach()
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    def __getitem__(self, name: str) -> Any:
-        return self._cache.fork() if name == "past_key_values" else self._inputs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._inputs, "past_key_values"))
-
-    def __len__(self) -> int:
-        return len(self._inputs) + 1
-
-    def __repr__(self) -> str:
-        batch, tokens = self._inputs["input_ids"].shape
-        return f"LinkedPrompt(batch {batch}, {tokens} tokens)\n{self.report}"
 
 
 class PIC:
@@ -262,7 +204,8 @@ class PIC:
         linked = [
             link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
         ]
-        return self._batch(linked, method, begun)
+        pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
+        return batched(self._model, linked, method, pad_id, begun)
 
     def _check(self, chunks: Any, query: Any, header: Header) -> Row:
         """A row to link, every chunk in the form its place asks for."""
@@ -294,48 +237,3 @@ class PIC:
         if not tokens:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
         return Row(tuple(forms), Form(tokens, 0))
-
-    def _batch(self, rows: list[Linked], method: LinkMethod, begun: float) -> LinkedPrompt:
-        """Left-pad the rows; the last token of each is left for `generate` to feed."""
-        from picache.hf import LinkedCache
-
-        width = max(len(row.ids) for row in rows)
-        device, parallel = self._model.device, method.parallel
-        pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
-        input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-        mask, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-        inside = torch.zeros(len(rows), width, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            start = width - len(row.ids)
-            input_ids[index, start:] = row.ids
-            mask[index, start:] = 1
-            position_ids[index, start:] = row.layout.parallel_positions()
-            behind = (row.layout.prefix_length, row.layout.context_length)
-            inside[index, start + behind[0] : start + behind[1]] = True
-        inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-        if parallel is not None:
-            inputs["position_ids"] = position_ids.to(device)
-
-        def stacked(tensors: list[Tensor]) -> Tensor:
-            kept = [tensor[:, :, :-1] for tensor in tensors]
-            if len(kept) == 1:
-                return kept[0]
-            pad = torch.nn.functional.pad
-            return torch.cat([pad(t, (0, 0, width - 1 - t.shape[2], 0)) for t in kept])
-
-        kv = [
-            (stacked([keys for keys, _ in layer]), stacked([values for _, values in layer]))
-            for layer in zip(*(row.kv for row in rows), strict=True)
-        ]
-        state = None
-        if parallel is not None:
-            lag = width - 1 - position_ids[:, -1]
-            state = Attached(inside.to(device), parallel.scale, lag.to(device))
-        return LinkedPrompt(
-            inputs,
-            LinkedCache(kv, None if state is None else self._model.attach_key),
-            torch.cat([row.logits for row in rows]),
-            tuple(row.report for row in rows),
-            time.perf_counter() - begun,
-            nullcontext if state is None else partial(self._model.parallel_decoding, state),
-        )

@@ -114,11 +114,14 @@ class LinkMethod(ABC):
     Attributes:
         force_query: whether the whole query is recomputed, as every method does by default. False
             compiles the query alone, as some authors' code does, and forces its last token only.
-        parallel: for a method that places the chunks side by side; None to place them in order.
     """
 
     force_query: bool = True
-    parallel: ParallelEncoding | None = None
+
+    @property
+    def parallel(self) -> ParallelEncoding | None:
+        """For a method that places the chunks side by side; None to place them in order."""
+        return None
 
     @abstractmethod
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

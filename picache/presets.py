@@ -27,7 +27,10 @@ class Arm:
 def arms(
     preset: Literal["fair", "paper", "repo"] = "fair", k: int = 16, ratio: float = 0.15
 ) -> dict[str, Arm]:
-    """EPIC's comparison: full, naive, random, LegoLink with and without recomputation, CacheBlend.
+    """EPIC's comparison: full, naive, LegoLink with and without recomputation, CacheBlend; random.
+
+    Random recomputation, which their authors did not run, stands beside each at its budget:
+    "random" draws LegoLink's k tokens a chunk, "random-ratio" CacheBlend's share of all.
 
     - "fair": the whole query is computed in every arm, the prompt has one BOS, all arms see the
       same tokens. CacheBlend filters gradually, as its paper describes.
@@ -40,20 +43,23 @@ def arms(
 
     Args:
         preset: which of the three.
-        k: LegoLink's tokens a chunk; random's too.
+        k: LegoLink's tokens a chunk; at least 1, LegoLink-0 being an arm of its own.
         ratio: CacheBlend's share of tokens.
 
     Raises:
-        PICacheError: on an unknown preset.
+        PICacheError: on an unknown preset, or a bad k or ratio.
     """
     if preset not in ("fair", "paper", "repo"):
         raise PICacheError(f"preset must be 'fair', 'paper' or 'repo', got {preset!r}")
+    if k == 0:
+        raise PICacheError("arms(k=0): 'LegoLink-0' is an arm already: give k of at least 1")
     repo = preset == "repo"
     sinks: Sinks = "keep" if repo else "drop"
     return {
         "full": Arm(FullRecompute(), sinks),
         "naive": Arm(NaiveReuse(force_query=not repo), sinks),
         "random": Arm(RandomRecompute(k), sinks),
+        "random-ratio": Arm(RandomRecompute(ratio=ratio), sinks),
         "LegoLink-0": Arm(LegoLink(0), "drop" if preset == "fair" else DummySinks(4)),
         f"LegoLink-{k}": Arm(LegoLink(k), sinks),
         "CacheBlend": Arm(CacheBlend.repo(ratio) if repo else CacheBlend.paper(ratio), sinks),

@@ -40,7 +40,7 @@ class APE(LinkMethod):
                 raise PICacheError(f"APE needs a {name} over 0 and up to 1, got {value!r}")
 
     @property
-    def parallel(self) -> ParallelEncoding:  # type: ignore[override]
+    def parallel(self) -> ParallelEncoding:
         """How the chunks are encoded."""
         return ParallelEncoding(self.temperature, self.scale)
 

@@ -1,38 +1,56 @@
-"""A control: the same number of tokens as LegoLink, anywhere in the chunk."""
+"""A control: as many tokens as another method recomputes, drawn by chance."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from picache.plan import Evidence, Layout, LinkMethod, check_tokens
+from picache.errors import PICacheError
+from picache.plan import Evidence, Layout, LinkMethod, check_ratio, check_tokens
 
 
 @dataclass(frozen=True)
 class RandomRecompute(LinkMethod):
-    """Recompute `k` uniformly drawn tokens of every chunk but the first.
+    """Recompute uniformly drawn tokens: `k` of every chunk but the first, or a `ratio` of all.
 
-    The arm that tells whether a selector knows anything, at LegoLink's token budget.
+    The arm that tells whether a selector knows anything, at its token budget: `k` is LegoLink's,
+    `ratio` that of CacheBlend, A3 and ProphetKV.
 
     Args:
         k: tokens per chunk, clamped to the chunk's length.
         seed: the draw is a function of the seed and the layout alone.
+        ratio: share of the reusable tokens, rounded down, wherever they stand behind the first
+            chunk.
 
     Raises:
-        PICacheError: when `k` is not a whole number of at least 0.
+        PICacheError: unless exactly one of `k` and `ratio` is given, `k` a whole number of at least
+            0, `ratio` in [0, 1].
     """
 
-    k: int = 16
+    k: int | None = None
     seed: int = 0
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
-        check_tokens("RandomRecompute", self.k)
+        if (self.k is None) == (self.ratio is None):
+            raise PICacheError(
+                f"RandomRecompute needs one budget, got k={self.k!r} and ratio={self.ratio!r}: "
+                "give k=16 for tokens per chunk, or ratio=0.15 for a share of all"
+            )
+        if self.k is not None:
+            check_tokens("RandomRecompute", self.k)
+        if self.ratio is not None:
+            check_ratio("RandomRecompute", self.ratio)
 
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """min(k, length) positions drawn without replacement in every chunk but the first."""
+        """Positions drawn without replacement, chunk by chunk or out of all at once."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = [
+        if self.ratio is not None:
+            everything = layout.reusable
+            drawn = torch.randperm(len(everything), generator=generator)
+            return everything[drawn[: layout.share(self.ratio)]]
+        by_chunk = [
             start + torch.randperm(length, generator=generator)[: self.k]
             for start, length in zip(layout.starts[1:], layout.chunk_lengths[1:], strict=True)
         ]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *drawn])
+        return torch.cat([torch.empty(0, dtype=torch.int64), *by_chunk])

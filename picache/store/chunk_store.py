@@ -183,7 +183,7 @@ class ChunkStore:
             try:
                 return file.layer(index)
             except CorruptChunk:
-                disk.damaged(key)
+                disk.damaged(key, file.version)
                 raise
             except OSError as error:  # the disk, not the file: nothing is deleted
                 raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
@@ -288,9 +288,10 @@ class ChunkStore:
         self._busy.unpin(key)
 
     def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
-        """Count a reference to each chunk while a ``with`` block runs: none is evicted or moved.
+        """Count a reference to each chunk while a ``with`` block runs: none is evicted or demoted.
 
-        Keys that are not in the store yet count too, from when they are put.
+        Keys that are not in the store yet count too, from when they are put. `PIC.link` holds a
+        reference to the chunks of the row it is linking.
         """
         return self._busy.using(keys)
 

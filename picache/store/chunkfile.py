@@ -21,7 +21,7 @@ from picache.errors import CorruptChunk
 from picache.header import DTYPES, Header
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
 
-FORMAT = "picache-chunk/1"
+FORMAT = "picache-chunk/2"
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -99,14 +99,17 @@ class ChunkFile:
         key: that the file must have been written for.
         namespace: that it must belong to.
         storage: that it must be of.
+        version: which version of the file this is, for `Files.remove_version`.
 
     Raises:
         CorruptChunk: when the file is damaged or is not that chunk; says what was seen.
         FileNotFoundError: when there is none.
     """
 
-    def __init__(self, path: Path, key: str, namespace: str, storage: str) -> None:
-        self._path, self._key = path, key
+    def __init__(
+        self, path: Path, key: str, namespace: str, storage: str, version: object = None
+    ) -> None:
+        self._path, self._key, self.version = path, key, version
         try:
             self._stat = os.stat(path)
             self._file = safe_open(path, framework="pt")

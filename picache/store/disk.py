@@ -138,14 +138,15 @@ class Disk:
         """The chunk's file, None when absent or damaged, and the keys deleted to make room."""
         name = self.name(key)
         try:
-            with self._files.local(name) as path:
-                file = ChunkFile(path, key, self._namespace, self._storage)
+            with self._files.local(name) as (path, version):
+                try:
+                    file = ChunkFile(path, key, self._namespace, self._storage, version)
+                except CorruptChunk:
+                    self.damaged(key, version)
+                    return None, []
         except FileNotFoundError:  # never written, or evicted by another process
             with self._lock:
                 self.tier.drop(key)
-            return None, []
-        except CorruptChunk:
-            self.damaged(key)
             return None, []
         self._files.touch(name)
         with self._lock:
@@ -154,13 +155,15 @@ class Disk:
             self.tier.add(key, Entry.of(file.nbytes, file.header))
             return file, self._trim(key)
 
-    def damaged(self, key: str) -> None:
-        """Forget a file that failed its check, and delete it."""
+    def damaged(self, key: str, version: object) -> None:
+        """Forget a file that failed its check, and delete it; not one written in its place."""
+        gone = True
+        with suppress(OSError):  # one that cannot be deleted is checked, and refused, every time
+            gone = self._files.remove_version(self.name(key), version)
         with self._lock:
             self.corrupt += 1
-            self.tier.drop(key)
-        with suppress(OSError):  # one that cannot be deleted is checked, and refused, every time
-            self._files.remove(self.name(key))
+            if gone:
+                self.tier.drop(key)
 
     def clear(self) -> None:
         """Delete every file of this namespace and storage."""

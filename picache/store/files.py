@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from picache.errors import PICacheError
 
 MARKER = "picache-store.json"
-MARKED = {"format": "picache-store", "version": 1}
+MARKED = {"format": "picache-store", "version": 2}
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(r"\..*\.tmp")
 STALE_SECONDS = 600.0  # a writer touches its file all the time; one silent for so long was killed
@@ -45,11 +45,15 @@ class Files(Protocol):
     def remove(self, name: str) -> None:
         """Delete the file; one that is gone already is no error."""
 
+    def remove_version(self, name: str, version: object) -> bool:
+        """Delete the file if it is still that version of it; whether none is there now."""
+
     def touch(self, name: str) -> None:
         """Mark the file as used now, where the file system can."""
 
     def local(self, name: str) -> Any:
-        """Context manager giving a local path to map; FileNotFoundError when there is none."""
+        """Context manager giving a local path to map and the version of the file, for as long as
+        the block runs or the file is mapped; FileNotFoundError when there is none."""
 
 
 def temporary_name(name: str) -> str:
@@ -163,6 +167,17 @@ class LocalFiles:
         """Delete the file if it is there."""
         (self._root / name).unlink(missing_ok=True)
 
+    def remove_version(self, name: str, version: object) -> bool:
+        """Delete the file unless a writer has put another in its place."""
+        path = self._root / name
+        try:
+            if _version(path.stat()) != version:
+                return False
+        except FileNotFoundError:
+            return True
+        path.unlink(missing_ok=True)
+        return True
+
     def touch(self, name: str) -> None:
         """Set the file's time, which other processes and later ones read as its last use."""
         try:
@@ -171,6 +186,20 @@ class LocalFiles:
             return
 
     @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
-        """The path itself."""
-        yield self._root / name
+    def local(self, name: str) -> Iterator[tuple[Path, object]]:
+        """The path itself; no version where it cannot be read, so that nothing is deleted."""
+        path = self._root / name
+        try:
+            file = path.open("rb")  # while it is open or mapped, its inode is no other file's
+        except FileNotFoundError:
+            raise
+        except OSError:
+            yield path, None
+            return
+        with file:
+            yield path, _version(os.fstat(file.fileno()))
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    """What a rewritten file differs in; not its time, which readers set."""
+    return stat.st_dev, stat.st_ino

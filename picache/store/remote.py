@@ -20,6 +20,8 @@ from picache.store.files import (
     temporary_name,
 )
 
+# What file systems say of a file that changes when it is written again.
+VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created", "size")
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "r2"}
 
 
@@ -119,13 +121,30 @@ class RemoteFiles:
         except FileNotFoundError:
             return
 
+    def _version(self, name: str) -> tuple[str, ...]:
+        """As much of `VERSION` as this file system knows."""
+        self._fs.invalidate_cache()
+        info = self._fs.info(f"{self._root}/{name}")
+        return tuple(str(info.get(field)) for field in VERSION)
+
+    def remove_version(self, name: str, version: object) -> bool:
+        """Delete the file unless it was written again since, as far as the file system says."""
+        try:
+            if self._version(name) != version:
+                return False
+        except FileNotFoundError:
+            return True
+        self.remove(name)
+        return True
+
     def touch(self, name: str) -> None:
         """Nothing: most remote file systems cannot."""
 
     @contextmanager
-    def local(self, name: str) -> Iterator[Path]:
+    def local(self, name: str) -> Iterator[tuple[Path, object]]:
         """A copy that is deleted at the end; a mapping of it stays readable."""
+        version = self._version(name)  # before the copy: one written meanwhile is another
         with tempfile.TemporaryDirectory(prefix="picache-") as folder:
             path = Path(folder) / "chunk"
             path.write_bytes(self._fs.cat_file(f"{self._root}/{name}"))
-            yield path
+            yield path, version

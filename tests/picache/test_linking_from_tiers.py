@@ -82,6 +82,17 @@ def test_reduced_storage_is_close_and_never_passes_as_exact(model, storage):
         exact.link(chunks, query)
 
 
+@pytest.mark.parametrize("storage", ["exact", "int8", "fp8"])
+def test_a_chunk_there_is_no_room_for_is_used_as_it_would_be_stored(model, storage):
+    texts, query = documents()
+    roomy = PIC(model, store=ChunkStore(storage=storage))
+    chunks = [roomy.compile(text) for text in texts]
+    full = PIC(model, store=ChunkStore(device_bytes=1, storage=storage))
+    prompt = full.link(chunks, query, LegoLink(3))
+    assert not any(prompt.report.chunk_hits)
+    assert torch.equal(prompt.logits, roomy.link(chunks, query, LegoLink(3)).logits)
+
+
 def flip_last_byte(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -179,3 +190,83 @@ def test_a_hot_chunk_comes_back_to_the_device(model):
     assert store.get(chunks[0].key).tier == "host"
     pic.link(chunks[:1], query)
     assert store.get(chunks[0].key).tier == "device"
+
+
+def in_another_thread(work):
+    """Run `work` in a thread of its own; the error it ended with, or None."""
+    failed = []
+
+    def run():
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return failed[0] if failed else None
+
+
+def while_linking(pic, chunks, query, work):
+    """Link, `work` going on in another thread between layers 0 and 1; its error, and the prompt."""
+    errors = []
+    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(
+        lambda *_: errors.append(in_another_thread(work))
+    )
+    try:
+        prompt = pic.link(chunks, query, LegoLink(3))
+    finally:
+        handle.remove()
+    (error,) = errors
+    return error, prompt
+
+
+def test_nobody_evicts_a_chunk_that_a_link_is_reading(model, expected):
+    texts, query = documents()
+    room = PIC(model)._model.bytes_per_token * sum(LENGTHS)
+    pic = PIC(model, store=ChunkStore(device_bytes=room))
+    chunks = [pic.compile(text) for text in texts]
+    other = [(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))]
+    error, prompt = while_linking(pic, chunks, query, lambda: pic.store.put("other", other))
+    assert "3 of the 3 chunks in memory are pinned or in use" in str(error)
+    assert torch.equal(prompt.logits, expected)
+    assert all(chunk.key in pic.store for chunk in chunks)
+    error, _ = while_linking(pic, chunks, query, pic.store.clear)
+    assert "while 3 chunks are in use" in str(error)
+    pic.store.put("other", other)  # the references went with the link
+    assert chunks[0].key not in pic.store
+
+
+def test_nobody_deletes_a_file_that_a_link_is_reading(model, expected, tmp_path):
+    linked(PIC(model, store=ChunkStore(path=tmp_path)))
+    room = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    store = ChunkStore(device_bytes=1, path=tmp_path, disk_bytes=room)
+    pic = PIC(model, store=store)
+    texts, query = documents()
+    chunks = [pic.compile(text) for text in texts]
+    other = [(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))]
+    with pytest.warns(RuntimeWarning, match="do not fit disk_bytes"):
+        error, prompt = while_linking(pic, chunks, query, lambda: store.put("other", other))
+    assert "does not fit a store" in str(error)
+    assert torch.equal(prompt.logits, expected)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+    store.put("other", other)
+    assert chunks[0].key not in store
+
+
+def test_a_link_brings_up_what_fits_beside_what_it_reads(model):
+    """Chunks of one link do not push each other down, link after link; others make room."""
+    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    store = ChunkStore(device_bytes=one, host_bytes=math.inf)
+    pic = PIC(model, store=store)
+    texts, query = documents()
+    first, long, last = (pic.compile(text) for text in texts)
+    assert [store.get(c.key).tier for c in (first, long, last)] == ["host", "host", "device"]
+    demotions = store.demotions
+    for _ in range(2):
+        pic.link([last, long], query)
+        assert [store.get(c.key).tier for c in (long, last)] == ["host", "device"]
+    assert store.demotions == demotions
+    pic.link([long], query)
+    assert [store.get(c.key).tier for c in (long, last)] == ["device", "host"]

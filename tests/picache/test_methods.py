@@ -42,6 +42,7 @@ EVERY = (
     OracleDeviation(0.3),
     ProphetKV(0.3, value_norm=True),
     RandomRecompute(3),
+    RandomRecompute(ratio=0.3),
 )
 
 
@@ -360,6 +361,33 @@ def test_positions_are_a_tensor_of_whole_numbers():
             linked(pic_of("llama"), Answers(answer))
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    query=st.integers(1, 5),
+    ratio=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
+def test_a_random_share_is_exact_seeded_and_behind_the_prefix(lengths, query, ratio, seed):
+    layout = Layout(tuple(lengths), query)
+    chosen = RandomRecompute(seed=seed, ratio=ratio).recompute(layout, None).tolist()
+    assert len(chosen) == len(set(chosen)) == int(ratio * sum(lengths[1:]) + 1e-9)
+    assert set(chosen) <= set(range(lengths[0], sum(lengths)))
+    assert chosen == RandomRecompute(seed=seed, ratio=ratio).recompute(layout, None).tolist()
+
+
+def test_a_random_share_is_uniform_over_the_whole_context():
+    """Every place is drawn as often as any other, chunk by chunk or not, and the seed decides."""
+    layout, counts = Layout((3, 5, 1, 14), 4), torch.zeros(23)
+    draws = [RandomRecompute(seed=s, ratio=0.3).recompute(layout, None) for s in range(2000)]
+    for drawn in draws:
+        counts[drawn] += 1
+    assert counts[:3].sum() == 0
+    # 6 of 20: 600 each, four standard deviations of a binomial are 82.
+    assert (counts[3:] - 600).abs().max() < 82
+    assert len({tuple(drawn.tolist()) for drawn in draws}) > 1900
+
+
 def test_combined_fills_its_budget_in_order():
     layout = Layout((3, 5, 2, 4), 4)
     both = Combined((LegoLink(1), RandomRecompute(5, seed=3)), ratio=0.5)
@@ -387,6 +415,9 @@ def test_combined_fills_its_budget_in_order():
         (lambda: A3("x"), "A3 needs a ratio of tokens between 0 and 1, got 'x'"),
         (lambda: ProphetKV(-0.1), "got -0.1"),
         (lambda: OracleDeviation(True), "got True"),
+        (lambda: RandomRecompute(), "one budget, got k=None and ratio=None"),
+        (lambda: RandomRecompute(4, ratio=0.1), "one budget, got k=4 and ratio=0.1"),
+        (lambda: RandomRecompute(ratio=1.1), "RandomRecompute needs a ratio .* got 1.1"),
         (lambda: Combined(()), "needs a tuple of link methods"),
         (lambda: Combined((CacheBlend(),)), "more than one set of tokens for all layers"),
         (lambda: Combined((LegoLink,)), "takes link methods"),

@@ -29,6 +29,7 @@ def test_fair_arms_run_on_one_token_list_with_one_bos():
     assert all(p.report.tokens_recomputed_per_layer[-1] >= 6 for p in prompts.values())
     recomputed = {name: prompt.report.tokens_recomputed for name, prompt in prompts.items()}
     assert recomputed["LegoLink-4"] == recomputed["random"] == 4 + 4 + 6
+    assert recomputed["random-ratio"] == int(0.25 * (20 + 31)) + 6
     assert recomputed["LegoLink-0"] == recomputed["naive"] == 6
 
 
@@ -52,3 +53,5 @@ def test_repo_arms_keep_every_bos_and_reuse_the_query():
 def test_an_unknown_preset_is_refused():
     with pytest.raises(PICacheError, match="'fair', 'paper' or 'repo', got 'best'"):
         arms("best")
+    with pytest.raises(PICacheError, match="'LegoLink-0' is an arm already"):
+        arms("paper", k=0)
