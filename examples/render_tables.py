@@ -3,6 +3,8 @@
 python examples/quickstart.py --out docs/results
 python examples/link_accuracy.py --out docs/results
 python examples/benchmarks/link_scaling.py --out docs/results
+python examples/benchmarks/link_tiers.py --out docs/results --device cuda ...
+python examples/retention_accuracy.py --out docs/results
 python examples/render_tables.py
 """
 
@@ -73,6 +75,28 @@ def scaling_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def tiers_table(record: dict) -> str:
+    """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
+    lines = [
+        "| prompt | method | chunks in | first token | times faster | load | rotate |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in record["rows"]:
+        parts = [f"{1e3 * row['parts'][name]:.0f} ms" for name in ("load", "rotate") if row["parts"]]
+        lines.append(
+            f"| {row['prompt_tokens']} | {row['arm']} | {row['tier']} "
+            f"| {1e3 * row['first_token_seconds']:.0f} ms | {row['times_faster_than_full']:.1f} "
+            f"| {' | '.join(parts or ['', ''])} |"
+        )
+    where = record["environment"]
+    lines += [
+        "",
+        f"{where['hardware']}, torch {where['torch']}, transformers {where['transformers']}, "
+        f"{record['configuration']['dtype']}, {record['parameters'] / 1e9:.1f} billion parameters.",
+    ]
+    return "\n".join(lines)
+
+
 CAP = """# Where each method stands: context, accuracy, performance
 
 The CAP principle (arXiv 2405.11299): serving context (C), accuracy (A) and performance (P) trade
@@ -127,6 +151,8 @@ def main() -> None:
     insert(ROOT / "docs" / "linking.md", "link_accuracy.json", link_accuracy.tables(accuracy))
     scaling = json.loads((results / "link_scaling.json").read_text())
     insert(ROOT / "docs" / "linking.md", "link_scaling.json", scaling_table(scaling))
+    tiers = json.loads((results / "link_tiers_cuda.json").read_text())
+    insert(ROOT / "docs" / "linking.md", "link_tiers_cuda.json", tiers_table(tiers))
 
 
 if __name__ == "__main__":
