@@ -283,7 +283,9 @@ def _build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list
             before = None
         if type(layer) is DynamicLayer:
             held = None if before is None else _held(before, i)
-            small = policy if i >= policy.dense_layers else Full(page_size=policy.page_size)
+            small = policy.at_layer(i, len(layers))
+            if i < policy.dense_layers:
+                small = Full(page_size=policy.page_size)
             seen = 0 if held is None else held[0].shape[2]
             layers[i] = RetainedLayer(Retention(small, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:
