@@ -36,7 +36,7 @@ def test_an_ample_budget_equals_dense(family):
     for mode in modes:
         torch.manual_seed(0)
         dense = generate(model, None, **mode)
-        for policy in AMPLE:
+        for policy in AMPLE if family == "llama" else AMPLE[::3]:
             torch.manual_seed(0)
             assert torch.equal(generate(model, SparseCache(model, policy), **mode), dense), policy
 

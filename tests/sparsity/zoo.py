@@ -44,7 +44,7 @@ TIGHT = [
     Random(10, recent=3, pin_prompt=False, evict_every=3),
     StreamingLLM(8),
     Quest(8, page_size=4, dense_layers=0),
-    RaaS(24, page_size=4, alpha=0.15),
+    RaaS(32, page_size=4, alpha=0.15),
     RaaS(8, page_size=4, pin_prompt=False, alpha=0.15, dense_layers=1),
     RaaS(12, page_size=2, pin_prompt=False, top_ratio=0.4, score="exact", attend="top"),
     QuestRaaS(8, page_size=4, prompt_budget=4, alpha=0.15),
