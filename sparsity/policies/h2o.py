@@ -1,6 +1,7 @@
 """H2O: heavy hitters and the recent."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class H2O(Evicting):
     """
 
     recent: int | None = None
-    normalise: str = "none"
+    normalise: Literal["none", "age"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -59,6 +59,21 @@ TIGHT = [
     VaSE(10, sinks=1, window=3, large=2, evict_every=2),
 ]
 
+# A quarter of a text of 256 tokens after a prompt of 32.
+QUARTER = [
+    Random(64),
+    StreamingLLM(64),
+    Quest(64, dense_layers=0),
+    RaaS(64),
+    QuestRaaS(48, prompt_budget=16),
+    H2O(64),
+    TOVA(64),
+    SnapKV(64, window=16, evict_every=16),
+    RKV(64, evict_every=16),
+    LazyEviction(64, evict_every=16),
+    VaSE(64, window=16, evict_every=16),
+]
+
 # Small enough to be compared with the slow twin on a few tokens.
 SMALL = [
     Full(page_size=4),
