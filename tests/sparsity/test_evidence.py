@@ -1,4 +1,4 @@
-"""Statistics of long forwards, taken in blocks: the same numbers, in memory linear in the length."""
+"""Statistics of long forwards are taken in blocks: the same numbers, in linear memory."""
 
 from functools import partial
 

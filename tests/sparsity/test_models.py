@@ -43,7 +43,7 @@ class Oracle:
                 twin = self.twins.setdefault((index, b), Twin(policy, index, heads, scaling))
                 asked = query[b][:, self.padding[b, first:total]]
                 attended, _ = twin.forward(
-                    key[b][:, real], value[b][:, real], asked, before, len(real)
+                    key[b][:, real], value[b][:, real], asked, before, len(real), width == 1
                 )
                 for h in range(heads):
                     keep = torch.zeros(total, dtype=torch.bool)

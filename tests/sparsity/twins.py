@@ -32,20 +32,22 @@ class Twin:
     """What one row of one layer keeps, forward by forward.
 
     keys, values: `[heads, tokens, head_dim]`, all of them so far. queries: of the new tokens,
-    `[query heads, stop - first, head_dim]`. Ranks are numbers of real tokens of the row.
+    `[query heads, stop - first, head_dim]`. Ranks are numbers of real tokens of the row. single:
+    whether the forward brings one column to a batch that has begun.
     """
 
     def __init__(self, policy, layer, heads, scaling):
         self.policy, self.layer, self.scaling = policy, layer, scaling
         self.pages = [{} for _ in range(heads)]  # of each head: start -> Page
         self.queries = []  # by rank, `[heads, group, head_dim]`
+        self.attended = self.kept = [set() for _ in range(heads)]
 
-    def forward(self, keys, values, queries, first, stop):
+    def forward(self, keys, values, queries, first, stop, single):
         """The ranks each head attends to (a query: those up to its own) and what it keeps."""
         if stop > first:
             self.keys, self.values = keys, values
             new = queries.unflatten(0, (len(self.pages), -1)).transpose(1, 2)
-            if stop - first == 1 and first > 0:
+            if single:
                 self.one(first, new[:, 0])
             else:
                 self.several(first, stop, new)
