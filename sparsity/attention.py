@@ -15,7 +15,7 @@ def attend_reference(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Plain softmax attention in float32; grouped queries, soft cap and sink logits included.
+    """Plain softmax attention in float32 or more; grouped queries, soft cap and sinks included.
 
     query: `[batch, query_heads, q, head_dim]`; key: `[batch, kv_heads, n, head_dim]`; value:
     `[batch, kv_heads, n, value_dim]`. mask: bool (True attends) or additive float,
@@ -25,23 +25,39 @@ def attend_reference(
 
     Returns `[batch, q, query_heads, value_dim]` in the dtype of `value`.
     """
-    batch, query_heads, queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, -1, queries, head_dim).float()
-    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.float()) * scaling
+    weights = attention_weights(query, key, mask, scaling, softcap, sinks)
+    weights = F.dropout(weights, dropout, training=dropout > 0)
+    out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.to(weights.dtype)).to(value.dtype)
+    return out.flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What each query gives to each key, arguments as in `attend_reference`.
+
+    Returns `[batch, kv_heads, query heads of each, q, n]`, float32 or the wider type of `query`;
+    zeros for a query that may attend to nothing.
+    """
+    batch, _, queries, head_dim = query.shape
+    kv_heads, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch, kv_heads, -1, queries, head_dim).to(dtype)
+    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.to(dtype)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
     elif mask is not None:
-        scores = scores + mask[:, :, None].float()
+        scores = scores + mask[:, :, None].to(dtype)
     if sinks is not None:
-        sink = sinks.float().view(1, kv_heads, -1, 1, 1)
+        sink = sinks.to(dtype).view(1, kv_heads, -1, 1, 1)
         scores = torch.cat([scores, sink.expand(batch, -1, -1, queries, 1)], dim=-1)
-    weights = scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
-    weights = F.dropout(weights, dropout, training=dropout > 0)
-    out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float()).to(value.dtype)
-    return out.reshape(batch, query_heads, queries, -1).transpose(1, 2).contiguous()
+    return scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
 
 
 def attend(

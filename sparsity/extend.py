@@ -1,11 +1,14 @@
 """Several tokens at once into a page pool: pages are laid out anew and pruned to the budget."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from sparsity.pages import PagePool, best
-from sparsity.policy import Policy
-from sparsity.rows import Step, max_pages
+from sparsity.evidence import Weigh, keep_last, window_weights
+from sparsity.pages import PagePool, ranking
+from sparsity.policy import PageView, Policy
+from sparsity.rows import Step
 
 
 def extend(
@@ -17,83 +20,121 @@ def extend(
     policy: Policy,
     layer: int,
     query: Tensor,
+    newest: Tensor,
+    weights: Tensor | None,
     scaling: float,
+    weigh: Weigh,
 ) -> PagePool:
     """The pool after a forward of several tokens; shares no memory with its arguments.
 
     keys, values: the places of `pool` in use and then the T new columns,
     `[batch, kv_heads, n + T, head_dim]`. slots: their columns, int32 `[batch, kv_heads, n + T]`.
-    query: the newest token's, `[batch, query_heads, head_dim]`: the policy observes before
-    anything is evicted. scaling: factor on a query-key product before the softmax.
+    query: of this forward, `[batch, query_heads, q, head_dim]`; newest: of each row's newest
+    token, `[batch, query_heads, head_dim]`. weights: attention over the columns where the policy
+    needs it, `[batch, kv_heads, n + T]`. The policy observes before anything is evicted.
     """
-    size, limit = policy.page_size, max_pages(policy)
-    batch, heads = keys.shape[:2]
-    start, stamp, pinned, used = _pages(pool, step, policy, heads)
+    size, needs = policy.page_size, policy.needs
+    heads = keys.shape[1]
+    keys, values = keys.detach(), values.detach()
+    slots = slots.expand(-1, heads, -1)
+    start, newest_page = _starts(pool, step, size, heads)
     source, filled = _source(start, step, size, keys.shape[2] - (step.stop - step.first))
-    kmin = kmax = None
-    if policy.summaries:
-        kmin, kmax = _summaries(keys, source, filled, size)
-    new = PagePool(
-        size=size,
-        layer=layer,
-        keys=keys,
-        values=values,
-        slots=slots,
-        start=start,
-        stamp=stamp,
-        pinned=pinned,
-        kmin=kmin,
-        kmax=kmax,
-        current=_current(pool, step, used, size).expand(batch, heads).contiguous(),
-    )
-    now = step.after - 1
-    stamps = policy.observe(query, new.view(now, start.shape[-1]), scaling)
-    if stamps is not None:
-        new.stamp = stamps.to(torch.int32)
-    if limit is not None and start.shape[-1] > limit:
-        newest = torch.arange(start.shape[-1], device=keys.device) == new.current[..., None]
-        worth = policy.priority(new.view(now, start.shape[-1]))
-        kept = best(worth.masked_fill(new.pinned | newest, torch.inf), start, limit)
-        source, filled = _take_pages(source, kept, size), _take_pages(filled, kept, size)
-        new.start, new.stamp = start.gather(-1, kept), new.stamp.gather(-1, kept)
-        new.pinned = new.pinned.gather(-1, kept)
-        if kmin is not None and kmax is not None:
-            wide = kept[..., None].expand(-1, -1, -1, kmin.shape[-1])
-            new.kmin, new.kmax = kmin.gather(2, wide), kmax.gather(2, wide)
-        new.current = (new.start >= 0).sum(-1).clamp(min=1) - 1  # oldest first: the newest is last
-    new.slots = slots.expand(-1, heads, -1).gather(-1, source).masked_fill(~filled, -1)
-    new.keys = keys.detach().gather(2, source[..., None].expand(-1, -1, -1, keys.shape[-1]))
-    new.values = values.detach().gather(2, source[..., None].expand(-1, -1, -1, values.shape[-1]))
-    return new
-
-
-def _pages(
-    pool: PagePool | None, step: Step, policy: Policy, heads: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """start, stamp, pinned `[batch, heads, pages]` of the old and then the new pages of each row.
-
-    The fourth is the number of old pages of each row, `[batch, 1, 1]`.
-    """
-    size, limit = policy.page_size, max_pages(policy)
-    before, after = step.before[:, None, None], step.after[:, None, None]
-    held = -(-before // size)
-    used = held if limit is None else held.clamp(max=limit)
-    pages = step.pages_total if limit is None else step.pages_kept
-    place = torch.arange(pages, device=before.device)
-    fresh = (place >= used) & (place < used + -(-after // size) - held)
-    start = torch.where(fresh, (held + place - used) * size, -1).to(torch.int32)
-    start = start.expand(-1, heads, -1).contiguous()
+    old = 0 if pool is None else pool.high
     stamp = start.clone()  # a new page is stamped with the rank of its first token
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    sums = keys.new_zeros((*start.shape, needs.sums), dtype=dtype)
     pinned = torch.zeros_like(start, dtype=torch.bool)
     if pool is not None:
-        old = min(pool.start.shape[-1], pages)
-        is_old = (place < used)[..., :old]
-        start[..., :old] = torch.where(is_old, pool.start[..., :old], start[..., :old])
-        stamp[..., :old] = torch.where(is_old, pool.stamp[..., :old], stamp[..., :old])
-        pinned[..., :old] = is_old & pool.pinned[..., :old]
+        stamp[..., :old], sums[:, :, :old] = pool.stamp[..., :old], pool.sums[:, :, :old]
+        pinned[..., :old] = pool.pinned[..., :old]
+    before, after = step.before[:, None, None], step.after[:, None, None]
+    goes_on = after > before
     if policy.pin_prompt:  # a page that holds any of the new tokens
-        pinned |= (start >= 0) & (start + size > before) & (after > before)
-    return start, stamp, pinned, used
+        pinned |= (start >= 0) & (start + size > before) & goes_on
+    kmin, kmax = _summaries(keys, source, filled, size) if needs.summaries else (None, None)
+    pages = PageView(
+        start=start,
+        stamp=stamp,
+        sums=sums,
+        pinned=pinned,
+        filled=filled,
+        kmin=kmin,
+        kmax=kmax,
+        keys=_take(keys, source) if needs.tokens or needs.window else None,
+        values=_take(values, source) if needs.tokens else None,
+        weights=None if weights is None else weights.gather(-1, source).masked_fill(~filled, 0),
+        window=None,
+        now=after - 1,
+        page_size=size,
+        layer=layer,
+    )
+    pages = marked(policy.observe(newest, pages, scaling), pages, goes_on)
+    if pool is None:
+        queries = query.new_zeros((*query.shape[:2], needs.window, query.shape[-1])).detach()
+        asked = step.after.new_full((query.shape[0], needs.window), -1)
+    else:
+        queries, asked = pool.queries, pool.asked
+    queries, asked = keep_last(queries, asked, query.detach(), step)
+    keep = pages.used
+    if policy.pages_kept is not None and start.shape[-1] > policy.pages_kept:
+        if needs.window:
+            assert pages.keys is not None
+            rank = pages.rank.masked_fill(~filled, -1)
+            window = window_weights(queries, asked, pages.keys, rank, needs, weigh)
+            pages = replace(pages, window=window)
+        count = policy.pages_kept + (0 if policy.pins_count else pinned.sum(-1, keepdim=True))
+        place = ranking(policy.priority(pages), pinned | newest_page, start)
+        keep = keep & ((place >= start.shape[-1] - count) | ~goes_on)
+    held = int(keep.sum(-1).max())
+    outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
+    most = policy.pages_held
+    kept, is_page = _places(start, keep, max(held, 0 if most is None else most + outside))
+    source = _take_pages(source, kept, size)
+    filled = _take_pages(filled, kept, size) & is_page.repeat_interleave(size, -1)
+    return PagePool(
+        size=size,
+        layer=layer,
+        held=held,
+        high=held,
+        outside=outside,
+        keys=_take(keys, source),
+        values=_take(values, source),
+        slots=slots.gather(-1, source).masked_fill(~filled, -1),
+        start=start.gather(-1, kept).masked_fill(~is_page, -1),
+        stamp=pages.stamp.gather(-1, kept),
+        sums=_take(pages.sums, kept),
+        pinned=pinned.gather(-1, kept) & is_page,
+        kmin=None if kmin is None else _take(kmin, kept),
+        kmax=None if kmax is None else _take(kmax, kept),
+        current=is_page.sum(-1).clamp(min=1) - 1,  # oldest first: the newest is last
+        queries=queries,
+        asked=asked,
+    )
+
+
+def marked(new: PageView, old: PageView, goes_on: Tensor) -> PageView:
+    """`old` with the marks of `new`, in the rows that got a token: bool `[batch, 1, 1]`."""
+    return replace(
+        old,
+        stamp=torch.where(goes_on, new.stamp.to(old.stamp.dtype), old.stamp),
+        sums=torch.where(goes_on[..., None], new.sums, old.sums),
+    )
+
+
+def _starts(pool: PagePool | None, step: Step, size: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Rank of the first token of the old places and then of each row's new pages, -1 for none.
+
+    int32 `[batch, heads, pages]`; the second is True for each row's newest page.
+    """
+    before, after = step.before[:, None, None], step.after[:, None, None]
+    known, total = -(-before // size), -(-after // size)
+    place = torch.arange(int((total - known).max()), device=before.device)
+    start = torch.where(place < total - known, (known + place) * size, -1).to(torch.int32)
+    start = start.expand(-1, heads, -1)
+    if pool is not None:
+        start = torch.cat([pool.start[..., : pool.high], start], dim=-1)
+    start = start.contiguous()
+    return start, (start >= 0) & (start == start.amax(-1, keepdim=True))
 
 
 def _source(start: Tensor, step: Step, size: int, old: int) -> tuple[Tensor, Tensor]:
@@ -112,22 +153,28 @@ def _source(start: Tensor, step: Step, size: int, old: int) -> tuple[Tensor, Ten
     return source.where(filled, 0), filled
 
 
-def _current(pool: PagePool | None, step: Step, used: Tensor, size: int) -> Tensor:
-    """Place of each row's newest page, before anything is evicted: int64 `[batch, heads or 1]`."""
-    fresh = (-(-step.after // size) - -(-step.before // size))[:, None]
-    newest = (used[..., 0] + fresh - 1).clamp(min=0)
-    return newest if pool is None else torch.where(fresh > 0, newest, pool.current)
+def _places(start: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The pages of `keep`, oldest first, on `count` places: where each comes from, and if any."""
+    last = torch.iinfo(start.dtype).max
+    order = start.masked_fill(~keep, last).argsort(dim=-1, stable=True)[..., :count]
+    order = torch.nn.functional.pad(order, (0, count - order.shape[-1]))
+    place = torch.arange(count, device=start.device)
+    return order, place < keep.sum(-1, keepdim=True)
 
 
 def _summaries(keys: Tensor, source: Tensor, filled: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest key of each page, `[batch, kv_heads, pages, head_dim]`; 0 for none."""
-    paged = keys.detach().gather(2, source[..., None].expand(-1, -1, -1, keys.shape[-1]))
-    paged = paged.unflatten(2, (-1, size))
+    paged = _take(keys, source).unflatten(2, (-1, size))
     empty = ~filled.unflatten(2, (-1, size))[..., None]
     none = empty.all(3)
     kmin = paged.masked_fill(empty, torch.inf).amin(3).masked_fill(none, 0)
     kmax = paged.masked_fill(empty, -torch.inf).amax(3).masked_fill(none, 0)
     return kmin, kmax
+
+
+def _take(rows: Tensor, places: Tensor) -> Tensor:
+    """`[batch, kv_heads, n, d]` to the rows of `places`, `[batch, kv_heads, K]`."""
+    return rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[-1]))
 
 
 def _take_pages(places: Tensor, kept: Tensor, size: int) -> Tensor:

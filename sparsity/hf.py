@@ -276,14 +276,14 @@ def _build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
             "this model filled"
         )
-    rows = Rows()
+    rows, n = Rows(), len(layers)
     for i, layer in enumerate(layers):
         before: Any = earlier[i]
         if before is not None and not before.is_initialized:
             before = None
         if type(layer) is DynamicLayer:
             held = None if before is None else _held(before, i)
-            small = policy if i >= policy.dense_layers else Full(page_size=policy.page_size)
+            small = policy.at_layer(i, n) if i >= policy.dense_layers else Full(policy.page_size)
             seen = 0 if held is None else held[0].shape[2]
             layers[i] = RetainedLayer(Retention(small, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsity.evidence import Weigh, keep_last, window_weights
 from sparsity.policy import PageView, Policy
-from sparsity.rows import Step, max_pages
+from sparsity.rows import Step
 
 
 @dataclass
@@ -16,24 +17,34 @@ class PagePool:
     """K/V of one layer in pages, decided for each KV head on its own.
 
     C places for pages of `size` tokens, N = C * size places for tokens; a page lies anywhere, and
-    a row whose pool is not full uses the places 0, 1, ... in order.
+    a new one takes the first free place. Under a policy that bounds what is held all C places are
+    there from the beginning.
 
+    held: pages that a row holds, at most. high: places in use are below it. outside: most pages
+    of a row that do not count against the budget.
     keys, values: `[batch, kv_heads, N, head_dim]`. slots: the column each token stands at, int32
-    `[batch, kv_heads, N]`, -1 where empty. start, stamp, kmin, kmax: see `PageView`. pinned: bool
-    `[batch, kv_heads, C]`. current: place of each row's newest page, int64 `[batch, kv_heads]`.
+    `[batch, kv_heads, N]`, -1 where empty. start, stamp, sums, kmin, kmax: see `PageView`. pinned:
+    bool `[batch, kv_heads, C]`. current: place of each row's newest page, int64
+    `[batch, kv_heads]`. queries, asked: see `keep_last`; of length 0 where no policy needs them.
     """
 
     size: int
     layer: int
+    held: int
+    high: int
+    outside: int
     keys: Tensor
     values: Tensor
     slots: Tensor
     start: Tensor
     stamp: Tensor
+    sums: Tensor
     pinned: Tensor
     kmin: Tensor | None
     kmax: Tensor | None
     current: Tensor
+    queries: Tensor
+    asked: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name."""
@@ -44,24 +55,37 @@ class PagePool:
         changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}
         return replace(self, **changed)
 
-    def used_pages(self, longest: int) -> int:
-        """Places that may hold a page when the longest row has `longest` real tokens."""
-        return min(-(-longest // self.size), self.start.shape[-1])
-
-    def view(self, now: Tensor, pages: int) -> PageView:
-        """The first `pages` places for a policy. now: rank of the newest tokens, `[batch]`."""
+    def view(self, now: Tensor) -> PageView:
+        """The places in use, for a policy. now: rank of the newest tokens, `[batch]`."""
+        pages, tokens = self.high, self.high * self.size
         return PageView(
             start=self.start[..., :pages],
             stamp=self.stamp[..., :pages],
+            sums=self.sums[:, :, :pages],
+            pinned=self.pinned[..., :pages],
+            filled=self.slots[..., :tokens] >= 0,
             kmin=None if self.kmin is None else self.kmin[:, :, :pages],
             kmax=None if self.kmax is None else self.kmax[:, :, :pages],
+            keys=self.keys[:, :, :tokens],
+            values=self.values[:, :, :tokens],
+            weights=None,
+            window=None,
             now=now[:, None, None],
             page_size=self.size,
             layer=self.layer,
         )
 
-    def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy) -> None:
-        """Write one token a row, in place, evicting a page first where one is needed.
+    def mark(self, pages: PageView) -> None:
+        """Take over stamps and sums that a policy has set."""
+        self.stamp[..., : self.high] = pages.stamp
+        self.sums[:, :, : self.high] = pages.sums
+
+    def remember(self, query: Tensor, step: Step) -> None:
+        """Take the newest query in among the last ones."""
+        self.queries, self.asked = keep_last(self.queries, self.asked, query, step)
+
+    def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
+        """Write one token a row, in place, evicting pages first where there is no room.
 
         key, value: `[batch, kv_heads, 1, head_dim]`.
         """
@@ -74,8 +98,7 @@ class PagePool:
         opens = opens[:, None]
         may_open = step.then.ragged or step.longest_before % self.size == 0
         if may_open:
-            self._grow(step.longest_after, max_pages(policy))
-            self._open(opens, b, h, step, policy)
+            self._open(opens, b, h, step, policy, weigh)
         page = self.current
         place = page * self.size + (step.before % self.size)[:, None]
         new_key, new_value, column = key[:, :, 0], value[:, :, 0], step.stop - 1
@@ -100,32 +123,55 @@ class PagePool:
             self.kmin[b, h, page] = torch.minimum(low, keep_low)
             self.kmax[b, h, page] = torch.maximum(high, keep_high)
 
-    def _open(self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy) -> None:
+    def _open(
+        self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy, weigh: Weigh
+    ) -> None:
         """Give the rows of `opens` (bool `[batch, 1]`) an empty page."""
-        place = (step.before // self.size)[:, None].expand_as(self.current)
-        limit = max_pages(policy)
-        if limit is not None and step.longest_before >= limit * self.size:
-            pages = self.view(step.before, limit)
-            worth = policy.priority(pages).masked_fill(self.pinned, torch.inf)
-            place = torch.where(place < limit, place, least(worth, pages.start))
-        self.current = torch.where(opens, place, self.current)
+        most = policy.pages_held
+        ragged = step.then.ragged  # then some rows may be full before others
+        if most is not None and self.held - (0 if ragged else self.outside) >= most:
+            self._evict(opens[..., None], step, policy, most, weigh)
+        bounds = [self.held + 1, -(-step.longest_after // self.size)]
+        self.held = min(bounds if most is None else [*bounds, most + self.outside])
+        self._grow(self.held)
+        self.high = max(self.high, self.held)
+        free = (self.start[..., : self.high] < 0).to(torch.int8).argmax(-1)  # the first one
+        self.current = torch.where(opens, free, self.current)
         page = self.current
         rank = step.before[:, None].to(torch.int32).expand_as(page)
         self.start[b, h, page] = torch.where(opens, rank, self.start[b, h, page])
         self.stamp[b, h, page] = torch.where(opens, rank, self.stamp[b, h, page])
+        self.sums[b, h, page] = self.sums[b, h, page].masked_fill(opens[..., None], 0)
         self.pinned[b, h, page] = self.pinned[b, h, page] & ~opens
-        slots = self.slots.unflatten(-1, (-1, self.size))
-        slots[b, h, page] = slots[b, h, page].masked_fill(opens[..., None], -1)
 
-    def _grow(self, longest: int, limit: int | None) -> None:
-        """Make places for a row of `longest` tokens, in modest steps, up to `limit` pages."""
+    def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
+        """Free places in the rows of `opens` (bool `[batch, 1, 1]`) that hold `most` pages."""
+        assert policy.pages_kept is not None
+        pages = self.view(step.before)
+        if policy.needs.window:
+            window = window_weights(
+                self.queries, self.asked, self.keys[:, :, : self.high * self.size],
+                pages.rank.masked_fill(~pages.filled, -1), policy.needs, weigh,
+            )  # fmt: skip
+            pages = replace(pages, window=window)
+        counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
+        surplus = most - policy.pages_kept + 1
+        full = counted.sum(-1, keepdim=True) >= most
+        unused = (~pages.used).sum(-1, keepdim=True)
+        place = ranking(policy.priority(pages), pages.pinned, pages.start)
+        gone = pages.used & (place < unused + surplus) & full & opens
+        self.start[..., : self.high].masked_fill_(gone, -1)
+        self.slots.unflatten(-1, (-1, self.size))[:, :, : self.high].masked_fill_(
+            gone[..., None], -1
+        )
+        self.held -= 0 if step.then.ragged else surplus
+
+    def _grow(self, pages: int) -> None:
+        """Make places for a row of `pages`, in modest steps."""
         have = self.start.shape[-1]
-        need = -(-longest // self.size)
-        need = need if limit is None else min(need, limit)
-        if need <= have:
+        if pages <= have:
             return
-        more = max(need - have, -(-64 // self.size), have // 8)
-        more = more if limit is None else min(more, limit - have)
+        more = max(pages - have, -(-64 // self.size), have // 8)
 
         def longer(old: Tensor, places: int, empty: int) -> Tensor:
             shape = (*old.shape[:2], places, *old.shape[3:])
@@ -136,26 +182,20 @@ class PagePool:
         self.slots = longer(self.slots, more * self.size, -1)
         self.start = longer(self.start, more, -1)
         self.stamp = longer(self.stamp, more, -1)
+        self.sums = longer(self.sums, more, 0)
         self.pinned = longer(self.pinned, more, 0)
         if self.kmin is not None and self.kmax is not None:
             self.kmin, self.kmax = longer(self.kmin, more, 0), longer(self.kmax, more, 0)
 
 
-def least(worth: Tensor, start: Tensor) -> Tensor:
-    """Place of the page with the least worth, of equals the oldest: `[..., P]` to `[...]`."""
-    tied = worth == worth.amin(-1, keepdim=True)
-    return start.masked_fill(~tied, torch.iinfo(start.dtype).max).argmin(-1)
+def ranking(worth: Tensor, pinned: Tensor, start: Tensor) -> Tensor:
+    """The place of each page in the order of eviction, int64 as `start`.
 
-
-def best(worth: Tensor, start: Tensor, count: int) -> Tensor:
-    """Places of the `count` pages with the most worth, of equals the newest, oldest page first.
-
-    Places without a page (start -1) come last. `[..., P]` to int64 `[..., count]`.
+    Places without a page (start -1) come first, then the least worth, of equals the oldest;
+    `pinned` pages last of all.
     """
+    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pinned, torch.inf)
     worth = worth.masked_fill(start < 0, -torch.inf)
-    by_age = start.argsort(dim=-1, descending=True, stable=True)
-    by_worth = worth.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
-    kept = by_age.gather(-1, by_worth)[..., :count]
-    age = start.gather(-1, kept)
-    age = age.masked_fill(age < 0, torch.iinfo(age.dtype).max)
-    return kept.gather(-1, age.argsort(dim=-1, stable=True))
+    by_age = start.argsort(dim=-1, stable=True)
+    by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
+    return by_age.gather(-1, by_worth).argsort(-1)

@@ -1,12 +1,15 @@
 """One layer under one policy: what it holds, and attention over it."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from sparsity.attention import attend
-from sparsity.extend import extend
+from sparsity.attention import attend, attention_weights
+from sparsity.evidence import forward_weights
+from sparsity.extend import extend, marked
 from sparsity.masks import LazyMask
 from sparsity.pages import PagePool
 from sparsity.policy import Policy
@@ -99,16 +102,15 @@ class Retention:
     ) -> Tensor:
         pool, policy = self.pool, self.policy
         assert pool is not None
+        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         places = pool.start.shape[-1]
-        pool.write(key.detach(), value.detach(), step, policy)
+        pool.write(key.detach(), value.detach(), step, policy, weigh)
         self.moved = self.moved or pool.start.shape[-1] != places
-        pages = pool.used_pages(step.longest_after)
-        now = step.after - 1
-        view = pool.view(now, pages)
+        view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
         chosen = policy.select(newest, view)
         if chosen is None:
-            tokens = pages * pool.size
+            tokens = pool.high * pool.size
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
             slots = pool.slots[..., :tokens]
         else:
@@ -118,6 +120,7 @@ class Retention:
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
         full = not step.then.ragged and step.longest_after % pool.size == 0
+        full = full and pool.held == pool.high
         allowed = None
         if not full or mask.padding is not None or mask.rule is not None:
             columns = torch.arange(step.stop - 1, step.stop, device=key.device)
@@ -125,9 +128,19 @@ class Retention:
             if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
         out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
-        stamps = policy.observe(newest, view, scaling)
-        if stamps is not None:
-            pool.stamp[..., :pages] = stamps.to(torch.int32)
+        if policy.needs.attention is not None:
+            held = pool.slots[..., : pool.high * pool.size]
+            assert view.keys is not None
+            weights = forward_weights(
+                query.detach(), newest, view.keys, held, step, mask, policy.needs, weigh
+            )
+            view = replace(view, weights=weights)
+        observed = policy.observe(newest, view, scaling)
+        if observed is not view:
+            goes_on = (step.after > step.before)[:, None, None]
+            pool.mark(marked(observed, view, goes_on))
+        if policy.needs.window:
+            pool.remember(query.detach(), step)
         return out
 
     def _several(
@@ -150,7 +163,7 @@ class Retention:
         if step.valid is not None:
             slots = slots.masked_fill(~step.valid[:, None], -1)
         if self.pool is not None:
-            tokens = self.pool.used_pages(step.longest_before) * self.pool.size
+            tokens = self.pool.high * self.pool.size
             key = torch.cat([self.pool.keys[:, :, :tokens], key], dim=2)
             value = torch.cat([self.pool.values[:, :, :tokens], value], dim=2)
             slots = torch.cat([self.pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
@@ -161,10 +174,16 @@ class Retention:
             columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
             allowed = mask(columns, slots)
         out = attend(query, key, value, allowed, scaling, causal, softcap, sinks)
-        newest = _newest(query.detach(), step)
+        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
+        newest, weights = _newest(query.detach(), step), None
+        if self.policy.needs.attention is not None:
+            weights = forward_weights(
+                query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
+            )
         self.pool = extend(
-            self.pool, key, value, slots, step, self.policy, self.layer, newest, scaling
-        )
+            self.pool, key, value, slots, step, self.policy, self.layer,
+            query, newest, weights, scaling, weigh,
+        )  # fmt: skip
         self.past, self.moved = None, True
         self.transient_bytes = key.nbytes + value.nbytes
         return out

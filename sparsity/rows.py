@@ -58,9 +58,8 @@ class Step:
     first, stop: the new columns. valid: bool `[batch, T]`, False for padding; None when all are
     real. before, after: real tokens of each row, int64 `[batch]`. longest_before, longest_after:
     their upper bounds. single: one new token onto what is stored; else several, and then order:
-    among the new columns, the index of each row's i-th real token, int64 `[batch, T]`, and
-    pages_kept, pages_total: most pages a row has before this forward evicts any, when earlier ones
-    did and when nothing was ever evicted. then: the rows after this forward.
+    among the new columns, the index of each row's i-th real token, int64 `[batch, T]`. then: the
+    rows after this forward.
     """
 
     queries: int
@@ -73,8 +72,6 @@ class Step:
     longest_after: int
     single: bool
     order: Tensor | None
-    pages_kept: int
-    pages_total: int
     then: Rows
 
     def on(self, device: torch.device) -> "Step":
@@ -91,13 +88,6 @@ class Step:
             )
         }
         return replace(self, **moved)  # type: ignore[arg-type]
-
-
-def max_pages(policy: Policy) -> int | None:
-    """Pages a KV head keeps under a policy that evicts; None for a policy that does not."""
-    if not policy.evicts or policy.budget is None:
-        return None
-    return policy.budget // policy.page_size
 
 
 def plan(
@@ -119,7 +109,7 @@ def plan(
     after = before + (stop - first if valid is None else valid.sum(-1))
     then = replace(rows, batch=batch, seen=stop, stored=stop, real=after)
     then = replace(then, ragged=rows.ragged or valid is not None)
-    order, pages_kept, pages_total = None, 0, 0
+    order = None
     if single:
         then = replace(then, longest=rows.longest + 1, room=_room_left(rows, policy))
     else:  # several tokens at once: looking at the device is affordable
@@ -127,14 +117,10 @@ def plan(
         order = torch.arange(stop - first, device=device).expand(batch, -1)
         if valid is not None:
             order = valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True)
-        size, limit = policy.page_size, max_pages(policy)
-        held, total = -(-before // size), -(-after // size)
-        kept = held if limit is None else held.clamp(max=limit)
-        pages_kept, pages_total = int((kept + total - held).max()), int(total.max())
-        if policy.pin_prompt and limit is not None:
+        if policy.pin_prompt and policy.pins_count and policy.pages_kept is not None:
             pins = (rows.pins or Pins.none(batch, device)).add(policy, before, after)
             room = int(pins.room.min())
-            then = replace(then, pins=pins, room=room if room < size else None)
+            then = replace(then, pins=pins, room=room if room < policy.page_size else None)
     return Step(
         queries=queries,
         first=first,
@@ -146,8 +132,6 @@ def plan(
         longest_after=then.longest,
         single=single,
         order=order,
-        pages_kept=pages_kept,
-        pages_total=pages_total,
         then=then,
     )
 

@@ -21,7 +21,7 @@ class CacheState:
     """
 
     def __init__(self, policy: Policy, retentions: dict[int, Retention], rows: Rows) -> None:
-        decides = any(retention.policy is policy for retention in retentions.values())
+        decides = any(layer >= policy.dense_layers for layer in retentions)
         self.policy = policy
         self.planned = policy if decides else Full(page_size=policy.page_size)
         self.retentions = retentions

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsity.policy import Group, PageView, Policy, check_budget, check_count, check_group
+from sparsity.policy import Group, Needs, PageView, Policy, check_budget, check_count, check_group
 from sparsity.scores import page_bounds
 
 
@@ -45,9 +45,9 @@ class Quest(Policy):
         return False
 
     @property
-    def summaries(self) -> bool:
-        """The bound needs them."""
-        return True
+    def needs(self) -> Needs:
+        """The bound is read from the summaries."""
+        return Needs(summaries=True)
 
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
         """The current page and those with the highest bound."""
@@ -57,6 +57,5 @@ class Quest(Policy):
         assert pages.kmin is not None
         assert pages.kmax is not None
         bounds = page_bounds(query, pages.kmin, pages.kmax, self.group)
-        current = pages.now - pages.start < pages.page_size
-        bounds = bounds.masked_fill(current, torch.inf).masked_fill(~pages.used, -torch.inf)
-        return bounds.topk(count, dim=-1).indices
+        bounds = bounds.masked_fill(pages.newest(1), torch.inf)
+        return bounds.masked_fill(~pages.used, -torch.inf).topk(count, dim=-1).indices

@@ -1,17 +1,20 @@
 """RaaS: evict the page that has mattered to no recent step."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.policy import Group, PageView, Policy, check_budget, check_count, check_group
-from sparsity.scores import page_bounds
+from sparsity.knobs import Evicting
+from sparsity.policy import Group, Needs, PageView, check_choice, check_share
+from sparsity.scores import page_bounds, page_logits
 
 
 @dataclass(frozen=True)
-class RaaS(Policy):
+class RaaS(Evicting):
     """Keep `budget` tokens in pages; evict the page whose time stamp is oldest.
 
     Hu et al., "RaaS: Reasoning-Aware Attention Sparsity for Efficient LLM Reasoning"
@@ -31,70 +34,84 @@ class RaaS(Policy):
     pages, unscaled), evicted memory is really freed, and no layer is dense by default (there the
     first two for Llama).
 
-    budget: tokens kept by a KV head, the pinned ones included. page_size: tokens a page (16).
+    Beyond the knobs of `Evicting`, with page_size=16, pin_prompt=True and group="max":
     alpha: a page scoring above is refreshed (the paper's 1e-4; the default when `top_ratio` is
         not given). top_ratio: share of the retained pages to refresh, at least one page; the
         paper finds 0.5 about equal to its alpha. One of the two, not both.
-    pin_prompt: never evict pages with a token that came in a forward of several.
-    dense_layers: first layers of the model that keep everything. group: "max" or "mean".
+    score: "bound" is Quest's bound; "exact" the largest true score in the page, which costs
+        reading every retained key once more.
+    attend: "all" that is retained (the paper); "top" attends to the current page and the best
+        others, `top_ratio` of the budget in all (half, if `alpha` is given). The authors'
+        evaluation code attends to the top budget / page_size pages, which is nearly all.
     """
 
-    budget: int
     page_size: int = 16
+    pin_prompt: bool = True
+    group: Group = "max"
     alpha: float | None = None
     top_ratio: float | None = None
-    pin_prompt: bool = True
-    dense_layers: int = 0
-    group: Group = "max"
+    score: Literal["bound", "exact"] = "bound"
+    attend: Literal["all", "top"] = "all"
 
     def __post_init__(self) -> None:
-        check_budget("RaaS", self.budget, self.page_size)
-        check_count("RaaS", "dense_layers", self.dense_layers)
-        check_group("RaaS", self.group)
+        super().__post_init__()
+        name = type(self).__name__
         if self.alpha is not None and self.top_ratio is not None:
             raise SparsityError(
-                f"RaaS(alpha={self.alpha}, top_ratio={self.top_ratio}): give one of the two; "
+                f"{name}(alpha={self.alpha}, top_ratio={self.top_ratio}): give one of the two; "
                 "they are two ways to choose the pages to refresh"
             )
         if self.alpha is None and self.top_ratio is None:
             object.__setattr__(self, "alpha", 1e-4)
-        if self.alpha is not None and not 0 <= self.alpha < 1:
-            raise SparsityError(f"RaaS(alpha={self.alpha}): expected a share in [0, 1)")
-        if self.top_ratio is not None and not 0 < self.top_ratio <= 1:
-            raise SparsityError(f"RaaS(top_ratio={self.top_ratio}): expected a share in (0, 1]")
+        if self.alpha is not None:
+            check_share(name, "alpha", self.alpha)
+        if self.top_ratio is not None:
+            check_share(name, "top_ratio", self.top_ratio, above=True)
+        check_choice(name, "score", self.score, ("bound", "exact"))
+        check_choice(name, "attend", self.attend, ("all", "top"))
 
     @property
-    def evicts(self) -> bool:
-        """Pages with the oldest stamps are dropped."""
-        return True
+    def needs(self) -> Needs:
+        """Summaries for the bound, the keys for exact scores."""
+        return Needs(summaries=self.score == "bound", tokens=self.score == "exact")
 
-    @property
-    def summaries(self) -> bool:
-        """The scores need them."""
-        return True
-
-    def priority(self, pages: PageView) -> Tensor:
+    def worth(self, pages: PageView) -> Tensor:
         """The stamp."""
         return pages.stamp.float()
 
-    def observe(self, query: Tensor, pages: PageView, scaling: float) -> Tensor:
+    def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """Stamp the pages that matter to this query with the current time."""
-        assert pages.kmin is not None
-        assert pages.kmax is not None
-        bounds = page_bounds(query, pages.kmin, pages.kmax, self.group) * scaling
-        bounds = bounds.masked_fill(~pages.used, -torch.inf)
+        scores = self.scores(query, pages) * scaling
         if self.alpha is not None:
-            refresh = bounds.softmax(-1) > self.alpha
+            refresh = scores.softmax(-1) > self.alpha
         else:
             assert self.top_ratio is not None
-            refresh = _top(bounds, pages, self.top_ratio)
-        return torch.where(refresh & pages.used, pages.now, pages.stamp)
+            refresh = _top(scores, pages, self.top_ratio)
+        stamp = torch.where(refresh & pages.used, pages.now.to(pages.stamp.dtype), pages.stamp)
+        return replace(pages, stamp=stamp)
+
+    def select(self, query: Tensor, pages: PageView) -> Tensor | None:
+        """All pages, or the current one and the best others."""
+        count = max(1, math.floor(self.budget // self.page_size * (self.top_ratio or 0.5)))
+        if self.attend == "all" or pages.start.shape[-1] <= count:
+            return None
+        scores = self.scores(query, pages).masked_fill(pages.newest(1), torch.inf)
+        return scores.topk(count, dim=-1).indices
+
+    def scores(self, query: Tensor, pages: PageView) -> Tensor:
+        """Unscaled score of each page, -inf for none: float32 `[batch, kv_heads, P]`."""
+        if self.score == "exact":
+            return page_logits(query, pages, self.group)
+        assert pages.kmin is not None
+        assert pages.kmax is not None
+        bounds = page_bounds(query, pages.kmin, pages.kmax, self.group)
+        return bounds.masked_fill(~pages.used, -torch.inf)
 
 
-def _top(bounds: Tensor, pages: PageView, ratio: float) -> Tensor:
+def _top(scores: Tensor, pages: PageView, ratio: float) -> Tensor:
     """The best `ratio` of the used pages, at least one; of equals the newer page."""
     by_age = pages.start.argsort(dim=-1, descending=True, stable=True)
-    by_score = bounds.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
+    by_score = scores.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
     place = by_age.gather(-1, by_score).argsort(-1)
     count = (pages.used.sum(-1, keepdim=True) * ratio).floor().clamp(min=1)
     return place < count

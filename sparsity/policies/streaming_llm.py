@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from sparsity.errors import SparsityError
-from sparsity.policy import PageView, Policy, check_budget, check_count
+from sparsity.knobs import Evicting
+from sparsity.policy import Group, PageView
 
 
 @dataclass(frozen=True)
-class StreamingLLM(Policy):
+class StreamingLLM(Evicting):
     """Keep the first `sinks` tokens of a row and its most recent `budget - sinks` tokens.
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
@@ -25,27 +24,13 @@ class StreamingLLM(Policy):
     budget: tokens kept, sinks included. sinks: first tokens kept (the paper's 4).
     """
 
-    budget: int
     sinks: int = 4
     page_size: int = field(default=1, init=False)
-    dense_layers: int = 0
+    recent: int | None = field(default=0, init=False)
     pin_prompt: bool = field(default=False, init=False)
+    shared_heads: bool = field(default=False, init=False)
+    group: Group = field(default="mean", init=False)
 
-    def __post_init__(self) -> None:
-        check_budget("StreamingLLM", self.budget, self.page_size)
-        check_count("StreamingLLM", "sinks", self.sinks)
-        check_count("StreamingLLM", "dense_layers", self.dense_layers)
-        if self.sinks >= self.budget:
-            raise SparsityError(
-                f"StreamingLLM(budget={self.budget}, sinks={self.sinks}): the sinks leave no room "
-                f"for recent tokens; use a budget above {self.sinks} or fewer sinks"
-            )
-
-    @property
-    def evicts(self) -> bool:
-        """Tokens between the sinks and the window are dropped."""
-        return True
-
-    def priority(self, pages: PageView) -> Tensor:
-        """Age decides; sinks are protected."""
-        return pages.start.float().masked_fill(pages.start < self.sinks, torch.inf)
+    def worth(self, pages: PageView) -> Tensor:
+        """Age decides."""
+        return pages.start.float()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity.attention import attend, attend_reference
-from sparsity.policies.random import _mix
+from sparsity.draws import mix
 from sparsity.scores import page_bounds
 from tests.helpers import assert_close
 
@@ -79,8 +79,8 @@ def test_the_bound_is_never_below_a_true_score(seed, tokens, size, dtype):
 
 
 def test_random_draws_are_uniform_and_the_hash_is_murmurs():
-    draws = _mix(torch.arange(20000)).double() / 2**32
+    draws = mix(torch.arange(20000)).double() / 2**32
     assert abs(draws.mean() - 0.5) < 0.01
     assert abs((draws < 0.1).double().mean() - 0.1) < 0.01
-    assert _mix(1) == 0x514E28B7
-    assert _mix(torch.tensor(0xFFFFFFFF)) == 0x81F16F39
+    assert mix(1) == 0x514E28B7
+    assert mix(torch.tensor(0xFFFFFFFF)) == 0x81F16F39

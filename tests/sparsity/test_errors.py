@@ -8,7 +8,23 @@ import transformers
 from transformers import DynamicCache
 
 import sparsity
-from sparsity import Full, Quest, RaaS, Random, SparseCache, SparsityError, StreamingLLM
+from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
+    Full,
+    LazyEviction,
+    PyramidKV,
+    Quest,
+    QuestRaaS,
+    RaaS,
+    Random,
+    SnapKV,
+    SparseCache,
+    SparsityError,
+    StreamingLLM,
+    VaSE,
+)
 from tests.helpers import SHAPE, random_ids, tiny_model
 
 
@@ -36,6 +52,27 @@ def is_plain(model):
         (lambda: RaaS(64, top_ratio=0.0), "top_ratio"),
         (lambda: RaaS(64, group="sum"), "'max' or 'mean'"),
         (lambda: Quest(64, dense_layers=-1), "dense_layers=-1"),
+        (lambda: RaaS(64, score="best"), "'bound' or 'exact'"),
+        (lambda: RaaS(64, attend="some"), "'all' or 'top'"),
+        (lambda: RaaS(64, evict_every=24), "multiple of 16"),
+        (lambda: RaaS(48, sinks=4, recent=17), "above 48"),
+        (lambda: QuestRaaS(64, prompt_budget=100), "use budget=96"),
+        (lambda: H2O(64, evict_every=0), "evict_every=0"),
+        (lambda: H2O(64, sinks=32), "fewer sinks"),
+        (lambda: H2O(64, normalise="length"), "'none' or 'age'"),
+        (lambda: H2O(64, recent=-1), "recent=-1"),
+        (lambda: TOVA(100, page_size=16), "multiple of the page size"),
+        (lambda: SnapKV(64), "recent=64"),
+        (lambda: SnapKV(128, kernel=4), "odd number such as 5"),
+        (lambda: SnapKV(128, window=0), "window=0"),
+        (lambda: SnapKV(128, pooling="sum"), "'mean' or 'max'"),
+        (lambda: PyramidKV(128, beta=0), "beta=0"),
+        (lambda: RKV(64, mix=0), "mix=0"),
+        (lambda: RKV(64, threshold=1), "threshold=1"),
+        (lambda: LazyEviction(128), "recent=175"),
+        (lambda: LazyEviction(512, alpha=-1), "alpha=-1"),
+        (lambda: VaSE(88), "above 90"),
+        (lambda: VaSE(256, large=-1), "large=-1"),
     ],
 )
 def test_configuration(make, words):
@@ -44,7 +81,7 @@ def test_configuration(make, words):
 
 
 def test_pinned_prompt_that_fills_the_budget(llama):
-    for policy in (RaaS(32, page_size=8), Random(32)):
+    for policy in (RaaS(32, page_size=8), Random(32), H2O(32, pin_prompt=True)):
         cache = SparseCache(llama, policy)
         ids = random_ids(40, 1)
         with pytest.raises(SparsityError, match=r"40 tokens.*budget of 32.*pin_prompt=False"):

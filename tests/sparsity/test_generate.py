@@ -7,25 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM
+from sparsity import RaaS, Random, SparseCache, StreamingLLM
 from tests.helpers import FAMILIES, assert_close, random_ids, tiny_model
-
-AMPLE = [
-    Full(),
-    Random(64),
-    StreamingLLM(64),
-    Quest(64, dense_layers=0),
-    RaaS(64),
-    RaaS(64, page_size=4, top_ratio=0.5, pin_prompt=False),
-]
-TIGHT = [
-    Full(),
-    Random(20),
-    StreamingLLM(8),
-    Quest(8, page_size=4, dense_layers=0),
-    RaaS(32, page_size=4, alpha=0.15),
-    RaaS(8, page_size=4, pin_prompt=False, alpha=0.15),
-]
+from tests.sparsity.zoo import AMPLE, TIGHT, asks_the_prompt
 
 
 def inputs(rows=2, length=13, pads=5):
@@ -52,7 +36,7 @@ def test_an_ample_budget_equals_dense(family):
     for mode in modes:
         torch.manual_seed(0)
         dense = generate(model, None, **mode)
-        for policy in AMPLE:
+        for policy in AMPLE if family == "llama" else AMPLE[::3]:
             torch.manual_seed(0)
             assert torch.equal(generate(model, SparseCache(model, policy), **mode), dense), policy
 
@@ -129,8 +113,33 @@ def test_several_turns_and_chunked_prefill_with_an_ample_budget(llama):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_every_mode_under_a_tight_budget(policy, llama):
+    """Beams, samples and chunks end with as many tokens as the policy allows, row by row."""
+    modes = [
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+        {"prefill_chunk_size": 4},
+    ]
+    for mode in modes:
+        cache = SparseCache(llama, policy)
+        torch.manual_seed(0)
+        first = generate(llama, cache, **mode)
+        report = cache.report()
+        assert report.tokens_seen == 26
+        if policy.evicts and policy.evict_every is not None and policy.pins_count:
+            held = policy.budget + max(policy.evict_every, 1) - 1
+            held *= 2 if hasattr(policy, "beta") else 1
+            assert max(report.tokens_kept[policy.dense_layers :]) <= held
+        cache.reset()
+        torch.manual_seed(0)
+        assert torch.equal(generate(llama, cache, **mode), first)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("policy", [*AMPLE, *TIGHT[1:]], ids=str)
+@pytest.mark.parametrize(
+    "policy", [*AMPLE, *(p for p in TIGHT[1:] if not asks_the_prompt(p))], ids=str
+)
 def test_going_on_from_another_cache_equals_the_prompt_at_once(policy, family):
     model = tiny_model(family)
     ids = random_ids(19, 2)
@@ -154,6 +163,21 @@ def test_going_on_from_another_cache_equals_the_prompt_at_once(policy, family):
         for layer, (keys, values) in zip(past.layers, held, strict=True):
             assert torch.equal(layer.keys, keys)
             assert torch.equal(layer.values, values)
+
+
+@pytest.mark.parametrize("policy", [p for p in TIGHT if asks_the_prompt(p)], ids=str)
+def test_going_on_without_the_queries_of_the_prompt(policy, llama):
+    """What the cached tokens' queries said is unknown: other tokens may stay, as many as before."""
+    ids, past = random_ids(19, 2), DynamicCache()
+    caches = [SparseCache(llama, policy)]
+    with torch.no_grad():
+        llama(input_ids=ids[:, :18], past_key_values=past)
+        caches.append(SparseCache(llama, policy, past=past))
+        logits = [llama(input_ids=ids, past_key_values=caches[0]).logits[:, -1]]
+        logits.append(llama(input_ids=ids[:, 18:], past_key_values=caches[1]).logits[:, -1])
+    assert_close("before anything is evicted", logits[1], logits[0])
+    assert caches[0].report().tokens_kept == caches[1].report().tokens_kept
+    assert caches[1].report().evictions == caches[0].report().evictions
 
 
 def test_one_past_row_serves_many(llama):

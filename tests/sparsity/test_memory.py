@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM
-from tests.helpers import random_ids
+from sparsity import H2O, RKV, Full, Quest, RaaS, SparseCache
+from tests.helpers import random_ids, tiny_model
+from tests.sparsity.zoo import AMPLE, TIGHT
 
 HEADS, DIM, LAYERS = 2, 16, 4
 
@@ -32,24 +33,37 @@ def storages(cache):
     return sum(seen.values())
 
 
-def kv_bytes(tokens):
-    return tokens * HEADS * DIM * 2 * 4 * LAYERS
+def kv_bytes(tokens, layers=LAYERS):
+    return tokens * HEADS * DIM * 2 * 4 * layers
 
 
-@pytest.mark.parametrize(
-    "policy", [StreamingLLM(64), Random(64, pin_prompt=False), RaaS(64, pin_prompt=False)], ids=str
-)
+ONE_BUDGET = [p for p in AMPLE if p.evicts and not p.pin_prompt and not hasattr(p, "beta")]
+
+
+@pytest.mark.parametrize("policy", ONE_BUDGET, ids=str)
 def test_a_long_prompt_is_freed(policy, llama):
     cache = SparseCache(llama, policy)
     with torch.no_grad():
         llama(input_ids=random_ids(512, 1), past_key_values=cache)
     report = cache.report()
     assert report.num_bytes == storages(cache)
-    assert report.tokens_kept == (64,) * LAYERS
-    assert kv_bytes(64) <= report.num_bytes <= 1.2 * kv_bytes(64)
-    assert report.evictions == ((512 - 64) * HEADS,) * LAYERS
+    assert report.tokens_kept == (policy.budget,) * LAYERS
+    held = policy.budget + (policy.evict_every or 1) - 1
+    queries = policy.needs.window * 4 * DIM * 4 * LAYERS
+    assert kv_bytes(policy.budget) <= report.num_bytes - queries <= 1.35 * kv_bytes(held)
+    assert report.evictions == ((512 - policy.budget) * HEADS,) * LAYERS
     assert report.peak_bytes >= kv_bytes(512) / LAYERS
-    assert "64 tokens kept" in str(report)
+    assert f"{policy.budget} tokens kept" in str(report)
+
+
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_every_byte_is_counted(policy, llama):
+    cache = SparseCache(llama, policy)
+    llama.generate(random_ids(13, 2), max_new_tokens=14, past_key_values=cache)
+    assert cache.report().num_bytes == storages(cache)
+    single = cache.report().num_bytes
+    cache.batch_repeat_interleave(2)
+    assert cache.report().num_bytes == 2 * single == storages(cache)
 
 
 @pytest.mark.parametrize("policy", [Full(), Quest(64)], ids=str)
@@ -64,18 +78,27 @@ def test_policies_that_keep_everything(policy, llama):
 
 
 @pytest.mark.slow
-def test_raas_holds_the_same_bytes_over_thousands_of_tokens(llama):
-    cache = SparseCache(llama, RaaS(64, page_size=16))
-    ids, held = random_ids(20, 1), []
+@pytest.mark.parametrize(
+    "policy",
+    [RaaS(64, page_size=16), H2O(64, evict_every=8), RKV(64, evict_every=32)],
+    ids=lambda p: type(p).__name__,
+)
+def test_the_same_bytes_over_8192_decoded_tokens(policy):
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = SparseCache(model, policy)
+    ids, held = random_ids(20, 1), set()
     with torch.no_grad():
-        llama(input_ids=ids, past_key_values=cache)
-        for _ in range(3000):
+        model(input_ids=ids, past_key_values=cache)
+        places = [layer.keys.data_ptr() for layer in cache.layers]
+        for i in range(8192):
             position = torch.tensor([[cache.get_seq_length() % 400]])
-            out = llama(input_ids=ids[:, :1], position_ids=position, past_key_values=cache)
-            held.append(cache.report().num_bytes if len(held) % 50 == 49 else 0)
+            out = model(input_ids=ids[:, :1], position_ids=position, past_key_values=cache)
+            if i % 64 == 0:
+                held.add(cache.report().num_bytes)
     assert out.logits.isfinite().all()
-    flat = {num_bytes for num_bytes in held[49:] if num_bytes}
-    assert len(flat) == 1
-    assert flat.pop() == storages(cache) <= 1.2 * kv_bytes(64)
-    assert cache.report().peak_bytes == max(held)
-    assert cache.report().tokens_seen == 3020
+    report = cache.report()
+    assert held == {report.num_bytes} == {storages(cache)}
+    assert [layer.keys.data_ptr() for layer in cache.layers] == places  # used again in place
+    assert report.num_bytes <= 1.3 * kv_bytes(64 + policy.evict_every - 1, layers=1)
+    assert report.tokens_seen == 20 + 8192
+    assert max(report.tokens_kept) <= 64 + policy.evict_every - 1

@@ -7,59 +7,47 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import sparsity
-from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM
+from sparsity import Full, Quest, RaaS, SparseCache
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
-from tests.sparsity.twins import simulate
+from tests.sparsity.twins import Twin
+from tests.sparsity.zoo import TIGHT
 
-POLICIES = [
-    Full(),
-    Random(16, recent=3, pin_prompt=False),
-    Random(16, recent=3),
-    StreamingLLM(8, sinks=2),
-    Quest(12, page_size=4, dense_layers=1),
-    RaaS(20, page_size=4, alpha=0.15),
-    RaaS(8, page_size=4, top_ratio=0.5, pin_prompt=False, dense_layers=1),
-]
+# Every policy on one family, and one policy of a kind on all.
+CASES = [("llama", policy) for policy in TIGHT]
+CASES += [(family, TIGHT[i]) for family in FAMILIES[1:] for i in (0, 4, 5, 6, 10, 13)]
 PROMPT, PADS, STEPS = 13, 4, 26
 
 
 class Oracle:
     """Attention over the full K/V of a plain cache, masked to what the twin keeps."""
 
-    def __init__(self, policy, padding):
-        self.policy, self.padding, self.history = policy, padding, {}
+    def __init__(self, policy, padding, layers):
+        self.policy, self.padding, self.layers, self.twins = policy, padding, layers, {}
 
     def attend(self, module, query, key, value, attention_mask, scaling, **kwargs):
         batch, heads, total = key.shape[:3]
         width, group = query.shape[2], query.shape[1] // heads
-        first = total - width
+        first, index = total - width, module.layer_idx
         allowed = torch.ones(total, total, dtype=torch.bool).tril()[first:]
         allowed = allowed & self.padding[:, None, None, :total]
         if attention_mask is not None:
             allowed = allowed & attention_mask
         allowed = allowed.expand(-1, heads, -1, -1).clone()
-        history = self.history.setdefault(module.layer_idx, [])
-        history.append((first, total, query[:, :, -1]))
         types = getattr(module.config, "layer_types", None)
-        full = types is None or types[module.layer_idx] == "full_attention"
-        if full and module.layer_idx >= self.policy.dense_layers:
+        full = types is None or types[index] == "full_attention"
+        if full and index >= self.policy.dense_layers:
+            policy = self.policy.at_layer(index, self.layers)
             for b in range(batch):
                 real = self.padding[b, :total].nonzero()[:, 0]
-                before = self.padding[b].cumsum(0)
+                before = int(self.padding[b, :first].sum())
+                twin = self.twins.setdefault((index, b), Twin(policy, index, heads, scaling))
+                asked = query[b][:, self.padding[b, first:total]]
+                attended, _ = twin.forward(
+                    key[b][:, real], value[b][:, real], asked, before, len(real), width == 1
+                )
                 for h in range(heads):
-                    forwards = [
-                        (
-                            int(before[start - 1]) if start else 0,
-                            int(before[stop - 1]),
-                            q[b, h * group : (h + 1) * group],
-                        )
-                        for start, stop, q in history
-                    ]
-                    ranks, _ = simulate(
-                        self.policy, module.layer_idx, h, key[b, h, real], forwards, scaling
-                    )
                     keep = torch.zeros(total, dtype=torch.bool)
-                    keep[real[sorted(ranks)]] = True
+                    keep[real[sorted(attended[h])]] = True
                     allowed[b, h] &= keep
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         scores = query @ key.mT * scaling
@@ -94,8 +82,7 @@ def batch(rows=2):
     return ids, padding
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "policy"), CASES, ids=str)
 def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
     ids, padding = batch()
     model = tiny_model(family)
@@ -104,7 +91,7 @@ def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
     if policy.evicts and family != "gemma3":
         assert sum(cache.report().evictions) > 0
     sparsity.detach(model)
-    oracle = Oracle(policy, padding)
+    oracle = Oracle(policy, padding, len(cache.layers))
     AttentionInterface.register(ORACLE, oracle.attend)
     AttentionMaskInterface.register(ORACLE, sdpa_mask)
     model.set_attn_implementation(ORACLE)
@@ -112,7 +99,7 @@ def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
     assert_close("logits", sparse, expected, 1e-5)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
 def test_a_padded_row_equals_its_run_alone(policy, llama):
     ids, padding = batch(3)
     padding[1, :9] = False
@@ -152,7 +139,7 @@ def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
 def test_bfloat16_runs(llama):
     model = llama.to(torch.bfloat16)
     ids, padding = batch()
-    assert run(model, SparseCache(model, POLICIES[-1]), ids, padding).isfinite().all()
+    assert run(model, SparseCache(model, TIGHT[6]), ids, padding).isfinite().all()
 
 
 def test_a_model_of_sliding_windows_alone_is_left_to_transformers():

@@ -23,13 +23,21 @@ def test_import_loads_no_transformers_and_no_other_package():
 def test_public_names():
     assert sorted(sparsity.__all__) == [
         "Full",
+        "H2O",
+        "LazyEviction",
+        "PyramidKV",
         "Quest",
+        "QuestRaaS",
+        "RKV",
         "RaaS",
         "Random",
         "Report",
+        "SnapKV",
         "SparseCache",
         "SparsityError",
         "StreamingLLM",
+        "TOVA",
+        "VaSE",
         "attach",
         "detach",
     ]

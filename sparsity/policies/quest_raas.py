@@ -1,0 +1,50 @@
+"""Quest on the pages of the prompt, RaaS on the pages that are decoded."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparsity.policies.raas import RaaS
+from sparsity.policy import PageView, check_budget
+
+
+@dataclass(frozen=True)
+class QuestRaaS(RaaS):
+    """Keep the prompt whole and attend to its best pages; retain decoded pages as RaaS does.
+
+    The combination that the authors of RaaS advise for small budgets (arXiv 2502.11147), where a
+    pinned prompt leaves no room for decoded pages. Decoded pages: as `RaaS` keeps them, `budget`
+    tokens of them, all attended to. Prompt pages: never evicted and outside the budget; a decoded
+    token attends to those with the highest Quest bound (arXiv 2406.10774), `prompt_budget` tokens
+    of them, and more while fewer than `budget` decoded tokens are held. Time is O(budget +
+    prompt_budget), memory O(prompt + budget).
+
+    The paper gives no details; how the two share a step, and that stamps are refreshed by shares
+    of one softmax over prompt and decoded pages, is ours. A page that holds the end of a prompt
+    and the first decoded tokens counts as prompt, but is attended to like a decoded page while it
+    is the current one.
+
+    budget: decoded tokens kept. prompt_budget: prompt tokens attended to, at least (1,024 is the
+    budget at which the paper finds both methods close to dense). The rest as in `RaaS`.
+    """
+
+    pin_prompt: bool = field(default=True, init=False)
+    pins_count: bool = field(default=False, init=False)
+    attend: Literal["all", "top"] = field(default="all", init=False)
+    prompt_budget: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget("QuestRaaS", self.prompt_budget, self.page_size)
+
+    def select(self, query: Tensor, pages: PageView) -> Tensor | None:
+        """The current page, the decoded pages, and the best of the prompt's."""
+        assert self.pages_held is not None
+        count = self.prompt_budget // self.page_size + self.pages_held
+        if pages.start.shape[-1] <= count:
+            return None
+        scores = self.scores(query, pages)
+        scores = scores.masked_fill((pages.used & ~pages.pinned) | pages.newest(1), torch.inf)
+        return scores.topk(count, dim=-1).indices

@@ -1,0 +1,69 @@
+"""SnapKV: what the last queries of the prompt attend to."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.knobs import Evicting
+from sparsity.policy import Group, Needs, PageView, check_choice, check_count
+from sparsity.scores import window_scores
+
+
+@dataclass(frozen=True)
+class SnapKV(Evicting):
+    """Compress the prompt to what its last `window` queries attend to; keep what is decoded.
+
+    Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469).
+    The attention weights of the last `window` queries are averaged, pooled over `kernel`
+    neighbours, and the best tokens stay, with the window itself, `budget` in all (of equals the
+    newest stay). With `evict_every=n` the same is done every n tokens while decoding, with the
+    last queries decoded: "SnapKV-D" (n = 128 in the reports on it). Without, memory grows while
+    decoding, and a later turn compresses all that is held again.
+
+    Departures from the paper: one choice for each KV head, weights averaged over the query heads
+    that share it. Neighbours are neighbours among the tokens held. A prompt that comes in chunks
+    is compressed after each of them. Of a cache that is taken over with `past=` the queries are
+    gone: the window holds those that came since.
+
+    Beyond the knobs of `Evicting`: window: queries that observe. recent: newest tokens kept; None
+    for the window. kernel: tokens pooled over, odd; 1 for none. pooling: "mean" or "max".
+    """
+
+    page_size: int = field(default=1, init=False)
+    recent: int | None = None
+    evict_every: int | None = None
+    window: int = 64
+    kernel: int = 5
+    pooling: Group = "mean"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_count(name, "window", self.window, least=1)
+        check_kernel(name, self.kernel)
+        check_choice(name, "pooling", self.pooling, ("mean", "max"))
+        super().__post_init__()
+
+    @property
+    def usual_recent(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def needs(self) -> Needs:
+        """The last queries."""
+        return Needs(window=self.window, group=self.group)
+
+    def worth(self, pages: PageView) -> Tensor:
+        """Pooled attention of the window."""
+        return window_scores(pages, self.recent or 0, self.kernel, self.pooling)
+
+
+def check_kernel(name: str, kernel: int) -> None:
+    """Raise SparsityError unless `kernel` is a positive odd number."""
+    check_count(name, "kernel", kernel, least=1)
+    if kernel % 2 == 0:
+        raise SparsityError(
+            f"{name}(kernel={kernel}): a token stands in the middle of its neighbours; use an odd "
+            f"number such as {kernel + 1}"
+        )

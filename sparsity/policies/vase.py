@@ -1,0 +1,86 @@
+"""VaSE: keep large values, and draw the rest by attention."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsity.draws import uniform
+from sparsity.errors import SparsityError
+from sparsity.knobs import Evicting
+from sparsity.policies.snapkv import check_kernel
+from sparsity.policy import Needs, PageView, check_count
+from sparsity.scores import window_scores
+
+
+@dataclass(frozen=True)
+class VaSE(Evicting):
+    """Keep sinks, recent tokens and those with the widest values; draw the rest by attention.
+
+    After "VaSE" (arXiv 2606.03928), from descriptions of it. The range of a token is the largest
+    less the smallest entry of its value vector. The first `sinks` tokens, the newest `window` and
+    the `large` tokens of widest range stay (of equals the newest). The places left are drawn
+    without replacement, with chances proportional to the attention of the last `window` queries,
+    averaged and pooled over `kernel` neighbours (Gumbel's trick: the tokens with the highest
+    log(attention) + Gumbel noise).
+
+    Departures: one choice for each KV head. Draws are a hash, as in `Random`. The interval between
+    evictions is ours. What the authors do about heads and normalisation is not known here.
+
+    Beyond the knobs of `Evicting`: sinks: 4. large: tokens kept for their range; None for a
+    quarter of the budget. window: queries that observe, 64. recent: newest tokens kept; None for
+    the window. kernel: 5. evict_every: 64. seed: changes the draws.
+    """
+
+    page_size: int = field(default=1, init=False)
+    sinks: int = 4
+    recent: int | None = None
+    shared_heads: bool = field(default=False, init=False)
+    evict_every: int | None = 64
+    window: int = 64
+    large: int | None = None
+    kernel: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("VaSE", "window", self.window, least=1)
+        check_kernel("VaSE", self.kernel)
+        check_count("VaSE", "seed", self.seed)
+        super().__post_init__()
+        if self.large is None:
+            object.__setattr__(self, "large", self.budget // 4)
+        check_count("VaSE", "large", self.large or 0)
+        protected = self.sinks + (self.recent or 0) + (self.large or 0)
+        if protected >= self.budget:
+            raise SparsityError(
+                f"VaSE(budget={self.budget}, sinks={self.sinks}, recent={self.recent}, "
+                f"large={self.large}): what is protected leaves nothing to draw; use a budget "
+                f"above {protected}, or a smaller window or large"
+            )
+
+    @property
+    def usual_recent(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def needs(self) -> Needs:
+        """The last queries, and the values."""
+        return Needs(window=self.window, tokens=True, group=self.group)
+
+    def worth(self, pages: PageView) -> Tensor:
+        """Infinite for the widest ranges, else a draw weighted by attention."""
+        chance = window_scores(pages, self.recent or 0, self.kernel, "mean").double()
+        draw = uniform(self.seed, pages).double() + 2**-25  # in (0, 1)
+        worth = chance.log() - (-draw.log()).log()
+        return worth.masked_fill(self._is_large(pages), torch.inf)
+
+    def _is_large(self, pages: PageView) -> Tensor:
+        """The `large` tokens of widest range that nothing else protects."""
+        assert pages.values is not None
+        span = pages.values.amax(-1).float() - pages.values.amin(-1).float()
+        protected = pages.newest(self.recent or 0) | (pages.start < self.sinks)
+        span = span.masked_fill(protected, -1)  # unused places, with start -1, too
+        by_age = pages.start.argsort(dim=-1, descending=True, stable=True)
+        by_span = span.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
+        return (by_age.gather(-1, by_span).argsort(-1) < (self.large or 0)) & (span >= 0)

@@ -1,0 +1,76 @@
+"""Statistics of long forwards are taken in blocks: the same numbers, in linear memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from sparsity import H2O, RKV, SnapKV
+from sparsity.attention import attention_weights
+from sparsity.evidence import BLOCK, forward_weights
+from sparsity.masks import LazyMask
+from sparsity.policies import rkv
+from sparsity.policy import Needs
+from sparsity.retention import Retention
+from sparsity.rows import Rows, plan
+from tests.helpers import assert_close
+
+
+@pytest.mark.parametrize("group", ["mean", "max"])
+@pytest.mark.parametrize("length", [BLOCK - 1, 2 * BLOCK + 3])
+def test_sums_in_blocks_equal_the_whole_matrix(length, group):
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, length, 8, generator=g)
+    keys = torch.randn(2, 2, length, 8, generator=g)
+    padding = torch.ones(2, length, dtype=torch.bool)
+    padding[0, :5] = False
+    step = plan(Rows(), H2O(8), 2, length, padding, query.device)
+    slots = torch.arange(length).expand(2, 1, -1).masked_fill(~padding[:, None], -1)
+    sinks = torch.randn(4, generator=g)
+    weigh = partial(attention_weights, scaling=0.3, softcap=2.0, sinks=sinks)
+    needs = Needs(attention="all", group=group)
+    lazy = LazyMask(None, padding, False, lambda: None)
+    got = forward_weights(query, query[:, :, -1], keys, slots, step, lazy, needs, weigh)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & padding[:, None, None]
+    whole = weigh(query, keys, allowed)
+    whole = whole.amax(2) if group == "max" else whole.mean(2)
+    assert_close("sums", got, (whole * padding[:, None, :, None]).sum(2))
+    needs = Needs(attention="newest", group=group)
+    newest = forward_weights(query, query[:, :, -1], keys, slots, step, lazy, needs, weigh)
+    assert_close("newest", newest, whole[:, :, -1])
+
+
+def test_redundancy_in_blocks_equals_the_whole_matrix(monkeypatch):
+    keys = torch.randn(2, 2, 23, 8, generator=torch.Generator().manual_seed(0))
+    start = torch.arange(23).expand(2, 2, -1).clone()
+    start[0, :, 4], keys[1, :, 7] = -1, 0
+    whole = rkv.redundancies(keys, start, 0.3)
+    assert whole[0, :, 4].eq(0).all()
+    assert_close("all places", whole.sum(-1), torch.ones(2, 2))
+    for block in (1, 5, 22):
+        monkeypatch.setattr(rkv, "BLOCK", block)
+        assert_close(f"blocks of {block}", rkv.redundancies(keys, start, 0.3), whole)
+
+
+@pytest.mark.parametrize("policy", [H2O(64), SnapKV(64, window=8), RKV(64)], ids=str)
+def test_no_statistic_of_a_prompt_is_quadratic(policy):
+    """The largest tensor made while a prompt of n tokens is taken in grows like n, not n * n."""
+    largest = []
+    for length in (1024, 2048):
+        seen = [0]
+
+        class Watch(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor):
+                    seen[0] = max(seen[0], out.untyped_storage().nbytes())  # noqa: B023
+                return out
+
+        query, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
+        step = plan(Rows(), policy, 1, length, None, query.device)
+        with Watch():
+            Retention(policy, 0).attend(
+                query, key, key, step, LazyMask(None, None, False, lambda: None), 0.5
+            )
+        largest.append(seen[0])
+    assert largest[1] <= 2.1 * largest[0]

@@ -1,0 +1,127 @@
+"""The policies every generic test runs over; a new policy is added to each list."""
+
+from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
+    Full,
+    LazyEviction,
+    PyramidKV,
+    Quest,
+    QuestRaaS,
+    RaaS,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    VaSE,
+)
+
+# Nothing is evicted from, or left out of, 52 tokens: equal to dense.
+AMPLE = [
+    Full(),
+    Random(64),
+    StreamingLLM(64),
+    Quest(64, dense_layers=0),
+    RaaS(64),
+    RaaS(64, page_size=4, top_ratio=0.5, pin_prompt=False),
+    RaaS(128, attend="top", score="exact"),
+    QuestRaaS(64, prompt_budget=64),
+    H2O(64),
+    H2O(64, page_size=4, normalise="age", shared_heads=True),
+    TOVA(64),
+    SnapKV(64, window=8),
+    SnapKV(64, window=8, evict_every=8),
+    PyramidKV(1000, window=8),
+    RKV(64, evict_every=8),
+    LazyEviction(64, evict_every=8),
+    VaSE(64, window=8, evict_every=4),
+]
+
+# Evicts, or leaves out, within a prompt of 13 tokens and 14 more.
+TIGHT = [
+    Full(),
+    Random(20),
+    Random(10, recent=3, pin_prompt=False, evict_every=3),
+    StreamingLLM(8),
+    Quest(8, page_size=4, dense_layers=0),
+    RaaS(32, page_size=4, alpha=0.15),
+    RaaS(8, page_size=4, pin_prompt=False, alpha=0.15, dense_layers=1),
+    RaaS(12, page_size=2, pin_prompt=False, top_ratio=0.4, score="exact", attend="top"),
+    QuestRaaS(8, page_size=4, prompt_budget=4, alpha=0.15),
+    H2O(10),
+    H2O(12, page_size=2, sinks=1, normalise="age", shared_heads=True, evict_every=4),
+    TOVA(8),
+    SnapKV(8, window=3, kernel=3),
+    SnapKV(9, window=4, kernel=3, pooling="max", group="max", evict_every=4),
+    PyramidKV(10, window=3, beta=4, evict_every=2),
+    RKV(8, window=2, kernel=3, evict_every=3, mix=0.4),
+    LazyEviction(10, evict_every=4, alpha=0.05),
+    VaSE(10, sinks=1, window=3, large=2, evict_every=2),
+]
+
+# A quarter of a text of 256 tokens after a prompt of 32.
+QUARTER = [
+    Random(64),
+    StreamingLLM(64),
+    Quest(64, dense_layers=0),
+    RaaS(64),
+    QuestRaaS(48, prompt_budget=16),
+    H2O(64),
+    TOVA(64),
+    SnapKV(64, window=16, evict_every=16),
+    RKV(64, evict_every=16),
+    LazyEviction(64, evict_every=16),
+    VaSE(64, window=16, evict_every=16),
+]
+
+# Small enough to be compared with the slow twin on a few tokens.
+SMALL = [
+    Full(page_size=4),
+    Random(6, pin_prompt=False, recent=2),
+    Random(20, recent=0, seed=7),
+    Random(6, pin_prompt=False, recent=2, evict_every=4),
+    StreamingLLM(6, sinks=2),
+    StreamingLLM(5, sinks=0, evict_every=3),
+    Quest(8, page_size=4, dense_layers=0),
+    Quest(6, page_size=2, dense_layers=0, group="mean"),
+    RaaS(8, page_size=4, pin_prompt=False, alpha=0.21),
+    RaaS(8, page_size=2, pin_prompt=False, top_ratio=0.5),
+    RaaS(9, page_size=3, pin_prompt=False, alpha=0.03, group="mean"),
+    RaaS(28, page_size=4, alpha=0.21),
+    RaaS(3, page_size=1, pin_prompt=False, top_ratio=0.25),
+    RaaS(8, page_size=2, pin_prompt=False, alpha=0.13, score="exact", evict_every=4),
+    RaaS(12, page_size=2, sinks=3, recent=3, pin_prompt=False, top_ratio=0.5, attend="top"),
+    RaaS(8, page_size=2, pin_prompt=False, alpha=0.13, shared_heads=True),
+    QuestRaaS(4, page_size=2, prompt_budget=4, alpha=0.13),
+    QuestRaaS(6, page_size=3, prompt_budget=3, top_ratio=0.5, evict_every=6),
+    H2O(6),
+    H2O(5, recent=0, group="max", pin_prompt=False, evict_every=4),
+    H2O(9, page_size=3, sinks=1, recent=1, shared_heads=True),
+    H2O(6, recent=2, normalise="age"),
+    H2O(20, recent=2, pin_prompt=True),
+    TOVA(5),
+    TOVA(6, shared_heads=False, group="max", sinks=1, evict_every=2),
+    TOVA(8, page_size=2),
+    SnapKV(6, window=3, kernel=3),
+    SnapKV(6, window=2, kernel=1, evict_every=1),
+    SnapKV(7, window=4, recent=2, kernel=5, group="max", pooling="max", evict_every=3),
+    SnapKV(6, window=3, kernel=3, shared_heads=True, sinks=1, evict_every=2),
+    PyramidKV(7, window=2, kernel=3, beta=3, evict_every=2),
+    RKV(6, window=2, kernel=3, evict_every=3, mix=0.4, threshold=0.47),
+    RKV(5, window=3, kernel=1, evict_every=1, mix=0.1, threshold=0.13),
+    LazyEviction(6, evict_every=3, alpha=0.13),
+    LazyEviction(6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True),
+    LazyEviction(8, page_size=2, evict_every=2, alpha=0.13),
+    VaSE(7, sinks=1, window=2, large=2, evict_every=2, kernel=3),
+    VaSE(6, sinks=0, window=2, large=0, evict_every=1, kernel=1, seed=3),
+]
+
+
+def selects(policy):
+    """Whether a decoded token attends to less than what is held."""
+    return isinstance(policy, Quest | QuestRaaS) or getattr(policy, "attend", "all") == "top"
+
+
+def asks_the_prompt(policy):
+    """Whether it decides by queries that a cache taken over with `past=` no longer has."""
+    return policy.needs.window > 0 or policy.needs.attention == "all"
