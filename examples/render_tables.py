@@ -82,18 +82,20 @@ def tiers_table(record: dict) -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in record["rows"]:
-        parts = [f"{1e3 * row['parts'][name]:.0f} ms" for name in ("load", "rotate") if row["parts"]]
+        parts = [
+            f"{1e3 * row['parts'][name]:.0f} ms" for name in ("load", "rotate") if row["parts"]
+        ]
         lines.append(
             f"| {row['prompt_tokens']} | {row['arm']} | {row['tier']} "
             f"| {1e3 * row['first_token_seconds']:.0f} ms | {row['times_faster_than_full']:.1f} "
             f"| {' | '.join(parts or ['', ''])} |"
         )
     where = record["environment"]
-    lines += [
-        "",
+    beneath = (
         f"{where['hardware']}, torch {where['torch']}, transformers {where['transformers']}, "
-        f"{record['configuration']['dtype']}, {record['parameters'] / 1e9:.1f} billion parameters.",
-    ]
+        f"{record['configuration']['dtype']}, {record['parameters'] / 1e9:.1f} billion parameters."
+    )
+    lines += ["", beneath]
     return "\n".join(lines)
 
 

@@ -27,17 +27,26 @@ from reference_tasks import ReasoningProblem, final_answer, reasoning_problem
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
     Full,
+    LazyEviction,
+    PyramidKV,
     Quest,
+    QuestRaaS,
     RaaS,
     Random,
+    SnapKV,
     SparseCache,
     SparsityError,
     StreamingLLM,
+    VaSE,
 )
 from sparsity.policy import Policy
 
-# A policy by its budget in tokens. Where the prompt is pinned the label says so.
+# A policy by its budget in tokens. Where the prompt is pinned the label says so. Windows and
+# intervals that are longer than the papers' smallest budgets are a quarter of the budget here.
 ARMS: dict[str, Callable[[int], Policy]] = {
     "full": lambda budget: Full(),
     "random": lambda budget: Random(budget, pin_prompt=False),
@@ -46,7 +55,24 @@ ARMS: dict[str, Callable[[int], Policy]] = {
     "Quest": lambda budget: Quest(budget, dense_layers=0),
     "RaaS": lambda budget: RaaS(budget, pin_prompt=False),
     "RaaS, prompt pinned": lambda budget: RaaS(budget),
-    "RaaS, top half, prompt pinned": lambda budget: RaaS(budget, top_ratio=0.5),
+    "RaaS, top half": lambda budget: RaaS(budget, top_ratio=0.5, pin_prompt=False),
+    "Quest on the prompt, RaaS behind": lambda budget: QuestRaaS(
+        budget // 2, prompt_budget=budget // 2
+    ),
+    "H2O": lambda budget: H2O(budget),
+    "H2O, by age": lambda budget: H2O(budget, normalise="age"),
+    "TOVA": lambda budget: TOVA(budget),
+    "SnapKV, decoding too": lambda budget: SnapKV(
+        budget, window=budget // 4, evict_every=budget // 4
+    ),
+    "PyramidKV, decoding too": lambda budget: PyramidKV(
+        budget, window=budget // 4, evict_every=budget // 4
+    ),
+    "R-KV": lambda budget: RKV(budget, evict_every=budget // 4),
+    "LazyEviction": lambda budget: LazyEviction(budget, evict_every=budget // 4),
+    "VaSE": lambda budget: VaSE(
+        budget, window=budget // 4, large=budget // 4, evict_every=budget // 4
+    ),
 }
 LOOP_TOKENS, LOOP_TIMES = 12, 3
 Job = tuple[str, int]  # arm, budget
@@ -72,6 +98,7 @@ def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: J
     row: dict = {"arm": name, "budget": budget}
     model, tokenizer = loaded(path)
     longest = max(len(tokenizer(p.solution)["input_ids"]) for p in problems)
+    cap = longest + longest // 2
     right: list[bool] = []
     whole: list[bool] = []
     looped: list[bool] = []
@@ -88,7 +115,7 @@ def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: J
         try:
             cache = SparseCache(model, ARMS[name](budget))
             out = model.generate(
-                **inputs, past_key_values=cache, max_new_tokens=2 * longest, do_sample=False
+                **inputs, past_key_values=cache, max_new_tokens=cap, do_sample=False
             )
         except SparsityError as error:
             return row | {"refused": str(error)}
@@ -106,10 +133,26 @@ def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: J
         "whole": whole,
         "looped": looped,
         "decoded": decoded,
-        "cap": 2 * longest,
+        "cap": cap,
         "peak_kv_bytes": peak,
         "seconds": time.perf_counter() - begun,
     }
+
+
+def sweep(task: Callable[[Job], dict], jobs: list[Job], args: argparse.Namespace) -> list[dict]:
+    """Every job's result, in order; those of an earlier run that was cut off are taken over."""
+    path = args.out / "retention_accuracy.partial.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {(row["arm"], row["budget"]): row for row in map(json.loads, lines)}
+    missing = [job for job in jobs if job not in done]
+    with path.open("a") as file:
+        for job, row in zip(
+            missing, spread(task, missing, args.workers, "policies at budgets"), strict=True
+        ):
+            done[job] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+    return [done[job] for job in jobs]
 
 
 def summaries(measured: list[dict], seed: int) -> list[dict]:
@@ -220,8 +263,8 @@ def main() -> None:
     problems = [reasoning_problem(rng, args.steps) for _ in range(args.problems)]
     jobs: list[Job] = [("full", 0)]
     jobs += [(name, b) for b in args.budgets for name in args.arms if name != "full"]
-    task = partial(measure, args.model, problems, args.batch_size)
-    measured = list(spread(task, jobs, args.workers, "policies at budgets"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    measured = sweep(partial(measure, args.model, problems, args.batch_size), jobs, args)
     _, tokenizer = loaded(args.model)
     record = {
         "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
@@ -233,10 +276,10 @@ def main() -> None:
         "rows": summaries(measured, args.seed),
         "seconds": time.perf_counter() - begun,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "retention_accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(record["rows"], args.out / "retention_accuracy.png")
     print(table(record))
+    (args.out / "retention_accuracy.partial.jsonl").unlink()
     print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'retention_accuracy.json'} and .png")
 
 

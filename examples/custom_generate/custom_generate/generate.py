@@ -1,0 +1,69 @@
+"""`model.generate` with a retention policy, loaded by transformers from this folder.
+
+model.generate(
+    **inputs,
+    custom_generate="examples/custom_generate",
+    trust_remote_code=True,
+    policy="RaaS",
+    policy_arguments={"budget": 1024},
+    max_new_tokens=2048,
+)
+"""
+
+from dataclasses import fields
+from typing import Any
+
+try:
+    import sparsity
+except ImportError as error:
+    raise ImportError(
+        "this folder needs the package `sparsity` of the distribution `picache`; the distribution "
+        "named `sparsity` on PyPI is another one"
+    ) from error
+
+
+def generate(
+    model: Any,
+    policy: "sparsity.Policy | str" = "RaaS",
+    policy_arguments: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Any:
+    """What `model.generate(**arguments)` returns, decoding under the policy; then detached again.
+
+    Args:
+        model: a transformers model for text generation.
+        policy: a policy such as `sparsity.RaaS(budget=1024)`, or the name of one.
+        policy_arguments: of a policy given by name.
+        arguments: of `generate`; a cache in `past_key_values` is gone on from.
+
+    Raises:
+        SparsityError: on an unknown name or argument, and as `sparsity.SparseCache` does.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    past = given.pop("past_key_values", None)
+    cache = sparsity.SparseCache(model, _policy(policy, policy_arguments or {}), past=past)
+    try:
+        return model.generate(**given, past_key_values=cache)
+    finally:
+        sparsity.detach(model)
+
+
+def _policy(policy: "sparsity.Policy | str", arguments: dict[str, Any]) -> "sparsity.Policy":
+    if not isinstance(policy, str):
+        if arguments:
+            raise sparsity.SparsityError(
+                f"policy={policy!r} has its arguments already: leave out policy_arguments, or give "
+                "the policy by name"
+            )
+        return policy
+    known = {one.__name__: one for one in sparsity.policies.POLICIES}
+    if policy not in known:
+        raise sparsity.SparsityError(
+            f"policy={policy!r} is no policy: give one of {', '.join(sorted(known))}"
+        )
+    accepted = [field.name for field in fields(known[policy]) if field.init]
+    if unknown := sorted(set(arguments) - set(accepted)):
+        raise sparsity.SparsityError(
+            f"{policy} takes no argument {', '.join(unknown)}: it has {', '.join(accepted)}"
+        )
+    return known[policy](**arguments)
