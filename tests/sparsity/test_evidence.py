@@ -7,7 +7,7 @@ import torch
 
 from sparsity import H2O, RKV, SnapKV
 from sparsity.attention import attention_weights
-from sparsity.evidence import BLOCK, forward_weights
+from sparsity.evidence import BLOCK, forward_weights, keep_last
 from sparsity.masks import LazyMask
 from sparsity.policies import rkv
 from sparsity.policy import Needs
@@ -74,3 +74,23 @@ def test_no_statistic_of_a_prompt_is_quadratic(policy):
             )
         largest.append(seen[0])
     assert largest[1] <= 2.1 * largest[0]
+
+
+def test_the_last_queries_by_rank_and_none_for_tokens_of_a_past_cache():
+    """Three cached tokens and two new ones, window of four; then one more token, then padding."""
+    rows, policy = Rows(batch=1, seen=3), SnapKV(64, window=4)
+    queries, asked = torch.zeros(1, 1, 4, 1), torch.full((1, 4), -1)
+    step = plan(rows, policy, 1, 2, None, queries.device)
+    new = torch.tensor([13.0, 14.0]).view(1, 1, 2, 1)
+    queries, asked = keep_last(queries, asked, new, step)
+    assert asked.tolist() == [[4, -1, -1, 3]]
+    assert queries[0, 0, [0, 3], 0].tolist() == [14, 13]
+    step = plan(step.then, policy, 1, 1, None, queries.device)
+    queries, asked = keep_last(queries, asked, torch.full((1, 1, 1, 1), 15.0), step)
+    assert asked.tolist() == [[4, 5, -1, 3]]
+    assert queries[0, 0, [0, 1, 3], 0].tolist() == [14, 15, 13]
+    padding = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
+    step = plan(step.then, policy, 1, 1, padding, queries.device)
+    after = keep_last(queries, asked, torch.full((1, 1, 1, 1), 16.0), step)
+    assert torch.equal(after[0], queries)
+    assert torch.equal(after[1], asked)

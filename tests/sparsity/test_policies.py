@@ -1,0 +1,54 @@
+"""Configuration: the papers' defaults, budgets by layer, what policies declare."""
+
+import itertools
+
+import pytest
+
+from sparsity import H2O, RKV, TOVA, LazyEviction, PyramidKV, QuestRaaS, RaaS, SnapKV, VaSE
+from sparsity.policy import Needs
+from tests.sparsity.zoo import AMPLE, SMALL, TIGHT
+
+DEFAULTS = [
+    (RaaS(1024), dict(page_size=16, alpha=1e-4, pin_prompt=True, score="bound", attend="all")),
+    (QuestRaaS(1024), dict(page_size=16, prompt_budget=1024, pin_prompt=True, pins_count=False)),
+    (H2O(1024), dict(recent=512, normalise="none", sinks=0, pin_prompt=False)),
+    (TOVA(1024), dict(shared_heads=True, recent=0, sinks=0, group="mean")),
+    (SnapKV(1024), dict(window=64, recent=64, kernel=5, pooling="mean", evict_every=None)),
+    (PyramidKV(1024), dict(window=64, kernel=5, beta=20, evict_every=None)),
+    (RKV(1024), dict(evict_every=128, window=8, recent=8, mix=0.1, kernel=7)),
+    (LazyEviction(1024), dict(evict_every=175, recent=175, alpha=1e-4)),
+    (VaSE(1024), dict(sinks=4, window=64, recent=64, large=256, kernel=5)),
+]
+
+
+@pytest.mark.parametrize(("policy", "expected"), DEFAULTS, ids=lambda x: type(x).__name__)
+def test_defaults_are_the_papers(policy, expected):
+    assert {name: getattr(policy, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 32])
+def test_the_pyramid_is_a_line_around_the_budget(layers):
+    policy = PyramidKV(264, window=64, beta=20)
+    budgets = [policy.at_layer(i, layers).budget for i in range(layers)]
+    assert budgets[0] == 64 + 400 - 10
+    if layers > 1:
+        assert budgets[-1] == 64 + 10
+        assert abs(sum(budgets) / layers - 264) <= 1
+        steps = [above - below for above, below in itertools.pairwise(budgets)]
+        assert max(steps) - min(steps) <= 1
+    assert PyramidKV(64, window=3, beta=1).at_layer(layers, 2 * layers + 1).budget == 64
+
+
+def test_every_policy_is_in_every_list():
+    kinds = {type(policy) for policy in AMPLE}
+    assert kinds == {type(policy) for policy in TIGHT} == {type(policy) for policy in SMALL}
+    assert len(kinds) == 13
+
+
+def test_policies_are_values_that_declare_what_they_need():
+    for policy in (*AMPLE, *TIGHT, *SMALL):
+        assert hash(policy) == hash(policy)
+        assert isinstance(policy.needs, Needs)
+    assert RaaS(64).needs == Needs(summaries=True)
+    assert RaaS(64, score="exact").needs == Needs(tokens=True)
+    assert H2O(64).needs == Needs(attention="all", sums=1)
