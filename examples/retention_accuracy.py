@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from environment import environment
+from environment import environment, hardware
 from evaluate import REFERENCE_MODEL, load
 from link_accuracy import bootstrap
 from parallel import spread
@@ -95,7 +95,8 @@ def loops(words: list[str]) -> bool:
 def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: Job) -> dict:
     """One policy at one budget on every problem, or why it refuses."""
     name, budget = job
-    row: dict = {"arm": name, "budget": budget}
+    where = f"{hardware()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    row: dict = {"arm": name, "budget": budget, "where": where}
     model, tokenizer = loaded(path)
     longest = max(len(tokenizer(p.solution)["input_ids"]) for p in problems)
     cap = longest + longest // 2
@@ -162,7 +163,7 @@ def summaries(measured: list[dict], seed: int) -> list[dict]:
     control = {r["budget"]: r for r in measured if r["arm"] == "random"}
     rows = []
     for one in measured:
-        row = {key: one[key] for key in ("arm", "budget")}
+        row = {key: one[key] for key in ("arm", "budget", "where")}
         if "refused" in one:
             rows.append(row | {"refused": one["refused"]})
             continue

@@ -1,5 +1,7 @@
 """The names a user needs; transformers is loaded when a model is handed in, not before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sparsity.policy import Policy
@@ -64,6 +66,19 @@ class SparseCache:
         raise NotImplementedError
 
 
+@contextmanager
+def keep_attached(model: "PreTrainedModel") -> Iterator[None]:
+    """Attached or not, the model is after the block what it was before."""
+    from sparsity.hf_attach import is_attached
+
+    before = is_attached(model)
+    try:
+        yield
+    finally:
+        if not before:
+            detach(model)
+
+
 def attach(model: "PreTrainedModel") -> None:
     """Let `model` work with SparseCache; done by ``SparseCache(model, policy)`` already.
 
@@ -71,13 +86,13 @@ def attach(model: "PreTrainedModel") -> None:
     model changes, and with other caches its results stay the same. Calling it again does nothing.
     Raises SparsityError, with the model left as it was, when the model is not supported.
     """
-    from sparsity.hf import attach_model
+    from sparsity.hf_attach import attach_model
 
     attach_model(model)
 
 
 def detach(model: "PreTrainedModel") -> None:
     """Undo `attach`: the model is as it was before. Does nothing to a model not attached."""
-    from sparsity.hf import detach_model
+    from sparsity.hf_attach import detach_model
 
     detach_model(model)
