@@ -5,6 +5,7 @@ Tensors are `[batch, kv_heads, tokens, head_dim]`; budgets are in tokens.
 
 from sparsity.cache import SparseCache, attach, detach
 from sparsity.errors import SparsityError
+from sparsity.milestones import milestone_map
 from sparsity.policies import (
     H2O,
     RKV,
@@ -20,7 +21,10 @@ from sparsity.policies import (
     StreamingLLM,
     VaSE,
 )
+from sparsity.record import record
+from sparsity.replay import Replay, replay
 from sparsity.report import Report
+from sparsity.trace import Trace
 
 __all__ = [
     "H2O",
@@ -33,12 +37,17 @@ __all__ = [
     "QuestRaaS",
     "RaaS",
     "Random",
+    "Replay",
     "Report",
     "SnapKV",
     "SparseCache",
     "SparsityError",
     "StreamingLLM",
+    "Trace",
     "VaSE",
     "attach",
     "detach",
+    "milestone_map",
+    "record",
+    "replay",
 ]

@@ -24,7 +24,8 @@ class Retention:
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
     moved: tensors were made anew since this was last set to False. transient_bytes: the unpruned
-    keys and values of the last forward of several tokens.
+    keys and values of the last forward of several tokens. attended: columns that the last single
+    token attended to, int32 `[batch, kv_heads, n]`, -1 for none.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Retention:
         self.past = past
         self.moved = False
         self.transient_bytes = 0
+        self.attended: Tensor | None = None
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -54,7 +56,7 @@ class Retention:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.pool, self.past = None, None
+        self.pool, self.past, self.attended = None, None, None
         self.moved, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -119,6 +121,7 @@ class Retention:
                 _pages_of(pool.values, chosen, pool.size),
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
+        self.attended = slots
         full = not step.then.ragged and step.longest_after % pool.size == 0
         full = full and pool.held == pool.high
         allowed = None

@@ -31,15 +31,20 @@ def test_public_names():
         "RKV",
         "RaaS",
         "Random",
+        "Replay",
         "Report",
         "SnapKV",
         "SparseCache",
         "SparsityError",
         "StreamingLLM",
         "TOVA",
+        "Trace",
         "VaSE",
         "attach",
         "detach",
+        "milestone_map",
+        "record",
+        "replay",
     ]
     for name in sparsity.__all__:
         assert getattr(sparsity, name).__doc__
