@@ -138,7 +138,7 @@ def milestone_map(
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
-        mass.clamp(min=1e-4),
+        mass.clamp(min=1e-4).numpy(),
         aspect="auto",
         cmap="magma",
         norm=LogNorm(1e-4, 1),

@@ -15,6 +15,7 @@ from typing import Any
 
 try:
     import sparsity
+    from sparsity.policy import Policy
 except ImportError as error:
     raise ImportError(
         "this folder needs the package `sparsity` of the distribution `picache`; the distribution "
@@ -24,7 +25,7 @@ except ImportError as error:
 
 def generate(
     model: Any,
-    policy: "sparsity.Policy | str" = "RaaS",
+    policy: Policy | str = "RaaS",
     policy_arguments: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
@@ -48,7 +49,7 @@ def generate(
         sparsity.detach(model)
 
 
-def _policy(policy: "sparsity.Policy | str", arguments: dict[str, Any]) -> "sparsity.Policy":
+def _policy(policy: Policy | str, arguments: dict[str, Any]) -> Policy:
     if not isinstance(policy, str):
         if arguments:
             raise sparsity.SparsityError(
@@ -56,7 +57,7 @@ def _policy(policy: "sparsity.Policy | str", arguments: dict[str, Any]) -> "spar
                 "the policy by name"
             )
         return policy
-    known = {one.__name__: one for one in sparsity.policies.POLICIES}
+    known = {name: getattr(sparsity.policies, name) for name in sparsity.policies.__all__}
     if policy not in known:
         raise sparsity.SparsityError(
             f"policy={policy!r} is no policy: give one of {', '.join(sorted(known))}"
