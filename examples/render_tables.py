@@ -5,6 +5,7 @@ python examples/link_accuracy.py --out docs/results
 python examples/benchmarks/link_scaling.py --out docs/results
 python examples/benchmarks/link_tiers.py --out docs/results --device cuda ...
 python examples/retention_accuracy.py --out docs/results
+python examples/replay_policies.py --out docs/results
 python examples/render_tables.py
 """
 
@@ -12,6 +13,8 @@ import json
 from pathlib import Path
 
 import link_accuracy
+import replay_policies
+import retention_accuracy
 from quickstart import LINKING, RETENTION, SCHEDULING, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +156,12 @@ def main() -> None:
     insert(ROOT / "docs" / "linking.md", "link_accuracy.json", link_accuracy.tables(accuracy))
     scaling = json.loads((results / "link_scaling.json").read_text())
     insert(ROOT / "docs" / "linking.md", "link_scaling.json", scaling_table(scaling))
+    for result, tables_of in (
+        ("retention_accuracy", retention_accuracy.table),
+        ("replay", replay_policies.table),
+    ):
+        record = json.loads((results / f"{result}.json").read_text())
+        insert(ROOT / "docs" / "retention.md", f"{result}.json", tables_of(record))
     tiers = json.loads((results / "link_tiers_cuda.json").read_text())
     insert(ROOT / "docs" / "linking.md", "link_tiers_cuda.json", tiers_table(tiers))
 

@@ -31,7 +31,7 @@ class Thresholds:
     pages always matter, and say nothing.
     """
 
-    alpha: float = 0.02
+    alpha: float = 0.05
     gap: int = 128
     local: int = 32
 
