@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.evidence import Weigh, keep_last, window_weights
+from sparsity.evidence import Weigh, keep_newest, window_weights
 from sparsity.policy import PageView, Policy
 from sparsity.rows import Step
 
@@ -82,7 +82,7 @@ class PagePool:
 
     def remember(self, query: Tensor, step: Step) -> None:
         """Take the newest query in among the last ones."""
-        self.queries, self.asked = keep_last(self.queries, self.asked, query, step)
+        keep_newest(self.queries, self.asked, query, step)
 
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
         """Write one token a row, in place, evicting pages first where there is no room.
