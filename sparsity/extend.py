@@ -19,6 +19,7 @@ def extend(
     step: Step,
     policy: Policy,
     layer: int,
+    first_head: int,
     query: Tensor,
     newest: Tensor,
     weights: Tensor | None,
@@ -67,6 +68,7 @@ def extend(
         now=after - 1,
         page_size=size,
         layer=layer,
+        first_head=first_head,
     )
     pages = marked(policy.observe(newest, pages, scaling), pages, goes_on)
     if pool is None:
@@ -94,6 +96,7 @@ def extend(
     return PagePool(
         size=size,
         layer=layer,
+        first_head=first_head,
         held=held,
         high=held,
         outside=outside,

@@ -52,7 +52,8 @@ class PageView:
     window: attention of the last queries, each over the tokens held that are not newer than it,
         zero for a query that was not seen; `[batch, kv_heads, window, N]`; in `priority` only.
     now: rank of each row's newest token, the one about to be written included; `[batch, 1, 1]`.
-    page_size: tokens a page. layer: index of the layer in the model.
+    page_size: tokens a page. layer: index of the layer in the model. first_head: index in the
+        layer of the first KV head here (tensor parallelism leaves the others to other processes).
     """
 
     start: Tensor
@@ -69,6 +70,7 @@ class PageView:
     now: Tensor
     page_size: int
     layer: int
+    first_head: int = 0
 
     @property
     def used(self) -> Tensor:

@@ -19,7 +19,7 @@ from sparsity.rows import Step
 class Retention:
     """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
 
-    policy: decides what stays. layer: index in the model.
+    policy: decides what stays. layer: index in the model. first_head: see `PageView`.
     pool: the retained tokens; None before the first forward.
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
@@ -33,6 +33,7 @@ class Retention:
     ) -> None:
         self.policy = policy
         self.layer = layer
+        self.first_head = 0
         self.pool: PagePool | None = None
         self.past = past
         self.moved = False
@@ -184,7 +185,7 @@ class Retention:
                 query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
             )
         self.pool = extend(
-            self.pool, key, value, slots, step, self.policy, self.layer,
+            self.pool, key, value, slots, step, self.policy, self.layer, self.first_head,
             query, newest, weights, scaling, weigh,
         )  # fmt: skip
         self.past, self.moved = None, True
