@@ -84,9 +84,12 @@ def extend(
             rank = pages.rank.masked_fill(~filled, -1)
             window = window_weights(queries, asked, pages.keys, rank, needs, weigh)
             pages = replace(pages, window=window)
-        count = policy.pages_kept + (0 if policy.pins_count else pinned.sum(-1, keepdim=True))
-        place = ranking(policy.priority(pages), pinned | newest_page, start)
+        lasting = torch.zeros_like(pinned) if policy.pins_kept else pinned
+        count = policy.pages_kept + (0 if policy.pins_count else lasting.sum(-1, keepdim=True))
+        place = ranking(policy.priority(pages), lasting | newest_page, start)
         keep = keep & ((place >= start.shape[-1] - count) | ~goes_on)
+    if policy.pins_kept:
+        pinned = torch.where(goes_on, keep, pinned)
     held = int(keep.sum(-1).max())
     outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
     most = policy.pages_held

@@ -18,7 +18,7 @@ from sparsity.hf_layers import (
     stock_layers,
     stock_tokens,
 )
-from sparsity.hf_shards import first_head, tensor_rank
+from sparsity.hf_shards import first_head, kv_heads, tensor_rank
 from sparsity.policy import Policy
 from sparsity.report import Report
 from sparsity.retention import Retention
@@ -42,7 +42,7 @@ class BoundSparseCache(SparseCache, Cache):
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
-        self._config, self._rank = decoder.config, tensor_rank(model)
+        self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
 
     @property
@@ -102,7 +102,7 @@ class BoundSparseCache(SparseCache, Cache):
             )
         layer.pending = None
         layer.retention.first_head = first_head(
-            self._rank, self._config, key.shape[1], layer.retention.policy
+            self._rank, self._heads, key.shape[1], layer.retention.policy
         )
         out = self._state.attend(index, query, key, value, **scores)
         layer.show()

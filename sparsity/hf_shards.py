@@ -17,20 +17,24 @@ def tensor_rank(model: PreTrainedModel) -> int | None:
     return mesh.get_local_rank() if mesh.size() > 1 else None
 
 
-def first_head(rank: int | None, config: Any, heads: int, policy: Policy) -> int:
-    """Index in its layer of the first of the `heads` KV heads that are here.
+def kv_heads(config: Any) -> int:
+    """KV heads of a layer in the whole model."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def first_head(rank: int | None, total: int, heads: int, policy: Policy) -> int:
+    """Index in its layer, of `total` KV heads, of the first of the `heads` that are here.
 
     A decision for one KV head is the same wherever the head is; one for all heads of a layer would
     need them all here. Raises SparsityError for a policy that takes such decisions.
     """
-    total = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if rank is None or heads == total:
         return 0
     if getattr(policy, "shared_heads", False):
         name = type(policy).__name__
         raise SparsityError(
-            f"{name}(shared_heads=True) decides once for all {total} KV heads of a layer, and "
-            f"tensor parallelism leaves {heads} of them in this process; use "
-            f"{name}(..., shared_heads=False), or the model in one process"
+            f"{name} with shared_heads=True decides once for all {total} KV heads of a layer, and "
+            f"tensor parallelism leaves {heads} of them in this process; use shared_heads=False, "
+            "or the model in one process"
         )
     return rank * heads

@@ -50,7 +50,7 @@ class Retention:
     @property
     def num_bytes(self) -> int:
         """Bytes of the storage behind every tensor held, summaries and stamps included."""
-        tensors = list(self.past or ())
+        tensors = [*(self.past or ()), *([] if self.attended is None else [self.attended])]
         if self.pool is not None:
             tensors += self.pool.tensors().values()
         return storage_bytes(tensors)
@@ -62,6 +62,7 @@ class Retention:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do `change` to every tensor of the state; batch is the first axis of each."""
+        self.attended = None  # of the rows and the device before
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
@@ -107,7 +108,7 @@ class Retention:
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         places = pool.start.shape[-1]
-        pool.write(key.detach(), value.detach(), step, policy, weigh)
+        pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
         self.moved = self.moved or pool.start.shape[-1] != places
         view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()

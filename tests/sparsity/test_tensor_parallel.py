@@ -109,10 +109,10 @@ def test_two_processes_decode_what_one_does(way, tmp_path, monkeypatch):
     for policy in TIGHT:
         parts = [share[str(policy)] for share in shares]
         if getattr(policy, "shared_heads", False):
-            refused.add(type(policy).__name__)
+            refused.add(name := type(policy).__name__)
             for error in parts:
-                assert f"{type(policy).__name__}(shared_heads=True) decides once for all 4" in error
-                assert "shared_heads=False" in error
+                assert f"{name} with shared_heads=True decides once for all 4" in error
+                assert "use shared_heads=False" in error
             continue
         tokens, slots = expected[str(policy)]
         assert [part[0] for part in parts] == [tokens] * PROCESSES, policy
