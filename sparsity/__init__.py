@@ -19,6 +19,7 @@ from sparsity.policies import (
     Random,
     SnapKV,
     StreamingLLM,
+    Then,
     VaSE,
 )
 from sparsity.record import record
@@ -43,6 +44,7 @@ __all__ = [
     "SparseCache",
     "SparsityError",
     "StreamingLLM",
+    "Then",
     "Trace",
     "VaSE",
     "attach",

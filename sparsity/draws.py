@@ -17,8 +17,8 @@ def uniform(seed: int, pages: PageView) -> Tensor:
     It is a hash of (seed, layer, KV head, page, step): a row's draws depend neither on the rest of
     its batch nor on padding, and come again after a reset; the rows of a batch share them.
     """
-    heads = torch.arange(pages.start.shape[1], device=pages.start.device)[None, :, None]
-    draw = mix(mix(seed * 0x9E3779B1 + pages.layer) + heads)
+    heads = torch.arange(pages.start.shape[1], device=pages.start.device) + pages.first_head
+    draw = mix(mix(seed * 0x9E3779B1 + pages.layer) + heads[None, :, None])
     draw = mix(draw ^ (pages.start.long() & _LOW32))
     draw = mix(draw ^ (pages.now.long() & _LOW32))
     return (draw >> 8).float() / 2**24

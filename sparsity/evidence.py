@@ -67,6 +67,18 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
     return queries, torch.where(fresh, torch.where(known, rank, -1), asked.expand(batch, -1))
 
 
+def keep_newest(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> None:
+    """`keep_last` for a forward of one column, in place: the one query that changes is written."""
+    row = torch.arange(asked.shape[0], device=query.device)
+    rank, place, new = step.before, step.before % asked.shape[1], query[:, :, -1]
+    if step.valid is not None:  # a row whose new column is padding keeps what it has
+        real = step.valid[:, -1]
+        new = torch.where(real[:, None, None], new, queries[row, :, place])
+        rank = torch.where(real, rank, asked[row, place])
+    queries[row, :, place] = new
+    asked[row, place] = rank
+
+
 def window_weights(
     queries: Tensor, asked: Tensor, keys: Tensor, rank: Tensor, needs: Needs, weigh: Weigh
 ) -> Tensor:

@@ -19,6 +19,7 @@ def extend(
     step: Step,
     policy: Policy,
     layer: int,
+    first_head: int,
     query: Tensor,
     newest: Tensor,
     weights: Tensor | None,
@@ -67,6 +68,7 @@ def extend(
         now=after - 1,
         page_size=size,
         layer=layer,
+        first_head=first_head,
     )
     pages = marked(policy.observe(newest, pages, scaling), pages, goes_on)
     if pool is None:
@@ -82,9 +84,12 @@ def extend(
             rank = pages.rank.masked_fill(~filled, -1)
             window = window_weights(queries, asked, pages.keys, rank, needs, weigh)
             pages = replace(pages, window=window)
-        count = policy.pages_kept + (0 if policy.pins_count else pinned.sum(-1, keepdim=True))
-        place = ranking(policy.priority(pages), pinned | newest_page, start)
+        lasting = torch.zeros_like(pinned) if policy.pins_kept else pinned
+        count = policy.pages_kept + (0 if policy.pins_count else lasting.sum(-1, keepdim=True))
+        place = ranking(policy.priority(pages), lasting | newest_page, start)
         keep = keep & ((place >= start.shape[-1] - count) | ~goes_on)
+    if policy.pins_kept:
+        pinned = torch.where(goes_on, keep, pinned)
     held = int(keep.sum(-1).max())
     outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
     most = policy.pages_held
@@ -94,6 +99,7 @@ def extend(
     return PagePool(
         size=size,
         layer=layer,
+        first_head=first_head,
         held=held,
         high=held,
         outside=outside,

@@ -1,4 +1,4 @@
-"""SparseCache as transformers sees it; with `hf_layers` and `hf_attach` all that knows it."""
+"""SparseCache as transformers sees it; with the other `hf_*` files all that knows it."""
 
 import copy
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from sparsity.hf_layers import (
     stock_layers,
     stock_tokens,
 )
+from sparsity.hf_shards import first_head, kv_heads, tensor_rank
 from sparsity.policy import Policy
 from sparsity.report import Report
 from sparsity.retention import Retention
@@ -41,6 +42,7 @@ class BoundSparseCache(SparseCache, Cache):
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
+        self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
 
     @property
@@ -67,6 +69,7 @@ class BoundSparseCache(SparseCache, Cache):
                 "a SparseCache works with an attached model only, and this one is detached (or its "
                 "decoder was called past its hooks); call attach(model) first"
             )
+        self.layers[layer_idx].prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
@@ -98,6 +101,9 @@ class BoundSparseCache(SparseCache, Cache):
                 "attention, or keys shared between layers)"
             )
         layer.pending = None
+        layer.retention.first_head = first_head(
+            self._rank, self._heads, key.shape[1], layer.retention.policy
+        )
         out = self._state.attend(index, query, key, value, **scores)
         layer.show()
         return out
@@ -144,6 +150,10 @@ class BoundSparseCache(SparseCache, Cache):
             else:
                 self.layers[i] = copy.deepcopy(self._stock[i])
         self._state.clear()
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring an offloaded layer back; a forward does so itself. `offload` is transformers'."""
+        self.layers[layer_idx].prefetch()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""

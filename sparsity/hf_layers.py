@@ -26,6 +26,7 @@ class RetainedLayer(DynamicLayer):
         self.retention = retention
         self.seen = seen
         self.pending: tuple[torch.Size, torch.Size] | None = None  # shapes given to `update`
+        self.home: torch.device | None = None  # where an offloaded layer belongs
         self.show()
 
     def show(self) -> None:
@@ -58,10 +59,24 @@ class RetainedLayer(DynamicLayer):
         """Refused by the cache."""
         refuse_rollback()
 
+    def offload(self) -> None:
+        """Move all that is held to host memory, summaries and stamps included."""
+        if self.keys is not None and self.home is None:
+            self.home = self.keys.device
+            self.retention.map(lambda t: t.to("cpu"))
+            self.show()
+
+    def prefetch(self) -> None:
+        """Move it back."""
+        if (home := self.home) is not None:
+            self.home = None
+            self.retention.map(lambda t: t.to(home))
+            self.show()
+
     def reset(self) -> None:
         """Forget everything."""
         self.retention.clear()
-        self.seen = 0
+        self.seen, self.home = 0, None
         self.show()
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -129,8 +144,8 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
         elif type(layer) is DynamicSlidingWindowLayer:
             if type(before) is DynamicSlidingWindowLayer:
                 window: Any = copy.copy(before)
-                window.keys = window.keys.detach().clone()
-                window.values = window.values.detach().clone()
+                window.keys = window.keys.detach().to(window.device, copy=True)  # if offloaded
+                window.values = window.values.detach().to(window.device, copy=True)
                 layers[i] = window
             elif before is not None:
                 layer.update(*_held(before, i))

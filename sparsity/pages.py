@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity.evidence import Weigh, keep_last, window_weights
+from sparsity.evidence import Weigh, keep_newest, window_weights
 from sparsity.policy import PageView, Policy
 from sparsity.rows import Step
 
@@ -20,8 +20,8 @@ class PagePool:
     a new one takes the first free place. Under a policy that bounds what is held all C places are
     there from the beginning.
 
-    held: pages that a row holds, at most. high: places in use are below it. outside: most pages
-    of a row that do not count against the budget.
+    layer, first_head: see `PageView`. held: pages that a row holds, at most. high: places in use
+    are below it. outside: most pages of a row that do not count against the budget.
     keys, values: `[batch, kv_heads, N, head_dim]`. slots: the column each token stands at, int32
     `[batch, kv_heads, N]`, -1 where empty. start, stamp, sums, kmin, kmax: see `PageView`. pinned:
     bool `[batch, kv_heads, C]`. current: place of each row's newest page, int64
@@ -30,6 +30,7 @@ class PagePool:
 
     size: int
     layer: int
+    first_head: int
     held: int
     high: int
     outside: int
@@ -73,6 +74,7 @@ class PagePool:
             now=now[:, None, None],
             page_size=self.size,
             layer=self.layer,
+            first_head=self.first_head,
         )
 
     def mark(self, pages: PageView) -> None:
@@ -82,7 +84,7 @@ class PagePool:
 
     def remember(self, query: Tensor, step: Step) -> None:
         """Take the newest query in among the last ones."""
-        self.queries, self.asked = keep_last(self.queries, self.asked, query, step)
+        keep_newest(self.queries, self.asked, query, step)
 
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
         """Write one token a row, in place, evicting pages first where there is no room.

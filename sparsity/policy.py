@@ -52,7 +52,8 @@ class PageView:
     window: attention of the last queries, each over the tokens held that are not newer than it,
         zero for a query that was not seen; `[batch, kv_heads, window, N]`; in `priority` only.
     now: rank of each row's newest token, the one about to be written included; `[batch, 1, 1]`.
-    page_size: tokens a page. layer: index of the layer in the model.
+    page_size: tokens a page. layer: index of the layer in the model. first_head: index in the
+        layer of the first KV head here (tensor parallelism leaves the others to other processes).
     """
 
     start: Tensor
@@ -69,6 +70,7 @@ class PageView:
     now: Tensor
     page_size: int
     layer: int
+    first_head: int = 0
 
     @property
     def used(self) -> Tensor:
@@ -104,6 +106,7 @@ class Policy(ABC):
     page_size: tokens that are kept or evicted together; it divides `budget`.
     dense_layers: this many first layers of the model keep and attend to everything.
     pin_prompt: tokens that arrive several at a time (the prompt, later turns) are never evicted.
+    pins_kept: pin what is left after several tokens at a time, instead of what they bring.
     pins_count: whether pinned tokens count against the budget.
     evict_every: while decoding, tokens between two evictions; None for no eviction while decoding.
     """
@@ -113,6 +116,7 @@ class Policy(ABC):
     dense_layers: int
     pin_prompt: bool
     pins_count: bool = True
+    pins_kept: bool = False
     evict_every: int | None = 1
 
     @property
@@ -138,6 +142,11 @@ class Policy(ABC):
         if self.pages_kept is None or self.evict_every is None:
             return None
         return self.pages_kept + -(-self.evict_every // self.page_size) - 1
+
+    @property
+    def decoding(self) -> "Policy":
+        """The policy that evicts while single tokens come (`Then`; others are one for all)."""
+        return self
 
     def at_layer(self, layer: int, layers: int) -> "Policy":
         """The policy of layer `layer` in a model of so many `layers`."""

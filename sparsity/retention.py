@@ -19,7 +19,7 @@ from sparsity.rows import Step
 class Retention:
     """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
 
-    policy: decides what stays. layer: index in the model.
+    policy: decides what stays. layer: index in the model. first_head: see `PageView`.
     pool: the retained tokens; None before the first forward.
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
@@ -33,6 +33,7 @@ class Retention:
     ) -> None:
         self.policy = policy
         self.layer = layer
+        self.first_head = 0
         self.pool: PagePool | None = None
         self.past = past
         self.moved = False
@@ -49,7 +50,7 @@ class Retention:
     @property
     def num_bytes(self) -> int:
         """Bytes of the storage behind every tensor held, summaries and stamps included."""
-        tensors = list(self.past or ())
+        tensors = [*(self.past or ()), *([] if self.attended is None else [self.attended])]
         if self.pool is not None:
             tensors += self.pool.tensors().values()
         return storage_bytes(tensors)
@@ -61,6 +62,7 @@ class Retention:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do `change` to every tensor of the state; batch is the first axis of each."""
+        self.attended = None  # of the rows and the device before
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
@@ -106,7 +108,7 @@ class Retention:
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         places = pool.start.shape[-1]
-        pool.write(key.detach(), value.detach(), step, policy, weigh)
+        pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
         self.moved = self.moved or pool.start.shape[-1] != places
         view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
@@ -184,7 +186,7 @@ class Retention:
                 query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
             )
         self.pool = extend(
-            self.pool, key, value, slots, step, self.policy, self.layer,
+            self.pool, key, value, slots, step, self.policy, self.layer, self.first_head,
             query, newest, weights, scaling, weigh,
         )  # fmt: skip
         self.past, self.moved = None, True

@@ -44,17 +44,18 @@ def reduce_group(scores: Tensor, group: Group) -> Tensor:
 def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> Tensor:
     """Attention of the last queries to each token, pooled over `kernel` neighbours in the text.
 
-    The mean over the queries; zero for the newest `recent` tokens, which no policy ranks. Pages
-    are single tokens; their neighbours are the tokens held next to them by rank, zeros at the
-    ends. Returns `[batch, kv_heads, N]`. Needs a `window`.
+    The mean over the queries; zero for the newest `recent` tokens, which no policy ranks. Its
+    neighbours are the tokens held next to a token by rank, zeros at the ends.
+    Returns `[batch, kv_heads, N]`. Needs a `window`.
     """
     assert pages.window is not None
-    scores = pages.window.mean(2).masked_fill(pages.newest(recent), 0)
-    last = torch.iinfo(pages.start.dtype).max
-    order = pages.start.masked_fill(~pages.used, last).argsort(dim=-1, stable=True)
+    rank = pages.rank
+    scores = pages.window.mean(2).masked_fill(rank > pages.now - recent, 0)
+    last = torch.iinfo(rank.dtype).max
+    order = rank.masked_fill(~pages.filled, last).argsort(dim=-1, stable=True)
     scores = scores.gather(-1, order)
     if pooling == "max":
         scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     else:
         scores = F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
-    return scores.gather(-1, order.argsort(-1))
+    return scores.gather(-1, order.argsort(-1)).masked_fill(~pages.filled, 0)

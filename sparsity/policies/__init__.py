@@ -11,6 +11,7 @@ from sparsity.policies.random import Random
 from sparsity.policies.rkv import RKV
 from sparsity.policies.snapkv import SnapKV
 from sparsity.policies.streaming_llm import StreamingLLM
+from sparsity.policies.then import Then
 from sparsity.policies.tova import TOVA
 from sparsity.policies.vase import VaSE
 
@@ -27,5 +28,6 @@ __all__ = [
     "Random",
     "SnapKV",
     "StreamingLLM",
+    "Then",
     "VaSE",
 ]

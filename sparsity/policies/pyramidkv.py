@@ -1,6 +1,6 @@
 """PyramidKV: SnapKV with more room in lower layers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sparsity.policies.snapkv import SnapKV
 from sparsity.policy import check_count
@@ -23,6 +23,7 @@ class PyramidKV(SnapKV):
     in `SnapKV`.
     """
 
+    page_size: int = field(default=1, init=False)
     beta: int = 20
 
     def __post_init__(self) -> None:

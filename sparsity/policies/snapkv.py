@@ -1,6 +1,6 @@
 """SnapKV: what the last queries of the prompt attend to."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,9 +28,9 @@ class SnapKV(Evicting):
 
     Beyond the knobs of `Evicting`: window: queries that observe. recent: newest tokens kept; None
     for the window. kernel: tokens pooled over, odd; 1 for none. pooling: "mean" or "max".
+    page_size: with more than one token a page, its attention is the sum of its tokens'.
     """
 
-    page_size: int = field(default=1, init=False)
     recent: int | None = None
     evict_every: int | None = None
     window: int = 64
@@ -56,7 +56,7 @@ class SnapKV(Evicting):
 
     def worth(self, pages: PageView) -> Tensor:
         """Pooled attention of the window."""
-        return window_scores(pages, self.recent or 0, self.kernel, self.pooling)
+        return pages.total(window_scores(pages, self.recent or 0, self.kernel, self.pooling))
 
 
 def check_kernel(name: str, kernel: int) -> None:

@@ -23,6 +23,7 @@ from sparsity import (
     SparseCache,
     SparsityError,
     StreamingLLM,
+    Then,
     VaSE,
 )
 from tests.helpers import SHAPE, random_ids, tiny_model
@@ -73,6 +74,14 @@ def is_plain(model):
         (lambda: LazyEviction(512, alpha=-1), "alpha=-1"),
         (lambda: VaSE(88), "above 90"),
         (lambda: VaSE(256, large=-1), "large=-1"),
+        (lambda: Then(RaaS(64), RaaS(64)), "expected SnapKV or PyramidKV"),
+        (lambda: Then(SnapKV(128), 64), "to decode with"),
+        (lambda: Then(SnapKV(128, evict_every=8), H2O(128)), "without evict_every"),
+        (lambda: Then(SnapKV(128), RaaS(1024)), "page_size=1 of SnapKV and page_size=16 of RaaS"),
+        (lambda: Then(SnapKV(128, page_size=16), Quest(64)), "give both the same dense_layers"),
+        (lambda: Then(SnapKV(128), LazyEviction(256)), "give both the same group"),
+        (lambda: Then(SnapKV(128, group="max"), RKV(256)), "window=64 of SnapKV and window=8"),
+        (lambda: Then(SnapKV(128), H2O(127)), "has room for 127"),
     ],
 )
 def test_configuration(make, words):

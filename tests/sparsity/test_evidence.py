@@ -7,7 +7,7 @@ import torch
 
 from sparsity import H2O, RKV, SnapKV
 from sparsity.attention import attention_weights
-from sparsity.evidence import BLOCK, forward_weights, keep_last
+from sparsity.evidence import BLOCK, forward_weights, keep_last, keep_newest
 from sparsity.masks import LazyMask
 from sparsity.policies import rkv
 from sparsity.policy import Needs
@@ -94,3 +94,27 @@ def test_the_last_queries_by_rank_and_none_for_tokens_of_a_past_cache():
     after = keep_last(queries, asked, torch.full((1, 1, 1, 1), 16.0), step)
     assert torch.equal(after[0], queries)
     assert torch.equal(after[1], asked)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_one_query_in_place_equals_the_window_made_anew(size):
+    """Padding in the prompt, then single columns with padding among them, past a full window."""
+    g = torch.Generator().manual_seed(size)
+    policy = SnapKV(64, window=size)
+    padding = torch.rand(3, 16, generator=g) < 0.7
+    padding[:, 4] = True
+    queries, asked = torch.zeros(3, 2, size, 4), torch.full((3, size), -1)
+    rows, fast = Rows(), None
+    for first, stop in [(0, 5)] + [(i, i + 1) for i in range(5, 16)]:
+        query = torch.randn(3, 2, stop - first, 4, generator=g)
+        whole = padding[:, first:stop].all() and not rows.ragged
+        step = plan(rows, policy, 3, stop - first, None if whole else padding[:, :stop], g.device)
+        queries, asked = keep_last(queries, asked, query, step)
+        if fast is None:
+            fast = queries.clone(), asked.clone()
+        else:
+            keep_newest(*fast, query, step)
+        assert torch.equal(fast[0], queries)
+        assert torch.equal(fast[1], asked)
+        rows = step.then
+    assert (asked.amax(1) + 1).tolist() == padding.sum(1).tolist()

@@ -38,6 +38,7 @@ def test_public_names():
         "SparsityError",
         "StreamingLLM",
         "TOVA",
+        "Then",
         "Trace",
         "VaSE",
         "attach",

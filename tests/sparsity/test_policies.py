@@ -4,7 +4,19 @@ import itertools
 
 import pytest
 
-from sparsity import H2O, RKV, TOVA, LazyEviction, PyramidKV, QuestRaaS, RaaS, SnapKV, VaSE
+from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
+    LazyEviction,
+    PyramidKV,
+    QuestRaaS,
+    RaaS,
+    SnapKV,
+    SparsityError,
+    Then,
+    VaSE,
+)
 from sparsity.policy import Needs
 from tests.sparsity.zoo import AMPLE, SMALL, TIGHT
 
@@ -42,7 +54,22 @@ def test_the_pyramid_is_a_line_around_the_budget(layers):
 def test_every_policy_is_in_every_list():
     kinds = {type(policy) for policy in AMPLE}
     assert kinds == {type(policy) for policy in TIGHT} == {type(policy) for policy in SMALL}
-    assert len(kinds) == 13
+    assert len(kinds) == 14
+
+
+def test_two_policies_in_turn_say_what_each_says():
+    both = Then(SnapKV(32, window=8, recent=1, page_size=16), RaaS(64))
+    assert both.needs == Needs(summaries=True, window=8)
+    assert (both.budget, both.page_size, both.pages_kept, both.pages_held) == (64, 16, 2, 4)
+    assert both.pins_kept
+    assert not both.pin_prompt
+    pyramid = Then(PyramidKV(10, window=2, beta=4), H2O(20, pin_prompt=True))
+    budgets = [pyramid.at_layer(i, 3).prompt.budget for i in range(3)]
+    assert budgets == [16, 10, 4]
+    assert {pyramid.at_layer(i, 3).decode.budget for i in range(3)} == {20}
+    with pytest.raises(SparsityError, match=r"leaves 64 tokens, and RaaS.* has room for 48"):
+        Then(SnapKV(64, window=8, page_size=16), RaaS(64))
+    Then(SnapKV(64, window=8, page_size=16), RaaS(64, pin_prompt=False))
 
 
 def test_policies_are_values_that_declare_what_they_need():

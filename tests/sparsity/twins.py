@@ -17,6 +17,7 @@ from sparsity import (
     Random,
     SnapKV,
     StreamingLLM,
+    Then,
     VaSE,
 )
 
@@ -37,6 +38,7 @@ class Twin:
     """
 
     def __init__(self, policy, layer, heads, scaling):
+        self.both = policy if isinstance(policy, Then) else None
         self.policy, self.layer, self.scaling = policy, layer, scaling
         self.pages = [{} for _ in range(heads)]  # of each head: start -> Page
         self.queries = []  # by rank, `[heads, group, head_dim]`
@@ -46,6 +48,8 @@ class Twin:
         """The ranks each head attends to (a query: those up to its own) and what it keeps."""
         if stop > first:
             self.keys, self.values = keys, values
+            if self.both:
+                self.policy = self.both.decode
             new = queries.unflatten(0, (len(self.pages), -1)).transpose(1, 2)
             if single:
                 self.one(first, new[:, 0])
@@ -81,8 +85,15 @@ class Twin:
                 pages.setdefault(start, Page(stamp=start)).pinned |= policy.pin_prompt
             self.queries.append(new[:, rank - first])
         self.observe(stop - 1, range(first, stop), self.attended)
+        if self.both:  # all that is held is compressed, and pinned after that
+            self.policy = policy = self.both.prompt
+            for page in (page for pages in self.pages for page in pages.values()):
+                page.pinned = False
         if policy.evicts:
             self.evict(policy.budget // size, stop - 1, spare=(stop - 1) // size * size)
+        if self.both:
+            for page in (page for pages in self.pages for page in pages.values()):
+                page.pinned = self.both.decode.pin_prompt
 
     def tokens(self, starts, stop):
         size = self.policy.page_size
@@ -181,7 +192,7 @@ class Twin:
         return worth | dict.fromkeys(large, math.inf)
 
     def importance(self, head, now):
-        policy, ranks = self.policy, sorted(self.pages[head])
+        policy, ranks = self.policy, sorted(self.tokens(self.pages[head], now + 1))
         total = dict.fromkeys(ranks, 0.0)
         for asked in range(max(0, len(self.queries) - policy.window), len(self.queries)):
             seen = [rank for rank in ranks if rank <= asked]
@@ -194,8 +205,10 @@ class Twin:
         line = [0.0] * reach + line + [0.0] * reach
         near = [line[i : i + policy.kernel] for i in range(len(ranks))]
         if isinstance(policy, RKV) or getattr(policy, "pooling", "mean") == "max":
-            return {rank: max(window) for rank, window in zip(ranks, near, strict=True)}
-        return {rank: sum(window) / policy.kernel for rank, window in zip(ranks, near, strict=True)}
+            near = [max(window) for window in near]
+        else:
+            near = [sum(window) / policy.kernel for window in near]
+        return self.by_page(dict(zip(ranks, near, strict=True)))
 
     def redundancy(self, head):
         ranks = sorted(self.pages[head])

@@ -13,6 +13,7 @@ from sparsity import (
     Random,
     SnapKV,
     StreamingLLM,
+    Then,
     VaSE,
 )
 
@@ -35,6 +36,7 @@ AMPLE = [
     RKV(64, evict_every=8),
     LazyEviction(64, evict_every=8),
     VaSE(64, window=8, evict_every=4),
+    Then(SnapKV(64, window=8, page_size=4), RaaS(128, page_size=4)),
 ]
 
 # Evicts, or leaves out, within a prompt of 13 tokens and 14 more.
@@ -57,6 +59,8 @@ TIGHT = [
     RKV(8, window=2, kernel=3, evict_every=3, mix=0.4),
     LazyEviction(10, evict_every=4, alpha=0.05),
     VaSE(10, sinks=1, window=3, large=2, evict_every=2),
+    Then(SnapKV(12, window=3, kernel=3, page_size=4), RaaS(20, page_size=4, alpha=0.15)),
+    Then(PyramidKV(6, window=2, beta=4), H2O(12)),
 ]
 
 # A quarter of a text of 256 tokens after a prompt of 32.
@@ -72,6 +76,7 @@ QUARTER = [
     RKV(64, evict_every=16),
     LazyEviction(64, evict_every=16),
     VaSE(64, window=16, evict_every=16),
+    Then(SnapKV(24, window=8, page_size=4), RaaS(64, page_size=4)),
 ]
 
 # Small enough to be compared with the slow twin on a few tokens.
@@ -114,11 +119,30 @@ SMALL = [
     LazyEviction(8, page_size=2, evict_every=2, alpha=0.13),
     VaSE(7, sinks=1, window=2, large=2, evict_every=2, kernel=3),
     VaSE(6, sinks=0, window=2, large=0, evict_every=1, kernel=1, seed=3),
+    SnapKV(8, window=3, kernel=3, page_size=2, evict_every=2),
+    SnapKV(9, window=2, recent=1, kernel=5, page_size=3, pooling="max"),
+    Then(SnapKV(4, window=2, recent=1, kernel=3, page_size=2), RaaS(8, page_size=2, alpha=0.13)),
+    Then(
+        SnapKV(6, window=3, kernel=3, page_size=2),
+        RaaS(6, page_size=2, top_ratio=0.5, pin_prompt=False),
+    ),
+    Then(
+        SnapKV(4, window=2, recent=1, kernel=1, page_size=2),
+        QuestRaaS(4, page_size=2, prompt_budget=2, alpha=0.13),
+    ),
+    Then(
+        SnapKV(4, window=2, recent=1, kernel=3, page_size=2), Quest(4, page_size=2, dense_layers=0)
+    ),
+    Then(SnapKV(5, window=3, kernel=3), H2O(7)),
+    Then(SnapKV(5, window=3, recent=2, kernel=3), SnapKV(7, window=3, kernel=1, evict_every=2)),
+    Then(PyramidKV(5, window=2, kernel=3, beta=3), Random(9, recent=1, seed=5)),
+    Then(SnapKV(5, window=2, group="max"), LazyEviction(6, evict_every=3, alpha=0.13)),
 ]
 
 
 def selects(policy):
     """Whether a decoded token attends to less than what is held."""
+    policy = policy.decoding
     return isinstance(policy, Quest | QuestRaaS) or getattr(policy, "attend", "all") == "top"
 
 

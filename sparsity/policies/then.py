@@ -1,0 +1,133 @@
+"""One policy for prompts, another one while decoding."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.policies.snapkv import SnapKV
+from sparsity.policy import Needs, PageView, Policy
+
+
+@dataclass(frozen=True)
+class Then(Policy):
+    """Compress what comes several tokens at a time as `prompt` does; decode as `decode` does.
+
+    ``Then(SnapKV(512, page_size=16), RaaS(1024))``: at the end of a prompt SnapKV
+    (arXiv 2404.14469) leaves 512 tokens of it, and RaaS (arXiv 2502.11147) goes on from those. A
+    later turn compresses all that is held by then once more. Where `decode` pins prompts, what
+    `prompt` leaves is pinned until the next turn; it always fits.
+
+    Both decide over the same pages: their page sizes are the same, and so are their dense layers,
+    and `group` where both go by attention weights. Refused: `prompt` with an `evict_every`, which
+    is for decoding; a larger budget for it than for `decode`; two windows of different lengths.
+
+    prompt: `SnapKV` or `PyramidKV` (pages of one token). decode: any policy. budget: of `decode`.
+    """
+
+    prompt: SnapKV
+    decode: Policy
+    budget: int | None = field(init=False, repr=False, compare=False)
+    page_size: int = field(init=False, repr=False, compare=False)
+    dense_layers: int = field(init=False, repr=False, compare=False)
+    pin_prompt: bool = field(default=False, init=False, repr=False, compare=False)
+    pins_count: bool = field(init=False, repr=False, compare=False)
+    pins_kept: bool = field(init=False, repr=False, compare=False)
+    evict_every: int | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        prompt, decode = self.prompt, self.decode
+        if not isinstance(prompt, SnapKV) or not isinstance(decode, Policy):
+            raise SparsityError(
+                f"Then(prompt={prompt!r}, decode={decode!r}): expected SnapKV or PyramidKV for the "
+                "prompt, and a policy such as RaaS(budget=1024) to decode with"
+            )
+        if isinstance(decode, Then) or prompt.evict_every is not None:
+            raise SparsityError(
+                f"{self}: `prompt` decides at the end of prompts only, `decode` while decoding; "
+                "use SnapKV without evict_every, and one plain policy for `decode`"
+            )
+        for name in ("page_size", "dense_layers"):
+            if getattr(prompt, name) != getattr(decode, name):
+                raise SparsityError(
+                    f"Then: {name}={getattr(prompt, name)} of {type(prompt).__name__} and "
+                    f"{name}={getattr(decode, name)} of {type(decode).__name__} differ, and both "
+                    f"decide over the same pages of the same layers; give both the same {name}"
+                )
+            object.__setattr__(self, name, getattr(decode, name))
+        taken = {
+            "budget": decode.budget,
+            "pins_count": decode.pins_count,
+            "pins_kept": decode.pin_prompt,
+            "evict_every": decode.evict_every if decode.evicts else None,
+        }
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
+        mine, other = prompt.needs, decode.needs
+        if (other.attention or other.window) and other.group != mine.group:
+            raise SparsityError(
+                f"Then: group={mine.group!r} of {type(prompt).__name__} and group={other.group!r} "
+                f"of {type(decode).__name__} differ; give both the same group"
+            )
+        if other.window not in (0, mine.window):
+            raise SparsityError(
+                f"Then: window={mine.window} of {type(prompt).__name__} and window={other.window} "
+                f"of {type(decode).__name__} differ, and the last queries are kept once; give both "
+                "the same window"
+            )
+        room = (decode.pages_kept or 0) - (1 if decode.pin_prompt else 0)
+        if decode.evicts and decode.pins_count and prompt.budget // prompt.page_size > room:
+            raise SparsityError(
+                f"Then: {type(prompt).__name__} leaves {prompt.budget} tokens, and "
+                f"{type(decode).__name__}(budget={decode.budget}, pin_prompt={decode.pin_prompt}) "
+                f"has room for {max(0, room * prompt.page_size)}; lower the first budget or raise "
+                "the second"
+            )
+
+    @property
+    def evicts(self) -> bool:
+        """The prompt is compressed in any case."""
+        return True
+
+    @property
+    def needs(self) -> Needs:
+        """What either needs."""
+        return replace(self.decode.needs, window=self.prompt.window, group=self.prompt.group)
+
+    @property
+    def shared_heads(self) -> bool:
+        """Whether either decides for all KV heads of a layer."""
+        return self.prompt.shared_heads or getattr(self.decode, "shared_heads", False)
+
+    @property
+    def pages_kept(self) -> int | None:
+        """What is left at the end of a prompt."""
+        return self.prompt.pages_kept
+
+    @property
+    def pages_held(self) -> int | None:
+        """Most pages while decoding."""
+        return self.decode.pages_held
+
+    @property
+    def decoding(self) -> Policy:
+        """Decides while single tokens come."""
+        return self.decode
+
+    def at_layer(self, layer: int, layers: int) -> "Then":
+        """Both at this layer."""
+        prompt: Any = self.prompt.at_layer(layer, layers)
+        return replace(self, prompt=prompt, decode=self.decode.at_layer(layer, layers))
+
+    def priority(self, pages: PageView) -> Tensor:
+        """At the end of a prompt."""
+        return self.prompt.priority(pages)
+
+    def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
+        """As `decode` does, prompts included."""
+        return self.decode.observe(query, pages, scaling)
+
+    def select(self, query: Tensor, pages: PageView) -> Tensor | None:
+        """As `decode` does."""
+        return self.decode.select(query, pages)
