@@ -143,7 +143,12 @@ def measure(path: str, problems: list[ReasoningProblem], batch_size: int, job: J
 def sweep(task: Callable[[Job], dict], jobs: list[Job], args: argparse.Namespace) -> list[dict]:
     """Every job's result, in order; those of an earlier run that was cut off are taken over."""
     path = args.out / "retention_accuracy.partial.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    asked = {name: getattr(args, name) for name in ("model", "problems", "steps", "seed")}
+    if not path.exists():
+        path.write_text(json.dumps(asked) + "\n")
+    first, *lines = path.read_text().splitlines()
+    if json.loads(first) != asked:
+        raise SystemExit(f"{path} is of another run, {first}: delete it, or give its arguments")
     done = {(row["arm"], row["budget"]): row for row in map(json.loads, lines)}
     missing = [job for job in jobs if job not in done]
     with path.open("a") as file:

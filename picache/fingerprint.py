@@ -33,11 +33,11 @@ def fingerprint(config: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> st
     return digest.hexdigest()
 
 
-def middles(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Views of the element in the middle of each tensor, those of a kind and place together."""
-    views: dict[object, list[Tensor]] = {}
+def middles(tensors: list[Tensor]) -> list[float]:
+    """The element in the middle of each tensor; those of a kind and place in one transfer."""
+    alike: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             middle = tensor.detach()[tuple(n // 2 for n in tensor.shape)]
-            views.setdefault((tensor.dtype, tensor.device), []).append(middle)
-    return list(views.values())
+            alike.setdefault((tensor.dtype, tensor.device), []).append(middle)
+    return [value for some in alike.values() for value in torch.stack(some).tolist()]

@@ -5,6 +5,7 @@ All contact with transformers stands in this file, `picache.hf_attention` and `p
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,8 +67,6 @@ class HFModel:
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
-        self._versions: object = None
-        self._middles: list[list[Tensor]] = []
         try:
             self._prove()
         except PICacheError as error:
@@ -91,6 +90,14 @@ class HFModel:
     def device(self) -> torch.device:
         """Where the first parameter lives."""
         return self.model.device
+
+    @cached_property
+    def loading(self) -> "torch.cuda.Stream":
+        """The stream that layers are loaded in beside the model's work, on a CUDA device.
+
+        One for all links: memory that a stream has freed is used again in that stream alone.
+        """
+        return torch.cuda.Stream(self.device)
 
     def finish(self) -> None:
         """Wait until the device has done what it was given."""
@@ -339,9 +346,7 @@ class HFModel:
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
         ]
-        if versions != self._versions:
-            self._versions, self._middles = versions, middles([t for _, t in tensors])
-        state = (versions, [torch.stack(alike).tolist() for alike in self._middles])
+        state = (versions, middles([t for _, t in tensors]))
         if state != self._digest[0]:
             self._digest = (state, fingerprint(self.config.to_dict(), tensors))
         return self._digest[1]

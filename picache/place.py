@@ -73,7 +73,7 @@ class LinkedKV:
         self._coming: dict[int, Future[KV]] = {}
         self._stream: torch.cuda.Stream | None = None
         if ahead and self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = model.loading
             # What compiled the chunks may still be under way.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self.nbytes = 0
@@ -134,7 +134,7 @@ class LinkedKV:
         if self._stream is None:
             return
         reader = torch.cuda.current_stream(self._device)
-        # All that the side stream was given so far is this layer.
+        # All that the side stream was given so far is this layer, and maybe another link's.
         reader.wait_stream(self._stream)
         for tensor in kv:
             tensor.record_stream(reader)  # or their memory is reused while the reader still reads

@@ -21,7 +21,8 @@ class LinkReport:
         flops_full_prefill: the same of a full prefill of the prompt.
         seconds: "look_up" in the store, "compile" (misses, and a query that is compiled alone),
             "load" (copy into the prompt), "rotate", "choose" (what the method measured),
-            "recompute", and "first_token": the whole of `PIC.link`, which
+            "recompute" (on a CUDA device with the queueing of what the next layer loads), and
+            "first_token": the whole of `PIC.link`, which
             ends with the logits of the first new token (`generate` runs the last token once more,
             to sample from it itself). Loading ahead of need overlaps with recomputing, so that
             the parts may add up to more than the whole.

@@ -131,14 +131,16 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
             "this model filled"
         )
-    rows, n = Rows(), len(layers)
+    rows = Rows()
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     for i, layer in enumerate(layers):
         before: Any = earlier[i]
         if before is not None and not before.is_initialized:
             before = None
         if type(layer) is DynamicLayer:
             held = None if before is None else _held(before, i)
-            small = policy.at_layer(i, n) if i >= policy.dense_layers else Full(policy.page_size)
+            small = policy.at_layer(full.index(i), len(full))
+            small = small if i >= policy.dense_layers else Full(policy.page_size)
             seen = 0 if held is None else held[0].shape[2]
             layers[i] = RetainedLayer(Retention(small, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:

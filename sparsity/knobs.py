@@ -43,9 +43,7 @@ class Evicting(Policy):
     def __post_init__(self) -> None:
         name, size = type(self).__name__, self.page_size
         check_budget(name, self.budget, size)
-        if self.recent is None:
-            object.__setattr__(self, "recent", self.usual_recent)
-        recent = self.recent or 0
+        recent = self.recent_kept
         check_count(name, "recent", recent)
         for field in ("sinks", "dense_layers"):
             check_count(name, field, getattr(self, field))
@@ -73,6 +71,11 @@ class Evicting(Policy):
         return 0
 
     @property
+    def recent_kept(self) -> int:
+        """Newest tokens protected."""
+        return self.usual_recent if self.recent is None else self.recent
+
+    @property
     def evicts(self) -> bool:
         """The pages with the least worth are dropped."""
         return True
@@ -86,5 +89,5 @@ class Evicting(Policy):
         worth = self.worth(pages)
         if self.shared_heads:
             worth = worth.mean(1, keepdim=True).expand_as(worth)
-        protected = pages.newest(self.recent or 0) | (pages.start < self.sinks)
+        protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
         return worth.float().masked_fill(protected, torch.inf)

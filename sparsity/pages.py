@@ -166,7 +166,10 @@ class PagePool:
         self.slots.unflatten(-1, (-1, self.size))[:, :, : self.high].masked_fill_(
             gone[..., None], -1
         )
-        self.held -= 0 if step.then.ragged else surplus
+        if not step.then.ragged:
+            self.held -= surplus
+        elif surplus > 1:  # or the next step would try again; looking is affordable now and then
+            self.held = int((self.start[..., : self.high] >= 0).sum(-1).max())
 
     def _grow(self, pages: int) -> None:
         """Make places for a row of `pages`, in modest steps."""

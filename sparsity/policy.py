@@ -149,7 +149,7 @@ class Policy(ABC):
         return self
 
     def at_layer(self, layer: int, layers: int) -> "Policy":
-        """The policy of layer `layer` in a model of so many `layers`."""
+        """The policy of layer `layer` of so many `layers` with full attention."""
         return self
 
     def priority(self, pages: PageView) -> Tensor:

@@ -61,6 +61,11 @@ class Recording(Retention):
                 f"record takes one text at a time, and the model was called with {query.shape[0]} "
                 "rows: leave out beams and several sequences, and give input_ids of one row"
             )
+        if step.valid is not None and not bool(step.valid.all()):
+            raise SparsityError(
+                "record takes a text without padding, and the attention_mask leaves tokens out: "
+                "give the row alone, without its padding"
+            )
         if mask.rule is not None:
             raise SparsityError(
                 f"layer {self.layer} masks more than what comes later, which a trace does not "
@@ -76,7 +81,7 @@ class Recording(Retention):
     def trace(self) -> LayerTrace:
         """What was recorded."""
         assert self.held is not None
-        keys, values = (t[0, :, : sum(self.forwards)].detach().cpu() for t in self.held)
+        keys, values = (t[0, :, : sum(self.forwards)].detach().cpu().clone() for t in self.held)
         return LayerTrace(torch.cat(self.queries, dim=1), keys, values, **self.scores)
 
 
@@ -97,10 +102,18 @@ def record(
     cache.
 
     Raises SparsityError for more than one row, layers without full attention, a recording that
-    grows over `max_bytes`, and as `SparseCache` does.
+    grows over `max_bytes`, padding, a cache or embeddings handed in, and as `SparseCache` does.
     """
     from sparsity.hf import BoundSparseCache
 
+    if refused := {"past_key_values", "inputs_embeds", "return_dict_in_generate"} & set(inputs):
+        raise SparsityError(
+            f"record takes no {', '.join(sorted(refused))}: give input_ids, of one row; it brings "
+            "its own cache, and returns the trace"
+        )
+    prompt = inputs.get("input_ids", inputs.get("inputs"))
+    if prompt is None:
+        raise SparsityError("record needs input_ids, int64 [1, tokens], to generate from")
     with keep_attached(model):
         cache = BoundSparseCache(model, Full())
         managed = sorted(cache.retentions)
@@ -121,7 +134,8 @@ def record(
     first = recordings[wanted[0]]
     return Trace(
         ids=ids[0].cpu(),
+        prompt_tokens=prompt.shape[1],
         forwards=tuple(first.forwards),
         layers={layer: recording.trace() for layer, recording in recordings.items()},
-        num_layers=len(cache.layers),
+        full_layers=tuple(managed),
     )

@@ -158,13 +158,14 @@ def _replay_layer(
 ) -> LayerReplay:
     mass = trace.mass(layer, page_size)
     kinds = classify(mass, trace.prompt_tokens, page_size, thresholds)
-    kept, best, recall, survival, seen = [], [], [], [], []
+    kept, best, recall, survival, seen, on_pages = [], [], [], [], [], []
     attended_steps = _attended(trace, policy, layer)
     for first, weights in trace.blocks(layer):
         steps = [next(attended_steps) for _ in range(weights.shape[1])]
         attended = torch.stack([step[0] for step in steps], 1)
         held = torch.stack([step[1] for step in steps], 1)
         kept.append((weights * attended).sum(-1))
+        on_pages.append(per_page(weights * attended, page_size))
         best.append(_best(weights, attended.sum(-1)))
         # Of a page that is not full yet, the tokens there are.
         at = torch.arange(first, first + weights.shape[1])
@@ -187,17 +188,29 @@ def _replay_layer(
         recall=torch.cat(recall, 1),
         prompt_survival=torch.cat(survival, 1),
         kinds=kinds,
-        milestone_mass=(mass * share * milestone).sum((1, 2)) / (mass * milestone).sum((1, 2)),
+        milestone_mass=(torch.cat(on_pages, 1) * milestone).sum((1, 2))
+        / (mass * milestone).sum((1, 2)),
         phoenix_survival=((share > 0.5) & returns).sum((1, 2)) / returns.sum((1, 2)),
     )
+
+
+class Watched(Retention):
+    """A layer that remembers the columns its last token attended to, `[batch, kv_heads, n]`."""
+
+    attended: Tensor | None = None
+
+    def attends(self, slots: Tensor) -> None:
+        """See `Retention.attends`."""
+        self.attended = slots
 
 
 def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For each decoded token: what it attends to, what is held; bool `[kv_heads, tokens]` each."""
     one = trace.at(layer)
     dense = layer < policy.dense_layers
-    small = Full(policy.page_size) if dense else policy.at_layer(layer, trace.num_layers)
-    retention, rows, first = Retention(small, layer), Rows(), 0
+    place = trace.full_layers.index(layer), len(trace.full_layers)
+    small = Full(policy.page_size) if dense else policy.at_layer(*place)
+    retention, rows, first = Watched(small, layer), Rows(), 0
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)

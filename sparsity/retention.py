@@ -24,8 +24,7 @@ class Retention:
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
     moved: tensors were made anew since this was last set to False. transient_bytes: the unpruned
-    keys and values of the last forward of several tokens. attended: columns that the last single
-    token attended to, int32 `[batch, kv_heads, n]`, -1 for none.
+    keys and values of the last forward of several tokens.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class Retention:
         self.past = past
         self.moved = False
         self.transient_bytes = 0
-        self.attended: Tensor | None = None
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -50,23 +48,28 @@ class Retention:
     @property
     def num_bytes(self) -> int:
         """Bytes of the storage behind every tensor held, summaries and stamps included."""
-        tensors = [*(self.past or ()), *([] if self.attended is None else [self.attended])]
+        tensors = list(self.past or ())
         if self.pool is not None:
             tensors += self.pool.tensors().values()
         return storage_bytes(tensors)
 
     def clear(self) -> None:
         """Forget everything."""
-        self.pool, self.past, self.attended = None, None, None
+        self.pool, self.past = None, None
         self.moved, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do `change` to every tensor of the state; batch is the first axis of each."""
-        self.attended = None  # of the rows and the device before
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
+
+    def attends(self, slots: Tensor) -> None:
+        """Told what a single token attends to: columns, int32 `[batch, kv_heads, n]`, -1 for none.
+
+        For those who look on; nothing here needs it.
+        """
 
     def attend(
         self,
@@ -123,7 +126,7 @@ class Retention:
                 _pages_of(pool.values, chosen, pool.size),
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
-        self.attended = slots
+        self.attends(slots)
         full = not step.then.ragged and step.longest_after % pool.size == 0
         full = full and pool.held == pool.high
         allowed = None

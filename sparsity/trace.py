@@ -51,25 +51,20 @@ class Trace:
     """A dense run of one text, recorded by `sparsity.record`; lies in the CPU's memory.
 
     ids: of the text, the last token included, which was sampled and not fed, int64 `[tokens + 1]`.
-    forwards: tokens of each forward: the prompt's, then ones. layers: what was recorded, by index.
-    num_layers: of the model.
+    prompt_tokens: tokens of the prompt. forwards: tokens of each forward: the prompt's, then ones.
+    layers: what was recorded, by index. full_layers: of the model, those with full attention.
     """
 
     ids: Tensor
+    prompt_tokens: int
     forwards: tuple[int, ...]
     layers: dict[int, LayerTrace]
-    num_layers: int
+    full_layers: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
         """Tokens that went through the model."""
         return sum(self.forwards)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens before the first that came alone behind others."""
-        alone = next((i for i, n in enumerate(self.forwards) if i and n == 1), len(self.forwards))
-        return sum(self.forwards[:alone])
 
     @property
     def num_bytes(self) -> int:
@@ -106,7 +101,8 @@ class Trace:
     def __repr__(self) -> str:
         return (
             f"Trace({self.prompt_tokens} prompt and {self.tokens - self.prompt_tokens} decoded "
-            f"tokens, {len(self.layers)} of {self.num_layers} layers, {self.num_bytes:,} bytes)"
+            f"tokens, {len(self.layers)} of {len(self.full_layers)} layers, "
+            f"{self.num_bytes:,} bytes)"
         )
 
 

@@ -249,7 +249,8 @@ class ChunkStore:
             )
         entry = _entry(found.header, layers)
         with self._lock:
-            if self._memory.tiers[0].room_for(entry.nbytes, key, self._busy) is None:
+            room = self._memory.tiers[0].room_for(entry.nbytes, key, self._busy)
+            if room is None or key in self._busy.pins:  # pinned meanwhile
                 return False
             self._count_out(self._memory.insert(0, key, entry))
         return True

@@ -20,7 +20,9 @@ class H2O(Evicting):
     among those that are not among the newest `recent`.
 
     Raw sums favour tokens that have been there for longer. With ``normalise="age"`` the sum is
-    divided by the number of queries since the token came.
+    divided by the tokens that have come since the token did, itself included, and while decoding
+    the one that room is being made for, too: its query has said nothing yet, so that the youngest
+    tokens count for a little less than their mean.
 
     Departures from the paper: one decision for each KV head, weights averaged over the query heads
     that share it. In a prompt the sums run over all of its queries, each over all tokens before

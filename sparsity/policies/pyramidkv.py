@@ -19,11 +19,14 @@ class PyramidKV(SnapKV):
     layer, so that the sum is the average times the layers up to rounding (there every step down
     is rounded), and it does not bend for prompts shorter than the first layer's budget.
 
-    budget: tokens kept by a KV head, on average over the layers. beta: the paper's 20. The rest as
+    budget: tokens kept by a KV head, on average over the layers with full attention (a text of
+    `budget` tokens is more than the last layers keep; `dense_layers` takes away from the first
+    ones, which have the most). beta: the paper's 20. The rest as
     in `SnapKV`.
     """
 
     page_size: int = field(default=1, init=False)
+    pin_prompt: bool = field(default=False, init=False)  # the last layers have no room for one
     beta: int = 20
 
     def __post_init__(self) -> None:
@@ -32,7 +35,7 @@ class PyramidKV(SnapKV):
 
     def at_layer(self, layer: int, layers: int) -> SnapKV:
         """This layer's own budget."""
-        fixed = self.sinks + (self.recent or 0)
+        fixed = self.sinks + self.recent_kept
         average = self.budget - fixed
         last = average / self.beta
         first = 2 * average - last

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsity.errors import SparsityError
 from sparsity.policies.raas import RaaS
 from sparsity.policy import PageView, check_budget
 
@@ -38,6 +39,11 @@ class QuestRaaS(RaaS):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget("QuestRaaS", self.prompt_budget, self.page_size)
+        if self.evict_every is None:
+            raise SparsityError(
+                "QuestRaaS(evict_every=None): decoded tokens are what it evicts; use 1, or a "
+                f"multiple of page_size={self.page_size}"
+            )
 
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
         """The current page, the decoded pages, and the best of the prompt's."""

@@ -61,14 +61,17 @@ class RaaS(Evicting):
                 f"{name}(alpha={self.alpha}, top_ratio={self.top_ratio}): give one of the two; "
                 "they are two ways to choose the pages to refresh"
             )
-        if self.alpha is None and self.top_ratio is None:
-            object.__setattr__(self, "alpha", 1e-4)
         if self.alpha is not None:
             check_share(name, "alpha", self.alpha)
         if self.top_ratio is not None:
             check_share(name, "top_ratio", self.top_ratio, above=True)
         check_choice(name, "score", self.score, ("bound", "exact"))
         check_choice(name, "attend", self.attend, ("all", "top"))
+
+    @property
+    def threshold(self) -> float:
+        """The score above which a page is refreshed, where no `top_ratio` is given."""
+        return 1e-4 if self.alpha is None else self.alpha
 
     @property
     def needs(self) -> Needs:
@@ -82,11 +85,10 @@ class RaaS(Evicting):
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """Stamp the pages that matter to this query with the current time."""
         scores = self.scores(query, pages) * scaling
-        if self.alpha is not None:
-            refresh = scores.softmax(-1) > self.alpha
-        else:
-            assert self.top_ratio is not None
+        if self.top_ratio is not None:
             refresh = _top(scores, pages, self.top_ratio)
+        else:
+            refresh = scores.softmax(-1) > self.threshold
         stamp = torch.where(refresh & pages.used, pages.now.to(pages.stamp.dtype), pages.stamp)
         return replace(pages, stamp=stamp)
 

@@ -65,7 +65,7 @@ class RKV(Evicting):
     def worth(self, pages: PageView) -> Tensor:
         """Z."""
         assert pages.keys is not None
-        importance = window_scores(pages, self.recent or 0, self.kernel, "max")
+        importance = window_scores(pages, self.recent_kept, self.kernel, "max")
         redundancy = redundancies(pages.keys, pages.start, self.threshold)
         return self.mix * importance - (1 - self.mix) * redundancy.to(importance.dtype)
 

@@ -56,7 +56,7 @@ class SnapKV(Evicting):
 
     def worth(self, pages: PageView) -> Tensor:
         """Pooled attention of the window."""
-        return pages.total(window_scores(pages, self.recent or 0, self.kernel, self.pooling))
+        return pages.total(window_scores(pages, self.recent_kept, self.kernel, self.pooling))
 
 
 def check_kernel(name: str, kernel: int) -> None:

@@ -47,15 +47,13 @@ class VaSE(Evicting):
         check_kernel("VaSE", self.kernel)
         check_count("VaSE", "seed", self.seed)
         super().__post_init__()
-        if self.large is None:
-            object.__setattr__(self, "large", self.budget // 4)
-        check_count("VaSE", "large", self.large or 0)
-        protected = self.sinks + (self.recent or 0) + (self.large or 0)
+        check_count("VaSE", "large", self.large_kept)
+        protected = self.sinks + self.recent_kept + self.large_kept
         if protected >= self.budget:
             raise SparsityError(
-                f"VaSE(budget={self.budget}, sinks={self.sinks}, recent={self.recent}, "
-                f"large={self.large}): what is protected leaves nothing to draw; use a budget "
-                f"above {protected}, or a smaller window or large"
+                f"VaSE(budget={self.budget}, sinks={self.sinks}, recent={self.recent_kept}, "
+                f"large={self.large_kept}): what is protected leaves nothing to draw; use a "
+                f"budget above {protected}, or a smaller window or large"
             )
 
     @property
@@ -64,13 +62,18 @@ class VaSE(Evicting):
         return self.window
 
     @property
+    def large_kept(self) -> int:
+        """Tokens kept for their range."""
+        return self.budget // 4 if self.large is None else self.large
+
+    @property
     def needs(self) -> Needs:
         """The last queries, and the values."""
         return Needs(window=self.window, tokens=True, group=self.group)
 
     def worth(self, pages: PageView) -> Tensor:
         """Infinite for the widest ranges, else a draw weighted by attention."""
-        chance = window_scores(pages, self.recent or 0, self.kernel, "mean").double()
+        chance = window_scores(pages, self.recent_kept, self.kernel, "mean").double()
         draw = uniform(self.seed, pages).double() + 2**-25  # in (0, 1)
         worth = chance.log() - (-draw.log()).log()
         return worth.masked_fill(self._is_large(pages), torch.inf)
@@ -79,8 +82,8 @@ class VaSE(Evicting):
         """The `large` tokens of widest range that nothing else protects."""
         assert pages.values is not None
         span = pages.values.amax(-1).float() - pages.values.amin(-1).float()
-        protected = pages.newest(self.recent or 0) | (pages.start < self.sinks)
+        protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
         span = span.masked_fill(protected, -1)  # unused places, with start -1, too
         by_age = pages.start.argsort(dim=-1, descending=True, stable=True)
         by_span = span.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
-        return (by_age.gather(-1, by_span).argsort(-1) < (self.large or 0)) & (span >= 0)
+        return (by_age.gather(-1, by_span).argsort(-1) < self.large_kept) & (span >= 0)

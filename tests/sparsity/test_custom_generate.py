@@ -62,3 +62,10 @@ def test_bad_input_is_refused(model, given, says):
     with pytest.raises(SparsityError, match=says):
         shim(model, **given)
     assert not is_attached(model)
+
+
+def test_an_attached_model_stays_attached(model):
+    SparseCache(model, RaaS(32))
+    shim(model, policy="Full")
+    assert is_attached(model)
+    detach(model)

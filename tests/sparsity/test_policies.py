@@ -1,5 +1,6 @@
 """Configuration: the papers' defaults, budgets by layer, what policies declare."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -21,15 +22,15 @@ from sparsity.policy import Needs
 from tests.sparsity.zoo import AMPLE, SMALL, TIGHT
 
 DEFAULTS = [
-    (RaaS(1024), dict(page_size=16, alpha=1e-4, pin_prompt=True, score="bound", attend="all")),
+    (RaaS(1024), dict(page_size=16, threshold=1e-4, pin_prompt=True, score="bound", attend="all")),
     (QuestRaaS(1024), dict(page_size=16, prompt_budget=1024, pin_prompt=True, pins_count=False)),
-    (H2O(1024), dict(recent=512, normalise="none", sinks=0, pin_prompt=False)),
-    (TOVA(1024), dict(shared_heads=True, recent=0, sinks=0, group="mean")),
-    (SnapKV(1024), dict(window=64, recent=64, kernel=5, pooling="mean", evict_every=None)),
+    (H2O(1024), dict(recent_kept=512, normalise="none", sinks=0, pin_prompt=False)),
+    (TOVA(1024), dict(shared_heads=True, recent_kept=0, sinks=0, group="mean")),
+    (SnapKV(1024), dict(window=64, recent_kept=64, kernel=5, pooling="mean", evict_every=None)),
     (PyramidKV(1024), dict(window=64, kernel=5, beta=20, evict_every=None)),
-    (RKV(1024), dict(evict_every=128, window=8, recent=8, mix=0.1, kernel=7)),
-    (LazyEviction(1024), dict(evict_every=175, recent=175, alpha=1e-4)),
-    (VaSE(1024), dict(sinks=4, window=64, recent=64, large=256, kernel=5)),
+    (RKV(1024), dict(evict_every=128, window=8, recent_kept=8, mix=0.1, kernel=7)),
+    (LazyEviction(1024), dict(evict_every=175, recent_kept=175, alpha=1e-4)),
+    (VaSE(1024), dict(sinks=4, window=64, recent_kept=64, large_kept=256, kernel=5)),
 ]
 
 
@@ -79,3 +80,19 @@ def test_policies_are_values_that_declare_what_they_need():
     assert RaaS(64).needs == Needs(summaries=True)
     assert RaaS(64, score="exact").needs == Needs(tokens=True)
     assert H2O(64).needs == Needs(attention="all", sums=1)
+
+
+@pytest.mark.parametrize(
+    "policy", [H2O(64), VaSE(256), RKV(64), SnapKV(128), PyramidKV(256)], ids=str
+)
+def test_another_budget_is_the_policy_made_with_it(policy):
+    """What the user left out follows the budget, also through `dataclasses.replace`."""
+    assert dataclasses.replace(policy, budget=1024) == type(policy)(1024)
+    assert dataclasses.replace(RaaS(64), top_ratio=0.5) == RaaS(64, top_ratio=0.5)
+
+
+def test_what_cannot_be_offered_is_no_argument():
+    with pytest.raises(TypeError, match="pin_prompt"):
+        PyramidKV(256, pin_prompt=True)
+    with pytest.raises(SparsityError, match=r"QuestRaaS\(evict_every=None\)"):
+        QuestRaaS(64, evict_every=None)

@@ -127,6 +127,47 @@ def test_shares_are_those_of_a_slow_twin(trace):
             assert one.recall[head, step] == pytest.approx(share, rel=1e-4)
 
 
+def test_milestone_mass_and_returns_are_those_of_a_slow_twin(trace):
+    """Of the attention to a milestone's tokens, what goes to tokens that are attended to."""
+    policy, size, limits = StreamingLLM(10, sinks=2), 4, Thresholds(0.3, 6, 4)
+    result = replay(trace, policy, page_size=size, thresholds=limits, progress=False)
+    counted = [0, 0]
+    for layer, one in result.layers.items():
+        weights = trace.at(layer).weights(PROMPT, trace.tokens)
+        for head in range(2):
+            names, returns = kinds_by_hand(
+                trace.mass(layer, size)[head].tolist(), PROMPT, size, limits
+            )
+            pages = [p for p, name in enumerate(names) if name == "milestone"]
+            kept = total = back = found = 0.0
+            for step, rank in enumerate(range(PROMPT, trace.tokens)):
+                held = {0, 1, *range(rank - 7, rank + 1)}
+                for page in pages:
+                    for i in range(page * size, min(page * size + size, rank + 1)):
+                        total += float(weights[head, step, i])
+                        kept += float(weights[head, step, i]) * (i in held)
+                for page, at in enumerate(returns):
+                    if step in at:
+                        there = set(range(page * size, min(page * size + size, rank + 1)))
+                        back += 1
+                        found += len(there & held) / len(there) > 0.5
+            if total:
+                counted[0] += 1
+                assert one.milestone_mass[head] == pytest.approx(kept / total, rel=1e-4)
+            if back:
+                counted[1] += 1
+                assert one.phoenix_survival[head] == pytest.approx(found / back)
+    assert min(counted) > 0, "nothing was compared"
+
+
+def test_a_prompt_in_chunks_is_a_prompt_to_its_last_token(model):
+    trace = record(
+        model, input_ids=random_ids(33, 1), max_new_tokens=4, prefill_chunk_size=16, do_sample=False
+    )
+    assert (trace.prompt_tokens, trace.tokens) == (33, 36)
+    assert replay(trace, Full(), progress=False).layers[0].kept_mass.shape == (2, 3)
+
+
 def test_random_keeps_less_than_attention_would(trace):
     kept = {
         type(policy).__name__: replay(trace, policy, progress=False).kept_mass
@@ -211,6 +252,13 @@ def test_a_map_is_drawn(trace, tmp_path):
         ({"input_ids": random_ids(5, 1), "num_beams": 2}, "called with 2 rows"),
         ({"input_ids": random_ids(5, 1), "layers": [1, 9]}, r"layers=\[9\].*choose of"),
         ({"input_ids": random_ids(5, 1), "max_bytes": 9000}, "more than max_bytes=9,000"),
+        ({"inputs_embeds": torch.zeros(1, 5, 64)}, "takes no inputs_embeds"),
+        ({"input_ids": random_ids(5, 1), "past_key_values": None}, "takes no past_key_values"),
+        ({}, "needs input_ids"),
+        (
+            {"input_ids": random_ids(5, 1), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])},
+            "without padding",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_and_the_model_left_alone(model, arguments, says):

@@ -116,7 +116,7 @@ class Twin:
             order = []
             for start, page in pages.items():
                 protected = start < policy.sinks
-                protected |= start + policy.page_size - 1 > now - policy.recent
+                protected |= start + policy.page_size - 1 > now - policy.recent_kept
                 value = math.inf if protected else float(numpy.float32(worth[head][start]))
                 if not page.pinned and start != spare:
                     order.append((value, start))
@@ -183,8 +183,8 @@ class Twin:
             return {r: policy.mix * importance[r] - (1 - policy.mix) * redundancy[r] for r in pages}
         assert isinstance(policy, VaSE)
         span = {r: (self.values[head, r].max() - self.values[head, r].min()).item() for r in pages}
-        free = [r for r in pages if policy.sinks <= r <= now - policy.recent]
-        large = sorted(free, key=lambda r: (span[r], r), reverse=True)[: policy.large]
+        free = [r for r in pages if policy.sinks <= r <= now - policy.recent_kept]
+        large = sorted(free, key=lambda r: (span[r], r), reverse=True)[: policy.large_kept]
         worth = {}
         for rank, chance in importance.items():
             noise = -math.log(-math.log(self.draw(head, rank, now) + 2**-25))
@@ -200,7 +200,7 @@ class Twin:
                 weights = self.weights(head, self.queries[asked][head], seen)
                 for rank, weight in weights.items():
                     total[rank] += weight / policy.window
-        line = [0.0 if rank > now - policy.recent else total[rank] for rank in ranks]
+        line = [0.0 if rank > now - policy.recent_kept else total[rank] for rank in ranks]
         reach = policy.kernel // 2
         line = [0.0] * reach + line + [0.0] * reach
         near = [line[i : i + policy.kernel] for i in range(len(ranks))]
@@ -257,7 +257,7 @@ class Twin:
         scores = [self.score(start, head, query, now) * self.scaling for start in starts]
         if policy.top_ratio is None:
             shares = torch.tensor(scores).softmax(0).tolist()
-            return [s for s, share in zip(starts, shares, strict=True) if share > policy.alpha]
+            return [s for s, share in zip(starts, shares, strict=True) if share > policy.threshold]
         count = max(1, math.floor(len(starts) * policy.top_ratio))
         order = sorted(zip(scores, starts, strict=True), reverse=True)
         return [start for _, start in order[:count]]

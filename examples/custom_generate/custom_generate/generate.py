@@ -15,6 +15,7 @@ from typing import Any
 
 try:
     import sparsity
+    from sparsity.cache import keep_attached
     from sparsity.policy import Policy
 except ImportError as error:
     raise ImportError(
@@ -29,7 +30,9 @@ def generate(
     policy_arguments: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """What `model.generate(**arguments)` returns, decoding under the policy; then detached again.
+    """What `model.generate(**arguments)` returns, decoding under the policy.
+
+    The model is attached or not afterwards as it was before.
 
     Args:
         model: a transformers model for text generation.
@@ -42,11 +45,10 @@ def generate(
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     past = given.pop("past_key_values", None)
-    cache = sparsity.SparseCache(model, _policy(policy, policy_arguments or {}), past=past)
-    try:
+    chosen = _policy(policy, policy_arguments or {})
+    with keep_attached(model):
+        cache = sparsity.SparseCache(model, chosen, past=past)
         return model.generate(**given, past_key_values=cache)
-    finally:
-        sparsity.detach(model)
 
 
 def _policy(policy: Policy | str, arguments: dict[str, Any]) -> Policy:
