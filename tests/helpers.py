@@ -1,6 +1,9 @@
 """What every test shares: a tolerance by root-mean-square error and a zoo of tiny random models."""
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers
@@ -83,3 +86,25 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, ratio: float = 1e-
         f"{name}: RMS error {error:.3e} is {error / max(scale, 1e-30):.3e} of the reference, "
         f"more than {ratio:.1e}"
     )
+
+
+def files_importing(name: str, package: ModuleType) -> set[str]:
+    """Files of a package that import `name` at run time, not for types alone."""
+    root, found = Path(str(package.__file__)).parent, set()
+    for path in root.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for_types = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in set(ast.walk(tree)) - for_types:
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            if any(imported.split(".")[0] == name for imported in names):
+                found.add(path.relative_to(root).as_posix())
+    return found

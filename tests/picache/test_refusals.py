@@ -1,9 +1,7 @@
 """Bad input: an error that names the value and the remedy, and nothing changed."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import transformers
 
 import picache
 from picache import PIC, ChunkStore, LegoLink, LinkMethod, PICacheError, RandomRecompute
-from tests.helpers import SHAPE, random_ids, tiny_model
+from tests.helpers import SHAPE, files_importing, random_ids, tiny_model
 
 
 @pytest.fixture
@@ -183,25 +181,7 @@ def test_import_loads_no_transformers_and_no_sibling():
 
 
 def test_transformers_is_touched_in_files_that_say_so():
-    """Only ``hf*.py`` may import it; elsewhere the name may stand for types, never at run time."""
-    found = set()
-    for path in Path(picache.__file__).parent.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        for_types = {
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            for inner in ast.walk(node)
-        }
-        for node in set(ast.walk(tree)) - for_types:
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            if any(name.split(".")[0] == "transformers" for name in names):
-                found.add(path.relative_to(Path(picache.__file__).parent).as_posix())
-    assert found == {"hf.py", "hf_attention.py", "hf_cache.py"}
+    assert files_importing("transformers", picache) == {"hf.py", "hf_attention.py", "hf_cache.py"}
 
 
 def test_bos_in_the_middle_is_dropped_or_kept():

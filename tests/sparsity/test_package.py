@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import sparsity
+from tests.helpers import files_importing
 
 CODE = """
 import sys
@@ -49,3 +50,9 @@ def test_public_names():
     ]
     for name in sparsity.__all__:
         assert getattr(sparsity, name).__doc__
+
+
+def test_transformers_is_touched_in_files_that_say_so():
+    found = files_importing("transformers", sparsity)
+    assert found
+    assert all(name.startswith("hf") for name in found)
