@@ -18,8 +18,9 @@ class SparseCache:
     there is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are
     what layer i holds, ``get_seq_length()`` the number of tokens seen. Layers with full attention
     follow the policy; layers with a sliding window or linear attention stay as transformers has
-    them. Left-padded batches, beams, sampling, several turns, chunked prefill, ``reset()`` and
-    ``copy.deepcopy`` work; going back (assisted decoding, ``crop``) is refused.
+    them. Left-padded batches, beams, sampling, several turns, chunked prefill, tensor parallelism,
+    ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work; going back (assisted decoding,
+    ``crop``) is refused.
 
     Arguments:
         model: a transformers model for text generation on the attention interface. It is attached

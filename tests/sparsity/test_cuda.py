@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from sparsity import Quest, RaaS, Random, SparseCache, StreamingLLM
 from tests.helpers import FAMILIES, random_ids, tiny_model
@@ -53,3 +54,36 @@ def test_a_tight_budget_keeps_what_it_keeps_on_the_cpu(policy):
     assert torch.equal(kept[0][0], kept[1][0])
     for here, there in zip(*kept, strict=True):
         assert torch.equal((here >= 0).sum(-1), (there >= 0).sum(-1))
+
+
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_a_parked_cache_leaves_the_device_and_comes_back(policy):
+    model, ids = tiny_model("gemma3").to("cuda"), random_ids(13, 2).to("cuda")
+
+    def go_on(cache, ids):
+        return model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+
+    cache = SparseCache(model, policy)
+    ids = go_on(cache, ids)
+    parked = copy.deepcopy(cache)
+    for i in range(len(parked.layers)):
+        parked.offload(i, only_non_sliding=False)
+    for retention in parked.retentions.values():
+        assert {t.device.type for t in retention.pool.tensors().values()} == {"cpu"}
+    assert {layer.keys.device.type for layer in parked.layers} == {"cpu"}
+    assert torch.equal(go_on(parked, ids), go_on(cache, ids))
+    assert {layer.keys.device.type for layer in parked.layers} == {"cuda"}
+
+
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_going_on_from_an_offloading_cache(policy):
+    model, ids = tiny_model("gemma3").to("cuda"), random_ids(19, 2).to("cuda")
+    pasts = [DynamicCache(config=model.config, offloading=given) for given in (True, False)]
+    tokens = []
+    for past in pasts:
+        with torch.no_grad():
+            model(input_ids=ids[:, :18], past_key_values=past)
+        cache = SparseCache(model, policy, past=past)
+        tokens.append(model.generate(ids, max_new_tokens=12, past_key_values=cache))
+    assert pasts[0].layers[1].keys.device.type == "cpu"
+    assert torch.equal(*tokens)

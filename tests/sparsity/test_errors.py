@@ -27,6 +27,7 @@ from sparsity import (
     VaSE,
 )
 from tests.helpers import SHAPE, random_ids, tiny_model
+from tests.sparsity.zoo import TIGHT
 
 
 def is_plain(model):
@@ -122,8 +123,12 @@ def test_going_back_is_refused(llama):
                 prompt_lookup_num_tokens=4,
                 eos_token_id=2,
             )
-        with pytest.raises(SparsityError, match="crop"):
-            cache.crop(-1)
+    for policy in TIGHT:
+        cache = SparseCache(llama, policy)
+        llama(input_ids=ids, past_key_values=cache) if not policy.pin_prompt else None
+        for refused in (cache, *cache.layers):
+            with pytest.raises(SparsityError, match="crop"):
+                refused.crop(-1)
 
 
 @pytest.mark.parametrize("masked", [True, False])

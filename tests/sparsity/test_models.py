@@ -7,10 +7,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 import sparsity
-from sparsity import Full, Quest, RaaS, SparseCache
+from sparsity import RaaS, SparseCache
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
 from tests.sparsity.twins import Twin
-from tests.sparsity.zoo import TIGHT
+from tests.sparsity.zoo import AMPLE, TIGHT
 
 # Every policy on one family, and one policy of a kind on all.
 CASES = [("llama", policy) for policy in TIGHT]
@@ -169,5 +169,7 @@ def test_softcap_and_sinks_through_the_model(name):
     model.eval()
     ids, padding = batch()
     dense = run(model, DynamicCache(config=model.config), ids, padding)
-    for policy in (Full(), RaaS(64), Quest(64, dense_layers=0)):
-        assert_close(name, run(model, SparseCache(model, policy), ids, padding), dense)
+    for policy in AMPLE:
+        assert_close(
+            f"{name}, {policy}", run(model, SparseCache(model, policy), ids, padding), dense
+        )
