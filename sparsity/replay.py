@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparsity.errors import SparsityError
 from sparsity.masks import LazyMask
@@ -130,6 +129,8 @@ def replay(
 
     Raises SparsityError for layers that were not recorded, and where the policy refuses the text.
     """
+    from tqdm import tqdm  # comes with transformers
+
     wanted = sorted(trace.layers) if layers is None else list(layers)
     for layer in wanted:
         trace.at(layer)

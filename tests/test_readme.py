@@ -45,7 +45,10 @@ def test_every_block_is_run():
 
 def test_ci_runs_the_command_of_the_readme():
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
-    assert [c.rsplit(" ", 1)[1] for c in commands] == ["examples/quickstart.py", "pytest"]
+    assert [c.rsplit("python ", 1)[1] for c in commands] == [
+        "examples/quickstart.py",
+        "-m pytest -n auto",
+    ]
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
