@@ -201,8 +201,8 @@ def figure(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    full = rows[0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    full, budgets = rows[0], sorted({row["budget"] for row in rows if row["budget"]})
     for index, name in enumerate(name for name in ARMS if name != "full"):
         points = [row for row in rows if row["arm"] == name and "refused" not in row]
         style = dict(
@@ -222,8 +222,11 @@ def figure(rows: list[dict], path: Path) -> None:
     right.set(ylabel="decoded tokens, mean")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
         axes.set_xlabel("budget, tokens a KV head")
-    left.legend(fontsize=7, ncols=2)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
