@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import sqrt
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+@cache
+def loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`load`, in silence and once in a process."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return load(name)
 
 
 def wilson_interval(right: int, problems: int) -> list[float]:

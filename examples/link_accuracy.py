@@ -17,12 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from environment import environment
-from evaluate import REFERENCE_MODEL, cut, load
+from evaluate import REFERENCE_MODEL, cut, loaded
 from parallel import spread
 from reference_tasks import LOOKUP_SYSTEM, LookupProblem, lookup_problem
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from picache import (
     A3,
@@ -134,17 +132,10 @@ def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 200
 
 
 @cache
-def loaded(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChunkStore]:
-    """Once in a process."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return *load(path), ChunkStore()
-
-
-@cache
 def pic_behind(path: str, label: str = "nothing") -> PIC:
-    """One for each kind of sinks in a process."""
-    model, tokenizer, store = loaded(path)
+    """One for each kind of sinks in a process, on one store."""
+    model, tokenizer = loaded(path)
+    store = ChunkStore() if label == "nothing" else pic_behind(path).store
     policies = {name: policy for name, policy, _ in sink_arms()}
     # Every arm links, whatever it costs: the arms are to be compared, not served.
     return PIC(model, tokenizer, store, sinks=policies[label], flops_per_byte=None)

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from environment import environment
-from evaluate import REFERENCE_MODEL, load
+from evaluate import REFERENCE_MODEL, loaded
 from reference_tasks import reasoning_problem
 from retention_accuracy import ARMS
 from tqdm import tqdm
 
 from sparsity import SparsityError, Trace, record, replay
-from sparsity.milestones import NAMES, Thresholds, classify
+from sparsity.milestones import NAMES, Thresholds, classify, draw_head
 
 MEASURES = (
     "kept_mass",
@@ -57,23 +56,13 @@ def figure(trace: Trace, page_size: int, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import LogNorm
 
     layers = sorted(trace.layers)
     layers = layers[:: max(1, len(layers) // 4)][:4]
     figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 4.5), squeeze=False,
                                 sharey=True, layout="constrained")  # fmt: skip
     for ax, layer in zip(axes[0], layers, strict=True):
-        mass = trace.mass(layer, page_size)[0].clamp(min=1e-4)
-        image = ax.imshow(
-            mass.numpy(),
-            aspect="auto",
-            cmap="magma",
-            norm=LogNorm(1e-4, 1),
-            interpolation="nearest",
-            extent=(0, mass.shape[1] * page_size, trace.tokens, trace.prompt_tokens),
-        )
-        ax.axvline(trace.prompt_tokens, color="white", linewidth=0.8, linestyle=":")
+        image = draw_head(ax, trace, layer, 0, page_size)
         ax.set(title=f"layer {layer}, KV head 0", xlabel="token attended to")
     axes[0][0].set_ylabel("token that attends")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of the attention")
@@ -118,11 +107,9 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.05, help="share at which a page matters")
     parser.add_argument("--seed", type=int, default=6 * 10**9)
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     begun = time.perf_counter()
-    model, tokenizer = load(args.model)
+    model, tokenizer = loaded(args.model)
     rng = random.Random(args.seed)
     prompts = [args.prompt] if args.prompt else []
     prompts = prompts or [reasoning_problem(rng, 40).prompt for _ in range(args.problems)]

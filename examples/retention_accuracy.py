@@ -13,18 +13,17 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from environment import environment, hardware
-from evaluate import REFERENCE_MODEL, load
+from evaluate import REFERENCE_MODEL, loaded
 from link_accuracy import bootstrap
 from parallel import spread
 from reference_tasks import ReasoningProblem, final_answer, reasoning_problem
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsity import (
     H2O,
@@ -76,14 +75,6 @@ ARMS: dict[str, Callable[[int], Policy]] = {
 }
 LOOP_TOKENS, LOOP_TIMES = 12, 3
 Job = tuple[str, int]  # arm, budget
-
-
-@cache
-def loaded(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Once in a process."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return load(path)
 
 
 def loops(words: list[str]) -> bool:

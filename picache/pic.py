@@ -218,13 +218,15 @@ class PIC:
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}"
                 )
-            middle, prefix = (self._form(chunk.ids, header, first) for first in (False, True))
-            if chunk.key not in (middle.key, prefix.key):
+            form = self._form(chunk.ids, header, first=not index)
+            # It may have been compiled for another place than this.
+            if chunk.key != form.key and (
+                chunk.key != self._form(chunk.ids, header, first=bool(index)).key
+            ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
                     "or sinks: compile it with this PIC"
                 )
-            form = middle if index else prefix
             if len(form.ids) == form.skip:
                 raise PICacheError(
                     f"{chunk!r} at place {index} is only a BOS, which sinks={self.sinks!r} "

@@ -17,7 +17,9 @@ from sparsity.errors import SparsityError
 from sparsity.trace import Trace
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 NAMES = ("milestone", "phoenix", "steady", "unused")
 
@@ -128,24 +130,11 @@ def milestone_map(
 
     Raises SparsityError for a layer or head that the trace does not hold.
     """
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    heads = trace.at(layer).keys.shape[0]
-    if not 0 <= kv_head < heads:
-        raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")
-    mass = trace.mass(layer, page_size)[kv_head]
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(
-        mass.clamp(min=1e-4).numpy(),
-        aspect="auto",
-        cmap="magma",
-        norm=LogNorm(1e-4, 1),
-        interpolation="nearest",
-        extent=(0, mass.shape[1] * page_size, trace.tokens, trace.prompt_tokens),
-    )
-    axes.axvline(trace.prompt_tokens, color="white", linewidth=0.8, linestyle=":")
+    image = draw_head(axes, trace, layer, kv_head, page_size)
     axes.set(
         title=f"layer {layer}, KV head {kv_head}: attention by page of {page_size} tokens",
         xlabel="token attended to (dotted: end of the prompt)",
@@ -155,3 +144,22 @@ def milestone_map(
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
+
+
+def draw_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: int) -> "AxesImage":
+    """Draw what `milestone_map` shows into axes of your own, without title and labels."""
+    from matplotlib.colors import LogNorm
+
+    heads = trace.at(layer).keys.shape[0]
+    if not 0 <= kv_head < heads:
+        raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")
+    mass = trace.mass(layer, page_size)[kv_head]
+    axes.axvline(trace.prompt_tokens, color="white", linewidth=0.8, linestyle=":")
+    return axes.imshow(
+        mass.clamp(min=1e-4).numpy(),
+        aspect="auto",
+        cmap="magma",
+        norm=LogNorm(1e-4, 1),
+        interpolation="nearest",
+        extent=(0, mass.shape[1] * page_size, trace.tokens, trace.prompt_tokens),
+    )
