@@ -1,6 +1,5 @@
 """Retention on a real trained model that this project did not make: stories260K."""
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -9,7 +8,7 @@ from transformers import DynamicCache
 
 from picache import PIC, LegoLink
 from sparsity import Full, RaaS, SparseCache, StreamingLLM, detach
-from tests.sparsity.zoo import AMPLE, QUARTER
+from tests.sparsity.zoo import AMPLE, QUARTER, enlarged
 from tests.stories260k import (
     StoriesTokenizer,
     golden,
@@ -40,15 +39,14 @@ def next_token_loss(cache, ids, prompt):
 @pytest.mark.parametrize("policy", AMPLE, ids=str)
 def test_the_golden_text_comes_out_under_an_ample_budget(policy):
     ids, _ = golden()
-    if policy.budget is not None:  # of 4 times what is ample for short texts
-        policy = replace(policy, budget=4 * policy.budget)
-    cache = SparseCache(stories(), policy)
+    cache = SparseCache(stories(), enlarged(policy, 4))  # AMPLE is so for a quarter of this text
     start = torch.tensor([ids[:3]])
     out = stories().generate(
         start, past_key_values=cache, max_new_tokens=len(ids) - 3, do_sample=False
     )
     detach(stories())
     assert out[0].tolist() == ids
+    assert sum(cache.report().evictions) == 0
 
 
 @pytest.mark.parametrize("policy", QUARTER, ids=lambda p: type(p).__name__)

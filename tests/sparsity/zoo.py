@@ -1,5 +1,7 @@
 """The policies every generic test runs over; a new policy is added to each list."""
 
+from dataclasses import fields, replace
+
 from sparsity import (
     H2O,
     RKV,
@@ -16,6 +18,7 @@ from sparsity import (
     Then,
     VaSE,
 )
+from sparsity.policy import Policy
 
 # Nothing is evicted from, or left out of, 52 tokens: equal to dense.
 AMPLE = [
@@ -138,6 +141,18 @@ SMALL = [
     Then(PyramidKV(5, window=2, kernel=3, beta=3), Random(9, recent=1, seed=5)),
     Then(SnapKV(5, window=2, group="max"), LazyEviction(6, evict_every=3, alpha=0.13)),
 ]
+
+
+def enlarged(policy, times):
+    """The policy with every budget in it, its own and those of its parts, `times` as large."""
+    changes = {}
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if isinstance(value, Policy):
+            changes[field.name] = enlarged(value, times)
+        elif field.init and field.name in ("budget", "prompt_budget"):
+            changes[field.name] = times * value
+    return replace(policy, **changes)
 
 
 def selects(policy):
