@@ -1,4 +1,4 @@
-"""Confidence intervals over replications, by the bootstrap."""
+"""Confidence intervals over replications, by the bootstrap, and Jain's index of fairness."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -66,6 +66,19 @@ def paired_ratio_interval(
         resamples,
         seed,
     )
+
+
+def jain_index(shares: ArrayLike) -> float:
+    """Jain's index of `[n]` shares, (sum x)^2 / (n sum x^2): 1 for all alike, 1/n for all to one.
+
+    Raises:
+        DemandError: no shares, or one that is negative or not finite.
+    """
+    x = np.asarray(shares, dtype=np.float64)
+    if x.ndim != 1 or not x.size or not (np.isfinite(x) & (x >= 0.0)).all():
+        raise DemandError(f"shares have shape {x.shape}; expected [n] finite numbers of at least 0")
+    square = float(np.square(x).sum()) * x.size
+    return float(x.sum()) ** 2 / square if square else 1.0
 
 
 def _replications(numbers: ArrayLike) -> Floats:

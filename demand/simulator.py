@@ -2,46 +2,28 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
 from typing import final
 
 import numpy as np
 
-from demand.atoms import Floats
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy
 from demand.rank_table import RankTable
+from demand.result import Result
 from demand.workloads.workload import Workload
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class SimulationResult:
-    """What became of each job.
+class SimulationResult(Result):
+    """What became of each job of a queue with `servers` servers.
 
-    Attributes:
-        policy: the policy that ran.
-        servers: how many served.
-        completion_times: `[n]` seconds from arrival to finish, in order of arrival.
-        events: arrivals, completions and rank crossings that were simulated.
-        preemptions: times a running job was put back to wait.
+    Its events are arrivals, completions and rank crossings.
     """
 
-    policy: Policy
     servers: int
-    completion_times: Floats = field(repr=False)
-    events: int
-    preemptions: int
-
-    @property
-    def mean(self) -> float:
-        """Mean completion time in seconds."""
-        return float(self.completion_times.mean())
-
-    def quantile(self, q: float) -> float:
-        """The q-quantile of completion time in seconds, such as `quantile(0.95)`."""
-        return float(np.quantile(self.completion_times, q))
 
     def __repr__(self) -> str:
         return (
@@ -98,6 +80,7 @@ class _Service:
 class _Simulation:
     def __init__(self, workload: Workload, policy: Policy, servers: int, seed: int) -> None:
         self.policy = policy
+        self.workload = workload
         self.servers = servers
         tables: Mapping[str, RankTable | None] = {
             name: policy.table(known) for name, known in workload.distributions.items()
@@ -146,7 +129,12 @@ class _Simulation:
                 self.settle(now)
         completion_times.setflags(write=False)
         return SimulationResult(
-            self.policy, self.servers, completion_times, self.events, self.preemptions
+            self.policy,
+            self.workload,
+            completion_times,
+            self.events,
+            self.preemptions,
+            self.servers,
         )
 
     def arrive(self, job: Job, now: float) -> None:
@@ -202,6 +190,7 @@ class _Simulation:
 
     def rank(self, job: Job, now: float) -> float:
         rank = self.policy.rank(job, now)
+        assert not isinstance(rank, tuple)
         if rank != rank:
             raise DemandError(f"{self.policy!r} ranked job {job.index} NaN; ranks must be ordered")
         return rank

@@ -17,4 +17,4 @@ class ClassMean(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         """Mean total seconds of the application."""
-        return job.distribution.mean()
+        return job.prior.mean()

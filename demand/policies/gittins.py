@@ -30,4 +30,4 @@ class Gittins(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
-        return table_of(job).at(job.attained_service)
+        return table_of(job).at(job.age)

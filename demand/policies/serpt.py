@@ -20,4 +20,4 @@ class SERPT(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         """Mean remaining seconds."""
-        return table_of(job).at(job.attained_service)
+        return table_of(job).at(job.age)

@@ -1,7 +1,9 @@
 """A stream of jobs, and how to draw one from applications."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,7 +11,9 @@ from demand.atoms import Floats
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph import PDGraph
+from demand.units import Execution
 
+T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], Floats]
 """(generator, n) to `[n]` true demands in seconds."""
 
@@ -76,6 +80,13 @@ class Workload:
         applications: `[n]` names.
         distributions: what the scheduler knows, by application name.
         load: offered load per server that it was drawn for; NaN if unknown.
+        deadlines: `[n]` seconds on the clock of the arrivals, infinity for none; `None` for none.
+        tenants: `[n]` names of who pays; `None` makes every application a tenant.
+        weights: share of a tenant relative to the others, 1 for those not named.
+        priorities: `[n]` classes, smaller first; `None` puts all jobs into class 0.
+        runs: `[n]` what each job truly executes, for simulators that serve units and for
+            refinement; `None` if only the demands are known.
+        graphs: demand graphs by application name, where they are known.
 
     Raises:
         DemandError: no jobs, lengths that differ, arrivals out of order, numbers that are
@@ -87,29 +98,41 @@ class Workload:
     applications: Sequence[str] = field(repr=False)
     distributions: Mapping[str, Distribution]
     load: float = float("nan")
+    deadlines: Floats = None  # type: ignore[assignment]  # filled in below
+    tenants: Sequence[str] = None  # type: ignore[assignment]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    priorities: Sequence[int] = None  # type: ignore[assignment]
+    runs: Sequence[Sequence[Execution]] | None = field(default=None, repr=False)
+    graphs: Mapping[str, PDGraph] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        fill = partial(object.__setattr__, self)
         for name in ("arrivals", "demands"):
             numbers = np.array(getattr(self, name), dtype=np.float64)
-            numbers.setflags(write=False)
-            object.__setattr__(self, name, numbers)
+            fill(name, numbers)
             if numbers.ndim != 1 or not numbers.size:
                 raise DemandError(f"{name} has shape {numbers.shape}; expected [n], n at least 1")
             if not (np.isfinite(numbers) & (numbers >= 0.0)).all():
                 raise DemandError(f"{name} has a negative or non-finite entry; expected seconds")
-        object.__setattr__(self, "applications", tuple(self.applications))
-        object.__setattr__(self, "distributions", dict(self.distributions))
         n = self.arrivals.size
-        if self.demands.size != n or len(self.applications) != n:
-            raise DemandError(
-                f"there are {n} arrivals, {self.demands.size} demands and "
-                f"{len(self.applications)} application names; expected one of each per job"
-            )
+        fill("applications", tuple(self.applications))
+        fill("distributions", dict(self.distributions))
+        fill("deadlines", np.array(_or(self.deadlines, np.full(n, np.inf)), dtype=np.float64))
+        fill("tenants", tuple(_or(self.tenants, self.applications)))
+        fill("priorities", tuple(_or(self.priorities, [0] * n)))
+        for name in ("arrivals", "demands", "deadlines"):
+            getattr(self, name).setflags(write=False)
+        self._check_lengths(n)
         back = np.flatnonzero(np.diff(self.arrivals) < 0.0)
         if back.size:
             at = int(back[0]) + 1
             raise DemandError(
                 f"arrivals[{at}] is {self.arrivals[at]}, before its predecessor; sort the jobs"
+            )
+        if np.isnan(self.deadlines).any() or (self.deadlines < self.arrivals).any():
+            raise DemandError(
+                "a deadline is NaN or before its job arrives; deadlines are seconds on the clock "
+                "of the arrivals, infinity for none"
             )
         strangers = set(self.applications) - set(self.distributions)
         if strangers:
@@ -117,6 +140,25 @@ class Workload:
                 f"applications {sorted(strangers)} have no distribution; add one for each to "
                 "distributions, if only a rough one"
             )
+        for tenant, weight in self.weights.items():
+            if not 0.0 < weight < np.inf:
+                raise DemandError(f"weight of tenant {tenant!r} is {weight}; expected it positive")
+
+    def _check_lengths(self, n: int) -> None:
+        columns: dict[str, Sized] = {
+            "demands": self.demands,
+            "application names": self.applications,
+            "deadlines": self.deadlines,
+            "tenants": self.tenants,
+            "priorities": self.priorities,
+        }
+        if self.runs is not None:
+            columns["runs"] = self.runs
+        for name, column in columns.items():
+            if len(column) != n:
+                raise DemandError(
+                    f"there are {n} arrivals and {len(column)} {name}; expected one of each per job"
+                )
 
     def __len__(self) -> int:
         return self.arrivals.size
@@ -174,4 +216,9 @@ def poisson_workload(
         [names[number] for number in kind],
         {application.name: application.distribution for application in applications},
         load,
+        graphs={a.name: a.graph for a in applications if a.graph is not None},
     )
+
+
+def _or(given: T | None, default: T) -> T:
+    return default if given is None else given

@@ -148,7 +148,7 @@ KNOWN = {"a": Distribution([1.0])}
     ("make", "says"),
     [
         (lambda: Workload([], [], [], KNOWN), "n at least 1"),
-        (lambda: Workload([0, 1], [1], ["a", "a"], KNOWN), "2 arrivals, 1 demands"),
+        (lambda: Workload([0, 1], [1], ["a", "a"], KNOWN), "2 arrivals and 1 demands"),
         (lambda: Workload([1, 0], [1, 1], ["a", "a"], KNOWN), r"arrivals\[1\] is 0.0"),
         (lambda: Workload([0], [-1], ["a"], KNOWN), "demands has a negative"),
         (lambda: Workload([np.nan], [1], ["a"], KNOWN), "arrivals has a negative or non-finite"),
