@@ -1,0 +1,23 @@
+"""Azure LLM inference traces 2023 and 2024, CSV (AzurePublicDataset, CC-BY-4.0)."""
+
+import os
+
+from demand.traces.fields import Fields
+from demand.traces.schema import Request
+from demand.traces.sources import csv_rows
+from demand.traces.trace import OneByOne, OnError, Trace
+
+_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+def read_azure(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Request]:
+    """Requests of `AzureLLMInferenceTrace_*.csv`: TIMESTAMP, ContextTokens, GeneratedTokens."""
+    return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
+
+
+def _request(row: Fields) -> Request:
+    return Request(
+        row.arrival("TIMESTAMP", row.time("TIMESTAMP")),
+        row.tokens("ContextTokens"),
+        row.tokens("GeneratedTokens"),
+    )

@@ -1,0 +1,234 @@
+"""Fields of one record of a trace, read by name; what is wrong with one is said with its place."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from demand.errors import DemandError
+
+
+class MalformedRecordError(DemandError):
+    """A record that does not hold what its format says.
+
+    Attributes:
+        field: the field at fault, with its place inside of the record.
+        problem: what is wrong, the same words for the same fault: what skips are counted by.
+    """
+
+    def __init__(self, file: Path, line: int, field: str, problem: str, seen: str = "") -> None:
+        self.field = field
+        self.problem = problem
+        place = f"{file}, line {line}" + (f", field {field!r}" if field else "")
+        super().__init__(f"{place}: {problem}" + (f" ({seen})" if seen else ""))
+
+
+class Clock:
+    """Turns the times of one trace into seconds since its first record."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._latest = -math.inf
+
+    def elapsed(self, seconds: float) -> float | None:
+        """Seconds since the first record, or `None` if the clock would go backwards."""
+        if seconds < self._latest:
+            return None
+        self._latest = seconds
+        if self._first is None:
+            self._first = seconds
+        return round(seconds - self._first, 6)  # Unix time as a float resolves no more
+
+
+class Fields:
+    """A record: named fields, checked as they are read.
+
+    Args:
+        values: the decoded record.
+        file: it stands in.
+        line: it starts at.
+        clock: of the trace.
+        inside: path to it, for a record within a record.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], file: Path, line: int, clock: Clock, inside: str = ""
+    ) -> None:
+        self.values = values
+        self.file = file
+        self.line = line
+        self._clock = clock
+        self._inside = inside
+
+    def malformed(self, name: str, problem: str, seen: str = "") -> MalformedRecordError:
+        """The error for field `name`, to be raised."""
+        return MalformedRecordError(self.file, self.line, self._inside + name, problem, seen)
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there and neither null nor empty."""
+        return self.values.get(name) not in (None, "")
+
+    def number(self, name: str) -> float:
+        """A finite number of at least 0.
+
+        Raises:
+            MalformedRecordError: missing, not a number, negative, NaN or infinite.
+        """
+        value = self._value(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise self.malformed(name, "expected a number", f"seen: {value!r:.60}")
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise self.malformed(name, "expected a number", f"seen: {value!r:.60}") from None
+        if not 0.0 <= number < math.inf:
+            raise self.malformed(name, "expected at least 0 and finite", f"seen: {value}")
+        return number
+
+    def tokens(self, name: str) -> int:
+        """A whole number of at least 0.
+
+        Raises:
+            MalformedRecordError: as `number`, or a fraction.
+        """
+        number = self.number(name)
+        if number % 1:
+            raise self.malformed(name, "expected whole tokens", f"seen: {number}")
+        return int(number)
+
+    def seconds(self, name: str) -> float | None:
+        """Seconds of at least 0; `None` where the field is missing or null."""
+        return self.number(name) if self.has(name) else None
+
+    def time(self, name: str) -> float:
+        """An ISO 8601 time as Unix seconds; without a zone it is taken as UTC.
+
+        Raises:
+            MalformedRecordError: missing, or not such a time.
+        """
+        value = self.text(name)
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            raise self.malformed(name, "expected an ISO 8601 time", f"seen: {value!r}") from None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+    def arrival(self, name: str, seconds: float) -> float:
+        """`seconds`, which field `name` says, counted from the first record of the trace.
+
+        Raises:
+            MalformedRecordError: the time is before that of the record before.
+        """
+        elapsed = self._clock.elapsed(seconds)
+        if elapsed is None:
+            raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r}")
+        return elapsed
+
+    def text(self, name: str) -> str:
+        """A string.
+
+        Raises:
+            MalformedRecordError: missing, or something else.
+        """
+        value = self._value(name)
+        if not isinstance(value, str):
+            raise self.malformed(name, "expected a string", f"seen: {value!r:.60}")
+        return value
+
+    def identifier(self, name: str) -> str:
+        """A string or a whole number, as a string.
+
+        Raises:
+            MalformedRecordError: missing, or something else.
+        """
+        value = self._value(name)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise self.malformed(name, "expected an id", f"seen: {value!r:.60}")
+        return str(value)
+
+    def integer(self, name: str) -> int:
+        """A whole number, exact at any size, as a number or in digits.
+
+        Raises:
+            MalformedRecordError: missing, or something else.
+        """
+        value = self._value(name)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise self.malformed(name, "expected a whole number", f"seen: {value!r:.60}")
+        try:
+            return int(value)
+        except ValueError:
+            raise self.malformed(name, "expected a whole number", f"seen: {value!r:.60}") from None
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of whole numbers; empty where the field is missing.
+
+        Raises:
+            MalformedRecordError: something else.
+        """
+        values = self.values.get(name, [])
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise self.malformed(name, "expected a list of whole numbers", f"seen: {values!r:.60}")
+        return tuple(values)
+
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers of at least 0.
+
+        Raises:
+            MalformedRecordError: missing, or something else.
+        """
+        values = {f"{name}[{at}]": value for at, value in enumerate(self._list(name))}
+        items = Fields(values, self.file, self.line, self._clock, self._inside)
+        return [items.number(place) for place in values]
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings.
+
+        Raises:
+            MalformedRecordError: missing, or something else.
+        """
+        values = self._list(name)
+        if not all(isinstance(value, str) for value in values):
+            raise self.malformed(name, "expected a list of strings", f"seen: {values!r:.60}")
+        return tuple(values)
+
+    def record(self, name: str) -> "Fields":
+        """A record within this one.
+
+        Raises:
+            MalformedRecordError: missing, or not an object.
+        """
+        return self.within(name, self._value(name))
+
+    def records(self, name: str) -> list["Fields"]:
+        """The records of a list within this one.
+
+        Raises:
+            MalformedRecordError: missing, not a list, or a list of something else.
+        """
+        values = self._list(name)
+        return [self.within(f"{name}[{at}]", value) for at, value in enumerate(values)]
+
+    def within(self, place: str, value: Any) -> "Fields":
+        """`value` as a record that stands at `place` of this one.
+
+        Raises:
+            MalformedRecordError: not an object.
+        """
+        if not isinstance(value, dict):
+            raise self.malformed(place, "expected an object", f"seen: {value!r:.60}")
+        return Fields(value, self.file, self.line, self._clock, f"{self._inside}{place}.")
+
+    def _list(self, name: str) -> list[Any]:
+        values = self._value(name)
+        if not isinstance(values, list):
+            raise self.malformed(name, "expected a list", f"seen: {values!r:.60}")
+        return values
+
+    def _value(self, name: str) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            known = ", ".join(map(str, self.values))
+            raise self.malformed(name, "missing", f"fields seen: {known:.200}")
+        return value
