@@ -173,11 +173,13 @@ class Fields:
         return tuple(values)
 
     def numbers(self, name: str) -> list[float]:
-        """A list of finite numbers of at least 0.
+        """A list of samples: finite numbers of at least 0, one or more.
 
         Raises:
-            MalformedRecordError: missing, or something else.
+            MalformedRecordError: missing, empty, or something else.
         """
+        if not self._list(name):
+            raise self.malformed(name, "has no samples")
         values = {f"{name}[{at}]": value for at, value in enumerate(self._list(name))}
         items = Fields(values, self.file, self.line, self._clock, self._inside)
         return [items.number(place) for place in values]

@@ -32,7 +32,8 @@ class Span:
         parents: positions in the session of the spans it waited for, each before its own.
 
     Raises:
-        DemandError: a number that is negative or not finite, or more cached than prompt tokens.
+        DemandError: a number that is negative or not finite, a parallelism that is no count, or
+            more cached than prompt tokens.
     """
 
     unit: str
@@ -55,6 +56,11 @@ class Span:
                     f"{name} of span {self.unit!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
+        if self.parallelism < 1 or self.parallelism % 1:
+            raise DemandError(
+                f"parallelism of span {self.unit!r} is {self.parallelism}; expected a whole number "
+                "of at least 1"
+            )
         if self.cached_tokens is not None and self.cached_tokens > self.input_tokens:
             raise DemandError(
                 f"span {self.unit!r} has {self.cached_tokens} cached of {self.input_tokens} prompt "

@@ -1,0 +1,91 @@
+"""Loaders on published traces, which are not part of the repository.
+
+`PICACHE_DATA` names the folder that holds them, by default `../shared/data` beside the checkout.
+Numbers are those of the files as published, cut as their SOURCE.md says.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demand import CostModel, PDGraph
+from demand.traces import (
+    read_agent_sessions,
+    read_azure,
+    read_fireact,
+    read_mooncake,
+    read_tau_bench,
+)
+
+BESIDE = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(os.environ.get("PICACHE_DATA", BESIDE))
+
+
+def published(name):
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"no {name}: set PICACHE_DATA to the folder that has it (looked in {DATA})")
+    return path
+
+
+def test_agent_sessions():
+    trace = read_agent_sessions(published("agent_sessions"))
+    units = Counter()
+    measured = []
+    for session in trace:
+        units.update(span.unit for span in session.spans)
+        measured += [span.seconds for span in session.spans if span.unit == "llm"]
+    assert trace.read == 443
+    assert units["llm"] == 30_146
+    assert units["subagent_llm"] == 453
+    assert sum(seconds is None for seconds in measured) == 2_692
+    assert 5.0 < np.median([seconds for seconds in measured if seconds is not None]) < 10.0
+
+
+def test_a_graph_of_agent_sessions_loops_on_its_calls():
+    runs = [s.run(leave_out=("human",)) for s in read_agent_sessions(published("agent_sessions"))]
+    graph = PDGraph.fit(runs, name="coding_agent")
+    assert graph.branches("llm")["llm"] > 0.95
+    cost = CostModel()
+    assert graph.remaining().mean() > np.median([cost.run_seconds(run) for run in runs])
+
+
+def test_tau_bench():
+    sessions = list(read_tau_bench(published("tau_bench")))
+    assert len(sessions) == 120
+    assert Counter(s.attributes["task"] for s in sessions).most_common()[-1][1] == 4
+    units = Counter(span.unit for session in sessions for span in session.spans)
+    tools = Counter(
+        span.kind for session in sessions for span in session.spans if span.kind == "tool"
+    )
+    assert units["assistant"] == 737 + 661
+    assert units["user"] == 737
+    assert tools["tool"] == 661
+    assert all(0 <= s.attributes["reward"] <= 1 for s in sessions)
+
+
+@pytest.mark.parametrize(
+    ("name", "sessions", "searches"),
+    [("hotpotqa_react_gpt35.jsonl", 272, 454), ("hotpotqa_react_llama2_7b.jsonl", 298, 775)],
+)
+def test_fireact(name, sessions, searches):
+    trace = list(read_fireact(published(f"fireact_react/{name}")))
+    units = Counter(span.unit for session in trace for span in session.spans)
+    assert len(trace) == sessions
+    assert units["search"] == searches
+    assert units["thought"] == searches + sessions + units["click"] + units["reflect"]
+
+
+def test_request_traces():
+    requests = list(read_mooncake(published("mooncake")))
+    assert len(requests) == 6_848
+    assert requests[-1].arrival_seconds == 2_121.0
+    assert (requests[0].input_tokens, requests[0].output_tokens) == (6_758, 500)
+    assert all(len(r.block_ids) == -(-r.input_tokens // 512) for r in requests)
+    for name, count, last in (("code", 5_291, 1_698.902328), ("conv", 11_619, 1_993.675765)):
+        requests = list(read_azure(published(f"azure_llm_2023/{name}.first60pct.csv")))
+        assert len(requests) == count
+        assert requests[-1].arrival_seconds == pytest.approx(last, abs=1e-5)
