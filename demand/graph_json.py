@@ -3,52 +3,64 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from demand.errors import DemandError
-from demand.units import END, CostModel, Execution, Unit
+from demand.given import GivenUnit
+from demand.units import CostModel, Execution, Unit
 
 FORMAT = "demand.PDGraph"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """Everything a `PDGraph` remembers."""
+    """Everything a `PDGraph` remembers: its runs, or the units it was given."""
 
     name: str
     window: int
     cost: CostModel
-    units: tuple[Unit, ...]
-    entries: tuple[str, ...]
-    samples: Mapping[str, tuple[tuple[Execution, str], ...]]
+    half_life_runs: float | None
+    runs: Sequence[Sequence[Execution]] = ()
+    given: Sequence[GivenUnit] = ()
+    entries: Mapping[str, float] = field(default_factory=dict)
 
 
 def write_graph(path: str | os.PathLike[str], record: GraphRecord) -> None:
     """Write `record` to `path`, in one step as far as readers can see.
 
-    The file holds, for each unit, rows of [input_tokens, output_tokens, parallelism, seconds,
-    successor], oldest first; seconds is null for an llm.
+    The file lists the units by name and kind, then either `runs`, oldest first, with a row
+    [position of the unit, input_tokens, output_tokens, parallelism, seconds,
+    longest_output_tokens, longest_seconds] for each execution; or `given`, with such rows and the
+    successors of each unit in turn, and `entries`. Tokens and seconds are per call; null: not
+    given.
     """
+    executed = dict.fromkeys(execution.unit for run in record.runs for execution in run)
+    units = [*(given.unit for given in record.given), *executed]
+    number = {unit: position for position, unit in enumerate(units)}
     document = {
         "format": FORMAT,
         "version": VERSION,
         "name": record.name,
         "window": record.window,
+        "half_life_runs": record.half_life_runs,
         "cost": asdict(record.cost),
-        "entries": record.entries,
-        "units": [
-            {
-                "name": unit.name,
-                "kind": unit.kind,
-                "samples": [[*_row(e), successor] for e, successor in record.samples[unit.name]],
-            }
-            for unit in record.units
-        ],
+        "units": [{"name": unit.name, "kind": unit.kind} for unit in units],
     }
+    if record.given:
+        document["entries"] = record.entries
+        document["given"] = [
+            {
+                "executions": [_row(number, execution) for execution in given.executions],
+                "successors": given.successors,
+            }
+            for given in record.given
+        ]
+    else:
+        document["runs"] = [[_row(number, execution) for execution in run] for run in record.runs]
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -89,43 +101,44 @@ def read_graph(path: str | os.PathLike[str]) -> GraphRecord:
         ) from error
 
 
-def _row(execution: Execution) -> list[float | None]:
+def _row(number: Mapping[Unit, int], execution: Execution) -> list[float | None]:
     return [
+        number[execution.unit],
         execution.input_tokens,
         execution.output_tokens,
         execution.parallelism,
         execution.seconds,
+        execution.longest_output_tokens,
+        execution.longest_seconds,
     ]
 
 
 def _record(document: dict[str, Any]) -> GraphRecord:
-    units = tuple(Unit(entry["name"], entry["kind"]) for entry in document["units"])
-    names = {unit.name for unit in units}
-    if len(names) < len(units):
+    units = [Unit(entry["name"], entry["kind"]) for entry in document["units"]]
+    if len({unit.name for unit in units}) < len(units):
         raise DemandError("a unit is listed twice")
-    samples = {
-        unit.name: tuple(_sample(unit, row, names) for row in entry["samples"])
-        for unit, entry in zip(units, document["units"], strict=True)
-    }
-    for name, rows in samples.items():
-        if not rows:
-            raise DemandError(f"unit {name!r} has no samples")
-    entries = tuple(document["entries"])
-    strangers = set(entries) - names
-    if strangers or not entries:
-        raise DemandError(f"entries are {sorted(strangers)}; expected names of listed units")
-    return GraphRecord(
+    half_life = document["half_life_runs"]
+    settings = (
         str(document["name"]),
         int(document["window"]),
         CostModel(**document["cost"]),
-        units,
-        entries,
-        samples,
+        None if half_life is None else float(half_life),
+    )
+    if "given" in document:
+        given = [
+            GivenUnit(unit, [_execution(units, row) for row in e["executions"]], e["successors"])
+            for unit, e in zip(units, document["given"], strict=True)
+        ]
+        return GraphRecord(*settings, given=given, entries=document["entries"])
+    return GraphRecord(
+        *settings, runs=[[_execution(units, row) for row in run] for run in document["runs"]]
     )
 
 
-def _sample(unit: Unit, row: list[Any], names: set[str]) -> tuple[Execution, str]:
-    input_tokens, output_tokens, parallelism, seconds, successor = row
-    if successor != END and successor not in names:
-        raise DemandError(f"unit {unit.name!r} is followed by {successor!r}, which is not a unit")
-    return Execution(unit, input_tokens, output_tokens, parallelism, seconds), successor
+def _execution(units: Sequence[Unit], row: list[Any]) -> Execution:
+    position, input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest = row
+    if not 0 <= position < len(units):
+        raise DemandError(f"there is no unit {position} in a list of {len(units)}")
+    return Execution(
+        units[position], input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest
+    )

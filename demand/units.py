@@ -10,6 +10,11 @@ from demand.errors import DemandError
 Kind = Literal["llm", "tool", "container", "model", "search", "human"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
+Demand = Literal["sum", "critical_path"]
+DEMANDS: tuple[Demand, ...] = get_args(Demand)
+"""Two ways to count the seconds of parallel calls: their sum, which is what a server has to
+serve, and the longest, which is what a deadline sees when all are served side by side."""
+
 START = "start"
 END = "end"
 
@@ -20,8 +25,8 @@ class Unit:
 
     Args:
         name: unique within the application; "start" and "end" are taken by the graph.
-        kind: "llm" (costed by tokens) or "tool", "container", "model", "search", "human"
-            (costed by seconds).
+        kind: "llm" (costed by tokens, or by seconds where they were measured) or "tool",
+            "container", "model", "search", "human" (costed by seconds).
 
     Raises:
         DemandError: an empty or reserved name, or an unknown kind.
@@ -46,18 +51,23 @@ class Unit:
 class Execution:
     """One execution of a unit: the attributes measured together, kept together.
 
-    A unit that fans out makes `parallelism` calls; tokens and seconds are means per call.
+    A unit that fans out makes `parallelism` calls; tokens and seconds are means per call, so that
+    the sum over the calls is exact. `of_calls` makes one from the calls themselves.
 
     Args:
         unit: what was executed.
-        input_tokens: prompt tokens per call; needed for "llm", optional otherwise.
-        output_tokens: generated tokens per call; needed for "llm", optional otherwise.
+        input_tokens: prompt tokens per call; needed for an "llm" without seconds.
+        output_tokens: generated tokens per call; needed for an "llm" without seconds.
         parallelism: number of calls made side by side.
-        seconds: duration per call; needed unless the unit is "llm", where the cost model gives it.
+        seconds: duration per call; an "llm" may leave it to the cost model.
+        longest_output_tokens: generated tokens of the longest call, for what the cost model
+            costs; `None`: all calls are taken to be alike, which makes the critical path too
+            short wherever they are not.
+        longest_seconds: duration of the longest call, where seconds are given; `None` likewise.
 
     Raises:
-        DemandError: a negative, NaN or infinite attribute, or one missing or not allowed for the
-            kind of the unit.
+        DemandError: a negative, NaN or infinite attribute, one missing or not allowed for the
+            kind of the unit, or a longest call below the mean or above the sum of the calls.
     """
 
     unit: Unit
@@ -65,16 +75,53 @@ class Execution:
     output_tokens: float = 0.0
     parallelism: int = 1
     seconds: float | None = None
+    longest_output_tokens: float | None = None
+    longest_seconds: float | None = None
+
+    @classmethod
+    def of_calls(
+        cls,
+        unit: Unit,
+        *,
+        input_tokens: Sequence[float] = (),
+        output_tokens: Sequence[float] = (),
+        seconds: Sequence[float] = (),
+    ) -> "Execution":
+        """Execution of a unit from what each of its parallel calls took.
+
+        Args:
+            unit: what was executed.
+            input_tokens: `[calls]`, or empty for none.
+            output_tokens: `[calls]`, or empty for none.
+            seconds: `[calls]`, or empty where the cost model gives them.
+
+        Raises:
+            DemandError: no calls, lists of different lengths, or as the class.
+        """
+        given = [calls for calls in (input_tokens, output_tokens, seconds) if len(calls)]
+        lengths = {len(calls) for calls in given}
+        if len(lengths) != 1:
+            raise DemandError(
+                f"the calls of unit {unit.name!r} have {sorted(lengths)} entries; give lists of "
+                "one length, an entry for each call"
+            )
+        n = lengths.pop()
+        return cls(
+            unit,
+            sum(input_tokens) / n,
+            sum(output_tokens) / n,
+            n,
+            sum(seconds) / n if len(seconds) else None,
+            max(output_tokens) if len(output_tokens) and not len(seconds) else None,
+            max(seconds) if len(seconds) else None,
+        )
 
     def __post_init__(self) -> None:
         name = self.unit.name
         self._to_python_numbers()
-        for attribute, value in (
-            ("input_tokens", self.input_tokens),
-            ("output_tokens", self.output_tokens),
-            ("seconds", 0.0 if self.seconds is None else self.seconds),
-        ):
-            if not 0.0 <= value < math.inf:
+        for attribute in _ATTRIBUTES:
+            value = getattr(self, attribute)
+            if value is not None and not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
@@ -84,37 +131,61 @@ class Execution:
                 f"parallelism of unit {name!r} is {self.parallelism}; expected a whole number of "
                 "at least 1: leave out units that made no call"
             )
-        if self.unit.kind == "llm":
-            if self.seconds is not None:
+        object.__setattr__(self, "parallelism", int(self.parallelism))
+        if self.seconds is None:
+            if self.unit.kind != "llm":
                 raise DemandError(
-                    f"unit {name!r} is an llm and has seconds={self.seconds}; llm seconds come "
-                    'from tokens by the cost model: drop seconds, or use kind "model"'
+                    f"unit {name!r} of kind {self.unit.kind!r} has no seconds; give its duration"
                 )
             if self.input_tokens == 0.0 and self.output_tokens == 0.0:
                 raise DemandError(
-                    f"unit {name!r} is an llm without tokens; give input_tokens and output_tokens, "
-                    'or use kind "model" with seconds'
+                    f"unit {name!r} is an llm without tokens; give input_tokens and "
+                    "output_tokens, or the seconds measured"
                 )
-        elif self.seconds is None:
+            self._check_longest("longest_output_tokens", self.output_tokens, "longest_seconds")
+        else:
+            self._check_longest("longest_seconds", self.seconds, "longest_output_tokens")
+
+    def _check_longest(self, used: str, mean: float, unused: str) -> None:
+        """`used` must fit the mean per call; `unused` would be silently ignored."""
+        if getattr(self, unused) is not None:
             raise DemandError(
-                f"unit {name!r} of kind {self.unit.kind!r} has no seconds; give its duration"
+                f"{unused} of unit {self.unit.name!r} is given, but its calls are costed by "
+                f"{used.removeprefix('longest_')}; give {used} instead"
             )
-        object.__setattr__(self, "parallelism", int(self.parallelism))
+        longest = getattr(self, used)
+        total = self.parallelism * mean
+        slack = 1e-9 * total
+        if longest is not None and not mean - slack <= longest <= total + slack:
+            raise DemandError(
+                f"{used} of unit {self.unit.name!r} is {longest} for {self.parallelism} calls of "
+                f"mean {mean}; the longest call lies between the mean and the sum"
+            )
 
     def _to_python_numbers(self) -> None:
         """Measurements often are numpy scalars, which JSON does not take."""
-        object.__setattr__(self, "input_tokens", float(self.input_tokens))
-        object.__setattr__(self, "output_tokens", float(self.output_tokens))
-        if self.seconds is not None:
-            object.__setattr__(self, "seconds", float(self.seconds))
+        for attribute in _ATTRIBUTES:
+            value = getattr(self, attribute)
+            if value is not None:
+                object.__setattr__(self, attribute, float(value))
+
+
+_ATTRIBUTES = (
+    "input_tokens",
+    "output_tokens",
+    "seconds",
+    "longest_output_tokens",
+    "longest_seconds",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of service of an execution, summed over its parallel calls.
+    """Seconds of an execution, over its parallel calls.
 
-    An llm call takes input_tokens * prefill + output_tokens * decode seconds, with the profiled
-    defaults of the Hermes artifact; any other call takes the seconds measured.
+    A call takes the seconds measured; an llm call without a measurement takes
+    input_tokens * prefill + output_tokens * decode seconds, with the profiled defaults of the
+    Hermes artifact.
     """
 
     prefill_seconds_per_token: float = 1e-4
@@ -125,18 +196,46 @@ class CostModel:
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
-    def seconds(self, execution: Execution) -> float:
-        """Total seconds of `execution` over its parallel calls."""
-        if execution.seconds is not None:
-            return execution.parallelism * execution.seconds
-        return execution.parallelism * (
-            execution.input_tokens * self.prefill_seconds_per_token
-            + execution.output_tokens * self.decode_seconds_per_token
+    def seconds(self, execution: Execution, demand: Demand = "sum") -> float:
+        """Seconds of `execution`: over all its calls, or of its longest ("critical_path").
+
+        Of an llm that is costed by tokens, the longest call has the mean input and
+        `longest_output_tokens`.
+
+        Raises:
+            DemandError: an unknown `demand`.
+        """
+        if demand == "sum":
+            return execution.parallelism * self._call_seconds(
+                execution, execution.seconds, execution.output_tokens
+            )
+        check_demand(demand)
+        tokens, seconds = execution.longest_output_tokens, execution.longest_seconds
+        return self._call_seconds(
+            execution,
+            execution.seconds if seconds is None else seconds,
+            execution.output_tokens if tokens is None else tokens,
         )
 
-    def run_seconds(self, run: Sequence[Execution]) -> float:
-        """Total seconds of a run: its demand."""
-        return sum(map(self.seconds, run))
+    def run_seconds(self, run: Sequence[Execution], demand: Demand = "sum") -> float:
+        """Total seconds of a run: its demand. Units follow each other on either count."""
+        return sum(self.seconds(execution, demand) for execution in run)
+
+    def _call_seconds(
+        self, execution: Execution, seconds: float | None, output_tokens: float
+    ) -> float:
+        if seconds is not None:
+            return seconds
+        return (
+            execution.input_tokens * self.prefill_seconds_per_token
+            + output_tokens * self.decode_seconds_per_token
+        )
+
+
+def check_demand(demand: str) -> None:
+    """Raise `DemandError` for what is not a way to count parallel calls."""
+    if demand not in DEMANDS:
+        raise DemandError(f"demand is {demand!r}; expected one of {', '.join(DEMANDS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,23 +246,46 @@ class Progress:
         executed: units finished so far, in order.
         current: name of the unit being executed; `None` between two units, and before the first.
         attained_seconds: service that the current unit has received, over its parallel calls.
+        elapsed_seconds: service that the longest of its calls has received, which is what the
+            critical path has advanced. The sum reads the first, the critical path the second.
 
     Raises:
-        DemandError: `attained_seconds` negative, not finite, or given without a current unit.
+        DemandError: seconds negative, not finite, or given without a current unit.
     """
 
     executed: Sequence[Execution] = field(default=())
     current: str | None = None
     attained_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.attained_seconds < math.inf:
+        for name in ("attained_seconds", "elapsed_seconds"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise DemandError(
+                    f"{name} is {value}; expected finite seconds of at "
+                    "least 0: pass the service received, not a clock difference"
+                )
+            if self.current is None and value > 0.0:
+                raise DemandError(
+                    f"{name} is {value} but no unit is current; "
+                    "name the unit being executed in `current`"
+                )
+
+    def current_seconds(self, demand: Demand = "sum") -> float:
+        """Seconds that the current unit has received, as `demand` counts.
+
+        Raises:
+            DemandError: only the other count is given.
+        """
+        check_demand(demand)
+        asked, other = "attained_seconds", "elapsed_seconds"
+        if demand == "critical_path":
+            asked, other = other, asked
+        seconds: float = getattr(self, asked)
+        if seconds == 0.0 and getattr(self, other) > 0.0:
             raise DemandError(
-                f"attained_seconds is {self.attained_seconds}; expected finite seconds of at "
-                "least 0: pass the service received, not a clock difference"
+                f"the {demand} needs {asked}, which is 0 while {other} is {getattr(self, other)}; "
+                "give both"
             )
-        if self.current is None and self.attained_seconds > 0.0:
-            raise DemandError(
-                f"attained_seconds is {self.attained_seconds} but no unit is current; "
-                "name the unit being executed in `current`"
-            )
+        return seconds

@@ -95,10 +95,50 @@ def test_the_window_slides():
     assert graph.branches("start") == {"write": 1.0}
 
 
-def test_a_long_loop_cannot_push_its_own_exit_out_of_the_window():
-    graph = PDGraph.fit([[checked(1.0)] * 500], window=10)
-    assert graph.branches("test")["end"] == 0.1
-    assert graph.remaining(walks=10).mean() >= 1.0
+def test_the_window_keeps_runs_whole():
+    """A long loop cannot push its own beginning or exit out of the window."""
+    graph = PDGraph.fit([[checked(1.0)] * 500, [wrote(1), *[checked(1.0)] * 500]], window=1)
+    assert graph.branches("test")["end"] == 1 / 500
+    assert len(graph.runs) == 1
+    graph.observe([wrote(1)])
+    assert [u.name for u in graph.units] == ["write"]  # no remembered run has a test
+
+
+def test_a_unit_forgotten_and_seen_again_keeps_its_samples_apart():
+    graph = PDGraph.fit([chain(1, 1.0), [checked(7.0)], chain(2, 3.0)], window=2)
+    assert [u.name for u in graph.units] == ["test", "write"]
+    totals = {round(graph.cost.run_seconds(run), 9) for run in graph.draw_runs(50)}
+    assert totals == set(graph.remaining().values.round(9)) == {3.0, 7.0, 3.12, 7.12}
+
+
+def test_half_life_weighs_runs_by_age():
+    graph = PDGraph.fit([[checked(float(s))] for s in (1, 2, 3)], half_life_runs=1.0)
+    assert graph.run_weights().tolist() == [0.25, 0.5, 1.0]
+    remaining = graph.remaining(walks=70_000)
+    assert remaining.values.tolist() == [1.0, 2.0, 3.0]
+    assert remaining.weights == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.01)
+    graph.observe([wrote(1)])
+    assert graph.branches("start") == {
+        "test": pytest.approx(7 / 15),
+        "write": pytest.approx(8 / 15),
+    }
+
+
+def test_half_life_leaves_a_unit_seen_long_ago_alone():
+    """Its weights all underflow, relative to today's; relative to each other they do not."""
+    runs = [chain(1, 1.0), chain(1, 3.0), *[[wrote(1)]] * 50]
+    graph = PDGraph.fit(runs, half_life_runs=0.02)
+    progress = Progress(current="test")
+    assert graph.remaining(progress).values.tolist() == [3.0]  # 2^-50 against 1
+    assert graph.branches("test") == {"end": 1.0}
+
+
+def test_equal_weights_are_the_limit_of_a_long_half_life():
+    runs = [chain(n, float(n), n + 1, 1.0) for n in range(1, 50)]
+    plain, decayed = PDGraph.fit(runs), PDGraph.fit(runs, half_life_runs=1e9)
+    assert decayed.remaining(walks=40_000).mean() == pytest.approx(
+        plain.remaining(walks=40_000).mean(), rel=0.02
+    )
 
 
 def test_observing_changes_what_remains():
@@ -111,13 +151,16 @@ def test_observing_changes_what_remains():
 def test_round_trip(tmp_path):
     cost = CostModel(2e-4, 0.03)
     asked = Execution(ASK, np.int64(7), parallelism=np.int64(1), seconds=np.float32(60))
-    runs = [chain(100, 2.0, 50, 1.5), [asked]]
-    graph = PDGraph.fit(runs, name="coding", window=77, cost=cost)
+    calls = Execution.of_calls(WRITE, input_tokens=[5, 7], output_tokens=[10, 30])
+    runs = [chain(100, 2.0, 50, 1.5), [asked], [calls]]
+    graph = PDGraph.fit(runs, name="coding", window=77, cost=cost, half_life_runs=9.0)
     path = tmp_path / "graph.json"
     graph.save(path)
     graph.save(path)  # over an existing file
     again = PDGraph.load(path)
     assert (again.name, again.window, again.cost, again.units) == ("coding", 77, cost, graph.units)
+    assert again.half_life_runs == 9.0
+    assert again.runs == graph.runs
     assert all(again.samples(u.name) == graph.samples(u.name) for u in graph.units)
     assert again.remaining() == graph.remaining()
     again.observe(chain(1, 1.0))
@@ -153,14 +196,14 @@ def _tampered(tmp_path, change):
     [
         (lambda d: d.update(format="other"), "not a demand.PDGraph file"),
         (lambda d: d.update(version=99), "format version 99"),
-        (lambda d: d["units"][1]["samples"][0].__setitem__(4, "write"), "end cannot be reached"),
-        (lambda d: d["units"][1]["samples"][0].__setitem__(4, "gone"), "not a unit"),
-        (lambda d: d["units"][1]["samples"][0].__setitem__(3, -1.0), "seconds of unit 'test'"),
-        (lambda d: d["units"][1]["samples"][0].__setitem__(3, "soon"), "damaged: ValueError"),
-        (lambda d: d["units"][1]["samples"][0].pop(), "damaged"),
-        (lambda d: d["units"][1].update(samples=[]), "no samples"),
+        (lambda d: d["runs"][0][0].__setitem__(0, 2), "no unit 2"),
+        (lambda d: d["runs"][0][1].__setitem__(4, -1.0), "seconds of unit 'test'"),
+        (lambda d: d["runs"][0][1].__setitem__(4, "soon"), "damaged: ValueError"),
+        (lambda d: d["runs"][0][1].__setitem__(4, None), "has no seconds"),
+        (lambda d: d["runs"][0][0].pop(), "damaged"),
+        (lambda d: d["runs"].append([]), "run is empty"),
         (lambda d: d["units"].append(d["units"][0]), "listed twice"),
-        (lambda d: d.update(entries=["gone"]), "entries are"),
+        (lambda d: d.update(half_life_runs=-1.0), "half_life_runs is -1.0"),
         (lambda d: d.update(window=0), "window is 0"),
         (lambda d: d.pop("cost"), "damaged: KeyError"),
     ],
@@ -182,9 +225,9 @@ def test_a_file_that_is_not_json_is_refused(tmp_path):
 def test_bad_input_is_refused():
     graph = PDGraph.fit([chain(1, 1.0)])
     for progress in (Progress(current="deploy"), Progress(executed=[Execution(ASK, seconds=1.0)])):
-        with pytest.raises(DemandError, match="not in graph"):
+        with pytest.raises(DemandError, match="is not in the graph"):
             graph.remaining(progress)
-    with pytest.raises(DemandError, match="not in graph"):
+    with pytest.raises(DemandError, match="is not in the graph"):
         graph.branches("deploy")
     with pytest.raises(DemandError, match="run is empty"):
         graph.observe([])
@@ -208,4 +251,5 @@ def test_a_refused_run_leaves_the_graph_unchanged():
 
 def test_repr_reads():
     graph = PDGraph.fit([chain(1, 1.0)], name="coding")
-    assert repr(graph) == "PDGraph('coding', 2 units, 2 samples)"
+    assert repr(graph) == "PDGraph('coding', 2 units, 1 runs)"
+    assert repr(PDGraph()) == "PDGraph('application', 0 units, 0 runs)"

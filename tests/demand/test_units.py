@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from demand import CostModel, DemandError, Execution, Progress, Unit
 
@@ -20,6 +22,45 @@ def test_other_seconds_are_measured_per_call():
     assert CostModel().run_seconds(run) == pytest.approx(7.5)
 
 
+def test_measured_seconds_of_an_llm_come_before_the_cost_model():
+    measured = Execution(LLM, 1000, 100, parallelism=3, seconds=2.0, longest_seconds=4.0)
+    assert CostModel().seconds(measured) == 6.0
+    assert CostModel().seconds(measured, "critical_path") == 4.0
+
+
+def test_the_critical_path_is_the_longest_call():
+    cost = CostModel()
+    searched = Execution.of_calls(TOOL, seconds=[1.0, 2.0, 6.0])
+    assert (searched.parallelism, searched.seconds, searched.longest_seconds) == (3, 3.0, 6.0)
+    assert (cost.seconds(searched), cost.seconds(searched, "critical_path")) == (9.0, 6.0)
+    planned = Execution.of_calls(LLM, input_tokens=[10, 30], output_tokens=[100, 300])
+    assert cost.seconds(planned) == pytest.approx(0.004 + 24.0)
+    assert cost.seconds(planned, "critical_path") == pytest.approx(0.002 + 18.0)
+    assert cost.run_seconds([searched, planned], "critical_path") == pytest.approx(24.002)
+
+
+def test_the_mean_call_stands_in_for_an_unknown_longest():
+    assert CostModel().seconds(Execution(TOOL, seconds=1.5, parallelism=4), "critical_path") == 1.5
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30))
+def test_the_longest_call_is_at_most_the_sum_and_at_least_the_mean(seconds):
+    execution = Execution.of_calls(TOOL, seconds=seconds)
+    total = CostModel().seconds(execution)
+    longest = CostModel().seconds(execution, "critical_path")
+    assert total == pytest.approx(sum(seconds))
+    assert longest == max(seconds)
+
+
+def test_progress_counts_the_current_unit_as_demand_does():
+    both = Progress(current="plan", attained_seconds=6.0, elapsed_seconds=2.0)
+    assert (both.current_seconds("sum"), both.current_seconds("critical_path")) == (6.0, 2.0)
+    with pytest.raises(DemandError, match="critical_path needs elapsed_seconds"):
+        Progress(current="plan", attained_seconds=6.0).current_seconds("critical_path")
+    with pytest.raises(DemandError, match="sum needs attained_seconds"):
+        Progress(current="plan", elapsed_seconds=6.0).current_seconds("sum")
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -27,7 +68,20 @@ def test_other_seconds_are_measured_per_call():
         (lambda: Unit("end", "tool"), "unit name is 'end'"),
         (lambda: Unit("", "tool"), "unit name is ''"),
         (lambda: Execution(LLM), "llm without tokens"),
-        (lambda: Execution(LLM, 1, 1, seconds=2.0), "drop seconds"),
+        (lambda: Execution(LLM, 1, 1, longest_seconds=2.0), "give longest_output_tokens instead"),
+        (
+            lambda: Execution(TOOL, seconds=1.0, longest_output_tokens=5.0),
+            "give longest_seconds instead",
+        ),
+        (lambda: Execution(LLM, 1, 9, 2, longest_output_tokens=8), "between the mean and the sum"),
+        (lambda: Execution(LLM, 1, 9, 2, longest_output_tokens=19), "between the mean and the sum"),
+        (lambda: Execution(TOOL, seconds=1.0, longest_seconds=2.0), "between the mean and the sum"),
+        (lambda: Execution(TOOL, seconds=0.0, longest_seconds=math.nan), "longest_seconds of unit"),
+        (lambda: Execution.of_calls(TOOL), "entries; give lists of one length"),
+        (lambda: Execution.of_calls(LLM, input_tokens=[1], output_tokens=[1, 2]), "one length"),
+        (lambda: CostModel().seconds(Execution(TOOL, seconds=1.0), "max"), "demand is 'max'"),
+        (lambda: Progress(current="plan", elapsed_seconds=math.inf), "elapsed_seconds is inf"),
+        (lambda: Progress(elapsed_seconds=1.0), "no unit is current"),
         (lambda: Execution(LLM, -1, 1), "input_tokens of unit 'plan' is -1"),
         (lambda: Execution(LLM, 1, math.inf), "output_tokens of unit 'plan' is inf"),
         (lambda: Execution(TOOL), "has no seconds"),
