@@ -3,14 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from demand.distribution import Distribution
-from demand.rank_table import RankTable
+from demand.errors import DemandError
 
 Rank = float | tuple[float, ...]
 """Smaller is served first. Tuples compare entry by entry: a class, then a rank within it. All
-ranks that one policy gives are of one form."""
+ranks that one policy gives are of one form, and none is NaN."""
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +25,7 @@ class Job:
         demand: its true total demand in seconds; only an oracle may read it.
         attained_service: seconds of service received so far.
         lottery: a uniform number in [0, 1), drawn from the seed of the simulation.
-        table: what `Policy.table` made of `distribution`.
+        table: what `Policy.table` made of `distribution`; None for nothing.
         deadline: second by which it should be finished; infinity for none.
         tenant: who pays for it; fair sharing is among tenants.
         weight: share of its tenant relative to the others.
@@ -47,7 +47,7 @@ class Job:
     demand: float = math.nan
     attained_service: float = 0.0
     lottery: float = 0.0
-    table: RankTable | None = None
+    table: Any = None
     deadline: float = math.inf
     tenant: str = ""
     weight: float = 1.0
@@ -68,10 +68,17 @@ class Job:
         """Seconds of service since `distribution` was learned: the age to ask it for."""
         return self.attained_service - self.known_at
 
-    def learn(self, remaining: Distribution, table: RankTable | None) -> None:
+    def learn(self, remaining: Distribution, table: Any) -> None:
         """Take in what its progress says: the distribution of its demand from here on."""
         self.distribution, self.table = remaining, table
         self.known_at = self.attained_service
+
+    def attained_at(self, age: float) -> float:
+        """Least attained service at which `age` is reached."""
+        attained = self.known_at + age
+        while attained - self.known_at < age:  # the sum was rounded down
+            attained = math.nextafter(attained, math.inf)
+        return attained
 
 
 class Policy(ABC):
@@ -81,34 +88,38 @@ class Policy(ABC):
     per distribution (`table`) is computed once and kept by the scheduler on the jobs; what it
     remembers between events (`new_state`) is made once per scheduler and hangs on every job.
 
-    A scheduler relies on the order of two waiting jobs not changing while both wait, unless
-    `reranks` says that it may. A rank may use `now` only in ways that keep it so: for a rank that
-    drifts alike for all jobs, leave the drift out (least slack, deadline - now - remaining,
-    orders like deadline - remaining).
+    A scheduler relies on the rank of a job not changing while it waits, unless `reranks` says
+    that it may. A rank that drifts alike for all jobs leaves the drift out (least slack,
+    deadline - now - remaining, orders like deadline - remaining).
     """
 
-    reranks: ClassVar[bool] = False
-    """Whether serving one job can change the order of others: they are then ranked anew at every
-    event, at a cost that grows with the number of jobs present."""
+    @property
+    def reranks(self) -> bool:
+        """Whether serving one job can change the rank of others.
+
+        They are then ranked anew at every event, at a cost that grows with the jobs present.
+        """
+        return False
 
     @abstractmethod
     def rank(self, job: Job, now: float) -> Rank:
         """Rank of `job` at second `now`, from what the job is now (`running` included)."""
 
-    def table(self, distribution: Distribution) -> RankTable | None:
-        """Ranks by age for one distribution, for policies that use them."""
+    def table(self, distribution: Distribution) -> Any:
+        """What the policy computes once per distribution, a `RankTable` say; None for nothing."""
         return None
 
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """Least attained service, from the present on, at which the rank exceeds `threshold`.
+        """Attained service, from the present on, up to which the rank stays within `threshold`.
 
-        Asked of running jobs. Infinity if it never does, as for all ranks that do not rise with
-        service.
+        Asked of running jobs whose rank is within it now. The best answer is the least attained
+        service at which the rank exceeds `threshold`; an earlier one costs a simulator an event
+        that changes nothing, a later one is wrong. Infinity if it never does, as for all ranks
+        that do not rise with service. This default asks the table, if there is one.
         """
         if job.table is None:
             return math.inf
-        assert not isinstance(threshold, tuple)
-        return job.known_at + job.table.next_above(job.age, threshold)
+        return job.attained_at(job.table.next_above(job.age, number(threshold, self)))
 
     def new_state(self) -> Any:
         """What one scheduler remembers for this policy (`Job.state`); None for nothing."""
@@ -122,3 +133,17 @@ class Policy(ABC):
 
     def departed(self, job: Job, now: float) -> None:  # noqa: B027
         """Told of every job as it finishes."""
+
+
+def number(rank: Rank, policy: Policy) -> float:
+    """`rank` where `policy` can do with a single number only.
+
+    Raises:
+        DemandError: a tuple.
+    """
+    if isinstance(rank, tuple):
+        raise DemandError(
+            f"{policy!r} got the rank {rank}; it takes policies that rank by one number: put "
+            "PriorityClasses or DeadlineMix around it, not inside"
+        )
+    return rank

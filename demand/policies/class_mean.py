@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Policy
+from demand.policies.base import Job, Policy, Rank, number
+from demand.policies.unknown import mean_demand, next_mean_above
 
 
 @final
@@ -12,9 +13,14 @@ class ClassMean(Policy):
     """Applications with the smaller mean total demand first, whatever service was attained.
 
     The baseline that an honest table carries: it knows one number per application, and on mixes
-    whose applications differ much in mean it gets most of what Gittins gets.
+    whose applications differ much in mean it gets most of what Gittins gets. An application never
+    seen before (`NEVER_SEEN`) has no mean and ranks by attained service.
     """
 
     def rank(self, job: Job, now: float) -> float:
         """Mean total seconds of the application."""
-        return job.prior.mean()
+        return mean_demand(job)
+
+    def next_above(self, job: Job, threshold: Rank) -> float:
+        """Never, but for applications never seen before."""
+        return next_mean_above(job, number(threshold, self))

@@ -11,7 +11,8 @@ from demand.policies.base import Job, Policy
 class FCFS(Policy):
     """Application-level FCFS: whole applications in order of arrival, never preempted.
 
-    This is the order of Parrot (OSDI 2024), not vLLM's, which queues each request anew.
+    This is the order of Parrot (OSDI 2024); `RequestFCFS` is vLLM's, which queues each request
+    anew.
     """
 
     def rank(self, job: Job, now: float) -> float:

@@ -19,15 +19,57 @@ class Gittins(Policy):
     near-optimal (Ramakrishna et al. 2026, doi 10.1145/3788091).
 
     Departures from the Hermes artifact: the infimum is exact, over all D; its numerator counts
-    the time spent on jobs that do not finish; a job beyond all samples does not get rank 0. The
-    rank is that of the application's distribution at its attained service; it is not refined by
-    which units have run. As in the artifact, nothing bounds how long a large job may wait.
+    the time spent on jobs that do not finish; a job beyond all samples does not get rank 0. As in
+    the artifact, nothing bounds how long a large job may wait: `Aging` does.
+
+    Args:
+        variant: a rank of `RankTable`: "gittins" is exact, "shifted" steadier on few samples;
+            "bucketed" and "hermes_artifact" are there for comparison.
+        quantum: least seconds of service between two decisions.
+        preemption_cost: seconds lost by switching a job in. Jobs that are not running count it in
+            their rank; the running one has paid it.
+
+    Raises:
+        DemandError: as `RankTable`.
     """
 
-    def table(self, distribution: Distribution) -> RankTable:
+    variant: str = "gittins"
+    quantum: float = 0.0
+    preemption_cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.table(Distribution([1.0]))  # refuses what it cannot build
+
+    def table(self, distribution: Distribution) -> "RankTable | _SwitchTable":
         """Gittins ranks by age."""
-        return RankTable(distribution)
+        running = RankTable(distribution, self.variant, quantum=self.quantum)
+        if self.preemption_cost == 0.0:
+            return running
+        waiting = RankTable(
+            distribution,
+            self.variant,
+            quantum=self.quantum,
+            preemption_cost=self.preemption_cost,
+        )
+        return _SwitchTable(running, waiting)
 
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
-        return table_of(job).at(job.age)
+        table = table_of(job)
+        if isinstance(table, _SwitchTable) and not job.running:
+            return table.waiting.at(job.age)
+        return table.at(job.age)
+
+
+@dataclass(frozen=True)
+class _SwitchTable:
+    """Ranks of a job that runs, and of the same job when it would first have to be switched in."""
+
+    running: RankTable
+    waiting: RankTable
+
+    def at(self, age: float) -> float:
+        return self.running.at(age)
+
+    def next_above(self, age: float, threshold: float) -> float:
+        return self.running.next_above(age, threshold)

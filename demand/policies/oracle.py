@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from demand.errors import DemandError
 from demand.policies.base import Job, Policy
 
 
@@ -12,5 +13,15 @@ class Oracle(Policy):
     """Shortest remaining processing time with the true demands: optimal on one server, unreal."""
 
     def rank(self, job: Job, now: float) -> float:
-        """True remaining seconds."""
-        return job.demand - job.attained_service
+        """True remaining seconds.
+
+        Raises:
+            DemandError: the true demand of the job is not known.
+        """
+        remaining = job.demand - job.attained_service
+        if remaining != remaining:
+            raise DemandError(
+                f"the demand of job {job.index} is {job.demand}; an oracle serves only where true "
+                "demands are known, as in a simulation"
+            )
+        return remaining

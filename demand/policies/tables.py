@@ -1,11 +1,12 @@
-"""Access to the rank table a policy needs."""
+"""Access to the table a policy needs."""
+
+from typing import Any
 
 from demand.errors import DemandError
 from demand.policies.base import Job
-from demand.rank_table import RankTable
 
 
-def table_of(job: Job) -> RankTable:
+def table_of(job: Job) -> Any:
     """The table of `job`.
 
     Raises:
@@ -13,7 +14,7 @@ def table_of(job: Job) -> RankTable:
     """
     if job.table is None:
         raise DemandError(
-            f"job {job.index} of {job.application!r} has no rank table; give it "
+            f"job {job.index} of {job.application!r} has no table; give it "
             "table=policy.table(job.distribution), once per application"
         )
     return job.table

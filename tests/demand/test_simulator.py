@@ -207,7 +207,7 @@ def test_bad_input_is_refused():
         simulate(workload, Broken(nan=True))
     with pytest.raises(DemandError, match="next_above gave"):
         simulate(workload, Broken())
-    with pytest.raises(DemandError, match="has no rank table"):
+    with pytest.raises(DemandError, match="has no table"):
         Gittins().rank(Job(0, "a", 0.0, Distribution([1.0])), 0.0)
 
 

@@ -1,0 +1,69 @@
+"""A bound on how long a job may be overtaken."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from demand.policies.base import Job, Rank, number
+from demand.policies.quanta import check_positive
+from demand.policies.thresholds import greatest_within
+from demand.policies.wrapper import Wrapper
+
+
+@final
+@dataclass(frozen=True)
+class Aging(Wrapper):
+    """Waiting improves a rank by `rate` per second, and no rank counts for more than `cap`.
+
+    The rank of a job is min(max(r, 0), cap) + rate * arrival, r being the rank within. It orders
+    as min(max(r, 0), cap) - rate * (now - arrival) does, `now` being the same for all.
+
+    Claim: no job that arrives more than cap / rate seconds after another is ever served while the
+    other waits. Proof: let j arrive after i by more than cap / rate. At every moment the rank of
+    i is at most cap + rate * arrival_i, and that of j at least 0 + rate * arrival_j, which is
+    more. So i goes first whenever both are there, whatever the ranks within are and however they
+    move; a server that serves j has no waiting job of smaller rank. QED.
+
+    Corollary, for one server that never idles: i finishes within V + A seconds of its arrival, V
+    being the work present at its arrival (its own included) and A the work that arrives in the
+    cap / rate seconds after it: until it finishes, the server works on nothing else. First come,
+    first served is the case A = 0.
+
+    Args:
+        policy: ranks in seconds, such as `Gittins`; ranks that are times on the clock (`FCFS`,
+            `EDF`, `LeastSlack`) are beyond any cap soon.
+        cap: seconds of rank.
+        rate: seconds of rank per second of waiting.
+
+    Raises:
+        DemandError: a cap or rate that is not positive and finite, or a policy of tuple ranks.
+    """
+
+    cap: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        check_positive("cap", self.cap)
+        check_positive("rate", self.rate)
+
+    @property
+    def overtaking_seconds(self) -> float:
+        """How much later than another a job may arrive and still go first."""
+        return self.cap / self.rate
+
+    def rank(self, job: Job, now: float) -> float:
+        """The clipped rank within, plus what not having waited costs."""
+        return self._aged(number(self.policy.rank(job, now), self), job)
+
+    def next_above(self, job: Job, threshold: Rank) -> float:
+        """Where the rank within exceeds what is left of the threshold."""
+        above = number(threshold, self)
+        if self._aged(math.inf, job) <= above:
+            return math.inf
+        within = greatest_within(
+            lambda rank: self._aged(rank, job), above, above - self.rate * job.arrival
+        )
+        return self.policy.next_above(job, within)
+
+    def _aged(self, rank: float, job: Job) -> float:
+        return min(max(rank, 0.0), self.cap) + self.rate * job.arrival

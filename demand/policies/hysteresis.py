@@ -1,0 +1,43 @@
+"""A running job keeps its place unless beaten by a margin."""
+
+from dataclasses import dataclass
+from typing import final
+
+from demand.policies.base import Job, Rank, number
+from demand.policies.quanta import check_positive
+from demand.policies.thresholds import greatest_within
+from demand.policies.wrapper import Wrapper
+
+
+@final
+@dataclass(frozen=True)
+class Hysteresis(Wrapper):
+    """The rank of a running job counts for `margin` less, so that narrow leads do not preempt.
+
+    Claim: a job is put back only for one whose rank within is smaller by at least `margin`. Proof:
+    it is put back when (r - margin, order of arrival) exceeds that of a waiting job of rank w,
+    which needs w <= r - margin. QED.
+
+    Args:
+        policy: of single-number ranks.
+        margin: in units of rank, seconds for most policies.
+
+    Raises:
+        DemandError: a margin that is not positive and finite, or a policy of tuple ranks.
+    """
+
+    margin: float
+
+    def __post_init__(self) -> None:
+        check_positive("margin", self.margin)
+
+    def rank(self, job: Job, now: float) -> float:
+        """The rank within, less the margin if the job runs."""
+        rank = number(self.policy.rank(job, now), self)
+        return rank - self.margin if job.running else rank
+
+    def next_above(self, job: Job, threshold: Rank) -> float:
+        """Where the rank within exceeds the threshold by more than the margin."""
+        above = number(threshold, self)
+        within = greatest_within(lambda rank: rank - self.margin, above, above + self.margin)
+        return self.policy.next_above(job, within)

@@ -1,0 +1,50 @@
+"""A running job keeps its place until it has had a quantum."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from demand.policies.base import Job, Rank, number
+from demand.policies.quanta import check_positive
+from demand.policies.wrapper import Wrapper
+
+
+@final
+@dataclass(frozen=True)
+class Quantum(Wrapper):
+    """Once put into service a job is served for `seconds` before another may take its place.
+
+    Claim: between two preemptions of a job it receives at least `seconds` of service, so that a
+    job of demand d is put back at most d / seconds times. Proof: its rank is minus infinity until
+    then, and only a smaller rank takes a place. QED.
+
+    `Gittins` has a `quantum` of its own, which changes what it ranks by and not who may preempt.
+
+    Args:
+        policy: of single-number ranks.
+        seconds: of service.
+
+    Raises:
+        DemandError: seconds that are not positive and finite, or a policy of tuple ranks.
+    """
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        check_positive("seconds", self.seconds)
+
+    def rank(self, job: Job, now: float) -> float:
+        """Minus infinity within the quantum, the rank within afterwards."""
+        if job.running and job.attained_service < self._end(job):
+            return -math.inf
+        return number(self.policy.rank(job, now), self)
+
+    def next_above(self, job: Job, threshold: Rank) -> float:
+        """The end of the quantum, to look again; then where the rank within exceeds it."""
+        end = self._end(job)
+        if job.attained_service < end:
+            return end if number(threshold, self) < math.inf else math.inf
+        return self.policy.next_above(job, threshold)
+
+    def _end(self, job: Job) -> float:
+        return job.started_at + self.seconds

@@ -1,0 +1,42 @@
+"""Thresholds on ranks, exact in floating point."""
+
+import math
+from collections.abc import Callable
+
+from demand.policies.base import Rank
+
+
+def just_below(rank: Rank) -> Rank:
+    """The greatest rank under `rank`: to exceed it is to reach `rank`."""
+    if not isinstance(rank, tuple):
+        return math.nextafter(rank, -math.inf)
+    *classes, last = rank
+    if last > -math.inf or not classes:
+        return (*classes, math.nextafter(last, -math.inf))
+    below = just_below(tuple(classes))
+    assert isinstance(below, tuple)
+    return (*below, math.inf)
+
+
+def greatest_within(function: Callable[[float], float], threshold: float, guess: float) -> float:
+    """The greatest x with function(x) <= threshold, for a function that never falls.
+
+    A rank computed from an inner rank exceeds `threshold` exactly when the inner rank exceeds
+    this; `guess`, the same by algebra, may be off by the rounding of the function.
+    """
+    if math.isinf(guess):
+        return guess
+    step = math.ulp(threshold) + math.ulp(guess)
+    low, high = guess - step, guess + step
+    while function(low) > threshold:
+        low -= guess - low
+    while function(high) <= threshold:
+        high += high - guess
+    while True:
+        middle = low + (high - low) / 2
+        if middle in (low, high):
+            return low
+        if function(middle) <= threshold:
+            low = middle
+        else:
+            high = middle
