@@ -25,8 +25,8 @@ def clean_atoms(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[Fl
         DemandError: no samples, a NaN, an infinity, a negative number, shapes that differ, or
             weights that sum to 0.
     """
-    x = _vector("values", values)
-    w = np.ones_like(x) if weights is None else _vector("weights", weights)
+    x = check_numbers("values", values)
+    w = np.ones_like(x) if weights is None else check_numbers("weights", weights)
     if w.shape != x.shape:
         raise DemandError(
             f"weights has {w.size} entries for {x.size} values; give one weight for each value"
@@ -54,6 +54,14 @@ def check_age(age: float) -> float:
     return age
 
 
+def check_seconds(name: str, seconds: float) -> float:
+    """Return `seconds` as a float, or raise `DemandError` if negative or not finite."""
+    seconds = float(seconds)
+    if not 0.0 <= seconds < np.inf:
+        raise DemandError(f"{name} is {seconds}; expected finite seconds of at least 0: 0 for none")
+    return seconds
+
+
 def beyond_samples(largest: float, ages: ArrayLike) -> Floats:
     """Remaining seconds assumed for jobs that have outlived every sample (the doubling rule).
 
@@ -75,7 +83,8 @@ def beyond_samples(largest: float, ages: ArrayLike) -> Floats:
     return np.ldexp(base, np.frexp(ratio)[1] - 1)
 
 
-def _vector(name: str, numbers: ArrayLike) -> Floats:
+def check_numbers(name: str, numbers: ArrayLike) -> Floats:
+    """Return a float64 copy `[n]`, or raise `DemandError` if empty, negative or not finite."""
     try:
         vector = np.array(numbers, dtype=np.float64)
     except (TypeError, ValueError) as error:

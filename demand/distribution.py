@@ -1,13 +1,17 @@
 """A distribution of demand as weighted atoms, conditioned on attained service."""
 
+import math
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.atoms import Floats, beyond_samples, check_age, clean_atoms
+from demand.atoms import Floats, beyond_samples, check_age, check_numbers, clean_atoms
 from demand.errors import DemandError
-from demand.gittins import rank_of_sorted
+from demand.grid import check_step, default_step, round_up
+from demand.rank_variants import check_rank, mean_remaining, rank_at
+from demand.sums import compress_atoms, sum_atoms
 
 
 @final
@@ -40,7 +44,7 @@ class Distribution:
         self._values, self._weights = clean_atoms(values, weights)
         self._values.setflags(write=False)
         self._weights.setflags(write=False)
-        self._mean = self._mean_from(0.0)
+        self._mean = mean_remaining(self._values, self._weights, 0.0)
 
     @property
     def values(self) -> Floats:
@@ -58,7 +62,9 @@ class Distribution:
 
     def mean(self, age: float = 0.0) -> float:
         """E[X - age | X > age] in seconds."""
-        return self._mean if age == 0.0 else self._mean_from(check_age(age))
+        if age == 0.0:
+            return self._mean
+        return mean_remaining(self._values, self._weights, check_age(age))
 
     def quantile(self, q: float, age: float = 0.0) -> float:
         """Least r such that P(X - age <= r | X > age) >= q, in seconds.
@@ -85,9 +91,118 @@ class Distribution:
             return Distribution([float(beyond_samples(self._values[-1], age))])
         return Distribution(self._values[first:] - age, self._weights[first:])
 
-    def gittins(self, age: float = 0.0) -> float:
-        """Exact Gittins rank in seconds, smaller first; `gittins_rank` has the equation."""
-        return rank_of_sorted(self._values, self._weights, check_age(age))
+    def gittins(
+        self,
+        age: float = 0.0,
+        *,
+        rank: str = "gittins",
+        quantum: float = 0.0,
+        preemption_cost: float = 0.0,
+    ) -> float:
+        """Gittins rank in seconds, smaller first; exact by default.
+
+        Args:
+            age: attained service in seconds.
+            rank: `"gittins"` (`demand.gittins.gittins_rank` has the equation), or one of
+                `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"`, see
+                `demand.rank_variants`.
+            quantum: least seconds of service between two decisions.
+            preemption_cost: seconds lost by switching the job in.
+
+        Raises:
+            DemandError: as `RankTable`, which gives the same number, and for a bad age.
+        """
+        options = check_rank(rank, quantum, preemption_cost)
+        return rank_at(self._values, self._weights, check_age(age), options)
+
+    @classmethod
+    def mixture(
+        cls, distributions: Sequence["Distribution"], weights: ArrayLike | None = None
+    ) -> "Distribution":
+        """The demand of a job that follows one of `distributions`, with odds `weights`.
+
+        Exact: the atoms of all, `None` weighing every distribution alike.
+
+        Raises:
+            DemandError: no distributions, or weights that do not fit them or sum to 0.
+        """
+        if not distributions:
+            raise DemandError("a mixture of no distributions; expected at least one")
+        n = len(distributions)
+        odds = np.ones(n) if weights is None else check_numbers("weights", weights)
+        if odds.size != n:
+            raise DemandError(
+                f"weights has {odds.size} entries for {n} distributions; give one for each"
+            )
+        masses = [share * d.weights for share, d in zip(odds, distributions, strict=True)]
+        return cls(np.concatenate([d.values for d in distributions]), np.concatenate(masses))
+
+    def convolve(self, other: "Distribution", atoms: int = 1000) -> "Distribution":
+        """The sum of two independent demands, one after the other; `a + b` for short.
+
+        Atoms multiply, so the result is compressed as by `compress(atoms)`.
+
+        Raises:
+            DemandError: fewer than 2 atoms, or more than 2**24 pairs of atoms.
+        """
+        pairs = sum_atoms((self._values, self._weights), (other.values, other.weights))
+        return Distribution(*pairs).compress(atoms)
+
+    def compress(self, atoms: int) -> "Distribution":
+        """At most `atoms` atoms of the same mean, the largest kept, by merging neighbours.
+
+        No mass moves by more than (max - min) / (atoms // 2) seconds; `demand.sums` has the rule.
+        With that many or fewer atoms already, nothing changes.
+
+        Raises:
+            DemandError: fewer than 2 atoms.
+        """
+        if 2 <= atoms >= len(self):
+            return self
+        return Distribution(*compress_atoms(self._values, self._weights, atoms))
+
+    def scale(self, factor: float) -> "Distribution":
+        """The demand times `factor`, as on a machine that takes that many times as long.
+
+        Raises:
+            DemandError: a factor that is not positive and finite.
+        """
+        if not 0.0 < factor < math.inf:
+            raise DemandError(f"factor is {factor}; expected a positive finite number, such as 2.0")
+        return Distribution(self._values * factor, self._weights)
+
+    def shift(self, seconds: float) -> "Distribution":
+        """The demand plus `seconds`, which may be negative down to minus the smallest atom.
+
+        Raises:
+            DemandError: seconds that are not finite, or would make an atom negative.
+        """
+        if not -self._values[0] <= seconds < math.inf:
+            raise DemandError(
+                f"seconds is {seconds}; expected finite seconds of at least minus the smallest "
+                f"atom, {self._values[0]}: for a job that has been served already use condition"
+            )
+        return Distribution(self._values + seconds, self._weights)
+
+    def on_grid(self, step_seconds: float | None = None) -> "Distribution":
+        """Every atom rounded up to a multiple of `step_seconds`, against noise in the rank.
+
+        `demand.grid` says why, and has the default: half the interquartile range over the cube
+        root of the effective number of samples.
+
+        Raises:
+            DemandError: a step that is not positive and finite.
+        """
+        if step_seconds is None:
+            step = default_step(self._values, self._weights)
+            if step == 0.0:
+                return self
+        else:
+            step = check_step(step_seconds)
+        return Distribution(round_up(self._values, step), self._weights)
+
+    def __add__(self, other: object) -> "Distribution":
+        return self.convolve(other) if isinstance(other, Distribution) else NotImplemented
 
     def __len__(self) -> int:
         return self._values.size
@@ -111,10 +226,3 @@ class Distribution:
 
     def _first_above(self, age: float) -> int:
         return int(np.searchsorted(self._values, age, side="right"))
-
-    def _mean_from(self, age: float) -> float:
-        first = self._first_above(age)
-        if first == self._values.size:
-            return float(beyond_samples(self._values[-1], age))
-        weight = self._weights[first:]
-        return float(weight @ (self._values[first:] - age) / weight.sum())

@@ -1,56 +1,87 @@
-"""Ranks for all ages at once: piecewise linear in age, with O(n) pieces for n atoms."""
+"""Ranks for all ages at once, exact at every age."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, Protocol, final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from demand.atoms import RESOLUTION_SECONDS, Floats, beyond_samples, check_age
+from demand.bucket_pieces import bucketed_pieces, hermes_artifact_pieces
+from demand.costed import CostedRanks
 from demand.distribution import Distribution
-from demand.errors import DemandError
+from demand.grid import default_step, round_down
+from demand.hull import Tails
+from demand.jumps import Jumps
+from demand.pieces import Pieces, gittins_pieces, mean_pieces
+from demand.rank_variants import RankOptions, check_rank
 
-Pieces = list[tuple[float, float, float]]
-"""(end of the piece in seconds of age, rank there, loss of rank per second), latest first."""
+
+class RanksByAge(Protocol):
+    """Ranks at ages from 0 to below the largest atom; between jumps they only fall."""
+
+    def __call__(self, ages: Floats) -> Floats:
+        """Ranks at `ages`, any shape."""
+
+    def at(self, age: float) -> float:
+        """The same number for one age."""
+
+
+class _Curve(NamedTuple):
+    """Ranks below the largest atom, where they jump, and the atom."""
+
+    ranks: RanksByAge
+    jump_ages: Floats
+    jump_ranks: Floats
+    largest: float
 
 
 @final
 class RankTable:
     """The rank of a job as a function of its age, exact at every age and fast to evaluate.
 
-    Between two atoms a rank only falls; at an atom that the job survives it jumps up. A piece is
-    kept by its end: rank(age) = rank_at_end + rate * (end - age), a sum of terms that are not
-    negative, so that no rank is rounded to 0 or below.
+    It equals `distribution.gittins(age, rank=...)` at every age. Between jumps a rank only falls;
+    it jumps up at atoms that the job survives.
 
     Args:
         distribution: total demand of the job in seconds.
-        rank: `"gittins"` (see `demand.gittins.gittins_rank`) or `"mean"`, the mean remaining
-            demand E[X - age | X > age], which is what SERPT serves by.
+        rank: `"gittins"`, exact (see `demand.gittins.gittins_rank`); `"shifted"`, exact on samples
+            rounded up to a grid (`demand.rank_variants.shifted_rank`); `"mean"`, the mean
+            remaining demand E[X - age | X > age], which is what SERPT serves by; and for
+            comparison `"bucketed"`, ten equal-width stops, and `"hermes_artifact"`, what the
+            public artifact computes, rank 0 beyond the samples included. The last is not to be
+            used.
+        quantum: least seconds of service between two decisions; of `"gittins"` and `"shifted"`.
+        preemption_cost: seconds lost by switching the job in; of the same two. Without both a
+            table is fastest.
 
     Raises:
-        DemandError: an unknown `rank`.
+        DemandError: an unknown `rank`; a quantum or cost that is negative, not finite, or not 0
+            for a rank that has none.
     """
 
-    def __init__(self, distribution: Distribution, rank: str = "gittins") -> None:
-        if rank not in _BUILDERS:
-            raise DemandError(f"rank is {rank!r}; expected one of {', '.join(_BUILDERS)}")
-        self._rank = rank
-        values = distribution.values
-        self._largest = float(values[-1])
+    __slots__ = ("_atoms", "_base", "_inside", "_jumps", "_largest", "_options", "_ranks")
+
+    def __init__(
+        self,
+        distribution: Distribution,
+        rank: str = "gittins",
+        *,
+        quantum: float = 0.0,
+        preemption_cost: float = 0.0,
+    ) -> None:
+        self._options = check_rank(rank, quantum, preemption_cost)
+        self._atoms = len(distribution)
+        self._ranks, jump_ages, jump_ranks, self._largest = _BUILDERS[rank](
+            distribution, self._options
+        )
+        self._inside = self._ranks.at
         self._base = max(self._largest, RESOLUTION_SECONDS)
-        pieces = _BUILDERS[rank](*_tail_sums(distribution))[::-1]
-        columns = np.array(pieces, dtype=np.float64).reshape(-1, 3)
-        self._ends, self._end_ranks, self._rates = np.ascontiguousarray(columns.T)
-        self._jump_ages = values
-        self._jump_ranks = np.append(self(values[:-1]), beyond_samples(self._largest, values[-1:]))
-        # One age at a time, bisection on lists beats numpy several times over.
-        self._end_list = self._ends.tolist()
-        self._end_rank_list = self._end_ranks.tolist()
-        self._rate_list = self._rates.tolist()
-        self._jump_age_list = self._jump_ages.tolist()
-        self._jump_rank_list = self._jump_ranks.tolist()
+        last = np.array([self._largest])
+        self._jumps = Jumps(
+            np.append(jump_ages, last), np.append(jump_ranks, self._beyond_samples(last))
+        )
 
     def __call__(self, ages: ArrayLike) -> Floats:
         """Ranks in seconds of jobs of the given ages in seconds, any shape; smaller goes first.
@@ -59,109 +90,109 @@ class RankTable:
             DemandError: an age that is negative or not finite.
         """
         age = np.asarray(ages, dtype=np.float64)
-        bad = ~((age >= 0.0) & np.isfinite(age))
-        if bad.any():
+        if not age.size:
+            return np.empty(age.shape)
+        oldest = age.max()
+        if not (age.min() >= 0.0 and oldest < math.inf):
+            bad = ~((age >= 0.0) & np.isfinite(age))
             check_age(age[bad].flat[0])
+        if oldest < self._largest:
+            return self._ranks(age)
         beyond = age >= self._largest
-        if not self._ends.size:
-            return beyond_samples(self._largest, age)
-        at = np.minimum(np.searchsorted(self._ends, age, side="right"), self._ends.size - 1)
-        inside = self._end_ranks[at] + self._rates[at] * (self._ends[at] - age)
-        return np.where(beyond, beyond_samples(self._largest, np.where(beyond, age, 1.0)), inside)
+        ranks = np.empty(age.shape)
+        ranks[beyond] = self._beyond_samples(age[beyond])
+        ranks[~beyond] = self._ranks(age[~beyond])
+        return ranks
 
     def at(self, age: float) -> float:
         """Rank of one age: the same number as `self(age)`, without numpy's overhead."""
-        if not age < self._largest:
-            return float(beyond_samples(self._largest, check_age(age)))
-        if age < 0.0:
-            check_age(age)
-        i = bisect_right(self._end_list, age)
-        return self._end_rank_list[i] + self._rate_list[i] * (self._end_list[i] - age)
+        if 0.0 <= age < self._largest:
+            return self._inside(age)
+        return float(self._beyond_samples(np.asarray(check_age(age))))
 
     def next_above(self, age: float, threshold: float) -> float:
         """Least age, from `age` on, at which the rank exceeds `threshold`; infinity if none does.
 
-        Between jumps ranks only fall, so the answer is `age` itself, an atom, or a doubling of
+        Between jumps ranks only fall, so the answer is `age` itself, a jump, or a doubling of
         the largest atom.
         """
         if threshold == math.inf:
             return math.inf
         if self.at(age) > threshold:
             return age
-        first = bisect_right(self._jump_age_list, age)
-        # Ranks often rise at once, which a few plain comparisons find faster than numpy.
-        for k in range(first, min(first + 4, len(self._jump_age_list))):
-            if self._jump_rank_list[k] > threshold:
-                return self._jump_age_list[k]
-        later = self._jump_ranks[first:] > threshold
-        if later.size:
-            k = int(later.argmax())
-            if later[k]:
-                return self._jump_age_list[first + k]
-        power = math.frexp(threshold / self._base)[1]
-        doubled = math.ldexp(self._base, power - 1)  # over the threshold if the ratio rounded up
-        return doubled if doubled > max(threshold, age) else math.ldexp(self._base, power)
+        found = self._jumps.first_above(age, threshold)
+        if found < math.inf or self._options.rank == "hermes_artifact":
+            return found
+        cost = self._options.preemption_cost
+        power = math.frexp((threshold - cost) / self._base)[1]
+        rest = math.ldexp(self._base, max(power - 1, 0))
+        while cost + rest <= threshold or rest <= age:
+            rest *= 2.0
+        return rest
 
     def __repr__(self) -> str:
+        costs = "".join(
+            f", {name} {seconds:.4g} s"
+            for name, seconds in self._options._asdict().items()
+            if name != "rank" and seconds
+        )
         return (
-            f"RankTable({self._rank}, {self._jump_ages.size} atoms, {self._ends.size} pieces, "
+            f"RankTable({self._options.rank}{costs}, {self._atoms} atoms, "
             f"rank at age 0 {self.at(0.0):.4g} s)"
         )
 
-
-def _tail_sums(distribution: Distribution) -> tuple[list[float], list[float], list[float]]:
-    """Ages x_i from 0 on, P(X > x_i) and E[(X - x_i)+], summed from the tail for precision."""
-    x, w = distribution.values, distribution.weights
-    survival = np.append(np.cumsum(w[:0:-1])[::-1], 0.0)
-    if x[0] > 0.0:
-        x, survival = np.append(0.0, x), np.append(1.0, survival)
-    areas = np.diff(x) * survival[:-1]
-    excess = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
-    return x.tolist(), survival.tolist(), excess.tolist()
+    def _beyond_samples(self, ages: Floats) -> Floats:
+        if self._options.rank == "hermes_artifact":
+            return np.zeros_like(ages)
+        return self._options.preemption_cost + beyond_samples(self._largest, ages)
 
 
-def _mean_pieces(x: list[float], survival: list[float], excess: list[float]) -> Pieces:
-    return [(x[i + 1], excess[i + 1] / survival[i], 1.0) for i in range(len(x) - 2, -1, -1)]
+class _OnGrid:
+    """Ranks that stand still within a cell of a grid."""
+
+    def __init__(self, ranks: RanksByAge, step_seconds: float) -> None:
+        self._ranks, self._step = ranks, step_seconds
+
+    def __call__(self, ages: Floats) -> Floats:
+        return self._ranks(round_down(ages, self._step))
+
+    def at(self, age: float) -> float:
+        return self._ranks.at(round_down(age, self._step))
 
 
-def _gittins_pieces(x: list[float], survival: list[float], excess: list[float]) -> Pieces:
-    """Gittins ranks from tangents to a lower convex hull, right to left.
-
-    With points P_k = (F(x_k), A(x_k)), A(y) the integral of 1 - F up to y, the rank at age a is
-    the least slope from (F(a), A(a)) to a later point, that is the tangent to the lower hull of
-    the later points. Between atoms i and i + 1 the query moves straight up from P_i, and its
-    tangent point walks back along the hull to P_(i+1): through just the vertices that pushing
-    P_i onto the hull pops. Each walk step is one linear piece, so there are O(n) in all, and the
-    rank where two pieces meet is the slope of the hull edge between their vertices.
-
-    F and A enter only through differences; survival and excess are 1 - F and mean - A.
-    """
-    pieces: Pieces = []
-    hull = [(len(x) - 1, math.inf)]  # vertices, and the slope of the edge to the next one
-    for i in range(len(x) - 2, -1, -1):
-        alive = survival[i]
-        end, end_rank = x[i + 1], 0.0
-        while True:
-            k, edge = hull[-1]
-            stops = alive - survival[k]
-            # Weights lost to rounding give no chance to stop: such a vertex is passed at once.
-            slope = (excess[i] - excess[k]) / stops if stops > 0.0 else math.inf
-            last = len(hull) == 1 or slope <= edge
-            start = x[i]
-            if not last:
-                up = excess[k] + edge * stops - excess[i + 1]
-                start = min(max(x[i + 1] - up / alive, x[i]), end)
-            if start < end:
-                pieces.append((end, end_rank, alive / stops))
-            if last:
-                break
-            hull.pop()
-            end, end_rank = start, edge
-        hull.append((i, slope))
-    return pieces
+def _gittins(distribution: Distribution, options: RankOptions) -> _Curve:
+    tails = Tails.of(distribution.values, distribution.weights)
+    if not options.quantum and not options.preemption_cost:
+        return _of_pieces(gittins_pieces(tails), tails)
+    ranks = CostedRanks(tails, options.quantum, options.preemption_cost)
+    atoms = tails.ages[:-1]
+    return _Curve(ranks, atoms, ranks(atoms), float(tails.ages[-1]))
 
 
-_BUILDERS: dict[str, Callable[[list[float], list[float], list[float]], Pieces]] = {
-    "gittins": _gittins_pieces,
-    "mean": _mean_pieces,
+def _shifted(distribution: Distribution, options: RankOptions) -> _Curve:
+    step = default_step(distribution.values, distribution.weights)
+    if step == 0.0:
+        return _gittins(distribution, options)
+    curve = _gittins(distribution.on_grid(step), options)
+    return curve._replace(ranks=_OnGrid(curve.ranks, step))
+
+
+def _simple(build: Callable[[Tails], Pieces]) -> Callable[[Distribution, RankOptions], _Curve]:
+    def curve(distribution: Distribution, options: RankOptions) -> _Curve:
+        tails = Tails.of(distribution.values, distribution.weights)
+        return _of_pieces(build(tails), tails)
+
+    return curve
+
+
+def _of_pieces(pieces: Pieces, tails: Tails) -> _Curve:
+    return _Curve(pieces, *pieces.jumps(), float(tails.ages[-1]))
+
+
+_BUILDERS: dict[str, Callable[[Distribution, RankOptions], _Curve]] = {
+    "gittins": _gittins,
+    "shifted": _shifted,
+    "bucketed": _simple(bucketed_pieces),
+    "hermes_artifact": _simple(hermes_artifact_pieces),
+    "mean": _simple(mean_pieces),
 }

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from demand import Distribution
+from demand.rank_variants import COSTED_RANKS, RANKS
 
 positive = st.floats(0.01, 100.0)
 weights = st.floats(0.01, 1.0)
@@ -25,6 +26,20 @@ def aged(draw: st.DrawFn) -> tuple[Distribution, float]:
     known = draw(distributions())
     age = st.one_of(st.floats(0.0, 250.0), st.sampled_from(known.values.tolist()), st.just(0.0))
     return known, draw(age)
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> dict[str, float]:
+    """A quantum and a preemption cost, each often 0."""
+    seconds = st.one_of(st.just(0.0), st.integers(1, 8).map(float), st.floats(0.01, 150.0))
+    return {"quantum": draw(seconds), "preemption_cost": draw(seconds)}
+
+
+@st.composite
+def ranks(draw: st.DrawFn) -> dict[str, str | float]:
+    """Keywords of `RankTable` and `Distribution.gittins`: every rank, some with costs."""
+    rank = draw(st.sampled_from(list(RANKS)))
+    return {"rank": rank, **(draw(costs()) if rank in COSTED_RANKS else {})}
 
 
 def quantile_grid(quantile: Callable[[np.ndarray], np.ndarray], atoms: int) -> Distribution:
