@@ -1,0 +1,40 @@
+"""What is to happen, in order of time."""
+
+import math
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import final
+
+Action = Callable[[float], None]
+"""Called with the second at which it happens."""
+
+
+@final
+class Agenda:
+    """A queue of actions by their time; those of one time happen in the order they were added.
+
+    Attributes:
+        happened: actions that have happened.
+    """
+
+    def __init__(self) -> None:
+        self._actions: list[tuple[float, int, Action]] = []
+        self._added = 0
+        self.happened = 0
+
+    def add(self, second: float, action: Action) -> None:
+        """Let `action` happen at `second`."""
+        heappush(self._actions, (second, self._added, action))
+        self._added += 1
+
+    @property
+    def next(self) -> float:
+        """Second of the next action, infinity if there is none."""
+        return self._actions[0][0] if self._actions else math.inf
+
+    def run_until(self, now: float) -> None:
+        """Let everything up to `now` happen, what it adds included."""
+        while self._actions and self._actions[0][0] <= now:
+            second, _, action = heappop(self._actions)
+            self.happened += 1
+            action(second)

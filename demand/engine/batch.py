@@ -1,0 +1,156 @@
+"""Forms the batch of a step, and carries it out for as many steps as it stays the same."""
+
+from typing import final
+
+from demand.engine.blocks import Blocks
+from demand.engine.model import Engine
+from demand.engine.order import RankOrder
+from demand.engine.tasks import Request, Task
+from demand.policies.base import Policy
+from demand.units import CostModel
+
+
+@final
+class Batcher:
+    """The engine at work: rules 1 to 4 of `Engine`.
+
+    Attributes:
+        order: the tasks with requests.
+        blocks: the KV blocks.
+        batch: the requests of the step that was formed last.
+        kv_tokens: KV of the batch at the end of that step.
+        decodes: whether the next step can be the same: each request decodes, nothing is copied.
+        partial: a task that is served with some of its requests only; `None` if there is none.
+        steps: steps carried out.
+        requests: sum of batch sizes over all steps.
+        preemptions: times that a request was left out of the step after one it was in.
+    """
+
+    def __init__(self, engine: Engine, policy: Policy, cost: CostModel) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.cost = cost
+        self.order = RankOrder(policy, engine.preemption != "none")
+        self.blocks = Blocks(engine)
+        self.batch: list[Request] = []
+        self.tokens: list[int] = []
+        self.kv_tokens = 0
+        self.seconds = 0.0
+        self.decodes = True
+        self.partial: Task | None = None
+        self.steps = 0
+        self.requests = 0
+        self.preemptions = 0
+        self._formed = 0
+
+    def form(self, now: float) -> None:
+        """Choose the requests of the step that starts at second `now`."""
+        engine, blocks = self.engine, self.blocks
+        width, budget = engine.max_requests, engine.token_budget
+        batch: list[Request] = []
+        tokens: list[int] = []
+        served: list[Task] = []
+        passed_over: list[Task] = []
+        kept = decoding = kv_tokens = 0
+        complete = True
+        before, self._formed = self._formed, self._formed + 1
+        for task in self.order.best_first(now):
+            first = len(batch)
+            for request in task.requests:
+                pending = request.input_tokens + request.generated - request.computed
+                n = pending if pending < budget else budget
+                if not blocks.hold(request, n):
+                    complete = False
+                    break
+                if request.step == before:
+                    kept += 1
+                request.step = self._formed
+                batch.append(request)
+                tokens.append(n)
+                budget -= n
+                kv_tokens += request.computed + n
+                if pending == 1 and request.generated:
+                    decoding += 1
+                if not budget or len(batch) == width:
+                    complete = False
+                    break
+            task.width = len(batch) - first
+            (served if task.width else passed_over).append(task)
+            if not complete:
+                break
+        blocks.trim()
+        self.order.settle(served, passed_over, now)
+        last = served[-1]
+        self.partial = last if last.width < len(last.requests) else None
+        self.preemptions += len(self.batch) - kept
+        self.batch, self.tokens, self.kv_tokens = batch, tokens, kv_tokens
+        moved = blocks.take_moved()
+        self.decodes = decoding == len(batch) and not moved
+        prefill = engine.token_budget - budget - decoding
+        self.seconds = engine.step_seconds(prefill, decoding, kv_tokens, moved)
+
+    def advance(self, steps: int, now: float) -> tuple[float, list[Task]]:
+        """Carry out the step formed, `steps` times over; more than once only if it `decodes`.
+
+        Returns:
+            The second at which it ends, and the tasks whose present unit ended with it.
+        """
+        finished: list[Request] = []
+        if self.decodes:
+            for request in self.batch:
+                request.computed += steps
+                request.generated += steps
+                if request.generated == request.output_tokens:
+                    finished.append(request)
+            for task in self.order.running:
+                task.generated += steps * task.width
+            if steps > 1:
+                self.seconds = self.engine.decode_seconds(len(self.batch), self.kv_tokens, steps)
+                self.blocks.grow(self.batch)
+        else:
+            for request, tokens in zip(self.batch, self.tokens, strict=True):
+                _compute(request, tokens)
+                if request.generated == request.output_tokens:
+                    finished.append(request)
+        now += self.seconds
+        self.blocks.count()
+        self.steps += steps
+        self.requests += steps * len(self.batch)
+        for task in self.order.running:
+            self._credit(task, now)
+        return now, self._finish(finished)
+
+    def _credit(self, task: Task, now: float) -> None:
+        job = task.job
+        attained = task.attained(self.cost)
+        seconds = attained - job.attained_service
+        job.attained_service = attained
+        if seconds > 0.0:
+            self.policy.served(job, seconds, now)
+
+    def _finish(self, finished: list[Request]) -> list[Task]:
+        if not finished:
+            return []
+        over = []
+        for request in finished:
+            self.blocks.release(request)
+            task = request.task
+            task.requests.remove(request)
+            if not task.requests:
+                self.order.leave(task)
+                over.append(task)
+        self.batch = [r for r in self.batch if r.generated < r.output_tokens]
+        return over
+
+
+def _compute(request: Request, tokens: int) -> None:
+    """Rule 4: the scheduled tokens get KV, and with none pending one more is produced."""
+    task = request.task
+    request.computed += tokens
+    new = min(request.computed, request.input_tokens) - request.prefilled
+    if new > 0:
+        request.prefilled += new
+        task.prefilled += new
+    if request.pending == 0:
+        request.generated += 1
+        task.generated += 1

@@ -1,0 +1,217 @@
+"""Slow, obvious twin of `simulate_engine`: one step at a time, everyone ranked and sorted anew.
+
+It is written from the rules of `Engine` alone, with none of the simulator's parts but the cost
+of an execution and its split into calls.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from demand import CostModel, Job
+from demand.engine.tasks import call_tokens, execution_seconds
+
+
+def step_by_step(workload, policy, engine, cost=None, seed=0):
+    """Completion times and steps `[n]`, with what the engine did; every step is checked."""
+    cost = cost or CostModel()
+    state = policy.new_state()
+    lottery = np.random.default_rng(seed).random(len(workload))
+    jobs, now, steps = [], 0.0, 0
+    seen = SimpleNamespace(
+        preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0
+    )
+    for i, name in enumerate(workload.applications):
+        known, tenant = workload.distributions[name], workload.tenants[i]
+        demand = sum(execution_seconds(e, cost) for e in workload.runs[i])
+        job = Job(
+            i,
+            name,
+            float(workload.arrivals[i]),
+            known,
+            demand,
+            0.0,
+            lottery[i],
+            policy.table(known),
+            float(workload.deadlines[i]),
+            tenant,
+            workload.weights.get(tenant, 1.0),
+            workload.priorities[i],
+        )
+        job.state = state
+        jobs.append(
+            SimpleNamespace(
+                job=job,
+                run=workload.runs[i],
+                at=-1,
+                calls=[],
+                busy_until=None,
+                settled=0.0,
+                first_served=None,
+                arrived=None,
+                finish=None,
+                steps=None,
+                begun=None,
+            )
+        )
+    firsts = 0
+
+    def next_unit(entry, now):
+        entry.at += 1
+        entry.calls, entry.busy_until, entry.first_served = [], None, None
+        entry.job.running = False
+        if entry.at == len(entry.run):
+            entry.finish, entry.steps = now - entry.job.arrival, steps - entry.begun
+            policy.departed(entry.job, now)
+            return
+        entry.job.requested = now
+        execution = entry.run[entry.at]
+        if execution.unit.kind == "llm":
+            entry.calls = [
+                SimpleNamespace(
+                    entry=entry,
+                    number=k,
+                    given=given,
+                    made=made,
+                    produced=0,
+                    kv=0,
+                    blocks=0,
+                    host=0,
+                    prefilled=0,
+                    last=False,
+                )
+                for k, (given, made) in enumerate(call_tokens(execution))
+            ]
+        else:
+            entry.busy_until = now + execution.seconds
+
+    def attained(entry):
+        return (
+            entry.settled
+            + sum(c.prefilled for c in entry.calls) * cost.prefill_seconds_per_token
+            + sum(c.produced for c in entry.calls) * cost.decode_seconds_per_token
+        )
+
+    def serve(entry, total, now):
+        seconds, entry.job.attained_service = total - entry.job.attained_service, total
+        if seconds > 0:
+            policy.served(entry.job, seconds, now)
+
+    def outside(now):
+        """Arrivals and ends of units that are not llm, up to `now`, in order of time."""
+        while True:
+            todo = [(e.job.arrival, 0, e.job.index, e) for e in jobs if e.begun is None]
+            todo += [(e.busy_until, 1, e.job.index, e) for e in jobs if e.busy_until is not None]
+            if not todo or min(todo, key=lambda x: x[:3])[0] > now:
+                return min((t[0] for t in todo), default=None)
+            at, kind, _, entry = min(todo, key=lambda x: x[:3])
+            if kind == 0:
+                entry.begun = steps
+                policy.arrived(entry.job, at)
+            else:
+                entry.settled += execution_seconds(entry.run[entry.at], cost)
+                serve(entry, entry.settled, at)
+            next_unit(entry, at)
+
+    def place(call):
+        entry = call.entry
+        if engine.preemption == "none" and entry.first_served is not None:
+            return (0, entry.first_served, entry.job.index, call.number)
+        rank = policy.rank(entry.job, now)
+        return (int(engine.preemption == "none"), rank, entry.job.index, call.number)
+
+    def take(victim):
+        if engine.preemption == "swap":
+            victim.host = victim.blocks
+            seen.swapped_blocks += victim.blocks
+        else:
+            seen.prefilled_again += victim.kv
+            victim.kv = 0
+        victim.blocks = 0
+
+    while True:
+        upcoming = outside(now)
+        calls = [c for e in jobs for c in e.calls if c.produced < c.made]
+        if not calls:
+            if upcoming is None:
+                break
+            now = upcoming
+            continue
+        places = {id(c): place(c) for c in calls}
+        order = sorted(calls, key=lambda c: places[id(c)])
+        copied = seen.swapped_blocks
+        budget, batch = engine.token_budget, []
+        for position, call in enumerate(order):
+            if len(batch) == engine.max_requests or budget == 0:
+                break
+            n = min(call.given + call.produced - call.kv, budget)
+            needed = -(-(call.kv + n) // engine.block_tokens) - call.blocks
+            free = engine.blocks - sum(c.blocks for c in calls)
+            behind = [c for c in order[position + 1 :] if c.blocks]
+            if free + sum(c.blocks for c in behind) < needed:
+                break
+            while free < needed:
+                victim = behind.pop()
+                free += victim.blocks
+                take(victim)
+            call.blocks += needed
+            seen.swapped_blocks += call.host
+            call.host = 0
+            batch.append((call, n))
+            budget -= n
+        if engine.preemption in ("recompute", "swap"):
+            holders = [c for c in order if c.blocks]
+            for victim in holders[engine.max_requests :]:
+                take(victim)
+        copied = seen.swapped_blocks - copied
+        chosen = {id(c) for c, _ in batch}
+        seen.preemptions += sum(c.last and id(c) not in chosen for c in calls)
+        for call in calls:
+            call.last = id(call) in chosen
+        for entry in sorted(
+            (e for e in jobs if e.calls), key=lambda e: places.get(id(e.calls[0]), ())
+        ):
+            runs = any(c.last for c in entry.calls if c.produced < c.made)
+            if runs and not entry.job.running:
+                entry.job.started_at = entry.job.attained_service
+            entry.job.running = runs
+        for call, _ in batch:
+            if call.entry.first_served is None:
+                call.entry.first_served = firsts
+                firsts += 1
+
+        decoding = [c for c, n in batch if c.given + c.produced - c.kv == 1 and c.produced]
+        tokens = sum(n for _, n in batch)
+        kv = sum(c.kv + n for c, n in batch)
+        assert tokens <= engine.token_budget
+        assert 1 <= len(batch) <= engine.max_requests
+        held = sum(c.blocks for c in calls)
+        assert held <= engine.blocks
+        now += engine.step_seconds(tokens - len(decoding), len(decoding), kv, copied)
+        steps += 1
+        seen.requests += len(batch)
+        seen.peak_blocks = max(seen.peak_blocks, held)
+        for call, n in batch:
+            call.kv += n
+            call.prefilled = max(call.prefilled, min(call.kv, call.given))
+            if call.kv == call.given + call.produced:
+                call.produced += 1
+                seen.produced += 1
+            if call.produced == call.made:
+                call.blocks = 0
+        for entry in jobs:
+            if entry.job.running:
+                serve(entry, attained(entry), now)
+        ended = []
+        for call, _ in batch:
+            entry = call.entry
+            if entry not in ended and all(c.produced == c.made for c in entry.calls):
+                ended.append(entry)
+        for entry in ended:
+            entry.settled += execution_seconds(entry.run[entry.at], cost)
+            entry.job.attained_service = entry.settled
+            next_unit(entry, now)
+    seen.completion_times = np.array([e.finish for e in jobs])
+    seen.completion_steps = np.array([e.steps for e in jobs])
+    seen.steps = steps
+    return seen
