@@ -59,7 +59,12 @@ def hermes_applications(training_runs: int = 1000, seed: int = 1) -> tuple[Appli
         graph = PDGraph.fit((generator.run(rng) for _ in range(training_runs)), name=name)
         applications.append(
             Application(
-                name, graph.remaining(), generator.demands, row.mean_seconds, row.weight, graph
+                name,
+                graph.remaining(),
+                mean_seconds=row.mean_seconds,
+                weight=row.weight,
+                graph=graph,
+                sample_runs=generator.runs,
             )
         )
     return tuple(applications)

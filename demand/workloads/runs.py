@@ -63,10 +63,13 @@ class RunGenerator:
                 at += more
         return executed
 
+    def runs(self, rng: np.random.Generator, n: int) -> list[list[Execution]]:
+        """`[n]` runs."""
+        return [self.run(rng) for _ in range(n)]
+
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
         """Total seconds of `[n]` runs under the default cost model."""
-        cost = CostModel()
-        return np.array([cost.run_seconds(self.run(rng)) for _ in range(n)], dtype=np.float64)
+        return np.array([CostModel().run_seconds(run) for run in self.runs(rng, n)], np.float64)
 
     def mean_seconds(self) -> float:
         """Expected total seconds of a run: expected visits of each stage times its mean."""

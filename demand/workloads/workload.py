@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,11 +11,14 @@ from demand.atoms import Floats
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph import PDGraph
-from demand.units import Execution
+from demand.units import CostModel, Execution
 
 T = TypeVar("T")
 Sampler = Callable[[np.random.Generator, int], Floats]
 """(generator, n) to `[n]` true demands in seconds."""
+
+RunSampler = Callable[[np.random.Generator, int], Sequence[Sequence[Execution]]]
+"""(generator, n) to `[n]` true runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +33,12 @@ class Application:
             `distribution`.
         weight: share of the arrivals, relative to the other applications.
         graph: the demand graph that `distribution` came from, if one did.
+        sample_runs: draws true runs instead of demands, which are then what the runs cost.
+        cost: of the runs.
 
     Raises:
-        DemandError: a mean or weight that is not positive and finite, or an own sampler without
-            its mean.
+        DemandError: a mean or weight that is not positive and finite, an own sampler without its
+            mean, or two samplers.
     """
 
     name: str
@@ -42,9 +47,16 @@ class Application:
     mean_seconds: float | None = None
     weight: float = 1.0
     graph: PDGraph | None = None
+    sample_runs: RunSampler | None = field(default=None, repr=False)
+    cost: CostModel = field(default_factory=CostModel)
 
     def __post_init__(self) -> None:
-        if self.sample is not None and self.mean_seconds is None:
+        if self.sample is not None and self.sample_runs is not None:
+            raise DemandError(
+                f"application {self.name!r} has samplers of demands and of runs; give one: the "
+                "demand of a run is what it costs"
+            )
+        if (self.sample or self.sample_runs) is not None and self.mean_seconds is None:
             raise DemandError(
                 f"application {self.name!r} has its own sampler and no mean_seconds; give the "
                 "true mean of what it draws, which sets the arrival rate"
@@ -65,9 +77,29 @@ class Application:
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
         """Draw `[n]` true demands in seconds."""
+        return self.draw(rng, n).demands
+
+    def draw(self, rng: np.random.Generator, n: int) -> "Drawn":
+        """Draw `[n]` jobs."""
+        if self.sample_runs is not None:
+            runs = self.sample_runs(rng, n)
+            return Drawn(np.array([self.cost.run_seconds(run) for run in runs], float), runs)
         if self.sample is not None:
-            return self.sample(rng, n)
-        return rng.choice(self.distribution.values, size=n, p=self.distribution.weights)
+            return Drawn(self.sample(rng, n), None)
+        known = self.distribution
+        return Drawn(rng.choice(known.values, size=n, p=known.weights), None)
+
+
+class Drawn(NamedTuple):
+    """Jobs drawn of one application.
+
+    Attributes:
+        demands: `[n]` true seconds.
+        runs: `[n]` what each executes, if the application says.
+    """
+
+    demands: Floats
+    runs: Sequence[Sequence[Execution]] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +212,7 @@ def poisson_workload(
     """Draw jobs that arrive in a Poisson stream at a given load.
 
     Random numbers are common: for one seed, every policy sees the same jobs, and another load
-    only stretches the same arrivals.
+    only stretches the same arrivals. Where every application draws runs, the workload has them.
 
     Args:
         applications: drawn from by weight.
@@ -207,15 +239,20 @@ def poisson_workload(
     arrivals = np.cumsum(streams[0].exponential(size=jobs)) * (mean / (load * servers))
     kind = streams[1].choice(len(names), size=jobs, p=share)
     demands = np.empty(jobs)
+    runs: list[Sequence[Execution]] = [()] * jobs
     for number, application in enumerate(applications):
-        mine = kind == number
-        demands[mine] = application.demands(streams[2 + number], int(mine.sum()))
+        mine = np.flatnonzero(kind == number)
+        drawn = application.draw(streams[2 + number], mine.size)
+        demands[mine] = drawn.demands
+        for at, run in zip(mine.tolist(), drawn.runs or (), strict=False):
+            runs[at] = run
     return Workload(
         arrivals,
         demands,
         [names[number] for number in kind],
         {application.name: application.distribution for application in applications},
         load,
+        runs=runs if all(application.sample_runs for application in applications) else None,
         graphs={a.name: a.graph for a in applications if a.graph is not None},
     )
 

@@ -19,6 +19,15 @@ from demand import (
     poisson_workload,
     simulate,
 )
+from demand.units import CostModel, Execution, Unit
+from demand.workloads import (
+    DEADLINE_FACTORS,
+    heavy_tailed_applications,
+    heavy_tailed_mix,
+    recorded_applications,
+    with_arrivals,
+    with_deadlines,
+)
 from demand.workloads.hermes import hermes_generator
 from demand.workloads.runs import RunGenerator, Stage
 
@@ -82,8 +91,119 @@ def test_on_the_bimodal_mix_gittins_beats_class_mean_clearly():
     assert mean[Oracle] < mean[Gittins] < 0.6 * mean[ClassMean] < 0.6 * mean[FCFS]
 
 
+def test_hermes_jobs_come_with_their_runs(hermes):
+    workload = poisson_workload(hermes, 0.8, 200, seed=3)
+    cost = CostModel()
+    assert workload.runs is not None
+    assert [cost.run_seconds(run) for run in workload.runs] == workload.demands.tolist()
+    for name, run in zip(workload.applications, workload.runs, strict=True):
+        assert {e.unit for e in run} <= set(workload.graphs[name].units)
+
+
+@pytest.mark.parametrize(("tail", "mean"), [("lognormal", 7.389), ("pareto", 7.381)])
+def test_heavy_tails(tail, mean):
+    agent, report = heavy_tailed_applications(tail)
+    assert agent.true_mean_seconds == pytest.approx(mean, abs=0.001)
+    drawn = agent.demands(np.random.default_rng(0), 4_000_000)
+    assert drawn.mean() == pytest.approx(mean, rel=0.02)
+    assert np.sort(drawn)[-40_000:].sum() > 0.15 * drawn.sum()  # a hundredth of the jobs
+    assert report.demands(np.random.default_rng(0), 10_000).mean() == pytest.approx(8.0, rel=0.02)
+
+
+def test_on_heavy_tails_class_mean_learns_nothing_and_gittins_much():
+    for tail in ("lognormal", "pareto"):
+        workloads = [heavy_tailed_mix(0.8, 4000, seed, tail=tail) for seed in range(4)]
+        mean = {
+            type(p): np.mean([simulate(w, p).mean for w in workloads])
+            for p in (FCFS(), ClassMean(), SERPT(), Gittins(), Oracle())
+        }
+        assert mean[Gittins] < 0.5 * mean[ClassMean]
+        assert mean[Oracle] < mean[Gittins] < 1.05 * mean[SERPT]
+
+
+RUNS = [[Execution(Unit("work", "tool"), seconds=float(n))] * (1 + n % 3) for n in range(1, 41)]
+
+
+def test_recorded_jobs_are_not_those_the_scheduler_learned_from():
+    (app,) = recorded_applications({"a": RUNS}, training_share=0.25, seed=5)
+    workload = poisson_workload([app], 0.7, 500, seed=1)
+    cost = CostModel()
+    learned = {cost.run_seconds(run) for run in RUNS} & set(app.distribution.values.tolist())
+    served = set(workload.demands.tolist())
+    seconds = {run[0].seconds for run in workload.runs}
+    trained = {e.seconds for e in app.graph.samples("work")}
+    assert not seconds & trained
+    assert len(seconds | trained) == 40
+    assert len(trained) == 10
+    assert len(learned) + len(served) <= 40
+    rest = [cost.run_seconds(run) for run in RUNS if run[0].seconds not in trained]
+    assert app.true_mean_seconds == pytest.approx(np.mean(rest))
+    again = recorded_applications({"a": RUNS}, training_share=0.25, seed=5)[0]
+    assert again.distribution == app.distribution
+    other = recorded_applications({"a": RUNS}, training_share=0.25, seed=6)[0]
+    assert other.distribution != app.distribution
+
+
+def test_recorded_applications_by_graph_and_by_weight():
+    known = recorded_applications({"a": RUNS, "b": RUNS[:10]}, known="graph")
+    assert [app.weight for app in known] == [40.0, 10.0]
+    assert known[0].distribution == known[0].graph.remaining()
+    cheap = recorded_applications(
+        {"a": [[Execution(Unit("call", "llm"), 100, 10)]] * 4},
+        cost=CostModel(0.0, 0.5),
+    )
+    assert poisson_workload(cheap, 0.5, 3).demands.tolist() == [5.0] * 3
+
+
+def test_arrivals_of_a_trace_keep_jobs_load_and_order():
+    workload = with_deadlines(bimodal_mix(0.8, 100, seed=2), 2.0)
+    times = 50.0 + np.repeat(np.arange(60.0), 3)  # three at a time
+    moved = with_arrivals(workload, times)
+    assert moved.arrivals[-1] == pytest.approx(workload.arrivals[-1])
+    intervals = np.diff(moved.arrivals)
+    step = intervals.max()
+    assert set(np.round(intervals / step, 9)) == {0.0, 1.0}
+    assert (intervals[:3] / step).round(9).tolist() == [0.0, 1.0, 0.0]
+    np.testing.assert_array_equal(moved.demands, workload.demands)
+    np.testing.assert_allclose(
+        moved.deadlines - moved.arrivals, workload.deadlines - workload.arrivals, atol=1e-6
+    )
+    assert moved.applications == workload.applications
+
+
+def test_resampled_intervals_keep_their_spread_alone():
+    workload = bimodal_mix(0.8, 5000, seed=2)
+    times = np.cumsum(np.random.default_rng(0).gamma(0.2, size=300))
+    moved = with_arrivals(workload, times, "resampled", seed=4)
+    intervals, recorded = np.diff(moved.arrivals), np.diff(times)
+    assert moved.arrivals[-1] == pytest.approx(workload.arrivals[-1])
+    assert intervals.std() / intervals.mean() == pytest.approx(
+        recorded.std() / recorded.mean(), rel=0.1
+    )
+    same = with_arrivals(workload, times, "resampled", seed=4)
+    np.testing.assert_array_equal(moved.arrivals, same.arrivals)
+
+
+def test_deadlines_follow_demand_or_mean(hermes):
+    workload = poisson_workload(hermes, 0.8, 300)
+    for factor in DEADLINE_FACTORS.values():
+        due = with_deadlines(workload, factor).deadlines - workload.arrivals
+        np.testing.assert_allclose(due, factor * workload.demands, rtol=1e-6)
+    due = with_deadlines(workload, 1.5, of="mean").deadlines - workload.arrivals
+    means = [workload.distributions[name].mean() for name in workload.applications]
+    np.testing.assert_allclose(due, 1.5 * np.array(means), rtol=1e-6)
+
+
+def test_a_larger_share_of_deadlines_adds_to_a_smaller_one():
+    workload = bimodal_mix(0.8, 2000)
+    few, more = (np.isfinite(with_deadlines(workload, 2.0, share=s).deadlines) for s in (0.2, 0.5))
+    assert few.mean() == pytest.approx(0.2, abs=0.04)
+    assert more[few].all()
+    assert not np.isfinite(with_deadlines(workload, 2.0, share=0.0).deadlines).any()
+
+
 def test_ready_mixes_are_poisson_workloads():
-    for mix in (hermes_mix, bimodal_mix):
+    for mix in (hermes_mix, bimodal_mix, heavy_tailed_mix):
         workload = mix(0.8, 500, seed=4, servers=2)
         again = mix(0.8, 500, seed=4, servers=2)
         assert len(workload) == 500
@@ -142,6 +262,7 @@ def test_expected_seconds_of_a_generator_by_hand():
 
 
 KNOWN = {"a": Distribution([1.0])}
+TWO = bimodal_mix(0.8, 2)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +281,26 @@ KNOWN = {"a": Distribution([1.0])}
         (lambda: bimodal_mix(load=0.0), "load is 0.0"),
         (lambda: bimodal_mix(jobs=0), "jobs is 0"),
         (lambda: bimodal_mix(servers=0), "servers is 0"),
+        (lambda: heavy_tailed_mix(tail="weibull"), "tail is 'weibull'; expected one of lognormal"),
+        (
+            lambda: Application("a", KNOWN["a"], len, 1.0, sample_runs=len),
+            "samplers of demands and of runs",
+        ),
+        (lambda: Application("a", KNOWN["a"], sample_runs=len), "no mean_seconds"),
+        (lambda: recorded_applications({}), "there are no applications"),
+        (lambda: recorded_applications({"a": RUNS[:1]}), "'a' has 1 runs, of which 0"),
+        (lambda: recorded_applications({"a": RUNS}, training_share=1.0), "of which 40"),
+        (lambda: recorded_applications({"a": RUNS}, known="all"), "known is 'all'"),
+        (lambda: with_arrivals(TWO, [0.0, 1.0]), "2 jobs and 1 intervals; take fewer"),
+        (lambda: with_arrivals(TWO, [1.0, 1.0]), "not all equal"),
+        (lambda: with_arrivals(TWO, [1.0, 0.0]), "expected ascending"),
+        (lambda: with_arrivals(TWO, [0.0, np.nan]), "finite seconds"),
+        (lambda: with_arrivals(TWO, 3.0), "expected ascending"),
+        (lambda: with_arrivals(TWO, [0.0, 0.0, 0.0, 1.0]), "first 2 intervals are all 0"),
+        (lambda: with_arrivals(TWO, [0.0, 1.0], "shuffled"), "order is 'shuffled'"),
+        (lambda: with_deadlines(TWO, 0.0), "factor is 0.0"),
+        (lambda: with_deadlines(TWO, 1.5, share=1.5), "share is 1.5"),
+        (lambda: with_deadlines(TWO, 1.5, of="median"), "of is 'median'; expected mean or demand"),
         (lambda: hermes_generator("gpt"), "'gpt'; expected one of got_docmerge"),
     ],
 )
