@@ -115,10 +115,9 @@ def test_on_heavy_tails_class_mean_learns_nothing_and_gittins_much():
         workloads = [heavy_tailed_mix(0.8, 4000, seed, tail=tail) for seed in range(4)]
         mean = {
             type(p): np.mean([simulate(w, p).mean for w in workloads])
-            for p in (FCFS(), ClassMean(), SERPT(), Gittins(), Oracle())
+            for p in (ClassMean(), Gittins(), Oracle())
         }
-        assert mean[Gittins] < 0.5 * mean[ClassMean]
-        assert mean[Oracle] < mean[Gittins] < 1.05 * mean[SERPT]
+        assert mean[Oracle] < mean[Gittins] < 0.5 * mean[ClassMean]
 
 
 RUNS = [[Execution(Unit("work", "tool"), seconds=float(n))] * (1 + n % 3) for n in range(1, 41)]
