@@ -1,0 +1,25 @@
+"""The policies of `demand` with vLLM, on two levels.
+
+`AdmissionController` stands in front of any OpenAI-compatible server and decides which call is
+sent next. `make_scheduler` makes a scheduler class that vLLM runs inside its engine, which may
+also take the place of a running request. The first needs httpx2, the second vLLM.
+"""
+
+from demand.integrations.vllm.admission import AdmissionController, Counts
+from demand.integrations.vllm.call import Call
+from demand.integrations.vllm.failures import CallError, Retry, StreamBrokenError
+from demand.integrations.vllm.priorities import millisecond_priority
+from demand.integrations.vllm.run import Run
+from demand.integrations.vllm.server import Server
+
+__all__ = [
+    "AdmissionController",
+    "Call",
+    "CallError",
+    "Counts",
+    "Retry",
+    "Run",
+    "Server",
+    "StreamBrokenError",
+    "millisecond_priority",
+]

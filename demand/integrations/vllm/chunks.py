@@ -1,0 +1,112 @@
+"""What the chunks of a stream carry: text and token counts, and what a restarted stream repeats."""
+
+from collections.abc import Iterable
+from typing import Any, final
+
+from demand.integrations.vllm.failures import AttemptError
+
+Chunk = dict[str, Any]
+"""One event of a stream as the server sent it: a JSON object with a list of `choices`."""
+
+
+def text_of(chunk: Chunk) -> str:
+    """Text that `chunk` adds to its first choice; empty if it adds none."""
+    return "".join(_text(choice) for choice in chunk["choices"] if choice.get("index", 0) == 0)
+
+
+@final
+class TokenCount:
+    """Tokens of one attempt, counted while they arrive.
+
+    By the usage that a chunk carries, where one does (vLLM puts it into every chunk if
+    `stream_options` has `continuous_usage_stats`, any server into the last if it has
+    `include_usage`); else one token for each piece of text, and an unknown number of input tokens
+    counts 0.
+    """
+
+    def __init__(self) -> None:
+        self.input_tokens = 0
+        self.output_tokens = 0
+
+    def add(self, chunk: Chunk) -> None:
+        """Count `chunk`."""
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self.input_tokens = _count(usage, "prompt_tokens", self.input_tokens)
+            self.output_tokens = _count(usage, "completion_tokens", self.output_tokens)
+        else:
+            self.output_tokens += sum(bool(_text(choice)) for choice in chunk["choices"])
+
+
+@final
+class Repetition:
+    """The beginning of a restarted stream, which must repeat what was handed over, and is skipped.
+
+    Args:
+        handed_over: the chunks that the reader already has.
+
+    Raises:
+        AttemptError: one of them carries more than the text of one choice.
+    """
+
+    def __init__(self, handed_over: Iterable[Chunk]) -> None:
+        self._left = "".join(map(_plain_text, handed_over))
+
+    def beyond(self, chunk: Chunk) -> Chunk | None:
+        """The part of `chunk` that the reader does not have yet; `None` if it has all of it.
+
+        Raises:
+            AttemptError: the stream tells another text, or ends before the repetition does.
+        """
+        if not self._left:
+            return chunk
+        text = _plain_text(chunk)
+        known = min(len(text), len(self._left))
+        ended = any(choice.get("finish_reason") for choice in chunk["choices"])
+        if text[:known] != self._left[:known] or (ended and known < len(self._left)):
+            raise self._another_text()
+        self._left = self._left[known:]
+        if known == len(text) and not ended:
+            return None
+        choice = chunk["choices"][0]
+        if "text" in choice:
+            return {**chunk, "choices": [{**choice, "text": text[known:]}]}
+        delta = {**(choice.get("delta") or {}), "content": text[known:]}
+        return {**chunk, "choices": [{**choice, "delta": delta}]}
+
+    def check_over(self) -> None:
+        """The stream has ended.
+
+        Raises:
+            AttemptError: before it had repeated everything.
+        """
+        if self._left:
+            raise self._another_text()
+
+    @staticmethod
+    def _another_text() -> AttemptError:
+        return AttemptError("the restarted stream tells another text", again=False)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    delta = choice.get("delta")
+    text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+    return text if isinstance(text, str) else ""
+
+
+def _plain_text(chunk: Chunk) -> str:
+    for choice in chunk["choices"]:
+        delta = choice.get("delta") or {}
+        extra = {name for name, value in delta.items() if value} - {"content", "role"}
+        if choice.get("index", 0) != 0 or extra or choice.get("logprobs"):
+            raise AttemptError(
+                "what was handed over is more than the text of one choice, which cannot be "
+                "matched with a restarted stream",
+                again=False,
+            )
+    return text_of(chunk)
+
+
+def _count(usage: dict[str, Any], name: str, before: int) -> int:
+    count = usage.get(name)
+    return count if isinstance(count, int) and count >= 0 else before

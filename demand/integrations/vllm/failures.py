@@ -1,0 +1,100 @@
+"""What can go wrong with a call to a server, and when it is worth another attempt."""
+
+import random
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import final
+
+from demand.errors import DemandError
+
+
+class CallError(DemandError):
+    """A call came to no answer: refused, out of attempts, or cancelled. Says what was seen."""
+
+
+class StreamBrokenError(CallError):
+    """A stream broke after some of it had been handed over, and could not be taken up again."""
+
+
+@final
+class AttemptError(Exception):
+    """One attempt at a call failed.
+
+    Args:
+        reason: what was seen.
+        again: whether another attempt may fare better.
+        shed: whether the server is shedding load, which concerns every call to it.
+        retry_after_seconds: how long the server asked to be left alone.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        again: bool,
+        shed: bool = False,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.again = again
+        self.shed = shed
+        self.retry_after_seconds = retry_after_seconds
+
+
+@final
+@dataclass(frozen=True)
+class Retry:
+    """Exponential backoff with a bound.
+
+    The n-th retry waits between half and all of first_seconds * 2**(n - 1), drawn at random so
+    that clients do not return in step, or as long as the server's Retry-After asks, if that is
+    longer. A Retry-After over `longest_seconds` is not shortened: the call fails and says so.
+
+    Args:
+        attempts: made at most, the first included.
+        first_seconds: delay before the first retry.
+        longest_seconds: a delay never exceeds it.
+    """
+
+    attempts: int = 5
+    first_seconds: float = 0.5
+    longest_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise DemandError(f"attempts is {self.attempts}; expected at least 1")
+        if not 0.0 <= self.first_seconds <= self.longest_seconds:
+            raise DemandError(
+                f"first_seconds is {self.first_seconds} and longest_seconds is "
+                f"{self.longest_seconds}; expected 0 <= first_seconds <= longest_seconds"
+            )
+
+    def delay_seconds(
+        self, failure: AttemptError, attempts: int, rng: random.Random
+    ) -> float | None:
+        """Seconds until the next attempt after `attempts` of them; `None` if there is none."""
+        asked = failure.retry_after_seconds or 0.0
+        if not failure.again or attempts >= self.attempts or asked > self.longest_seconds:
+            return None
+        backoff = min(self.first_seconds * 2.0 ** (attempts - 1), self.longest_seconds)
+        return max(asked, backoff * rng.uniform(0.5, 1.0))
+
+
+def retry_after_seconds(header: str | None, now: float) -> float | None:
+    """Seconds that a Retry-After header asks for, given as seconds or as a date (RFC 9110).
+
+    Args:
+        header: its value; `None` if the response had none.
+        now: seconds since the epoch.
+
+    Returns:
+        Seconds from 0 on, or `None` if there is no header or it is neither.
+    """
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return float(header)
+    try:
+        return max(parsedate_to_datetime(header).timestamp() - now, 0.0)
+    except ValueError:
+        return None

@@ -1,0 +1,178 @@
+"""The jobs in an engine's hands, kept as a policy wants to see them."""
+
+import logging
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.policies.base import Job, Policy, Rank
+from demand.units import CostModel
+
+logger = logging.getLogger(__name__)
+
+UNSEEN = Distribution([0.0])
+"""What is assumed of an application never seen before: it has outlived every sample from the
+start, so by the doubling rule (`demand.atoms.beyond_samples`) it is expected to need as much again
+as it got, rounded down to a power of two: a rank by attained service, on the scale of seconds."""
+
+
+@final
+class Ledger:
+    """Opens jobs, counts their service, tells the policy, and ranks.
+
+    `now` is seconds on the owner's clock. A clock that goes backwards stands still here.
+
+    Args:
+        policy: ranks the jobs.
+        distributions: what is known of the total demand, in seconds, by application name. A job
+            of another application is ranked by attained service (`UNSEEN`), and a warning names
+            that application once.
+        seed: of the number each job draws (`Job.lottery`).
+    """
+
+    def __init__(
+        self, policy: Policy, distributions: Mapping[str, Distribution], seed: int = 0
+    ) -> None:
+        self.policy = policy
+        self._distributions = {**distributions}
+        self._tables = {name: policy.table(known) for name, known in distributions.items()}
+        self._lottery = random.Random(seed)
+        self._state = policy.new_state()
+        self._opened = 0
+        self._now = -math.inf
+
+    def open(
+        self,
+        application: str,
+        now: float,
+        *,
+        deadline_seconds: float = math.inf,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        demand_seconds: float = math.nan,
+    ) -> Job:
+        """A new job of `application`.
+
+        Args:
+            application: its name.
+            now: second of its arrival.
+            deadline_seconds: from `now`, by when it should be finished; infinity for none.
+            tenant: who pays; `None` makes the application the tenant.
+            weight: share of the tenant.
+            priority: class that a priority policy serves by, smaller first.
+            demand_seconds: true total demand, for an oracle.
+
+        Raises:
+            DemandError: a deadline or weight that is not positive, or a job that the policy
+                cannot rank, such as one of unknown demand under an oracle.
+        """
+        for name, value in (("deadline_seconds", deadline_seconds), ("weight", weight)):
+            if not value > 0.0:
+                raise DemandError(f"{name} of a job is {value}; expected a positive number")
+        if application not in self._distributions:
+            logger.warning(
+                "application %r was never seen before; it is ranked by attained service until "
+                "distributions has an entry for it",
+                application,
+            )
+            self._distributions[application] = UNSEEN
+            self._tables[application] = self.policy.table(UNSEEN)
+        now = self._at(now)
+        job = Job(
+            self._opened,
+            application,
+            now,
+            self._distributions[application],
+            demand=demand_seconds,
+            lottery=self._lottery.random(),
+            table=self._tables[application],
+            deadline=now + deadline_seconds,
+            tenant=application if tenant is None else tenant,
+            weight=weight,
+            priority=priority,
+        )
+        job.state = self._state
+        self.policy.arrived(job, now)
+        try:
+            self.rank(job, now)  # refused here, not in the middle of serving
+        except DemandError:
+            self.policy.departed(job, now)
+            raise
+        self._opened += 1
+        return job
+
+    def rank(self, job: Job, now: float) -> Rank:
+        """Rank of `job`; smaller goes first, ties to the smaller `job.index`.
+
+        Raises:
+            DemandError: the policy ranks it NaN.
+        """
+        rank = self.policy.rank(job, self._at(now))
+        if any(map(math.isnan, rank if isinstance(rank, tuple) else (rank,))):
+            raise DemandError(
+                f"{self.policy!r} ranked a job of {job.application!r} {rank}; ranks must be "
+                "ordered: an oracle needs demand_seconds of every job"
+            )
+        return rank
+
+    def start(self, job: Job) -> None:
+        """`job` is being served from here on."""
+        if not job.running:
+            job.running, job.started_at = True, job.attained_service
+
+    def serve(self, job: Job, seconds: float, now: float) -> None:
+        """Count `seconds` of service that `job` received up to `now`.
+
+        Raises:
+            DemandError: seconds that are negative or not finite.
+        """
+        if not 0.0 <= seconds < math.inf:
+            raise DemandError(f"service is {seconds} seconds; expected a finite number from 0 on")
+        if seconds:
+            job.attained_service += seconds
+            self.policy.served(job, seconds, self._at(now))
+
+    def stop(self, job: Job) -> None:
+        """`job` is no longer being served."""
+        job.running = False
+
+    def learn(self, job: Job, remaining: Distribution) -> None:
+        """Take in what the progress of `job` says of its demand from here on."""
+        job.learn(remaining, self.policy.table(remaining))
+
+    def close(self, job: Job, now: float) -> None:
+        """`job` is over."""
+        self.stop(job)
+        self.policy.departed(job, self._at(now))
+
+    def _at(self, now: float) -> float:
+        self._now = max(self._now, now)
+        return self._now
+
+
+@final
+@dataclass(slots=True)
+class TokenMeter:
+    """Turns the token counts of one call into service, each token once.
+
+    A call that starts over (a retry, a recomputation after preemption) attains nothing until it
+    is further than it ever was: what was lost is work of the engine, not progress of the job.
+    """
+
+    cost: CostModel
+    seconds: float = 0.0
+
+    def gained(self, input_tokens: int, output_tokens: int) -> float:
+        """Seconds gained now that this many tokens were read and generated."""
+        total = (
+            input_tokens * self.cost.prefill_seconds_per_token
+            + output_tokens * self.cost.decode_seconds_per_token
+        )
+        gained = max(total - self.seconds, 0.0)
+        self.seconds += gained
+        return gained

@@ -1,0 +1,97 @@
+"""One run of an application: calls to one server that are ranked together."""
+
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Self, final, get_args
+
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.integrations.vllm.call import Call, Restart
+from demand.integrations.vllm.ledger import Ledger
+from demand.policies.base import Job
+
+_PATHS = ("chat/completions", "completions")
+_OWN_FIELDS = ("priority", "stream")
+_USAGE = {"stream_options": {"include_usage": True}}
+
+Submit = Callable[["Run", str, Mapping[str, Any], Restart], Awaitable[Call]]
+
+
+@final
+class Run:
+    """A run of an application, from `AdmissionController.start` to `finish`; a context manager.
+
+    Its calls, one after another or side by side, accumulate the service that the policy ranks by.
+
+    Attributes:
+        job: as the policy sees it.
+        finished: whether `finish` was called.
+    """
+
+    def __init__(
+        self, job: Job, ledger: Ledger, clock: Callable[[], float], submit: Submit
+    ) -> None:
+        self.job = job
+        self._ledger = ledger
+        self._clock = clock
+        self._submit = submit
+        self._calls: list[Call] = []
+        self.finished = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
+
+    async def submit(self, path: str, body: Mapping[str, Any], restart: Restart = "raise") -> Call:
+        """Submit a call; waits while the controller is full.
+
+        Args:
+            path: "chat/completions" or "completions".
+            body: of the request, without `stream` and `priority`.
+            restart: what to do when a stream breaks that was handed over in part; see `Call`.
+
+        Raises:
+            DemandError: a path or body that cannot be sent, a run that is finished, or a
+                controller that is closed.
+        """
+        if path not in _PATHS:
+            raise DemandError(f"path is {path!r}; expected one of {', '.join(_PATHS)}")
+        if restart not in get_args(Restart):
+            raise DemandError(f"restart is {restart!r}; expected one of {get_args(Restart)}")
+        own = [name for name in _OWN_FIELDS if name in body]
+        if own:
+            raise DemandError(f"the body has {own}, which the controller sets; leave them out")
+        try:
+            sent = json.loads(json.dumps({**_USAGE, **body}, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DemandError(f"the body cannot be sent as JSON: {error}") from error
+        self._calls = [call for call in self._calls if not call.over]
+        if not self._calls:
+            self.job.requested = self._clock()
+        call = await self._submit(self, path, sent, restart)
+        self._calls.append(call)
+        return call
+
+    def serve(self, seconds: float) -> None:
+        """Count service that the run got elsewhere, such as `seconds` in a tool.
+
+        For distributions of total demand that include such seconds.
+
+        Raises:
+            DemandError: seconds that are negative or not finite.
+        """
+        self._ledger.serve(self.job, seconds, self._clock())
+
+    def learn(self, remaining: Distribution) -> None:
+        """Take in what its progress says of its demand in seconds from here on."""
+        self._ledger.learn(self.job, remaining)
+
+    def finish(self) -> None:
+        """It is over; calls of it that are not are cancelled. No effect a second time."""
+        if not self.finished:
+            self.finished = True
+            for call in self._calls:
+                call.cancel()
+            self._ledger.close(self.job, self._clock())

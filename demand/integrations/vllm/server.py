@@ -1,0 +1,171 @@
+"""One attempt at one call: a POST to an OpenAI-compatible server, answered by a stream."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, final
+from urllib.parse import urlsplit
+
+from demand.errors import DemandError
+from demand.integrations.vllm.chunks import Chunk
+from demand.integrations.vllm.failures import AttemptError, retry_after_seconds
+
+_SHED = (429, 503)
+_AGAIN = (408, 425, 500, 502, 504, *_SHED)
+_SHOWN_BYTES = 500
+
+
+@final
+@dataclass(frozen=True)
+class Server:
+    """Where calls go. Redirects are not followed, and TLS certificates are verified.
+
+    Args:
+        url: base URL of the API, such as "http://127.0.0.1:8000/v1".
+        api_key: sent as a bearer token; never printed, logged or put into an error.
+        connect_seconds: given to a connection to come up.
+        silence_seconds: longest wait for the next bytes, the first included: it covers the time
+            that the server keeps a request in its own queue.
+        attempt_seconds: longest duration of one attempt in all.
+
+    Raises:
+        DemandError: a URL that is not plain http or https, or a time that is not positive.
+    """
+
+    url: str
+    api_key: str | None = field(default=None, repr=False)
+    connect_seconds: float = 5.0
+    silence_seconds: float = 120.0
+    attempt_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise DemandError(
+                f"url begins with {parts.scheme!r} and names host {parts.hostname!r}; expected "
+                "something like http://127.0.0.1:8000/v1"
+            )
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise DemandError(
+                f"the url to {parts.hostname} carries a user, a query or a fragment; give the "
+                "base URL alone, and the key as api_key"
+            )
+        for name in ("connect_seconds", "silence_seconds", "attempt_seconds"):
+            if not getattr(self, name) > 0.0:
+                raise DemandError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+
+@final
+class Client:
+    """Connections to one server; an asynchronous context manager.
+
+    Raises:
+        DemandError: httpx2 is not installed.
+    """
+
+    def __init__(self, server: Server) -> None:
+        try:
+            import httpx2
+        except ImportError as error:
+            raise DemandError(
+                "calls over HTTP need httpx2; pip install 'picache[integrations]'"
+            ) from error
+        self._server = server
+        self._httpx = httpx2
+        headers = {"Accept": "text/event-stream"}
+        if server.api_key is not None:
+            headers["Authorization"] = f"Bearer {server.api_key}"
+        self._http = httpx2.AsyncClient(
+            base_url=server.url.rstrip("/") + "/",
+            headers=headers,
+            timeout=httpx2.Timeout(server.silence_seconds, connect=server.connect_seconds),
+            # The number of calls in flight is bounded by the caller, not by a pool they wait in.
+            limits=httpx2.Limits(max_connections=None),
+            follow_redirects=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._http.aclose()
+
+    async def attempt(
+        self, path: str, body: Mapping[str, Any], take: Callable[[Chunk], None]
+    ) -> None:
+        """Make the call once: `take` gets each chunk as it arrives; returns at the complete end.
+
+        Raises:
+            AttemptError: no connection, silence, a status other than 200, a stream that is not
+                one, breaks off, carries an error or is not JSON.
+        """
+        try:
+            async with (
+                asyncio.timeout(self._server.attempt_seconds),
+                self._http.stream("POST", path, json=body) as response,
+            ):
+                if response.status_code != 200:
+                    raise await self._refusal(response)
+                await self._read(response, take, body.get("n") or 1)
+        except TimeoutError as error:
+            seconds = self._server.attempt_seconds
+            raise AttemptError(f"no end after {seconds} seconds", again=True) from error
+        except self._httpx.HTTPError as error:
+            seen = self._told(f"{type(error).__name__}: {error}")
+            raise AttemptError(seen, again=True) from error
+
+    async def _read(self, response: Any, take: Callable[[Chunk], None], choices: int) -> None:
+        finished: set[Any] = set()
+        async for event in self._httpx.EventSource(response):
+            if event.data == "[DONE]":
+                return
+            chunk = self._parsed(event.data)
+            finished |= {c.get("index") for c in chunk["choices"] if c.get("finish_reason")}
+            take(chunk)
+        # Some servers leave out the closing mark; a reason to finish for every choice will do.
+        if len(finished) < choices:
+            raise AttemptError("the stream broke off before its end", again=True)
+
+    def _parsed(self, data: str) -> Chunk:
+        try:
+            chunk = json.loads(data)
+        except ValueError as error:
+            raise AttemptError(f"the stream is not JSON: {self._told(data)}", again=True) from error
+        if isinstance(chunk, dict) and "error" in chunk:
+            told = chunk["error"]
+            code = told.get("code") if isinstance(told, dict) else None
+            # vLLM puts the status into `code`; without one the fault is taken to be the server's.
+            again = not isinstance(code, int) or code >= 500 or code in _AGAIN
+            raise AttemptError(f"the stream says {self._told(told)}", again=again)
+        choices = chunk.get("choices") if isinstance(chunk, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
+            raise AttemptError(f"the stream has no choices: {self._told(data)}", again=True)
+        return chunk
+
+    async def _refusal(self, response: Any) -> AttemptError:
+        status = response.status_code
+        seen = b""
+        async for piece in response.aiter_bytes():
+            seen += piece
+            if len(seen) > _SHOWN_BYTES:
+                break
+        reason = f"status {status}: {self._told(seen.decode(errors='replace'))}"
+        if 300 <= status < 400:
+            reason = f"status {status}, a redirect, which is not followed: set the final URL"
+        header = response.headers.get("retry-after")
+        return AttemptError(
+            reason,
+            again=status in _AGAIN,
+            shed=status in _SHED,
+            retry_after_seconds=retry_after_seconds(header, time.time()),
+        )
+
+    def _told(self, said: object) -> str:
+        """What a server said, short, and without the key that it may have repeated."""
+        text = str(said)
+        if self._server.api_key:
+            text = text.replace(self._server.api_key, "***")
+        return text if len(text) <= _SHOWN_BYTES else text[:_SHOWN_BYTES] + " ..."

@@ -1,0 +1,465 @@
+"""The admission controller against a real HTTP server on this machine: order, service, the end."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from demand import (
+    FCFS,
+    SERPT,
+    ClassMean,
+    CostModel,
+    DemandError,
+    Distribution,
+    Gittins,
+    Job,
+    Oracle,
+    Policy,
+    RandomOrder,
+    Workload,
+    simulate,
+)
+from demand.integrations.vllm import (
+    AdmissionController,
+    CallError,
+    Counts,
+    Retry,
+    Run,
+    Server,
+    millisecond_priority,
+)
+from tests.demand.openai_server import Answer, FakeServer, echo, tokens_of
+
+COST = CostModel(prefill_seconds_per_token=0.01, decode_seconds_per_token=1.0)
+KNOWN = {
+    "short": Distribution([2.0, 3.0]),
+    "long": Distribution([30.0, 50.0]),
+    "bimodal": Distribution([1.0, 100.0], [0.9, 0.1]),
+    "middle": Distribution([5.0, 9.0]),
+}
+
+
+def run_async(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """A test is a coroutine that must be over in a few seconds."""
+
+    def wrapped() -> None:
+        asyncio.run(asyncio.wait_for(test(), 20.0))
+
+    wrapped.__name__ = test.__name__
+    return wrapped
+
+
+def controller_of(
+    server: FakeServer, policy: Policy | None = None, in_flight: int = 1, **options: Any
+) -> AdmissionController:
+    return AdmissionController(
+        Server(server.url, silence_seconds=5.0),
+        FCFS() if policy is None else policy,
+        KNOWN,
+        in_flight=in_flight,
+        cost=COST,
+        retry=options.pop("retry", Retry(first_seconds=0.001, longest_seconds=0.5)),
+        **options,
+    )
+
+
+def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [FCFS(), ClassMean(), SERPT(), Gittins(), RandomOrder(), Oracle()],
+    ids=lambda p: type(p).__name__,
+)
+def test_calls_reach_the_server_in_the_order_of_the_policy(policy: Policy) -> None:
+    names = ["long", "short", "middle", "bimodal"] * 3
+    gate = asyncio.Event()
+
+    async def order() -> tuple[list[str], list[Job]]:
+        async with FakeServer(lambda r: Answer(tokens_of(r), gate_at=gate)) as server:
+            async with controller_of(server, policy) as controller:
+                first = await controller.start("short", demand_seconds=1.0).submit(
+                    "completions", body("first")
+                )
+                await asyncio.sleep(0.01)  # it is on its way; the others queue behind it
+                runs = [
+                    controller.start(name, demand_seconds=100.0 - 7.0 * i)
+                    for i, name in enumerate(names)
+                ]
+                for i, run in enumerate(runs):
+                    await run.submit("completions", body(str(i)))
+                gate.set()
+                await first.text()
+            return server.prompts[1:], [run.job for run in runs]
+
+    prompts, jobs = asyncio.run(order())
+    for job in jobs:
+        job.attained_service = 0.0
+    best_first = sorted(jobs, key=lambda job: (policy.rank(job, 0.0), job.index))
+    assert prompts == [str(jobs.index(job)) for job in best_first]
+
+
+@dataclass
+class Prediction:
+    measured: float
+    simulated: float
+
+
+async def serve_applications(policy: Policy) -> Prediction:
+    """25 applications that are all there at second 0; a call is one token, a second of service."""
+    rng = np.random.default_rng(0)
+    names = ["answer" if i % 2 else "report" for i in range(25)]
+    calls = [8 if n == "report" else 2 if rng.random() < 0.8 else 40 for n in names]
+    known = {
+        "report": Distribution([8.0]),
+        "answer": Distribution([2.0, 40.0], [0.8, 0.2]),
+    }
+    async with FakeServer() as server:
+
+        async def application(run: Run, number: int) -> float:
+            with run:
+                for _ in range(number):
+                    await (await run.submit("completions", body(run.job.application, 1))).text()
+            return float(server.tokens_sent)
+
+        async with AdmissionController(
+            Server(server.url),
+            policy,
+            known,
+            in_flight=1,
+            cost=CostModel(0.0, 1.0),
+            clock=lambda: float(server.tokens_sent),
+        ) as controller:
+            runs = [controller.start(name) for name in names]
+            pairs = zip(runs, calls, strict=True)
+            ends = await asyncio.gather(*(application(run, n) for run, n in pairs))
+    workload = Workload(np.zeros(25), np.array(calls, dtype=float), names, known)
+    return Prediction(float(np.mean(ends)), simulate(workload, policy).mean)
+
+
+def test_gittins_beats_fcfs_by_what_the_simulator_predicts() -> None:
+    fcfs = asyncio.run(serve_applications(FCFS()))
+    gittins = asyncio.run(serve_applications(Gittins()))
+    assert gittins.measured < 0.8 * fcfs.measured
+    for run in (fcfs, gittins):
+        assert run.measured == pytest.approx(run.simulated, rel=0.05)
+
+
+@run_async
+async def test_at_most_w_calls_are_in_flight() -> None:
+    async with (
+        FakeServer(lambda r: Answer(tokens_of(r), token_seconds=0.001)) as server,
+        controller_of(server, in_flight=3) as controller,
+    ):
+        run = controller.start("short")
+        calls = [await run.submit("completions", body(str(i))) for i in range(20)]
+        assert controller.counts == Counts(20, 20, 0, 0, 0, 0)
+        texts = [await call.text() for call in calls]
+    assert texts == [f"{i}.0 {i}.1 {i}.2 " for i in range(20)]
+    assert server.most_active == 3
+    assert controller.counts == Counts(20, 0, 0, 20, 0, 0)
+
+
+@run_async
+async def test_a_run_accumulates_service_while_its_tokens_arrive() -> None:
+    second = asyncio.Event()
+    answers = iter(
+        [
+            Answer(("a", "b"), after=1, gate_at=second),
+            Answer(("c", "d", "e"), usage=False),
+        ]
+    )
+    async with (
+        FakeServer(lambda r: next(answers)) as server,
+        controller_of(server, SERPT()) as controller,
+    ):
+        run = controller.start("long", deadline_seconds=9.0, tenant="t", weight=2.0, priority=3)
+        job = run.job
+        assert (job.tenant, job.weight, job.priority) == ("t", 2.0, 3)
+        assert job.deadline == job.arrival + 9.0
+        call = await run.submit("completions", body("x"))
+        texts = []
+        async for chunk in call:
+            if not texts:  # the second token is held back
+                assert (job.running, job.attained_service) == (True, 1.0)
+                second.set()
+            texts += [choice["text"] for choice in chunk["choices"]]
+        assert texts == ["a", "b"]
+        assert job.attained_service == pytest.approx(2 * 1.0 + 10 * 0.01)
+        assert not job.running
+        run.serve(5.0)
+        await (await run.submit("completions", body("y"))).text()  # without usage
+        assert job.attained_service == pytest.approx(2.1 + 5.0 + 3.0)
+        run.learn(Distribution([4.0]))
+        assert (job.age, SERPT().rank(job, 0.0)) == (0.0, 4.0)
+        run.finish()
+        with pytest.raises(DemandError, match="run is finished"):
+            await run.submit("completions", body("z"))
+
+
+@run_async
+async def test_the_rank_is_sent_as_an_integer_priority_only_if_asked_for() -> None:
+    async with FakeServer() as server:
+        async with controller_of(server, SERPT(), priority=millisecond_priority) as controller:
+            await (await controller.start("short").submit("completions", body("a"))).text()
+        async with controller_of(server, SERPT()) as controller:
+            await (await controller.start("short").submit("completions", body("b"))).text()
+    assert server.received[0].body == {
+        **body("a"),
+        "priority": 2500,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert "priority" not in server.received[1].body
+
+
+@run_async
+async def test_chat_completions() -> None:
+    async with FakeServer() as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("chat/completions", body("hi"))
+        assert await call.text() == "hi.0 hi.1 hi.2 "
+        assert server.received[0].path == "/v1/chat/completions"
+
+
+@run_async
+async def test_submitting_waits_for_room() -> None:
+    gate = asyncio.Event()
+    async with (
+        FakeServer(lambda r: Answer(tokens_of(r), gate_at=gate)) as server,
+        controller_of(server, capacity=2) as controller,
+    ):
+        run = controller.start("short")
+        for i in range(2):
+            await run.submit("completions", body(str(i)))
+        third = asyncio.create_task(run.submit("completions", body("2")))
+        await asyncio.sleep(0.02)
+        assert not third.done()
+        assert controller.counts.submitted == 2
+        gate.set()
+        assert await (await third).text() == "2.0 2.1 2.2 "
+
+
+@run_async
+async def test_cancelling_a_call_frees_its_place_and_reaches_the_server() -> None:
+    answers = {"hangs": Answer(fault="hang"), "runs": Answer(("ok",))}
+    async with FakeServer(lambda r: answers[r.body["prompt"]]) as server:
+        async with controller_of(server) as controller:
+            run = controller.start("short")
+            hangs = await run.submit("completions", body("hangs"))
+            waits = await run.submit("completions", body("never sent"))
+            runs = await run.submit("completions", body("runs"))
+            waits.cancel()
+            while not server.received:
+                await asyncio.sleep(0.001)
+            reader = asyncio.create_task(hangs.text())
+            await asyncio.sleep(0)
+            reader.cancel()  # a reader who is cancelled cancels the call
+            assert await runs.text() == "ok"
+            with pytest.raises(CallError, match="cancelled after 1 attempts"):
+                await hangs.text()
+            with pytest.raises(CallError, match="cancelled after 0 attempts"):
+                await waits.chunks()
+            runs.cancel()  # over already: no effect
+        while not server.disconnected:
+            await asyncio.sleep(0.001)
+    assert server.prompts == ["hangs", "runs"]
+    assert controller.counts == Counts(3, 0, 0, 1, 0, 2)
+
+
+@run_async
+async def test_leaving_waits_for_all_calls_and_an_error_cancels_them() -> None:
+    async with FakeServer(lambda r: Answer(tokens_of(r), token_seconds=0.002)) as server:
+        async with controller_of(server) as controller:
+            for i in range(5):
+                await controller.start("short").submit("completions", body(str(i)))
+        assert controller.counts == Counts(5, 0, 0, 5, 0, 0)
+        broken = controller_of(server)
+
+        async def fail() -> None:
+            async with broken:
+                for i in range(5):
+                    await broken.start("short").submit("completions", body(str(i)))
+                await asyncio.sleep(0.001)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await fail()
+        assert broken.counts == Counts(5, 0, 0, 0, 0, 5)
+        with pytest.raises(DemandError, match="controller is closed"):
+            await broken.start("short").submit("completions", body("late"))
+
+
+@run_async
+async def test_a_submission_that_waits_for_room_learns_of_the_close() -> None:
+    async with (
+        FakeServer(lambda r: Answer(fault="hang")) as server,
+        controller_of(server, capacity=1) as controller,
+    ):
+        run = controller.start("short")
+        await run.submit("completions", body("a"))
+        late = asyncio.create_task(run.submit("completions", body("b")))
+        await asyncio.sleep(0.01)
+        await controller.close()
+        with pytest.raises(DemandError, match="controller is closed"):
+            await late
+
+
+@run_async
+async def test_finishing_a_run_cancels_its_calls() -> None:
+    async with (
+        FakeServer(lambda r: Answer(fault="hang")) as server,
+        controller_of(server) as controller,
+    ):
+        with controller.start("short") as run:
+            call = await run.submit("completions", body("a"))
+        with pytest.raises(CallError, match="cancelled"):
+            await call.text()
+
+
+def test_an_application_never_seen_is_ranked_by_attained_service_and_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def ranks() -> list[float]:
+        async with FakeServer() as server, controller_of(server, Gittins()) as controller:
+            controller.start("novel")
+            job = controller.start("novel").job
+            found = []
+            for attained in (0.5, 3.0, 50.0):
+                job.attained_service = attained
+                found.append(Gittins().rank(job, 0.0))
+            return found
+
+    with caplog.at_level(logging.WARNING):
+        found = asyncio.run(ranks())
+    assert all(a / 2 < rank <= a for a, rank in zip((0.5, 3.0, 50.0), found, strict=True))
+    said = [r.message for r in caplog.records if "novel" in r.message]
+    assert len(said) == 1
+    assert said[0].startswith("application 'novel' was never seen before; it is ranked by attained")
+
+
+def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
+    async def refusals() -> None:
+        async with FakeServer() as server, controller_of(server, Oracle()) as controller:
+            with pytest.raises(DemandError, match="demand"):
+                controller.start("short")
+            with pytest.raises(DemandError, match="deadline_seconds of a job is -1"):
+                controller.start("short", deadline_seconds=-1.0)
+            run = controller.start("short", demand_seconds=1.0)
+            with pytest.raises(DemandError, match="path is 'responses'"):
+                await run.submit("responses", body("a"))
+            with pytest.raises(DemandError, match="restart is 'again'"):
+                await run.submit("completions", body("a"), restart="again")  # type: ignore[arg-type]
+            with pytest.raises(DemandError, match="'stream'"):
+                await run.submit("completions", {**body("a"), "stream": False})
+            with pytest.raises(DemandError, match="JSON"):
+                await run.submit("completions", {**body("a"), "temperature": float("nan")})
+            with pytest.raises(DemandError, match=r"service is -1\.0 seconds"):
+                run.serve(-1.0)
+            assert controller.counts.submitted == 0
+
+    asyncio.run(refusals())
+    with pytest.raises(DemandError, match="1 <= in_flight <= capacity"):
+        AdmissionController(Server("http://127.0.0.1"), FCFS(), {}, in_flight=2, capacity=1)
+
+
+@run_async
+async def test_calls_that_a_policy_fails_to_rank_are_reported() -> None:
+    @dataclass(frozen=True)
+    class Breaks(Policy):
+        def rank(self, job: Job, now: float) -> float:
+            return 1.0 / (now - 1.0)
+
+    seconds = 0.0
+    async with FakeServer() as server:
+        options = {"clock": lambda: seconds}
+        async with controller_of(server, Breaks(), **options) as controller:
+            run = controller.start("short")
+            call = await run.submit("completions", body("a"))
+            seconds = 1.0
+            with pytest.raises(CallError, match="could not be ranked"):
+                await call.text()
+    assert controller.counts == Counts(1, 0, 0, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://example.org/v1", "begins with 'ftp'"),
+        ("127.0.0.1:8000", "expected something like"),
+        ("http:///v1", "names host None"),
+        ("https://me:secret@example.org/v1", "carries a user"),
+        ("https://example.org/v1?key=secret", "a query"),
+    ],
+)
+def test_only_plain_http_urls_are_taken(url: str, said: str) -> None:
+    with pytest.raises(DemandError, match=said) as refused:
+        Server(url)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(DemandError, match="silence_seconds is 0"):
+        Server("http://127.0.0.1", silence_seconds=0)
+
+
+def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    key = "sk-very-secret"
+
+    async def refused() -> str:
+        def repeat_key(request: Any) -> Answer:
+            assert request.headers["authorization"] == f"Bearer {key}"
+            return Answer(status=401, error_body=f"bad key {key}")
+
+        async with FakeServer(repeat_key) as fake:
+            server = Server(fake.url, api_key=key)
+            async with AdmissionController(server, FCFS(), KNOWN, in_flight=1) as controller:
+                call = await controller.start("short").submit("completions", body("a"))
+                with pytest.raises(CallError) as error:
+                    await call.text()
+                return repr(server) + repr(error.value) + repr(error.value.__cause__)
+
+    with caplog.at_level(logging.DEBUG):
+        shown = asyncio.run(refused())
+    assert "bad key ***" in shown
+    assert key not in shown + caplog.text
+
+
+def test_certificates_are_verified_and_redirects_are_not_followed() -> None:
+    async def redirected() -> None:
+        async with FakeServer() as other:
+            location = (("Location", other.url + "/completions"),)
+            async with (
+                FakeServer(lambda r: Answer(status=307, headers=location)) as server,
+                controller_of(server) as controller,
+            ):
+                call = await controller.start("short").submit("completions", body("a"))
+                with pytest.raises(CallError, match="307, a redirect, which is not followed"):
+                    await call.text()
+            assert not other.received
+
+    asyncio.run(redirected())
+
+
+def test_without_httpx2_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(DemandError, match=r"picache\[integrations\]"):
+        AdmissionController(Server("http://127.0.0.1"), FCFS(), {}, in_flight=1)
+
+
+def test_importing_loads_neither_httpx2_nor_vllm_nor_torch() -> None:
+    code = (
+        "import sys, demand.integrations.vllm; "
+        "print(sorted({'httpx2', 'vllm', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_echo_is_what_the_tests_take_it_for() -> None:
+    request = type("R", (), {"body": body("p", 2), "path": "/v1/completions"})
+    assert echo(request).tokens == ("p.0 ", "p.1 ")
