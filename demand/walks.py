@@ -1,7 +1,8 @@
 """Random walks over a demand graph, all walkers in lockstep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,12 @@ class WalkArrays:
     seconds: Floats
     successors: Ints
     weights: Floats | None = None
+
+    @cached_property
+    def cumulative(self) -> Floats:
+        """`[n + 1]` running sum of the weights."""
+        assert self.weights is not None
+        return np.append(0.0, np.cumsum(self.weights))
 
     @classmethod
     def of(
@@ -181,10 +188,28 @@ class WalkArrays:
         own = self._own(node)
         return own._replace(seconds=np.zeros_like(own.seconds))
 
-    def walk(self, first: Draws, rng: np.random.Generator, walks: int, steps: int) -> Floats:
+    def walk(
+        self,
+        first: Draws,
+        rng: np.random.Generator,
+        walks: int,
+        steps: int,
+        *,
+        at_first_visit: "WalkArrays | None" = None,
+        visited: Sequence[int] = (),
+    ) -> Floats:
         """Seconds to the end, `[walks]`, when the first draw is among the samples `first`.
 
         Each later step draws one joint sample (seconds, successor) of the walker's node.
+
+        Args:
+            first: what the first step draws from.
+            rng: of the draws.
+            walks: how many.
+            steps: after which a walk is given up.
+            at_first_visit: other samples of the same nodes, that a walker draws from when it
+                comes to a node for the first time.
+            visited: nodes at which all walkers have been before.
 
         Raises:
             DemandError: a walk is not over after `steps` more units.
@@ -195,14 +220,19 @@ class WalkArrays:
         else:
             drawn = rng.choice(n, size=walks, p=first.weights)
         total, at = first.seconds[drawn], first.successors[drawn]
-        cumulative = None if self.weights is None else np.append(0.0, np.cumsum(self.weights))
+        been = np.zeros((walks, len(self.nodes)), dtype=bool)
+        been[:, list(visited)] = True
         walking = np.flatnonzero(at)
         for _ in range(steps):
             if not walking.size:
                 break
-            drawn = self._draw(at[walking], cumulative, rng)
-            total[walking] += self.seconds[drawn]
-            at[walking] = self.successors[drawn]
+            if at_first_visit is None:
+                self.step(total, at, walking, rng)
+            else:
+                known = been[walking, at[walking]]
+                been[walking, at[walking]] = True
+                self.step(total, at, walking[known], rng)
+                at_first_visit.step(total, at, walking[~known], rng)
             walking = walking[at[walking] != 0]
         if walking.size:
             raise DemandError(
@@ -217,22 +247,28 @@ class WalkArrays:
         Raises:
             DemandError: it is not over after `steps` units.
         """
-        cumulative = None if self.weights is None else np.append(0.0, np.cumsum(self.weights))
         path: list[tuple[int, int]] = []
         node = self.nodes[START]
         while node:
-            drawn = int(self._draw(np.array([node]), cumulative, rng)[0])
+            drawn = int(self._draw(np.array([node]), rng)[0])
             path.append((node, drawn - int(self.offsets[node])))
             node = int(self.successors[drawn])
             if len(path) > steps + 1:
                 raise DemandError(f"a run is not over after {steps} units; raise max_units")
         return path[1:]
 
-    def _draw(self, here: Ints, cumulative: Floats | None, rng: np.random.Generator) -> Ints:
+    def step(self, total: Floats, at: Ints, walking: Ints, rng: np.random.Generator) -> None:
+        """Draw a sample for each of the `walking`: add to their `total` seconds, move them on."""
+        drawn = self._draw(at[walking], rng)
+        total[walking] += self.seconds[drawn]
+        at[walking] = self.successors[drawn]
+
+    def _draw(self, here: Ints, rng: np.random.Generator) -> Ints:
         """A sample of each node of `here`, by position in `seconds`."""
         first = self.offsets[here]
-        if cumulative is None:
+        if self.weights is None:
             return first + rng.integers(self.offsets[here + 1] - first)
+        cumulative = self.cumulative
         low, high = cumulative[first], cumulative[self.offsets[here + 1]]
         drawn = np.searchsorted(cumulative, low + rng.random(here.size) * (high - low), "right") - 1
         return np.clip(drawn, first, self.offsets[here + 1] - 1)

@@ -1,0 +1,20 @@
+"""What progress says of the remaining demand, one method a file."""
+
+from demand.refine.base import Refined, Refinement
+from demand.refine.current_unit import CurrentUnit
+from demand.refine.nearest import NearestRuns
+from demand.refine.none import NoRefinement
+from demand.refine.pearson import PearsonFilter
+from demand.refine.regression import ProgressRegression
+from demand.refine.whole_runs import WholeRuns
+
+__all__ = [
+    "CurrentUnit",
+    "NearestRuns",
+    "NoRefinement",
+    "PearsonFilter",
+    "ProgressRegression",
+    "Refined",
+    "Refinement",
+    "WholeRuns",
+]

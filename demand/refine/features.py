@@ -1,0 +1,96 @@
+"""What a run has shown at each boundary between its units, as numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from demand.atoms import Floats
+from demand.columns import Ints, RunColumns
+from demand.errors import DemandError
+from demand.units import CostModel, Demand, Execution, Progress
+
+RECENT = 4
+"""Executions that count as recent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Boundaries:
+    """Every boundary at which a remembered run was not yet over.
+
+    Attributes:
+        features: `[n, d]`, see `ProgressFeatures`.
+        remaining: `[n]` seconds from there to the end of the run.
+        run: `[n]` number of the run.
+    """
+
+    features: Floats
+    remaining: Floats
+    run: Ints
+
+
+@dataclass(frozen=True)
+class ProgressFeatures:
+    """Features of a progress, the same for learning and for asking.
+
+    Units finished, seconds so far, seconds of the last unit, mean seconds of the recent ones and
+    tokens of the last one, each as log(1 + x); how often each unit ran, likewise; and which unit
+    was the last.
+
+    Args:
+        units: position of each unit, by name.
+        cost: seconds of an execution.
+        demand: how parallel calls count.
+    """
+
+    units: Mapping[str, int]
+    cost: CostModel
+    demand: Demand
+
+    def of_columns(self, columns: RunColumns) -> Boundaries:
+        """Features and what remained, at every boundary of every run but its end."""
+        seconds = columns.seconds[self.demand]
+        tables, remaining = [], []
+        for start, end in zip(columns.starts[:-1], columns.starts[1:], strict=True):
+            own = slice(start, end)
+            table = self._table(columns.unit[own], seconds[own], columns.attributes[own, :2])
+            tables.append(table[:-1])
+            remaining.append(np.cumsum(seconds[own][::-1])[::-1])
+        return Boundaries(np.concatenate(tables), np.concatenate(remaining), columns.run)
+
+    def of_progress(self, progress: Progress) -> Floats:
+        """`[d]` features of the boundary after the last finished unit.
+
+        Raises:
+            DemandError: an unknown unit.
+        """
+        executed = progress.executed
+        tokens = np.array([(e.input_tokens, e.output_tokens) for e in executed]).reshape(-1, 2)
+        seconds = np.array([self.cost.seconds(e, self.demand) for e in executed])
+        unit = np.array([self._number(e) for e in executed], dtype=np.int64)
+        return self._table(unit, seconds, tokens)[-1]
+
+    def _table(self, unit: Ints, seconds: Floats, tokens: Floats) -> Floats:
+        """`[n + 1, d]` features at each boundary of a run of `n` executions."""
+        n = unit.size
+        ran = np.zeros((n + 1, len(self.units)))
+        ran[np.arange(1, n + 1), unit] = 1.0
+        so_far = np.append(0.0, np.cumsum(seconds))
+        finished = np.arange(n + 1)
+        recent = np.minimum(finished, RECENT)
+        numbers = np.zeros((n + 1, 6))
+        numbers[:, 0] = finished
+        numbers[:, 1] = so_far
+        numbers[1:, 2] = seconds
+        numbers[:, 3] = (so_far - so_far[finished - recent]) / np.maximum(recent, 1)
+        numbers[1:, 4:] = tokens
+        return np.hstack([np.log1p(numbers), np.log1p(np.cumsum(ran, axis=0)), ran])
+
+    def _number(self, execution: Execution) -> int:
+        name = execution.unit.name
+        if name not in self.units:
+            raise DemandError(
+                f"unit {name!r} is not in the graph, which has {', '.join(self.units)}; "
+                "observe a run that has it first"
+            )
+        return self.units[name]

@@ -1,0 +1,73 @@
+"""The runs that looked most alike."""
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from demand.atoms import Floats
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph import PDGraph
+from demand.refine.base import Refined, Refinement
+from demand.refine.features import Boundaries, ProgressFeatures
+from demand.units import Demand, Progress
+
+
+@final
+@dataclass(frozen=True)
+class NearestRuns(Refinement):
+    """What remained to remembered runs where they looked most like this one.
+
+    Nearest neighbours over the features of `ProgressRegression`, standardised, in Euclidean
+    distance; no shape is assumed of the demand. From each run at most its nearest boundary
+    counts, since neighbouring boundaries of a run say almost the same.
+
+    Args:
+        k: runs that count; all, where fewer are remembered.
+
+    Raises:
+        DemandError: k below 1.
+    """
+
+    k: int = 50
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise DemandError(f"k is {self.k}; expected at least 1")
+
+    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+        """Standardise the features of every boundary."""
+        columns = graph.columns()
+        features = ProgressFeatures(
+            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+        )
+        seen = features.of_columns(columns)
+        deviation = seen.features.std(axis=0)
+        scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
+        return Neighbours(features, seen, columns.starts[:-1], scale, graph.run_weights(), self.k)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Neighbours(Refined):
+    """Boundaries of the remembered runs, to be searched."""
+
+    features: ProgressFeatures
+    seen: Boundaries
+    starts: np.ndarray
+    scale: Floats
+    weights: Floats
+    k: int
+
+    def remaining(self, progress: Progress) -> Distribution:
+        """What remained to the nearest runs, conditioned on the current unit's seconds."""
+        known = self.features.of_progress(progress)
+        distance = (((self.seen.features - known) * self.scale) ** 2).sum(axis=1)
+        closest = np.minimum.reduceat(distance, self.starts)
+        at = np.flatnonzero(distance == closest[self.seen.run])
+        at = at[np.unique(self.seen.run[at], return_index=True)[1]]  # one boundary of each run
+        chosen = at[np.argsort(closest, kind="stable")[: self.k]]
+        at_boundary = Distribution(self.seen.remaining[chosen], self.weights[self.seen.run[chosen]])
+        received = progress.current_seconds(self.features.demand)
+        return at_boundary.condition(received) if received else at_boundary

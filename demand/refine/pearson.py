@@ -1,0 +1,195 @@
+"""The refinement of Hermes: samples filtered by what correlated units upstream have shown."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+import numpy as np
+
+from demand.atoms import Floats
+from demand.columns import ATTRIBUTES, Ints, RunColumns
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph import PDGraph
+from demand.refine.base import Refined, Refinement
+from demand.units import CostModel, Demand, Execution, Progress
+from demand.walks import MAX_UNITS, WalkArrays
+
+
+@final
+@dataclass(frozen=True)
+class PearsonFilter(Refinement):
+    """Keeps, at each unit ahead, the samples whose upstream units looked like what was seen.
+
+    Hermes (arXiv 2506.14851, on cross-unit correlation): where an attribute of a unit upstream
+    (input tokens, output tokens, parallelism, seconds) correlates with one downstream by more
+    than 0.5 in absolute value (Pearson), the stored tuples of the unit downstream are filtered by
+    the upstream value observed, and random walks do the rest.
+
+    Our reading, where the paper as quoted leaves it open: upstream means the last execution of a
+    unit before the sample in its run, the unit itself included where it is in a loop; a filter
+    keeps the `1 / buckets` of the samples with the nearest upstream values, instead of a bucket
+    with fixed edges; filters are applied from the strongest correlation on, and one that would
+    leave fewer than `minimum` samples is left out. The public artifact has none of this in its
+    ranking.
+
+    Filters hold for the first visit that a walk pays to a unit: what comes before later rounds
+    of a loop is drawn, not observed. With `visits="all"` they hold for all; an agent whose prompt
+    is short, and which therefore does not stop yet, is then taken never to stop. Where filters at
+    all visits leave a loop without a way out, none is applied.
+
+    Args:
+        threshold: of the absolute correlation (0.5 in the paper).
+        buckets: a filter keeps one in so many samples (10 in the paper).
+        minimum: samples that must be left.
+        visits: of a unit in a walk, for which the filters hold: "first" or "all".
+        walks: random walks for each question (1000 in the paper).
+        seed: of the walks.
+
+    Raises:
+        DemandError: a threshold outside [0, 1), buckets, minimum or walks below 1, or unknown
+            `visits`.
+    """
+
+    threshold: float = 0.5
+    buckets: int = 10
+    minimum: int = 30
+    visits: Literal["first", "all"] = "first"
+    walks: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.threshold < 1.0:
+            raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
+        if self.visits not in ("first", "all"):
+            raise DemandError(f'visits is {self.visits!r}; expected "first" or "all"')
+        for name in ("buckets", "minimum", "walks"):
+            if getattr(self, name) < 1:
+                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+        """Correlate every unit with those before it: O(units * executions)."""
+        columns = graph.columns()
+        arrays = graph.walk_arrays(demand)
+        filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}
+        for number, upstream in enumerate(columns.units):
+            before = _last_before(columns, number)
+            for down in columns.units:
+                node = arrays.node(down.name)
+                rows = np.flatnonzero(columns.unit == node - 2)
+                filters[node] += self._filters(columns, upstream.name, before[rows], rows)
+        for found in filters.values():
+            found.sort(key=lambda f: -f.correlation)
+        return FilteredWalks(self, graph.cost, arrays, filters, demand)
+
+    def _filters(
+        self, columns: RunColumns, upstream: str, before: Ints, rows: Ints
+    ) -> "list[Filter]":
+        preceded = before >= 0
+        if preceded.sum() < self.minimum:
+            return []
+        seen = columns.attributes[before[preceded]]
+        correlations = _pearson(seen, columns.attributes[rows[preceded]])
+        filters = []
+        for at, strongest in enumerate(correlations.max(axis=1)):
+            if strongest > self.threshold:
+                values = np.full(rows.size, np.nan)
+                values[preceded] = seen[:, at]
+                filters.append(Filter(upstream, ATTRIBUTES[at], float(strongest), values))
+        return filters
+
+
+class Filter(NamedTuple):
+    """An attribute upstream that tells of a unit downstream.
+
+    Attributes:
+        upstream: name of the unit.
+        attribute: of its last execution.
+        correlation: the strongest, in absolute value, with an attribute downstream.
+        values: `[samples]` that preceded each sample of the unit downstream; NaN for none.
+    """
+
+    upstream: str
+    attribute: str
+    correlation: float
+    values: Floats
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FilteredWalks(Refined):
+    """Walk arrays, with the filters of each node, strongest first."""
+
+    config: PearsonFilter
+    cost: CostModel
+    arrays: WalkArrays
+    filters: Mapping[int, list[Filter]]
+    demand: Demand
+
+    def kept(self, progress: Progress) -> dict[int, Ints]:
+        """Positions of the samples kept, for each node where a filter applies."""
+        last = {execution.unit.name: execution for execution in progress.executed}
+        kept = {}
+        for node, filters in self.filters.items():
+            chosen: Ints | None = None
+            for one in filters:
+                if one.upstream in last:
+                    near = self._near(one, self._value(last[one.upstream], one.attribute))
+                    both = near if chosen is None else np.intersect1d(chosen, near)
+                    if both.size >= self.config.minimum:
+                        chosen = both
+            if chosen is not None:
+                kept[node] = chosen
+        return kept
+
+    def remaining(self, progress: Progress) -> Distribution:
+        """Random walks over the samples kept."""
+        config = self.config
+        kept = self.kept(progress)
+        near = self.arrays.keeping(kept)
+        rng = np.random.default_rng(config.seed)
+        if config.visits == "all":
+            arrays = self.arrays if near.without_exit() else near
+            first = arrays.first_draws(progress, self.demand)
+            return Distribution(arrays.walk(first, rng, config.walks, MAX_UNITS))
+        first = near.first_draws(progress, self.demand)
+        visited = () if progress.current is None else (near.node(progress.current),)
+        return Distribution(
+            self.arrays.walk(
+                first,
+                rng,
+                config.walks,
+                MAX_UNITS,
+                at_first_visit=near if kept else None,
+                visited=visited,
+            )
+        )
+
+    def _near(self, one: Filter, value: float) -> Ints:
+        """The share of the samples with the nearest upstream values, ties included."""
+        distance = np.abs(one.values - value)  # NaN sorts last and compares false
+        share = -(-np.count_nonzero(~np.isnan(distance)) // self.config.buckets)
+        return np.flatnonzero(distance <= np.partition(distance, share - 1)[share - 1])
+
+    def _value(self, execution: Execution, attribute: str) -> float:
+        if attribute == "seconds":
+            return self.cost.seconds(execution)
+        return float(getattr(execution, attribute))
+
+
+def _last_before(columns: RunColumns, unit: int) -> Ints:
+    """`[n]` the last execution of `unit` before each execution in its run; -1 for none."""
+    at = np.where(columns.unit == unit, np.arange(columns.unit.size), -1)
+    last = np.append(-1, np.maximum.accumulate(at)[:-1])
+    return np.where(last >= columns.starts[columns.run], last, -1)
+
+
+def _pearson(x: Floats, y: Floats) -> Floats:
+    """Absolute correlations of the columns of `[n, p]` and `[n, q]`; 0 where one is constant."""
+    return np.abs(_standardised(x).T @ _standardised(y)) / x.shape[0]
+
+
+def _standardised(x: Floats) -> Floats:
+    mean, deviation = x.mean(axis=0), x.std(axis=0)
+    constant = deviation <= 1e-9 * np.abs(mean)  # up to rounding
+    return np.where(constant, 0.0, x - mean) / np.where(constant, 1.0, deviation)

@@ -1,0 +1,27 @@
+"""Whole runs instead of walks."""
+
+from dataclasses import dataclass
+from typing import final
+
+from demand.distribution import Distribution
+from demand.graph import PDGraph
+from demand.refine.base import Refined, Refinement
+from demand.refine.none import AgedDistribution
+from demand.units import Demand
+
+
+@final
+@dataclass(frozen=True)
+class WholeRuns(Refinement):
+    """The totals of the remembered runs, given the seconds received and nothing else.
+
+    Like `NoRefinement`, but a run is kept whole. A random walk draws each unit anew; where runs
+    differ from each other (one task is long throughout, another short), walks average the
+    difference out and their totals vary less than those of real runs.
+    """
+
+    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+        """Add up each remembered run."""
+        columns = graph.columns()
+        total = Distribution(columns.run_seconds(demand), graph.run_weights())
+        return AgedDistribution(total, graph.cost, demand)

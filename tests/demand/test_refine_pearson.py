@@ -1,0 +1,123 @@
+"""Which samples the filter of Hermes keeps, against a twin that goes through the runs."""
+
+import numpy as np
+import pytest
+
+from demand import Execution, PDGraph, Progress, Unit
+from demand.refine import PearsonFilter
+
+PLAN, MAP, END_UNIT = Unit("plan", "llm"), Unit("map", "llm"), Unit("write", "llm")
+
+
+def runs(n, seed=0):
+    """plan's output sets map's parallelism; map comes one to three times; write knows nothing."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(n):
+        planned = int(rng.integers(10, 200))
+        run = [Execution(PLAN, 100, planned)]
+        for _ in range(rng.integers(1, 4)):
+            calls = max(1, planned // 10 + int(rng.integers(-1, 2)))
+            run.append(Execution(MAP, 50, int(rng.integers(5, 50)), calls))
+        out.append([*run, Execution(END_UNIT, 10, int(rng.integers(5, 50)))])
+    return out
+
+
+def twin(graph, downstream, upstream, attribute):
+    """Values of the last `upstream` before each sample of `downstream`, run by run."""
+    values = []
+    for run in graph.runs:
+        last = None
+        for execution in run:
+            if execution.unit.name == downstream:
+                values.append(np.nan if last is None else getattr(last, attribute))
+            if execution.unit.name == upstream:
+                last = execution
+    return np.array(values)
+
+
+def test_filters_are_found_where_attributes_correlate():
+    graph = PDGraph.fit(runs(400))
+    refined = PearsonFilter().fit(graph)
+    node = graph.walk_arrays().nodes
+    on_map = {(f.upstream, f.attribute) for f in refined.filters[node["map"]]}
+    # Earlier rounds of map have the same plan behind them, so their parallelism tells too.
+    assert {("plan", "output_tokens"), ("map", "parallelism")} <= on_map
+    assert ("plan", "input_tokens") not in on_map  # constant
+    assert not refined.filters[node["write"]]
+    assert not refined.filters[node["plan"]]
+    strengths = [f.correlation for f in refined.filters[node["map"]]]
+    assert strengths == sorted(strengths, reverse=True)
+    assert min(strengths) > 0.5
+
+
+def test_correlations_and_values_are_those_of_the_twin():
+    graph = PDGraph.fit(runs(150, seed=1))
+    refined = PearsonFilter().fit(graph)
+    found = refined.filters[graph.walk_arrays().nodes["map"]]
+    for one in found:
+        if one.attribute == "seconds":
+            continue
+        values = twin(graph, "map", one.upstream, one.attribute)
+        assert np.array_equal(one.values, values, equal_nan=True)
+        downstream = graph.samples("map")
+        known = ~np.isnan(values)
+        strongest = max(
+            abs(np.corrcoef(values[known], np.array(column)[known])[0, 1])
+            for column in (
+                [e.output_tokens for e in downstream],
+                [e.parallelism for e in downstream],
+                [graph.cost.seconds(e) for e in downstream],
+            )
+        )
+        assert one.correlation == pytest.approx(strongest)
+
+
+def test_the_nearest_tenth_is_kept_and_ties_with_it():
+    graph = PDGraph.fit(runs(400))
+    refined = PearsonFilter().fit(graph)
+    node = graph.walk_arrays().nodes["map"]
+    kept = refined.kept(Progress([Execution(PLAN, 100, 100)]))[node]
+    values = twin(graph, "map", "plan", "output_tokens")
+    distance = np.abs(values - 100)
+    assert kept.size >= values.size / 10
+    assert distance[kept].max() <= np.delete(distance, kept).min()
+    calls = [graph.samples("map")[at].parallelism for at in kept]
+    assert 9 <= np.mean(calls) <= 11
+
+
+def test_too_few_samples_leave_all():
+    graph = PDGraph.fit(runs(400))
+    seen = Progress([Execution(PLAN, 100, 100)])
+    assert PearsonFilter(minimum=10_000).fit(graph).kept(seen) == {}
+    assert PearsonFilter(threshold=0.999).fit(graph).kept(seen) == {}
+    assert PearsonFilter().fit(graph).kept(Progress()) == {}
+    unfiltered = PearsonFilter(minimum=10_000).remaining(graph, seen)
+    assert unfiltered == graph.remaining(seen)
+
+
+def test_later_rounds_are_filtered_only_if_asked():
+    """After ten short rounds a run ends; a filter on the round's number must not stop the clock."""
+    loop = Unit("round", "llm")
+    counted = [[Execution(loop, 100 * (i + 1), 1) for i in range(10)] for _ in range(100)]
+    graph = PDGraph.fit(counted)
+    first = Progress([Execution(loop, 100, 1)])
+    plain = graph.remaining(first).mean()
+    assert PearsonFilter().remaining(graph, first).mean() == pytest.approx(plain, rel=0.3)
+    filtered = PearsonFilter(visits="all", buckets=1)
+    assert filtered.remaining(graph, first).mean() == pytest.approx(plain, rel=0.3)
+    # The second rounds alone never end, so that no filter is applied to all visits.
+    assert PearsonFilter(visits="all").remaining(graph, first).mean() == pytest.approx(
+        plain, rel=0.3
+    )
+
+
+def test_weights_of_runs_carry_over_to_the_samples_kept():
+    graph = PDGraph.fit(runs(400), half_life_runs=50.0)
+    refined = PearsonFilter().fit(graph)
+    kept = refined.kept(Progress([Execution(PLAN, 100, 100)]))
+    arrays, node = graph.walk_arrays(), graph.walk_arrays().nodes["map"]
+    own = arrays.keeping(kept)
+    weights = own.weights[own.offsets[node] : own.offsets[node + 1]]
+    before = arrays.weights[arrays.offsets[node] + kept[node]]
+    assert weights == pytest.approx(before / before.sum())
