@@ -20,8 +20,9 @@ class CostedRanks:
     least slope (E(a) + c S(a) - E_k) / (S(a) - S_k), the tangent from a point below the curve to
     the lower hull of the atoms beyond a + q. The hulls of all suffixes form a tree (each point
     has one next point, whatever suffix it starts), so the tangent is found by doubling steps
-    along it: O(log n) for one age. The walks between two atoms overlap, unlike those without
-    quantum and cost, which is why the pieces are not listed.
+    along it: O(log n) for one age, and less for random samples, whose hulls have few points. The
+    walks between two atoms overlap, unlike those without quantum and cost, which is why the
+    pieces are not listed.
 
     Between two atoms the rank falls; it jumps up at an atom that the job survives.
     """
@@ -36,7 +37,7 @@ class CostedRanks:
         edges[:-1] = tails.slopes(np.arange(last), after[:-1])
         self._edges = edges
         hops = [after]
-        for _ in range(last.bit_length()):
+        while (hops[-1] != last).any():
             hops.append(hops[-1][hops[-1]])
         self._hops = hops[::-1]  # longest first
         self._lists = (*(column.tolist() for column in tails), edges.tolist())

@@ -191,14 +191,14 @@ class Distribution:
         root of the effective number of samples.
 
         Raises:
-            DemandError: a step that is not positive and finite.
+            DemandError: a step that is not positive and finite, or too small to be told apart.
         """
         if step_seconds is None:
             step = default_step(self._values, self._weights)
             if step == 0.0:
                 return self
         else:
-            step = check_step(step_seconds)
+            step = check_step(step_seconds, float(self._values[-1]))
         return Distribution(round_up(self._values, step), self._weights)
 
     def __add__(self, other: object) -> "Distribution":

@@ -17,6 +17,9 @@ import numpy as np
 from demand.atoms import Floats
 from demand.errors import DemandError
 
+MOST_STEPS = 2.0**40
+"""Steps from 0 to the largest atom: far from where float64 cannot tell two of them apart."""
+
 
 def default_step(values: Floats, weights: Floats) -> float:
     """Grid in seconds for ascending samples: half the interquartile range over the cube root of n.
@@ -24,21 +27,24 @@ def default_step(values: Floats, weights: Floats) -> float:
     n is the effective number of samples, 1 / sum of squared weights (Kish); the rate is that of
     histogram cells, and the width a quarter of the rule of Freedman and Diaconis (1981): less
     bias, since here all error by width goes one way. It is 0, no grid, where both quartiles are
-    the same atom. For a demand known exactly, rather than sampled, no grid is wanted.
+    the same atom, or differ by rounding only. For a demand known exactly, rather than sampled, no
+    grid is wanted.
     """
     cumulative = np.cumsum(weights)
     low, high = values[np.searchsorted(cumulative, [0.25 - 1e-12, 0.75 - 1e-12])]
     effective = 1.0 / float(weights @ weights)
-    return float(high - low) / 2.0 / effective ** (1.0 / 3.0)
+    step = float(high - low) / 2.0 / effective ** (1.0 / 3.0)
+    return step if step * MOST_STEPS > values[-1] else 0.0
 
 
-def check_step(step_seconds: float) -> float:
-    """Return `step_seconds` as a float, or raise `DemandError` unless positive and finite."""
+def check_step(step_seconds: float, largest: float) -> float:
+    """Return `step_seconds` as a float, or raise `DemandError` if no grid up to `largest`."""
     step_seconds = float(step_seconds)
-    if not 0.0 < step_seconds < math.inf:
+    if not (0.0 < step_seconds < math.inf and step_seconds * MOST_STEPS > largest):
         raise DemandError(
-            f"step_seconds is {step_seconds}; expected positive finite seconds, or None for half "
-            "the interquartile range over the cube root of the number of samples"
+            f"step_seconds is {step_seconds} for atoms up to {largest}; expected positive finite "
+            f"seconds, over {largest / MOST_STEPS:.3g}, or None for half the interquartile range "
+            "over the cube root of the number of samples"
         )
     return step_seconds
 

@@ -45,10 +45,10 @@ class Pieces:
         return self._end_value_list[i] + self._rate_list[i] * (self._end_list[i] - age)
 
     def jumps(self) -> tuple[Floats, Floats]:
-        """Ages after 0 at which the function rises, and its values there."""
+        """Ages after 0 at which the function rises, by more than rounding, and its values there."""
         starts = self._ends[:-1]
         values = self(starts)
-        rises = values > self._end_values[:-1]
+        rises = values > self._end_values[:-1] * (1.0 + 1e-12)
         return starts[rises], values[rises]
 
 

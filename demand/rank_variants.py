@@ -59,8 +59,9 @@ def shifted_rank(
     Within a cell of the grid the rank stands still.
     """
     step = default_step(values, weights)
-    atoms = clean_atoms(round_up(values, step), weights)
-    return rank_of_sorted(*atoms, round_down(age, step), quantum, preemption_cost)
+    atoms, masses = clean_atoms(round_up(values, step), weights)
+    at = round_down(age, step) if age < atoms[-1] else age
+    return rank_of_sorted(atoms, masses, at, quantum, preemption_cost)
 
 
 def bucketed_rank(values: Floats, weights: Floats, age: float) -> float:

@@ -171,6 +171,8 @@ def test_the_default_step_by_hand():
     known = Distribution([1, 100], [0.9, 0.1])
     assert default_step(known.values, known.weights) == 0.0
     assert known.on_grid() is known
+    rounded = Distribution([0.1 + 0.2, 0.3])
+    assert rounded.on_grid() is rounded
 
 
 @given(distributions(), st.floats(0.0, 50.0))
@@ -214,6 +216,7 @@ def test_bad_samples_are_refused(values, given_weights, says):
         (lambda d: d.shift(-1.5), "smallest atom, 1.0: .* use condition"),
         (lambda d: d.on_grid(0.0), "step_seconds is 0.0"),
         (lambda d: d.on_grid(float("nan")), "step_seconds is nan"),
+        (lambda d: d.on_grid(1e-13), "step_seconds is 1e-13 for atoms up to 4.0"),
         (lambda d: d.compress(1), "atoms is 1; expected at least 2"),
         (lambda d: d.convolve(d, atoms=0), "atoms is 0"),
         (lambda d: Distribution.mixture([]), "at least one"),

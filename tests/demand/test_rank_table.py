@@ -9,7 +9,7 @@ from demand import DemandError, Distribution, RankTable
 from demand.costed import CostedRanks
 from demand.hull import Tails
 from demand.pieces import gittins_pieces
-from demand.rank_many import rank_many
+from demand.reranking import rank_many
 from demand.rank_table import _BUILDERS
 from demand.rank_variants import BUCKETS, RANKS, bucket_entries
 from tests.demand.strategies import (
@@ -141,6 +141,13 @@ def test_weights_too_small_to_change_a_sum_do_no_harm():
     for rank in RANKS:
         expected = [d.gittins(a, rank=rank) for a in ages]
         np.testing.assert_allclose(RankTable(d, rank)(ages), expected, rtol=1e-12)
+
+
+def test_atoms_that_differ_by_rounding_only():
+    d = Distribution([1.0, math.nextafter(1.0, 2.0)])
+    for rank in RANKS:
+        assert RankTable(d, rank).at(0.25) == pytest.approx(0.75)
+        assert d.gittins(1e300, rank=rank) == RankTable(d, rank).at(1e300)
 
 
 def test_bad_ages_are_refused():
