@@ -75,6 +75,8 @@ class Job:
 
     def attained_at(self, age: float) -> float:
         """Least attained service at which `age` is reached."""
+        if self.known_at == 0.0:
+            return age
         attained = self.known_at + age
         while attained - self.known_at < age:  # the sum was rounded down
             attained = math.nextafter(attained, math.inf)
@@ -99,6 +101,11 @@ class Policy(ABC):
 
         They are then ranked anew at every event, at a cost that grows with the jobs present.
         """
+        return False
+
+    @property
+    def by_request(self) -> bool:
+        """Whether ranks read `Job.requested`: simulators then stop at the end of every unit."""
         return False
 
     @abstractmethod

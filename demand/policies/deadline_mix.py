@@ -30,6 +30,11 @@ class DeadlineMix(Policy):
         """Whether either does."""
         return self.urgent.reranks or self.best_effort.reranks
 
+    @property
+    def by_request(self) -> bool:
+        """Whether either does."""
+        return self.urgent.by_request or self.best_effort.by_request
+
     def table(self, distribution: Distribution) -> "_Sides":
         """The tables of both; a job takes that of its side."""
         return _Sides(self.urgent.table(distribution), self.best_effort.table(distribution))

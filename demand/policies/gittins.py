@@ -56,7 +56,7 @@ class Gittins(Policy):
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
         table = table_of(job)
-        if isinstance(table, _SwitchTable) and not job.running:
+        if self.preemption_cost and not job.running:
             return table.waiting.at(job.age)
         return table.at(job.age)
 

@@ -15,6 +15,11 @@ class RequestFCFS(Policy):
     the scheduler does not see requests (a workload without `runs`), it is `FCFS`.
     """
 
+    @property
+    def by_request(self) -> bool:
+        """Yes."""
+        return True
+
     def rank(self, job: Job, now: float) -> float:
         """Second at which the present request was submitted."""
         return job.requested

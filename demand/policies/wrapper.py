@@ -23,6 +23,11 @@ class Wrapper(Policy, ABC):
         """As the policy within."""
         return self.policy.reranks
 
+    @property
+    def by_request(self) -> bool:
+        """As the policy within."""
+        return self.policy.by_request
+
     def table(self, distribution: Distribution) -> Any:
         """The table of the policy within."""
         return self.policy.table(distribution)

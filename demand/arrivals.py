@@ -1,0 +1,78 @@
+"""When the jobs of a simulation arrive."""
+
+import math
+from bisect import insort
+from typing import Protocol
+
+from demand.workloads.closed_loop import ClosedLoop
+from demand.workloads.workload import Workload
+
+
+class Arrivals(Protocol):
+    """Entries of a workload in order of arrival.
+
+    Attributes:
+        next: second of the next arrival; infinity if none is known.
+    """
+
+    next: float
+
+    def take(self) -> int:
+        """The entry that arrives at `next`, once."""
+
+    def finished(self, entry: int, now: float) -> None:
+        """Told of every entry as it finishes."""
+
+
+def arrivals_of(workload: Workload | ClosedLoop) -> Arrivals:
+    """The arrivals of an open or a closed workload."""
+    if isinstance(workload, ClosedLoop):
+        return _ClosedArrivals(workload)
+    return _OpenArrivals(workload)
+
+
+class _OpenArrivals:
+    def __init__(self, workload: Workload) -> None:
+        self._seconds: list[float] = [*workload.arrivals.tolist(), math.inf]
+        self._entry = 0
+        self.next = self._seconds[0]
+
+    def take(self) -> int:
+        entry = self._entry
+        self._entry = entry + 1
+        self.next = self._seconds[entry + 1]
+        return entry
+
+    def finished(self, entry: int, now: float) -> None:
+        pass
+
+
+class _ClosedArrivals:
+    def __init__(self, loop: ClosedLoop) -> None:
+        self._thinks: list[float] = loop.think_seconds.tolist()
+        self._following: list[int | None] = [None] * len(loop)
+        # Latest first, so that the next one is at the end; of equal seconds the first entry.
+        self._pending: list[tuple[float, int]] = []
+        last: dict[int, int] = {}
+        for entry, user in enumerate(loop.users):
+            if user in last:
+                self._following[last[user]] = entry
+            else:
+                self._pending.append((-loop.jobs.arrivals[entry], -entry))
+            last[user] = entry
+        self._pending.sort()
+        self.next = -self._pending[-1][0]
+
+    def take(self) -> int:
+        entry = -self._pending.pop()[1]
+        self._look()
+        return entry
+
+    def finished(self, entry: int, now: float) -> None:
+        following = self._following[entry]
+        if following is not None:
+            insort(self._pending, (-(now + self._thinks[following]), -following))
+            self._look()
+
+    def _look(self) -> None:
+        self.next = -self._pending[-1][0] if self._pending else math.inf

@@ -1,0 +1,91 @@
+"""The jobs of a workload, as the scheduler that owns them makes them."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import final
+
+import numpy as np
+
+from demand.errors import DemandError
+from demand.policies.base import Job, Policy
+from demand.units import CostModel
+from demand.workloads.workload import Workload
+
+
+@final
+class JobMaker:
+    """Makes the `Job` of each entry of a workload, under one policy and with one state.
+
+    Jobs are made as they arrive, so that only those present take memory. The table of an
+    application is computed once; a `Job.lottery` belongs to the entry, whenever it is made.
+
+    Args:
+        workload: the entries.
+        policy: whose tables and state the jobs carry.
+        seed: of the lottery.
+    """
+
+    def __init__(self, workload: Workload, policy: Policy, seed: int = 0) -> None:
+        self._workload = workload
+        self._state = policy.new_state()
+        self._known = {
+            name: (known, policy.table(known)) for name, known in workload.distributions.items()
+        }
+        self._lottery = np.random.default_rng(seed).random(len(workload)).tolist()
+        self._nominal: list[float] = workload.arrivals.tolist()
+        self._demands: list[float] = workload.demands.tolist()
+        self._deadlines: list[float] = workload.deadlines.tolist()
+
+    def make(self, entry: int, index: int | None = None, arrival: float | None = None) -> Job:
+        """The job of `entry`.
+
+        Args:
+            entry: position in the workload.
+            index: `Job.index`; `None` for the entry.
+            arrival: second at which it arrives, and with it its deadline moves; `None` for that of
+                the workload.
+        """
+        workload, nominal = self._workload, self._nominal[entry]
+        if arrival is None:
+            arrival = nominal
+        application, tenant = workload.applications[entry], workload.tenants[entry]
+        known, table = self._known[application]
+        job = Job(
+            entry if index is None else index,
+            application,
+            arrival,
+            known,
+            self._demands[entry],
+            0.0,
+            self._lottery[entry],
+            table,
+            self._deadlines[entry] + (arrival - nominal),
+            tenant,
+            workload.weights.get(tenant, 1.0),
+            workload.priorities[entry],
+        )
+        job.state = self._state
+        return job
+
+    def unit_ends(self, entry: int) -> Sequence[float]:
+        """Attained service at the end of each unit of the run of `entry`, its demand last.
+
+        Seconds are those of the cost model of the application's graph, or of the default one.
+
+        Raises:
+            DemandError: no runs, or units that do not add up to the demand.
+        """
+        workload = self._workload
+        if workload.runs is None:
+            raise DemandError("the workload has no runs; give Workload(runs=...)")
+        graph = workload.graphs.get(workload.applications[entry])
+        cost = CostModel() if graph is None else graph.cost
+        demand = self._demands[entry]
+        ends = list(accumulate(map(cost.seconds, workload.runs[entry])))
+        if not ends or not math.isclose(ends[-1], demand, rel_tol=1e-6, abs_tol=1e-9):
+            raise DemandError(
+                f"the units of job {entry} take {ends[-1] if ends else 0.0} s and its demand is "
+                f"{demand} s; give both by one cost model, that of its graph if it has one"
+            )
+        return [*(min(end, demand) for end in ends[:-1]), demand]
