@@ -6,10 +6,12 @@ also take the place of a running request. The first needs httpx2, the second vLL
 """
 
 from demand.integrations.vllm.admission import AdmissionController, Counts
+from demand.integrations.vllm.annotation import annotation
 from demand.integrations.vllm.call import Call
 from demand.integrations.vllm.failures import CallError, Retry, StreamBrokenError
 from demand.integrations.vllm.priorities import millisecond_priority
 from demand.integrations.vllm.run import Run
+from demand.integrations.vllm.scheduler import make_scheduler
 from demand.integrations.vllm.server import Server
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "Run",
     "Server",
     "StreamBrokenError",
+    "annotation",
+    "make_scheduler",
     "millisecond_priority",
 ]

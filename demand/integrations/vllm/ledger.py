@@ -1,6 +1,5 @@
 """The jobs in an engine's hands, kept as a policy wants to see them."""
 
-import logging
 import math
 import random
 from collections.abc import Mapping
@@ -10,14 +9,8 @@ from typing import final
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank
+from demand.policies.unknown import known_of
 from demand.units import CostModel
-
-logger = logging.getLogger(__name__)
-
-UNSEEN = Distribution([0.0])
-"""What is assumed of an application never seen before: it has outlived every sample from the
-start, so by the doubling rule (`demand.atoms.beyond_samples`) it is expected to need as much again
-as it got, rounded down to a power of two: a rank by attained service, on the scale of seconds."""
 
 
 @final
@@ -29,8 +22,8 @@ class Ledger:
     Args:
         policy: ranks the jobs.
         distributions: what is known of the total demand, in seconds, by application name. A job
-            of another application is ranked by attained service (`UNSEEN`), and a warning names
-            that application once.
+            of another application is ranked by attained service, and a warning names it once
+            (`demand.policies.unknown`).
         seed: of the number each job draws (`Job.lottery`).
     """
 
@@ -74,14 +67,10 @@ class Ledger:
         for name, value in (("deadline_seconds", deadline_seconds), ("weight", weight)):
             if not value > 0.0:
                 raise DemandError(f"{name} of a job is {value}; expected a positive number")
-        if application not in self._distributions:
-            logger.warning(
-                "application %r was never seen before; it is ranked by attained service until "
-                "distributions has an entry for it",
-                application,
-            )
-            self._distributions[application] = UNSEEN
-            self._tables[application] = self.policy.table(UNSEEN)
+        if application not in self._tables:
+            known = known_of(application, self._distributions)
+            self._distributions[application] = known
+            self._tables[application] = self.policy.table(known)
         now = self._at(now)
         job = Job(
             self._opened,

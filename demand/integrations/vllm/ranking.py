@@ -1,0 +1,140 @@
+"""Requests of an engine, ranked by their applications; knows nothing of the engine."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from demand.errors import DemandError
+from demand.integrations.vllm.annotation import Annotation
+from demand.integrations.vllm.ledger import Ledger, TokenMeter
+from demand.policies.base import Job, Rank
+from demand.units import CostModel
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[Rank, int]
+"""Rank of a request's run, then its place in order of arrival; smaller goes first."""
+
+RunName = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Run:
+    job: Job
+    requests: set[str] = field(default_factory=set)  # ids of those in the engine
+    last: bool = False
+
+
+@dataclass(slots=True)
+class _Request:
+    name: RunName
+    run: _Run
+    meter: TokenMeter
+
+
+@final
+class Ranking:
+    """Which request goes first, by the service that its run has attained.
+
+    Args:
+        ledger: opens and ranks the jobs.
+        cost: seconds of service that a token stands for.
+        idle_runs: how many runs are remembered that have no request in the engine and were not
+            declared over; beyond it the one idle for longest is forgotten.
+    """
+
+    def __init__(self, ledger: Ledger, cost: CostModel, idle_runs: int) -> None:
+        self._ledger = ledger
+        self._cost = cost
+        self._idle_runs = idle_runs
+        self._runs: dict[RunName, _Run] = {}
+        self._idle: dict[RunName, _Run] = {}  # a subset, idle for longest first
+        self._running: dict[RunName, _Run] = {}
+        self._requests: dict[str, _Request] = {}
+
+    def add(self, request: str, fields: Mapping[str, Any], now: float) -> Key:
+        """Take in a request by its unique id; returns its key.
+
+        What is wrong with its annotation is logged, and the request is treated as unannotated: an
+        engine has others to serve, and no way to refuse one here. Without `demand_seconds` an
+        oracle ranks it last.
+        """
+        try:
+            annotation = Annotation.of(fields)
+            name, run = self._run_of(request, annotation, now)
+        except DemandError as error:
+            logger.warning("request %s is served as unannotated: %s", request, error)
+            annotation = Annotation()
+            name, run = self._run_of(request, annotation, now)
+        if not run.requests:
+            run.job.requested = now
+        run.requests.add(request)
+        run.last = run.last or annotation.last or not annotation.run
+        self._idle.pop(name, None)
+        self._requests[request] = _Request(name, run, TokenMeter(self._cost))
+        return self.key(request, now)
+
+    def key(self, request: str, now: float) -> Key:
+        """What the engine sorts `request` by now."""
+        job = self._requests[request].run.job
+        return self._ledger.rank(job, now), job.index
+
+    def serve(self, progress: Iterable[tuple[str, int, int]], now: float) -> set[str]:
+        """Count the service of requests that run.
+
+        Args:
+            progress: id, input tokens read and output tokens generated of each.
+            now: second on the engine's clock.
+
+        Returns:
+            Ids of the requests whose keys may have changed: all of the runs that are served or
+            were until now, or all there are if serving one run can change the rank of others.
+        """
+        served: dict[RunName, _Run] = {}
+        for request, input_tokens, output_tokens in progress:
+            entry = self._requests[request]
+            self._ledger.start(entry.run.job)
+            gained = entry.meter.gained(input_tokens, output_tokens)
+            self._ledger.serve(entry.run.job, gained, now)
+            served[entry.name] = entry.run
+        stopped = {name: run for name, run in self._running.items() if name not in served}
+        for run in stopped.values():
+            self._ledger.stop(run.job)
+        self._running = served
+        if self._ledger.policy.reranks:
+            return set(self._requests)
+        changed = [*served.values(), *stopped.values()]
+        return {request for run in changed for request in run.requests}
+
+    def finish(self, request: str, input_tokens: int, output_tokens: int, now: float) -> None:
+        """`request` has left the engine, with this many tokens read and generated."""
+        entry = self._requests.pop(request)
+        run = entry.run
+        self._ledger.serve(run.job, entry.meter.gained(input_tokens, output_tokens), now)
+        run.requests.remove(request)
+        if run.requests:
+            return
+        if run.last:
+            self._close(entry.name, now)
+            return
+        self._ledger.stop(run.job)
+        self._idle[entry.name] = run
+        if len(self._idle) > self._idle_runs:
+            forgotten = next(iter(self._idle))
+            del self._idle[forgotten]
+            self._close(forgotten, now)
+
+    def _close(self, name: RunName, now: float) -> None:
+        self._ledger.close(self._runs.pop(name).job, now)
+
+    def _run_of(self, request: str, annotation: Annotation, now: float) -> tuple[RunName, _Run]:
+        # No application is named "", so a request that is a run of its own shares no name.
+        name = (annotation.application, annotation.run) if annotation.run else ("", request)
+        run = self._runs.get(name)
+        if run is None:
+            known = {"demand_seconds": math.inf, **annotation.known}
+            run = _Run(self._ledger.open(annotation.application, now, **known))
+            self._runs[name] = run
+        return name, run

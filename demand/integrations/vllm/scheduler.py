@@ -1,0 +1,166 @@
+"""The one file that knows vLLM's scheduler, whose interface is not public (0.32.0 was read)."""
+
+import heapq
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.integrations.vllm.displacement import displaced
+from demand.integrations.vllm.ledger import Ledger
+from demand.integrations.vllm.ranking import Ranking
+from demand.policies.base import Policy
+from demand.units import CostModel
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+else:
+    AsyncScheduler = object
+
+_VERIFIED_VERSIONS = ("0.32.0",)
+
+
+def make_scheduler(
+    policy: Policy,
+    distributions: Mapping[str, Distribution],
+    *,
+    cost: CostModel | None = None,
+    idle_runs: int = 10_000,
+    seed: int = 0,
+) -> type[Any]:
+    """A scheduler class for vLLM that serves by `policy`; start vLLM with priority scheduling.
+
+    vLLM makes the instance, with arguments of its own, so what the policy needs has to be part of
+    the class. In one process hand the class over, `LLM(..., scheduler_cls=make_scheduler(...),
+    scheduling_policy="priority")`. An engine in a process of its own, `vllm serve` above all,
+    imports the class by name: assign it in a module, `Scheduler = make_scheduler(...)`, and pass
+    `--scheduler-cls that_module.Scheduler --scheduling-policy priority`.
+
+    Requests say what they belong to by `annotation`. Every step the runs being served are ranked
+    anew by the service they attained, and so are their waiting requests; where all places are
+    taken, a waiting request of strictly smaller rank displaces the running one of largest rank,
+    which starts over from its prompt later (what it generated is kept, its KV is recomputed). When
+    KV blocks run out, vLLM's own rule applies: the running request of largest rank gives way.
+
+    Args:
+        policy: ranks the runs.
+        distributions: total demand in seconds by application name; see `Ledger` for other names.
+        cost: seconds of service that a token stands for.
+        idle_runs: how many runs without a request in the engine are remembered.
+        seed: of the policy's lottery.
+
+    Raises:
+        DemandError: vLLM is missing, or of a version other than those this was verified on.
+    """
+    try:
+        import vllm
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    except ImportError as error:
+        raise DemandError(
+            f"a scheduler inside vLLM needs vllm=={_VERIFIED_VERSIONS[-1]} in this environment"
+        ) from error
+    if vllm.__version__.split("+")[0] not in _VERIFIED_VERSIONS:
+        raise DemandError(
+            f"vLLM is {vllm.__version__}, and its scheduler interface changes between releases; "
+            f"this adapter was verified on {', '.join(_VERIFIED_VERSIONS)}: install that, or put "
+            "AdmissionController in front of the server, which works with any version"
+        )
+
+    def ranking() -> Ranking:
+        ledger = Ledger(policy, distributions, seed)
+        return Ranking(ledger, CostModel() if cost is None else cost, idle_runs)
+
+    ranking()  # what is wrong with the policy or the distributions is said here
+    body = {
+        "__doc__": f"Serves by {policy!r}.",
+        "__module__": __name__,
+        "make_ranking": staticmethod(ranking),
+    }
+    return type("DemandScheduler", (RankedScheduling, AsyncScheduler), body)
+
+
+class RankedScheduling(AsyncScheduler):
+    """What `make_scheduler` puts before vLLM's AsyncScheduler, which also schedules synchronously.
+
+    `Request.priority` becomes the key of `Ranking`: vLLM only ever compares it.
+
+    Attributes:
+        displacements: running requests that gave their place to a better one.
+    """
+
+    make_ranking: ClassVar[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        configured = self.scheduler_config.policy
+        if configured != "priority":
+            raise DemandError(
+                f"vLLM schedules by {configured!r}; start it with scheduling_policy='priority' "
+                "(--scheduling-policy priority), whose queue is sorted by the ranks"
+            )
+        self._ranking: Ranking = self.make_ranking()
+        self.displacements = 0
+
+    def add_request(self, request: Any) -> None:
+        """Rank a request before it enters the queue."""
+        if request.request_id not in self.requests:  # else it continues a streaming session
+            parameters = request.sampling_params
+            fields = (parameters and parameters.extra_args) or {}
+            request.priority = self._ranking.add(request.request_id, fields, time.monotonic())
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Rank anew, displace, then let vLLM fill the step."""
+        self._rank_anew(time.monotonic())
+        self._displace()
+        return super().schedule(*args, **kwargs)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        """Every request leaves through here, finished or aborted."""
+        self._ranking.finish(*_progress(request), time.monotonic())
+        return super()._free_request(request, *args, **kwargs)
+
+    def _rank_anew(self, now: float) -> None:
+        changed = self._ranking.serve(map(_progress, self.running), now)
+        for request_id in changed:
+            self.requests[request_id].priority = self._ranking.key(request_id, now)
+        if len(changed) > len(self.running):  # else none of them waits
+            for queue in (self.waiting, self.kv_holding_waiting):
+                heapq.heapify(queue._heap)  # noqa: SLF001
+
+    def _displace(self) -> None:
+        """Preempt running requests for better ones that wait and could run at once."""
+        if self.pause_state.name != "UNPAUSED" or not self.waiting or not self.running:
+            return
+        if not self.waiting.peek_request().priority < max(r.priority for r in self.running):
+            return
+        could_run = filter(self._could_run, self.waiting._heap)  # noqa: SLF001
+        best = heapq.nsmallest(self.max_num_active_reqs, (r.priority for r in could_run))
+        slots = self.max_num_active_reqs - self.num_waiting_for_streaming_input
+        running = list(self.running)
+        for position in displaced([r.priority for r in running], best, slots):
+            victim = running[position]
+            if self._request_blocks_can_be_freed(victim):
+                self.running.remove(victim)
+                self._preempt_request(
+                    victim, time.monotonic(), drop_stale_output=self.requires_kv_delivery
+                )
+                self.displacements += 1
+
+    def _could_run(self, request: Any) -> bool:
+        """Whether `request` takes a place that becomes free, for sure.
+
+        Not if it waits for something else, has output of before its own preemption under way, or
+        needs a LoRA adapter, of which a step holds only so many: its place might go to the very
+        request that was displaced for it, step after step.
+        """
+        stale = request.num_stale_output_tokens and not request.drop_stale_output
+        blocked = self._is_blocked_waiting_status(request.status)
+        return not (blocked or stale or request.lora_request is not None)
+
+
+def _progress(request: Any) -> tuple[str, int, int]:
+    """Id, prompt tokens read and tokens generated; recomputation after preemption starts at 0."""
+    read = min(request.num_computed_tokens, request.num_prompt_tokens)
+    return request.request_id, read, request.num_output_tokens

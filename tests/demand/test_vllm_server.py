@@ -1,0 +1,86 @@
+"""Where calls go: URLs, keys, redirects, and what has to be installed."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from demand import FCFS, DemandError, Distribution
+from demand.integrations.vllm import AdmissionController, CallError, Server
+from tests.demand.openai_server import Answer, FakeServer
+
+KNOWN = {"short": Distribution([2.0])}
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://example.org/v1", "begins with 'ftp'"),
+        ("127.0.0.1:8000", "expected something like"),
+        ("http:///v1", "names host None"),
+        ("https://me:secret@example.org/v1", "carries a user"),
+        ("https://example.org/v1?key=secret", "a query"),
+    ],
+)
+def test_only_plain_http_urls_are_taken(url: str, said: str) -> None:
+    with pytest.raises(DemandError, match=said) as refused:
+        Server(url)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(DemandError, match="silence_seconds is 0"):
+        Server("http://127.0.0.1", silence_seconds=0)
+
+
+def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    key = "sk-very-secret"
+
+    async def refused() -> str:
+        def repeat_key(request: Any) -> Answer:
+            assert request.headers["authorization"] == f"Bearer {key}"
+            return Answer(status=401, error_body=f"bad key {key}")
+
+        async with FakeServer(repeat_key) as fake:
+            server = Server(fake.url, api_key=key)
+            async with AdmissionController(server, FCFS(), KNOWN, in_flight=1) as controller:
+                call = await controller.start("short").submit("completions", body("a"))
+                with pytest.raises(CallError) as error:
+                    await call.text()
+                return repr(server) + repr(error.value) + repr(error.value.__cause__)
+
+    with caplog.at_level(logging.DEBUG):
+        shown = asyncio.run(refused())
+    assert "bad key ***" in shown
+    assert key not in shown + caplog.text
+
+
+def test_certificates_are_verified_and_redirects_are_not_followed() -> None:
+    async def redirected() -> None:
+        async with FakeServer() as other:
+            location = (("Location", other.url + "/completions"),)
+            async with (
+                FakeServer(lambda r: Answer(status=307, headers=location)) as server,
+                AdmissionController(Server(server.url), FCFS(), KNOWN, in_flight=1) as controller,
+            ):
+                call = await controller.start("short").submit("completions", body("a"))
+                with pytest.raises(CallError, match="307, a redirect, which is not followed"):
+                    await call.text()
+            assert not other.received
+
+    asyncio.run(redirected())
+
+
+def test_without_httpx2_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(DemandError, match=r"picache\[integrations\]"):
+        AdmissionController(Server("http://127.0.0.1"), FCFS(), {}, in_flight=1)
+
+
+def test_importing_loads_neither_httpx2_nor_vllm_nor_torch() -> None:
+    code = (
+        "import sys, demand.integrations.vllm; "
+        "print(sorted({'httpx2', 'vllm', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
