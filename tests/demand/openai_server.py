@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ def tokens_of(request: Received) -> tuple[str, ...]:
 @dataclass
 class FakeServer:
     answer: Callable[[Received], Answer] = echo
+    certificate: ssl.SSLContext | None = None
     received: list[Received] = field(default_factory=list)
     active: int = 0
     most_active: int = 0
@@ -59,7 +61,7 @@ class FakeServer:
     tokens_sent: int = 0
 
     async def __aenter__(self) -> "FakeServer":
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.certificate)
         port = self._server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
         return self

@@ -2,17 +2,21 @@
 
 import asyncio
 import logging
+import shutil
+import ssl
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from demand import FCFS, DemandError, Distribution
-from demand.integrations.vllm import AdmissionController, CallError, Server
+from demand.integrations.vllm import AdmissionController, CallError, Retry, Server
 from tests.demand.openai_server import Answer, FakeServer
 
 KNOWN = {"short": Distribution([2.0])}
+BODY = {"prompt": "a", "max_tokens": 3}
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> No
         async with FakeServer(repeat_key) as fake:
             server = Server(fake.url, api_key=key)
             async with AdmissionController(server, FCFS(), KNOWN, in_flight=1) as controller:
-                call = await controller.start("short").submit("completions", body("a"))
+                call = await controller.start("short").submit("completions", BODY)
                 with pytest.raises(CallError) as error:
                     await call.text()
                 return repr(server) + repr(error.value) + repr(error.value.__cause__)
@@ -55,7 +59,7 @@ def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> No
     assert key not in shown + caplog.text
 
 
-def test_certificates_are_verified_and_redirects_are_not_followed() -> None:
+def test_redirects_are_not_followed() -> None:
     async def redirected() -> None:
         async with FakeServer() as other:
             location = (("Location", other.url + "/completions"),)
@@ -63,12 +67,37 @@ def test_certificates_are_verified_and_redirects_are_not_followed() -> None:
                 FakeServer(lambda r: Answer(status=307, headers=location)) as server,
                 AdmissionController(Server(server.url), FCFS(), KNOWN, in_flight=1) as controller,
             ):
-                call = await controller.start("short").submit("completions", body("a"))
+                call = await controller.start("short").submit("completions", BODY)
                 with pytest.raises(CallError, match="307, a redirect, which is not followed"):
                     await call.text()
             assert not other.received
 
     asyncio.run(redirected())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_no_authority_signed_is_refused(tmp_path: Path) -> None:
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    subject = "-subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+    files = f"-keyout {tmp_path}/key.pem -out {tmp_path}/cert.pem"
+    command = ["openssl", *f"{made} {subject} {files}".split()]
+    subprocess.run(command, check=True, capture_output=True)
+    certificate = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    async def refused() -> None:
+        async with FakeServer(certificate=certificate) as fake:
+            server = Server(fake.url.replace("http:", "https:"))
+            retry = Retry(attempts=1)
+            async with AdmissionController(
+                server, FCFS(), KNOWN, in_flight=1, retry=retry
+            ) as controller:
+                call = await controller.start("short").submit("completions", BODY)
+                with pytest.raises(CallError, match=r"(?i)certificate"):
+                    await call.text()
+            assert not fake.received
+
+    asyncio.run(refused())
 
 
 def test_without_httpx2_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
