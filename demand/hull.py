@@ -72,4 +72,4 @@ def tangent_walks(tails: Tails) -> Ints:
             step(k)
             slope = (area - excess[k]) / (alive - survival[k])
         after[i], edge[i] = k, slope
-    return np.array(walks, dtype=np.int64)
+    return np.fromiter(walks, dtype=np.int64, count=len(walks))

@@ -28,7 +28,7 @@ class Jumps:
         level[: ages.size] = ranks
         maxima = [level]
         while level.size > 1:
-            level = level.reshape(-1, 2).max(axis=1)
+            level = np.maximum(level[::2], level[1::2])
             maxima.append(level)
         # Node 1 is the root, 2 k and 2 k + 1 are the children of k.
         self._maxima = np.concatenate([[math.inf], *maxima[::-1]]).tolist()

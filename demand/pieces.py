@@ -47,7 +47,7 @@ class Pieces:
     def jumps(self) -> tuple[Floats, Floats]:
         """Ages after 0 at which the function rises, by more than rounding, and its values there."""
         starts = self._ends[:-1]
-        values = self(starts)
+        values = self._end_values[1:] + self._rates[1:] * (self._ends[1:] - starts)
         rises = values > self._end_values[:-1] * (1.0 + 1e-12)
         return starts[rises], values[rises]
 
@@ -78,10 +78,10 @@ def gittins_pieces(tails: Tails) -> Pieces:
     passed = touched[later - 1]
     edges = tails.slopes(passed, touched[later])
     up = excess[passed] + edges * (alive[later] - survival[passed]) - excess[i[later] + 1]
-    ends[later] = np.clip(ends[later] - up / alive[later], ages[i[later]], ends[later])
+    ends[later] = np.maximum(ends[later] - up / alive[later], ages[i[later]])
     end_ranks[later] = edges
     # Walks run to ever smaller ages, and so does each walk. Pieces without length are dropped.
-    ends = np.minimum.accumulate(ends)
+    ends = np.minimum.accumulate(ends)  # against rounding
     starts = np.append(ends, 0.0)[1:]
     kept = np.flatnonzero(starts < ends)[::-1]
     return Pieces(ends[kept], end_ranks[kept], (alive / (alive - survival[touched]))[kept])

@@ -9,9 +9,9 @@ from demand import DemandError, Distribution, RankTable
 from demand.costed import CostedRanks
 from demand.hull import Tails
 from demand.pieces import gittins_pieces
-from demand.reranking import rank_many
 from demand.rank_table import _BUILDERS
 from demand.rank_variants import BUCKETS, RANKS, bucket_entries
+from demand.reranking import rank_many
 from tests.demand.strategies import (
     aged,
     distributions,

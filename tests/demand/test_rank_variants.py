@@ -32,14 +32,14 @@ def test_bucketed_ranks_are_their_definition(rank, case):
     d, age = case
     if age < d.values[-1]:
         slow = slow_buckets(d, age, artifact=rank == "hermes_artifact")
-        assert d.gittins(age, rank=rank) == pytest.approx(slow, rel=1e-9)
+        assert d.gittins(age, rank=rank) == pytest.approx(slow, rel=1e-9, abs=1e-9)
 
 
 @given(aged())
 def test_bucketed_lies_between_the_exact_rank_and_the_mean(case):
     d, age = case
-    assert d.gittins(age) * (1 - 1e-12) <= d.gittins(age, rank="bucketed")
-    assert d.gittins(age, rank="bucketed") <= d.mean(age) * (1 + 1e-12)
+    slack = 1e-12 * (d.values[-1] + age)
+    assert d.gittins(age) - slack <= d.gittins(age, rank="bucketed") <= d.mean(age) + slack
 
 
 @given(aged(), costs())
