@@ -1,0 +1,31 @@
+"""The policies of `demand` in the continuous batching of transformers, 5.20 up to below 6.
+
+`continuous_batching` is all that most need. With a manager of one's own: make a `JobTable`, start
+the manager inside `install`, ask `check_installed`, and wrap it in a `Batching`, or announce each
+request to the table by hand. Nothing is registered by the import.
+"""
+
+import transformers
+from transformers.generation import continuous_batching as _engine
+
+from demand.integrations.transformers.compat import check_features, check_version
+
+check_version(transformers.__version__)
+check_features(_engine)
+
+from demand.integrations.transformers.batching import (  # noqa: E402  # only on what was checked
+    Batching,
+    continuous_batching,
+)
+from demand.integrations.transformers.install import check_installed, install  # noqa: E402
+from demand.integrations.transformers.jobs import JobTable  # noqa: E402
+from demand.integrations.transformers.scheduler import RankScheduler  # noqa: E402
+
+__all__ = [
+    "Batching",
+    "JobTable",
+    "RankScheduler",
+    "check_installed",
+    "continuous_batching",
+    "install",
+]

@@ -1,0 +1,301 @@
+"""Continuous batching of a model under a policy: start, submit, read, stop."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from queue import Full
+from threading import Lock
+from typing import final
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from demand.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph import PDGraph
+from demand.integrations.transformers.install import check_installed, install
+from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
+from demand.policies.base import Job, Policy
+from demand.units import CostModel
+
+
+@contextmanager
+def continuous_batching(
+    model: GenerationMixin,
+    policy: Policy,
+    *,
+    distributions: Mapping[str, Distribution] | None = None,
+    graphs: Mapping[str, PDGraph] | None = None,
+    cost: CostModel | None = None,
+    config: ContinuousBatchingConfig | None = None,
+    generation_config: GenerationConfig | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    seed: int = 0,
+) -> Iterator["Batching"]:
+    """Serve requests to `model` in the order of `policy` while the context is open.
+
+    Leaving it waits for the requests that are still there, or fails them if it is left by an
+    error; then the model, its generation config and transformers are as before.
+
+    Args:
+        model: a causal language model that transformers can batch continuously; on a CPU its
+            attention must be "sdpa" or "paged|eager".
+        policy: ranks the applications.
+        distributions: of their total demand in seconds, by name.
+        graphs: of the applications whose distribution is to be `graph.remaining()`.
+        cost: seconds of tokens; `None` takes that of the graphs, or the default without graphs.
+        config: of the engine; `max_requests_per_batch` is the width. Its `scheduler_type` is
+            replaced.
+        generation_config: `None` takes the model's.
+        clock: gives seconds.
+        seed: of the numbers that jobs draw and of the graphs' walks.
+
+    Raises:
+        DemandError: what `JobTable` and `check_installed` refuse.
+    """
+    jobs = JobTable(policy, distributions, graphs, cost, clock, seed)
+    generation_config = deepcopy(generation_config or model.generation_config)
+    with install(jobs, f"demand-{id(jobs):x}") as name:
+        config = replace(config or ContinuousBatchingConfig(), scheduler_type=name)
+        manager = model.init_continuous_batching(generation_config, config)
+        try:
+            if not manager.warmed_up:
+                manager.warmup()
+            manager.start()
+            check_installed(manager, jobs)
+            yield Batching(manager, jobs)
+        except BaseException:
+            manager.stop(hard_stop=True)
+            raise
+        else:
+            manager.stop()
+        finally:
+            manager.destroy()
+
+
+@final
+class Batching:
+    """Submits requests of jobs to a manager of transformers, and reads what it generates.
+
+    Safe to use from several threads.
+
+    Args:
+        manager: started, and checked by `check_installed`. Only this object may read its results.
+        jobs: the table that its scheduler ranks by.
+
+    Attributes:
+        manager: as given.
+        jobs: as given; `jobs.open`, `close`, `learn` and `serve` are for jobs of many requests.
+    """
+
+    def __init__(self, manager: ContinuousBatchingManager, jobs: JobTable) -> None:
+        self.manager = manager
+        self.jobs = jobs
+        self._lock = Lock()  # of what follows
+        self._reading = Lock()  # of the manager's results
+        self._outputs: dict[str, deque[GenerationOutput]] = {}  # of requests not read to their end
+        self._submitted = 0
+
+    def submit(
+        self,
+        input_ids: Sequence[int] | Tensor,
+        application: str,
+        *,
+        max_new_tokens: int,
+        streaming: bool = False,
+        deadline_seconds: float = math.inf,
+        tenant: str | None = None,
+        weight: float = 1.0,
+        priority: int = 0,
+        demand_seconds: float = math.nan,
+    ) -> str:
+        """Submit an application that makes one request; give the id of the request.
+
+        Args:
+            input_ids: token ids of the prompt, a list or `[tokens]`.
+            application: its name.
+            max_new_tokens: tokens after which it ends, if no end-of-sequence token comes first.
+            streaming: whether `stream` is to give its tokens as they are generated.
+            deadline_seconds: this and the rest as for `JobTable.open`.
+            tenant: see there.
+            weight: see there.
+            priority: see there.
+            demand_seconds: see there.
+
+        Raises:
+            DemandError: a prompt that is no list of tokens of the model, tokens that cannot fit
+                into the KV cache, a full queue or an engine that has stopped, and what
+                `JobTable.open` refuses.
+        """
+        tokens = self._check(input_ids, max_new_tokens)
+        job = self.jobs.open(
+            application,
+            deadline_seconds=deadline_seconds,
+            tenant=tenant,
+            weight=weight,
+            priority=priority,
+            demand_seconds=demand_seconds,
+        )
+        try:
+            return self._submit(job, tokens, max_new_tokens, streaming)
+        finally:
+            self.jobs.close(job)
+
+    def request(
+        self,
+        job: Job,
+        input_ids: Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int,
+        streaming: bool = False,
+    ) -> str:
+        """Submit a request of an open job; give the id of the request.
+
+        Raises:
+            DemandError: as `submit`, or a job that is closed.
+        """
+        return self._submit(job, self._check(input_ids, max_new_tokens), max_new_tokens, streaming)
+
+    def result(self, request_id: str, timeout_seconds: float = math.inf) -> GenerationOutput:
+        """Wait for a request to end and take its output, of which `generated_tokens` is the text.
+
+        Sequences that transformers forked off it (`num_return_sequences`) are had by their own
+        ids, `{request_id}__child#0` and on.
+
+        Raises:
+            DemandError: the request failed, or is unknown, cancelled or taken already.
+            TimeoutError: it has not ended in time.
+        """
+        give_up = time.monotonic() + timeout_seconds
+        while not (output := self._next(request_id, give_up)).is_finished():
+            pass
+        return output
+
+    def stream(self, request_id: str, timeout_seconds: float = math.inf) -> Iterator[int]:
+        """The tokens of a request submitted with `streaming=True`, as they are generated.
+
+        Raises:
+            DemandError: as `result`.
+            TimeoutError: it has not ended in time.
+        """
+        give_up = time.monotonic() + timeout_seconds
+        given, finished = 0, False
+        while not finished:
+            output = self._next(request_id, give_up)
+            yield from output.generated_tokens[given:]
+            given, finished = len(output.generated_tokens), output.is_finished()
+
+    def cancel(self, request_id: str) -> None:
+        """Give up a request, and whatever was forked off it. Its KV is freed before the next step.
+
+        Raises:
+            DemandError: the request is unknown, cancelled or taken already.
+        """
+        with self._lock:
+            self._check_open(request_id)
+            for one in [one for one in self._outputs if base_id(one) == base_id(request_id)]:
+                del self._outputs[one]
+                self.manager.cancel_request(one)
+
+    def _check(self, input_ids: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
+        tokens = torch.as_tensor(input_ids)
+        if tokens.dim() != 1 or not tokens.numel() or tokens.is_floating_point():
+            raise DemandError(
+                f"input_ids has shape {tuple(tokens.shape)} and type {tokens.dtype}; expected "
+                "[tokens] whole numbers, at least one: submit the rows of a batch one by one"
+            )
+        vocabulary = self.manager.model.config.get_text_config().vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise DemandError(
+                f"input_ids go from {tokens.min()} to {tokens.max()}; the model knows the tokens "
+                f"from 0 to {vocabulary - 1}, and another would stop the engine for everyone"
+            )
+        if max_new_tokens < 1:
+            raise DemandError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        config = self.manager.continuous_batching_config
+        assert config.num_blocks is not None  # the manager is up
+        room = config.num_blocks * config.page_size
+        if len(tokens) + max_new_tokens - 1 > room:  # the last token never has KV
+            raise DemandError(
+                f"{len(tokens)} tokens and {max_new_tokens} new ones do not fit into the KV cache "
+                f"of {room} tokens, and would stop the engine for everyone; ask for fewer, or give "
+                "the engine more num_blocks"
+            )
+        return tokens.tolist()
+
+    def _submit(self, job: Job, tokens: list[int], max_new_tokens: int, streaming: bool) -> str:
+        with self._lock:
+            request_id = f"{job.application}/{job.index}/{self._submitted}"
+            self._submitted += 1
+            self.jobs.announce(job, request_id)
+            forked = range(self.manager.num_return_sequences - 1)
+            ids = [request_id, *(f"{request_id}{CHILD}{number}" for number in forked)]
+            self._outputs |= {one: deque() for one in ids}
+        try:
+            taken = self.manager.add_request(
+                tokens, request_id, max_new_tokens=max_new_tokens, streaming=streaming
+            )
+            if taken is None:
+                cause = self.manager.background_thread_status.fatal_error
+                raise DemandError(
+                    f"the engine takes no more requests, it has stopped ({cause}); start another"
+                ) from cause
+        except (Full, DemandError) as error:
+            with self._lock:
+                for one in ids:
+                    self._outputs.pop(one, None)
+            self.jobs.ended(request_id)
+            if isinstance(error, Full):
+                raise DemandError(
+                    f"the queue of the engine is full at {self.manager.input_queue.maxsize} "
+                    "requests; submit again later, or raise max_queue_size"
+                ) from error
+            raise
+        return request_id
+
+    def _check_open(self, request_id: str) -> None:
+        if request_id not in self._outputs:
+            raise DemandError(
+                f"request {request_id!r} is not waited for: it is unknown, was cancelled, or its "
+                "result was taken; use the id that submit gave, once"
+            )
+
+    def _next(self, request_id: str, give_up: float) -> GenerationOutput:
+        """The next output of a request; outputs of others are put by for whoever asks for them."""
+        while True:
+            running = self.manager.is_running()
+            with self._reading:
+                if (output := self._put_by(request_id)) is not None:
+                    break
+                if (read := self.manager.get_result(timeout=0.02)) is not None:
+                    self._put_away(read)
+            if read is None and not running:
+                raise DemandError(f"the engine stopped before request {request_id!r} ended")
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"request {request_id!r} has not ended in time")
+        if output.error is not None:
+            self.jobs.ended(base_id(request_id))
+            raise DemandError(f"request {request_id!r} failed in the engine: {output.error}")
+        return output
+
+    def _put_away(self, output: GenerationOutput) -> None:
+        with self._lock:
+            if output.request_id in self._outputs:
+                self._outputs[output.request_id].append(output)
+
+    def _put_by(self, request_id: str) -> GenerationOutput | None:
+        with self._lock:
+            self._check_open(request_id)
+            if not self._outputs[request_id]:
+                return None
+            output = self._outputs[request_id].popleft()
+            if output.is_finished():
+                del self._outputs[request_id]
+            return output

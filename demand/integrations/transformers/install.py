@@ -1,0 +1,67 @@
+"""Attach the scheduler to transformers, make sure that it is there, detach it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+
+from demand.errors import DemandError
+from demand.integrations.transformers.jobs import JobTable
+from demand.integrations.transformers.scheduler import RankScheduler
+
+
+@contextmanager
+def install(jobs: JobTable, name: str = "demand") -> Iterator[str]:
+    """Make `scheduler_type=name` mean: in the order of `jobs`, while the context is open.
+
+    A manager looks its scheduler up as it starts, and only warns where it finds none: start it
+    inside, and ask `check_installed` after.
+
+    Raises:
+        DemandError: the name is taken.
+    """
+    if name in SCHEDULER_MAPPING:
+        raise DemandError(
+            f"a scheduler named {name!r} is installed already; choose another name, or leave the "
+            "context that installed it first"
+        )
+    SCHEDULER_MAPPING[name] = partial(RankScheduler, jobs=jobs)  # type: ignore[assignment]
+    try:
+        yield name
+    finally:
+        del SCHEDULER_MAPPING[name]
+
+
+def check_installed(
+    manager: ContinuousBatchingManager, jobs: JobTable, timeout_seconds: float = 60.0
+) -> RankScheduler:
+    """The scheduler of a started manager, which serves in the order of `jobs`.
+
+    Raises:
+        DemandError: the manager was not started, did not come up in time, runs another
+            scheduler, or splits its model over processes, which would rank apart.
+    """
+    give_up = time.monotonic() + timeout_seconds
+    while manager.batch_processor is None and manager.is_running():
+        if time.monotonic() > give_up:
+            raise DemandError(f"the manager is not up after {timeout_seconds} s; allow it more")
+        time.sleep(0.001)
+    if manager.batch_processor is None:
+        cause = manager.background_thread_status.fatal_error
+        raise DemandError(f"the manager is not running ({cause}); start it first") from cause
+    scheduler = manager.batch_processor.scheduler
+    if not isinstance(scheduler, RankScheduler) or scheduler.jobs is not jobs:
+        raise DemandError(
+            f"the manager runs {type(scheduler).__name__}, not the order of {jobs!r}; start it "
+            "inside install(), with scheduler_type set to the name that gives, and after "
+            "model.destroy_cached_continuous_batching_manager() if one was kept"
+        )
+    if manager.distributed_helper.tp_size > 1:
+        raise DemandError(
+            f"the model is split over {manager.distributed_helper.tp_size} processes, each with a "
+            "scheduler and a clock of its own, whose batches would differ; use one process"
+        )
+    return scheduler

@@ -1,0 +1,201 @@
+"""Continuous batching in the order of a policy."""
+
+from typing import final
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    RequestState,
+    RequestStatus,
+)
+from transformers.generation.continuous_batching.scheduler import Scheduler
+
+from demand.integrations.transformers.jobs import JobTable, base_id
+
+Batch = tuple[list[FutureRequestState] | None, bool, int, int]
+"""What `schedule_batch` gives: the requests, whether all decode, query tokens, KV tokens read."""
+
+
+@final
+class RankScheduler(Scheduler):
+    """Fills each batch with the requests whose jobs rank best.
+
+    The rules, each step:
+
+    1. All requests are put in order: rank of their job, then order of arrival of the job, then
+       order of submission.
+    2. In that order they enter the batch until it has `max_requests_per_batch` of them, the token
+       budget is spent, or one lacks KV. Nobody after that one enters.
+    3. An active request left out keeps its KV and goes on later without computing anything again.
+    4. For a request that lacks KV, active requests after it in the order lose theirs, the last
+       one first, if that frees enough; they wait and are prefilled again (or copied back, with
+       `cpu_offload_space`). A waiting request needs room for its whole prompt. Blocks that are
+       only kept for sharing go before anybody's.
+
+    Departures from the scheduler interface of transformers: its `block_new_requests`, set when
+    somebody was evicted, is not obeyed, since rule 4 keeps the evicted out until they fit; and the
+    default safety margin is 0, since a margin ends the batch at the first prefill. transformers
+    never evicts its last active request: where that is all that could give room, it goes on.
+
+    With asynchronous batching the tokens generated are known one step late, and so is service.
+
+    Args:
+        cache: of the engine.
+        safety_margin: share of free KV below which only decoding requests and one prefill enter.
+        max_requests_per_batch: the width.
+        jobs: says whose the requests are, and ranks them.
+
+    Attributes:
+        steps: batches so far.
+        pauses: times an active request was left out of a batch after being in the one before.
+        evictions: times a request lost its KV.
+    """
+
+    def __init__(
+        self,
+        cache: PagedAttentionCache,
+        safety_margin: float | None,
+        max_requests_per_batch: int,
+        jobs: JobTable,
+    ) -> None:
+        self.jobs = jobs
+        self._prompt_tokens: dict[str, int] = {}  # of the requests in the engine
+        super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
+
+    def reset(self) -> None:
+        """Start anew; what an earlier session left is gone."""
+        super().reset()
+        self.steps = self.pauses = self.evictions = 0
+        self._in_batch: set[str] = set()
+        self._forget_the_gone()
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Take in a new request, or one that was evicted."""
+        if state.request_id in self.waiting_requests:
+            # The engine was offered it as the last to evict; it had no KV to lose.
+            self.waiting_requests[state.request_id] = state
+            return
+        if state.request_id in self._prompt_tokens:
+            self.evictions += 1
+        else:
+            self.jobs.entered(state.request_id)
+            self._prompt_tokens[state.request_id] = len(state.initial_tokens)
+        super().add_waiting_request(state)
+
+    def finish_request(self, request_id: str) -> None:
+        """Let go of a request that is over, or of its KV."""
+        if request_id in self.active_requests:
+            self._note_progress(self.active_requests[request_id])
+        super().finish_request(request_id)
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Let go of cancelled requests. The engine asks for it before every step."""
+        cancelled = super().clear_cancelled_requests()
+        self._forget_the_gone()
+        return cancelled
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> Batch:
+        """The next batch; `None` for its requests if somebody has to be evicted first."""
+        for request_id in self._in_batch & self.active_requests.keys():
+            self._note_progress(self.active_requests[request_id])
+        states = self.active_requests | self.waiting_requests
+        ranked = [states[request_id] for request_id in self.jobs.ranked(states)]
+        entering, denied = self._admit(ranked, token_budget)
+        removed: set[str] = set()
+        scheduled, failed, decode_fast_path, query_tokens, kv_tokens = self._process_candidates(
+            entering, token_budget, cache_budget, removed
+        )
+        self._cleanup_waiting_queue(removed)
+        in_batch = {future.state.request_id for future in scheduled}
+        lacking = {state.request_id: tokens for state, tokens in self.starved_requests} | denied
+        self.starved_requests = self._to_evict(ranked, lacking, in_batch)
+        if not scheduled and (failed or denied):
+            return None, decode_fast_path, 0, 0
+        self.steps += bool(scheduled)
+        self.pauses += len((self._in_batch - in_batch) & self.active_requests.keys())
+        self._in_batch = in_batch
+        self.jobs.runs(in_batch)
+        return scheduled, decode_fast_path, query_tokens, kv_tokens
+
+    def _admit(
+        self, ranked: list[RequestState], token_budget: int
+    ) -> tuple[list[RequestState], dict[str, int]]:
+        """Who enters by rules 2 and 4, and who lacks KV for how many tokens if eviction helps."""
+        entering: list[RequestState] = []
+        taken, free = 0, self.cache.compute_free_capacity(relative=False)
+        for place, state in enumerate(ranked):
+            if token_budget <= 0 or len(entering) == self.max_requests_per_batch:
+                return entering, {}
+            decoding = state.status == RequestStatus.DECODING
+            pending = len(state.tokens_to_process if decoding else state.remaining_prefill_tokens)
+            granted = min(pending, token_budget)
+            active = state.request_id in self.active_requests
+            tokens = granted if active else pending
+            taken += self._bytes_needed(state, tokens)
+            if taken > free and self.cache.evict_cached_blocks():
+                free = self.cache.compute_free_capacity(relative=False)
+            if taken > free:
+                if self._bytes_to_free(ranked[place + 1 :]) >= taken - free:
+                    return entering, {state.request_id: tokens}
+                if entering:
+                    return entering, {}
+                # Only the last active request could give room, and that one is never evicted.
+                return list(self.active_requests.values()) or [state], {}
+            entering.append(state)
+            token_budget -= granted
+        return entering, {}
+
+    def _bytes_needed(self, state: RequestState, tokens: int) -> int:
+        return sum(
+            allocator.needs_new_blocks(state.request_id, state.current_len(), tokens)
+            * allocator.bytes_per_block
+            for allocator in self.cache.cache_allocators.values()
+        )
+
+    def _bytes_to_free(self, later: list[RequestState]) -> int:
+        """KV that can be had from requests, of which the last active one is never evicted."""
+        holders = [state for state in later if state.request_id in self.active_requests]
+        if len(holders) == len(self.active_requests):
+            holders = holders[1:]
+        return sum(
+            len(allocator.block_table.get(state.request_id, ())) * allocator.bytes_per_block
+            for state in holders
+            for allocator in self.cache.cache_allocators.values()
+        )
+
+    def _to_evict(
+        self, ranked: list[RequestState], lacking: dict[str, int], in_batch: set[str]
+    ) -> list[tuple[RequestState, int]]:
+        """What the engine evicts from, the last first, until those that lack KV have it."""
+        offered: list[tuple[RequestState, int]] = []
+        for state in ranked:
+            if state.request_id in lacking:
+                offered.append((state, lacking[state.request_id]))
+            elif (
+                offered
+                and state.request_id in self.active_requests
+                and state.request_id not in in_batch
+            ):
+                offered.append((state, 0))
+        return offered
+
+    def _note_progress(self, state: RequestState) -> None:
+        base = base_id(state.request_id)
+        prompt = self._prompt_tokens.setdefault(state.request_id, self._prompt_tokens[base])
+        # A request that was evicted comes back with what it had generated as part of its prompt.
+        generated = len(state.initial_tokens) - prompt + len(state.generated_tokens)
+        self.jobs.progressed(state.request_id, min(state.position_offset, prompt), generated)
+
+    def _forget_the_gone(self) -> None:
+        here = {
+            base_id(request_id) for request_id in (*self.active_requests, *self.waiting_requests)
+        }
+        gone = {base_id(request_id) for request_id in self._prompt_tokens} - here
+        if gone:
+            self._prompt_tokens = {
+                request_id: tokens
+                for request_id, tokens in self._prompt_tokens.items()
+                if base_id(request_id) not in gone
+            }
+        for base in gone:
+            self.jobs.ended(base)
