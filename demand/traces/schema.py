@@ -211,3 +211,11 @@ class Request:
     category: str | None = None
     block_ids: tuple[int, ...] = field(default=(), repr=False)
     block_tokens: int = 0
+
+    def run(self) -> list[Execution]:
+        """The request as an application of one llm unit, `llm`; its whole prompt counts.
+
+        Raises:
+            DemandError: a request without tokens.
+        """
+        return [Execution(Unit("llm", "llm"), self.input_tokens, self.output_tokens)]

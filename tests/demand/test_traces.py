@@ -53,6 +53,12 @@ def test_the_demand_of_a_run_is_what_was_kept():
     assert PDGraph.fit([SESSION.run()]).branches("llm") == {"shell": 0.5, "end": 0.5}
 
 
+def test_a_request_is_a_run_of_one_call():
+    assert Request(0.0, 100, 7).run() == [Execution(LLM, 100, 7)]
+    with pytest.raises(DemandError, match="an llm without tokens"):
+        Request(0.0, 0, 0).run()
+
+
 def test_times_of_a_span():
     assert (SESSION.spans[0].start_seconds, SESSION.spans[0].end_seconds) == (1.0, 4.0)
     assert Span("llm", "llm", 2.0).end_seconds is None

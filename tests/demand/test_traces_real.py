@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demand import CostModel, PDGraph
+from demand import (
+    FCFS,
+    SERPT,
+    ClassMean,
+    CostModel,
+    Oracle,
+    PDGraph,
+    poisson_workload,
+    simulate,
+)
 from demand.traces import (
     read_agent_sessions,
     read_azure,
@@ -19,6 +28,7 @@ from demand.traces import (
     read_mooncake,
     read_tau_bench,
 )
+from demand.workloads import recorded_applications, with_arrivals
 
 BESIDE = Path(__file__).parents[2].parent / "shared" / "data"
 DATA = Path(os.environ.get("PICACHE_DATA", BESIDE))
@@ -89,3 +99,25 @@ def test_request_traces():
         requests = list(read_azure(published(f"azure_llm_2023/{name}.first60pct.csv")))
         assert len(requests) == count
         assert requests[-1].arrival_seconds == pytest.approx(last, abs=1e-5)
+
+
+def test_recorded_sessions_are_served():
+    """One class: its mean says nothing, what a session has had says a little, the truth a lot."""
+    runs = [s.run(leave_out=("human",)) for s in read_agent_sessions(published("agent_sessions"))]
+    applications = recorded_applications({"coding_agent": runs})
+    workloads = [poisson_workload(applications, 0.9, 1000, seed) for seed in range(3)]
+    mean = {
+        type(p): np.mean([simulate(w, p).mean for w in workloads])
+        for p in (FCFS(), ClassMean(), SERPT(), Oracle())
+    }
+    assert mean[ClassMean] == mean[FCFS]
+    assert mean[Oracle] < 0.5 * mean[SERPT] < 0.5 * mean[FCFS]
+
+
+def test_recorded_requests_arrive_in_bursts():
+    requests = list(read_mooncake(published("mooncake")))
+    chats = recorded_applications({"chat": [request.run() for request in requests]})
+    smooth = poisson_workload(chats, 0.7, 2000)
+    bursty = with_arrivals(smooth, [request.arrival_seconds for request in requests])
+    assert bursty.arrivals[-1] == pytest.approx(smooth.arrivals[-1])
+    assert simulate(bursty, FCFS()).mean > simulate(smooth, FCFS()).mean
