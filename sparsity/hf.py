@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from sparsity.cache import SparseCache
+from sparsity.cache import SparseCache, keep_attached
 from sparsity.errors import SparsityError
 from sparsity.hf_attach import ATTACHED, TOKENS, attach_model, decoder_of, remove
 from sparsity.hf_layers import (
@@ -18,10 +18,13 @@ from sparsity.hf_layers import (
     stock_layers,
     stock_tokens,
 )
+from sparsity.hf_rotation import find_moves
 from sparsity.hf_shards import first_head, kv_heads, tensor_rank
+from sparsity.policies import Full
 from sparsity.policy import Policy
 from sparsity.report import Report
 from sparsity.retention import Retention
+from sparsity.rotation import Move
 from sparsity.state import CacheState
 
 
@@ -35,9 +38,12 @@ class BoundSparseCache(SparseCache, Cache):
             )
         decoder = decoder_of(model)
         layers, rows = build_layers(decoder.config, policy, past)
+        moves = _moves(model, decoder) if policy.needs.moved else {}
         attach_model(model)
         Cache.__init__(self, layers=layers)
         managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
+        for retention in managed:
+            retention.move = moves.get(retention.layer)
         self._state = CacheState(policy, {x.layer: x for x in managed}, rows)
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
@@ -78,6 +84,13 @@ class BoundSparseCache(SparseCache, Cache):
             raise SparsityError(
                 "this SparseCache was made for another model; make one for this model with "
                 "SparseCache(model, policy)"
+            )
+        positions = arguments.get("position_ids")
+        if self.policy.needs.moved and positions is not None and positions.dim() > 2:
+            raise SparsityError(
+                f"position_ids are {tuple(positions.shape)}: where positions have several axes "
+                "(images, videos) there are none to count inside the cache; use "
+                "positions='absolute' with this model"
             )
         step, times = self._state.plan(arguments)
         if step.stop == self._dropped_at:
@@ -179,6 +192,12 @@ class BoundSparseCache(SparseCache, Cache):
         """Refused, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
+
+
+def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:
+    """How the keys of each layer are moved; the model stays as it is, attached or not."""
+    with keep_attached(model):
+        return find_moves(decoder, BoundSparseCache(model, Full()))
 
 
 def _dropped_at(config: Any) -> int | None:

@@ -24,6 +24,9 @@ class Needs:
         (`PageView.window`), that is only when something is evicted.
     sums: so many numbers are kept for each page (`PageView.sums`), zero when it is opened.
     group: how weights are reduced over the query heads that share a KV head.
+    moved: so many first tokens of a row, which are never evicted and lie in pages of one token, are
+        attended to where they stand inside the cache: as near to the rest as if what was dropped
+        behind them had never been there. All other positions are those of the text.
     """
 
     summaries: bool = False
@@ -32,6 +35,14 @@ class Needs:
     window: int = 0
     sums: int = 0
     group: Group = "mean"
+    moved: int = 0
+
+    def __post_init__(self) -> None:
+        if self.moved and (self.attention or self.window or self.summaries):
+            raise SparsityError(
+                f"{self}: attention weights and page summaries are those of keys at their place in "
+                "the text, and moved keys are attended to at another; a policy cannot need both"
+            )
 
 
 @dataclass(frozen=True)

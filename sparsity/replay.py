@@ -12,6 +12,7 @@ from sparsity.milestones import Kinds, Thresholds, classify
 from sparsity.policies import Full
 from sparsity.policy import Policy
 from sparsity.retention import Retention
+from sparsity.rotation import unmoved
 from sparsity.rows import Rows, plan
 from sparsity.trace import Trace, per_page
 
@@ -212,6 +213,7 @@ def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor
     place = trace.full_layers.index(layer), len(trace.full_layers)
     small = Full(policy.page_size) if dense else policy.at_layer(*place)
     retention, rows, first = Watched(small, layer), Rows(), 0
+    retention.move = unmoved  # what is kept does not depend on where it is said to stand
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)

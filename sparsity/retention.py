@@ -13,13 +13,15 @@ from sparsity.extend import extend, marked
 from sparsity.masks import LazyMask
 from sparsity.pages import PagePool
 from sparsity.policy import Policy
+from sparsity.rotation import Move
 from sparsity.rows import Step
 
 
 class Retention:
     """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
 
-    policy: decides what stays. layer: index in the model. first_head: see `PageView`.
+    policy: decides what stays. layer: index in the model. first_head: see `PageView`. move: takes
+    keys to other positions, for a policy that needs it.
     pool: the retained tokens; None before the first forward.
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
@@ -33,6 +35,7 @@ class Retention:
         self.policy = policy
         self.layer = layer
         self.first_head = 0
+        self.move: Move | None = None
         self.pool: PagePool | None = None
         self.past = past
         self.moved = False
@@ -119,6 +122,7 @@ class Retention:
         if chosen is None:
             tokens = pool.high * pool.size
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
+            keys = self._closed_up(keys, step.after, step.longest_after)
             slots = pool.slots[..., :tokens]
         else:
             keys, values = (
@@ -181,7 +185,8 @@ class Retention:
         if not causal:
             columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
             allowed = mask(columns, slots)
-        out = attend(query, key, value, allowed, scaling, causal, softcap, sinks)
+        keys = self._closed_up(key, step.before, step.longest_before)
+        out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         newest, weights = _newest(query.detach(), step), None
         if self.policy.needs.attention is not None:
@@ -195,6 +200,26 @@ class Retention:
         self.past, self.moved = None, True
         self.transient_bytes = key.nbytes + value.nbytes
         return out
+
+    def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
+        """The keys with their first `Needs.moved` tokens moved up to the rest of what is held.
+
+        What counts in attention is how far a key is from the query. A query and the newest tokens
+        are as far apart in the text as they are in the cache; the first tokens are further, by as
+        many tokens as were dropped.
+
+        keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on, where the first
+        tokens stay (pages are laid out oldest first, and a place is used again only once its page
+        is gone). seen: tokens so far of each row, `[batch]`; longest: upper bound of it.
+        """
+        pool, count = self.pool, self.policy.needs.moved
+        if not count or pool is None or longest <= (self.policy.budget or longest):
+            return keys
+        assert self.move is not None
+        dropped = seen[:, None] - (pool.slots >= 0).sum(-1)
+        rank = pool.start[..., :count].clamp(min=0).long()
+        moved = self.move(keys[:, :, :count], rank, rank + dropped[..., None])
+        return torch.cat([moved, keys[:, :, count:]], dim=2)
 
 
 def _newest(query: Tensor, step: Step) -> Tensor:

@@ -1,11 +1,12 @@
 """StreamingLLM: attention sinks and a rolling window."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from sparsity.knobs import Evicting
-from sparsity.policy import Group, PageView
+from sparsity.policy import Group, Needs, PageView, check_choice
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,23 @@ class StreamingLLM(Evicting):
 
     Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
     The kept set after token t is {0, ..., sinks - 1} and {t - (budget - sinks) + 1, ..., t}.
+    Positions are those inside the cache (section 3.2): of n tokens held the sinks stand at 0 to
+    sinks - 1, the newest token, which asks, at n - 1. However long the text, no position is beyond
+    the budget, so that a model may go on past the length it was trained for.
 
-    Departures from the paper: positions are absolute, each key keeps the rotation of its place in
-    the text, while the paper re-numbers positions inside the cache (equal until the text is longer
-    than the model was trained for). During the prompt every token attends to all before it; the
-    paper's models see a rolling window there too. Sinks are counted from the row's first real
-    token, so left padding changes nothing.
+    Departures from the paper: keys are cached with the rotation of their place in the text, and
+    only the sinks are turned, to where they are as far from the query as inside the cache;
+    attention with rotary positions depends on nothing else. During the prompt every token attends
+    to all before it, at its place in the text; the paper's models see a rolling window there too.
+    The gap is closed from the first eviction on: for later chunks of a prompt
+    (`prefill_chunk_size`) and later turns, which attend to what is held and to all that they
+    bring, and while decoding. Sinks are counted from the row's first real token, so left padding
+    changes nothing.
 
     budget: tokens kept, sinks included. sinks: first tokens kept (the paper's 4).
+    positions: "cache" (the paper) needs a model whose rotation `SparseCache` can prove, and looks
+        at five tokens of it to do so. "absolute" leaves every key at its place in the text, as all
+        other policies do, and works with any model.
     """
 
     sinks: int = 4
@@ -30,6 +40,16 @@ class StreamingLLM(Evicting):
     pin_prompt: bool = field(default=False, init=False)
     shared_heads: bool = field(default=False, init=False)
     group: Group = field(default="mean", init=False)
+    positions: Literal["cache", "absolute"] = "cache"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("StreamingLLM", "positions", self.positions, ("cache", "absolute"))
+
+    @property
+    def needs(self) -> Needs:
+        """Sinks moved up to the window."""
+        return Needs(moved=self.sinks if self.positions == "cache" else 0)
 
     def worth(self, pages: PageView) -> Tensor:
         """Age decides."""

@@ -48,6 +48,11 @@ class Then(Policy):
                 f"{self}: `prompt` decides at the end of prompts only, `decode` while decoding; "
                 "use SnapKV without evict_every, and one plain policy for `decode`"
             )
+        if decode.needs.moved:
+            raise SparsityError(
+                f"Then(decode={decode}): what `prompt` leaves has holes of its own, and positions "
+                "inside the cache would have to close those too; use positions='absolute'"
+            )
         for name in ("page_size", "dense_layers"):
             if getattr(prompt, name) != getattr(decode, name):
                 raise SparsityError(

@@ -15,7 +15,7 @@ def storages(cache):
     seen = {}
 
     def walk(thing, done):
-        if id(thing) in done:
+        if id(thing) in done or isinstance(thing, torch.nn.Module):  # a module is the model's
             return
         done.add(id(thing))
         if isinstance(thing, torch.Tensor):

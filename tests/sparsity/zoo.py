@@ -64,6 +64,7 @@ TIGHT = [
     VaSE(10, sinks=1, window=3, large=2, evict_every=2),
     Then(SnapKV(12, window=3, kernel=3, page_size=4), RaaS(20, page_size=4, alpha=0.15)),
     Then(PyramidKV(6, window=2, beta=4), H2O(12)),
+    StreamingLLM(8, positions="absolute"),
 ]
 
 # A quarter of a text of 256 tokens after a prompt of 32.
@@ -88,7 +89,7 @@ SMALL = [
     Random(6, pin_prompt=False, recent=2),
     Random(20, recent=0, seed=7),
     Random(6, pin_prompt=False, recent=2, evict_every=4),
-    StreamingLLM(6, sinks=2),
+    StreamingLLM(6, sinks=2, positions="absolute"),
     StreamingLLM(5, sinks=0, evict_every=3),
     Quest(8, page_size=4, dense_layers=0),
     Quest(6, page_size=2, dense_layers=0, group="mean"),
