@@ -32,9 +32,8 @@ class Agenda:
         """Second of the next action, infinity if there is none."""
         return self._actions[0][0] if self._actions else math.inf
 
-    def run_until(self, now: float) -> None:
-        """Let everything up to `now` happen, what it adds included."""
-        while self._actions and self._actions[0][0] <= now:
-            second, _, action = heappop(self._actions)
-            self.happened += 1
-            action(second)
+    def happen(self) -> None:
+        """Let the next action happen."""
+        second, _, action = heappop(self._actions)
+        self.happened += 1
+        action(second)

@@ -7,7 +7,6 @@ from demand.engine.model import Engine
 from demand.engine.order import RankOrder
 from demand.engine.tasks import Request, Task
 from demand.policies.base import Policy
-from demand.units import CostModel
 
 
 @final
@@ -17,19 +16,17 @@ class Batcher:
     Attributes:
         order: the tasks with requests.
         blocks: the KV blocks.
-        batch: the requests of the step that was formed last.
+        batch: the requests of the step that was formed last; those not finished, once it is over.
         kv_tokens: KV of the batch at the end of that step.
         decodes: whether the next step can be the same: each request decodes, nothing is copied.
         partial: a task that is served with some of its requests only; `None` if there is none.
-        steps: steps carried out.
         requests: sum of batch sizes over all steps.
         preemptions: times that a request was left out of the step after one it was in.
     """
 
-    def __init__(self, engine: Engine, policy: Policy, cost: CostModel) -> None:
+    def __init__(self, engine: Engine, policy: Policy) -> None:
         self.engine = engine
         self.policy = policy
-        self.cost = cost
         self.order = RankOrder(policy, engine.preemption != "none")
         self.blocks = Blocks(engine)
         self.batch: list[Request] = []
@@ -38,23 +35,31 @@ class Batcher:
         self.seconds = 0.0
         self.decodes = True
         self.partial: Task | None = None
-        self.steps = 0
         self.requests = 0
         self.preemptions = 0
         self._formed = 0
 
-    def form(self, now: float) -> None:
-        """Choose the requests of the step that starts at second `now`."""
+    def form(self, now: float) -> list[Task]:
+        """Choose the requests of the step that starts at second `now`.
+
+        Returns:
+            The tasks whose turn came and whose backend is cold. They are taken out of the order,
+            and the batch may be empty without them.
+        """
         engine, blocks = self.engine, self.blocks
         width, budget = engine.max_requests, engine.token_budget
         batch: list[Request] = []
         tokens: list[int] = []
         served: list[Task] = []
         passed_over: list[Task] = []
+        cold: list[Task] = []
         kept = decoding = kv_tokens = 0
         complete = True
         before, self._formed = self._formed, self._formed + 1
         for task in self.order.best_first(now):
+            if task.cold:
+                cold.append(task)
+                continue
             first = len(batch)
             for request in task.requests:
                 pending = request.input_tokens + request.generated - request.computed
@@ -80,20 +85,27 @@ class Batcher:
                 break
         blocks.trim()
         self.order.settle(served, passed_over, now)
-        last = served[-1]
-        self.partial = last if last.width < len(last.requests) else None
+        last = served[-1] if served else None
+        self.partial = last if last is not None and last.width < len(last.requests) else None
         self.preemptions += len(self.batch) - kept
         self.batch, self.tokens, self.kv_tokens = batch, tokens, kv_tokens
         moved = blocks.take_moved()
         self.decodes = decoding == len(batch) and not moved
         prefill = engine.token_budget - budget - decoding
         self.seconds = engine.step_seconds(prefill, decoding, kv_tokens, moved)
+        return cold
 
-    def advance(self, steps: int, now: float) -> tuple[float, list[Task]]:
-        """Carry out the step formed, `steps` times over; more than once only if it `decodes`.
+    def seconds_of(self, steps: int) -> float:
+        """Seconds of the step formed, or of `steps` of it where it `decodes`."""
+        if steps == 1:
+            return self.seconds
+        return self.engine.decode_seconds(len(self.batch), self.kv_tokens, steps)
+
+    def advance(self, steps: int, now: float) -> list[Task]:
+        """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
-            The second at which it ends, and the tasks whose present unit ended with it.
+            The tasks whose present unit ended with it.
         """
         finished: list[Request] = []
         if self.decodes:
@@ -105,24 +117,21 @@ class Batcher:
             for task in self.order.running:
                 task.generated += steps * task.width
             if steps > 1:
-                self.seconds = self.engine.decode_seconds(len(self.batch), self.kv_tokens, steps)
                 self.blocks.grow(self.batch)
         else:
             for request, tokens in zip(self.batch, self.tokens, strict=True):
                 _compute(request, tokens)
                 if request.generated == request.output_tokens:
                     finished.append(request)
-        now += self.seconds
         self.blocks.count()
-        self.steps += steps
         self.requests += steps * len(self.batch)
         for task in self.order.running:
             self._credit(task, now)
-        return now, self._finish(finished)
+        return self._finish(finished)
 
     def _credit(self, task: Task, now: float) -> None:
         job = task.job
-        attained = task.attained(self.cost)
+        attained = task.attained()
         seconds = attained - job.attained_service
         job.attained_service = attained
         if seconds > 0.0:

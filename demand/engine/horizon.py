@@ -5,18 +5,19 @@ import math
 from demand.engine.batch import Batcher
 from demand.engine.tasks import Task
 from demand.policies.base import Rank
+from demand.policies.thresholds import just_below
 
 
 def identical_steps(batcher: Batcher, now: float, until: float) -> int:
     """Number of steps, from second `now` on, for which forming the batch anew changes nothing.
 
-    That is until a request is over, second `until` is reached, the blocks run out, or the ranks
-    of the jobs that are served let another request in.
+    That is until a request is over, second `until` is reached, an alarm goes off, the blocks run
+    out, or the ranks of the jobs that are served let another request in.
     """
     if not batcher.decodes:
         return 1
     steps = min(request.output_tokens - request.generated for request in batcher.batch)
-    for limit in (_steps_of_time, _steps_of_blocks, _steps_of_order):
+    for limit in (_steps_of_time, _steps_of_alarms, _steps_of_blocks, _steps_of_order):
         if steps > 1:
             steps = limit(batcher, now, until, steps)
     return steps
@@ -35,6 +36,14 @@ def _steps_of_time(batcher: Batcher, now: float, until: float, most: int) -> int
         else:
             low = middle + 1
     return low
+
+
+def _steps_of_alarms(batcher: Batcher, now: float, until: float, most: int) -> int:
+    """Least number of steps after which a task has produced what an alarm waits for."""
+    for task in batcher.order.running:
+        if task.alarms:
+            most = min(most, max(1, -(-(task.alarms[-1][0] - task.generated) // task.width)))
+    return most
 
 
 def _steps_of_blocks(batcher: Batcher, now: float, until: float, most: int) -> int:
@@ -66,7 +75,7 @@ def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> in
     for task in order.running:
         if order.rank(task, now) > best:  # being served may change a rank
             return 1
-        threshold = best[1] if task.job.index < best[2] else _just_below(best[1])
+        threshold = best[1] if task.job.index < best[2] else just_below(best[1])
         most = min(most, _steps_to(batcher, task, threshold, most))
     return most
 
@@ -74,15 +83,15 @@ def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> in
 def _steps_to(batcher: Batcher, task: Task, threshold: Rank, most: int) -> int:
     """Number of steps after which the rank of `task` may exceed `threshold`, at most `most`."""
     attained = batcher.policy.next_above(task.job, threshold)
-    cost, width = batcher.cost, task.width
-    if task.attained(cost, most * width) < attained:
+    width = task.width
+    if task.attained(most * width) < attained:
         return most
-    rate = width * cost.decode_seconds_per_token
+    rate = width * task.cost.decode_seconds_per_token
     steps = math.ceil((attained - task.job.attained_service) / rate) if rate else 1
     steps = min(max(steps, 1), most)
-    while steps > 1 and task.attained(cost, (steps - 1) * width) >= attained:
+    while steps > 1 and task.attained((steps - 1) * width) >= attained:
         steps -= 1
-    while task.attained(cost, steps * width) < attained:
+    while task.attained(steps * width) < attained:
         steps += 1
     return steps
 
@@ -92,23 +101,17 @@ def _steps_in_order(batcher: Batcher, now: float, most: int) -> int:
 
     Both its rank and those of the others move, so each step is looked at.
     """
-    order, cost, partial = batcher.order, batcher.cost, batcher.partial
+    order, partial = batcher.order, batcher.partial
     assert partial is not None
     steps = most
     for k in range(1, most):
         for task in order.running:
-            task.job.attained_service = task.attained(cost, k * task.width)
+            task.job.attained_service = task.attained(k * task.width)
             order.rank(task, now)
         last = max(task.place for task in order.running)
         if last > partial.place or (order.waiting and last > order.waiting[0][0]):
             steps = k
             break
     for task in order.running:
-        task.job.attained_service = task.attained(cost)
+        task.job.attained_service = task.attained()
     return steps
-
-
-def _just_below(rank: Rank) -> Rank:
-    if isinstance(rank, tuple):
-        return (*rank[:-1], math.nextafter(rank[-1], -math.inf))
-    return math.nextafter(rank, -math.inf)

@@ -86,8 +86,10 @@ class RankOrder:
             task.place = (0, task.started, job.index)
             return task.place
         rank = self.policy.rank(job, now)
-        if rank != rank:
-            raise DemandError(f"{self.policy!r} ranked job {job.index} NaN; ranks must be ordered")
+        if rank != rank or (isinstance(rank, tuple) and any(entry != entry for entry in rank)):
+            raise DemandError(
+                f"{self.policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered"
+            )
         task.place = (0 if self.preemptive else 1, rank, job.index)
         return task.place
 

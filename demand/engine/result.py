@@ -1,5 +1,6 @@
 """What became of the jobs of an engine, and of the engine itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demand.engine.model import Engine
+from demand.engine.pools import PoolReport
 from demand.result import Result
 
 
@@ -28,6 +30,7 @@ class EngineResult(Result):
         prefilled_again: wasted tokens, whose KV was lost and computed again.
         swapped_blocks: copied to the host or back.
         peak_blocks: most blocks held at once.
+        backends: what became of each pool, by its name.
     """
 
     engine: Engine
@@ -38,6 +41,7 @@ class EngineResult(Result):
     prefilled_again: int
     swapped_blocks: int
     peak_blocks: int
+    backends: Mapping[str, PoolReport] = field(repr=False)
 
     @property
     def mean_completion_steps(self) -> float:
@@ -46,6 +50,7 @@ class EngineResult(Result):
 
     def summary(self) -> dict[str, float]:
         """The figures of every result, and those of the engine."""
+        reports = self.backends.values()
         return super().summary() | {
             "mean_completion_steps": self.mean_completion_steps,
             "steps": self.steps,
@@ -53,6 +58,8 @@ class EngineResult(Result):
             "prefilled_again": self.prefilled_again,
             "swapped_blocks": self.swapped_blocks,
             "peak_blocks": self.peak_blocks,
+            "backend_wait_seconds": sum(report.wait_seconds for report in reports),
+            "backend_idle_seconds": sum(report.idle_seconds for report in reports),
         }
 
     def __repr__(self) -> str:

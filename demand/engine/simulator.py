@@ -1,26 +1,40 @@
 """Applications on a continuous-batching engine, simulated from event to event."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
-from demand.engine.agenda import Agenda
+from demand.arrivals import arrivals_of
+from demand.engine.agenda import Action, Agenda
+from demand.engine.backends import Backends, check_pools
 from demand.engine.batch import Batcher
 from demand.engine.horizon import identical_steps
 from demand.engine.model import Engine
+from demand.engine.pools import Pool
 from demand.engine.result import EngineResult
 from demand.engine.tasks import Request, Task, call_tokens, check_run, execution_seconds
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
-from demand.units import CostModel, Execution
+from demand.jobs import JobMaker
+from demand.policies.base import Policy, Rank
+from demand.prewarm.base import Prewarmer
+from demand.prewarm.baselines import NoPrewarm
+from demand.simulator import Refine
+from demand.units import CostModel, Execution, Progress
+from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
 def simulate_engine(
-    workload: Workload,
+    workload: Workload | ClosedLoop,
     policy: Policy,
     engine: Engine | None = None,
+    *,
+    backends: Mapping[str, Pool] | None = None,
+    prewarm: Prewarmer | None = None,
+    pace: CostModel | None = None,
+    refine: Refine | None = None,
     cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
@@ -28,171 +42,233 @@ def simulate_engine(
 
     A job executes the units of its run one after the other. An llm unit submits `parallelism`
     requests at once (`Job.requested` is that second) and is over when the last of them is; other
-    units take their seconds outside of the engine. `Engine` states the rules of a step.
+    units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
+    with a backend begins when that is warm (`Pool`).
 
     Ranks are those of the job. Its attained service is in seconds of the cost model, as in
     Hermes: what its finished units cost, and of the present unit the input tokens computed and
     the output tokens produced so far, over all calls; tokens that are prefilled again do not
-    count, and a unit that is not an llm counts when it is over. A request-level policy ranks by
-    `Job.requested`.
+    count, and a unit that is not an llm counts when it is over. The true demand that an oracle
+    reads is the sum over the run, with the whole tokens that the engine serves. What happens
+    while a step is in progress is taken in when it ends.
 
     Between two events the same step is repeated without being looked at: its end, an arrival,
     the last block or the age at which a rank crosses another are found by search.
 
     Args:
-        workload: with `runs`.
+        workload: with `runs`; the result of a closed loop has the jobs as they arrived.
         policy: ranks the jobs.
         engine: its limits and times; `None` for the defaults.
-        cost: seconds of service of tokens, on the scale of the distributions of `workload`.
+        backends: by name of a unit, or by kind for all other units of the kind.
+        prewarm: warms backends ahead; `None` for `NoPrewarm`.
+        pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
+            over; `None` for `cost`.
+        refine: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
+            every unit.
+        cost: seconds of service of tokens, on the scale of the distributions of `workload`;
+            `None` for that of the application's graph, or the default where it has none.
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
-        DemandError: a workload without runs, an empty run, a request larger than all blocks, or
-            a policy that ranks NaN.
+        DemandError: a workload without runs, an empty run, a request larger than all blocks, a
+            policy that ranks NaN, a pool for an unknown unit, or a prewarmer that needs graphs
+            where there are none.
     """
-    if workload.runs is None:
+    jobs = workload.jobs if isinstance(workload, ClosedLoop) else workload
+    if jobs.runs is None:
         raise DemandError(
             "the workload has no runs, and an engine serves requests, not seconds; give "
             "Workload(runs=...), the executions of each job"
         )
-    return _Simulation(
-        workload,
-        workload.runs,
-        policy,
-        Engine() if engine is None else engine,
-        CostModel() if cost is None else cost,
-        seed,
-    ).run()
+    engine = Engine() if engine is None else engine
+    prewarm = NoPrewarm() if prewarm is None else prewarm
+    pools = {} if backends is None else dict(backends)
+    for entry, run in enumerate(jobs.runs):
+        check_run(entry, run, engine)
+    check_pools(pools, prewarm, jobs, jobs.runs)
+    costs = {name: cost or _cost(jobs, name) for name in jobs.distributions}
+    simulation = _Simulation(workload, jobs, jobs.runs, policy, engine, costs, seed, refine)
+    simulation.backends = Backends(
+        pools,
+        prewarm,
+        pace or cost or CostModel(),
+        jobs.graphs,
+        simulation.agenda,
+        simulation.place,
+    )
+    return simulation.run()
 
 
 class _Simulation:
+    backends: Backends
+
     def __init__(
         self,
-        workload: Workload,
+        workload: Workload | ClosedLoop,
+        jobs: Workload,
         runs: Sequence[Sequence[Execution]],
         policy: Policy,
         engine: Engine,
-        cost: CostModel,
+        costs: Mapping[str, CostModel],
         seed: int,
+        refine: Refine | None,
     ) -> None:
         self.workload = workload
+        self.runs = runs
         self.policy = policy
-        self.engine = engine
-        self.cost = cost
+        self.costs = costs
+        self.refine = refine
+        self.arrivals = arrivals_of(workload)
+        self.jobs = JobMaker(jobs, policy, seed)
         self.agenda = Agenda()
-        self.batcher = Batcher(engine, policy, cost)
-        self.tasks = _tasks(workload, runs, policy, engine, cost, seed)
-        self.completion_times = np.empty(len(self.tasks))
-        self.completion_steps = np.empty(len(self.tasks), dtype=np.int64)
+        self.batcher = Batcher(engine, policy)
+        self.entries: list[int] = []  # in order of arrival
+        self.arrived_at: list[float] = []
+        self.completion_times = np.empty(len(workload))
+        self.completion_steps = np.empty(len(workload), dtype=np.int64)
+        self.finished = 0
+        self.steps = 0
         self.decisions = 0
 
     def run(self) -> EngineResult:
-        agenda, batcher = self.agenda, self.batcher
-        for task in self.tasks:
-            agenda.add(task.job.arrival, partial(self.arrive, task))
-        now = agenda.next
-        while True:
-            agenda.run_until(now)
-            if not batcher.order:
-                if agenda.next == np.inf:
-                    break
-                now = agenda.next
-                continue
-            batcher.form(now)
-            self.decisions += 1
-            now, over = batcher.advance(identical_steps(batcher, now, agenda.next), now)
-            for task in over:
-                self.end_unit(task, now)
-        self.completion_times.setflags(write=False)
-        self.completion_steps.setflags(write=False)
-        blocks = batcher.blocks
-        return EngineResult(
-            self.policy,
-            self.workload,
-            self.completion_times,
-            agenda.happened + self.decisions,
-            batcher.preemptions,
-            self.engine,
-            self.completion_steps,
-            batcher.steps,
-            self.decisions,
-            batcher.requests / max(batcher.steps, 1),
-            blocks.prefilled_again,
-            blocks.swapped,
-            blocks.peak,
-        )
+        now = 0.0
+        while self.finished < len(self.workload):
+            if not self.batcher.order:
+                now = self.next_second()
+                assert now < math.inf, "jobs are left, and nothing is left to happen"
+            self.happen(now)
+            if self.batcher.order:
+                now = self.step(now)
+        return self.result(now)
 
-    def arrive(self, task: Task, now: float) -> None:
-        task.arrived_step = self.batcher.steps
-        self.policy.arrived(task.job, now)
+    def step(self, now: float) -> float:
+        """Form a batch, and repeat its step as long as nothing changes; the second it ends."""
+        batcher = self.batcher
+        cold = batcher.form(now)
+        self.decisions += 1
+        for task in cold:
+            task.cold = False
+            self.backends.acquire(task, now, partial(self.submit, task))
+        if not batcher.batch:
+            return now
+        steps = identical_steps(batcher, now, self.next_second())
+        now += batcher.seconds_of(steps)
+        self.steps += steps
+        self.happen(now)
+        for task in batcher.advance(steps, now):
+            self.end_unit(task, now)
+        for task in batcher.order.running:
+            while task.alarms and task.alarms[-1][0] <= task.generated:
+                task.alarms.pop()[1](now)
+        return now
+
+    def next_second(self) -> float:
+        """When something happens outside of the engine; infinity for never."""
+        return min(self.agenda.next, self.arrivals.next)
+
+    def happen(self, now: float) -> None:
+        """Let all that happens outside of the engine up to `now` happen."""
+        while True:
+            if self.agenda.next <= min(now, self.arrivals.next):
+                self.agenda.happen()
+            elif self.arrivals.next <= now:
+                self.arrive(self.arrivals.next)
+            else:
+                return
+
+    def arrive(self, now: float) -> None:
+        entry = self.arrivals.take()
+        job = self.jobs.make(entry, len(self.entries), now)
+        run, cost = self.runs[entry], self.costs[job.application]
+        job.demand = sum(execution_seconds(execution, cost) for execution in run)
+        self.entries.append(entry)
+        self.arrived_at.append(now)
+        self.policy.arrived(job, now)
+        task = Task(job, entry, run, cost, arrived_step=self.steps)
         self.start_unit(task, now)
 
     def start_unit(self, task: Task, now: float) -> None:
         task.at += 1
-        if task.at == len(task.run):
-            self.finish(task, now)
-            return
         task.job.requested = now
-        execution = task.execution
-        if execution.unit.kind == "llm":
-            task.prefilled = task.generated = 0
-            task.requests = [
-                Request(task, number, *tokens)
-                for number, tokens in enumerate(call_tokens(execution))
-            ]
-            self.batcher.order.add(task, now)
+        later = self.backends.plan(task, now)
+        if task.execution.unit.kind != "llm":
+            self.backends.acquire(task, now, partial(self.begin, task, later))
+            return
+        calls = enumerate(call_tokens(task.execution))
+        task.prefilled = task.generated = 0
+        task.requests = [Request(task, number, *tokens) for number, tokens in calls]
+        self.backends.alarms(task, later)
+        if self.backends.waits_for_its_turn(task):
+            task.cold = True
+            self.submit(task, now)
         else:
-            assert execution.seconds is not None
-            self.agenda.add(now + execution.seconds, partial(self.end_unit, task))
+            self.backends.acquire(task, now, partial(self.submit, task))
+
+    def submit(self, task: Task, now: float) -> None:
+        """The requests of an llm unit wait for their turn."""
+        self.batcher.order.add(task, now)
+
+    def begin(self, task: Task, later: Sequence[tuple[float, Action]], now: float) -> None:
+        """A unit outside of the engine begins."""
+        seconds = task.execution.seconds
+        assert seconds is not None
+        for after, action in later:
+            self.agenda.add(now + after, action)
+        self.agenda.add(now + seconds, partial(self.end_unit, task))
 
     def end_unit(self, task: Task, now: float) -> None:
-        job = task.job
-        task.settled_seconds += execution_seconds(task.execution, self.cost)
+        job, execution = task.job, task.execution
+        task.settled_seconds += execution_seconds(execution, task.cost)
         task.prefilled = task.generated = 0
         seconds = task.settled_seconds - job.attained_service
         job.attained_service = task.settled_seconds
-        if task.execution.unit.kind != "llm" and seconds > 0.0:
+        if execution.unit.kind != "llm" and seconds > 0.0:
             self.policy.served(job, seconds, now)
+        self.backends.release(task, now)
+        if task.at + 1 == len(task.run):
+            self.finish(task, now)
+            return
+        if self.refine is not None:
+            remaining = self.refine(job.application, Progress(task.run[: task.at + 1]))
+            job.learn(remaining, self.policy.table(remaining))
         self.start_unit(task, now)
 
     def finish(self, task: Task, now: float) -> None:
         job = task.job
+        self.finished += 1
         self.completion_times[job.index] = now - job.arrival
-        self.completion_steps[job.index] = self.batcher.steps - task.arrived_step
+        self.completion_steps[job.index] = self.steps - task.arrived_step
         self.policy.departed(job, now)
+        self.arrivals.finished(task.entry, now)
 
+    def place(self, task: Task, now: float) -> tuple[Rank, int]:
+        """Order of tasks that wait for a backend."""
+        return self.policy.rank(task.job, now), task.job.index
 
-def _tasks(
-    workload: Workload,
-    runs: Sequence[Sequence[Execution]],
-    policy: Policy,
-    engine: Engine,
-    cost: CostModel,
-    seed: int,
-) -> list[Task]:
-    tables = {name: policy.table(known) for name, known in workload.distributions.items()}
-    state = policy.new_state()
-    lottery = np.random.default_rng(seed).random(len(workload)).tolist()
-    tasks = []
-    for index, (name, arrival, run) in enumerate(
-        zip(workload.applications, workload.arrivals.tolist(), runs, strict=True)
-    ):
-        check_run(index, run, engine)
-        tenant = workload.tenants[index]
-        job = Job(
-            index,
-            name,
-            arrival,
-            workload.distributions[name],
-            sum(execution_seconds(execution, cost) for execution in run),
-            0.0,
-            lottery[index],
-            tables[name],
-            float(workload.deadlines[index]),
-            tenant,
-            workload.weights.get(tenant, 1.0),
-            workload.priorities[index],
+    def result(self, now: float) -> EngineResult:
+        batcher, blocks, workload = self.batcher, self.batcher.blocks, self.workload
+        if isinstance(workload, ClosedLoop):
+            workload = workload.arrived(self.entries, np.array(self.arrived_at))
+        self.completion_times.setflags(write=False)
+        self.completion_steps.setflags(write=False)
+        return EngineResult(
+            self.policy,
+            workload,
+            self.completion_times,
+            len(self.entries) + self.agenda.happened + self.decisions,
+            batcher.preemptions,
+            batcher.engine,
+            self.completion_steps,
+            self.steps,
+            self.decisions,
+            batcher.requests / max(self.steps, 1),
+            blocks.prefilled_again,
+            blocks.swapped,
+            blocks.peak,
+            self.backends.reports(now),
         )
-        job.state = state
-        tasks.append(Task(job, run))
-    return tasks
+
+
+def _cost(workload: Workload, application: str) -> CostModel:
+    graph = workload.graphs.get(application)
+    return CostModel() if graph is None else graph.cost

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from demand.engine.agenda import Action
 from demand.engine.model import Engine
 from demand.errors import DemandError
 from demand.policies.base import Job, Rank
@@ -54,6 +55,10 @@ class Task:
     """A job that is being executed.
 
     Attributes:
+        job: the job.
+        entry: its position in the workload.
+        run: what it executes.
+        cost: seconds of service.
         at: position in `run` of the present unit.
         requests: unfinished requests of the present unit, by number.
         settled_seconds: service of the units that are over, by the cost model.
@@ -62,11 +67,15 @@ class Task:
         place: what tasks are ordered by, as of the last ranking.
         started: how many units had been served before the present one first was; -1 before.
         width: how many of its requests are in the batch.
+        cold: whether the backend of an llm unit is to be warmed when its turn comes.
+        alarms: (output tokens produced for the present unit, what to do then), latest first.
         arrived_step: steps that had begun when it arrived.
     """
 
     job: Job
+    entry: int
     run: Sequence[Execution]
+    cost: CostModel
     at: int = -1
     requests: list[Request] = field(default_factory=list)
     settled_seconds: float = 0.0
@@ -75,6 +84,8 @@ class Task:
     place: Place = (0, math.nan, 0)
     started: int = -1
     width: int = 0
+    cold: bool = False
+    alarms: list[tuple[int, Action]] = field(default_factory=list)
     arrived_step: int = 0
 
     @property
@@ -82,12 +93,12 @@ class Task:
         """The present execution."""
         return self.run[self.at]
 
-    def attained(self, cost: CostModel, steps: int = 0) -> float:
-        """Seconds of service so far, or after `steps` more tokens produced."""
+    def attained(self, tokens: int = 0) -> float:
+        """Seconds of service so far, or when `tokens` more are produced."""
         return (
             self.settled_seconds
-            + self.prefilled * cost.prefill_seconds_per_token
-            + (self.generated + steps) * cost.decode_seconds_per_token
+            + self.prefilled * self.cost.prefill_seconds_per_token
+            + (self.generated + tokens) * self.cost.decode_seconds_per_token
         )
 
 

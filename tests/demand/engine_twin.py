@@ -189,6 +189,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         assert held <= engine.blocks
         now += engine.step_seconds(tokens - len(decoding), len(decoding), kv, copied)
         steps += 1
+        outside(now)  # what happened during the step
         seen.requests += len(batch)
         seen.peak_blocks = max(seen.peak_blocks, held)
         for call, n in batch:

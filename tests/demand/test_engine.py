@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,10 +23,47 @@ from demand import (
     simulate,
 )
 from demand.engine import Engine, simulate_engine
+from demand.policies import (
+    EDF,
+    LAS,
+    VTC,
+    Aging,
+    DeadlineMix,
+    Hysteresis,
+    LeastSlack,
+    PriorityClasses,
+    Quantum,
+    RequestFCFS,
+    VirtualTime,
+)
 from tests.demand.engine_twin import step_by_step
 
 THINK, CODE, TEST = Unit("think", "llm"), Unit("code", "llm"), Unit("test", "container")
+
+
+@dataclass(frozen=True)
+class Shy(Policy):
+    """Being served makes its rank worse, at once."""
+
+    def rank(self, job: Job, now: float) -> float:
+        return job.arrival + 8.0 * job.running
+
+
 POLICIES = [FCFS(), RandomOrder(), ClassMean(), SERPT(), Gittins(), Oracle()]
+OTHERS = [
+    RequestFCFS(),
+    LAS(),
+    EDF(),
+    LeastSlack(),
+    VTC(2.0),
+    VirtualTime(2.0),
+    Hysteresis(Oracle(), 5.0),
+    Quantum(Gittins(), 2.5),
+    Aging(SERPT(), 30.0, 0.5),
+    PriorityClasses(Gittins()),
+    DeadlineMix(EDF(), Gittins()),
+    Shy(),
+]
 WHOLE_COST = CostModel(0.25, 1.0)  # sums of quarters are exact
 MODES = ["none", "pause", "recompute", "swap"]
 
@@ -54,14 +91,20 @@ runs = st.lists(st.one_of(llm, llm, llm, container), min_size=1, max_size=3)
 
 @st.composite
 def workloads(draw, run=runs):
-    jobs = draw(st.lists(st.tuples(quarters, st.sampled_from("abc"), run), min_size=1, max_size=8))
-    arrivals, names, executed = zip(*sorted(jobs, key=lambda job: job[0]), strict=True)
+    one = st.tuples(quarters, st.sampled_from("abc"), run, st.sampled_from("uv"), quarters)
+    jobs = draw(st.lists(one, min_size=1, max_size=8))
+    jobs.sort(key=lambda job: job[0])
+    arrivals, names, executed, tenants, slack = zip(*jobs, strict=True)
     known = st.lists(st.integers(1, 60), min_size=1, max_size=4)
     return Workload(
         arrivals,
         [1.0] * len(jobs),
         names,
         {name: Distribution(draw(known)) for name in "abc"},
+        deadlines=[a + s if s else np.inf for a, s in zip(arrivals, slack, strict=True)],
+        tenants=tenants,
+        weights={"u": 2.0},
+        priorities=[int(s > 10.0) for s in slack],
         runs=executed,
     )
 
@@ -83,9 +126,9 @@ engines = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads(), engines, st.sampled_from(POLICIES))
+@given(workloads(), engines, st.sampled_from(POLICIES + OTHERS))
 def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
-    result = simulate_engine(workload, policy, engine, WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     np.testing.assert_array_equal(result.completion_steps, twin.completion_steps)
@@ -117,7 +160,7 @@ def test_one_slot_without_prefill_is_the_single_server_queue(workload, policy):
     demands = [run[0].output_tokens for run in workload.runs]
     whole = replace(workload, arrivals=arrivals, demands=demands)
     engine = Engine.counting_steps(max_requests=1)
-    result = simulate_engine(whole, policy, engine, CostModel(0.0, 1.0))
+    result = simulate_engine(whole, policy, engine, cost=CostModel(0.0, 1.0))
     expected = simulate(whole, policy)
     np.testing.assert_array_equal(result.completion_times, expected.completion_times)
 
@@ -168,7 +211,7 @@ def test_what_becomes_of_a_displaced_request(mode, again, copied, end):
         Engine.counting_steps(1, preemption=mode, block_tokens=4), swap_seconds_per_block=0.25
     )
     workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
-    result = simulate_engine(workload, Oracle(), engine, CostModel(0.0, 1.0))
+    result = simulate_engine(workload, Oracle(), engine, cost=CostModel(0.0, 1.0))
     assert result.completion_times.tolist() == end
     assert (result.prefilled_again, result.swapped_blocks) == (again, copied)
     assert result.preemptions == (mode != "none")
@@ -187,11 +230,6 @@ def test_the_last_in_order_loses_its_blocks_when_they_run_out():
 
 def test_request_fcfs_is_expressible():
     """A job that comes back from a tool queues anew; under application FCFS it goes first."""
-
-    class RequestFCFS(Policy):
-        def rank(self, job: Job, now: float) -> float:
-            return job.requested
-
     first = [Execution(THINK, 1, 2), Execution(TEST, seconds=1.0), Execution(CODE, 1, 2)]
     workload = Workload(
         [0, 1, 2], [1] * 3, ["a"] * 3, {"a": Distribution([1.0])},
