@@ -47,5 +47,5 @@ def test_a_server_that_refuses_is_named(example: ModuleType) -> None:
         async with FakeServer(lambda r: Answer(status=404, error_body="no such model")) as server:
             await asyncio.to_thread(example.main, options(server.url))
 
-    with pytest.raises(SystemExit, match="does not serve.*no such model"):
+    with pytest.raises(SystemExit, match=r"does not serve.*no such model"):
         asyncio.run(refused())

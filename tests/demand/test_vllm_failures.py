@@ -216,6 +216,23 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         assert retry_after_seconds(nothing, 0.0) is None
 
 
+def test_cancelling_at_the_moment_of_a_failure_ends_the_call() -> None:
+    async def both() -> None:
+        answer = Answer(status=500)
+        async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
+            call = await controller.start("short").submit("completions", body("a"))
+            while call not in controller._in_flight:
+                await asyncio.sleep(0)
+            while not controller._in_flight[call].done():
+                await asyncio.sleep(0)
+            assert call in controller._in_flight  # failed, and not yet put back to wait
+            call.cancel()
+            with pytest.raises(CallError, match="cancelled after 1 attempts"):
+                await call.text()
+
+    asyncio.run(both())
+
+
 class TestStreamsThatBreakWhileTheyAreRead:
     """What was handed over cannot be taken back."""
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from demand import FCFS, SERPT, CostModel, DemandError, Distribution, Gittins, Job, Oracle, Policy
 from demand.integrations.vllm import annotation, make_scheduler, millisecond_priority
 from demand.integrations.vllm.annotation import UNANNOTATED, Annotation
-from demand.integrations.vllm.displacement import displaced
+from demand.integrations.vllm.displacement import Key, displaced
 from demand.integrations.vllm.ledger import Ledger, TokenMeter
 from demand.integrations.vllm.ranking import Ranking
 from demand.integrations.vllm.scheduler import RankedScheduling
@@ -51,47 +51,46 @@ def test_priorities_by_hand() -> None:
             millisecond_priority(rank)
 
 
-def one_by_one(running: list[int], waiting: list[int], slots: int) -> list[int]:
+def one_by_one(running: list[Key], waiting: list[Key], slots: int) -> list[int]:
     """The slow twin: the best that waits takes a free place or that of the worst, if better."""
-    served = list(enumerate(running))
+    served: list[tuple[Key, int]] = [(key, -i) for i, key in enumerate(running)]
     victims = []
-    for key in sorted(waiting):
-        if len(served) < slots:
-            served.append((-1, key))
-            continue
-        position, worst = max(
-            (entry for entry in served if entry[0] >= 0),
-            key=lambda entry: (entry[1], -entry[0]),
-            default=(-1, -1),
-        )
-        if position < 0 or not key < worst:
-            break
-        victims.append(position)
-        served.remove((position, worst))
-        served.append((-1, key))
+    for admitted, key in enumerate(sorted(waiting)):
+        if len(served) + admitted >= slots:
+            if not served or not key[0] < max(served)[0][0]:
+                break
+            victims.append(-max(served)[1])
+            served.remove(max(served))
     return victims
 
 
-keys = st.lists(st.integers(0, 6), max_size=7)
+keys = st.lists(st.tuples(st.integers(0, 4).map(float), st.integers(0, 3)), max_size=7)
 
 
 @given(keys, keys, st.integers(0, 7))
-def test_displaced_is_its_twin_and_leaves_the_best(
-    running: list[int], waiting: list[int], slots: int
+def test_displaced_is_its_twin_and_leaves_the_best_ranks(
+    running: list[Key], waiting: list[Key], slots: int
 ) -> None:
     victims = displaced(running, waiting, slots)
     assert victims == one_by_one(running, waiting, slots)
     if len(running) <= slots:
         kept = [key for i, key in enumerate(running) if i not in victims]
-        admitted = sorted(waiting)[: slots - len(kept)]
-        assert sorted(kept + admitted) == sorted(running + waiting)[:slots]
-        assert displaced(kept + admitted, sorted(waiting)[len(admitted) :], slots) == []
+        free = slots - len(kept)
+        admitted, left = sorted(waiting)[:free], sorted(waiting)[free:]
+        served_ranks = sorted(rank for rank, _ in kept + admitted)
+        assert served_ranks == sorted(rank for rank, _ in running + waiting)[:slots]
+        gone = [running[i] for i in victims]
+        assert displaced(kept + admitted, left + gone, slots) == []
 
 
-def test_equal_ones_never_take_turns() -> None:
-    assert displaced([3, 3], [3, 3, 3], 2) == []
-    assert displaced([3, 5, 4], [4, 2], 3) == [1]
-    assert displaced([5], [1, 2], 3) == []
+def test_equal_ranks_never_take_turns() -> None:
+    def of(*ranks: float) -> list[Key]:
+        return [(rank, i) for i, rank in enumerate(ranks)]
+
+    assert displaced([(3.0, 8), (3.0, 9)], [(3.0, 1)], 2) == []
+    assert displaced(of(3.0, 5.0, 4.0), of(4.0, 2.0), 3) == [1]
+    assert displaced(of(5.0, 5.0), [(1.0, 7), (1.0, 8)], 2) == [1, 0]  # the later one first
+    assert displaced(of(5.0), of(1.0, 2.0), 3) == []
 
 
 def test_annotations_are_read_as_they_were_written() -> None:

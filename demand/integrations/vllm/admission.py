@@ -224,9 +224,10 @@ class AdmissionController:
         del self._in_flight[call]
         if all(other.job is not call.job for other in self._in_flight):
             self._ledger.stop(call.job)
-        if task.cancelled():
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or (error is not None and call.given_up):
             self._end(call, "cancelled", "given up")
-        elif (error := task.exception()) is None:
+        elif error is None:
             self._end(call, "finished")
         elif (delay := self._delay(call, error)) is None:
             self._end(call, "failed", str(error), error)
@@ -248,6 +249,7 @@ class AdmissionController:
         return delay if call.may_restart else None
 
     def _cancel(self, call: Call) -> None:
+        call.given_up = True  # also if its attempt has just failed, and it is about to wait again
         if call in self._in_flight:
             self._in_flight[call].cancel()
         elif call in self._waiting:

@@ -33,6 +33,7 @@ class Call:
         job: the application it belongs to.
         status: where it stands.
         attempts: how often it was sent to the server.
+        given_up: whether somebody cancelled it, in time or not.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Call:
         self.body = body
         self.status: Status = "waiting"
         self.attempts = 0
+        self.given_up = False
         self.not_before = 0.0  # second on the event loop's clock until which a retry waits
         self._restart = restart
         self._meter = meter

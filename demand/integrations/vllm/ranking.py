@@ -8,14 +8,12 @@ from typing import Any, final
 
 from demand.errors import DemandError
 from demand.integrations.vllm.annotation import Annotation
+from demand.integrations.vllm.displacement import Key
 from demand.integrations.vllm.ledger import Ledger, TokenMeter
-from demand.policies.base import Job, Rank
+from demand.policies.base import Job
 from demand.units import CostModel
 
 logger = logging.getLogger(__name__)
-
-Key = tuple[Rank, int]
-"""Rank of a request's run, then its place in order of arrival; smaller goes first."""
 
 RunName = tuple[str, str]
 

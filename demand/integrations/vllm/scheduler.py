@@ -133,7 +133,8 @@ class RankedScheduling(AsyncScheduler):
         """Preempt running requests for better ones that wait and could run at once."""
         if self.pause_state.name != "UNPAUSED" or not self.waiting or not self.running:
             return
-        if not self.waiting.peek_request().priority < max(r.priority for r in self.running):
+        worst_rank = max(r.priority for r in self.running)[0]
+        if not self.waiting.peek_request().priority[0] < worst_rank:
             return
         could_run = filter(self._could_run, self.waiting._heap)  # noqa: SLF001
         best = heapq.nsmallest(self.max_num_active_reqs, (r.priority for r in could_run))

@@ -134,8 +134,8 @@ class Client:
             chunk = json.loads(data)
         except ValueError as error:
             raise AttemptError(f"the stream is not JSON: {self._told(data)}", again=True) from error
-        if isinstance(chunk, dict) and "error" in chunk:
-            told = chunk["error"]
+        told = chunk.get("error") if isinstance(chunk, dict) else None
+        if told is not None:
             code = told.get("code") if isinstance(told, dict) else None
             # vLLM puts the status into `code`; without one the fault is taken to be the server's.
             again = not isinstance(code, int) or code >= 500 or code in _AGAIN
