@@ -1,18 +1,21 @@
-"""examples/vllm_admission.py against the small server."""
+"""The example and the code of the documentation, against the small server."""
 
 import asyncio
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from tests.demand.openai_server import Answer, FakeServer
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = Path(__file__).parents[2] / "examples" / "vllm_admission.py"
+    path = ROOT / "examples" / "vllm_admission.py"
     spec = importlib.util.spec_from_file_location("vllm_admission", path)
     assert spec is not None
     assert spec.loader is not None
@@ -49,3 +52,20 @@ def test_a_server_that_refuses_is_named(example: ModuleType) -> None:
 
     with pytest.raises(SystemExit, match=r"does not serve.*no such model"):
         asyncio.run(refused())
+
+
+def test_the_code_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "vllm.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+
+    async def run() -> None:
+        async with FakeServer() as server:
+            here = code.replace("http://127.0.0.1:8000/v1", server.url)
+            assert here != code
+            body = "\n".join("    " + line for line in here.splitlines())
+            names: dict[str, Any] = {}
+            exec(f"async def main():\n{body}", names)
+            await names["main"]()
+
+    asyncio.run(run())
+    assert "'text': 'Summarise: ....0 '" in capsys.readouterr().out
