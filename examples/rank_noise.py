@@ -2,9 +2,9 @@
 
     python examples/rank_noise.py --out docs/results
 
-The raw rank, the one on a grid ("shifted") and that of ten stops ("bucketed"), at ages from the least
-demand to the upper quartile, over seeds, on demands whose rank is known in closed form. Writes
-`rank_noise.json`; the table gives the factor that a rank is off by (geometric mean).
+The raw rank, the one on a grid ("shifted") and that of ten stops ("bucketed"), at ages from the
+least demand to the upper quartile, over seeds, on demands whose rank is known in closed form.
+Writes `rank_noise.json`; the table gives the factor that a rank is off by (geometric mean).
 """
 
 import argparse
