@@ -1,6 +1,6 @@
 """Random walks over a demand graph, all walkers in lockstep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -29,6 +29,15 @@ class Draws(NamedTuple):
     seconds: Floats
     successors: Ints
     weights: Floats | None
+
+    def draw(self, rng: np.random.Generator, walks: int) -> tuple[Floats, Ints]:
+        """Seconds and successors, `[walks]` each."""
+        n = self.seconds.size
+        if self.weights is None:
+            drawn = rng.integers(n, size=walks)
+        else:
+            drawn = rng.choice(n, size=walks, p=self.weights)
+        return self.seconds[drawn], self.successors[drawn]
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,57 +197,22 @@ class WalkArrays:
         own = self._own(node)
         return own._replace(seconds=np.zeros_like(own.seconds))
 
-    def walk(
-        self,
-        first: Draws,
-        rng: np.random.Generator,
-        walks: int,
-        steps: int,
-        *,
-        at_first_visit: "WalkArrays | None" = None,
-        visited: Sequence[int] = (),
-    ) -> Floats:
+    def walk(self, first: Draws, rng: np.random.Generator, walks: int, steps: int) -> Floats:
         """Seconds to the end, `[walks]`, when the first draw is among the samples `first`.
 
         Each later step draws one joint sample (seconds, successor) of the walker's node.
 
-        Args:
-            first: what the first step draws from.
-            rng: of the draws.
-            walks: how many.
-            steps: after which a walk is given up.
-            at_first_visit: other samples of the same nodes, that a walker draws from when it
-                comes to a node for the first time.
-            visited: nodes at which all walkers have been before.
-
         Raises:
             DemandError: a walk is not over after `steps` more units.
         """
-        n = first.seconds.size
-        if first.weights is None:
-            drawn = rng.integers(n, size=walks)
-        else:
-            drawn = rng.choice(n, size=walks, p=first.weights)
-        total, at = first.seconds[drawn], first.successors[drawn]
-        been = np.zeros((walks, len(self.nodes)), dtype=bool)
-        been[:, list(visited)] = True
+        total, at = first.draw(rng, walks)
         walking = np.flatnonzero(at)
         for _ in range(steps):
             if not walking.size:
                 break
-            if at_first_visit is None:
-                self.step(total, at, walking, rng)
-            else:
-                known = been[walking, at[walking]]
-                been[walking, at[walking]] = True
-                self.step(total, at, walking[known], rng)
-                at_first_visit.step(total, at, walking[~known], rng)
+            self.step(total, at, walking, rng)
             walking = walking[at[walking] != 0]
-        if walking.size:
-            raise DemandError(
-                f"{walking.size} of {walks} walks are not over after {steps} units; "
-                "raise max_units, or check that the loops of the runs do end"
-            )
+        check_over(walking, walks, steps)
         return total
 
     def path(self, rng: np.random.Generator, steps: int) -> list[tuple[int, int]]:
@@ -277,3 +251,12 @@ class WalkArrays:
         own = slice(self.offsets[node], self.offsets[node + 1])
         weights = None if self.weights is None else self.weights[own]
         return Draws(self.seconds[own], self.successors[own], weights)
+
+
+def check_over(walking: Ints, walks: int, steps: int) -> None:
+    """Raise `DemandError` if there still are walkers."""
+    if walking.size:
+        raise DemandError(
+            f"{walking.size} of {walks} walks are not over after {steps} units; "
+            "raise max_units, or check that the loops of the runs do end"
+        )

@@ -1,12 +1,16 @@
 """Walks from where the application stands."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
+
+import numpy as np
 
 from demand.distribution import Distribution
 from demand.graph import PDGraph
 from demand.refine.base import Refined, Refinement
-from demand.units import Demand, Progress
+from demand.units import END, START, Demand, Progress
+from demand.walks import MAX_UNITS, Draws, WalkArrays
 
 
 @final
@@ -19,7 +23,8 @@ class CurrentUnit(Refinement):
     what the units before have shown. In a loop that makes it forget how often it went round.
 
     Args:
-        walks: random walks for each question (1000 in the paper).
+        walks: random walks for each answer (1000 in the paper); one answer for all who stand
+            after the same unit.
         seed: of the walks.
     """
 
@@ -27,19 +32,31 @@ class CurrentUnit(Refinement):
     seed: int = 0
 
     def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
-        """Lay out the samples."""
-        graph.walk_arrays(demand)
-        return _Walks(graph, self, demand)
+        """Walk from the boundary after each unit."""
+        arrays = graph.walk_arrays(demand)
+        after = {
+            name: self.walk(arrays, arrays.finished(node))
+            for name, node in arrays.nodes.items()
+            if name != END
+        }
+        return _Walks(self, arrays, after, demand)
+
+    def walk(self, arrays: WalkArrays, first: Draws) -> Distribution:
+        """Walks over `arrays` whose first step draws from `first`."""
+        rng = np.random.default_rng(self.seed)
+        return Distribution(arrays.walk(first, rng, self.walks, MAX_UNITS))
 
 
 @final
 @dataclass(frozen=True)
 class _Walks(Refined):
-    graph: PDGraph
     config: CurrentUnit
+    arrays: WalkArrays
+    after: Mapping[str, Distribution]
     demand: Demand
 
     def remaining(self, progress: Progress) -> Distribution:
-        return self.graph.remaining(
-            progress, demand=self.demand, walks=self.config.walks, seed=self.config.seed
-        )
+        first = self.arrays.first_draws(progress, self.demand)
+        if progress.current is None:
+            return self.after[progress.executed[-1].unit.name if progress.executed else START]
+        return self.config.walk(self.arrays, first)

@@ -13,7 +13,7 @@ from demand.errors import DemandError
 from demand.graph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.units import CostModel, Demand, Execution, Progress
-from demand.walks import MAX_UNITS, WalkArrays
+from demand.walks import MAX_UNITS, WalkArrays, check_over
 
 
 @final
@@ -68,7 +68,7 @@ class PearsonFilter(Refinement):
                 raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
 
     def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
-        """Correlate every unit with those before it: O(units * executions)."""
+        """Correlate every unit with those before it, O(units * executions), and walk from each."""
         columns = graph.columns()
         arrays = graph.walk_arrays(demand)
         filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}
@@ -80,7 +80,11 @@ class PearsonFilter(Refinement):
                 filters[node] += self._filters(columns, upstream.name, before[rows], rows)
         for found in filters.values():
             found.sort(key=lambda f: -f.correlation)
-        return FilteredWalks(self, graph.cost, arrays, filters, demand)
+        rng = np.random.default_rng(self.seed)
+        rest = np.zeros((len(arrays.nodes), self.walks))
+        for node in filters:
+            rest[node] = arrays.walk(arrays.unfinished(node, 0.0), rng, self.walks, MAX_UNITS)
+        return FilteredWalks(self, graph.cost, arrays, rest, filters, demand)
 
     def _filters(
         self, columns: RunColumns, upstream: str, before: Ints, rows: Ints
@@ -118,11 +122,22 @@ class Filter(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class FilteredWalks(Refined):
-    """Walk arrays, with the filters of each node, strongest first."""
+    """Walk arrays, with the filters of each node.
+
+    Attributes:
+        config: the refinement.
+        cost: of the graph.
+        arrays: all samples.
+        rest: `[nodes, walks]` seconds to the end from each node, without filters. A walker that
+            has no filter ahead of it draws one of these instead of walking on.
+        filters: of each node, strongest first.
+        demand: how parallel calls count.
+    """
 
     config: PearsonFilter
     cost: CostModel
     arrays: WalkArrays
+    rest: Floats
     filters: Mapping[int, list[Filter]]
     demand: Demand
 
@@ -152,18 +167,26 @@ class FilteredWalks(Refined):
             arrays = self.arrays if near.without_exit() else near
             first = arrays.first_draws(progress, self.demand)
             return Distribution(arrays.walk(first, rng, config.walks, MAX_UNITS))
-        first = near.first_draws(progress, self.demand)
-        visited = () if progress.current is None else (near.node(progress.current),)
-        return Distribution(
-            self.arrays.walk(
-                first,
-                rng,
-                config.walks,
-                MAX_UNITS,
-                at_first_visit=near if kept else None,
-                visited=visited,
-            )
-        )
+        total, at = near.first_draws(progress, self.demand).draw(rng, config.walks)
+        ahead = np.zeros((config.walks, len(self.arrays.nodes)), dtype=bool)  # filters that hold
+        ahead[:, list(kept)] = True
+        if progress.current is not None:
+            ahead[:, self.arrays.node(progress.current)] = False
+        walking = np.flatnonzero(at)
+        for _ in range(MAX_UNITS):
+            filtered = ahead[walking].any(axis=1)
+            plain = walking[~filtered]
+            total[plain] += self.rest[at[plain], rng.integers(config.walks, size=plain.size)]
+            walking = walking[filtered]
+            if not walking.size:
+                break
+            first_visit = ahead[walking, at[walking]]
+            ahead[walking, at[walking]] = False
+            near.step(total, at, walking[first_visit], rng)
+            self.arrays.step(total, at, walking[~first_visit], rng)
+            walking = walking[at[walking] != 0]
+        check_over(walking, config.walks, MAX_UNITS)
+        return Distribution(total)
 
     def _near(self, one: Filter, value: float) -> Ints:
         """The share of the samples with the nearest upstream values, ties included."""

@@ -92,8 +92,10 @@ def test_too_few_samples_leave_all():
     assert PearsonFilter(minimum=10_000).fit(graph).kept(seen) == {}
     assert PearsonFilter(threshold=0.999).fit(graph).kept(seen) == {}
     assert PearsonFilter().fit(graph).kept(Progress()) == {}
-    unfiltered = PearsonFilter(minimum=10_000).remaining(graph, seen)
+    unfiltered = PearsonFilter(minimum=10_000, visits="all").remaining(graph, seen)
     assert unfiltered == graph.remaining(seen)
+    unfiltered = PearsonFilter(minimum=10_000, walks=20_000).remaining(graph, seen)
+    assert unfiltered.mean() == pytest.approx(graph.remaining(seen, walks=20_000).mean(), rel=0.03)
 
 
 def test_later_rounds_are_filtered_only_if_asked():
