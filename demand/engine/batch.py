@@ -47,7 +47,7 @@ class Batcher:
             and the batch may be empty without them.
         """
         engine, blocks = self.engine, self.blocks
-        width, budget = engine.max_requests, engine.token_budget
+        width, budget, block_tokens = engine.max_requests, engine.token_budget, engine.block_tokens
         batch: list[Request] = []
         tokens: list[int] = []
         served: list[Task] = []
@@ -64,7 +64,8 @@ class Batcher:
             for request in task.requests:
                 pending = request.input_tokens + request.generated - request.computed
                 n = pending if pending < budget else budget
-                if not blocks.hold(request, n):
+                short = request.computed + n > request.blocks * block_tokens
+                if (short or request.swapped) and not blocks.hold(request, n):
                     complete = False
                     break
                 if request.step == before:

@@ -72,9 +72,9 @@ def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> in
     if partial:
         return _steps_in_order(batcher, now, most)
     best = order.waiting[0][0]
+    if any(order.rank(task, now) > best for task in order.fresh):  # being served may change a rank
+        return 1
     for task in order.running:
-        if order.rank(task, now) > best:  # being served may change a rank
-            return 1
         threshold = best[1] if task.job.index < best[2] else just_below(best[1])
         most = min(most, _steps_to(batcher, task, threshold, most))
     return most

@@ -22,6 +22,7 @@ class RankOrder:
 
     Attributes:
         running: tasks with a request in the last batch.
+        fresh: of those, the ones with none in the batch before: their ranks are from then.
         waiting: heap of (place, task) of the others.
     """
 
@@ -29,6 +30,7 @@ class RankOrder:
         self.policy = policy
         self.preemptive = preemptive
         self.running: list[Task] = []
+        self.fresh: list[Task] = []
         self.waiting: list[tuple[Place, Task]] = []
         self.started = 0
 
@@ -62,9 +64,11 @@ class RankOrder:
 
     def settle(self, served: list[Task], passed_over: Sequence[Task], now: float) -> None:
         """Take back what was taken out; running tasks that were not taken out wait from now on."""
+        self.fresh = []
         for task in served:
             job = task.job
             if not job.running:
+                self.fresh.append(task)
                 job.running = True
                 job.started_at = job.attained_service
             if task.started < 0:

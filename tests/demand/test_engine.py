@@ -158,7 +158,7 @@ def test_one_slot_without_prefill_is_the_single_server_queue(workload, policy):
     """Steps of a second, a token a second: preemption at whole seconds."""
     arrivals = np.ceil(workload.arrivals)
     demands = [run[0].output_tokens for run in workload.runs]
-    whole = replace(workload, arrivals=arrivals, demands=demands)
+    whole = replace(workload, arrivals=arrivals, demands=demands, deadlines=None)
     engine = Engine.counting_steps(max_requests=1)
     result = simulate_engine(whole, policy, engine, cost=CostModel(0.0, 1.0))
     expected = simulate(whole, policy)
