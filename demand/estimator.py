@@ -19,7 +19,7 @@ class DemandEstimator:
     It holds a graph per application and one refinement, and never fails for want of knowledge;
     `fallbacks` counts the questions it had no runs for:
 
-    - an application never seen before: nothing is known but the seconds it has received, so the
+    - an application without a finished run: nothing is known but the seconds it has received, so the
       answer is the doubling rule of `demand.atoms.beyond_samples`. Ranks then follow attained
       service (least attained service first, in powers of two), for it and all others like it;
     - a unit that its graph has not seen: the units are left out of account, and the answer is
@@ -57,11 +57,11 @@ class DemandEstimator:
         """Distribution of the seconds that `application` at `progress` still needs.
 
         Raises:
-            DemandError: a graph that has no runs, or a progress that contradicts itself.
+            DemandError: a progress that contradicts itself.
         """
         progress = Progress() if progress is None else progress
         graph = self.graphs.get(application)
-        if graph is None:
+        if graph is None or not graph.units:
             self.fallbacks[application, "application"] += 1
             return unseen(seconds_so_far(self.cost, progress, self.demand))
         ran = {execution.unit.name for execution in progress.executed}

@@ -155,7 +155,7 @@ class Execution:
             )
         longest = getattr(self, used)
         total = self.parallelism * mean
-        slack = 1e-9 * total
+        slack = 1e-9 * total + 1e-12  # rounding of the mean
         if longest is not None and not mean - slack <= longest <= total + slack:
             raise DemandError(
                 f"{used} of unit {self.unit.name!r} is {longest} for {self.parallelism} calls of "

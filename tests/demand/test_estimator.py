@@ -24,7 +24,9 @@ def test_it_asks_the_refinement_of_the_application():
 
 
 def test_an_application_never_seen_is_ranked_by_attained_service_and_said_so():
-    estimator = DemandEstimator({"known": graph()})
+    estimator = DemandEstimator({"known": graph(), "empty": PDGraph()})
+    assert estimator("empty") == unseen()
+    assert estimator.fallbacks.pop(("empty", "application")) == 1
     ranks = []
     for attained in (0.0, 1.0, 10.0, 100.0):
         progress = Progress(current="work", attained_seconds=attained) if attained else Progress()
