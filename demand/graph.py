@@ -208,13 +208,13 @@ class PDGraph:
         return self._columns
 
     def run_weights(self) -> Floats:
-        """`[runs]` weight of each remembered run: 2^(-age / half-life), age in runs.
+        """`[runs]` weight of each remembered run: 2^(-age / half-life), age in runs, never 0.
 
         Raises:
             DemandError: a graph without runs.
         """
-        ages = self.columns().ages
-        return np.exp2(-ages / (math.inf if self.half_life_runs is None else self.half_life_runs))
+        half_life = math.inf if self.half_life_runs is None else self.half_life_runs
+        return np.exp2(-np.minimum(self.columns().ages / half_life, 1000.0))
 
     def walk_arrays(self, demand: Demand = "sum") -> WalkArrays:
         """The samples as random walks draw them.

@@ -6,11 +6,12 @@ from typing import final
 import numpy as np
 
 from demand.atoms import Floats
+from demand.columns import Ints
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph import PDGraph
 from demand.refine.base import Refined, Refinement
-from demand.refine.features import Boundaries, ProgressFeatures
+from demand.refine.features import ProgressFeatures
 from demand.units import Demand, Progress
 
 
@@ -45,29 +46,52 @@ class NearestRuns(Refinement):
         seen = features.of_columns(columns)
         deviation = seen.features.std(axis=0)
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
-        return Neighbours(features, seen, columns.starts[:-1], scale, graph.run_weights(), self.k)
+        places = seen.features * scale
+        return Neighbours(
+            features,
+            scale,
+            places,
+            (places**2).sum(axis=1),
+            columns.starts,
+            seen.remaining,
+            graph.run_weights(),
+            self.k,
+        )
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Neighbours(Refined):
-    """Boundaries of the remembered runs, to be searched."""
+    """Boundaries of the remembered runs, to be searched.
+
+    Attributes:
+        features: of a progress.
+        scale: `[d]` that standardises them.
+        places: `[n, d]` standardised features of the boundaries.
+        squares: `[n]` their squared lengths.
+        starts: `[runs + 1]`; run r has the boundaries `starts[r]` up to `starts[r + 1]`.
+        left: `[n]` seconds that remained there.
+        weights: `[runs]`.
+        k: runs that count.
+    """
 
     features: ProgressFeatures
-    seen: Boundaries
-    starts: np.ndarray
     scale: Floats
+    places: Floats
+    squares: Floats
+    starts: Ints
+    left: Floats
     weights: Floats
     k: int
 
     def remaining(self, progress: Progress) -> Distribution:
         """What remained to the nearest runs, conditioned on the current unit's seconds."""
-        known = self.features.of_progress(progress)
-        distance = (((self.seen.features - known) * self.scale) ** 2).sum(axis=1)
-        closest = np.minimum.reduceat(distance, self.starts)
-        at = np.flatnonzero(distance == closest[self.seen.run])
-        at = at[np.unique(self.seen.run[at], return_index=True)[1]]  # one boundary of each run
-        chosen = at[np.argsort(closest, kind="stable")[: self.k]]
-        at_boundary = Distribution(self.seen.remaining[chosen], self.weights[self.seen.run[chosen]])
+        known = self.features.of_progress(progress) * self.scale
+        distance = self.squares - 2.0 * (self.places @ known)  # the query's own square left out
+        starts = self.starts
+        closest = np.minimum.reduceat(distance, starts[:-1])
+        nearest = np.argsort(closest, kind="stable")[: self.k]
+        chosen = [starts[r] + distance[starts[r] : starts[r + 1]].argmin() for r in nearest]
+        at_boundary = Distribution(self.left[chosen], self.weights[nearest])
         received = progress.current_seconds(self.features.demand)
         return at_boundary.condition(received) if received else at_boundary

@@ -13,6 +13,7 @@ from demand.refine import (
     ProgressRegression,
     WholeRuns,
 )
+from demand.refine.features import ProgressFeatures
 
 A, B, LOOP = Unit("a", "tool"), Unit("b", "search"), Unit("loop", "tool")
 EVERY = (
@@ -105,6 +106,39 @@ def test_no_refinement_is_the_whole_less_the_seconds():
 def test_whole_runs_weigh_by_half_life():
     graph = PDGraph.fit([[took(A, 1.0)], [took(A, 2.0)]], half_life_runs=1.0)
     assert WholeRuns().remaining(graph).weights == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_runs_of_no_weight_worth_mentioning_still_answer():
+    old = [[took(A, 9.0), took(B, 90.0)]] * 60
+    graph = PDGraph.fit([*old, *[[took(A, 1.0)]] * 60], half_life_runs=0.01)
+    for refinement in EVERY:
+        assert refinement.remaining(graph, Progress([took(A, 9.0)])).mean() > 0.0
+
+
+def test_nearest_runs_are_those_of_a_search_through_all():
+    """The twin standardises, measures and sorts one boundary at a time."""
+    graph = PDGraph.fit([*correlated_runs(40), *counted_runs(20)])
+    features = ProgressFeatures({"a": 0, "b": 1, "loop": 2}, graph.cost, "sum")
+    table, left = [], []
+    for number, run in enumerate(graph.runs):
+        for at in range(len(run)):
+            table.append((number, features.of_progress(Progress(run[:at]))))
+            left.append(sum(e.seconds for e in run[at:]))
+    deviation = np.std([row for _, row in table], axis=0)
+    for asked in (Progress([took(A, 3.3)]), Progress([took(LOOP, 1.0)] * 5), Progress()):
+        place = features.of_progress(asked)
+        best: dict[int, tuple[float, float]] = {}
+        for (number, row), seconds in zip(table, left, strict=True):
+            distance = sum(
+                ((x - y) / s) ** 2 for x, y, s in zip(row, place, deviation, strict=True) if s > 0
+            )
+            best[number] = min(best.get(number, (np.inf, 0.0)), (distance, seconds))
+        expected = Distribution([seconds for _, seconds in sorted(best.values())[:7]])
+        answered = NearestRuns(k=7).remaining(graph, asked)
+        if not asked.executed:
+            assert len(answered) == 7  # all start alike: the oldest seven
+            continue
+        assert answered.values == pytest.approx(expected.values)
 
 
 def test_current_unit_is_the_walk_of_the_graph():
