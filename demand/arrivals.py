@@ -58,7 +58,7 @@ class _ClosedArrivals:
             if user in last:
                 self._following[last[user]] = entry
             else:
-                self._pending.append((-loop.jobs.arrivals[entry], -entry))
+                self._pending.append((-float(loop.jobs.arrivals[entry]), -entry))
             last[user] = entry
         self._pending.sort()
         self.next = -self._pending[-1][0]

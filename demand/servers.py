@@ -126,8 +126,8 @@ class Servers:
             for _ in range(len(running)):
                 worst = running[0] if self._servers == 1 else max(running, key=_place)
                 best_rank, best_index, best = waiting[0]
-                rank, index = worst.rank, worst.job.index
-                if rank < best_rank or (rank == best_rank and index < best_index):
+                index = worst.job.index
+                if (worst.rank, index) < (best_rank, best_index):
                     break
                 self.preemptions += 1
                 running.remove(worst)

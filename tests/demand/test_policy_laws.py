@@ -1,0 +1,292 @@
+"""What every policy promises, on drawn jobs and workloads: thresholds, bounds, fairness."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from demand import Distribution, Workload, simulate
+from demand.policies import (
+    EDF,
+    FCFS,
+    LAS,
+    NEVER_SEEN,
+    SERPT,
+    VTC,
+    Aging,
+    ClassMean,
+    Gittins,
+    Hysteresis,
+    Job,
+    LeastSlack,
+    Oracle,
+    Quantum,
+    VirtualTime,
+)
+from demand.policies.thresholds import greatest_within, just_below
+from demand.policies.wrapper import Wrapper
+from tests.demand.policy_zoo import POLICIES, whole_second_workloads
+from tests.demand.strategies import distributions
+from tests.demand.twins import fair_shares, processor_sharing
+
+by_name = pytest.mark.parametrize("policy", POLICIES, ids=str)
+
+
+@dataclass(frozen=True)
+class Spied(Wrapper):
+    """The policy within; notes who was served from when to when."""
+
+    service: list = field(default_factory=list)
+
+    def rank(self, job, now):
+        return self.policy.rank(job, now)
+
+    def next_above(self, job, threshold):
+        return self.policy.next_above(job, threshold)
+
+    def served(self, job, seconds, now):
+        self.service.append((job.index, now - seconds, now))
+        self.policy.served(job, seconds, now)
+
+
+@dataclass(frozen=True)
+class Adversary(Wrapper):
+    """Ranks as wild as they come, jumping at every second of service."""
+
+    def rank(self, job, now):
+        return math.tan(1e3 * job.lottery + 7.0 * math.floor(job.attained_service)) * 100.0
+
+    def next_above(self, job, threshold):
+        return math.floor(job.attained_service) + 1.0
+
+
+@st.composite
+def running_jobs(draw, policy):
+    """A job that runs, somewhere in its life, among others of its scheduler."""
+    known = draw(distributions())
+    state = policy.new_state()
+    seconds = st.floats(0.0, 60.0)
+    jobs = []
+    for index in range(3):
+        job = Job(
+            index,
+            "a",
+            draw(st.sampled_from([0.0, 0.1, 17.3])),
+            known,
+            demand=1000.0,
+            table=policy.table(known),
+            deadline=draw(st.one_of(st.just(math.inf), st.floats(20.0, 200.0))),
+            tenant=draw(st.sampled_from("xy")),
+            priority=draw(st.integers(0, 1)),
+        )
+        job.state = state
+        jobs.append(job)
+    jobs.sort(key=lambda job: job.arrival)
+    for job in jobs:
+        policy.arrived(job, job.arrival)
+    for job in jobs:
+        job.started_at = draw(st.one_of(st.just(0.0), seconds))
+        job.attained_service = job.started_at + draw(st.one_of(st.just(0.0), seconds))
+        policy.served(job, job.attained_service, 100.0)
+        if draw(st.booleans()):
+            job.known_at = draw(st.floats(0.0, 1.0)) * job.attained_service
+    jobs[0].running = True
+    return jobs
+
+
+@by_name
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_next_above_is_where_a_fine_scan_finds_it(policy, data):
+    job, *others = data.draw(running_jobs(policy))
+    rank = policy.rank(job, 100.0)
+    thresholds = [rank, just_below(policy.rank(others[0], 100.0)), policy.rank(others[1], 100.0)]
+    threshold = data.draw(st.sampled_from([t for t in thresholds if rank <= t]))
+    answer = policy.next_above(job, threshold)
+    assert answer > job.attained_service
+    start, end = job.attained_service, min(answer, job.attained_service + 150.0)
+    for attained in np.linspace(start, end, 301)[1:-1].tolist():
+        policy.served(job, attained - job.attained_service, 100.0)
+        job.attained_service = attained
+        assert policy.rank(job, 100.0) <= threshold
+    if answer < math.inf:
+        rank = policy.rank(job, 100.0)
+        in_quantum = (rank[-1] if isinstance(rank, tuple) else rank) == -math.inf
+        policy.served(job, answer - job.attained_service, 100.0)
+        job.attained_service = answer
+        assert policy.rank(job, 100.0) > threshold or in_quantum
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.sampled_from([1.0, 3.0, 1e-3, 1e3]))
+def test_the_inverse_of_a_rounded_sum_is_exact(threshold, offset, scale):
+    def function(x):
+        return offset + x / scale
+
+    x = greatest_within(function, threshold, (threshold - offset) * scale)
+    assert function(x) <= threshold < function(math.nextafter(x, math.inf))
+
+
+def test_just_below_reaches():
+    for rank in (0.0, 3.5, math.inf, (0, 2.0), (1, 0, 5.0), (1, -math.inf), (2, 3, -math.inf)):
+        below = just_below(rank)
+        assert below < rank
+        assert type(below) is type(rank)
+    assert just_below((1, -math.inf)) == (math.nextafter(1, 0), math.inf)
+
+
+INNER = [Gittins(), SERPT(), LAS(1.0), Oracle(), VTC(1.0), Adversary(FCFS())]
+
+
+@pytest.mark.parametrize("inner", INNER, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(
+    workload=whole_second_workloads(max_jobs=14),
+    cap=st.floats(0.01, 50.0),
+    bound=st.floats(0.5, 30.0),
+)
+def test_aging_bounds_who_may_overtake(inner, workload, cap, bound):
+    policy = Spied(Aging(inner, cap=cap, rate=cap / bound))
+    result = simulate(workload, policy)
+    finish = workload.arrivals + result.completion_times
+    for index, start, end in policy.service:
+        waiting = (workload.arrivals < workload.arrivals[index] - bound - 1e-9) & (finish > start)
+        assert end == start or not waiting.any()
+    # One server: nobody waits longer than for the work there is, and that of `bound` more seconds.
+    backlog = backlog_at_arrivals(workload)
+    for i, arrival in enumerate(workload.arrivals):
+        later = (np.arange(len(workload)) > i) & (workload.arrivals <= arrival + bound + 1e-9)
+        assert result.completion_times[i] <= backlog[i] + workload.demands[later].sum() + 1e-9
+
+
+def backlog_at_arrivals(workload):
+    """Work present just after each arrival, its own included; the same for all busy orders."""
+    free, backlog = 0.0, []
+    for arrival, demand in zip(workload.arrivals, workload.demands, strict=True):
+        free = max(free, arrival) + demand
+        backlog.append(free - arrival)
+    return backlog
+
+
+@pytest.mark.parametrize("inner", INNER, ids=str)
+@settings(max_examples=30, deadline=None)
+@given(workload=whole_second_workloads(), seconds=st.integers(1, 8))
+def test_a_quantum_bounds_preemptions(inner, workload, seconds):
+    policy = Spied(Quantum(inner, float(seconds)))
+    result = simulate(workload, policy)
+    assert result.preemptions <= sum(d // seconds for d in workload.demands)
+    for index in range(len(workload)):
+        mine = [(start, end) for i, start, end in policy.service if i == index and end > start]
+        stretches = []
+        for start, end in mine:
+            if stretches and stretches[-1][1] == start:
+                stretches[-1][1] = end
+            else:
+                stretches.append([start, end])
+        assert all(end - start >= seconds - 1e-9 for start, end in stretches[:-1])
+
+
+@pytest.mark.parametrize("inner", INNER, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(workload=whole_second_workloads())
+def test_a_margin_beyond_all_ranks_preempts_nobody(inner, workload):
+    assert simulate(workload, Hysteresis(inner, 1e9)).preemptions == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(workload=whole_second_workloads(max_jobs=14))
+def test_under_virtual_time_no_job_finishes_later_than_if_all_shared(workload):
+    """The theorem of the fair sojourn protocol: exact demands, one server, equal weights."""
+    assume((workload.demands > 0).all())
+    exact = Workload(
+        workload.arrivals,
+        workload.demands,
+        [str(i) for i in range(len(workload))],
+        {str(i): Distribution([d]) for i, d in enumerate(workload.demands)},
+    )
+    result = simulate(exact, VirtualTime())
+    assert (result.completion_times <= processor_sharing(exact) + 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(workload=whole_second_workloads())
+def test_edf_meets_all_deadlines_that_any_order_meets(workload):
+    assume(np.isfinite(workload.deadlines).any())
+    timed = np.isfinite(workload.deadlines)
+    only = Workload(
+        workload.arrivals[timed],
+        workload.demands[timed],
+        np.array(workload.applications)[timed].tolist(),
+        workload.distributions,
+        deadlines=workload.deadlines[timed],
+    )
+    others = [FCFS(), Gittins(), Oracle(), LeastSlack(quantum=1.0)]
+    if any(simulate(only, other).deadline_hits == 1.0 for other in others):
+        assert simulate(only, EDF()).deadline_hits == 1.0
+
+
+@dataclass(frozen=True)
+class Gaps(Wrapper):
+    """Notes how far the counters of present tenants are apart, whenever a job is served."""
+
+    gaps: list = field(default_factory=list)
+
+    def rank(self, job, now):
+        return self.policy.rank(job, now)
+
+    def next_above(self, job, threshold):
+        return self.policy.next_above(job, threshold)
+
+    def served(self, job, seconds, now):
+        self.policy.served(job, seconds, now)
+        counters = [job.state.counters[t] for t, jobs in job.state.present.items() if jobs]
+        self.gaps.append(max(counters) - min(counters))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    workload=whole_second_workloads(max_jobs=14),
+    quantum=st.sampled_from([0.5, 1.0, 3.0]),
+    weight=st.sampled_from([1.0, 2.5]),
+)
+def test_counters_of_present_tenants_stay_within_a_quantum(workload, quantum, weight):
+    weighted = Workload(
+        workload.arrivals,
+        workload.demands,
+        workload.applications,
+        workload.distributions,
+        tenants=workload.tenants,
+        weights={"x": weight},
+    )
+    policy = Gaps(VTC(quantum))
+    simulate(weighted, policy)
+    assert all(gap <= quantum * (1 + 1e-6) for gap in policy.gaps)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_virtual_counters_equal_their_twin_on_any_number_of_servers(seed, servers):
+    rng = np.random.default_rng(seed)
+    workload = Workload(
+        np.cumsum(rng.exponential(1.0 / servers, 60)),
+        rng.lognormal(0.0, 1.0, 60),
+        ["a"] * 60,
+        {"a": Distribution([1.0])},
+        tenants=rng.choice(["x", "y", "z"], 60).tolist(),
+        weights={"y": 2.0},
+    )
+    expected = fair_shares(workload, 0.7, servers)
+    result = simulate(workload, VTC(0.7), servers)
+    np.testing.assert_allclose(result.completion_times, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", [ClassMean(), SERPT(), Gittins()], ids=str)
+def test_applications_never_seen_are_served_by_attained_service(policy):
+    """Equal to least attained service in steps of doublings: short jobs overtake long ones."""
+    workload = Workload([0.0, 0.0, 5.0], [40.0, 30.0, 1.0], "abb", dict.fromkeys("ab", NEVER_SEEN))
+    result = simulate(workload, policy)
+    assert result.completion_times[2] < 4.0
+    assert result.preemptions > 10
+    assert result.events < 300
