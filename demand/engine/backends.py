@@ -69,13 +69,15 @@ class Backends:
         task.alarms = []
         held = self._held.pop(task, None)
         following = task.run[task.at + 1].unit if task.at + 1 < len(task.run) else None
+        next_pool = None if following is None else backend_of(self._pools, following)
         for pool in self._pools.values():
+            needed = following if pool is next_pool else None
             if pool is held:
-                pool.release(task, now)
+                pool.release(task, needed, now)
             if following is None:
                 pool.depart(task, now)
             else:
-                pool.lapse(task, following, now)
+                pool.lapse(task, needed, now)
 
     def plan(self, task: Task, now: float) -> list[tuple[float, Action]]:
         """Warm what is due at once; (seconds of the present unit, action) for the rest."""

@@ -23,8 +23,8 @@ class Pool:
     Args:
         slots: instances that are warm, or being warmed, at once.
         warm_seconds: duration of a warm-up, the cold start.
-        scope: who can use a warm instance: the "job" it was warmed for, the jobs of its
-            "application" at the same unit, or any job at a "unit" of the same name.
+        scope: who can use a warm instance: the "job" it was warmed for, any job of the
+            "application", or any job at a "unit" of the same name.
         shared: whether one instance serves any number of units at once (an adapter, a model
             server), or one at a time (a container). A unit's parallel calls share its instance.
         keep_seconds: how long an idle instance stays warm; 0 for never, infinity until its slot
@@ -37,7 +37,7 @@ class Pool:
 
     slots: int
     warm_seconds: float
-    scope: Scope = "application"
+    scope: Scope = "unit"
     shared: bool = False
     keep_seconds: float = math.inf
     footprint: float = 1.0
@@ -55,18 +55,18 @@ class Pool:
 
     @classmethod
     def containers(cls, slots: int, warm_seconds: float, keep_seconds: float = math.inf) -> "Pool":
-        """Sandboxes with the files of one job, each running one unit at a time."""
+        """Sandboxes with the files of one job."""
         return cls(slots, warm_seconds, "job", False, keep_seconds)
 
     @classmethod
     def models(cls, slots: int, warm_seconds: float, keep_seconds: float = math.inf) -> "Pool":
-        """Weights on a device, one set for each application's unit, shared by its jobs."""
-        return cls(slots, warm_seconds, "application", True, keep_seconds)
+        """Weights on a device, a set for each unit, shared by all jobs."""
+        return cls(slots, warm_seconds, "unit", True, keep_seconds)
 
     @classmethod
     def adapters(cls, slots: int, warm_seconds: float, keep_seconds: float = math.inf) -> "Pool":
-        """LoRA adapters, like models; name the llm units that need them."""
-        return cls.models(slots, warm_seconds, keep_seconds)
+        """LoRA adapters of an engine, one for each application, for its llm units."""
+        return cls(slots, warm_seconds, "application", True, keep_seconds)
 
     @classmethod
     def prefixes(cls, slots: int, warm_seconds: float, keep_seconds: float = math.inf) -> "Pool":

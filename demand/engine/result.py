@@ -26,6 +26,7 @@ class EngineResult(Result):
         completion_steps: `[n]` steps begun from arrival to finish.
         steps: carried out.
         decisions: times a batch was formed; between two the same step was repeated.
+        busy_seconds: that the steps took.
         mean_batch: requests in a step, on average.
         prefilled_again: wasted tokens, whose KV was lost and computed again.
         swapped_blocks: copied to the host or back.
@@ -37,6 +38,7 @@ class EngineResult(Result):
     completion_steps: NDArray[np.int64] = field(repr=False)
     steps: int
     decisions: int
+    busy_seconds: float
     mean_batch: float
     prefilled_again: int
     swapped_blocks: int
@@ -54,6 +56,7 @@ class EngineResult(Result):
         return super().summary() | {
             "mean_completion_steps": self.mean_completion_steps,
             "steps": self.steps,
+            "busy_seconds": self.busy_seconds,
             "mean_batch": self.mean_batch,
             "prefilled_again": self.prefilled_again,
             "swapped_blocks": self.swapped_blocks,

@@ -128,6 +128,7 @@ class _Simulation:
         self.completion_steps = np.empty(len(workload), dtype=np.int64)
         self.finished = 0
         self.steps = 0
+        self.busy_seconds = 0.0
         self.decisions = 0
 
     def run(self) -> EngineResult:
@@ -152,7 +153,9 @@ class _Simulation:
         if not batcher.batch:
             return now
         steps = identical_steps(batcher, now, self.next_second())
-        now += batcher.seconds_of(steps)
+        seconds = batcher.seconds_of(steps)
+        now += seconds
+        self.busy_seconds += seconds
         self.steps += steps
         self.happen(now)
         for task in batcher.advance(steps, now):
@@ -261,6 +264,7 @@ class _Simulation:
             self.completion_steps,
             self.steps,
             self.decisions,
+            self.busy_seconds,
             batcher.requests / max(self.steps, 1),
             blocks.prefilled_again,
             blocks.swapped,

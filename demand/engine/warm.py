@@ -12,7 +12,7 @@ from demand.engine.tasks import Task
 from demand.policies.base import Rank
 from demand.units import Unit
 
-Key = tuple[object, ...]
+Key = int | str
 Place = Callable[[Task, float], tuple[Rank, int]]
 
 
@@ -57,12 +57,14 @@ class WarmPool:
         self._waiting.append(_Waiting(task, self._key(task, unit), now, begin))
         self._serve(now)
 
-    def release(self, task: Task, now: float) -> None:
-        """The unit of `task` is over."""
+    def release(self, task: Task, following: Unit | None, now: float) -> None:
+        """The unit of `task` is over; its instance stays if the unit `following` can use it."""
         instance = self._held.pop(task)
         instance.users -= 1
         if not instance.users:
             instance.idle_since = now
+        if following is not None and instance.key == self._key(task, following):
+            instance.reserved.add(task)
         self._rest(instance, now)
         self._serve(now)
 
@@ -77,9 +79,9 @@ class WarmPool:
             self._agenda.add(instance.ready, self._serve)
         instance.reserved.add(task)
 
-    def lapse(self, task: Task, unit: Unit | None, now: float) -> None:
-        """`unit` is what follows; give up what was reserved for another."""
-        key = self._key(task, unit) if unit is not None else None
+    def lapse(self, task: Task, following: Unit | None, now: float) -> None:
+        """Give up what was reserved for a unit that does not follow."""
+        key = self._key(task, following) if following is not None else None
         freed = False
         for instance in [i for i in self._instances if task in i.reserved and i.key != key]:
             instance.reserved.remove(task)
@@ -92,7 +94,7 @@ class WarmPool:
         """The job is over, and what only it could use."""
         self.lapse(task, None, now)
         if self.pool.scope == "job":
-            for instance in [i for i in self._instances if i.key[0] == task.job.index]:
+            for instance in [i for i in self._instances if i.key == task.job.index]:
                 self._remove(instance, now)
             self._serve(now)
 
@@ -196,7 +198,5 @@ class WarmPool:
 
     def _key(self, task: Task, unit: Unit) -> Key:
         if self.pool.scope == "job":
-            return (task.job.index, unit.name)
-        if self.pool.scope == "application":
-            return (task.job.application, unit.name)
-        return (unit.name,)
+            return task.job.index
+        return task.job.application if self.pool.scope == "application" else unit.name

@@ -297,3 +297,14 @@ def test_the_hermes_mix_completes_under_every_prewarmer():
             r.wait_seconds for r in cold.backends.values()
         )
         assert result.summary()["backend_idle_seconds"] >= 0
+
+
+def test_an_instance_stays_for_the_next_unit_of_its_job():
+    """Nothing is kept, yet two llm units in a row load the adapter once."""
+    adapter = {"llm": Pool.adapters(1, 4.0, keep_seconds=0.0)}
+    row = [Execution(WRITE, 1, 5), Execution(READ, 1, 5)]
+    for prewarm in (NoPrewarm(), WaitingQueue()):
+        assert serve(of_runs([row]), adapter, prewarm).mean == 4 + 10
+    gap = [row[0], Execution(TEST, seconds=9.0), row[1]]
+    assert serve(of_runs([gap]), adapter).mean == 4 + 5 + 9 + 4 + 5
+    assert serve(of_runs([gap]), adapter, PrewarmPlanner()).mean == 4 + 5 + 9 + 5
