@@ -1,0 +1,294 @@
+"""What does progress tell? Every refinement on real agent runs: calibration, and what it buys.
+
+    python examples/refinement.py --out docs/results
+
+Per data set and seed, runs are split in two halves; a demand graph is learned from one, and the
+other is predicted (CRPS, coverage) and served: jobs drawn from it arrive at one preemptive server
+at load 0.9, ranked by SERPT or Gittins with each refinement. "Gap closed" is the share of the
+distance in mean completion time from no refinement to the oracle (SRPT), paired by seed, with
+bootstrap intervals over seeds. Human time does not count. Writes `refinement.json` and `.png`.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from environment import environment
+
+from demand import FCFS, SERPT, Application, CostModel, Distribution, Gittins, Oracle, PDGraph
+from demand.calibration import CalibrationReport, calibrate
+from demand.estimator import DemandEstimator
+from demand.policies import LAS
+from demand.refine import (
+    CurrentUnit,
+    NearestRuns,
+    NoRefinement,
+    PearsonFilter,
+    ProgressRegression,
+    Refinement,
+    WholeRuns,
+)
+from demand.simulator import Refine, simulate
+from demand.traces import Session, read_agent_sessions, read_fireact, read_tau_bench
+from demand.units import Execution, Progress
+from demand.workloads import Workload, poisson_workload
+
+Run = list[Execution]
+WALKS = 100
+AFTER_UNITS = (0, 1, 2, 4, 8, 16, 32, 64)
+REFINEMENTS: dict[str, Refinement] = {
+    "none (artifact)": NoRefinement(),
+    "whole runs": WholeRuns(),
+    "current unit": CurrentUnit(walks=WALKS),
+    "Pearson filter": PearsonFilter(walks=WALKS),
+    "Pearson filter, all visits": PearsonFilter(visits="all", walks=WALKS),
+    "regression": ProgressRegression(),
+    "nearest runs": NearestRuns(),
+}
+# Walks that a filter keeps going take long; it is predicted with, and not served by.
+SERVED = [name for name in REFINEMENTS if name != "Pearson filter, all visits"]
+# What no scheduler has: it shows what knowing the number of units would be worth.
+HINT = "number of units told"
+POLICIES = {"SERPT": SERPT(), "Gittins": Gittins()}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Finished runs, those of one task together."""
+
+    source: str
+    tasks: list[list[Run]]
+
+    def split(self, seed: int) -> tuple[list[Run], list[Run]]:
+        """Two halves of the tasks, at random."""
+        order = np.random.default_rng(seed).permutation(len(self.tasks))
+        halves = order[: order.size // 2], order[order.size // 2 :]
+        first, second = ([run for at in half for run in self.tasks[at]] for half in halves)
+        return first, second
+
+
+def data_sets(folder: Path) -> Iterator[tuple[str, DataSet]]:
+    """What there is of the data; seconds that a trace lacks are assumed, as said in the JSON."""
+    path = folder / "agent_sessions" / "sessions.jsonl.gz"
+    if path.exists():
+        sessions = list(read_agent_sessions(path))
+        known = [span.seconds for s in sessions for span in s.spans if span.kind == "llm"]
+        mean = float(np.mean([seconds for seconds in known if seconds is not None]))
+        measured = partial(
+            Session.run, leave_out=("human",), llm="measured",
+            assumed_seconds=dict.fromkeys(("llm", "subagent_llm"), mean),
+        )  # fmt: skip
+        source = f"seconds measured; {mean:.3g} s for the calls without (9 %)"
+        yield "coding agents", DataSet(source, [[measured(s)] for s in sessions])
+    assumed = {"search": 2.2, "tool": 0.5}
+    by_tokens = partial(Session.run, leave_out=("human",), assumed_seconds=assumed)
+    source = f"seconds from tokens by the default cost model; assumed {assumed}"
+    path = folder / "tau_bench" / "gpt-4o-airline.jsonl.gz"
+    if path.exists():
+        tasks: dict[object, list[Run]] = {}
+        for session in read_tau_bench(path):
+            tasks.setdefault(session.attributes["task"], []).append(by_tokens(session))
+        yield "tau-bench airline", DataSet(source, list(tasks.values()))
+    for name in ("gpt35", "llama2_7b"):
+        path = folder / "fireact_react" / f"hotpotqa_react_{name}.jsonl"
+        if path.exists():
+            yield f"ReAct {name}", DataSet(source, [[by_tokens(s)] for s in read_fireact(path)])
+
+
+def remembering(refine: Refine) -> Refine:
+    """Asks once for each held-out run and boundary; jobs are drawn from few runs many times."""
+    answers: dict[tuple[int, int], Distribution] = {}
+
+    def asked(application: str, progress: Progress) -> Distribution:
+        key = id(progress.executed[0]), len(progress.executed)
+        if key not in answers:
+            answers[key] = refine(application, progress)
+        return answers[key]
+
+    return asked
+
+
+def hinted(workload: Workload, seconds_per_unit: float) -> tuple[Workload, Refine]:
+    """The same jobs, each an application of its own number of units, and what that tells."""
+    assert workload.runs is not None
+    counts = [str(len(run)) for run in workload.runs]
+    told = {n: Distribution([int(n) * seconds_per_unit]) for n in set(counts)}
+
+    def refine(application: str, progress: Progress) -> Distribution:
+        return Distribution([(int(application) - len(progress.executed)) * seconds_per_unit])
+
+    return replace(workload, applications=counts, distributions=told), refine
+
+
+def experiment(data: DataSet, seed: int, jobs: int) -> tuple[dict, dict[str, CalibrationReport]]:
+    """Mean completion seconds by policy and refinement, and calibration, for one seed."""
+    training, held_out = data.split(seed)
+    graph = PDGraph.fit(training)
+    estimators = {
+        name: DemandEstimator({"agent": graph}, refinement)
+        for name, refinement in REFINEMENTS.items()
+    }
+    reports = {
+        name: calibrate(partial(estimator, "agent"), held_out, AFTER_UNITS)
+        for name, estimator in estimators.items()
+    }
+    cost = CostModel()
+    mean = float(np.mean([cost.run_seconds(run) for run in held_out]))
+    application = Application(
+        "agent", estimators["none (artifact)"]("agent"), mean_seconds=mean, graph=graph,
+        sample_runs=lambda rng, n: [held_out[at] for at in rng.integers(len(held_out), size=n)],
+    )  # fmt: skip
+    workload = poisson_workload([application], 0.9, jobs, seed)
+    means = {
+        "FCFS": simulate(workload, FCFS()).mean,
+        "LAS": simulate(workload, LAS(quantum=mean / 100)).mean,
+        "oracle": simulate(workload, Oracle()).mean,
+    }
+    units = sum(map(len, training))
+    told, hint = hinted(workload, sum(map(cost.run_seconds, training)) / units)
+    for name in SERVED:
+        known = replace(workload, distributions={"agent": estimators[name]("agent")})
+        # What only counts seconds is the same asked at every boundary or not at all.
+        aged = isinstance(REFINEMENTS[name], NoRefinement | WholeRuns)
+        refine = None if aged else remembering(estimators[name])
+        for kind, policy in POLICIES.items():
+            means[f"{kind}, {name}"] = simulate(known, policy, refine=refine).mean
+    for kind, policy in POLICIES.items():
+        means[f"{kind}, {HINT}"] = simulate(told, policy, refine=hint).mean
+    return means, reports
+
+
+def gap_closed(means: Sequence[dict], arm: str, none: str) -> dict[str, float]:
+    """Share of the gap from `none` to the oracle, and its 95 % bootstrap interval over seeds."""
+    ours, base, best = (np.array([m[name] for m in means]) for name in (arm, none, "oracle"))
+    drawn = np.random.default_rng(0).integers(ours.size, size=(5000, ours.size))
+    closed = (base - ours)[drawn].mean(axis=1) / (base - best)[drawn].mean(axis=1)
+    low, high = np.quantile(closed, [0.025, 0.975])
+    estimate = (base - ours).mean() / (base - best).mean()
+    return {"share": float(estimate), "low": float(low), "high": float(high)}
+
+
+def summary(means: list[dict], reports: list[dict[str, CalibrationReport]]) -> dict:
+    """What goes into the JSON for one data set."""
+    calibration = {}
+    for name in REFINEMENTS:
+        mine = [report[name] for report in reports]
+        scores = [report.overall.crps for report in mine]
+        none = [report["none (artifact)"].overall.crps for report in reports]
+        calibration[name] = {
+            "crps_seconds": float(np.mean(scores)),
+            "crps_ratio_to_none": float(np.mean(scores) / np.mean(none)),
+            "coverage_50_80_95": np.mean([r.overall.coverage for r in mine], axis=0).tolist(),
+            "pit_histogram": np.mean([r.pit_histogram() for r in mine], axis=0).tolist(),
+            "crps_seconds_after_units": {point.after_units: point.crps for point in mine[0].points},
+        }
+    closed = {
+        kind: {
+            name: gap_closed(means, f"{kind}, {name}", f"{kind}, none (artifact)")
+            for name in [*SERVED, HINT]
+        }
+        for kind in POLICIES
+    }
+    seconds = {name: [m[name] for m in means] for name in means[0]}
+    return {"calibration": calibration, "gap_closed": closed, "mean_completion_seconds": seconds}
+
+
+def markdown(results: dict) -> str:
+    """The table of docs/demand_graphs.md, from the results of the JSON."""
+    lines = [
+        "| refinement | CRPS / none | in 50 / 80 / 95 % | gap closed, SERPT | Gittins |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        means = {arm: np.mean(v) for arm, v in result["mean_completion_seconds"].items()}
+        base = means["SERPT, none (artifact)"]
+        context = ", ".join(f"{arm} {means[arm] / base:.2f}" for arm in ("FCFS", "LAS", "oracle"))
+        lines.append(f"| **{name}** (mean / SERPT's: {context}) | | | | |")
+        for arm in [*REFINEMENTS, HINT]:
+            cells = [arm, "", ""]
+            if arm in REFINEMENTS:
+                row = result["calibration"][arm]
+                covered = " / ".join(f"{100 * c:.0f}" for c in row["coverage_50_80_95"])
+                cells = [arm, f"{row['crps_ratio_to_none']:.3f}", covered]
+            for kind in POLICIES:
+                share = result["gap_closed"][kind].get(arm)
+                cells.append(
+                    "{share:.0%} [{low:.0%}, {high:.0%}]".format(**share) if share else "not run"
+                )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict, path: Path) -> None:
+    """Gap closed by refinement and policy, and PIT histograms, a column for each data set."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(results), 6.6), layout="constrained")
+    axes = figure.subplots(2, len(results), squeeze=False)
+    arms = [*SERVED[1:], HINT]
+    for column, (name, result) in enumerate(results.items()):
+        ax = axes[0, column]
+        for offset, (kind, colour) in enumerate(zip(POLICIES, ("#4477aa", "#cc6677"), strict=True)):
+            shares = [result["gap_closed"][kind][arm] for arm in arms]
+            y = np.arange(len(arms)) + 0.18 * (2 * offset - 1)
+            centre = [100 * s["share"] for s in shares]
+            error = [[100 * (s["share"] - s["low"]) for s in shares],
+                     [100 * (s["high"] - s["share"]) for s in shares]]  # fmt: skip
+            ax.errorbar(centre, y, xerr=error, fmt="o", color=colour, label=kind, markersize=4)
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.axvline(100, color="black", linewidth=0.8, linestyle=":")
+        ax.set(title=name, xlabel="% of the gap to the oracle closed", ylim=(len(arms) - 0.5, -0.5))
+        ax.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms))
+        ax = axes[1, column]
+        for arm in ("none (artifact)", "Pearson filter, all visits", "regression", "nearest runs"):
+            histogram = result["calibration"][arm]["pit_histogram"]
+            ax.stairs(histogram, np.linspace(0, 1, len(histogram) + 1), label=arm)
+        ax.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="PIT of the remaining seconds", ylim=(0, None))
+    axes[0, 0].legend(frameon=False)
+    axes[1, 0].legend(frameon=False, fontsize=8)
+    axes[1, 0].set_ylabel("density (1: calibrated)")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    root = Path(__file__).resolve().parent.parent
+    parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, help="folder for refinement.json and .png")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=400)
+    arguments = parser.parse_args()
+    results, sets = {}, {}
+    for name, data in data_sets(arguments.data):
+        rows: list[tuple[dict, dict[str, CalibrationReport]]] = [
+            experiment(data, seed, arguments.jobs) for seed in range(arguments.seeds)
+        ]
+        means, reports = map(list, zip(*rows, strict=True))
+        results[name] = summary(means, reports)
+        runs = [run for task in data.tasks for run in task]
+        sets[name] = {"runs": len(runs), "tasks": len(data.tasks), "source": data.source}
+        print(markdown({name: results[name]}), flush=True)
+    if not results:
+        raise SystemExit(f"there is no data under {arguments.data}; say where it is with --data")
+    if arguments.out:
+        document = {
+            "configuration": {
+                "seeds": arguments.seeds, "jobs": arguments.jobs, "load": 0.9, "servers": 1,
+                "after_units": AFTER_UNITS, "cost": asdict(CostModel()),
+                "refinements": {name: repr(r) for name, r in REFINEMENTS.items()},
+            },
+            "environment": environment(),
+            "data": sets,
+            "results": results,
+        }  # fmt: skip
+        (arguments.out / "refinement.json").write_text(json.dumps(document, indent=1) + "\n")
+        picture(results, arguments.out / "refinement.png")
+
+
+if __name__ == "__main__":
+    main()
