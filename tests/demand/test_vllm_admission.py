@@ -220,6 +220,20 @@ async def test_the_rank_is_sent_as_an_integer_priority_only_if_asked_for() -> No
 
 
 @run_async
+async def test_priorities_by_time_count_from_the_start_of_the_controller() -> None:
+    async with (
+        FakeServer() as server,
+        controller_of(server, FCFS(), priority=millisecond_priority) as controller,
+    ):
+        first = await controller.start("short").submit("completions", body("a"))
+        await asyncio.sleep(0.01)
+        second = await controller.start("short").submit("completions", body("b"))
+        await asyncio.gather(first.text(), second.text())
+        early, late = (request.body["priority"] for request in server.received)
+        assert 0 <= early < late < 20_000  # however long the machine has been up
+
+
+@run_async
 async def test_chat_completions() -> None:
     async with FakeServer() as server, controller_of(server) as controller:
         call = await controller.start("short").submit("chat/completions", body("hi"))

@@ -63,7 +63,8 @@ class AdmissionController:
             `--scheduling-policy priority`; others refuse the field). `None` sends none.
         retry: how often and when a call is tried again.
         cost: seconds of service that a token stands for.
-        clock: seconds, for policies that read the time.
+        clock: seconds, for policies that read the time; `None` counts from now on, so that ranks
+            by time stay within what `millisecond_priority` tells apart.
         seed: of the policy's lottery and of the backoff.
 
     Raises:
@@ -81,7 +82,7 @@ class AdmissionController:
         priority: Callable[[Rank], int] | None = None,
         retry: Retry | None = None,
         cost: CostModel | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
         if not 1 <= in_flight <= capacity:
@@ -96,7 +97,8 @@ class AdmissionController:
         self._priority = priority
         self._retry = Retry() if retry is None else retry
         self._cost = CostModel() if cost is None else cost
-        self._clock = clock
+        began = time.monotonic()
+        self._clock = (lambda: time.monotonic() - began) if clock is None else clock
         self._rng = random.Random(seed)
         self._waiting: list[Call] = []
         self._in_flight: dict[Call, asyncio.Task[None]] = {}
