@@ -2,13 +2,18 @@
 
 Each check draws independent replications (fixed seeds), forms the 99 % Student interval of their
 mean, and asks that the formula lie in it. The first tenth of every run is left out, the queue
-having started empty. References: Pollaczek-Khinchine, E[T] = E[S] + load E[S^2] / 2 (1 - rho);
-the values for SRPT and least-attained-service are integrals of their formulas for mean service 1.
+having started empty. Formulas, for mean service 1: Pollaczek-Khinchine for first come, first
+served; Schrage and Miller for SRPT; Kleinrock for least attained service; Erlang for k servers.
+Where the luck of the draw would hide everything, the mean under another policy on the same jobs,
+whose expectation is a formula too, is taken out as a control variate.
 """
+
+import math
+from functools import partial
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from demand import (
     FCFS,
@@ -23,6 +28,7 @@ from demand import (
     poisson_workload,
     simulate,
 )
+from demand.policies import LAS
 from tests.demand.strategies import hyperexponential_quantile, quantile_grid
 
 
@@ -41,6 +47,17 @@ HYPER = Application(
     "hyperexponential", quantile_grid(hyperexponential_quantile, 200), hyperexponential, 1.0
 )
 SECOND_MOMENT = {"exponential": 2.0, "constant": 1.0, "hyperexponential": 6.5}
+DENSITY = {
+    "exponential": lambda x: math.exp(-x),
+    "hyperexponential": lambda x: 1.8 * math.exp(-x / 0.5) + 0.1 / 5.5 * math.exp(-x / 5.5),
+}
+LOADS = [0.5, 0.8, 0.9]
+slow = pytest.mark.slow
+by_load = pytest.mark.parametrize(
+    ("load", "at"), [(0.5, 0), pytest.param(0.8, 1, marks=slow), pytest.param(0.9, 2, marks=slow)]
+)
+SRPT_MEANS = {"exponential": [1.4254, 2.3528, 3.5521], "hyperexponential": [1.4047, 2.1847, 3.0947]}
+LAS_MEANS = {"exponential": [2.0, 5.0, 10.0], "hyperexponential": [1.7602, 3.7310, 6.7888]}
 
 
 def pollaczek_khinchine(load: float, second_moment: float) -> float:
@@ -66,28 +83,69 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return values.mean() - half, values.mean() + half
 
 
-def assert_in_interval(expected: float, values: np.ndarray) -> None:
+def assert_in_interval(expected: float, values: np.ndarray, width: float = 0.4) -> None:
     low, high = interval(values)
     assert low <= expected <= high, (expected, low, high)
-    assert high - low < 0.4 * expected  # an interval that can tell something
+    assert high - low < width * expected  # an interval that can tell something
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8])
+def controlled(values: np.ndarray, control: np.ndarray, expected: float) -> np.ndarray:
+    """`values` less what `control`, of known expectation, says was luck."""
+    slope = np.cov(values, control)[0, 1] / control.var(ddof=1)
+    return values - slope * (control - expected)
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8, pytest.param(0.9, marks=slow)])
 @pytest.mark.parametrize("app", [EXPONENTIAL, CONSTANT, HYPER], ids=lambda app: app.name)
 def test_fcfs_is_pollaczek_khinchine(app, load):
     expected = pollaczek_khinchine(load, SECOND_MOMENT[app.name])
-    assert_in_interval(expected, means(app, FCFS(), load, 10_000, 20))
+    jobs, replications = (10_000, 20) if load < 0.9 else (40_000, 40)
+    assert_in_interval(expected, means(app, FCFS(), load, jobs, replications))
 
 
 def test_the_reference_values_of_pollaczek_khinchine():
-    assert pollaczek_khinchine(0.8, 2.0) == pytest.approx(5.0)
-    assert pollaczek_khinchine(0.8, 1.0) == pytest.approx(3.0)
-    assert pollaczek_khinchine(0.8, 6.5) == pytest.approx(14.0)
+    for load, exponential, constant, hyper in (
+        (0.5, 2, 1.5, 4.25),
+        (0.8, 5, 3, 14),
+        (0.9, 10, 5.5, 30.25),
+    ):
+        assert pollaczek_khinchine(load, 2.0) == pytest.approx(exponential)
+        assert pollaczek_khinchine(load, 1.0) == pytest.approx(constant)
+        assert pollaczek_khinchine(load, 6.5) == pytest.approx(hyper)
 
 
-@pytest.mark.parametrize(("load", "expected"), [(0.5, 1.4254), (0.8, 2.3528)])
-def test_the_oracle_on_m_m_1_is_srpt(load, expected):
-    assert_in_interval(expected, means(EXPONENTIAL, Oracle(), load, 10_000, 20))
+@pytest.mark.parametrize("name", DENSITY)
+def test_the_reference_values_of_srpt_and_of_least_attained_service(name):
+    """E[T] of SRPT and of LAS as integrals over the demand x, on a grid up to where all is done."""
+    x = np.concatenate([np.linspace(0.0, 2.0, 20_001), np.linspace(2.0, 120.0, 60_001)[1:]])
+    f = np.array([DENSITY[name](t) for t in x])
+    below = partial(integrate.cumulative_simpson, x=x, initial=0.0)
+    survival = 1.0 - below(f)
+    for load, srpt, las in zip(LOADS, SRPT_MEANS[name], LAS_MEANS[name], strict=True):
+        small = load * below(x * f)
+        waiting = load * (below(x * x * f) + x * x * survival) / (2 * (1 - small) ** 2)
+        assert integrate.simpson(f * (waiting + below(1 / (1 - small))), x=x) == pytest.approx(
+            srpt, abs=2e-4
+        )
+        cut = load * below(survival)  # load of demands cut off at x; E[min(X, x)^2] likewise
+        waiting = load * 2 * below(x * survival) / (2 * (1 - cut) ** 2)
+        assert integrate.simpson(f * (waiting + x / (1 - cut)), x=x) == pytest.approx(las, abs=2e-4)
+
+
+@by_load
+@pytest.mark.parametrize("app", [EXPONENTIAL, HYPER], ids=lambda app: app.name)
+def test_the_oracle_is_srpt(app, load, at):
+    values, control = (means(app, policy, load, 10_000, 20) for policy in (Oracle(), LAS(0.2)))
+    expected = SRPT_MEANS[app.name][at]
+    assert_in_interval(expected, controlled(values, control, LAS_MEANS[app.name][at]), 0.15)
+
+
+@by_load
+@pytest.mark.parametrize("app", [EXPONENTIAL, HYPER], ids=lambda app: app.name)
+def test_least_attained_service_is_kleinrocks_formula(app, load, at):
+    values, control = (means(app, policy, load, 10_000, 20) for policy in (LAS(0.1), Oracle()))
+    expected = LAS_MEANS[app.name][at]
+    assert_in_interval(expected, controlled(values, control, SRPT_MEANS[app.name][at]), 0.15)
 
 
 @pytest.mark.parametrize("policy", [ClassMean(), RandomOrder()], ids=lambda p: type(p).__name__)
@@ -105,28 +163,28 @@ def test_constant_demand_makes_gittins_fcfs():
         )
 
 
-def test_two_servers_are_erlang_c():
-    """M/M/2: E[T] = 1 + C / 2 (1 - rho), C = 2 rho^2 / (1 + rho) the chance to wait."""
-    expected = 1.0 + (2 * 0.7**2 / 1.7) / (2 * 0.3)
-    assert_in_interval(expected, means(EXPONENTIAL, FCFS(), 0.7, 10_000, 20, servers=2))
+@pytest.mark.parametrize("load", [0.5, 0.8])
+@pytest.mark.parametrize("servers", [2, 3, 8])
+def test_m_m_k_is_erlang_c(servers, load):
+    """E[T] = 1 + C / k (1 - rho), C being Erlang's chance to wait."""
+    offered = servers * load
+    waits = offered**servers / math.factorial(servers) / (1 - load)
+    idle = sum(offered**n / math.factorial(n) for n in range(servers))
+    expected = 1.0 + waits / (waits + idle) / (servers * (1 - load))
+    assert_in_interval(expected, means(EXPONENTIAL, FCFS(), load, 10_000, 20, servers))
 
 
 @pytest.mark.slow
-def test_gittins_on_falling_hazard_is_least_attained_service():
-    """Hyperexponential at load 0.8: FCFS 14, least attained service = Gittins 3.7310.
-
-    The scheduler knows 60 quantiles of the demand. The mean of the oracle on the same jobs, whose
-    expectation is known to be 2.1847, is a control variate: it takes out the luck of the draw.
-    """
+@by_load
+def test_gittins_on_falling_hazard_is_least_attained_service(load, at):
+    """Hyperexponential, whose hazard rate falls; the scheduler knows 60 quantiles of it."""
     known = quantile_grid(hyperexponential_quantile, 60)
     app = Application("hyperexponential", known, hyperexponential, 1.0)
-    values = means(app, Gittins(), 0.8, 8000, 12)
-    control = means(app, Oracle(), 0.8, 8000, 12)
-    slope = np.cov(values, control)[0, 1] / control.var(ddof=1)
-    low, high = interval(values - slope * (control - 2.1847))
-    assert low <= 3.7310 <= high
-    assert high - low < 0.05 * 3.7310
-    assert values.max() < means(app, FCFS(), 0.8, 8000, 12).min()
+    values, control = (means(app, policy, load, 10_000, 20) for policy in (Gittins(), Oracle()))
+    expected = LAS_MEANS["hyperexponential"][at]
+    corrected = controlled(values, control, SRPT_MEANS["hyperexponential"][at])
+    assert_in_interval(expected, corrected, 0.15)
+    assert values.mean() < means(app, FCFS(), load, 10_000, 20).mean()
 
 
 def test_no_order_beats_the_oracle_on_average():
