@@ -12,9 +12,10 @@ bootstrap intervals over seeds. Human time does not count. Writes `refinement.js
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from environment import environment
@@ -22,7 +23,8 @@ from environment import environment
 from demand import FCFS, SERPT, Application, CostModel, Distribution, Gittins, Oracle, PDGraph
 from demand.calibration import CalibrationReport, calibrate
 from demand.estimator import DemandEstimator
-from demand.policies import LAS
+from demand.policies import LAS, Job, Rank
+from demand.policies.wrapper import Wrapper
 from demand.refine import (
     CurrentUnit,
     NearestRuns,
@@ -38,14 +40,13 @@ from demand.units import Execution, Progress
 from demand.workloads import Workload, poisson_workload
 
 Run = list[Execution]
-WALKS = 100
 AFTER_UNITS = (0, 1, 2, 4, 8, 16, 32, 64)
 REFINEMENTS: dict[str, Refinement] = {
-    "none (artifact)": NoRefinement(),
+    "none (artifact)": NoRefinement(walks=10_000),
     "whole runs": WholeRuns(),
-    "current unit": CurrentUnit(walks=WALKS),
-    "Pearson filter": PearsonFilter(walks=WALKS),
-    "Pearson filter, all visits": PearsonFilter(visits="all", walks=WALKS),
+    "current unit": CurrentUnit(walks=10_000),
+    "Pearson filter": PearsonFilter(),
+    "Pearson filter, all visits": PearsonFilter(visits="all", walks=100),
     "regression": ProgressRegression(),
     "nearest runs": NearestRuns(),
 }
@@ -112,6 +113,22 @@ def remembering(refine: Refine) -> Refine:
     return asked
 
 
+@dataclass(frozen=True)
+class OneTableEach(Wrapper):
+    """A policy that makes the table of a remembered answer once."""
+
+    made: dict[int, Any] = field(default_factory=dict)
+
+    def rank(self, job: Job, now: float) -> Rank:
+        return self.policy.rank(job, now)
+
+    def table(self, distribution: Distribution) -> Any:
+        key = id(distribution)
+        if key not in self.made:
+            self.made[key] = distribution, self.policy.table(distribution)
+        return self.made[key][1]
+
+
 def hinted(workload: Workload, seconds_per_unit: float) -> tuple[Workload, Refine]:
     """The same jobs, each an application of its own number of units, and what that tells."""
     assert workload.runs is not None
@@ -156,7 +173,8 @@ def experiment(data: DataSet, seed: int, jobs: int) -> tuple[dict, dict[str, Cal
         aged = isinstance(REFINEMENTS[name], NoRefinement | WholeRuns)
         refine = None if aged else remembering(estimators[name])
         for kind, policy in POLICIES.items():
-            means[f"{kind}, {name}"] = simulate(known, policy, refine=refine).mean
+            once = OneTableEach(policy)
+            means[f"{kind}, {name}"] = simulate(known, once, refine=refine).mean
     for kind, policy in POLICIES.items():
         means[f"{kind}, {HINT}"] = simulate(told, policy, refine=hint).mean
     return means, reports
@@ -261,7 +279,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, help="folder for refinement.json and .png")
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=400)
+    parser.add_argument("--jobs", type=int, default=1000)
     arguments = parser.parse_args()
     results, sets = {}, {}
     for name, data in data_sets(arguments.data):
