@@ -6,7 +6,8 @@ Per data set and seed, runs are split in two halves; a demand graph is learned f
 other is predicted (CRPS, coverage) and served: jobs drawn from it arrive at one preemptive server
 at load 0.9, ranked by SERPT or Gittins with each refinement. "Gap closed" is the share of the
 distance in mean completion time from no refinement to the oracle (SRPT), paired by seed, with
-bootstrap intervals over seeds. Human time does not count. Writes `refinement.json` and `.png`.
+bootstrap intervals over seeds. Human time does not count. Writes `refinement.json` and `.png`,
+and `demand_graph.png`, the graph of tau-bench.
 """
 
 import argparse
@@ -54,6 +55,7 @@ REFINEMENTS: dict[str, Refinement] = {
 SERVED = [name for name in REFINEMENTS if name != "Pearson filter, all visits"]
 # What no scheduler has: it shows what knowing the number of units would be worth.
 HINT = "number of units told"
+DRAWN = "tau-bench airline"
 POLICIES = {"SERPT": SERPT(), "Gittins": Gittins()}
 
 
@@ -291,6 +293,9 @@ def main() -> None:
         runs = [run for task in data.tasks for run in task]
         sets[name] = {"runs": len(runs), "tasks": len(data.tasks), "source": data.source}
         print(markdown({name: results[name]}), flush=True)
+        if arguments.out and name == DRAWN:
+            draw = PDGraph.fit(runs, name=name).draw
+            draw().figure.savefig(arguments.out / "demand_graph.png", dpi=80)
     if not results:
         raise SystemExit(f"there is no data under {arguments.data}; say where it is with --data")
     if arguments.out:
