@@ -1,0 +1,194 @@
+"""Policies on a simulated engine with continuous batching, and how fast the simulator is.
+
+    python examples/engine.py --out docs/results
+
+Serves the applications of Hermes (arXiv 2506.14851), runs and all, on an engine of the profile in
+its artifact: every policy with ample KV, then every way to preempt with scarce KV. All serve the
+same jobs of a seed; intervals are over seeds. Last, the speed of the simulator at rising load.
+Writes `engine.json`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from demand import (
+    FCFS,
+    SERPT,
+    ClassMean,
+    Gittins,
+    Oracle,
+    Policy,
+    RandomOrder,
+    Workload,
+    bootstrap_interval,
+    hermes_applications,
+    paired_ratio_interval,
+    poisson_workload,
+)
+from demand.engine import Engine, EngineResult, simulate_engine
+from demand.policies import LAS, RequestFCFS
+
+sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+from environment import environment
+
+POLICIES: dict[str, Policy] = {
+    "random": RandomOrder(),
+    "request FCFS": RequestFCFS(),
+    "FCFS": FCFS(),
+    "LAS": LAS(quantum=20.0),
+    "class mean": ClassMean(),
+    "SERPT": SERPT(),
+    "Gittins": Gittins(),
+    "oracle": Oracle(),
+}
+MODES = ("none", "pause", "recompute", "swap")
+AMPLE, SCARCE = 65_536, 4_000
+SPEED_LOADS = (10.0, 20.0, 30.0, 40.0)
+
+
+def serve(workloads: list[Workload], policy: Policy, engine: Engine) -> list[EngineResult]:
+    """A result for each seed."""
+    return [
+        simulate_engine(workload, policy, engine, seed=seed)
+        for seed, workload in enumerate(workloads)
+    ]
+
+
+def figures(results: list[EngineResult], baseline: list[EngineResult]) -> dict:
+    """Completion over seeds, relative to `baseline`, and what the engine did for each job."""
+    means = [result.mean for result in results]
+    jobs = len(results[0].completion_times)
+
+    def per_job(entry: str) -> float:
+        return float(np.mean([getattr(result, entry) for result in results])) / jobs
+
+    return {
+        "mean_seconds": bootstrap_interval(means)._asdict(),
+        "p95_seconds": bootstrap_interval([r.quantile(0.95) for r in results])._asdict(),
+        "mean_over_fcfs": paired_ratio_interval(means, [r.mean for r in baseline])._asdict(),
+        "mean_batch": float(np.mean([result.mean_batch for result in results])),
+        "preemptions_per_job": per_job("preemptions"),
+        "prefilled_again_per_job": per_job("prefilled_again"),
+        "swapped_blocks_per_job": per_job("swapped_blocks"),
+        "peak_blocks": max(result.peak_blocks for result in results),
+    }
+
+
+def compare(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows of the policies, and of the ways to preempt."""
+    mix = hermes_applications()
+    workloads = [poisson_workload(mix, args.load, args.jobs, seed) for seed in range(args.seeds)]
+    ample = Engine(max_requests=args.width, blocks=AMPLE)
+    baseline = serve(workloads, RequestFCFS(), ample)
+    policies = []
+    for name, policy in tqdm(POLICIES.items(), desc="policies"):
+        results = serve(workloads, policy, ample)
+        policies.append({"policy": name} | figures(results, baseline))
+    modes = []
+    for mode in tqdm(MODES, desc="preemption"):
+        engine = replace(ample, blocks=SCARCE, preemption=mode)
+        for name in ("request FCFS", "FCFS", "Gittins"):
+            results = serve(workloads, POLICIES[name], engine)
+            modes.append({"preemption": mode, "policy": name} | figures(results, baseline))
+    return policies, modes
+
+
+def speed(args: argparse.Namespace) -> list[dict]:
+    """Median over repeats of what the simulator does in a second, at rising load."""
+    rows = []
+    for load in SPEED_LOADS:
+        workload = poisson_workload(hermes_applications(), load, args.speed_jobs, seed=0)
+        for name in ("FCFS", "Gittins"):
+            seconds = []
+            for _ in range(args.repeats):
+                start = time.perf_counter()
+                result = simulate_engine(workload, POLICIES[name], Engine(blocks=AMPLE))
+                seconds.append(time.perf_counter() - start)
+            took = float(np.median(seconds))
+            rows.append(
+                {
+                    "load": load,
+                    "policy": name,
+                    "mean_batch": result.mean_batch,
+                    "steps_per_decision": result.steps / result.decisions,
+                    "steps_per_second": result.steps / took,
+                    "tokens_per_second": result.steps * result.mean_batch / took,
+                    "events_per_second": result.events / took,
+                    "seconds_per_1000_jobs": took / args.speed_jobs * 1000,
+                }
+            )
+    return rows
+
+
+def completion(row: dict) -> str:
+    mean, ratio, p95 = row["mean_seconds"], row["mean_over_fcfs"], row["p95_seconds"]
+    return (
+        f"{mean['estimate']:.1f} | {ratio['estimate']:.2f} ({ratio['low']:.2f} to "
+        f"{ratio['high']:.2f}) | {p95['estimate']:.0f}"
+    )
+
+
+def print_tables(record: dict) -> None:
+    print("\n| policy | mean s | over request FCFS | P95 s | batch | preemptions a job |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in record["policies"]:
+        print(
+            f"| {row['policy']} | {completion(row)} | {row['mean_batch']:.1f} "
+            f"| {row['preemptions_per_job']:.1f} |"
+        )
+    print(
+        "\n| preemption, policy | mean s | over request FCFS, ample KV | P95 s "
+        "| tokens prefilled again a job | blocks swapped a job |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in record["modes"]:
+        print(
+            f"| {row['preemption']}, {row['policy']} | {completion(row)} "
+            f"| {row['prefilled_again_per_job']:.0f} | {row['swapped_blocks_per_job']:.0f} |"
+        )
+    print("\n| load, policy | batch | steps a decision | steps/s | tokens/s | events/s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in record["speed"]:
+        print(
+            f"| {row['load']:.0f}, {row['policy']} | {row['mean_batch']:.1f} "
+            f"| {row['steps_per_decision']:.1f} | {row['steps_per_second']:,.0f} "
+            f"| {row['tokens_per_second']:,.0f} | {row['events_per_second']:,.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--jobs", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--load", type=float, default=50.0, help="seconds of demand a second")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--speed-jobs", type=int, default=300)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    policies, modes = compare(args)
+    record = {
+        "configuration": {
+            **{name: value for name, value in vars(args).items() if name != "out"},
+            "engine": asdict(Engine(max_requests=args.width, blocks=AMPLE)),
+            "scarce_blocks": SCARCE,
+        },
+        "environment": environment(),
+        "policies": policies,
+        "modes": modes,
+        "speed": speed(args),
+    }
+    print_tables(record)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
