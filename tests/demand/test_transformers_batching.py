@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -169,6 +170,36 @@ def test_a_manager_of_ones_own(model):
     assert ends == ["short", "long"]
 
 
+def test_a_manager_that_is_kept_starts_anew(model):
+    """What was in it when it was stopped is over; the scheduler and the table go on."""
+    jobs = JobTable(FCFS(), KNOWN)
+    with install(jobs) as name:
+        manager = model.init_continuous_batching(
+            transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
+            config(width=1, scheduler_type=name),
+        )
+        manager.start()
+        scheduler = check_installed(manager, jobs)
+    old = jobs.open("long")
+    jobs.announce(old, "old")
+    jobs.close(old)
+    manager.add_request(prompt(5), "old", max_new_tokens=900)
+    while not scheduler.steps:
+        time.sleep(0.001)
+    manager.stop(keep_for_next_session=True, hard_stop=True)
+    assert manager.get_result(timeout=SECONDS).error is not None
+    manager.start()
+    new = jobs.open("short")
+    jobs.announce(new, "new")
+    manager.add_request(prompt(6), "new", max_new_tokens=5)
+    assert manager.get_result(timeout=SECONDS).generated_tokens == generated(model, prompt(6), 5)
+    assert check_installed(manager, jobs) is scheduler
+    jobs.close(new)
+    manager.stop()
+    model.destroy_cached_continuous_batching_manager()
+    assert len(jobs) == 0
+
+
 # It is attached and detached.
 
 
@@ -299,14 +330,19 @@ def test_a_manager_that_does_not_come_up(model):
         check_installed(hanging, JobTable(FCFS()), timeout_seconds=0.01)
 
 
-def test_a_model_split_over_processes(model):
-    with serve(model) as batching:
-        split = SimpleNamespace(
-            batch_processor=batching.manager.batch_processor,
-            distributed_helper=SimpleNamespace(tp_size=2),
-        )
-        with pytest.raises(DemandError, match="split over 2 processes"):
-            check_installed(split, batching.jobs)
+@pytest.mark.parametrize(
+    ("asynchronous", "processes", "message"),
+    [(True, 1, "batches asynchronously"), (False, 2, "split over 2 processes")],
+)
+def test_managers_that_were_never_run(shared, asynchronous, processes, message):
+    other = SimpleNamespace(
+        batch_processor=SimpleNamespace(
+            scheduler=shared.manager.batch_processor.scheduler, use_async_batching=asynchronous
+        ),
+        distributed_helper=SimpleNamespace(tp_size=processes),
+    )
+    with pytest.raises(DemandError, match=message):
+        check_installed(other, shared.jobs)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def continuous_batching(
         graphs: of the applications whose distribution is to be `graph.remaining()`.
         cost: seconds of tokens; `None` takes that of the graphs, or the default without graphs.
         config: of the engine; `max_requests_per_batch` is the width. Its `scheduler_type` is
-            replaced.
+            replaced, and batching is synchronous.
         generation_config: `None` takes the model's.
         clock: gives seconds.
         seed: of the numbers that jobs draw and of the graphs' walks.
@@ -64,6 +64,8 @@ def continuous_batching(
     generation_config = deepcopy(generation_config or model.generation_config)
     with install(jobs, f"demand-{id(jobs):x}") as name:
         config = replace(config or ContinuousBatchingConfig(), scheduler_type=name)
+        if config.use_async_batching is None:
+            config.use_async_batching = False  # check_installed refuses it
         manager = model.init_continuous_batching(generation_config, config)
         try:
             if not manager.warmed_up:

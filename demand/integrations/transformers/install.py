@@ -17,8 +17,8 @@ from demand.integrations.transformers.scheduler import RankScheduler
 def install(jobs: JobTable, name: str = "demand") -> Iterator[str]:
     """Make `scheduler_type=name` mean: in the order of `jobs`, while the context is open.
 
-    A manager looks its scheduler up as it starts, and only warns where it finds none: start it
-    inside, and ask `check_installed` after.
+    A manager looks its scheduler up as it starts, in its own thread, and only warns where it finds
+    none: start it inside, and ask `check_installed` before leaving.
 
     Raises:
         DemandError: the name is taken.
@@ -42,7 +42,8 @@ def check_installed(
 
     Raises:
         DemandError: the manager was not started, did not come up in time, runs another
-            scheduler, or splits its model over processes, which would rank apart.
+            scheduler, batches asynchronously, which was never run with this one, or splits its
+            model over processes, which would rank apart.
     """
     give_up = time.monotonic() + timeout_seconds
     while manager.batch_processor is None and manager.is_running():
@@ -58,6 +59,11 @@ def check_installed(
             f"the manager runs {type(scheduler).__name__}, not the order of {jobs!r}; start it "
             "inside install(), with scheduler_type set to the name that gives, and after "
             "model.destroy_cached_continuous_batching_manager() if one was kept"
+        )
+    if manager.batch_processor.use_async_batching:
+        raise DemandError(
+            "the manager batches asynchronously, in which the scheduler knows tokens a step late; "
+            "that was never run: set use_async_batching=False"
         )
     if manager.distributed_helper.tp_size > 1:
         raise DemandError(

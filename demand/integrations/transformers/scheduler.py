@@ -37,8 +37,6 @@ class RankScheduler(Scheduler):
     default safety margin is 0, since a margin ends the batch at the first prefill. transformers
     never evicts its last active request: where that is all that could give room, it goes on.
 
-    With asynchronous batching the tokens generated are known one step late, and so is service.
-
     Args:
         cache: of the engine.
         safety_margin: share of free KV below which only decoding requests and one prefill enter.
@@ -100,17 +98,25 @@ class RankScheduler(Scheduler):
             self._note_progress(self.active_requests[request_id])
         states = self.active_requests | self.waiting_requests
         ranked = [states[request_id] for request_id in self.jobs.ranked(states)]
-        entering, denied = self._admit(ranked, token_budget)
+        entering, offered = self._admit(ranked, token_budget)
+        if offered:
+            self.starved_requests = offered
+            return None, False, 0, 0
         removed: set[str] = set()
         scheduled, failed, decode_fast_path, query_tokens, kv_tokens = self._process_candidates(
             entering, token_budget, cache_budget, removed
         )
         self._cleanup_waiting_queue(removed)
         in_batch = {future.state.request_id for future in scheduled}
-        lacking = {state.request_id: tokens for state, tokens in self.starved_requests} | denied
-        self.starved_requests = self._to_evict(ranked, lacking, in_batch)
-        if not scheduled and (failed or denied):
-            return None, decode_fast_path, 0, 0
+        if self.starved_requests:
+            lacking = {state.request_id: tokens for state, tokens in self.starved_requests}
+            self.starved_requests = [
+                (state, lacking.get(state.request_id, 0))
+                for state in ranked
+                if state.request_id in self.active_requests.keys() - in_batch
+            ]
+        if failed and not scheduled:
+            return None, False, 0, 0
         self.steps += bool(scheduled)
         self.pauses += len((self._in_batch - in_batch) & self.active_requests.keys())
         self._in_batch = in_batch
@@ -119,31 +125,38 @@ class RankScheduler(Scheduler):
 
     def _admit(
         self, ranked: list[RequestState], token_budget: int
-    ) -> tuple[list[RequestState], dict[str, int]]:
-        """Who enters by rules 2 and 4, and who lacks KV for how many tokens if eviction helps."""
-        entering: list[RequestState] = []
+    ) -> tuple[list[RequestState], list[tuple[RequestState, int]]]:
+        """Who enters by rules 2 and 4; or, where eviction helps, from whom to evict first.
+
+        The engine evicts from the end of what it is offered until all that is left can store the
+        tokens they come with.
+        """
+        wanted: list[tuple[RequestState, int]] = []
         taken, free = 0, self.cache.compute_free_capacity(relative=False)
         for place, state in enumerate(ranked):
-            if token_budget <= 0 or len(entering) == self.max_requests_per_batch:
-                return entering, {}
+            if token_budget <= 0 or len(wanted) == self.max_requests_per_batch:
+                break
             decoding = state.status == RequestStatus.DECODING
             pending = len(state.tokens_to_process if decoding else state.remaining_prefill_tokens)
             granted = min(pending, token_budget)
-            active = state.request_id in self.active_requests
-            tokens = granted if active else pending
+            tokens = granted if state.request_id in self.active_requests else pending
             taken += self._bytes_needed(state, tokens)
             if taken > free and self.cache.evict_cached_blocks():
                 free = self.cache.compute_free_capacity(relative=False)
             if taken > free:
-                if self._bytes_to_free(ranked[place + 1 :]) >= taken - free:
-                    return entering, {state.request_id: tokens}
-                if entering:
-                    return entering, {}
-                # Only the last active request could give room, and that one is never evicted.
-                return list(self.active_requests.values()) or [state], {}
-            entering.append(state)
+                later = self._active(ranked[place + 1 :])
+                if self._bytes_to_free(later) >= taken - free:
+                    return [], [*wanted, (state, tokens), *((one, 0) for one in later)]
+                if not wanted:
+                    # Only the last active request could give room, and it is never evicted.
+                    return self._active(ranked) or [state], []
+                break
+            wanted.append((state, tokens))
             token_budget -= granted
-        return entering, {}
+        return [state for state, _ in wanted], []
+
+    def _active(self, states: list[RequestState]) -> list[RequestState]:
+        return [state for state in states if state.request_id in self.active_requests]
 
     def _bytes_needed(self, state: RequestState, tokens: int) -> int:
         return sum(
@@ -152,32 +165,15 @@ class RankScheduler(Scheduler):
             for allocator in self.cache.cache_allocators.values()
         )
 
-    def _bytes_to_free(self, later: list[RequestState]) -> int:
-        """KV that can be had from requests, of which the last active one is never evicted."""
-        holders = [state for state in later if state.request_id in self.active_requests]
-        if len(holders) == len(self.active_requests):
-            holders = holders[1:]
+    def _bytes_to_free(self, active: list[RequestState]) -> int:
+        """KV that can be had from active requests, of which one is always left."""
         return sum(
-            len(allocator.block_table.get(state.request_id, ())) * allocator.bytes_per_block
-            for state in holders
+            sum(block not in allocator.ledger.shared_ref_counts for block in blocks)
+            * allocator.bytes_per_block
+            for state in active[len(active) == len(self.active_requests) :]
             for allocator in self.cache.cache_allocators.values()
+            if (blocks := allocator.block_table.get(state.request_id))
         )
-
-    def _to_evict(
-        self, ranked: list[RequestState], lacking: dict[str, int], in_batch: set[str]
-    ) -> list[tuple[RequestState, int]]:
-        """What the engine evicts from, the last first, until those that lack KV have it."""
-        offered: list[tuple[RequestState, int]] = []
-        for state in ranked:
-            if state.request_id in lacking:
-                offered.append((state, lacking[state.request_id]))
-            elif (
-                offered
-                and state.request_id in self.active_requests
-                and state.request_id not in in_batch
-            ):
-                offered.append((state, 0))
-        return offered
 
     def _note_progress(self, state: RequestState) -> None:
         base = base_id(state.request_id)
