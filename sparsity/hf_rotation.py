@@ -66,7 +66,8 @@ class Angles:
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
-        device = next((b.device for b in self.module.buffers()), positions.device)
+        buffers = (b for b in self.module.buffers() if not b.is_meta)
+        device = next((b.device for b in buffers), positions.device)
         # The module answers in the dtype of its first argument.
         arguments: list[Any] = [torch.zeros(1, 1, device=device), positions.to(device)]
         arguments += [] if self.layer_type is None else [self.layer_type]
@@ -95,7 +96,8 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
         return {}
     name = type(decoder).__name__
     angles = {layer: _angles(decoder, layer, name) for layer in layers}
-    device = decoder.get_input_embeddings().weight.device
+    weight = decoder.get_input_embeddings().weight
+    device = torch.device("cpu") if weight.is_meta else weight.device  # hooks bring what is away
     positions = torch.tensor([_OLD + _NEW], device=device).T
     with torch.no_grad():
         decoder(
