@@ -16,7 +16,9 @@ class Batcher:
     Attributes:
         order: the tasks with requests.
         blocks: the KV blocks.
-        batch: the requests of the step that was formed last; those not finished, once it is over.
+        decoding: requests of the step formed that decode.
+        prefilling: those that prefill, with the tokens of their chunks.
+        size: how many they are.
         kv_tokens: KV of the batch at the end of that step.
         decodes: whether the next step can be the same: each request decodes, nothing is copied.
         partial: a task that is served with some of its requests only; `None` if there is none.
@@ -29,8 +31,9 @@ class Batcher:
         self.policy = policy
         self.order = RankOrder(policy, engine.preemption != "none")
         self.blocks = Blocks(engine)
-        self.batch: list[Request] = []
-        self.tokens: list[int] = []
+        self.decoding: list[Request] = []
+        self.prefilling: list[tuple[Request, int]] = []
+        self.size = 0
         self.kv_tokens = 0
         self.seconds = 0.0
         self.decodes = True
@@ -38,6 +41,7 @@ class Batcher:
         self.requests = 0
         self.preemptions = 0
         self._formed = 0
+        self._unfinished = 0
 
     def form(self, now: float) -> list[Task]:
         """Choose the requests of the step that starts at second `now`.
@@ -48,19 +52,19 @@ class Batcher:
         """
         engine, blocks = self.engine, self.blocks
         width, budget, block_tokens = engine.max_requests, engine.token_budget, engine.block_tokens
-        batch: list[Request] = []
-        tokens: list[int] = []
+        decoding: list[Request] = []
+        prefilling: list[tuple[Request, int]] = []
         served: list[Task] = []
         passed_over: list[Task] = []
         cold: list[Task] = []
-        kept = decoding = kv_tokens = 0
+        size = kept = kv_tokens = 0
         complete = True
         before, self._formed = self._formed, self._formed + 1
         for task in self.order.best_first(now):
             if task.cold:
                 cold.append(task)
                 continue
-            first = len(batch)
+            task.width = 0
             for request in task.requests:
                 pending = request.input_tokens + request.generated - request.computed
                 n = pending if pending < budget else budget
@@ -71,16 +75,17 @@ class Batcher:
                 if request.step == before:
                     kept += 1
                 request.step = self._formed
-                batch.append(request)
-                tokens.append(n)
+                if pending == 1 and request.generated:
+                    decoding.append(request)
+                else:
+                    prefilling.append((request, n))
                 budget -= n
                 kv_tokens += request.computed + n
-                if pending == 1 and request.generated:
-                    decoding += 1
-                if not budget or len(batch) == width:
+                task.width += 1
+                size += 1
+                if not budget or size == width:
                     complete = False
                     break
-            task.width = len(batch) - first
             (served if task.width else passed_over).append(task)
             if not complete:
                 break
@@ -88,19 +93,20 @@ class Batcher:
         self.order.settle(served, passed_over, now)
         last = served[-1] if served else None
         self.partial = last if last is not None and last.width < len(last.requests) else None
-        self.preemptions += len(self.batch) - kept
-        self.batch, self.tokens, self.kv_tokens = batch, tokens, kv_tokens
+        self.preemptions += self._unfinished - kept
+        self.decoding, self.prefilling = decoding, prefilling
+        self.size, self.kv_tokens = size, kv_tokens
         moved = blocks.take_moved()
-        self.decodes = decoding == len(batch) and not moved
-        prefill = engine.token_budget - budget - decoding
-        self.seconds = engine.step_seconds(prefill, decoding, kv_tokens, moved)
+        self.decodes = size > 0 and not prefilling and not moved
+        prefilled = engine.token_budget - budget - len(decoding)
+        self.seconds = engine.step_seconds(prefilled, len(decoding), kv_tokens, moved)
         return cold
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of the step formed, or of `steps` of it where it `decodes`."""
         if steps == 1:
             return self.seconds
-        return self.engine.decode_seconds(len(self.batch), self.kv_tokens, steps)
+        return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
 
     def advance(self, steps: int, now: float) -> list[Task]:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
@@ -109,23 +115,21 @@ class Batcher:
             The tasks whose present unit ended with it.
         """
         finished: list[Request] = []
-        if self.decodes:
-            for request in self.batch:
-                request.computed += steps
-                request.generated += steps
-                if request.generated == request.output_tokens:
-                    finished.append(request)
-            for task in self.order.running:
-                task.generated += steps * task.width
-            if steps > 1:
-                self.blocks.grow(self.batch)
-        else:
-            for request, tokens in zip(self.batch, self.tokens, strict=True):
-                _compute(request, tokens)
-                if request.generated == request.output_tokens:
-                    finished.append(request)
+        for request in self.decoding:
+            request.computed += steps
+            request.generated += steps
+            request.task.generated += steps
+            if request.generated == request.output_tokens:
+                finished.append(request)
+        for request, tokens in self.prefilling:
+            _compute(request, tokens)
+            if request.generated == request.output_tokens:
+                finished.append(request)
+        if steps > 1:
+            self.blocks.grow(self.decoding)
         self.blocks.count()
-        self.requests += steps * len(self.batch)
+        self.requests += steps * self.size
+        self._unfinished = self.size - len(finished)
         for task in self.order.running:
             self._credit(task, now)
         return self._finish(finished)
@@ -139,8 +143,6 @@ class Batcher:
             self.policy.served(job, seconds, now)
 
     def _finish(self, finished: list[Request]) -> list[Task]:
-        if not finished:
-            return []
         over = []
         for request in finished:
             self.blocks.release(request)
@@ -149,7 +151,6 @@ class Batcher:
             if not task.requests:
                 self.order.leave(task)
                 over.append(task)
-        self.batch = [r for r in self.batch if r.generated < r.output_tokens]
         return over
 
 

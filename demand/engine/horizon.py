@@ -16,7 +16,7 @@ def identical_steps(batcher: Batcher, now: float, until: float) -> int:
     """
     if not batcher.decodes:
         return 1
-    steps = min(request.output_tokens - request.generated for request in batcher.batch)
+    steps = min(request.output_tokens - request.generated for request in batcher.decoding)
     for limit in (_steps_of_time, _steps_of_alarms, _steps_of_blocks, _steps_of_order):
         if steps > 1:
             steps = limit(batcher, now, until, steps)
@@ -27,7 +27,7 @@ def _steps_of_time(batcher: Batcher, now: float, until: float, most: int) -> int
     """Least number of steps that reaches `until`, at most `most`."""
     if until == math.inf:
         return most
-    width, kv_tokens, engine = len(batcher.batch), batcher.kv_tokens, batcher.engine
+    width, kv_tokens, engine = batcher.size, batcher.kv_tokens, batcher.engine
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2
@@ -48,7 +48,7 @@ def _steps_of_alarms(batcher: Batcher, now: float, until: float, most: int) -> i
 
 def _steps_of_blocks(batcher: Batcher, now: float, until: float, most: int) -> int:
     """Largest number of steps for which there are blocks, at most `most`."""
-    engine, batch, free = batcher.engine, batcher.batch, batcher.blocks.free
+    engine, batch, free = batcher.engine, batcher.decoding, batcher.blocks.free
     if len(batch) * engine.blocks_for(most - 1) <= free:
         return most
     low, high = 1, most

@@ -150,7 +150,7 @@ class _Simulation:
         for task in cold:
             task.cold = False
             self.backends.acquire(task, now, partial(self.submit, task))
-        if not batcher.batch:
+        if not batcher.size:
             return now
         steps = identical_steps(batcher, now, self.next_second())
         seconds = batcher.seconds_of(steps)
