@@ -1,59 +1,138 @@
 """Demand graphs of LLM applications, and scheduling by what is known of their demand.
 
 An application is a graph of units (`PDGraph`, after Hermes, arXiv 2506.14851) learned from its
-runs. Random walks turn it into a `Distribution` of seconds; a `RankTable` turns that into exact
-Gittins ranks; `simulate` serves a `Workload` under any `Policy`. All times are in seconds, all
-ranks are smaller-first. Needs numpy alone.
+runs. Random walks turn it into a `Distribution` of seconds, a refinement (`demand.refine`) into one
+of what is left; a `RankTable` turns that into exact Gittins ranks. `simulate` serves a `Workload`
+under any `Policy` in a queue, `simulate_engine` on a continuous-batching engine, with backends that
+start cold and planners that warm them (`demand.prewarm`). `demand.traces` reads what others
+recorded; `demand.integrations` has the same policies inside transformers and vLLM. All times are in
+seconds, all ranks are smaller-first. Needs numpy alone.
 """
 
+from demand.calibration import CalibrationReport, calibrate
 from demand.distribution import Distribution
+from demand.drift import DriftReport, drift
+from demand.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.errors import DemandError
+from demand.estimator import DemandEstimator
 from demand.gittins import gittins_brute_force, gittins_rank
+from demand.given import GivenUnit
 from demand.graph import PDGraph
-from demand.metrics import Interval, bootstrap_interval, paired_ratio_interval
-from demand.policies import FCFS, SERPT, ClassMean, Gittins, Job, Oracle, Policy, RandomOrder
+from demand.metrics import Interval, bootstrap_interval, jain_index, paired_ratio_interval
+from demand.policies import (
+    EDF,
+    FCFS,
+    LAS,
+    NEVER_SEEN,
+    SERPT,
+    VTC,
+    Aging,
+    ClassMean,
+    DeadlineMix,
+    Gittins,
+    Hysteresis,
+    Job,
+    LeastSlack,
+    Oracle,
+    Policy,
+    PriorityClasses,
+    Quantum,
+    RandomOrder,
+    RequestFCFS,
+    VirtualTime,
+)
+from demand.prewarm import CostAwarePlanner, PrewarmPlanner
 from demand.rank_table import RankTable
+from demand.refine import NearestRuns, NoRefinement, PearsonFilter, ProgressRegression, Refinement
+from demand.reranking import rank_many
+from demand.result import Result
 from demand.simulator import SimulationResult, simulate
 from demand.units import CostModel, Execution, Progress, Unit
 from demand.workloads import (
     Application,
+    ClosedLoop,
     Workload,
     bimodal_applications,
     bimodal_mix,
+    closed_loop,
+    heavy_tailed_applications,
+    heavy_tailed_mix,
     hermes_applications,
     hermes_mix,
     poisson_workload,
+    recorded_applications,
+    with_arrivals,
+    with_deadlines,
 )
 
 __all__ = [
+    "EDF",
     "FCFS",
+    "LAS",
+    "NEVER_SEEN",
     "SERPT",
+    "VTC",
+    "Aging",
     "Application",
+    "CalibrationReport",
     "ClassMean",
+    "ClosedLoop",
+    "CostAwarePlanner",
     "CostModel",
+    "DeadlineMix",
     "DemandError",
+    "DemandEstimator",
     "Distribution",
+    "DriftReport",
+    "Engine",
+    "EngineResult",
     "Execution",
     "Gittins",
+    "GivenUnit",
+    "Hysteresis",
     "Interval",
     "Job",
+    "LeastSlack",
+    "NearestRuns",
+    "NoRefinement",
     "Oracle",
     "PDGraph",
+    "PearsonFilter",
     "Policy",
+    "Pool",
+    "PrewarmPlanner",
+    "PriorityClasses",
     "Progress",
+    "ProgressRegression",
+    "Quantum",
     "RandomOrder",
     "RankTable",
+    "Refinement",
+    "RequestFCFS",
+    "Result",
     "SimulationResult",
     "Unit",
+    "VirtualTime",
     "Workload",
     "bimodal_applications",
     "bimodal_mix",
     "bootstrap_interval",
+    "calibrate",
+    "closed_loop",
+    "drift",
     "gittins_brute_force",
     "gittins_rank",
+    "heavy_tailed_applications",
+    "heavy_tailed_mix",
     "hermes_applications",
     "hermes_mix",
+    "jain_index",
     "paired_ratio_interval",
     "poisson_workload",
+    "rank_many",
+    "recorded_applications",
     "simulate",
+    "simulate_engine",
+    "with_arrivals",
+    "with_deadlines",
 ]

@@ -2,6 +2,7 @@
 
 from demand.workloads.arrivals import with_arrivals
 from demand.workloads.bimodal import bimodal_applications, bimodal_mix
+from demand.workloads.closed_loop import ClosedLoop, closed_loop
 from demand.workloads.deadlines import DEADLINE_FACTORS, with_deadlines
 from demand.workloads.heavy_tailed import heavy_tailed_applications, heavy_tailed_mix
 from demand.workloads.hermes import hermes_applications, hermes_mix
@@ -11,9 +12,11 @@ from demand.workloads.workload import Application, Workload, poisson_workload
 __all__ = [
     "DEADLINE_FACTORS",
     "Application",
+    "ClosedLoop",
     "Workload",
     "bimodal_applications",
     "bimodal_mix",
+    "closed_loop",
     "heavy_tailed_applications",
     "heavy_tailed_mix",
     "hermes_applications",
