@@ -86,7 +86,7 @@ class PoolReport:
         cold: how many had to have one warmed for them.
         wait_seconds: that units waited for it, over all uses.
         idle_seconds: that instances were warm and used by nobody, over all instances.
-        unused: warm-ups started ahead of a unit that did not follow.
+        unused: warm-ups started ahead that nobody used.
         unused_seconds: that those took, as far as they went.
     """
 

@@ -1,0 +1,61 @@
+"""The harnesses of examples/prewarming.py and examples/engine.py, on a few jobs."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from demand import hermes_applications
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--out", str(tmp_path), *arguments])
+        module.main()
+        return tmp_path, capsys.readouterr().out
+
+    return run
+
+
+def test_prewarming_writes_every_row_and_its_picture(example, monkeypatch):
+    import prewarming
+
+    monkeypatch.setattr(prewarming, "applications", partial(prewarming.applications, 50))
+    monkeypatch.setattr(prewarming, "THRESHOLDS", (0.3, 0.7))
+    monkeypatch.setattr(prewarming, "PRICES", (0.1,))
+    folder, printed = example(prewarming, "--jobs", "25", "--seeds", "2")
+    record = json.loads((folder / "prewarming.json").read_text())
+    assert (folder / "prewarming.png").stat().st_size > 10_000
+    for scenario in ("tools", "adapters"):
+        rows = {r["prewarmer"]: r for r in record["rows"] if r["scenario"] == scenario}
+        assert len(rows) == 8 + 2 + 2 + 1
+        assert rows["none"]["reduction"] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
+        for row in rows.values():
+            assert row["idle_seconds"]["low"] <= row["idle_seconds"]["estimate"]
+            assert row["wait_seconds"]["estimate"] <= rows["none"]["wait_seconds"]["estimate"] + 1.0
+    assert len(record["policies"]) == 2 * 2 * 3
+    assert printed.count("| oracle |") == 2
+
+
+def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
+    import engine
+
+    monkeypatch.setattr(engine, "hermes_applications", partial(hermes_applications, 50))
+    monkeypatch.setattr(engine, "SPEED_LOADS", (10.0,))
+    arguments = ["--jobs", "20", "--seeds", "2", "--speed-jobs", "10", "--repeats", "1"]
+    folder, printed = example(engine, *arguments)
+    record = json.loads((folder / "engine.json").read_text())
+    assert {row["policy"] for row in record["policies"]} == set(engine.POLICIES)
+    assert len(record["modes"]) == len(engine.MODES) * 3
+    for row in record["modes"]:
+        assert row["peak_blocks"] <= record["configuration"]["scarce_blocks"]
+        assert (row["swapped_blocks_per_job"] > 0) <= (row["preemption"] == "swap")
+    assert record["speed"][0]["steps_per_second"] > 0
+    assert printed.count("| oracle |") == 1
