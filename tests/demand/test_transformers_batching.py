@@ -1,16 +1,12 @@
 """`continuous_batching` as people use it: threads, streams, cancellations, and what is refused."""
 
-import math
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from transformers.generation import continuous_batching as engine
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from demand import (
@@ -18,10 +14,8 @@ from demand import (
     ClassMean,
     CostModel,
     DemandError,
-    Distribution,
     Execution,
     Gittins,
-    Oracle,
     PDGraph,
     Unit,
 )
@@ -32,8 +26,6 @@ from demand.integrations.transformers import (
     continuous_batching,
     install,
 )
-from demand.integrations.transformers.compat import check_features, check_version
-from demand.policies import LAS, Job, Policy
 from tests.demand.continuous import KNOWN, config, generated
 from tests.helpers import random_ids, tiny_model
 
@@ -238,264 +230,3 @@ def test_importing_registers_nothing():
         "assert s.SCHEDULER_MAPPING == before"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
-
-
-# What is refused.
-
-
-@pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.19.0", "6.0.0", "nonsense"])
-def test_other_versions(version):
-    with pytest.raises(DemandError, match=r"fits 5\.20 up to below 6"):
-        check_version(version)
-
-
-@pytest.mark.parametrize("version", ["5.20.0", "5.23.0", "5.24.0.dev0", "5.99.1"])
-def test_supported_versions(version):
-    check_version(version)
-
-
-def test_an_engine_with_other_parts():
-    check_features(engine)
-
-    class Renamed(engine.scheduler.Scheduler):
-        def _process_candidates(self, candidates, token_budget):
-            pass
-
-    scheduler = SimpleNamespace(Scheduler=Renamed, SCHEDULER_MAPPING={})
-    parts = SimpleNamespace(
-        scheduler=scheduler,
-        offloading_manager=engine.offloading_manager,
-        cache=engine.cache,
-        cache_allocators=engine.cache_allocators,
-        requests=SimpleNamespace(),
-    )
-    with pytest.raises(DemandError) as error:
-        check_features(parts)
-    for name in (
-        "_process_candidates(self candidates",
-        "SCHEDULER_MAPPING",
-        "RequestState.request_id",
-    ):
-        assert name.replace("self candidates", "self, candidates") in str(error.value)
-    assert "offload_requests" not in str(error.value)
-
-
-def test_a_name_that_is_taken():
-    before = dict(SCHEDULER_MAPPING)
-    jobs = JobTable(FCFS())
-    with pytest.raises(DemandError, match="installed already"), install(jobs, "fifo"):
-        pass
-    with install(jobs), pytest.raises(DemandError, match="installed already"), install(jobs):
-        pass
-    assert before == SCHEDULER_MAPPING
-
-
-def test_a_manager_that_fell_back_to_fifo(model):
-    """transformers only warns of an unknown scheduler."""
-    jobs = JobTable(FCFS())
-    manager = model.init_continuous_batching(
-        transformers.GenerationConfig(eos_token_id=-1), config(scheduler_type="demand")
-    )
-    with pytest.raises(DemandError, match="not running"):
-        check_installed(manager, jobs)
-    manager.start()
-    with pytest.raises(DemandError, match="runs FIFOScheduler"):
-        check_installed(manager, jobs)
-    manager.stop()
-
-
-def test_a_manager_kept_from_before(model):
-    with model.continuous_batching_context_manager(
-        transformers.GenerationConfig(eos_token_id=-1),
-        continuous_batching_config=config(),
-        persistent_manager=True,
-    ):
-        pass
-    with (
-        pytest.raises(DemandError, match="destroy_cached_continuous_batching_manager"),
-        serve(model),
-    ):
-        pass
-    model.destroy_cached_continuous_batching_manager()
-
-
-def test_the_scheduler_of_another_table(model):
-    with serve(model) as batching, pytest.raises(DemandError, match="runs RankScheduler"):
-        check_installed(batching.manager, JobTable(FCFS()))
-
-
-def test_a_manager_that_does_not_come_up(model):
-    hanging = SimpleNamespace(batch_processor=None, is_running=lambda: True)
-    with pytest.raises(DemandError, match="not up after"):
-        check_installed(hanging, JobTable(FCFS()), timeout_seconds=0.01)
-
-
-@pytest.mark.parametrize(
-    ("asynchronous", "processes", "message"),
-    [(True, 1, "batches asynchronously"), (False, 2, "split over 2 processes")],
-)
-def test_managers_that_were_never_run(shared, asynchronous, processes, message):
-    other = SimpleNamespace(
-        batch_processor=SimpleNamespace(
-            scheduler=shared.manager.batch_processor.scheduler, use_async_batching=asynchronous
-        ),
-        distributed_helper=SimpleNamespace(tp_size=processes),
-    )
-    with pytest.raises(DemandError, match=message):
-        check_installed(other, shared.jobs)
-
-
-@pytest.mark.parametrize(
-    ("ids", "new", "message"),
-    [
-        ([], 5, r"shape \(0,\)"),
-        ([[1, 2], [3, 4]], 5, r"shape \(2, 2\)"),
-        ([0.5, 1.5], 5, "float"),
-        ([1, 128], 5, "from 0 to 127"),
-        ([-1, 5], 5, "from -1 to 5"),
-        ([5], 0, "max_new_tokens is 0"),
-        ([5] * 500, 600, "do not fit into the KV cache of 1024 tokens"),
-    ],
-)
-def test_requests_that_make_no_sense(shared, ids, new, message):
-    with pytest.raises(DemandError, match=message):
-        shared.submit(ids, "short", max_new_tokens=new)
-    job = shared.jobs.open("short")
-    with pytest.raises(DemandError, match=message):
-        shared.request(job, ids, max_new_tokens=new)
-    shared.jobs.close(job)
-
-
-def test_the_largest_request_that_fits(model):
-    with serve(model, config=config(blocks=4)) as batching:
-        one = batching.submit(prompt(40), "short", max_new_tokens=25)
-        assert batching.result(one, SECONDS).generated_tokens == generated(model, prompt(40), 25)
-
-
-def test_results_that_nobody_can_have(shared):
-    for act in (shared.result, shared.cancel, lambda one: next(shared.stream(one))):
-        with pytest.raises(DemandError, match="not waited for"):
-            act("nobody")
-    one = shared.submit(prompt(5), "short", max_new_tokens=2)
-    shared.result(one, SECONDS)
-    with pytest.raises(DemandError, match="was taken"):
-        shared.result(one)
-
-
-def test_a_result_that_takes_too_long(shared):
-    one = shared.submit(prompt(5), "long", max_new_tokens=900)
-    with pytest.raises(TimeoutError, match="not ended in time"):
-        shared.result(one, timeout_seconds=0.0)
-    shared.cancel(one)
-
-
-def test_a_policy_that_ranks_nan_is_refused_on_arrival(model):
-    with serve(model, Oracle()) as batching:
-        with pytest.raises(DemandError, match="demand of job 0 is nan"):
-            batching.submit(prompt(5), "short", max_new_tokens=3)
-        one = batching.submit(prompt(5), "short", max_new_tokens=3, demand_seconds=3.0)
-        assert len(batching.result(one, SECONDS).generated_tokens) == 3
-
-
-@dataclass(frozen=True)
-class Breaks(Policy):
-    """Ranks NaN once a job had half a second of service."""
-
-    def rank(self, job: Job, now: float) -> float:
-        return 0.0 if job.attained_service < 0.5 else math.nan
-
-
-def test_an_engine_that_fails_says_so(model):
-    """transformers logs what stops its loop, and would go on as if nothing were."""
-    batching_ended = pytest.raises(DemandError, match="takes no more requests")
-    with serve(model, Breaks()) as batching:
-        job = batching.jobs.open("long")
-        first = batching.request(job, prompt(5), max_new_tokens=900)
-        waiting = batching.submit(prompt(6), "long", max_new_tokens=900)
-        for one in (first, waiting):
-            with pytest.raises(DemandError, match=r"failed in the engine: .* ranked a job"):
-                batching.result(one, SECONDS)
-        with batching_ended:
-            batching.submit(prompt(5), "short", max_new_tokens=3)
-        with batching_ended:
-            batching.request(batching.jobs.open("short"), prompt(5), max_new_tokens=3)
-
-
-def test_an_engine_that_stopped(model):
-    with serve(model) as batching:
-        one = batching.submit(prompt(5), "short", max_new_tokens=3)
-        lost = batching.submit(prompt(5), "long", max_new_tokens=900)
-        batching.manager.cancel_request(lost)  # behind the back of batching
-        batching.manager.stop()
-        assert len(batching.result(one, SECONDS).generated_tokens) == 3
-        with pytest.raises(DemandError, match="stopped before"):
-            batching.result(lost, SECONDS)
-
-
-def test_a_full_queue(model, monkeypatch):
-    with serve(model, config=config(max_queue_size=1)) as batching:
-        put = batching.manager.input_queue.put
-        impatient = lambda item, block, timeout: put(item, block, 0.01)  # noqa: E731
-        monkeypatch.setattr(batching.manager.input_queue, "put", impatient)
-        with batching.manager.pause():
-            kept = batching.submit(prompt(5), "short", max_new_tokens=3)
-            with pytest.raises(DemandError, match="queue of the engine is full at 1"):
-                batching.submit(prompt(5), "short", max_new_tokens=3)
-        assert batching.result(kept, SECONDS).generated_tokens == generated(model, prompt(5), 3)
-
-
-# The table on its own.
-
-
-def test_tables_that_contradict_themselves():
-    runs = [[Execution(Unit("answer", "llm"), 10.0, 4.0)]]
-    graph = PDGraph.fit(runs)
-    with pytest.raises(DemandError, match="a distribution and a graph"):
-        JobTable(FCFS(), {"a": Distribution([1.0])}, {"a": graph})
-    with pytest.raises(DemandError, match="cost models differ"):
-        JobTable(FCFS(), graphs={"a": graph}, cost=CostModel(1.0, 1.0))
-    with pytest.raises(DemandError, match="cost models differ"):
-        JobTable(FCFS(), graphs={"a": graph, "b": PDGraph.fit(runs, cost=CostModel(1.0, 1.0))})
-
-
-def test_jobs_that_make_no_sense():
-    table = JobTable(FCFS(), KNOWN)
-    with pytest.raises(DemandError, match="deadline_seconds"):
-        table.open("short", deadline_seconds=0.0)
-    with pytest.raises(DemandError, match="weight"):
-        table.open("short", weight=0.0)
-    job = table.open("short")
-    table.announce(job, "one")
-    with pytest.raises(DemandError, match="in use"):
-        table.announce(job, "one")
-    with pytest.raises(DemandError, match="forked"):
-        table.announce(job, "one__child#0")
-    for seconds in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(DemandError, match="service is"):
-            table.serve(job, seconds)
-    with pytest.raises(DemandError, match="not in this table"):
-        table.close(JobTable(FCFS(), KNOWN).open("short"))
-    table.close(job)
-    assert len(table) == 1
-    table.ended("one")
-    table.ended("one")
-    assert len(table) == 0
-    with pytest.raises(DemandError, match="has departed"):
-        table.learn(job, Distribution([1.0]))
-
-
-def test_counts_of_tokens_never_fall():
-    table = JobTable(LAS(), KNOWN)
-    job = table.open("short")
-    table.announce(job, "one")
-    table.progressed("one", 10, 5)
-    table.progressed("one", 0, 5)  # evicted
-    table.progressed("one", 10, 6)
-    table.progressed("one__child#0", 10, 1)
-    assert job.attained_service == 20 * 1e-4 + 7 * 0.06
-
-
-def test_a_clock_that_goes_backwards_stands_still():
-    times = iter([0.0, 5.0, 1.0, 7.0])
-    table = JobTable(FCFS(), KNOWN, clock=lambda: next(times))
-    assert [table.open("short").arrival for _ in range(3)] == [5.0, 5.0, 7.0]
