@@ -46,7 +46,7 @@ REFINEMENTS: dict[str, Refinement] = {
     "none (artifact)": NoRefinement(walks=10_000),
     "whole runs": WholeRuns(),
     "current unit": CurrentUnit(walks=10_000),
-    "Pearson filter": PearsonFilter(),
+    "Pearson filter": PearsonFilter(walks=500),
     "Pearson filter, all visits": PearsonFilter(visits="all", walks=100),
     "regression": ProgressRegression(),
     "nearest runs": NearestRuns(),
@@ -280,7 +280,7 @@ def main() -> None:
     root = Path(__file__).resolve().parent.parent
     parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, help="folder for refinement.json and .png")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=1000)
     arguments = parser.parse_args()
     results, sets = {}, {}

@@ -129,7 +129,8 @@ class FilteredWalks(Refined):
         cost: of the graph.
         arrays: all samples.
         rest: `[nodes, walks]` seconds to the end from each node, without filters. A walker that
-            has no filter ahead of it draws one of these instead of walking on.
+            has no filter ahead of it takes its own of these instead of walking on; so answers
+            differ by what was seen, and not by chance.
         filters: of each node, strongest first.
         demand: how parallel calls count.
     """
@@ -163,11 +164,13 @@ class FilteredWalks(Refined):
         kept = self.kept(progress)
         near = self.arrays.keeping(kept)
         rng = np.random.default_rng(config.seed)
+        # Filters are for what comes: a unit that has finished only says what follows it.
+        begins = self.arrays if progress.current is None else near
+        first = begins.first_draws(progress, self.demand)
         if config.visits == "all":
             arrays = self.arrays if near.without_exit() else near
-            first = arrays.first_draws(progress, self.demand)
             return Distribution(arrays.walk(first, rng, config.walks, MAX_UNITS))
-        total, at = near.first_draws(progress, self.demand).draw(rng, config.walks)
+        total, at = first.draw(rng, config.walks)
         ahead = np.zeros((config.walks, len(self.arrays.nodes)), dtype=bool)  # filters that hold
         ahead[:, list(kept)] = True
         if progress.current is not None:
@@ -176,7 +179,7 @@ class FilteredWalks(Refined):
         for _ in range(MAX_UNITS):
             filtered = ahead[walking].any(axis=1)
             plain = walking[~filtered]
-            total[plain] += self.rest[at[plain], rng.integers(config.walks, size=plain.size)]
+            total[plain] += self.rest[at[plain], plain]
             walking = walking[filtered]
             if not walking.size:
                 break

@@ -114,6 +114,22 @@ def test_later_rounds_are_filtered_only_if_asked():
     )
 
 
+def test_a_finished_unit_is_not_filtered_by_itself():
+    """What follows a unit is drawn from all its samples; the filter is for its next execution."""
+    loop = Unit("round", "llm")
+    rng = np.random.default_rng(0)
+    long_then_short = [
+        [Execution(loop, 0, int(size)), Execution(loop, 0, int(size) + 1)]
+        for size in rng.integers(1, 1000, 300)
+    ]
+    graph = PDGraph.fit(long_then_short)
+    refined = PearsonFilter(walks=4000).fit(graph)
+    seen = Progress([Execution(loop, 0, 500)])
+    assert refined.kept(seen)  # the second is like the first
+    remaining = refined.remaining(seen)
+    assert remaining.weights[remaining.values == 0.0].sum() == pytest.approx(0.5, abs=0.03)
+
+
 def test_weights_of_runs_carry_over_to_the_samples_kept():
     graph = PDGraph.fit(runs(400), half_life_runs=50.0)
     refined = PearsonFilter().fit(graph)
