@@ -49,15 +49,14 @@ class Backends:
         self._held: dict[Task, WarmPool] = {}
         self._ahead: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
 
-    def acquire(self, task: Task, now: float, begin: Action) -> None:
-        """Call `begin` once the backend of the present unit of `task` is warm."""
+    def acquire(self, task: Task, now: float, begin: Action) -> bool:
+        """Whether the backend of the unit of `task` is warm; else `begin` is called once it is."""
         unit = task.execution.unit
         pool = backend_of(self._pools, unit)
         if pool is None:
-            begin(now)
-            return
+            return True
         self._held[task] = pool
-        pool.acquire(task, unit, now, begin)
+        return pool.acquire(task, unit, now, begin)
 
     def waits_for_its_turn(self, task: Task) -> bool:
         """Whether the backend of the present unit is to be warmed only when its turn has come."""

@@ -1,5 +1,6 @@
 """Forms the batch of a step, and carries it out for as many steps as it stays the same."""
 
+from collections.abc import Callable
 from typing import final
 
 from demand.engine.blocks import Blocks
@@ -43,12 +44,11 @@ class Batcher:
         self._formed = 0
         self._unfinished = 0
 
-    def form(self, now: float) -> list[Task]:
+    def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
         """Choose the requests of the step that starts at second `now`.
 
-        Returns:
-            The tasks whose turn came and whose backend is cold. They are taken out of the order,
-            and the batch may be empty without them.
+        When the turn of a task comes that is `cold`, `warm` is asked whether its backend is warm.
+        If not it is taken out of the order; the batch may be empty then.
         """
         engine, blocks = self.engine, self.blocks
         width, budget, block_tokens = engine.max_requests, engine.token_budget, engine.block_tokens
@@ -56,14 +56,14 @@ class Batcher:
         prefilling: list[tuple[Request, int]] = []
         served: list[Task] = []
         passed_over: list[Task] = []
-        cold: list[Task] = []
         size = kept = kv_tokens = 0
         complete = True
         before, self._formed = self._formed, self._formed + 1
         for task in self.order.best_first(now):
             if task.cold:
-                cold.append(task)
-                continue
+                task.cold = False
+                if not warm(task, now):
+                    continue
             task.width = 0
             for request in task.requests:
                 pending = request.input_tokens + request.generated - request.computed
@@ -100,7 +100,6 @@ class Batcher:
         self.decodes = size > 0 and not prefilling and not moved
         prefilled = engine.token_budget - budget - len(decoding)
         self.seconds = engine.step_seconds(prefilled, len(decoding), kv_tokens, moved)
-        return cold
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of the step formed, or of `steps` of it where it `decodes`."""

@@ -145,11 +145,8 @@ class _Simulation:
     def step(self, now: float) -> float:
         """Form a batch, and repeat its step as long as nothing changes; the second it ends."""
         batcher = self.batcher
-        cold = batcher.form(now)
+        batcher.form(now, self.warm)
         self.decisions += 1
-        for task in cold:
-            task.cold = False
-            self.backends.acquire(task, now, partial(self.submit, task))
         if not batcher.size:
             return now
         steps = identical_steps(batcher, now, self.next_second())
@@ -195,17 +192,20 @@ class _Simulation:
         task.job.requested = now
         later = self.backends.plan(task, now)
         if task.execution.unit.kind != "llm":
-            self.backends.acquire(task, now, partial(self.begin, task, later))
+            if self.backends.acquire(task, now, partial(self.begin, task, later)):
+                self.begin(task, later, now)
             return
         calls = enumerate(call_tokens(task.execution))
         task.prefilled = task.generated = 0
         task.requests = [Request(task, number, *tokens) for number, tokens in calls]
         self.backends.alarms(task, later)
-        if self.backends.waits_for_its_turn(task):
-            task.cold = True
+        task.cold = self.backends.waits_for_its_turn(task)
+        if task.cold or self.warm(task, now):
             self.submit(task, now)
-        else:
-            self.backends.acquire(task, now, partial(self.submit, task))
+
+    def warm(self, task: Task, now: float) -> bool:
+        """Whether the backend of an llm unit is warm; else it is submitted once it is."""
+        return self.backends.acquire(task, now, partial(self.submit, task))
 
     def submit(self, task: Task, now: float) -> None:
         """The requests of an llm unit wait for their turn."""

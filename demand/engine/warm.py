@@ -52,10 +52,10 @@ class WarmPool:
         self._counts = {"warm": 0, "late": 0, "cold": 0, "unused": 0}
         self._wait = self._idle = self._unused = 0.0
 
-    def acquire(self, task: Task, unit: Unit, now: float, begin: Action) -> None:
-        """Give `task` an instance for `unit`, and call `begin` once it is warm."""
+    def acquire(self, task: Task, unit: Unit, now: float, begin: Action) -> bool:
+        """Give `task` an instance for `unit`: whether one is warm; else `begin` is called later."""
         self._waiting.append(_Waiting(task, self._key(task, unit), now, begin))
-        self._serve(now)
+        return self._serve(now, newcomer=task)
 
     def release(self, task: Task, following: Unit | None, now: float) -> None:
         """The unit of `task` is over; its instance stays if the unit `following` can use it."""
@@ -76,7 +76,7 @@ class WarmPool:
             instance = self._start(key, now, demanded=False)
             if instance is None:
                 return
-            self._agenda.add(instance.ready, self._serve)
+            self._agenda.add(instance.ready, self._look)
         instance.reserved.add(task)
 
     def lapse(self, task: Task, following: Unit | None, now: float) -> None:
@@ -120,31 +120,48 @@ class WarmPool:
             self._unused,
         )
 
-    def _serve(self, now: float) -> None:
-        """Let waiting units have instances, best rank first, until one finds no slot."""
+    def _serve(self, now: float, newcomer: Task | None = None) -> bool:
+        """Let waiting units have instances, best rank first, until one finds no slot.
+
+        Those whose instance is warm begin, but for the `newcomer`: whether it can.
+        """
+        at_once = False
         while self._waiting:
             waiting = min(self._waiting, key=lambda w: self._place(w.task, now))
-            task = waiting.task
-            instance, how = self._usable(task, waiting.key, now), "cold"
-            if instance is None:
-                instance = self._start(waiting.key, now, demanded=True)
-                if instance is None:
-                    return
-            else:
-                how = "warm" if instance.ready <= now else "late"
+            ready = self._give(waiting, now)
+            if ready == math.inf:
+                break
             self._waiting.remove(waiting)
-            self._counts[how] += 1
-            self._count_idle(instance, now)
-            instance.reserved.discard(task)
-            instance.users += 1
-            instance.used = True
-            self._held[task] = instance
-            ready = max(now, instance.ready)
-            self._wait += ready - waiting.since
-            if ready == now:
-                waiting.begin(now)
-            else:
+            if ready > now:
                 self._agenda.add(ready, waiting.begin)
+            elif waiting.task is newcomer:
+                at_once = True
+            else:
+                waiting.begin(now)
+        return at_once
+
+    def _give(self, waiting: _Waiting, now: float) -> float:
+        """Give an instance, if there is a slot; second at which it is warm."""
+        task = waiting.task
+        instance, how = self._usable(task, waiting.key, now), "cold"
+        if instance is None:
+            instance = self._start(waiting.key, now, demanded=True)
+            if instance is None:
+                return math.inf
+        else:
+            how = "warm" if instance.ready <= now else "late"
+        self._counts[how] += 1
+        self._count_idle(instance, now)
+        instance.reserved.discard(task)
+        instance.users += 1
+        instance.used = True
+        self._held[task] = instance
+        ready = max(now, instance.ready)
+        self._wait += ready - waiting.since
+        return ready
+
+    def _look(self, now: float) -> None:
+        self._serve(now)
 
     def _usable(self, task: Task, key: Key, now: float) -> _Instance | None:
         """An instance of `key` that `task` may have: its own, else the one warm soonest."""

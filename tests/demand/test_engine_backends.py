@@ -308,3 +308,12 @@ def test_an_instance_stays_for_the_next_unit_of_its_job():
     gap = [row[0], Execution(TEST, seconds=9.0), row[1]]
     assert serve(of_runs([gap]), adapter).mean == 4 + 5 + 9 + 4 + 5
     assert serve(of_runs([gap]), adapter, PrewarmPlanner()).mean == 4 + 5 + 9 + 5
+
+
+@pytest.mark.parametrize("prewarm", [NoPrewarm(), WaitingQueue()])
+def test_a_backend_that_is_warm_costs_no_step(prewarm):
+    """The second job finds the adapter warm, beside a request that goes on for long."""
+    runs = [[Execution(WRITE, 1, 5)], [Execution(READ, 1, 40)], [Execution(WRITE, 1, 5)]]
+    workload = of_runs(runs, arrivals=[0.0, 0.0, 20.0], names=["a", "b", "a"])
+    adapter = {"llm": Pool.adapters(2, 4.0)}
+    assert serve(workload, adapter, prewarm).completion_times.tolist() == [9, 44, 5]
