@@ -62,12 +62,11 @@ class ProgressRegression(Refinement):
         line = self._line(seen.features, y, weights)
         predicted = line(seen.features)
         left_out = predicted.copy()
-        if self.folds > 1 and columns.starts.size > 2:
-            for fold in range(self.folds):
-                out = seen.run % self.folds == fold
-                if out.any():
-                    rest = self._line(seen.features[~out], y[~out], weights[~out])
-                    left_out[out] = rest(seen.features[out])
+        for fold in range(self.folds):
+            out = seen.run % self.folds == fold
+            if out.any() and not out.all():
+                rest = self._line(seen.features[~out], y[~out], weights[~out])
+                left_out[out] = rest(seen.features[out])
         edges = np.quantile(left_out, np.arange(1, self.groups) / self.groups)
         group = np.searchsorted(edges, left_out, side="right")
         levels = (np.arange(self.atoms) + 0.5) / self.atoms
@@ -75,7 +74,8 @@ class ProgressRegression(Refinement):
         for g in range(self.groups):
             alike = group == g if (group == g).any() else group >= 0
             residuals.append(_quantiles((y - left_out)[alike], weights[alike], levels))
-        return Regressed(features, line, edges, np.array(residuals))
+        span = (float(predicted.min()), float(predicted.max()))
+        return Regressed(features, line, span, edges, np.array(residuals))
 
     def _line(self, x: Floats, y: Floats, weights: Floats) -> "Line":
         weights = weights / weights.mean()
@@ -115,18 +115,20 @@ class Regressed(Refined):
     Attributes:
         features: of a progress.
         line: predicts log seconds.
+        span: least and greatest prediction at what was learned from; no answer goes beyond.
         edges: `[groups - 1]` log seconds between groups of predictions.
         residuals: `[groups, atoms]` log factors.
     """
 
     features: ProgressFeatures
     line: Line
+    span: tuple[float, float]
     edges: Floats
     residuals: Floats
 
     def remaining(self, progress: Progress) -> Distribution:
         """Prediction times residual factors, conditioned on the current unit's seconds."""
-        predicted = float(self.line(self.features.of_progress(progress)))
+        predicted = float(np.clip(self.line(self.features.of_progress(progress)), *self.span))
         group = int(np.searchsorted(self.edges, predicted, side="right"))
         at_boundary = Distribution(np.exp(predicted + self.residuals[group]))
         received = progress.current_seconds(self.features.demand)

@@ -108,6 +108,14 @@ def test_whole_runs_weigh_by_half_life():
     assert WholeRuns().remaining(graph).weights == pytest.approx([1 / 3, 2 / 3])
 
 
+def test_the_regression_does_not_go_beyond_what_it_saw():
+    graph = PDGraph.fit(counted_runs(50))
+    refined = ProgressRegression().fit(graph)
+    longest = graph.columns().run_seconds().max()
+    for far in (Progress([took(LOOP, 1e12)] * 3), Progress([took(LOOP, 1.0)] * 5000)):
+        assert 0.0 < refined.remaining(far).mean() < 3 * longest
+
+
 def test_runs_of_no_weight_worth_mentioning_still_answer():
     old = [[took(A, 9.0), took(B, 90.0)]] * 60
     graph = PDGraph.fit([*old, *[[took(A, 1.0)]] * 60], half_life_runs=0.01)
