@@ -45,7 +45,6 @@ class Backends:
         self._prewarmer = prewarmer
         self._pace = pace
         self._graphs = graphs
-        self._agenda = agenda
         self._held: dict[Task, WarmPool] = {}
         self._ahead: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
 
