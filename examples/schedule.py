@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from environment import environment
-from schedule_arms import SWEPT, Arm, Scenario, mean_seconds, policies, scenarios
+from schedule_arms import ENGINE_JOBS, SWEPT, Arm, Scenario, mean_seconds, policies, scenarios
 from schedule_figure import figure
 from tqdm import tqdm
 
@@ -186,7 +186,8 @@ def main() -> None:
     record = {
         "configuration": {
             "jobs": args.jobs,
-            "seeds": args.seeds,
+            "engine_jobs": ENGINE_JOBS,
+            "seeds": list(range(args.seeds)),
             "load": args.load,
             "traces": ["agent_sessions", "mooncake"] if args.traces else [],
             "engines": {s.name: vars(s.engine) for s in chosen if s.engine is not None},

@@ -42,10 +42,11 @@ def figure(record: dict, path: Path) -> None:
           for what, color in COLORS.items()),
     ]  # fmt: skip
     canvas.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    seeds, jobs = record["configuration"]["seeds"], record["configuration"]["jobs"]
+    ran = record["configuration"]
     canvas.suptitle(
         "Completion time relative to FCFS; one server, preemption at no cost, unless it says "
-        f"engine (95 % intervals over {seeds} paired seeds of {jobs:,} jobs)"
+        f"engine (95 % intervals over {len(ran['seeds'])} paired seeds of {ran['jobs']:,} jobs, "
+        f"engines {ran['engine_jobs']:,})"
     )
     canvas.savefig(path, dpi=120)
     plt.close(canvas)
