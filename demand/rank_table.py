@@ -61,7 +61,16 @@ class RankTable:
             for a rank that has none.
     """
 
-    __slots__ = ("_atoms", "_base", "_inside", "_jumps", "_largest", "_options", "_ranks")
+    __slots__ = (
+        "_atoms",
+        "_base",
+        "_highest",
+        "_inside",
+        "_jumps",
+        "_largest",
+        "_options",
+        "_ranks",
+    )
 
     def __init__(
         self,
@@ -79,9 +88,9 @@ class RankTable:
         self._inside = self._ranks.at
         self._base = max(self._largest, RESOLUTION_SECONDS)
         last = np.array([self._largest])
-        self._jumps = Jumps(
-            np.append(jump_ages, last), np.append(jump_ranks, self._beyond_samples(last))
-        )
+        jump_ranks = np.append(jump_ranks, self._beyond_samples(last))
+        self._jumps = Jumps(np.append(jump_ages, last), jump_ranks)
+        self._highest = max(self.at(0.0), float(jump_ranks.max()))  # up to the largest atom
 
     def __call__(self, ages: ArrayLike) -> Floats:
         """Ranks in seconds of jobs of the given ages in seconds, any shape; smaller goes first.
@@ -118,11 +127,14 @@ class RankTable:
         """
         if threshold == math.inf:
             return math.inf
-        if self.at(age) > threshold:
-            return age
-        found = self._jumps.first_above(age, threshold)
-        if found < math.inf or self._options.rank == "hermes_artifact":
-            return found
+        if threshold < self._highest or age >= self._largest:
+            if self.at(age) > threshold:
+                return age
+            found = self._jumps.first_above(age, threshold)
+            if found < math.inf:
+                return found
+        if self._options.rank == "hermes_artifact":
+            return math.inf
         cost = self._options.preemption_cost
         power = math.frexp((threshold - cost) / self._base)[1]
         rest = math.ldexp(self._base, max(power - 1, 0))

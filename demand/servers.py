@@ -64,15 +64,13 @@ class Servers:
         """Take in a task that has arrived; `decide` ranks it."""
         self._arrived.append(task)
 
-    def serve(self, now: float) -> list[Task]:
-        """Account for service up to `now`, and return the running tasks that reached their stop.
+    def serve(self, stopped: Sequence[Task], now: float) -> None:
+        """Account for service up to `now`: of the running tasks that reached their stop.
 
         Unless the policy reranks, the others are accounted for when they are next ranked.
         """
-        stopped = [task for task in self.running if task.stop <= now]
         for task in self.running if self.reranks else stopped:
             self._account(task, now)
-        return stopped
 
     def unsettle(self) -> None:
         """Say that the rank of a running task may have risen."""

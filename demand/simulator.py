@@ -118,14 +118,18 @@ class _Simulation:
     def run(self) -> SimulationResult:
         arrivals, servers, running = self.arrivals, self.servers, self.servers.running
         while True:
-            now, stops = arrivals.next, servers.reranks
+            now = arrivals.next
+            stopped: list[Task] = []
             for task in running:
-                if task.stop <= now:
-                    now, stops = task.stop, True
+                if task.stop < now:
+                    now, stopped = task.stop, [task]
+                elif task.stop == now:
+                    stopped.append(task)
             if now == math.inf:
                 return self.result()
-            if stops:
-                for task in servers.serve(now):
+            if stopped or servers.reranks:
+                servers.serve(stopped, now)
+                for task in stopped:
                     self.events += 1
                     self.reach(task, now)
             while arrivals.next == now:

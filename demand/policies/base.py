@@ -126,7 +126,7 @@ class Policy(ABC):
         """
         if job.table is None:
             return math.inf
-        return job.attained_at(job.table.next_above(job.age, number(threshold, self)))
+        return job.attained_at(job.table.next_above(job.age, threshold))
 
     def new_state(self) -> Any:
         """What one scheduler remembers for this policy (`Job.state`); None for nothing."""

@@ -55,7 +55,7 @@ class Gittins(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
-        table = table_of(job)
+        table = table_of(job) if job.table is None else job.table
         if self.preemption_cost and not job.running:
             return table.waiting.at(job.age)
         return table.at(job.age)
