@@ -146,6 +146,7 @@ def figures(results: list[EngineResult], none: list[EngineResult]) -> dict:
     ratio = paired_ratio_interval(means, [result.mean for result in none])
     return {
         "mean_seconds": bootstrap_interval(means)._asdict(),
+        "mean_batch": float(np.mean([result.mean_batch for result in results])),
         "p95_seconds": bootstrap_interval([result.quantile(0.95) for result in results])._asdict(),
         "reduction": {
             "estimate": 1 - ratio.estimate,
