@@ -1,4 +1,5 @@
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,19 +11,26 @@ from demand import (
     SERPT,
     Application,
     ClassMean,
+    CostModel,
     DemandError,
     Distribution,
+    Execution,
     Gittins,
     Job,
     Oracle,
+    PDGraph,
     Policy,
     RandomOrder,
     RankTable,
+    Unit,
     Workload,
     bimodal_mix,
     poisson_workload,
     simulate,
 )
+from demand.estimator import DemandEstimator
+from demand.policies import NEVER_SEEN, Quantum, Rank, RequestFCFS
+from demand.refine import CurrentUnit
 from tests.demand.twins import exhaustive, unit_step
 
 POLICIES = [FCFS(), RandomOrder(), ClassMean(), SERPT(), Gittins(), Oracle()]
@@ -186,14 +194,100 @@ def test_jobs_without_demand_take_no_time():
     assert simulate(workload, Oracle()).completion_times.tolist() == [3.0, 0.0, 0.0]
 
 
+def test_what_happens_at_one_moment_happens_before_it_is_decided_who_is_served():
+    """At 3 s one job ends and two arrive; the better of the three takes the server, once."""
+    known = {name: Distribution([d]) for name, d in (("a", 3.0), ("b", 5.0), ("c", 1.0))}
+    workload = Workload([0.0, 1.0, 3.0, 3.0], [3.0, 5.0, 5.0, 1.0], "abbc", known)
+    result = simulate(workload, Quantum(ClassMean(), 100.0))
+    assert result.completion_times.tolist() == [3.0, 8.0, 11.0, 1.0]
+    assert (result.events, result.preemptions) == (8, 0)
+
+
+TOOL = Unit("tool", "tool")
+
+
+def unit_by_unit(arrivals, units, applications, known, **columns):
+    runs = [[Execution(TOOL, seconds=s) for s in seconds] for seconds in units]
+    return Workload(arrivals, [sum(s) for s in units], applications, known, runs=runs, **columns)
+
+
+def test_request_fcfs_queues_every_unit_anew():
+    known = {"a": Distribution([4.0])}
+    workload = unit_by_unit([0.0, 1.0], [[2.0, 2.0], [3.0]], "aa", known)
+    # The second unit of the first job is submitted at 2, behind the job that came at 1.
+    assert simulate(workload, RequestFCFS()).completion_times.tolist() == [7.0, 4.0]
+    assert simulate(workload, FCFS()).completion_times.tolist() == [4.0, 6.0]
+    alone = replace(workload, runs=None)
+    assert simulate(alone, RequestFCFS()).completion_times.tolist() == [4.0, 6.0]
+
+
+def test_refinement_is_asked_at_the_end_of_every_unit_but_the_last():
+    asked = []
+
+    def refine(application, progress):
+        asked.append((application, [e.seconds for e in progress.executed], progress.current))
+        return Distribution([50.0])
+
+    known = {"a": Distribution([4.0]), "b": Distribution([10.0])}
+    workload = unit_by_unit([0.0, 0.0], [[1.0, 3.0], [10.0]], "ab", known)
+    # After one second `a` is thought to need 50 more, and waits for `b`.
+    result = simulate(workload, SERPT(), refine=refine)
+    assert asked == [("a", [1.0], None)]
+    assert result.completion_times.tolist() == [14.0, 11.0]
+    assert simulate(workload, SERPT()).completion_times.tolist() == [4.0, 14.0]
+
+
+def test_an_estimator_refines():
+    """Early units tell the long jobs from the short: what was one class is then two."""
+    rng = np.random.default_rng(0)
+    names = {"short": (1.4, 1.6), "long": (29.0, 31.0)}
+
+    def run():
+        name = rng.choice(list(names))
+        units = Unit("plan", "tool"), Unit(f"plan_{name}", "tool"), Unit(name, "tool")
+        seconds = 0.5, 0.1, rng.uniform(*names[name])
+        return [Execution(unit, seconds=s) for unit, s in zip(units, seconds, strict=True)]
+
+    graph = PDGraph.fit([run() for _ in range(200)], name="a")
+    runs = [run() for _ in range(400)]
+    demands = [CostModel().run_seconds(r) for r in runs]
+    workload = Workload(
+        np.cumsum(rng.exponential(np.mean(demands) / 0.8, 400)),
+        demands,
+        ["a"] * 400,
+        {"a": graph.remaining()},
+        runs=runs,
+        graphs={"a": graph},
+    )
+    estimator = DemandEstimator({"a": graph}, CurrentUnit(walks=50))
+    plain, refined = (simulate(workload, SERPT(), refine=r) for r in (None, estimator))
+    oracle = simulate(workload, Oracle())
+    assert plain.mean - refined.mean > 0.3 * (plain.mean - oracle.mean) > 0.0
+    assert refined.preemptions < plain.preemptions / 10
+
+
+@pytest.mark.parametrize("policy", [SERPT(), Gittins()], ids=str)
+@pytest.mark.parametrize("servers", [1, 2])
+def test_applications_never_seen_equal_the_exhaustive_twin(policy, servers):
+    rng = np.random.default_rng(3)
+    known = {"a": Distribution(rng.lognormal(0.0, 1.5, 6)), "b": NEVER_SEEN}
+    arrivals = np.cumsum(rng.exponential(1.5 / servers, 40))
+    workload = Workload(arrivals, rng.lognormal(0.0, 1.0, 40), rng.choice(["a", "b"], 40), known)
+    rank = rank_by_table(workload, "mean" if policy == SERPT() else "gittins")
+    result = simulate(workload, policy, servers)
+    np.testing.assert_allclose(
+        result.completion_times, exhaustive(workload, rank, servers), rtol=1e-9, atol=1e-9
+    )
+
+
 @dataclass(frozen=True)
 class Broken(Policy):
     """Ranks the running job last as soon as it has run, and does not say so in advance."""
 
-    nan: bool = False
+    nan: str = ""
 
-    def rank(self, job: Job, now: float) -> float:
-        return float("nan") if self.nan else job.arrival
+    def rank(self, job: Job, now: float) -> Rank:
+        return {"": job.arrival, "number": math.nan, "tuple": (0, math.nan)}[self.nan]
 
     def next_above(self, job: Job, threshold: float) -> float:
         return job.attained_service
@@ -203,12 +297,22 @@ def test_bad_input_is_refused():
     workload = bimodal_mix(0.8, 20)
     with pytest.raises(DemandError, match="servers is 0"):
         simulate(workload, FCFS(), servers=0)
-    with pytest.raises(DemandError, match=r"Broken\(nan=True\) ranked job \d+ NaN"):
-        simulate(workload, Broken(nan=True))
+    for nan in ("number", "tuple"):
+        with pytest.raises(DemandError, match=rf"Broken\(nan='{nan}'\) ranked job \d+ NaN"):
+            simulate(workload, Broken(nan))
     with pytest.raises(DemandError, match="next_above gave"):
         simulate(workload, Broken())
     with pytest.raises(DemandError, match="has no table"):
         Gittins().rank(Job(0, "a", 0.0, Distribution([1.0])), 0.0)
+
+
+def test_units_must_be_there_and_add_up():
+    known = {"a": Distribution([4.0])}
+    with pytest.raises(DemandError, match="the workload has no runs"):
+        simulate(Workload([0.0], [4.0], "a", known), FCFS(), refine=lambda *_: known["a"])
+    short = replace(unit_by_unit([0.0], [[1.0, 2.0]], "a", known), demands=np.array([4.0]))
+    with pytest.raises(DemandError, match=r"the units of job 0 take 3.0 s and its demand is 4.0 s"):
+        simulate(short, RequestFCFS())
 
 
 def test_repr_reads():
