@@ -41,6 +41,9 @@ def continuous_batching(
 ) -> Iterator["Batching"]:
     """Serve requests to `model` in the order of `policy` while the context is open.
 
+    Meanwhile use the model elsewhere only inside `manager.pause()`: a forward of transformers is
+    not safe in two threads at once.
+
     Leaving it waits for the requests that are still there, or fails them if it is left by an
     error; then the model, its generation config and transformers are as before.
 
