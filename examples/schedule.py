@@ -155,6 +155,26 @@ def claims_table(claims: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def gains_table(scenarios: list[dict]) -> str:
+    """As Markdown: mean completion time over that of class mean, by scenario and policy."""
+    compared = ("FCFS", "LAS", "SERPT", "Gittins, Hermes artifact", "Gittins", "oracle")
+    lines = [
+        "\nMean completion time over that of class mean\n",
+        f"| | {' | '.join(compared)} |",
+        "| --- |" + " ---: |" * len(compared),
+    ]
+    for scenario in scenarios:
+        rows = {row["policy"]: row["mean_seconds_over_class_mean"] for row in scenario["rows"]}
+        cells = [
+            f"{rows[name]['estimate']:.2f} ({rows[name]['low']:.2f} to {rows[name]['high']:.2f})"
+            if name in rows
+            else ""
+            for name in compared
+        ]
+        lines.append(f"| {' '.join(scenario['title'].split())} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,6 +223,7 @@ def main() -> None:
     figure(record, args.out / "scheduling.png")
     for scenario in results:
         print(table(scenario))
+    print(gains_table(results))
     print(claims_table(claims))
     print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'scheduling.json'} and .png")
 

@@ -39,4 +39,22 @@ def test_every_table_has_its_baselines_and_no_policy_beats_the_oracle(written):
             assert ("deadline_hits" in row) == (scenario["name"] == "hermes_deadlines")
             if scenario["name"] not in engines:  # SRPT is optimal on one server alone
                 assert row["mean_seconds_over_oracle"]["estimate"] >= 1.0 - 1e-12
-    assert printed.count("| oracle |") == 7
+    assert printed.count("\n| oracle |") == 7
+
+
+def test_the_page_shows_the_result_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import schedule
+
+    docs = EXAMPLES.parent / "docs"
+    record = json.loads((docs / "results" / "scheduling.json").read_text())
+    page = (docs / "when_gittins_helps.md").read_text()
+    named = {scenario["name"]: scenario for scenario in record["scenarios"]}
+    for shown in (
+        schedule.claims_table(record["claims"]),
+        schedule.gains_table(record["scenarios"]),
+        schedule.table(named["hermes"]),
+        schedule.table(named["hermes_deadlines"]),
+    ):
+        assert shown.count("\n| ") > 5
+        assert shown in page
