@@ -10,7 +10,7 @@ from typing import final
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph import PDGraph
-from demand.integrations.vllm.ledger import Ledger
+from demand.integrations.ledger import Ledger
 from demand.policies.base import Job, Policy, Rank
 from demand.units import CostModel
 

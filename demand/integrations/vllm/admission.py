@@ -12,9 +12,9 @@ from typing import Any, Self, final
 
 from demand.distribution import Distribution
 from demand.errors import DemandError
+from demand.integrations.ledger import Ledger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
 from demand.integrations.vllm.failures import AttemptError, Retry
-from demand.integrations.vllm.ledger import Ledger, TokenMeter
 from demand.integrations.vllm.run import Run
 from demand.integrations.vllm.server import Client, Server
 from demand.policies.base import Policy, Rank

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, final
 
+from demand.integrations.ledger import TokenMeter
 from demand.integrations.vllm.chunks import Chunk, Repetition, TokenCount, text_of
 from demand.integrations.vllm.failures import CallError, StreamBrokenError
-from demand.integrations.vllm.ledger import TokenMeter
 from demand.policies.base import Job
 
 Status = Literal["waiting", "in flight", "finished", "failed", "cancelled"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from demand.errors import DemandError
+from demand.integrations.ledger import Ledger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
-from demand.integrations.vllm.ledger import Ledger, TokenMeter
 from demand.policies.base import Job
 from demand.units import CostModel
 

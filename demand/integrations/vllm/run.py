@@ -6,8 +6,8 @@ from typing import Any, Self, final, get_args
 
 from demand.distribution import Distribution
 from demand.errors import DemandError
+from demand.integrations.ledger import Ledger
 from demand.integrations.vllm.call import Call, Restart
-from demand.integrations.vllm.ledger import Ledger
 from demand.policies.base import Job
 
 _PATHS = ("chat/completions", "completions")

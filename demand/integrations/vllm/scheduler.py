@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from demand.distribution import Distribution
 from demand.errors import DemandError
+from demand.integrations.ledger import Ledger
 from demand.integrations.vllm.displacement import displaced
-from demand.integrations.vllm.ledger import Ledger
 from demand.integrations.vllm.ranking import Ranking
 from demand.policies.base import Policy
 from demand.units import CostModel
