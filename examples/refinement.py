@@ -46,15 +46,15 @@ REFINEMENTS: dict[str, Refinement] = {
     "none (artifact)": NoRefinement(walks=10_000),
     "whole runs": WholeRuns(),
     "current unit": CurrentUnit(walks=10_000),
+    "current unit, other walks": CurrentUnit(walks=10_000, seed=1),
     "Pearson filter": PearsonFilter(walks=500),
-    "Pearson filter, all visits": PearsonFilter(visits="all", walks=100),
     "regression": ProgressRegression(),
     "nearest runs": NearestRuns(),
 }
-# Walks that a filter keeps going take long; it is predicted with, and not served by.
-SERVED = [name for name in REFINEMENTS if name != "Pearson filter, all visits"]
 # What no scheduler has: it shows what knowing the number of units would be worth.
 HINT = "number of units told"
+BLIND = "LAS"
+ARMS = [*REFINEMENTS, BLIND, HINT]
 DRAWN = "tau-bench airline"
 POLICIES = {"SERPT": SERPT(), "Gittins": Gittins()}
 
@@ -76,17 +76,6 @@ class DataSet:
 
 def data_sets(folder: Path) -> Iterator[tuple[str, DataSet]]:
     """What there is of the data; seconds that a trace lacks are assumed, as said in the JSON."""
-    path = folder / "agent_sessions" / "sessions.jsonl.gz"
-    if path.exists():
-        sessions = list(read_agent_sessions(path))
-        known = [span.seconds for s in sessions for span in s.spans if span.kind == "llm"]
-        mean = float(np.mean([seconds for seconds in known if seconds is not None]))
-        measured = partial(
-            Session.run, leave_out=("human",), llm="measured",
-            assumed_seconds=dict.fromkeys(("llm", "subagent_llm"), mean),
-        )  # fmt: skip
-        source = f"seconds measured; {mean:.3g} s for the calls without (9 %)"
-        yield "coding agents", DataSet(source, [[measured(s)] for s in sessions])
     assumed = {"search": 2.2, "tool": 0.5}
     by_tokens = partial(Session.run, leave_out=("human",), assumed_seconds=assumed)
     source = f"seconds from tokens by the default cost model; assumed {assumed}"
@@ -100,6 +89,17 @@ def data_sets(folder: Path) -> Iterator[tuple[str, DataSet]]:
         path = folder / "fireact_react" / f"hotpotqa_react_{name}.jsonl"
         if path.exists():
             yield f"ReAct {name}", DataSet(source, [[by_tokens(s)] for s in read_fireact(path)])
+    path = folder / "agent_sessions" / "sessions.jsonl.gz"
+    if path.exists():
+        sessions = list(read_agent_sessions(path))
+        known = [span.seconds for s in sessions for span in s.spans if span.kind == "llm"]
+        mean = float(np.mean([seconds for seconds in known if seconds is not None]))
+        measured = partial(
+            Session.run, leave_out=("human",), llm="measured",
+            assumed_seconds=dict.fromkeys(("llm", "subagent_llm"), mean),
+        )  # fmt: skip
+        source = f"seconds measured; {mean:.3g} s for the calls without (9 %)"
+        yield "coding agents", DataSet(source, [[measured(s)] for s in sessions])
 
 
 def remembering(refine: Refine) -> Refine:
@@ -169,7 +169,7 @@ def experiment(data: DataSet, seed: int, jobs: int) -> tuple[dict, dict[str, Cal
     }
     units = sum(map(len, training))
     told, hint = hinted(workload, sum(map(cost.run_seconds, training)) / units)
-    for name in SERVED:
+    for name in REFINEMENTS:
         known = replace(workload, distributions={"agent": estimators[name]("agent")})
         # What only counts seconds is the same asked at every boundary or not at all.
         aged = isinstance(REFINEMENTS[name], NoRefinement | WholeRuns)
@@ -208,8 +208,10 @@ def summary(means: list[dict], reports: list[dict[str, CalibrationReport]]) -> d
         }
     closed = {
         kind: {
-            name: gap_closed(means, f"{kind}, {name}", f"{kind}, none (artifact)")
-            for name in [*SERVED, HINT]
+            name: gap_closed(
+                means, name if name == BLIND else f"{kind}, {name}", f"{kind}, none (artifact)"
+            )
+            for name in ARMS
         }
         for kind in POLICIES
     }
@@ -226,19 +228,17 @@ def markdown(results: dict) -> str:
     for name, result in results.items():
         means = {arm: np.mean(v) for arm, v in result["mean_completion_seconds"].items()}
         base = means["SERPT, none (artifact)"]
-        context = ", ".join(f"{arm} {means[arm] / base:.2f}" for arm in ("FCFS", "LAS", "oracle"))
+        context = ", ".join(f"{arm} {means[arm] / base:.2f}" for arm in ("FCFS", "oracle"))
         lines.append(f"| **{name}** (mean / SERPT's: {context}) | | | | |")
-        for arm in [*REFINEMENTS, HINT]:
+        for arm in ARMS:
             cells = [arm, "", ""]
             if arm in REFINEMENTS:
                 row = result["calibration"][arm]
                 covered = " / ".join(f"{100 * c:.0f}" for c in row["coverage_50_80_95"])
                 cells = [arm, f"{row['crps_ratio_to_none']:.3f}", covered]
             for kind in POLICIES:
-                share = result["gap_closed"][kind].get(arm)
-                cells.append(
-                    "{share:.0%} [{low:.0%}, {high:.0%}]".format(**share) if share else "not run"
-                )
+                share = result["gap_closed"][kind][arm]
+                cells.append("{share:.0%} [{low:.0%}, {high:.0%}]".format(**share))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -249,7 +249,7 @@ def picture(results: dict, path: Path) -> None:
 
     figure = Figure(figsize=(3.6 * len(results), 6.6), layout="constrained")
     axes = figure.subplots(2, len(results), squeeze=False)
-    arms = [*SERVED[1:], HINT]
+    arms = ARMS[1:]
     for column, (name, result) in enumerate(results.items()):
         ax = axes[0, column]
         for offset, (kind, colour) in enumerate(zip(POLICIES, ("#4477aa", "#cc6677"), strict=True)):
@@ -264,7 +264,7 @@ def picture(results: dict, path: Path) -> None:
         ax.set(title=name, xlabel="% of the gap to the oracle closed", ylim=(len(arms) - 0.5, -0.5))
         ax.set_yticks(range(len(arms)), arms if column == 0 else [""] * len(arms))
         ax = axes[1, column]
-        for arm in ("none (artifact)", "Pearson filter, all visits", "regression", "nearest runs"):
+        for arm in ("none (artifact)", "Pearson filter", "regression", "nearest runs"):
             histogram = result["calibration"][arm]["pit_histogram"]
             ax.stairs(histogram, np.linspace(0, 1, len(histogram) + 1), label=arm)
         ax.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
@@ -283,34 +283,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=1000)
     arguments = parser.parse_args()
-    results, sets = {}, {}
+    document: dict = {
+        "configuration": {
+            "seeds": arguments.seeds, "jobs": arguments.jobs, "load": 0.9, "servers": 1,
+            "after_units": AFTER_UNITS, "cost": asdict(CostModel()),
+            "refinements": {name: repr(r) for name, r in REFINEMENTS.items()},
+        },
+        "environment": environment(),
+        "data": {},
+        "results": {},
+    }  # fmt: skip
+    results = document["results"]
     for name, data in data_sets(arguments.data):
-        rows: list[tuple[dict, dict[str, CalibrationReport]]] = [
-            experiment(data, seed, arguments.jobs) for seed in range(arguments.seeds)
-        ]
-        means, reports = map(list, zip(*rows, strict=True))
-        results[name] = summary(means, reports)
+        rows = [experiment(data, seed, arguments.jobs) for seed in range(arguments.seeds)]
+        results[name] = summary([means for means, _ in rows], [reports for _, reports in rows])
         runs = [run for task in data.tasks for run in task]
-        sets[name] = {"runs": len(runs), "tasks": len(data.tasks), "source": data.source}
+        document["data"][name] = {
+            "runs": len(runs), "tasks": len(data.tasks), "source": data.source
+        }  # fmt: skip
         print(markdown({name: results[name]}), flush=True)
-        if arguments.out and name == DRAWN:
-            draw = PDGraph.fit(runs, name=name).draw
-            draw().figure.savefig(arguments.out / "demand_graph.png", dpi=80)
+        if arguments.out:
+            (arguments.out / "refinement.json").write_text(json.dumps(document, indent=1) + "\n")
+            picture(results, arguments.out / "refinement.png")
+            if name == DRAWN:
+                ax = PDGraph.fit(runs, name=name).draw()
+                ax.figure.savefig(arguments.out / "demand_graph.png", dpi=80)
     if not results:
         raise SystemExit(f"there is no data under {arguments.data}; say where it is with --data")
-    if arguments.out:
-        document = {
-            "configuration": {
-                "seeds": arguments.seeds, "jobs": arguments.jobs, "load": 0.9, "servers": 1,
-                "after_units": AFTER_UNITS, "cost": asdict(CostModel()),
-                "refinements": {name: repr(r) for name, r in REFINEMENTS.items()},
-            },
-            "environment": environment(),
-            "data": sets,
-            "results": results,
-        }  # fmt: skip
-        (arguments.out / "refinement.json").write_text(json.dumps(document, indent=1) + "\n")
-        picture(results, arguments.out / "refinement.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 
@@ -33,36 +33,30 @@ class PearsonFilter(Refinement):
     leave fewer than `minimum` samples is left out. The public artifact has none of this in its
     ranking.
 
-    Filters hold for the first visit that a walk pays to a unit: what comes before later rounds
-    of a loop is drawn, not observed. With `visits="all"` they hold for all; an agent whose prompt
-    is short, and which therefore does not stop yet, is then taken never to stop. Where filters at
-    all visits leave a loop without a way out, none is applied.
+    A filter holds for the first visit that a walk pays to a unit: what comes before later rounds
+    of a loop is drawn, not observed. Were it to hold for all, an agent whose prompt is short, and
+    which therefore does not stop yet, would never stop in any walk.
 
     Args:
         threshold: of the absolute correlation (0.5 in the paper).
         buckets: a filter keeps one in so many samples (10 in the paper).
         minimum: samples that must be left.
-        visits: of a unit in a walk, for which the filters hold: "first" or "all".
         walks: random walks for each question (1000 in the paper).
         seed: of the walks.
 
     Raises:
-        DemandError: a threshold outside [0, 1), buckets, minimum or walks below 1, or unknown
-            `visits`.
+        DemandError: a threshold outside [0, 1), or buckets, minimum or walks below 1.
     """
 
     threshold: float = 0.5
     buckets: int = 10
     minimum: int = 30
-    visits: Literal["first", "all"] = "first"
     walks: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold < 1.0:
             raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
-        if self.visits not in ("first", "all"):
-            raise DemandError(f'visits is {self.visits!r}; expected "first" or "all"')
         for name in ("buckets", "minimum", "walks"):
             if getattr(self, name) < 1:
                 raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -166,11 +160,7 @@ class FilteredWalks(Refined):
         rng = np.random.default_rng(config.seed)
         # Filters are for what comes: a unit that has finished only says what follows it.
         begins = self.arrays if progress.current is None else near
-        first = begins.first_draws(progress, self.demand)
-        if config.visits == "all":
-            arrays = self.arrays if near.without_exit() else near
-            return Distribution(arrays.walk(first, rng, config.walks, MAX_UNITS))
-        total, at = first.draw(rng, config.walks)
+        total, at = begins.first_draws(progress, self.demand).draw(rng, config.walks)
         ahead = np.zeros((config.walks, len(self.arrays.nodes)), dtype=bool)  # filters that hold
         ahead[:, list(kept)] = True
         if progress.current is not None:

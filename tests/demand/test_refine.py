@@ -21,7 +21,6 @@ EVERY = (
     WholeRuns(),
     CurrentUnit(),
     PearsonFilter(),
-    PearsonFilter(visits="all"),
     ProgressRegression(),
     NearestRuns(),
 )
@@ -158,7 +157,7 @@ def test_current_unit_is_the_walk_of_the_graph():
 def test_a_correlation_is_used_by_those_that_look_at_attributes():
     graph = PDGraph.fit(correlated_runs(1000))
     seen = Progress([took(A, 4.0)])
-    for refinement in (PearsonFilter(), PearsonFilter(visits="all"), NearestRuns()):
+    for refinement in (PearsonFilter(), NearestRuns()):
         remaining = refinement.remaining(graph, seen)
         assert remaining.mean() == pytest.approx(40.0, rel=0.03)
         assert remaining.quantile(0.95) - remaining.quantile(0.05) < 15.0
@@ -193,7 +192,6 @@ def test_held_out_runs_are_predicted_the_better_the_more_is_looked_at():
         (lambda: PearsonFilter(threshold=1.0), "threshold is 1.0"),
         (lambda: PearsonFilter(buckets=0), "buckets is 0"),
         (lambda: PearsonFilter(minimum=0), "minimum is 0"),
-        (lambda: PearsonFilter(visits="some"), "visits is 'some'"),
         (lambda: ProgressRegression(ridge=-1.0), "ridge is -1.0"),
         (lambda: ProgressRegression(atoms=0), "atoms is 0"),
         (lambda: NearestRuns(k=0), "k is 0"),

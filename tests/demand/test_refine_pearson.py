@@ -92,26 +92,19 @@ def test_too_few_samples_leave_all():
     assert PearsonFilter(minimum=10_000).fit(graph).kept(seen) == {}
     assert PearsonFilter(threshold=0.999).fit(graph).kept(seen) == {}
     assert PearsonFilter().fit(graph).kept(Progress()) == {}
-    unfiltered = PearsonFilter(minimum=10_000, visits="all").remaining(graph, seen)
-    assert unfiltered == graph.remaining(seen)
     unfiltered = PearsonFilter(minimum=10_000, walks=20_000).remaining(graph, seen)
     assert unfiltered.mean() == pytest.approx(graph.remaining(seen, walks=20_000).mean(), rel=0.03)
 
 
-def test_later_rounds_are_filtered_only_if_asked():
-    """After ten short rounds a run ends; a filter on the round's number must not stop the clock."""
+def test_filters_hold_for_the_first_visit_only():
+    """Ten rounds, told by their prompt: second rounds alone never end."""
     loop = Unit("round", "llm")
     counted = [[Execution(loop, 100 * (i + 1), 1) for i in range(10)] for _ in range(100)]
     graph = PDGraph.fit(counted)
+    refined = PearsonFilter().fit(graph)
     first = Progress([Execution(loop, 100, 1)])
-    plain = graph.remaining(first).mean()
-    assert PearsonFilter().remaining(graph, first).mean() == pytest.approx(plain, rel=0.3)
-    filtered = PearsonFilter(visits="all", buckets=1)
-    assert filtered.remaining(graph, first).mean() == pytest.approx(plain, rel=0.3)
-    # The second rounds alone never end, so that no filter is applied to all visits.
-    assert PearsonFilter(visits="all").remaining(graph, first).mean() == pytest.approx(
-        plain, rel=0.3
-    )
+    assert refined.arrays.keeping(refined.kept(first)).without_exit() == ["start", "round"]
+    assert refined.remaining(first).mean() == pytest.approx(graph.remaining(first).mean(), rel=0.3)
 
 
 def test_a_finished_unit_is_not_filtered_by_itself():
