@@ -6,6 +6,7 @@ python examples/benchmarks/link_scaling.py --out docs/results
 python examples/benchmarks/link_tiers.py --out docs/results --device cuda ...
 python examples/retention_accuracy.py --out docs/results
 python examples/replay_policies.py --out docs/results
+python examples/past_trained_length.py --out docs/results
 python examples/render_tables.py
 """
 
@@ -13,6 +14,7 @@ import json
 from pathlib import Path
 
 import link_accuracy
+import past_trained_length
 import replay_policies
 import retention_accuracy
 from quickstart import LINKING, RETENTION, SCHEDULING, prepare
@@ -159,6 +161,7 @@ def main() -> None:
     for result, tables_of in (
         ("retention_accuracy", retention_accuracy.table),
         ("replay", replay_policies.table),
+        ("past_trained_length", past_trained_length.table),
     ):
         record = json.loads((results / f"{result}.json").read_text())
         insert(ROOT / "docs" / "retention.md", f"{result}.json", tables_of(record))

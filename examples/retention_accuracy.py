@@ -1,10 +1,12 @@
 """Answer accuracy, decoded length and loops against the KV budget, for every retention policy.
 
     python examples/retention_accuracy.py --out docs/results
+    python examples/retention_accuracy.py --out docs/results --add --arms full random NEW
 
 Chains of thought of the reference model, every policy on the same problems. Writes
 `retention_accuracy.json` and `.png`. Intervals are bootstraps over problems; differences from full
-attention and from random eviction are paired.
+attention and from random eviction are paired. A run that is cut off goes on where it was; `--add`
+measures some policies on the same problems and leaves the rows of the others as they were.
 """
 
 import argparse
@@ -51,6 +53,7 @@ ARMS: dict[str, Callable[[int], Policy]] = {
     "random": lambda budget: Random(budget, pin_prompt=False),
     "random, prompt pinned": lambda budget: Random(budget),
     "StreamingLLM": lambda budget: StreamingLLM(budget),
+    "StreamingLLM, absolute positions": lambda budget: StreamingLLM(budget, positions="absolute"),
     "Quest": lambda budget: Quest(budget, dense_layers=0),
     "RaaS": lambda budget: RaaS(budget, pin_prompt=False),
     "RaaS, prompt pinned": lambda budget: RaaS(budget),
@@ -150,6 +153,24 @@ def sweep(task: Callable[[Job], dict], jobs: list[Job], args: argparse.Namespace
             file.write(json.dumps(row) + "\n")
             file.flush()
     return [done[job] for job in jobs]
+
+
+def joined(record: dict, earlier: dict) -> dict:
+    """`record` with the rows of an earlier one on the same problems that it has not measured."""
+    settings = record["configuration"], earlier["configuration"]
+    mine, other = (
+        {name: each[name] for name in ("problems", "steps", "seed")} for each in settings
+    )
+    if mine != other:
+        raise SystemExit(f"the earlier result is of {other}: leave out --add, or give the same")
+    rows = {(row["arm"], row["budget"]): row for row in earlier["rows"] + record["rows"]}
+    order = list(ARMS)
+    return record | {
+        "configuration": earlier["configuration"]
+        | {"arms": [name for name in ARMS if any(arm == name for arm, _ in rows)]},
+        "rows": sorted(rows.values(), key=lambda row: (row["budget"], order.index(row["arm"]))),
+        "seconds": earlier["seconds"] + record["seconds"],
+    }
 
 
 def summaries(measured: list[dict], seed: int) -> list[dict]:
@@ -257,6 +278,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--seed", type=int, default=5 * 10**9)
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--add", action="store_true", help="to the result that stands in --out")
     args = parser.parse_args()
     begun = time.perf_counter()
     rng = random.Random(args.seed)
@@ -276,11 +298,14 @@ def main() -> None:
         "rows": summaries(measured, args.seed),
         "seconds": time.perf_counter() - begun,
     }
-    (args.out / "retention_accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
-    figure(record["rows"], args.out / "retention_accuracy.png")
+    path = args.out / "retention_accuracy.json"
+    if args.add:
+        record = joined(record, json.loads(path.read_text()))
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    figure(record["rows"], path.with_suffix(".png"))
     print(table(record))
     (args.out / "retention_accuracy.partial.jsonl").unlink()
-    print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'retention_accuracy.json'} and .png")
+    print(f"\n{time.perf_counter() - begun:.0f} s; wrote {path} and .png")
 
 
 if __name__ == "__main__":
