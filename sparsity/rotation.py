@@ -31,25 +31,25 @@ class Rotation:
         From the angles at both places: rounding of large angles, and a scale folded into cos and
         sin (YaRN), which is in the keys already, cancel.
         """
-        (old_cos, old_sin), (new_cos, new_sin) = self._at(old, keys), self._at(new, keys)
+        both = torch.cat([old, new], dim=-1)
+        cos, sin = (
+            each.to(keys.device).unflatten(0, both.shape[:2]).tensor_split(2, dim=2)
+            for each in self.angles(both.flatten(0, 1))
+        )
+        (old_cos, new_cos), (old_sin, new_sin) = cos, sin
         scale = old_cos.square() + old_sin.square()
-        cos = (new_cos * old_cos + new_sin * old_sin) / scale
-        sin = (new_sin * old_cos - new_cos * old_sin) / scale
-        pairs = cos.shape[-1]
+        cosine = (new_cos * old_cos + new_sin * old_sin) / scale
+        sine = (new_sin * old_cos - new_cos * old_sin) / scale
+        pairs = scale.shape[-1]
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         turned, rest = wide[..., : 2 * pairs], wide[..., 2 * pairs :]
         if self.layout == "half":
             a, b = turned[..., :pairs], turned[..., pairs:]
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+            turned = torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
         else:
             a, b = turned[..., ::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+            turned = torch.stack([a * cosine - b * sine, b * cosine + a * sine], -1).flatten(-2)
         return torch.cat([turned, rest], dim=-1).to(keys.dtype)
-
-    def _at(self, positions: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.angles(positions.flatten(0, 1))
-        shape = positions.shape[:2]
-        return cos.to(keys.device).unflatten(0, shape), sin.to(keys.device).unflatten(0, shape)
 
 
 def unmoved(keys: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from transformers import DynamicCache
 
 from picache import PIC, FullRecompute, LegoLink
 from sparsity import SparseCache
-from tests.helpers import random_ids, tiny_model
-from tests.sparsity.zoo import AMPLE, TIGHT, asks_the_prompt
+from tests.helpers import random_ids
+from tests.sparsity.zoo import AMPLE, TIGHT, asks_the_prompt, shallow_model
 
 # Those whose choice rests on what a taken-over cache still has.
 KNOWS = [policy for policy in TIGHT if not asks_the_prompt(policy)]
@@ -42,7 +42,7 @@ def assert_untouched(cache, before):
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def linked(request):
     """A model, and its prompts by method: linked once, used by every policy."""
-    model = tiny_model(request.param)
+    model = shallow_model(request.param)
     pic = PIC(model, flops_per_byte=0)
     chunks = [pic.compile(chunk) for chunk in CHUNKS]
     methods = {"exact": FullRecompute(), "linked": LegoLink(k=2)}
@@ -87,7 +87,7 @@ CASES += [("gemma3", policy) for policy in (*AMPLE[::4], *KNOWS[::3])]
 @pytest.mark.parametrize(("family", "policy"), CASES, ids=str)
 def test_one_prefill_and_many_requests(family, policy):
     """Each goes on as if it were alone, from a prefix that no request writes to."""
-    model = tiny_model(family)
+    model = shallow_model(family)
     prefix, past = random_ids(14, 1), DynamicCache()
     with torch.no_grad():
         model(input_ids=prefix, past_key_values=past)

@@ -9,8 +9,8 @@ import torch
 
 from sparsity import SparseCache
 from sparsity.retention import Retention
-from tests.helpers import random_ids, tiny_model
-from tests.sparsity.zoo import TIGHT
+from tests.helpers import random_ids
+from tests.sparsity.zoo import TIGHT, shallow_model
 
 
 def generate(model, cache, ids):
@@ -20,7 +20,7 @@ def generate(model, cache, ids):
 @pytest.mark.parametrize("policy", TIGHT, ids=str)
 def test_a_parked_cache_comes_back_by_itself(policy, monkeypatch):
     """There is one device here, so every move turns a tensor's signs: two moves turn them back."""
-    model = tiny_model("gemma3")
+    model = shallow_model("gemma3")
     expected = SparseCache(model, policy)
     ids = generate(model, expected, random_ids(13, 2))
     after = generate(model, expected, ids)
@@ -90,7 +90,7 @@ def place_by_hand(model):
 def test_a_model_placed_by_hooks(way, tmp_path):
     if way == "accelerate" and find_spec("accelerate") is None:
         pytest.skip("accelerate is not installed: pip install accelerate")
-    model, placed = tiny_model("gemma3"), tiny_model("gemma3")
+    model, placed = shallow_model("gemma3"), shallow_model("gemma3")
     if way == "by hand":
         place_by_hand(placed)
     else:
@@ -99,6 +99,6 @@ def test_a_model_placed_by_hooks(way, tmp_path):
         accelerate.disk_offload(placed, tmp_path, execution_device=torch.device("cpu"))
     assert placed.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     ids = random_ids(13, 2)
-    for policy in TIGHT:
+    for policy in TIGHT[::3]:  # of every kind: what is placed are the weights
         expected = generate(model, SparseCache(model, policy), ids)
         assert torch.equal(generate(placed, SparseCache(placed, policy), ids), expected), policy

@@ -30,7 +30,7 @@ def make(kind, shape, generator):
 
 
 @pytest.mark.parametrize("policy", SMALL, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 10**6),

@@ -19,6 +19,7 @@ from sparsity import (
     VaSE,
 )
 from sparsity.policy import Policy
+from tests.helpers import tiny_model
 
 # Nothing is evicted from, or left out of, 52 tokens: equal to dense.
 AMPLE = [
@@ -154,6 +155,12 @@ def enlarged(policy, times):
         elif field.init and field.name in ("budget", "prompt_budget"):
             changes[field.name] = times * value
     return replace(policy, **changes)
+
+
+def shallow_model(family):
+    """A tiny model of two layers, one of them with a sliding window in hybrid families."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
+    return tiny_model(family, num_hidden_layers=2, **kinds)
 
 
 def selects(policy):
