@@ -15,7 +15,6 @@ from demand.drift import DriftReport, drift
 from demand.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.errors import DemandError
 from demand.estimator import DemandEstimator
-from demand.gittins import gittins_brute_force, gittins_rank
 from demand.given import GivenUnit
 from demand.graph import PDGraph
 from demand.metrics import Interval, bootstrap_interval, jain_index, paired_ratio_interval
@@ -42,9 +41,10 @@ from demand.policies import (
     VirtualTime,
 )
 from demand.prewarm import CostAwarePlanner, PrewarmPlanner
-from demand.rank_table import RankTable
+from demand.ranks.gittins import gittins_brute_force, gittins_rank
+from demand.ranks.many import rank_many
+from demand.ranks.table import RankTable
 from demand.refine import NearestRuns, NoRefinement, PearsonFilter, ProgressRegression, Refinement
-from demand.reranking import rank_many
 from demand.result import Result
 from demand.simulator import SimulationResult, simulate
 from demand.units import CostModel, Execution, Progress, Unit

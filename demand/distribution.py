@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from demand.atoms import Floats, beyond_samples, check_age, check_numbers, clean_atoms
 from demand.errors import DemandError
-from demand.grid import check_step, default_step, round_up
-from demand.rank_variants import check_rank, mean_remaining, rank_at
+from demand.ranks.grid import check_step, default_step, round_up
+from demand.ranks.variants import check_rank, mean_remaining, rank_at
 from demand.sums import compress_atoms, sum_atoms
 
 
@@ -103,9 +103,9 @@ class Distribution:
 
         Args:
             age: attained service in seconds.
-            rank: `"gittins"` (`demand.gittins.gittins_rank` has the equation), or one of
+            rank: `"gittins"` (`demand.ranks.gittins.gittins_rank` has the equation), or one of
                 `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"`, see
-                `demand.rank_variants`.
+                `demand.ranks.variants`.
             quantum: least seconds of service between two decisions.
             preemption_cost: seconds lost by switching the job in.
 
@@ -187,8 +187,8 @@ class Distribution:
     def on_grid(self, step_seconds: float | None = None) -> "Distribution":
         """Every atom rounded up to a multiple of `step_seconds`, against noise in the rank.
 
-        `demand.grid` says why, and has the default: half the interquartile range over the cube
-        root of the effective number of samples.
+        `demand.ranks.grid` says why, and has the default: half the interquartile range over the
+        cube root of the effective number of samples.
 
         Raises:
             DemandError: a step that is not positive and finite, or too small to be told apart.

@@ -19,8 +19,8 @@ class DemandEstimator:
     It holds a graph per application and one refinement, and never fails for want of knowledge;
     `fallbacks` counts the questions it had no runs for:
 
-    - an application without a finished run: nothing is known but the seconds it has received, so the
-      answer is the doubling rule of `demand.atoms.beyond_samples`. Ranks then follow attained
+    - an application without a finished run: nothing is known but the seconds it has received, so
+      the answer is the doubling rule of `demand.atoms.beyond_samples`. Ranks then follow attained
       service (least attained service first, in powers of two), for it and all others like it;
     - a unit that its graph has not seen: the units are left out of account, and the answer is
       that of `NoRefinement`.

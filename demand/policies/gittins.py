@@ -6,7 +6,7 @@ from typing import final
 from demand.distribution import Distribution
 from demand.policies.base import Job, Policy
 from demand.policies.tables import table_of
-from demand.rank_table import RankTable
+from demand.ranks.table import RankTable
 
 
 @final

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from demand.atoms import RESOLUTION_SECONDS
 from demand.distribution import Distribution
 from demand.policies.base import Job
-from demand.rank_table import RankTable
+from demand.ranks.table import RankTable
 
 NEVER_SEEN = Distribution([0.0])
 """What is known of an application without a single run.

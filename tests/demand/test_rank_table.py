@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import DemandError, Distribution, RankTable
-from demand.costed import CostedRanks
-from demand.hull import Tails
-from demand.pieces import gittins_pieces
-from demand.rank_table import _BUILDERS
-from demand.rank_variants import BUCKETS, RANKS, bucket_entries
-from demand.reranking import rank_many
+from demand.ranks.costed import CostedRanks
+from demand.ranks.hull import Tails
+from demand.ranks.many import rank_many
+from demand.ranks.pieces import gittins_pieces
+from demand.ranks.table import _BUILDERS
+from demand.ranks.variants import BUCKETS, RANKS, bucket_entries
 from tests.demand.strategies import (
     aged,
     distributions,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from demand.atoms import Floats
-from demand.hull import Ints, Tails, tangent_walks
+from demand.ranks.hull import Ints, Tails, tangent_walks
 
 
 @final

@@ -6,7 +6,7 @@ from typing import final
 import numpy as np
 
 from demand.atoms import Floats
-from demand.hull import Tails, tangent_walks
+from demand.ranks.hull import Tails, tangent_walks
 
 
 @final

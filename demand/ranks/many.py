@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from demand.atoms import Floats
 from demand.errors import DemandError
-from demand.rank_table import RankTable
+from demand.ranks.table import RankTable
 
 
 def rank_many(tables: Sequence[RankTable], applications: ArrayLike, ages: ArrayLike) -> Floats:

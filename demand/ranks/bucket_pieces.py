@@ -5,18 +5,18 @@ import math
 import numpy as np
 
 from demand.atoms import Floats
-from demand.hull import Tails
-from demand.pieces import Pieces
-from demand.rank_variants import BUCKETS, bucket_entries
+from demand.ranks.hull import Tails
+from demand.ranks.pieces import Pieces
+from demand.ranks.variants import BUCKETS, bucket_entries
 
 
 def bucketed_pieces(tails: Tails) -> Pieces:
-    """`demand.rank_variants.bucketed_rank` by age."""
+    """`demand.ranks.variants.bucketed_rank` by age."""
     return _bucket_pieces(tails, artifact=False)
 
 
 def hermes_artifact_pieces(tails: Tails) -> Pieces:
-    """`demand.rank_variants.hermes_artifact_rank` by age."""
+    """`demand.ranks.variants.hermes_artifact_rank` by age."""
     return _bucket_pieces(tails, artifact=True)
 
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from demand.atoms import Floats, beyond_samples, check_seconds, clean_atoms
 from demand.errors import DemandError
-from demand.gittins import rank_of_sorted
-from demand.grid import default_step, round_down, round_up
+from demand.ranks.gittins import rank_of_sorted
+from demand.ranks.grid import default_step, round_down, round_up
 
 BUCKETS = 10
 """Equal-width stops of the bucketed ranks: the default of the Hermes artifact."""
@@ -55,8 +55,8 @@ def shifted_rank(
 ) -> float:
     """Gittins rank of the samples rounded up, at the age rounded down, to the default grid.
 
-    After "shifted empirical Gittins" (arXiv 2606.24703); `demand.grid` has the step and says why.
-    Within a cell of the grid the rank stands still.
+    After "shifted empirical Gittins" (arXiv 2606.24703), of which the default step and rounding the
+    age down are ours (`demand.ranks.grid`). Within a cell of the grid the rank stands still.
     """
     step = default_step(values, weights)
     atoms, masses = clean_atoms(round_up(values, step), weights)

@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from demand.atoms import RESOLUTION_SECONDS, Floats, beyond_samples, check_age
-from demand.bucket_pieces import bucketed_pieces, hermes_artifact_pieces
-from demand.costed import CostedRanks
 from demand.distribution import Distribution
-from demand.grid import default_step, round_down
-from demand.hull import Tails
-from demand.jumps import Jumps
-from demand.pieces import Pieces, gittins_pieces, mean_pieces
-from demand.rank_variants import RankOptions, check_rank
+from demand.ranks.bucket_pieces import bucketed_pieces, hermes_artifact_pieces
+from demand.ranks.costed import CostedRanks
+from demand.ranks.grid import default_step, round_down
+from demand.ranks.hull import Tails
+from demand.ranks.jumps import Jumps
+from demand.ranks.pieces import Pieces, gittins_pieces, mean_pieces
+from demand.ranks.variants import RankOptions, check_rank
 
 
 class RanksByAge(Protocol):
@@ -46,8 +46,8 @@ class RankTable:
 
     Args:
         distribution: total demand of the job in seconds.
-        rank: `"gittins"`, exact (see `demand.gittins.gittins_rank`); `"shifted"`, exact on samples
-            rounded up to a grid (`demand.rank_variants.shifted_rank`); `"mean"`, the mean
+        rank: `"gittins"`, exact (see `demand.ranks.gittins.gittins_rank`); `"shifted"`, exact on
+            samples rounded up to a grid (`demand.ranks.variants.shifted_rank`); `"mean"`, the mean
             remaining demand E[X - age | X > age], which is what SERPT serves by; and for
             comparison `"bucketed"`, ten equal-width stops, and `"hermes_artifact"`, what the
             public artifact computes, rank 0 beyond the samples included. The last is not to be

@@ -27,7 +27,7 @@ def gittins_rank(
     numerator. A scheduler that charges for preemption gives the cost to the jobs that wait, and 0
     to the one it serves.
 
-    The public Hermes artifact differs: `demand.rank_variants.hermes_artifact_rank`.
+    The public Hermes artifact differs: `demand.ranks.variants.hermes_artifact_rank`.
 
     Args:
         values: `[n]` seconds of total demand.
