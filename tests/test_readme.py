@@ -25,7 +25,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     [
         ([0], ["bells", "recomputed"]),
         ([1, 2], ["Answer : 1", "tokens seen", "bytes held", "attention kept"]),
-        ([3], ["PDGraph", "rank", "SimulationResult(Gittins()"]),
+        ([3], ["PDGraph", "rank", "SimulationResult(Gittins("]),
     ],
     ids=["picache", "sparsity", "demand"],
 )
