@@ -1,0 +1,70 @@
+"""The example that measures refinements: on runs whose first unit tells the rest, and its page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demand import Execution, Unit
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import refinement
+
+    return refinement
+
+
+def told_at_once(n, seed=0):
+    """A second of asking, that tells how long the work will take: about 20 or 200 s."""
+    rng = np.random.default_rng(seed)
+    ask, work = Unit("ask", "llm"), Unit("work", "tool")
+    return [
+        [[Execution(ask, seconds=0.9 + 0.2 * long), Execution(work, seconds=spread * length)]]
+        for long, spread in zip(rng.random(n) < 0.5, rng.uniform(0.5, 1.5, n), strict=True)
+        for length in [200.0 if long else 20.0]
+    ]
+
+
+def test_what_the_first_unit_tells_closes_the_gap(example):
+    data = example.DataSet("made up", told_at_once(400))
+    rows = [example.experiment(data, seed, jobs=60) for seed in range(2)]
+    result = example.summary([means for means, _ in rows], [reports for _, reports in rows])
+    closed = result["gap_closed"]["SERPT"]
+    assert closed["none (artifact)"]["share"] == 0.0
+    assert closed["nearest runs"]["share"] > 0.3
+    assert closed["Pearson filter"]["share"] > 0.3
+    assert closed["current unit"]["share"] == pytest.approx(0.0, abs=0.02)
+    assert all(s["low"] <= s["share"] <= s["high"] for s in closed.values())
+    assert result["calibration"]["nearest runs"]["crps_ratio_to_none"] < 0.8
+    lines = example.markdown({"made up": result}).splitlines()
+    assert len(lines) == 3 + len(example.ARMS)
+
+
+def test_halves_share_no_task(example):
+    tasks = told_at_once(11)
+    first, second = example.DataSet("made up", tasks).split(seed=3)
+    assert len(first) == 5
+    assert len(second) == 6
+    assert not {id(run) for run in first} & {id(run) for run in second}
+
+
+def test_the_page_has_the_table_of_the_result_file(example):
+    record = json.loads((ROOT / "docs" / "results" / "refinement.json").read_text())
+    assert {"configuration", "environment", "data"} <= set(record)
+    page = (ROOT / "docs" / "demand_graphs.md").read_text()
+    assert example.markdown(record["results"]) in page
+
+
+def test_the_code_of_the_page_runs(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = (ROOT / "docs" / "demand_graphs.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "demand_graphs.md", "exec"), {})
+    assert "{'end': 0.5, 'plan': 0.5}" in capsys.readouterr().out
+    assert (tmp_path / "graph.png").exists()
