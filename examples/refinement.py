@@ -53,8 +53,8 @@ REFINEMENTS: dict[str, Refinement] = {
 }
 # What no scheduler has: it shows what knowing the number of units would be worth.
 HINT = "number of units told"
-BLIND = "LAS"
-ARMS = [*REFINEMENTS, BLIND, HINT]
+BLIND = ["FCFS", "LAS"]
+ARMS = [*REFINEMENTS, *BLIND, HINT]
 DRAWN = "tau-bench airline"
 POLICIES = {"SERPT": SERPT(), "Gittins": Gittins()}
 
@@ -209,7 +209,7 @@ def summary(means: list[dict], reports: list[dict[str, CalibrationReport]]) -> d
     closed = {
         kind: {
             name: gap_closed(
-                means, name if name == BLIND else f"{kind}, {name}", f"{kind}, none (artifact)"
+                means, name if name in BLIND else f"{kind}, {name}", f"{kind}, none (artifact)"
             )
             for name in ARMS
         }
