@@ -82,7 +82,7 @@ class AgentSpans:
         seconds = call.seconds(self.form.think)
         if seconds == 0.0 or (seconds is None and not parents):
             return parents
-        tool = "tool_result" in call.values.get("input_types", ())
+        tool = call.has("input_types") and "tool_result" in call.texts("input_types")
         self.spans.append(
             Span(
                 f"{prefix}{'tool' if tool else 'think'}",

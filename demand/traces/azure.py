@@ -11,7 +11,11 @@ _COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 def read_azure(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Request]:
-    """Requests of `AzureLLMInferenceTrace_*.csv`: TIMESTAMP, ContextTokens, GeneratedTokens."""
+    """Requests of `AzureLLMInferenceTrace_*.csv`: TIMESTAMP, ContextTokens, GeneratedTokens.
+
+    A folder is one trace on one clock. The code and the conversation file of a release cover the
+    same hours: read them one by one, or time goes backwards from the first to the second.
+    """
     return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
 
 

@@ -25,20 +25,30 @@ class MalformedRecordError(DemandError):
 
 
 class Clock:
-    """Turns the times of one trace into seconds since its first record."""
+    """Turns the times of one trace into seconds since its first good record.
+
+    A record reads its time before all of it is known to be good, so reading alone moves nothing.
+    """
 
     def __init__(self) -> None:
         self._first: float | None = None
         self._latest = -math.inf
+        self._read: float | None = None
 
     def elapsed(self, seconds: float) -> float | None:
-        """Seconds since the first record, or `None` if the clock would go backwards."""
+        """Seconds since the first good record, or `None` if the clock would go backwards."""
         if seconds < self._latest:
             return None
-        self._latest = seconds
-        if self._first is None:
-            self._first = seconds
-        return round(seconds - self._first, 6)  # Unix time as a float resolves no more
+        self._read = seconds
+        first = seconds if self._first is None else self._first
+        return round(seconds - first, 6)  # Unix time as a float resolves no more
+
+    def settle(self, good: bool) -> None:
+        """The record that was read is over; if it was good, the clock moves to its time."""
+        if good and self._read is not None:
+            self._latest = self._read
+            self._first = self._read if self._first is None else self._first
+        self._read = None
 
 
 class Fields:
@@ -76,7 +86,7 @@ class Fields:
             MalformedRecordError: missing, not a number, negative, NaN or infinite.
         """
         value = self._value(name)
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or _grouped(value):
             raise self.malformed(name, "expected a number", f"seen: {value!r:.60}")
         try:
             number = float(value)
@@ -115,10 +125,10 @@ class Fields:
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
     def arrival(self, name: str, seconds: float) -> float:
-        """`seconds`, which field `name` says, counted from the first record of the trace.
+        """`seconds`, which field `name` says, counted from the first good record of the trace.
 
         Raises:
-            MalformedRecordError: the time is before that of the record before.
+            MalformedRecordError: the time is before that of the good record before.
         """
         elapsed = self._clock.elapsed(seconds)
         if elapsed is None:
@@ -154,7 +164,7 @@ class Fields:
             MalformedRecordError: missing, or something else.
         """
         value = self._value(name)
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if isinstance(value, bool) or not isinstance(value, int | str) or _grouped(value):
             raise self.malformed(name, "expected a whole number", f"seen: {value!r:.60}")
         try:
             return int(value)
@@ -234,3 +244,8 @@ class Fields:
             known = ", ".join(map(str, self.values))
             raise self.malformed(name, "missing", f"fields seen: {known:.200}")
         return value
+
+
+def _grouped(value: object) -> bool:
+    """Whether digits are grouped as in "1_000", which Python reads and no format writes."""
+    return isinstance(value, str) and "_" in value

@@ -12,6 +12,7 @@ from demand.traces.schema import Session, Span
 from demand.traces.sources import json_documents
 from demand.traces.trace import OnError, Trace
 from demand.units import END, START, Kind
+from demand.without_end import without_end
 
 _KINDS: Mapping[str, Kind] = {
     "llm": "llm", "docker": "container", "dnn": "model", "search": "search", "tool": "tool",
@@ -85,7 +86,8 @@ def read_hermes_artifact(
     {application: {stage: {input_len, output_len, exec_time, parallelism, next_stages}}}: an llm
     stage has input_len and output_len, any other has exec_time in seconds. `type` (llm, docker,
     dnn, search) tells the kind; without it a stage with exec_time is a "tool". The stage "start"
-    has next_stages alone; without it runs begin at the first stage of the file.
+    has next_stages alone; without it runs begin at the first stage of the file. A stage from
+    which no "end" can be reached is malformed: runs would not end.
     """
     return Trace(path, json_documents, _Profiles, on_error)
 
@@ -117,6 +119,11 @@ def _profile(application: str, record: Fields) -> ApplicationProfile:
             raise record.malformed(
                 f"{name}.next_stages", "expected names of stages, or end", f"seen: {sorted(after)}"
             )
+    endless = without_end({name: stage.successors for name, stage in stages.items()})
+    if endless:
+        raise record.malformed(
+            f"{endless[0]}.next_stages", "end cannot be reached", f"from any of: {endless}"
+        )
     return ApplicationProfile(application, entries, stages)
 
 
@@ -138,6 +145,10 @@ def _stage(stage: Fields) -> StageProfile:
             ("parallelism", stage.has("parallelism")),
         )
     }
+    for at, calls in enumerate(lists["parallelism"]):
+        if calls < 1 or calls % 1:
+            expected = "expected a whole number of at least 1"
+            raise stage.malformed(f"parallelism[{at}]", expected, f"seen: {calls}")
     return StageProfile(
         kind,
         lists["input_len"],

@@ -20,6 +20,7 @@ _KINDS: Mapping[str, Kind] = {
     "execute_tool": "tool",
     "embeddings": "model",
 }
+_NAMELESS = "unknown_service"  # what the conventions call a service without a name
 
 
 def read_opentelemetry(
@@ -32,7 +33,9 @@ def read_opentelemetry(
     operation, execute_tool is a tool named by gen_ai.tool.name, embeddings a model; other spans
     (invoke_agent, HTTP) enclose work and are not units. Tokens are gen_ai.usage.input_tokens,
     output_tokens and cache_read.input_tokens; gen_ai.latency.time_in_queue, in seconds, is the
-    wait before service. The application is the service.name of the resource.
+    wait before service. The application is the service.name of the resource, if it has one. An
+    llm span without its input and output tokens is malformed (calls that failed often are): it
+    would count as no work.
 
     Spans are exported as they end, children before parents, and several traces at a time. A
     session is complete `wait_lines` lines after its root span, or at the end; a span that comes
@@ -89,9 +92,9 @@ class _Traces:
 
     def _spans(self, record: Fields) -> Iterator[_Ended]:
         for resource in record.records("resourceSpans"):
-            of_resource = _attributes(resource.record("resource"))
-            has_name = of_resource.has("service.name")
-            service = of_resource.text("service.name") if has_name else "unknown_service"
+            service = (
+                _service(resource.record("resource")) if resource.has("resource") else _NAMELESS
+            )
             for scope in resource.records("scopeSpans"):
                 for span in scope.records("spans"):
                     if span.text("traceId") in self._done:
@@ -107,9 +110,22 @@ class _Traces:
                 yield _session(name, trace.spans)
 
 
+def _service(resource: Fields) -> str:
+    attributes = _attributes(resource)
+    return attributes.text("service.name") if attributes.has("service.name") else _NAMELESS
+
+
+def _nanoseconds(record: Fields, name: str) -> int:
+    number = record.integer(name)
+    if not 0 <= number < 2**64:
+        expected = "expected Unix nanoseconds, from 0 to below 2**64"
+        raise record.malformed(name, expected, f"seen: {number!r:.60}")
+    return number
+
+
 def _ended(record: Fields, service: str) -> _Ended:
     attributes = _attributes(record)
-    begin, end = record.integer("startTimeUnixNano"), record.integer("endTimeUnixNano")
+    begin, end = _nanoseconds(record, "startTimeUnixNano"), _nanoseconds(record, "endTimeUnixNano")
     if end < begin:
         raise record.malformed("endTimeUnixNano", "time goes backwards", f"seen: {end}")
     talk = "gen_ai.conversation.id"
@@ -126,19 +142,20 @@ def _ended(record: Fields, service: str) -> _Ended:
 
 
 def _unit(operation: str, attributes: Fields, seconds: float) -> Span:
+    kind = _KINDS[operation]
     tokens = {
-        name: attributes.tokens(field) if attributes.has(field) else None
-        for name, field in (
-            ("input", "gen_ai.usage.input_tokens"),
-            ("output", "gen_ai.usage.output_tokens"),
-            ("cached", "gen_ai.usage.cache_read.input_tokens"),
+        name: attributes.tokens(field) if attributes.has(field) or needed else None
+        for name, field, needed in (
+            ("input", "gen_ai.usage.input_tokens", kind == "llm"),
+            ("output", "gen_ai.usage.output_tokens", kind == "llm"),
+            ("cached", "gen_ai.usage.cache_read.input_tokens", False),
         )
     }
     queued = attributes.seconds("gen_ai.latency.time_in_queue") or 0.0
     tool = operation == "execute_tool"
     return Span(
         attributes.text("gen_ai.tool.name") if tool else operation,
-        _KINDS[operation],
+        kind,
         0.0,
         max(seconds - queued, 0.0),
         queued,

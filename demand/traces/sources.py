@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from demand.errors import DemandError
 from demand.traces.fields import Clock, Fields, MalformedRecordError
@@ -34,44 +34,59 @@ def json_documents(path: Path, clock: Clock) -> Records:
 
 
 def csv_rows(*columns: str) -> Source:
-    """Rows of CSV whose header names at least `columns`; `path` is a file or a folder."""
+    """Rows of CSV whose header names at least `columns`; `path` is a file or a folder.
+
+    A row is one line: a quote that is never closed spoils its own line alone.
+    """
     return partial(_csv_rows, columns)
 
 
 def _csv_rows(columns: tuple[str, ...], path: Path, clock: Clock) -> Records:
     for file in _files(path, (".csv", ".csv.gz")):
         with closing(_lines(file)) as lines:
-            reader = csv.reader(line for _, line in lines)
-            header = [name.strip() for name in next(reader, [])]
-            missing = [name for name in columns if name not in header]
-            if missing:
-                raise DemandError(
-                    f"{file}, line 1: columns are {', '.join(header) or 'missing'}; "
-                    f"expected {', '.join(columns)}"
-                )
-            for row in _rows(reader, file):
+            header = _header(columns, file, next(lines, (1, ""))[1])
+            for number, line in lines:
+                try:
+                    row = _row(line)
+                except csv.Error as error:
+                    yield MalformedRecordError(file, number, "", "not CSV", str(error))
+                    continue
                 if len(row) == len(header):
-                    values = dict(zip(header, row, strict=True))
-                    yield Fields(values, file, reader.line_num, clock)
+                    yield Fields(dict(zip(header, row, strict=True)), file, number, clock)
                 elif row:
                     seen = f"{len(row)} for a header of {len(header)}"
-                    number = reader.line_num
                     yield MalformedRecordError(file, number, "", "wrong number of columns", seen)
 
 
-def _rows(reader: Any, file: Path) -> Iterator[list[str]]:
+def _header(columns: tuple[str, ...], file: Path, line: str) -> list[str]:
     try:
-        yield from reader
+        header = [name.strip() for name in _row(line)]
     except csv.Error as error:
-        raise DemandError(f"{file}, line {reader.line_num}: not CSV: {error}") from error
+        raise DemandError(f"{file}, line 1: not CSV: {error}; fetch the file again") from error
+    if not set(columns) <= set(header):
+        raise DemandError(
+            f"{file}, line 1: columns are {', '.join(header) or 'missing'}; "
+            f"expected {', '.join(columns)}"
+        )
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise DemandError(
+            f"{file}, line 1: columns {', '.join(twice)} come twice; rename all but one of each"
+        )
+    return header
+
+
+def _row(line: str) -> list[str]:
+    return next(csv.reader([line], strict=True), [])
 
 
 def _json_object(text: str, file: Path, line: int, clock: Clock) -> Fields | MalformedRecordError:
     try:
         values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = error.lineno - 1 if isinstance(error, json.JSONDecodeError) else 0
-        return MalformedRecordError(file, line + at, "", "not JSON", str(error))
+    except json.JSONDecodeError as error:
+        return MalformedRecordError(file, line + error.lineno - 1, "", "not JSON", str(error))
+    except (ValueError, RecursionError) as error:  # too long an integer, too deep a nesting
+        return MalformedRecordError(file, line, "", "JSON that cannot be read", str(error))
     if not isinstance(values, dict):
         return MalformedRecordError(
             file, line, "", "expected a JSON object", f"seen: {type(values).__name__}"

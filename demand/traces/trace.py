@@ -23,7 +23,10 @@ class Parser(Protocol[T_co]):
         """What is complete with this record."""
 
     def finish(self) -> Iterable[T_co]:
-        """What is complete because the trace is over."""
+        """What is complete because the trace is over.
+
+        No line can be blamed any more: check in `feed` all that is fed.
+        """
 
 
 class OneByOne(Generic[T]):
@@ -74,15 +77,21 @@ class Trace(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         self.read, self.skipped = 0, Counter()
-        parser = self._parser()
-        for record in self._source(self.path, Clock()):
+        parser, clock = self._parser(), Clock()
+        for record in self._source(self.path, clock):
             try:
                 complete = tuple(parser.feed(_sound(record)))
             except DemandError as error:
+                clock.settle(good=False)
                 self._skip(_placed(error, record))
                 continue
+            clock.settle(good=True)
             yield from self._counted(complete)
-        yield from self._counted(parser.finish())
+        try:
+            rest = tuple(parser.finish())
+        except DemandError as error:
+            raise DemandError(f"{self.path}, at its end: {error}") from error
+        yield from self._counted(rest)
         if not self.read:
             seen = f"{self.skipped.total()} lines were skipped: {dict(self.skipped)}"
             raise DemandError(

@@ -61,10 +61,10 @@ class _Rounds:
     def finish(self) -> tuple[Session, ...]:
         if self._id is None:
             return ()
-        session = _session(self._id, sorted(self._rounds, key=lambda read: read.submitted))
-        self._done.add(self._id)
+        name, rounds = self._id, sorted(self._rounds, key=lambda read: read.submitted)
+        self._done.add(name)
         self._id, self._rounds = None, []
-        return (session,)
+        return (_session(name, rounds),)
 
 
 def _round(record: Fields) -> _Round:
@@ -88,11 +88,11 @@ def _round(record: Fields) -> _Round:
         )
         for tool in (record.records("tools") if record.has("tools") else [])
     )
-    tokens = (
-        record.tokens("input_tokens_total"),
-        record.tokens("output_tokens"),
-        record.tokens("prefix_tokens"),
-    )
+    inputs_total, cached = record.tokens("input_tokens_total"), record.tokens("prefix_tokens")
+    if cached > inputs_total:
+        seen = f"seen: {cached} of {inputs_total}"
+        raise record.malformed("prefix_tokens", "expected at most input_tokens_total", seen)
+    tokens = (inputs_total, record.tokens("output_tokens"), cached)
     return _Round(submitted, seconds, began == "user_message", tokens, tools)
 
 

@@ -16,7 +16,6 @@ from demand.workloads.workload import Application, Workload, poisson_workload
 class _Row:
     weight: float
     mean_seconds: float
-    cv: float
     spread: float
     stages: Mapping[str, Stage]
     call_spread: float = 0.1
@@ -93,8 +92,7 @@ _TABLE: dict[str, _Row] = {
     "got_docmerge": _Row(
         weight=2,
         mean_seconds=2030.0,
-        cv=0.35,
-        spread=0.2,
+        spread=0.2,  # cv of total demand 0.35
         stages={
             "generate": _llm(1562, 963, {"score": 1.0}, calls=2),
             "score": _llm(1600, 280, {"score": 0.5, "aggregate": 0.5}, calls=20),
@@ -107,8 +105,7 @@ _TABLE: dict[str, _Row] = {
     "langchain_mapreduce": _Row(
         weight=16,
         mean_seconds=313.0,
-        cv=0.27,
-        spread=0.3,
+        spread=0.3,  # cv of total demand 0.27
         stages={
             "map": _llm(425, 185, {"collapse": 0.86, "final": 0.14}, calls=21),
             "collapse": _llm(1000, 230, {"collapse": 0.16, "final": 0.84}, calls=2.6),
@@ -118,8 +115,7 @@ _TABLE: dict[str, _Row] = {
     "hugginggpt": _Row(
         weight=10,
         mean_seconds=61.0,
-        cv=0.31,
-        spread=0.5,
+        spread=0.5,  # cv of total demand 0.31
         stages={
             "plan": _llm(1868, 102, {"task_model": 1.0}),
             "task_model": Stage("model", {"respond": 1.0}, seconds=25.0),
@@ -129,8 +125,7 @@ _TABLE: dict[str, _Row] = {
     "code_feedback": _Row(
         weight=16,
         mean_seconds=58.0,
-        cv=0.96,
-        spread=1.1,
+        spread=1.1,  # cv of total demand 0.96
         stages={
             "write": _llm(678, 227, {"test": 1.0}),
             "test": Stage("container", {"write": 0.55, END: 0.45}, seconds=12.3),
@@ -139,8 +134,7 @@ _TABLE: dict[str, _Row] = {
     "factool_kbqa": _Row(
         weight=16,
         mean_seconds=41.0,
-        cv=0.22,
-        spread=0.25,
+        spread=0.25,  # cv of total demand 0.22
         stages={
             "claims": _llm(742, 103, {"queries": 1.0}),
             "queries": _llm(369, 23, {"search": 1.0}, calls=5.1),
@@ -151,8 +145,7 @@ _TABLE: dict[str, _Row] = {
     "factool_code": _Row(
         weight=16,
         mean_seconds=38.0,
-        cv=0.13,
-        spread=0.15,
+        spread=0.15,  # cv of total demand 0.13
         call_spread=0.0,
         stages={
             "queries": _llm(372, 71, {"solutions": 1.0}),
@@ -163,15 +156,13 @@ _TABLE: dict[str, _Row] = {
     "react_alfw": _Row(
         weight=16,
         mean_seconds=9.5,
-        cv=0.94,
-        spread=0.3,
+        spread=0.3,  # cv of total demand 0.94
         stages={"thought": _llm(2040, 14, {"thought": 0.94, END: 0.06})},
     ),
     "factool_math": _Row(
         weight=4,
         mean_seconds=8.9,
-        cv=0.17,
-        spread=0.2,
+        spread=0.2,  # cv of total demand 0.17
         stages={
             "claims": _llm(838, 97, {"queries": 1.0}),
             "queries": _llm(267, 29, {END: 1.0}, calls=2.9),
@@ -180,8 +171,7 @@ _TABLE: dict[str, _Row] = {
     "react_fever": _Row(
         weight=4,
         mean_seconds=6.5,
-        cv=0.90,
-        spread=0.6,
+        spread=0.6,  # cv of total demand 0.90
         stages={
             "thought": _llm(1168, 39, {"search": 0.54, END: 0.46}),
             "search": Stage("search", {"thought": 1.0}, seconds=2.2),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from demand.atoms import Floats
+from demand.errors import DemandError
 from demand.units import END, CostModel, Execution, Kind, Unit
+from demand.without_end import without_end
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,41 @@ class RunGenerator:
         scale: multiplies all tokens and seconds.
         spread: coefficient of variation of tokens and of seconds per call.
         call_spread: the same for the number of calls.
+
+    Raises:
+        DemandError: no stages, next stages that are none, probabilities that are negative or do
+            not sum to 1, or a stage from which the end cannot be reached.
     """
 
     stages: Mapping[str, Stage]
     scale: float = 1.0
     spread: float = 0.3
     call_spread: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise DemandError("there are no stages; expected at least one, that leads to 'end'")
+        for name, stage in self.stages.items():
+            strangers = sorted(set(stage.then) - {*self.stages, END})
+            if strangers:
+                raise DemandError(f"stage {name!r} leads to {strangers}, which are no stages")
+            shares = stage.then.values()
+            if not (all(share >= 0.0 for share in shares) and math.isclose(sum(shares), 1.0)):
+                raise DemandError(
+                    f"stage {name!r} goes on with probabilities {dict(stage.then)}; expected "
+                    "numbers of at least 0 whose sum is 1"
+                )
+        endless = without_end(
+            {
+                name: [then for then, share in stage.then.items() if share > 0.0]
+                for name, stage in self.stages.items()
+            }
+        )
+        if endless:
+            raise DemandError(
+                f"from {', '.join(endless)} the end cannot be reached, so that runs would not "
+                "end; give one of them a way to 'end'"
+            )
 
     def run(self, rng: np.random.Generator) -> list[Execution]:
         """One run."""

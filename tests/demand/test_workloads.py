@@ -260,6 +260,10 @@ def test_expected_seconds_of_a_generator_by_hand():
     assert demands.mean() == pytest.approx(34.0, abs=4 * 12.0 * np.sqrt(2 / 2000))
 
 
+def generator(**stages):
+    return RunGenerator({name: Stage("tool", then, seconds=1.0) for name, then in stages.items()})
+
+
 KNOWN = {"a": Distribution([1.0])}
 TWO = bimodal_mix(0.8, 2)
 
@@ -300,6 +304,16 @@ TWO = bimodal_mix(0.8, 2)
         (lambda: with_deadlines(TWO, 0.0), "factor is 0.0"),
         (lambda: with_deadlines(TWO, 1.5, share=1.5), "share is 1.5"),
         (lambda: with_deadlines(TWO, 1.5, of="median"), "of is 'median'; expected mean or demand"),
+        (lambda: RunGenerator({}), "there are no stages"),
+        (lambda: generator(a={"a": 1.0}), "from a the end cannot be reached"),
+        (
+            lambda: generator(a={"b": 0.5, "end": 0.5}, b={"c": 1.0}, c={"b": 1.0, "end": 0.0}),
+            "from b, c the end cannot be reached",
+        ),
+        (lambda: generator(a={"end": 0.3}), r"'a' goes on with .*0\.3.; expected .* sum is 1"),
+        (lambda: generator(a={"a": -0.5, "end": 1.5}), "expected numbers of at least 0"),
+        (lambda: generator(a={"a": float("nan"), "end": 1.0}), "expected numbers of at least 0"),
+        (lambda: generator(a={"b": 0.5, "end": 0.5}), r"'a' leads to \['b'\], which are no stages"),
         (lambda: hermes_generator("gpt"), "'gpt'; expected one of got_docmerge"),
     ],
 )
