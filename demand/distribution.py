@@ -33,18 +33,21 @@ class Distribution:
     Attributes:
         values: `[n]` float64 seconds, ascending, distinct, read-only.
         weights: `[n]` float64, positive, of sum 1, read-only.
+        extrapolated: whether it is what `condition` gives beyond all samples: the doubling rule at
+            one age, which is no knowledge. Ask the distribution it came from about other ages.
 
     Raises:
         DemandError: no samples, NaN, infinity, a negative number, or weights that sum to 0.
     """
 
-    __slots__ = ("_mean", "_values", "_weights")
+    __slots__ = ("_extrapolated", "_mean", "_values", "_weights")
 
     def __init__(self, values: ArrayLike, weights: ArrayLike | None = None) -> None:
         self._values, self._weights = clean_atoms(values, weights)
         self._values.setflags(write=False)
         self._weights.setflags(write=False)
         self._mean = mean_remaining(self._values, self._weights, 0.0)
+        self._extrapolated = False
 
     @property
     def values(self) -> Floats:
@@ -55,6 +58,11 @@ class Distribution:
     def weights(self) -> Floats:
         """Probabilities of the atoms, `[n]`, of sum 1."""
         return self._weights
+
+    @property
+    def extrapolated(self) -> bool:
+        """Whether it stands for an age beyond all samples."""
+        return self._extrapolated
 
     def survival(self, age: float) -> float:
         """P(X > age) over the atoms."""
@@ -84,11 +92,17 @@ class Distribution:
         return float(self._values[first + at] - age)
 
     def condition(self, age: float) -> "Distribution":
-        """Distribution of the remaining seconds X - age of a job that has X > age."""
+        """Distribution of the remaining seconds X - age of a job that has X > age.
+
+        Up to the largest sample its answers at age b are those of this one at `age` + b. Beyond, it
+        is the doubling rule at `age` alone, and `extrapolated`.
+        """
         age = check_age(age)
         first = self._first_above(age)
         if first == self._values.size:
-            return Distribution([float(beyond_samples(self._values[-1], age))])
+            rest = Distribution([float(beyond_samples(self._values[-1], age))])
+            rest._extrapolated = True
+            return rest
         return Distribution(self._values[first:] - age, self._weights[first:])
 
     def gittins(

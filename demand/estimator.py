@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from demand.atoms import beyond_samples
 from demand.distribution import Distribution
 from demand.graph import PDGraph
+from demand.policies.unknown import NEVER_SEEN
 from demand.refine.base import Refined, Refinement, seconds_so_far
 from demand.refine.none import NoRefinement
 from demand.units import CostModel, Demand, Execution, Progress
@@ -20,8 +20,9 @@ class DemandEstimator:
     `fallbacks` counts the questions it had no runs for:
 
     - an application without a finished run: nothing is known but the seconds it has received, so
-      the answer is the doubling rule of `demand.atoms.beyond_samples`. Ranks then follow attained
-      service (least attained service first, in powers of two), for it and all others like it;
+      the answer is the doubling rule of `demand.atoms.beyond_samples`, `extrapolated`, from which
+      `Job.learn` takes nothing: ranks follow attained service (least attained service first, in
+      powers of two), for it and all others like it;
     - a unit that its graph has not seen: the units are left out of account, and the answer is
       that of `NoRefinement`.
 
@@ -91,9 +92,6 @@ class DemandEstimator:
 def unseen(attained_seconds: float = 0.0) -> Distribution:
     """What is known of the rest of an application of which no run was ever seen.
 
-    At age 0 an atom at 0, which says nothing of a job that is present: whatever is asked of it at
-    any age follows the doubling rule. Later one atom, by that rule.
+    `NEVER_SEEN` beyond its samples: whatever is asked of it follows the doubling rule.
     """
-    if attained_seconds == 0.0:
-        return Distribution([0.0])
-    return Distribution([float(beyond_samples(0.0, attained_seconds))])
+    return NEVER_SEEN.condition(attained_seconds) if attained_seconds else NEVER_SEEN

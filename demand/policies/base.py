@@ -69,7 +69,13 @@ class Job:
         return self.attained_service - self.known_at
 
     def learn(self, remaining: Distribution, table: Any) -> None:
-        """Take in what its progress says: the distribution of its demand from here on."""
+        """Take in what its progress says: the distribution of its demand from here on.
+
+        One that is `extrapolated` says nothing: what was known stays and its age runs on, so that
+        the job does not come to look nearly done as it is served beyond all samples.
+        """
+        if remaining.extrapolated:
+            return
         self.distribution, self.table = remaining, table
         self.known_at = self.attained_service
 

@@ -256,3 +256,12 @@ def test_repr_reads():
     assert repr(Distribution([1, 2, 3])) == (
         "Distribution(3 atoms, mean 2 s, median 2 s, p95 3 s, max 3 s)"
     )
+
+
+@given(aged(), st.floats(0.0, 200.0))
+def test_conditioning_moves_the_age_up_to_the_largest_sample(known_and_age, later):
+    known, age = known_and_age
+    rest = known.condition(age)
+    assert rest.extrapolated == (age >= known.values[-1])
+    if age + later < known.values[-1] and later < rest.values[-1]:
+        assert rest.gittins(later) == pytest.approx(known.gittins(age + later), rel=1e-6)
