@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import final
 
 from demand.distribution import Distribution
@@ -61,12 +62,20 @@ class Ledger:
             demand_seconds: true total demand, for an oracle.
 
         Raises:
-            DemandError: a deadline or weight that is not positive, or a job that the policy
-                cannot rank, such as one of unknown demand under an oracle.
+            DemandError: a value of the wrong type, a deadline that is not positive, a weight that
+                is not positive and finite, a priority that is NaN, a negative demand, or a job
+                that the policy cannot rank, such as one of unknown demand under an oracle.
         """
-        for name, value in (("deadline_seconds", deadline_seconds), ("weight", weight)):
-            if not value > 0.0:
-                raise DemandError(f"{name} of a job is {value}; expected a positive number")
+        _check_text("application", application)
+        _check_text("tenant", application if tenant is None else tenant)
+        for name, value, allowed, expected in (
+            ("deadline_seconds", deadline_seconds, lambda x: x > 0.0, "a positive number"),
+            ("weight", weight, lambda x: 0.0 < x < math.inf, "a positive finite number"),
+            ("priority", priority, lambda x: not math.isnan(x), "a number"),
+            ("demand_seconds", demand_seconds, lambda x: not x < 0.0, "a number from 0 on, or NaN"),
+        ):
+            if not isinstance(value, Real) or not allowed(value):
+                raise DemandError(f"{name} of a job is {value!r}; expected {expected}")
         if application not in self._tables:
             known = known_of(application, self._distributions)
             self._distributions[application] = known
@@ -89,7 +98,7 @@ class Ledger:
         self.policy.arrived(job, now)
         try:
             self.rank(job, now)  # refused here, not in the middle of serving
-        except DemandError:
+        except Exception:
             self.policy.departed(job, now)
             raise
         self._opened += 1
@@ -142,6 +151,11 @@ class Ledger:
     def _at(self, now: float) -> float:
         self._now = max(self._now, now)
         return self._now
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise DemandError(f"{name} of a job is {value!r}; expected a string")
 
 
 @final

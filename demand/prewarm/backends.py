@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Protocol, final
@@ -19,7 +20,7 @@ class Backend(Warmable, Protocol):
     def warm(self, job: str, unit: str) -> None:
         """Start to warm what `unit` of `job` will need, and return at once.
 
-        Called at most once for a unit of a job until `release`.
+        Called at most once for a unit of a job until it follows or is released.
         """
 
     def release(self, job: str, unit: str) -> None:
@@ -64,8 +65,9 @@ class Prewarming:
     """Drives backends from what applications do, on the clock of the caller.
 
     Tell it when units start and finish, and call `tick` when `next_second` has come. A plan is
-    made when a unit starts and stands until it finishes; what was warmed for a unit that did not
-    follow is released then.
+    made when a unit starts and stands until it finishes, or until the job is said to start a unit
+    again: what is warm by then stays so. What was warmed for a unit that did not follow is released
+    at the finish. The clock must be finite and never go backwards.
 
     Args:
         prewarmer: makes the plans.
@@ -75,7 +77,7 @@ class Prewarming:
         capacity: footprint that may be held warm ahead at once.
 
     Raises:
-        DemandError: a prewarmer that needs the truth.
+        DemandError: a prewarmer that needs the truth, or a capacity that is negative or NaN.
     """
 
     def __init__(
@@ -88,11 +90,16 @@ class Prewarming:
     ) -> None:
         if prewarmer.knows == "truth":
             raise DemandError(f"{prewarmer!r} needs the truth, which only a simulator knows")
+        if not capacity >= 0.0:
+            raise DemandError(
+                f"capacity is {capacity}; expected at least 0, or infinity for no bound"
+            )
         self._prewarmer = prewarmer
         self._graphs = graphs
         self._backends = backends
         self._cost = CostModel() if cost is None else cost
         self._free = capacity
+        self._now = -math.inf
         self._pending: list[tuple[float, int, int, str, Unit]] = []
         self._count = 0
         self._present: dict[str, int] = {}  # number of the present unit of each job
@@ -109,7 +116,9 @@ class Prewarming:
         """Plan for what may follow `unit`, which has been running for `elapsed_seconds`.
 
         Raises:
-            DemandError: an application or a unit that is not known.
+            DemandError: an application or a unit that is not known, elapsed seconds that are
+                negative or not finite, or a clock that is not finite or goes backwards. Nothing
+                has changed then.
         """
         if application not in self._graphs:
             raise DemandError(
@@ -117,21 +126,32 @@ class Prewarming:
                 f"{', '.join(self._graphs)}"
             )
         graph = self._graphs[application]
+        warm = self._warmed.get(job, {})
+        successors = [
+            (known, successor)
+            for known, successor in successors_of(graph, unit, self._backends)
+            if successor.unit not in warm
+        ]
+        durations = durations_of(graph, unit, self._cost)
+        remaining = durations.condition(elapsed_seconds) if elapsed_seconds else durations
+        self._advance(now)
         self._count += 1
         number = self._present[job] = self._count
-        successors = successors_of(graph, unit, self._backends)
         if not successors:
             return
         units = {successor.unit: known for known, successor in successors}
-        durations = durations_of(graph, unit, self._cost)
-        remaining = durations.condition(elapsed_seconds) if elapsed_seconds else durations
         for start in self._prewarmer.plan(remaining, [s for _, s in successors], self._free):
             self._count += 1
             entry = (now + start.seconds, self._count, number, job, units[start.unit])
             heappush(self._pending, entry)
 
     def tick(self, now: float) -> list[tuple[str, str]]:
-        """Start the warm-ups that are due and still fit; (job, unit) of each."""
+        """Start the warm-ups that are due and still fit; (job, unit) of each.
+
+        Raises:
+            DemandError: a clock that is not finite or goes backwards.
+        """
+        self._advance(now)
         begun = []
         while self.next_second <= now:
             _, _, number, job, unit = heappop(self._pending)
@@ -147,15 +167,26 @@ class Prewarming:
     def unit_finished(self, job: str, following: str) -> bool:
         """Release what was warmed for `job`, but for the unit `following` ("end" for none).
 
+        All are released even if a backend raises on one of them; its error comes through.
+
         Returns:
             Whether that one was warmed, or is being warmed.
         """
         self._present.pop(job, None)
         warmed = self._warmed.pop(job, {})
-        for name, unit in warmed.items():
-            backend = backend_of(self._backends, unit)
-            assert backend is not None
-            self._free += backend.footprint
-            if name != following:
-                backend.release(job, name)
+        with ExitStack() as releases:
+            for name, unit in warmed.items():
+                backend = backend_of(self._backends, unit)
+                assert backend is not None
+                self._free += backend.footprint
+                if name != following:
+                    releases.callback(backend.release, job, name)
         return following in warmed
+
+    def _advance(self, now: float) -> None:
+        if not self._now <= now < math.inf:
+            raise DemandError(
+                f"now is {now} s after {self._now} s; expected finite seconds that never go back: "
+                "use one monotonic clock throughout"
+            )
+        self._now = now

@@ -243,6 +243,73 @@ def test_capacity_is_shared_by_all_jobs():
     assert prewarming.tick(1.0) == [("c", "test")]
 
 
+def driven(capacity=float("inf"), on_release=None, prewarmer=AlwaysAtStart()):  # noqa: B008
+    calls = []
+
+    def release(job, unit):
+        calls.append(("release", unit))
+        if on_release:
+            on_release(unit)
+
+    backend = CallbackBackend(1.0, lambda job, unit: calls.append(("warm", unit)), release)
+    backends = {"test": backend, "ask": backend}
+    cost = CostModel(0.0, 1.0)
+    return Prewarming(prewarmer, {"code": graph()}, backends, cost, capacity), calls
+
+
+def test_a_unit_said_to_start_twice_is_warmed_for_once():
+    prewarming, calls = driven(capacity=4.0)
+    for now in (0.0, 1.0, 2.0):
+        prewarming.unit_started("a", "code", "write", now=now)
+        prewarming.tick(now)
+    assert sorted(calls) == [("warm", "ask"), ("warm", "test")]
+    prewarming.unit_finished("a", "end")
+    for job in "bc":
+        prewarming.unit_started(job, "code", "write", now=3.0)
+    assert len(prewarming.tick(3.0)) == 4  # all of the capacity is back
+    # What was not warm yet is planned anew, and once.
+    prewarming, calls = driven(prewarmer=PrewarmPlanner(0.5))
+    prewarming.unit_started("a", "code", "write", now=0.0)
+    prewarming.unit_started("a", "code", "write", now=1.0)
+    assert prewarming.tick(9.5) == []
+    assert prewarming.tick(10.0) == [("a", "test")]
+
+
+def test_a_release_that_fails_does_not_keep_the_others():
+    def fail(unit):
+        raise RuntimeError(f"no release of {unit}")
+
+    prewarming, calls = driven(capacity=2.0, on_release=fail)
+    prewarming.unit_started("a", "code", "write", now=0.0)
+    prewarming.tick(0.0)
+    with pytest.raises(RuntimeError, match="no release of"):
+        prewarming.unit_finished("a", "end")
+    assert sorted(calls[2:]) == [("release", "ask"), ("release", "test")]
+    prewarming.unit_started("b", "code", "write", now=1.0)
+    assert len(prewarming.tick(1.0)) == 2
+
+
+def test_clocks_that_make_no_sense_change_nothing():
+    prewarming, _ = driven(prewarmer=PrewarmPlanner(0.5))
+    prewarming.unit_started("a", "code", "write", now=5.0)
+    for now in (4.0, float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(DemandError, match=r"finite seconds that never go back"):
+            prewarming.unit_started("a", "code", "write", now=now)
+        with pytest.raises(DemandError, match=r"now is .* s after 5\.0 s"):
+            prewarming.tick(now)
+    for elapsed in (-1.0, float("nan")):
+        with pytest.raises(DemandError, match="age is"):
+            prewarming.unit_started("a", "code", "write", now=6.0, elapsed_seconds=elapsed)
+    assert prewarming.next_second == 14.0
+    assert prewarming.tick(14.0) == [("a", "test")]  # the first plan stands
+
+
+def test_a_unit_that_outlives_every_sample_has_as_much_left_as_the_tail_rule_says():
+    prewarming, _ = driven(prewarmer=PrewarmPlanner(0.5))
+    prewarming.unit_started("a", "code", "write", now=0.0, elapsed_seconds=25.0)
+    assert prewarming.next_second == 20.0 - 1.0  # samples of 10 s, doubled to 20
+
+
 def test_chunks_of_a_store_are_prefetched_without_importing_it():
     """`store` has what picache's ChunkStore has: promote(key, device) brings a chunk there."""
 
@@ -292,6 +359,9 @@ def test_bad_input_is_refused():
         ArtifactPrewarm(0.1, -1.0)
     with pytest.raises(DemandError, match=r"warm-up takes -2 s"):
         CallbackBackend(-2, lambda job, unit: None)
+    for capacity in (-1.0, float("nan")):
+        with pytest.raises(DemandError, match=f"capacity is {capacity}; expected at least 0"):
+            Prewarming(PrewarmPlanner(), {}, {}, capacity=capacity)
     with pytest.raises(DemandError, match="needs the truth"):
         Prewarming(OraclePrewarm(), {}, {})
     with pytest.raises(DemandError, match="application 'chat' has no graph; expected one of code"):

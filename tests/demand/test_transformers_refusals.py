@@ -176,7 +176,17 @@ def test_managers_that_were_never_run(shared, asynchronous, processes, message):
         ([0.5, 1.5], 5, "float"),
         ([1, 128], 5, "from 0 to 127"),
         ([-1, 5], 5, "from -1 to 5"),
+        ([[1, 2], [3]], 5, r"input_ids are \[\[1, 2\], \[3\]\]"),
+        (["a"], 5, r"input_ids are \['a'\]"),
+        ("hello", 5, "input_ids are 'hello'"),
+        (None, 5, "input_ids are None"),
+        ([10**30], 5, "input_ids are"),
+        ([True, False], 5, r"torch\.bool"),
         ([5], 0, "max_new_tokens is 0"),
+        ([5], "3", "max_new_tokens is '3'; expected a whole number"),
+        ([5], True, "max_new_tokens is True"),
+        ([5], 1.5, r"max_new_tokens is 1\.5"),
+        ([5], None, "max_new_tokens is None"),
         ([5] * 500, 600, "do not fit into the KV cache of 1024 tokens"),
     ],
 )
@@ -231,17 +241,36 @@ class Breaks(Policy):
 def test_an_engine_that_fails_says_so(model):
     """transformers logs what stops its loop, and would go on as if nothing were."""
     batching_ended = pytest.raises(DemandError, match="takes no more requests")
-    with serve(model, Breaks()) as batching:
-        job = batching.jobs.open("long")
-        first = batching.request(job, prompt(5), max_new_tokens=900)
-        waiting = batching.submit(prompt(6), "long", max_new_tokens=900)
-        for one in (first, waiting):
-            with pytest.raises(DemandError, match=r"failed in the engine: .* ranked a job"):
-                batching.result(one, SECONDS)
-        with batching_ended:
-            batching.submit(prompt(5), "short", max_new_tokens=3)
-        with batching_ended:
-            batching.request(batching.jobs.open("short"), prompt(5), max_new_tokens=3)
+
+    def watched():
+        with serve(model, Breaks()) as batching:
+            job = batching.jobs.open("long")
+            first = batching.request(job, prompt(5), max_new_tokens=900)
+            waiting = batching.submit(prompt(6), "long", max_new_tokens=900)
+            for one in (first, waiting):
+                with pytest.raises(DemandError, match=r"failed in the engine: .* ranked a job"):
+                    batching.result(one, SECONDS)
+            with batching_ended:
+                batching.submit(prompt(5), "short", max_new_tokens=3)
+            with batching_ended:
+                batching.request(batching.jobs.open("short"), prompt(5), max_new_tokens=3)
+
+    with pytest.raises(DemandError, match=r"the engine failed .* ranked a job"):
+        watched()
+
+
+def test_an_engine_that_fails_unwatched_says_so_on_leaving(model):
+    def unwatched(error=None):
+        with serve(model, Breaks()) as batching:
+            batching.submit(prompt(5), "long", max_new_tokens=900)
+            if error:
+                raise error
+
+    with pytest.raises(DemandError, match=r"the engine failed .* ranked a job") as failed:
+        unwatched()
+    assert isinstance(failed.value.__cause__, DemandError)
+    with pytest.raises(KeyError, match="of the user"):
+        unwatched(KeyError("of the user"))
 
 
 def test_an_engine_that_stopped(model):
@@ -285,8 +314,9 @@ def test_jobs_that_make_no_sense():
     table = JobTable(FCFS(), KNOWN)
     with pytest.raises(DemandError, match="deadline_seconds"):
         table.open("short", deadline_seconds=0.0)
-    with pytest.raises(DemandError, match="weight"):
-        table.open("short", weight=0.0)
+    for weight in (0.0, math.inf):
+        with pytest.raises(DemandError, match="weight"):
+            table.open("short", weight=weight)
     job = table.open("short")
     table.announce(job, "one")
     with pytest.raises(DemandError, match="in use"):

@@ -325,6 +325,19 @@ async def test_a_submission_that_waits_for_room_learns_of_the_close() -> None:
 
 
 @run_async
+async def test_a_controller_is_entered_once() -> None:
+    async with FakeServer() as server:
+        controller = controller_of(server)
+        async with controller:
+            with pytest.raises(DemandError, match="make another AdmissionController"):
+                await controller.__aenter__()
+            call = await controller.start("short").submit("completions", body("a"))
+            assert await call.text() == "a.0 a.1 a.2 "
+        with pytest.raises(DemandError, match="make another AdmissionController"):
+            await controller.__aenter__()
+
+
+@run_async
 async def test_finishing_a_run_cancels_its_calls() -> None:
     async with (
         FakeServer(lambda r: Answer(fault="hang")) as server,
@@ -363,6 +376,8 @@ def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
             run = controller.start("short", demand_seconds=1.0)
             with pytest.raises(DemandError, match="path is 'responses'"):
                 await run.submit("responses", body("a"))
+            with pytest.raises(DemandError, match="the body is None; expected a mapping"):
+                await run.submit("completions", None)  # type: ignore[arg-type]
             with pytest.raises(DemandError, match="restart is 'again'"):
                 await run.submit("completions", body("a"), restart="again")  # type: ignore[arg-type]
             with pytest.raises(DemandError, match="'stream'"):

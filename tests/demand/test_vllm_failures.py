@@ -200,6 +200,8 @@ def test_delays_double_up_to_their_bound_and_respect_the_server() -> None:
     asks = lambda seconds: AttemptError("", again=True, retry_after_seconds=seconds)  # noqa: E731
     assert retry.delay_seconds(asks(4.5), 1, rng) == 4.5
     assert retry.delay_seconds(asks(5.1), 1, rng) is None
+    with pytest.raises(DemandError, match=r"attempts is 1\.5; expected a whole number"):
+        Retry(attempts=1.5)  # type: ignore[arg-type]
     with pytest.raises(DemandError, match="attempts is 0"):
         Retry(attempts=0)
     with pytest.raises(DemandError, match="first_seconds is 2"):

@@ -6,6 +6,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ BODY = {"prompt": "a", "max_tokens": 3}
         ("http:///v1", "names host None"),
         ("https://me:secret@example.org/v1", "carries a user"),
         ("https://example.org/v1?key=secret", "a query"),
+        (" http://127.0.0.1/v1", "white space"),
+        ("http://127.0.0.1/v1\n", "white space"),
+        ("", "is empty"),
+        (None, "is no string"),
+        ("http://[::1/v1", "host of the url cannot be read"),
+        ("http://127.0.0.1:99999/v1", "port that is no number from 1 to 65535"),
+        ("http://127.0.0.1:0/v1", "port that is no number"),
+        ("http://127.0.0.1:secret/v1", "port that is no number"),
     ],
 )
 def test_only_plain_http_urls_are_taken(url: str, said: str) -> None:
@@ -35,6 +44,18 @@ def test_only_plain_http_urls_are_taken(url: str, said: str) -> None:
     assert "secret" not in str(refused.value)
     with pytest.raises(DemandError, match="silence_seconds is 0"):
         Server("http://127.0.0.1", silence_seconds=0)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "sk-\n", "sk-\r\nX: 1", "sk-\u00e9", "sk a", "sk-\x00", b"sk-"]
+)
+def test_a_key_that_no_header_can_carry_is_refused_unquoted(key: Any) -> None:
+    with pytest.raises(DemandError, match="expected printable ASCII alone") as refused:
+        Server("http://127.0.0.1", api_key=key)
+    error = refused.value
+    assert "sk" not in "".join(traceback.format_exception(error))
+    assert error.__cause__ is None
+    assert error.__context__ is None
 
 
 def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,12 +1,14 @@
 """Continuous batching of a model under a policy: start, submit, read, stop."""
 
 import math
+import reprlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Integral
 from queue import Full
 from threading import Lock
 from typing import final
@@ -24,6 +26,8 @@ from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
 from demand.policies.base import Job, Policy
 from demand.units import CostModel
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @contextmanager
@@ -61,7 +65,8 @@ def continuous_batching(
         seed: of the numbers that jobs draw and of the graphs' walks.
 
     Raises:
-        DemandError: what `JobTable` and `check_installed` refuse.
+        DemandError: what `JobTable` and `check_installed` refuse; on leaving, an engine that
+            failed, for instance in the policy, unless the block is left by another error.
     """
     jobs = JobTable(policy, distributions, graphs, cost, clock, seed)
     generation_config = deepcopy(generation_config or model.generation_config)
@@ -81,6 +86,11 @@ def continuous_batching(
             raise
         else:
             manager.stop()
+            if (cause := manager.background_thread_status.fatal_error) is not None:
+                raise DemandError(
+                    f"the engine failed ({cause}), and with it the requests that it had; mend what "
+                    "raised that and submit them to another"
+                ) from cause
         finally:
             manager.destroy()
 
@@ -210,8 +220,14 @@ class Batching:
                 self.manager.cancel_request(one)
 
     def _check(self, input_ids: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
-        tokens = torch.as_tensor(input_ids)
-        if tokens.dim() != 1 or not tokens.numel() or tokens.is_floating_point():
+        try:
+            tokens = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise DemandError(
+                f"input_ids are {reprlib.repr(input_ids)}; expected [tokens] whole numbers: encode "
+                "a text first, and submit the rows of a batch one by one"
+            ) from error
+        if tokens.dim() != 1 or not tokens.numel() or tokens.dtype not in _WHOLE:
             raise DemandError(
                 f"input_ids has shape {tuple(tokens.shape)} and type {tokens.dtype}; expected "
                 "[tokens] whole numbers, at least one: submit the rows of a batch one by one"
@@ -222,8 +238,11 @@ class Batching:
                 f"input_ids go from {tokens.min()} to {tokens.max()}; the model knows the tokens "
                 f"from 0 to {vocabulary - 1}, and another would stop the engine for everyone"
             )
-        if max_new_tokens < 1:
-            raise DemandError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        whole = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
+        if not whole or max_new_tokens < 1:
+            raise DemandError(
+                f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1 on"
+            )
         config = self.manager.continuous_batching_config
         assert config.num_blocks is not None  # the manager is up
         room = config.num_blocks * config.page_size

@@ -112,7 +112,7 @@ class JobTable:
             demand_seconds: its true total demand, for an oracle.
 
         Raises:
-            DemandError: a deadline or weight that is not positive, or a job that the policy
+            DemandError: as for `Ledger.open`: values that make no sense, or a job that the policy
                 cannot rank, such as one of unknown demand under an oracle.
         """
         with self._lock:

@@ -47,8 +47,8 @@ class AdmissionController:
     The next call of a run keeps the run's turn if it is submitted as soon as the previous one has
     been awaited, with no other await between them.
 
-    Use it as an asynchronous context manager, within one event loop. On leaving, it waits for all
-    calls; if the block raised, it cancels them.
+    Use it as an asynchronous context manager, once, within one event loop. On leaving, it waits
+    for all calls; if the block raised, it cancels them.
 
     Args:
         server: where the calls go.
@@ -108,9 +108,16 @@ class AdmissionController:
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._entered = False
         self._open = False
 
     async def __aenter__(self) -> Self:
+        if self._entered:
+            raise DemandError(
+                "the controller was entered before, and its connections are open or closed for "
+                "good; make another AdmissionController"
+            )
+        self._entered = True
         await self._client.__aenter__()
         self._open = True
         return self

@@ -54,6 +54,9 @@ class Retry:
         attempts: made at most, the first included.
         first_seconds: delay before the first retry.
         longest_seconds: a delay never exceeds it.
+
+    Raises:
+        DemandError: attempts that are no whole number from 1 on, or delays out of order.
     """
 
     attempts: int = 5
@@ -61,8 +64,8 @@ class Retry:
     longest_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise DemandError(f"attempts is {self.attempts}; expected at least 1")
+        if not isinstance(self.attempts, int) or self.attempts < 1:
+            raise DemandError(f"attempts is {self.attempts!r}; expected a whole number from 1 on")
         if not 0.0 <= self.first_seconds <= self.longest_seconds:
             raise DemandError(
                 f"first_seconds is {self.first_seconds} and longest_seconds is "

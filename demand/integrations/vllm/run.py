@@ -1,6 +1,7 @@
 """One run of an application: calls to one server that are ranked together."""
 
 import json
+import reprlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self, final, get_args
 
@@ -60,6 +61,11 @@ class Run:
             raise DemandError(f"path is {path!r}; expected one of {', '.join(_PATHS)}")
         if restart not in get_args(Restart):
             raise DemandError(f"restart is {restart!r}; expected one of {get_args(Restart)}")
+        if not isinstance(body, Mapping):
+            raise DemandError(
+                f"the body is {reprlib.repr(body)}; expected a mapping such as "
+                '{"model": "m", "prompt": "..."}'
+            )
         own = [name for name in _OWN_FIELDS if name in body]
         if own:
             raise DemandError(f"the body has {own}, which the controller sets; leave them out")

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from demand.errors import DemandError
 from demand.integrations.vllm.chunks import Chunk
@@ -31,7 +32,8 @@ class Server:
         attempt_seconds: longest duration of one attempt in all.
 
     Raises:
-        DemandError: a URL that is not plain http or https, or a time that is not positive.
+        DemandError: a URL that is not plain http or https, a key that is not printable ASCII, or
+            a time that is not positive.
     """
 
     url: str
@@ -41,7 +43,19 @@ class Server:
     attempt_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
+        # `urlsplit` would drop white space unseen. A key or a URL may be secret: neither is quoted.
+        if not isinstance(self.url, str) or not re.fullmatch(r"[^\s\x00-\x1f\x7f]+", self.url):
+            raise DemandError(
+                "the url is no string, is empty, or contains white space or a control character; "
+                "expected something like http://127.0.0.1:8000/v1"
+            )
+        try:
+            parts = urlsplit(self.url)
+        except ValueError:
+            raise DemandError(
+                "the host of the url cannot be read; expected something like "
+                "http://127.0.0.1:8000/v1 or http://[::1]:8000/v1"
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise DemandError(
                 f"url begins with {parts.scheme!r} and names host {parts.hostname!r}; expected "
@@ -52,9 +66,31 @@ class Server:
                 f"the url to {parts.hostname} carries a user, a query or a fragment; give the "
                 "base URL alone, and the key as api_key"
             )
+        if not _has_port_or_none(parts):
+            raise DemandError(
+                f"the url to {parts.hostname} has a port that is no number from 1 to 65535; "
+                "give the port that the server listens on"
+            )
+        if self.api_key is not None and not _is_printable_ascii(self.api_key):
+            raise DemandError(
+                "api_key is empty, or has a space, a line break or a character outside of ASCII; "
+                "expected printable ASCII alone: strip what was read from a file, or give None to "
+                "send no key"
+            )
         for name in ("connect_seconds", "silence_seconds", "attempt_seconds"):
             if not getattr(self, name) > 0.0:
                 raise DemandError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+
+def _is_printable_ascii(key: object) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"[!-~]+", key) is not None
+
+
+def _has_port_or_none(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 @final

@@ -1,0 +1,76 @@
+"""The jobs of both vLLM levels: what a job may be, and that a refused one leaves nothing behind."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from demand import DemandError, Distribution, Job, Policy, VirtualTime
+from demand.integrations.ledger import Ledger
+
+KNOWN = {"short": Distribution([2.0, 3.0])}
+
+
+@dataclass
+class Counting:
+    """State of `Breaks`."""
+
+    present: int = 0
+
+
+@dataclass(frozen=True)
+class Breaks(Policy):
+    """Fails as a policy of a user may: with an error that is not ours."""
+
+    def new_state(self) -> Counting:
+        return Counting()
+
+    def arrived(self, job: Job, now: float) -> None:
+        job.state.present += 1
+
+    def departed(self, job: Job, now: float) -> None:
+        job.state.present -= 1
+
+    def rank(self, job: Job, now: float) -> float:
+        if job.priority:
+            raise RuntimeError("the policy broke")
+        return 0.0
+
+
+def test_a_job_that_cannot_be_ranked_departs() -> None:
+    ledger = Ledger(Breaks(), KNOWN)
+    with pytest.raises(RuntimeError, match="the policy broke"):
+        ledger.open("short", 0.0, priority=1)
+    job = ledger.open("short", 0.0)
+    assert (job.index, job.state.present) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"weight": math.inf}, "weight of a job is inf; expected a positive finite number"),
+        ({"weight": "2"}, "weight of a job is '2'"),
+        ({"weight": math.nan}, "weight of a job is nan"),
+        ({"deadline_seconds": "5"}, "deadline_seconds of a job is '5'"),
+        ({"priority": "x"}, "priority of a job is 'x'"),
+        ({"priority": math.nan}, "priority of a job is nan"),
+        ({"demand_seconds": "9"}, "demand_seconds of a job is '9'"),
+        ({"demand_seconds": -5.0}, r"demand_seconds of a job is -5\.0"),
+        ({"tenant": ["x"]}, r"tenant of a job is \['x'\]; expected a string"),
+    ],
+)
+def test_jobs_that_make_no_sense_do_not_disturb_the_others(
+    known: dict[str, Any], said: str
+) -> None:
+    ledger = Ledger(VirtualTime(), KNOWN)
+    with pytest.raises(DemandError, match=said):
+        ledger.open("short", 0.0, **known)
+    job = ledger.open("short", 1.0)
+    assert job.index == 0
+    assert math.isfinite(VirtualTime().rank(job, 2.0))
+
+
+def test_an_application_is_a_string() -> None:
+    with pytest.raises(DemandError, match="application of a job is None; expected a string"):
+        Ledger(VirtualTime(), KNOWN).open(None, 0.0)  # type: ignore[arg-type]
