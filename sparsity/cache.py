@@ -30,9 +30,10 @@ class SparseCache:
             ``generate`` the full `input_ids`, the cached ones included, and at least one more.
             Its tokens count as a prompt. One row may go on as many (beams, a shared prefix).
 
-    Raises SparsityError for a model that cannot be attached, a `past` that does not fit, and, in a
-    forward, for a prompt that is already cached whole, another model, a batch of another size, a
-    prompt that fills a budget it is pinned in.
+    Raises SparsityError for a model that cannot be attached, or whose rotation is not proven where
+    the policy counts positions inside the cache, a `past` that does not fit, and, in a forward, for
+    a prompt that is already cached whole, another model, a batch of another size, a prompt that
+    fills a budget it is pinned in.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "SparseCache":
