@@ -11,12 +11,12 @@ seconds, all ranks are smaller-first. Needs numpy alone.
 
 from demand.calibration import CalibrationReport, calibrate
 from demand.distribution import Distribution
-from demand.drift import DriftReport, drift
 from demand.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.errors import DemandError
 from demand.estimator import DemandEstimator
 from demand.given import GivenUnit
 from demand.graph import PDGraph
+from demand.graph_drift import DriftReport, drift
 from demand.metrics import Interval, bootstrap_interval, jain_index, paired_ratio_interval
 from demand.policies import (
     EDF,
@@ -39,12 +39,21 @@ from demand.policies import (
     RandomOrder,
     RequestFCFS,
     VirtualTime,
+    known_of,
 )
 from demand.prewarm import CostAwarePlanner, PrewarmPlanner
 from demand.ranks.gittins import gittins_brute_force, gittins_rank
 from demand.ranks.many import rank_many
 from demand.ranks.table import RankTable
-from demand.refine import NearestRuns, NoRefinement, PearsonFilter, ProgressRegression, Refinement
+from demand.refine import (
+    CurrentUnit,
+    NearestRuns,
+    NoRefinement,
+    PearsonFilter,
+    ProgressRegression,
+    Refinement,
+    WholeRuns,
+)
 from demand.result import Result
 from demand.simulator import SimulationResult, simulate
 from demand.units import CostModel, Execution, Progress, Unit
@@ -79,6 +88,7 @@ __all__ = [
     "ClosedLoop",
     "CostAwarePlanner",
     "CostModel",
+    "CurrentUnit",
     "DeadlineMix",
     "DemandError",
     "DemandEstimator",
@@ -113,6 +123,7 @@ __all__ = [
     "SimulationResult",
     "Unit",
     "VirtualTime",
+    "WholeRuns",
     "Workload",
     "bimodal_applications",
     "bimodal_mix",
@@ -127,6 +138,7 @@ __all__ = [
     "hermes_applications",
     "hermes_mix",
     "jain_index",
+    "known_of",
     "paired_ratio_interval",
     "poisson_workload",
     "rank_many",

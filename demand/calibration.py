@@ -1,5 +1,6 @@
 """Are the predicted distributions right? PIT, CRPS and coverage on held-out runs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
@@ -25,6 +26,7 @@ def crps(predicted: Distribution, observed: float) -> float:
     integral of (F(x) - 1[x >= y])^2 (Gneiting and Raftery 2007); the absolute error for a point
     mass. Exact for atoms, O(n).
     """
+    _check_observed(observed)
     x, w = predicted.values, predicted.weights
     below = np.cumsum(w)
     pairs = 2.0 * (below[:-1] * (1.0 - below[:-1])) @ np.diff(x)
@@ -36,9 +38,15 @@ def pit(predicted: Distribution, observed: float, uniform: float) -> float:
 
     Uniform over [0, 1] if predictions are right and `uniform` is.
     """
+    _check_observed(observed)
     x, w = predicted.values, predicted.weights
     below = float(w[x < observed].sum())
     return min(below + uniform * float(w[x == observed].sum()), 1.0)
+
+
+def _check_observed(observed: float) -> None:
+    if not math.isfinite(observed):
+        raise DemandError(f"observed is {observed}; expected the finite seconds that were seen")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +146,9 @@ def calibrate(
     Raises:
         DemandError: no run reaches any of the points, or a unit the graph does not know.
     """
+    for units in after_units:
+        if units < 0 or units % 1:
+            raise DemandError(f"after_units holds {units}; expected whole numbers of units")
     cost = CostModel() if cost is None else cost
     rng = np.random.default_rng(seed)
     asked: list[tuple[int, list[tuple[float, ...]]]] = []

@@ -16,6 +16,11 @@ ATTRIBUTES = ("input_tokens", "output_tokens", "parallelism", "seconds")
 calls as the cost model counts them."""
 
 
+def decayed(ages: Ints, half_life_runs: float) -> Floats:
+    """2^(-age / half-life), never 0, so that what is left of a choice always has weight."""
+    return np.exp2(-np.minimum(ages / half_life_runs, 1000.0))
+
+
 @dataclass(frozen=True, eq=False)
 class RunColumns:
     """Executions of all remembered runs end to end, oldest run first.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from demand.atoms import Floats
-from demand.columns import RunColumns
+from demand.columns import RunColumns, decayed
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.given import GivenUnit, check_given, given_arrays
@@ -178,7 +178,7 @@ class PDGraph:
         """
         self.walk_arrays().node(unit)
         if self._given is not None:
-            return tuple(next(g.executions for g in self._given[0] if g.unit.name == unit))
+            return tuple(e for g in self._given[0] if g.unit.name == unit for e in g.executions)
         return tuple(e for run in self._runs for e in run if e.unit.name == unit)
 
     def branches(self, unit: str) -> Mapping[str, float]:
@@ -213,8 +213,10 @@ class PDGraph:
         Raises:
             DemandError: a graph without runs.
         """
-        half_life = math.inf if self.half_life_runs is None else self.half_life_runs
-        return np.exp2(-np.minimum(self.columns().ages / half_life, 1000.0))
+        ages = self.columns().ages
+        if self.half_life_runs is None:
+            return np.ones(ages.size)
+        return decayed(ages, self.half_life_runs)
 
     def walk_arrays(self, demand: Demand = "sum") -> WalkArrays:
         """The samples as random walks draw them.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from demand.errors import DemandError
-from demand.given import GivenUnit
+from demand.given import GivenUnit, check_given
 from demand.units import CostModel, Execution, Unit
 
 FORMAT = "demand.PDGraph"
@@ -129,7 +129,8 @@ def _record(document: dict[str, Any]) -> GraphRecord:
             GivenUnit(unit, [_execution(units, row) for row in e["executions"]], e["successors"])
             for unit, e in zip(units, document["given"], strict=True)
         ]
-        return GraphRecord(*settings, given=given, entries=document["entries"])
+        check_given(given, dict(document["entries"]))
+        return GraphRecord(*settings, given=given, entries=dict(document["entries"]))
     return GraphRecord(
         *settings, runs=[[_execution(units, row) for row in run] for run in document["runs"]]
     )

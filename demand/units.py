@@ -105,6 +105,13 @@ class Execution:
                 f"the calls of unit {unit.name!r} have {sorted(lengths)} entries; give lists of "
                 "one length, an entry for each call"
             )
+        for name, calls in (("tokens", [*input_tokens, *output_tokens]), ("seconds", seconds)):
+            for value in calls:
+                if not 0.0 <= value < math.inf:
+                    raise DemandError(
+                        f"{name} of a call of unit {unit.name!r} are {value}; expected finite "
+                        "numbers of at least 0: drop or repair the broken measurement"
+                    )
         n = lengths.pop()
         return cls(
             unit,

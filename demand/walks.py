@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from demand.atoms import Floats, beyond_samples
-from demand.columns import Ints, RunColumns
+from demand.columns import Ints, RunColumns, decayed
 from demand.errors import DemandError
 from demand.units import END, START, Demand, Progress
 
@@ -102,8 +102,8 @@ class WalkArrays:
         if half_life_runs is not None:
             age = np.concatenate([columns.ages, columns.ages[columns.run]])
             newest = np.full(node.max() + 1, age.max())
-            np.minimum.at(newest, node, age)  # so that no unit seen long ago weighs 0 throughout
-            weights = np.exp2((newest[node] - age) / half_life_runs)
+            np.minimum.at(newest, node, age)  # so that a unit seen long ago keeps its own order
+            weights = decayed(age - newest[node], half_life_runs)
         return cls.of(
             {unit.name: unit for unit in columns.units},
             node,

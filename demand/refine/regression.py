@@ -33,7 +33,7 @@ class ProgressRegression(Refinement):
         folds: of the runs, each predicted from the others; 1 predicts all from all.
 
     Raises:
-        DemandError: a negative ridge, or atoms, groups or folds below 1.
+        DemandError: a ridge that is not positive, or atoms, groups or folds below 1.
     """
 
     ridge: float = 10.0
@@ -42,8 +42,11 @@ class ProgressRegression(Refinement):
     folds: int = 5
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ridge < np.inf:
-            raise DemandError(f"ridge is {self.ridge}; expected a finite number of at least 0")
+        if not 0.0 < self.ridge < np.inf:
+            raise DemandError(
+                f"ridge is {self.ridge}; expected a positive finite number: features that are "
+                "alike in all runs have no solution without one"
+            )
         for name in ("atoms", "groups", "folds"):
             if getattr(self, name) < 1:
                 raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -126,3 +126,13 @@ def test_it_draws_its_histogram():
 def test_runs_that_reach_no_point_are_refused():
     with pytest.raises(DemandError, match=r"none of 1 runs has more units than \[5\]"):
         calibrate(lambda progress: Distribution([1.0]), [worked(1)], [5])
+
+
+def test_what_cannot_be_scored_is_refused():
+    known = Distribution([1.0, 2.0])
+    for score in (lambda: crps(known, np.nan), lambda: pit(known, np.inf, 0.5)):
+        with pytest.raises(DemandError, match="expected the finite seconds"):
+            score()
+    run = [Execution(Unit("a", "tool"), seconds=1.0)]
+    with pytest.raises(DemandError, match="after_units holds -1"):
+        calibrate(lambda progress: known, [run], after_units=(-1,))

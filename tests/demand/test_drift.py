@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import DemandError, Execution, PDGraph, Unit
-from demand.drift import drift, kolmogorov_smirnov
+from demand.graph_drift import drift, kolmogorov_smirnov
 
 FETCH, WORK = Unit("fetch", "search"), Unit("work", "tool")
 
@@ -88,3 +88,10 @@ def test_bad_input_is_refused():
         kolmogorov_smirnov([], [1.0])
     with pytest.raises(DemandError, match="expected at least one number each"):
         kolmogorov_smirnov([np.nan], [1.0])
+
+
+def test_an_unknown_demand_is_refused():
+    unit = Unit("a", "tool")
+    graph = PDGraph.fit([[Execution(unit, seconds=1.0)]] * 5)
+    with pytest.raises(DemandError, match="demand is 'x'"):
+        drift(graph, recent=2, demand="x")

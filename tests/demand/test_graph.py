@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from demand import CostModel, DemandError, Execution, PDGraph, Progress, Unit
+from demand import CostModel, DemandError, Execution, GivenUnit, PDGraph, Progress, Unit
 
 WRITE, TEST, ASK = Unit("write", "llm"), Unit("test", "container"), Unit("ask", "human")
 
@@ -253,3 +253,34 @@ def test_repr_reads():
     graph = PDGraph.fit([chain(1, 1.0)], name="coding")
     assert repr(graph) == "PDGraph('coding', 2 units, 1 runs)"
     assert repr(PDGraph()) == "PDGraph('application', 0 units, 0 runs)"
+
+
+def test_what_is_left_of_a_choice_has_weight_however_old_it_is():
+    """One long run, then 1,500 short ones at a half-life of one run: 2^-1500 is 0 in float64."""
+    a, b = Unit("a", "tool"), Unit("b", "tool")
+    long = [Execution(a, seconds=1.0), Execution(b, seconds=100.0)]
+    short = [Execution(a, seconds=1.0), Execution(b, seconds=2.0)]
+    graph = PDGraph.fit([long, *[short] * 1500], window=2000, half_life_runs=1.0)
+    remaining = graph.remaining(Progress(current="b", attained_seconds=50.0))
+    assert remaining.values.tolist() == [50.0]
+    assert (graph.run_weights() > 0.0).all()
+
+
+def test_files_with_broken_entries_name_themselves(tmp_path):
+    unit = Unit("a", "tool")
+    given = GivenUnit(unit, [Execution(unit, seconds=1.0)], {"end": 1.0})
+    path = tmp_path / "graph.json"
+    for entries in ([["a", 1.0, 2.0]], {"a": 0.5}):
+        PDGraph.from_units([given], {"a": 1.0}).save(path)
+        document = json.loads(path.read_text())
+        document["entries"] = entries
+        path.write_text(json.dumps(document))
+        with pytest.raises(DemandError, match=r"graph\.json is damaged"):
+            PDGraph.load(path)
+
+
+def test_the_start_has_no_executions():
+    unit = Unit("a", "tool")
+    run = [Execution(unit, seconds=1.0)]
+    given = PDGraph.from_units([GivenUnit(unit, run, {"end": 1.0})], {"a": 1.0})
+    assert given.samples("start") == PDGraph.fit([run]).samples("start") == ()

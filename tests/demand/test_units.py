@@ -95,3 +95,10 @@ def test_progress_counts_the_current_unit_as_demand_does():
 def test_bad_input_is_refused(make, says):
     with pytest.raises(DemandError, match=says):
         make()
+
+
+def test_no_call_is_negative_even_if_their_mean_is_not():
+    with pytest.raises(DemandError, match="seconds of a call of unit 'a' are -1"):
+        Execution.of_calls(Unit("a", "tool"), seconds=[-1, 3, 3])
+    with pytest.raises(DemandError, match="tokens of a call of unit 'b' are -5"):
+        Execution.of_calls(Unit("b", "llm"), input_tokens=[-5, 10])

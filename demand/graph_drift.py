@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from demand.atoms import Floats
 from demand.errors import DemandError
 from demand.graph import PDGraph
-from demand.units import Demand
+from demand.units import Demand, check_demand
 
 
 def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
@@ -124,6 +124,7 @@ def drift(
     Raises:
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
     """
+    check_demand(demand)
     columns = graph.columns()
     older = len(graph.runs) - recent
     if older < 1 or recent < 1:
