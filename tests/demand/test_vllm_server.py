@@ -80,6 +80,35 @@ def test_the_key_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> No
     assert key not in shown + caplog.text
 
 
+def test_a_key_that_was_read_in_part_is_not_shown() -> None:
+    key = "sk-very-secret"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 400 Bad\r\nConnection: close\r\n\r\n")
+        writer.write((key * 40 + key[:13]).encode())  # a piece long enough to be the last read
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    async def refused() -> str:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            server = Server(f"http://127.0.0.1:{port}", api_key=key, silence_seconds=0.3)
+            retry = Retry(attempts=1)
+            async with AdmissionController(
+                server, FCFS(), KNOWN, in_flight=1, retry=retry
+            ) as controller:
+                call = await controller.start("short").submit("completions", BODY)
+                with pytest.raises(CallError) as error:
+                    await call.text()
+                return str(error.value)
+
+    shown = asyncio.run(refused())
+    assert "status 400: ***" in shown
+    assert "sk-very" not in shown
+
+
 def test_redirects_are_not_followed() -> None:
     async def redirected() -> None:
         async with FakeServer() as other:

@@ -183,12 +183,17 @@ class Client:
 
     async def _refusal(self, response: Any) -> AttemptError:
         status = response.status_code
-        seen = b""
+        key = self._server.api_key or ""
+        seen, whole = b"", True
         async for piece in response.aiter_bytes():
             seen += piece
-            if len(seen) > _SHOWN_BYTES:
+            if len(seen) > _SHOWN_BYTES + len(key):
+                whole = False
                 break
-        reason = f"status {status}: {self._told(seen.decode(errors='replace'))}"
+        text = self._redacted(seen.decode(errors="replace"))
+        if not whole:  # the end may be the beginning of the key
+            text = text[: len(text) - len(key)]
+        reason = f"status {status}: {self._told(text)}"
         if 300 <= status < 400:
             reason = f"status {status}, a redirect, which is not followed: set the final URL"
         header = response.headers.get("retry-after")
@@ -201,7 +206,9 @@ class Client:
 
     def _told(self, said: object) -> str:
         """What a server said, short, and without the key that it may have repeated."""
-        text = str(said)
-        if self._server.api_key:
-            text = text.replace(self._server.api_key, "***")
+        text = self._redacted(str(said))
         return text if len(text) <= _SHOWN_BYTES else text[:_SHOWN_BYTES] + " ..."
+
+    def _redacted(self, text: str) -> str:
+        key = self._server.api_key
+        return text if key is None else text.replace(key, "***")
