@@ -52,12 +52,18 @@ def paired_ratio_interval(
     Entry i of both must come from the same workload; what the two share then cancels.
 
     Raises:
-        DemandError: as `bootstrap_interval`, and for lengths that differ.
+        DemandError: as `bootstrap_interval`, and for lengths that differ or a baseline that is not
+            positive.
     """
     first, second = _replications(ours), _replications(baseline)
     if first.size != second.size:
         raise DemandError(
             f"there are {first.size} and {second.size} replications; pair them seed by seed"
+        )
+    if not (second > 0.0).all():
+        raise DemandError(
+            f"baseline has the replication {second.min()}; expected positive numbers, the ratio to "
+            "0 being undefined: take bootstrap_interval of the differences ours - baseline"
         )
     return _percentile(
         lambda drawn: first[drawn].mean(axis=1) / second[drawn].mean(axis=1),

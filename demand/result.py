@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from demand.atoms import Floats
+from demand.errors import DemandError
 from demand.metrics import jain_index
 from demand.policies.base import Policy
 from demand.workloads.workload import Workload
@@ -36,7 +37,13 @@ class Result(ABC):
         return float(self.completion_times.mean())
 
     def quantile(self, q: float) -> float:
-        """The q-quantile of completion time in seconds, such as `quantile(0.95)`."""
+        """The q-quantile of completion time in seconds, such as `quantile(0.95)`.
+
+        Raises:
+            DemandError: `q` is not a share.
+        """
+        if not 0.0 <= q <= 1.0:
+            raise DemandError(f"q is {q}; expected a share from 0 to 1, such as 0.95")
         return float(np.quantile(self.completion_times, q))
 
     @cached_property
@@ -48,9 +55,12 @@ class Result(ABC):
 
     @property
     def jain(self) -> float:
-        """Jain's index of the speeds (demand over completion time): 1 if all jobs fare alike."""
-        slowdowns = self.slowdowns
-        return jain_index(1.0 / slowdowns[np.isfinite(slowdowns)])
+        """Jain's index of the speeds (demand over completion time): 1 if all jobs fare alike.
+
+        NaN if no job has a demand.
+        """
+        slowdowns = self.slowdowns[np.isfinite(self.slowdowns)]
+        return jain_index(1.0 / slowdowns) if slowdowns.size else float("nan")
 
     @property
     def deadline_hits(self) -> float:
@@ -62,8 +72,14 @@ class Result(ABC):
         return float((self.completion_times[timed] <= due[timed]).mean())
 
     def summary(self) -> dict[str, float]:
-        """The figures by name: seconds, slowdowns, shares and counts."""
+        """The figures by name: seconds, slowdowns, shares and counts.
+
+        Slowdowns and Jain's index are NaN if no job has a demand, as are `deadline_hits` if none
+        has a deadline.
+        """
         slowdowns = self.slowdowns[np.isfinite(self.slowdowns)]
+        if not slowdowns.size:
+            slowdowns = np.array([np.nan])
         return {
             "mean_seconds": self.mean,
             "p50_seconds": self.quantile(0.5),

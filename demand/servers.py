@@ -8,6 +8,7 @@ from typing import final
 
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank
+from demand.policies.ranking import rank_of
 from demand.policies.thresholds import just_below
 
 
@@ -85,7 +86,9 @@ class Servers:
         """Serve those that go first, once all that happens at `now` has happened."""
         waiting, running = self._waiting, self.running
         if self.reranks:
-            waiting[:] = [(self._rank(task, now), at, task) for _, at, task in waiting]
+            waiting[:] = [
+                (rank_of(task.job, self._policy, now), at, task) for _, at, task in waiting
+            ]
             heapify(waiting)
             self._settled = False
         for task in self._arrived:
@@ -93,7 +96,7 @@ class Servers:
                 self._start(task, now)
                 self._watch(task)
                 continue
-            heappush(waiting, (self._rank(task, now), task.job.index, task))
+            heappush(waiting, (rank_of(task.job, self._policy, now), task.job.index, task))
             if waiting[0][2] is task:  # behind a better one, it changes nothing yet
                 self._settled = False
         self._arrived.clear()
@@ -120,7 +123,7 @@ class Servers:
             for task in running:
                 if task.since < now:
                     self._account(task, now)
-                task.rank = self._rank(task, now)
+                task.rank = rank_of(task.job, self._policy, now)
             for _ in range(len(running)):
                 worst = running[0] if self._servers == 1 else max(running, key=_place)
                 best_rank, best_index, best = waiting[0]
@@ -130,10 +133,10 @@ class Servers:
                 self.preemptions += 1
                 running.remove(worst)
                 worst.job.running = False
-                heapreplace(waiting, (self._rank(worst, now), index, worst))
+                heapreplace(waiting, (rank_of(worst.job, self._policy, now), index, worst))
                 self._start(best, now)
                 if self._servers > 1:
-                    best.rank = self._rank(best, now)
+                    best.rank = rank_of(best.job, self._policy, now)
         for task in running:
             self._watch(task)
 
@@ -167,14 +170,6 @@ class Servers:
         job.attained_service = attained
         task.since = now
         self._policy.served(job, attained - before, now)
-
-    def _rank(self, task: Task, now: float) -> Rank:
-        rank = self._policy.rank(task.job, now)
-        if rank != rank or (isinstance(rank, tuple) and any(entry != entry for entry in rank)):
-            raise DemandError(
-                f"{self._policy!r} ranked job {task.job.index} NaN ({rank}); ranks must be ordered"
-            )
-        return rank
 
 
 def _place(task: Task) -> tuple[Rank, int]:

@@ -78,18 +78,19 @@ def simulate(
         refine: a `DemandEstimator`, or any other answer to how much is left.
 
     Raises:
-        DemandError: no servers, a policy that ranks NaN or contradicts itself; where ends of units
-            matter, a workload without runs, or a run whose units do not add up to its demand.
+        DemandError: servers that are not a whole number of at least 1; a policy that ranks NaN or
+            contradicts itself; where ends of units matter, a workload without runs, or a
+            run whose units do not add up to its demand.
     """
     entries = workload.jobs if isinstance(workload, ClosedLoop) else workload
-    if servers < 1:
-        raise DemandError(f"servers is {servers}; expected at least 1")
+    if servers < 1 or servers % 1:
+        raise DemandError(f"servers is {servers}; expected a whole number of at least 1")
     if refine is not None and entries.runs is None:
         raise DemandError(
             "refine is asked at the end of every unit, and the workload has no runs; give "
             "Workload(runs=...), the executions of each job"
         )
-    return _Simulation(workload, entries, policy, servers, seed, refine).run()
+    return _Simulation(workload, entries, policy, int(servers), seed, refine).run()
 
 
 class _Simulation:

@@ -5,8 +5,8 @@ from heapq import heapify, heappop, heappush
 from typing import final
 
 from demand.engine.tasks import Place, Task
-from demand.errors import DemandError
 from demand.policies.base import Policy
+from demand.policies.ranking import rank_of
 
 
 @final
@@ -89,11 +89,7 @@ class RankOrder:
         if not self.preemptive and task.started >= 0:
             task.place = (0, task.started, job.index)
             return task.place
-        rank = self.policy.rank(job, now)
-        if rank != rank or (isinstance(rank, tuple) and any(entry != entry for entry in rank)):
-            raise DemandError(
-                f"{self.policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered"
-            )
+        rank = rank_of(job, self.policy, now)
         task.place = (0 if self.preemptive else 1, rank, job.index)
         return task.place
 

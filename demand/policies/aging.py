@@ -7,7 +7,7 @@ from typing import final
 from demand.policies.base import Job, Rank, number
 from demand.policies.quanta import check_positive
 from demand.policies.thresholds import greatest_within
-from demand.policies.wrapper import Wrapper
+from demand.policies.wrapper import Wrapper, check_by_number
 
 
 @final
@@ -36,13 +36,15 @@ class Aging(Wrapper):
         rate: seconds of rank per second of waiting.
 
     Raises:
-        DemandError: a cap or rate that is not positive and finite, or a policy of tuple ranks.
+        DemandError: a cap or rate that is not positive and finite;
+            within, what is no policy or ranks by tuples.
     """
 
     cap: float
     rate: float
 
     def __post_init__(self) -> None:
+        check_by_number(self, self.policy)
         check_positive("cap", self.cap)
         check_positive("rate", self.rate)
 

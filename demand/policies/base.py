@@ -38,6 +38,10 @@ class Job:
         running: whether it is being served.
         started_at: attained service when it was last put into service.
         state: what `Policy.new_state` gave the scheduler, shared by all its jobs.
+
+    Raises:
+        DemandError: an arrival that is not finite, a deadline or priority that is NaN, a weight
+            that is not positive and finite, service or a demand that is negative.
     """
 
     index: int
@@ -60,8 +64,35 @@ class Job:
     state: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        if not (
+            -math.inf < self.arrival < math.inf
+            and self.deadline == self.deadline
+            and 0.0 <= self.attained_service < math.inf
+            and 0.0 < self.weight < math.inf
+            and self.priority == self.priority
+            and not self.demand < 0.0
+        ):
+            self._refuse()
         self.prior = self.distribution
         self.requested = self.arrival
+
+    def _refuse(self) -> None:
+        for name, good, expected in (
+            ("arrival", math.isfinite(self.arrival), "finite seconds"),
+            ("deadline", self.deadline == self.deadline, "seconds, infinity for none"),
+            (
+                "attained_service",
+                0.0 <= self.attained_service < math.inf,
+                "finite seconds of at least 0",
+            ),
+            ("weight", 0.0 < self.weight < math.inf, "a positive finite number, 1 for all alike"),
+            ("priority", self.priority == self.priority, "a number, 0 for all alike"),
+            ("demand", not self.demand < 0.0, "seconds of at least 0, NaN if unknown"),
+        ):
+            if not good:
+                raise DemandError(
+                    f"{name} of job {self.index} is {getattr(self, name)}; expected {expected}"
+                )
 
     @property
     def age(self) -> float:

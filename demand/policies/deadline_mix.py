@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, final
 from demand.distribution import Distribution
 from demand.policies.base import Job, Policy, Rank
 from demand.policies.priority_classes import classed, next_above_in_class
+from demand.policies.wrapper import ByClass, check_policy
 
 
 @final
 @dataclass(frozen=True)
-class DeadlineMix(Policy):
+class DeadlineMix(ByClass):
     """Jobs that have a deadline go first, by one policy; the others by another.
 
     As in the Hermes artifact, where applications with deadlines stay strictly ahead of those
@@ -20,10 +21,17 @@ class DeadlineMix(Policy):
     Args:
         urgent: serves the jobs with a deadline: `EDF()`, `LeastSlack()`.
         best_effort: serves the others: `Gittins()`.
+
+    Raises:
+        DemandError: one of them is no policy.
     """
 
     urgent: Policy
     best_effort: Policy
+
+    def __post_init__(self) -> None:
+        check_policy("urgent", self.urgent)
+        check_policy("best_effort", self.best_effort)
 
     @property
     def reranks(self) -> bool:

@@ -6,7 +6,7 @@ from typing import final
 from demand.policies.base import Job, Rank, number
 from demand.policies.quanta import check_positive
 from demand.policies.thresholds import greatest_within
-from demand.policies.wrapper import Wrapper
+from demand.policies.wrapper import Wrapper, check_by_number
 
 
 @final
@@ -23,12 +23,14 @@ class Hysteresis(Wrapper):
         margin: in units of rank, seconds for most policies.
 
     Raises:
-        DemandError: a margin that is not positive and finite, or a policy of tuple ranks.
+        DemandError: a margin that is not positive and finite;
+            within, what is no policy or ranks by tuples.
     """
 
     margin: float
 
     def __post_init__(self) -> None:
+        check_by_number(self, self.policy)
         check_positive("margin", self.margin)
 
     def rank(self, job: Job, now: float) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from demand.atoms import check_age
 from demand.policies.base import Job, Policy, Rank, number
 from demand.policies.quanta import check_positive, next_end, whole_quanta
 
@@ -33,8 +34,12 @@ class LAS(Policy):
         check_positive("quantum", self.quantum)
 
     def rank(self, job: Job, now: float) -> float:
-        """Attained service in seconds, whole quanta."""
-        return whole_quanta(job.attained_service, self.quantum) * self.quantum
+        """Attained service in seconds, whole quanta.
+
+        Raises:
+            DemandError: service that is negative or not finite.
+        """
+        return whole_quanta(check_age(job.attained_service), self.quantum) * self.quantum
 
     def next_above(self, job: Job, threshold: Rank) -> float:
         """The end of a quantum."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from demand.atoms import check_age
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy
 
@@ -16,9 +17,10 @@ class Oracle(Policy):
         """True remaining seconds.
 
         Raises:
-            DemandError: the true demand of the job is not known.
+            DemandError: the true demand of the job is not known, or service that is negative or not
+                finite.
         """
-        remaining = job.demand - job.attained_service
+        remaining = job.demand - check_age(job.attained_service)
         if remaining != remaining:
             raise DemandError(
                 f"the demand of job {job.index} is {job.demand}; an oracle serves only where true "

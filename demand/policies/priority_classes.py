@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import final
 
 from demand.policies.base import Job, Policy, Rank
-from demand.policies.wrapper import Wrapper
+from demand.policies.wrapper import ByClass, Wrapper
 
 
 @final
 @dataclass(frozen=True)
-class PriorityClasses(Wrapper):
+class PriorityClasses(Wrapper, ByClass):
     """Jobs of smaller `priority` first; within a class by the policy.
 
     Preemptive: a job is served only when too few of the classes before it are there. Nothing

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+from demand.atoms import check_age
 from demand.policies.base import Job, Rank, number
 from demand.policies.quanta import check_positive
-from demand.policies.wrapper import Wrapper
+from demand.policies.wrapper import Wrapper, check_by_number
 
 
 @final
@@ -25,17 +26,19 @@ class Quantum(Wrapper):
         seconds: of service.
 
     Raises:
-        DemandError: seconds that are not positive and finite, or a policy of tuple ranks.
+        DemandError: seconds that are not positive and finite;
+            within, what is no policy or ranks by tuples.
     """
 
     seconds: float
 
     def __post_init__(self) -> None:
+        check_by_number(self, self.policy)
         check_positive("seconds", self.seconds)
 
     def rank(self, job: Job, now: float) -> float:
         """Minus infinity within the quantum, the rank within afterwards."""
-        if job.running and job.attained_service < self._end(job):
+        if job.running and check_age(job.attained_service) < self._end(job):
             return -math.inf
         return number(self.policy.rank(job, now), self)
 

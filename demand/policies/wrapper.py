@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from demand.distribution import Distribution
+from demand.errors import DemandError
 from demand.policies.base import Job, Policy
+
+
+class ByClass(Policy, ABC):
+    """A policy whose ranks are tuples: a class, and the rank within it."""
 
 
 @dataclass(frozen=True)
@@ -14,9 +19,15 @@ class Wrapper(Policy, ABC):
 
     Args:
         policy: the policy within, a wrapper itself if you like.
+
+    Raises:
+        DemandError: what is within is no policy.
     """
 
     policy: Policy
+
+    def __post_init__(self) -> None:
+        check_policy("policy", self.policy)
 
     @property
     def reranks(self) -> bool:
@@ -47,3 +58,19 @@ class Wrapper(Policy, ABC):
     def departed(self, job: Job, now: float) -> None:
         """Passed on."""
         self.policy.departed(job, now)
+
+
+def check_policy(name: str, policy: object) -> None:
+    """Raise `DemandError` unless `policy` is one."""
+    if not isinstance(policy, Policy):
+        raise DemandError(f"{name} is {policy!r}; expected a policy, such as Gittins()")
+
+
+def check_by_number(outer: Policy, policy: object) -> None:
+    """Raise `DemandError` unless `policy`, within `outer`, is one that ranks by one number."""
+    check_policy("policy", policy)
+    if isinstance(policy, ByClass):
+        raise DemandError(
+            f"{outer!r} is around a policy of tuple ranks; it takes policies that rank by one "
+            "number: put PriorityClasses or DeadlineMix around it, not inside"
+        )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -122,7 +123,8 @@ class Workload:
 
     Raises:
         DemandError: no jobs, lengths that differ, arrivals out of order, numbers that are
-            negative or not finite, or an application without a distribution.
+            negative or not finite, priorities that are no numbers, or an application
+            without a distribution.
     """
 
     arrivals: Floats
@@ -170,8 +172,15 @@ class Workload:
         if strangers:
             raise DemandError(
                 f"applications {sorted(strangers)} have no distribution; add one for each to "
-                "distributions, if only a rough one"
+                "distributions, if only a rough one, or demand.policies.NEVER_SEEN, which ranks "
+                "their jobs by attained service"
             )
+        for priority in set(self.priorities):
+            if not isinstance(priority, Real) or priority != priority:
+                raise DemandError(
+                    f"priorities have {priority!r}; expected numbers, smaller first: 0 for all "
+                    "that are alike"
+                )
         for tenant, weight in self.weights.items():
             if not 0.0 < weight < np.inf:
                 raise DemandError(f"weight of tenant {tenant!r} is {weight}; expected it positive")
@@ -222,7 +231,8 @@ def poisson_workload(
         servers: the number of servers that will share the load.
 
     Raises:
-        DemandError: no applications, two of one name, no jobs or servers, or a load that is not
+        DemandError: no applications, two of one name, jobs or servers that are not a whole
+            number of at least 1, or a load that is not
             positive and finite.
     """
     names = [application.name for application in applications]
@@ -230,8 +240,9 @@ def poisson_workload(
         raise DemandError(f"application names are {names}; expected distinct names, at least one")
     if not 0.0 < load < np.inf:
         raise DemandError(f"load is {load}; expected a positive number, below 1 to be stable")
-    if jobs < 1 or servers < 1:
-        raise DemandError(f"jobs is {jobs} and servers is {servers}; expected at least 1 of each")
+    for name, count in (("jobs", jobs), ("servers", servers)):
+        if count < 1 or count % 1:
+            raise DemandError(f"{name} is {count}; expected a whole number of at least 1")
     share = np.array([application.weight for application in applications])
     share = share / share.sum()
     mean = float(share @ [application.true_mean_seconds for application in applications])

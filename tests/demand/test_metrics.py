@@ -39,6 +39,9 @@ def test_bad_input_is_refused():
     for values in ([], [1.0], [1.0, np.nan], [[1.0, 2.0]]):
         with pytest.raises(DemandError, match="replications have shape"):
             bootstrap_interval(values)
+    for zero in (0.0, -2.0):
+        with pytest.raises(DemandError, match=f"baseline has the replication {zero}"):
+            paired_ratio_interval([1.0, 2.0], [1.0, zero])
     with pytest.raises(DemandError, match="pair them seed by seed"):
         paired_ratio_interval([1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(DemandError, match="confidence is 95"):

@@ -21,6 +21,7 @@ from demand.policies import (
     Job,
     LeastSlack,
     Oracle,
+    Policy,
     PriorityClasses,
     Quantum,
     RequestFCFS,
@@ -241,14 +242,65 @@ def test_wrappers_within_wrappers():
     policy.departed(job, 2.0)
 
 
-def test_what_adds_to_ranks_refuses_tuples():
-    for policy in (
-        Aging(PriorityClasses(FCFS()), 1.0, 1.0),
-        Hysteresis(PriorityClasses(FCFS()), 1.0),
-        Quantum(PriorityClasses(FCFS()), 1.0),
-    ):
+@pytest.mark.parametrize(
+    "make", [lambda p: Aging(p, 1.0, 1.0), lambda p: Hysteresis(p, 1.0), lambda p: Quantum(p, 1.0)]
+)
+def test_what_adds_to_ranks_refuses_tuples(make):
+    for within in (PriorityClasses(FCFS()), DeadlineMix(EDF(), FCFS())):
         with pytest.raises(DemandError, match="put PriorityClasses or DeadlineMix around it"):
-            policy.rank(job_of(policy), 0.0)
+            make(within)
+    tuples = make(TupleRanks())  # which do not say so: found out when they rank
+    with pytest.raises(DemandError, match="put PriorityClasses or DeadlineMix around it"):
+        tuples.rank(job_of(tuples), 0.0)
+
+
+class TupleRanks(Policy):
+    def rank(self, job, now):
+        return (0, 1.0)
+
+
+@pytest.mark.parametrize("within", [None, "x", FCFS], ids=str)
+def test_what_is_within_is_a_policy(within):
+    for make in (
+        lambda: Aging(within, 1.0, 1.0),
+        lambda: Hysteresis(within, 1.0),
+        lambda: Quantum(within, 1.0),
+        lambda: PriorityClasses(within),
+        lambda: DeadlineMix(within, FCFS()),
+        lambda: DeadlineMix(FCFS(), within),
+    ):
+        with pytest.raises(DemandError, match="expected a policy, such as Gittins"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("arrival", [math.nan, math.inf]),
+        ("deadline", [math.nan]),
+        ("weight", [-1.0, 0.0, math.inf, math.nan]),
+        ("attained_service", [-1.0, math.nan, math.inf]),
+        ("priority", [math.nan]),
+        ("demand", [-1.0]),
+    ],
+)
+def test_a_job_is_checked(field, values):
+    good = {"index": 7, "application": "a", "arrival": 0.0, "distribution": Distribution([1.0])}
+    assert Job(**good).weight == 1.0
+    for value in values:
+        with pytest.raises(DemandError, match=f"{field} of job 7 is {value}; expected"):
+            Job(**{**good, field: value})
+
+
+@pytest.mark.parametrize("attained", [-1.0, math.nan])
+@pytest.mark.parametrize(
+    "policy", [LAS(), Oracle(), Gittins(), SERPT(), LeastSlack(), Quantum(FCFS(), 1.0)], ids=str
+)
+def test_service_that_is_no_service_is_refused(policy, attained):
+    job = job_of(policy, attained=attained, demand=5.0, deadline=9.0)
+    job.running = True
+    with pytest.raises(DemandError, match=f"age is {attained}"):
+        policy.rank(job, 0.0)
 
 
 @pytest.mark.parametrize(

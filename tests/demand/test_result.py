@@ -67,6 +67,37 @@ def test_jobs_without_demand_have_no_slowdown():
     assert result.summary()["mean_slowdown"] == 1.0
 
 
+def test_where_no_job_has_a_demand_what_divides_by_it_is_nan():
+    result = simulate(Workload([0.0, 1.0], [0.0, 0.0], "ab", KNOWN), FCFS())
+    found = result.summary()
+    assert found["mean_seconds"] == found["p99_seconds"] == 0.0
+    assert all(math.isnan(found[name]) for name in ("mean_slowdown", "p99_slowdown", "jain"))
+
+
+def test_a_quantile_is_a_share():
+    for q in (2, -0.1, math.nan):
+        with pytest.raises(DemandError, match=f"q is {q}; expected a share"):
+            simulate(by_hand(), FCFS()).quantile(q)
+
+
+@pytest.mark.parametrize("bad", [math.nan, "x", None], ids=str)
+def test_priorities_are_numbers(bad):
+    with pytest.raises(DemandError, match=f"priorities have {bad!r}; expected numbers"):
+        Workload([0.0, 1.0], [1.0, 1.0], "ab", KNOWN, priorities=[0, bad])
+
+
+def test_an_application_without_a_distribution_has_a_remedy():
+    with pytest.raises(DemandError, match=r"\['c'\] have no distribution.*NEVER_SEEN"):
+        Workload([0.0], [1.0], "c", KNOWN)
+
+
+@pytest.mark.parametrize("count", [0, 1.5, math.nan])
+def test_jobs_and_servers_are_whole(count):
+    for name in ("jobs", "servers"):
+        with pytest.raises(DemandError, match=f"{name} is {count}; expected a whole number"):
+            bimodal_mix(0.8, **{"jobs": 10, name: count})
+
+
 def test_without_deadlines_there_is_no_share_of_hits():
     assert math.isnan(simulate(bimodal_mix(0.8, 20), FCFS()).deadline_hits)
 

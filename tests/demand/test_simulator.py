@@ -295,8 +295,10 @@ class Broken(Policy):
 
 def test_bad_input_is_refused():
     workload = bimodal_mix(0.8, 20)
-    with pytest.raises(DemandError, match="servers is 0"):
-        simulate(workload, FCFS(), servers=0)
+    for servers in (0, -1, 1.5, math.nan, math.inf):
+        with pytest.raises(DemandError, match=f"servers is {servers}; expected a whole number"):
+            simulate(workload, FCFS(), servers=servers)
+    assert simulate(workload, FCFS(), servers=2.0).servers == 2
     for nan in ("number", "tuple"):
         with pytest.raises(DemandError, match=rf"Broken\(nan='{nan}'\) ranked job \d+ NaN"):
             simulate(workload, Broken(nan))
