@@ -118,6 +118,10 @@ class Ledger:
             )
         return rank
 
+    def request(self, job: Job, now: float) -> None:
+        """`job` submits its next request."""
+        job.requested = self._at(now)
+
     def start(self, job: Job) -> None:
         """`job` is being served from here on."""
         if not job.running:
@@ -149,6 +153,8 @@ class Ledger:
         self.policy.departed(job, self._at(now))
 
     def _at(self, now: float) -> float:
+        if not math.isfinite(now):
+            raise DemandError(f"the clock says {now}; expected finite seconds")
         self._now = max(self._now, now)
         return self._now
 

@@ -149,7 +149,7 @@ class JobTable:
                 )
             self._requests[request_id] = entry
             entry.live.add(request_id)
-            job.requested = self.now()
+            self._ledger.request(job, self.now())
 
     def close(self, job: Job) -> None:
         """Say that `job` makes no further request."""

@@ -67,7 +67,7 @@ class Ranking:
             annotation = Annotation()
             name, run = self._run_of(request, annotation, now)
         if not run.requests:
-            run.job.requested = now
+            self._ledger.request(run.job, now)
         run.requests.add(request)
         run.last = run.last or annotation.last or not annotation.run
         self._idle.pop(name, None)

@@ -75,7 +75,7 @@ class Run:
             raise DemandError(f"the body cannot be sent as JSON: {error}") from error
         self._calls = [call for call in self._calls if not call.over]
         if not self._calls:
-            self.job.requested = self._clock()
+            self._ledger.request(self.job, self._clock())
         call = await self._submit(self, path, sent, restart)
         self._calls.append(call)
         return call

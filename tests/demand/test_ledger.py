@@ -1,4 +1,4 @@
-"""The jobs of both vLLM levels: what a job may be, and that a refused one leaves nothing behind."""
+"""The jobs in the hands of an engine: what a job may be, and that a refused one leaves nothing behind."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from demand import DemandError, Distribution, Job, Policy, VirtualTime
+from demand import DemandError, Distribution, Job, Policy, RequestFCFS, VirtualTime
 from demand.integrations.ledger import Ledger
 
 KNOWN = {"short": Distribution([2.0, 3.0])}
@@ -74,3 +74,21 @@ def test_jobs_that_make_no_sense_do_not_disturb_the_others(
 def test_an_application_is_a_string() -> None:
     with pytest.raises(DemandError, match="application of a job is None; expected a string"):
         Ledger(VirtualTime(), KNOWN).open(None, 0.0)  # type: ignore[arg-type]
+
+
+def test_a_clock_that_goes_back_stands_still():
+    """For requests too: the later of two requests does not come to stand first."""
+    ledger = Ledger(RequestFCFS(), KNOWN)
+    first, second = ledger.open("short", 10.0), ledger.open("short", 10.0)
+    ledger.request(first, 10.0)
+    ledger.request(second, 5.0)
+    assert (first.requested, second.requested) == (10.0, 10.0)
+    assert ledger.rank(first, 10.0) <= ledger.rank(second, 10.0)
+
+
+@pytest.mark.parametrize("now", [math.nan, math.inf, -math.inf])
+def test_a_clock_that_says_no_time_is_refused(now):
+    ledger = Ledger(RequestFCFS(), KNOWN)
+    with pytest.raises(DemandError, match="the clock says"):
+        ledger.open("short", now)
+    assert ledger.open("short", 1.0).arrival == 1.0
