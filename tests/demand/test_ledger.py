@@ -1,4 +1,4 @@
-"""The jobs in the hands of an engine: what a job may be, and that a refused one leaves nothing behind."""
+"""Jobs in the hands of an engine: what a job may be, and that a refused one leaves nothing."""
 
 import math
 from dataclasses import dataclass
