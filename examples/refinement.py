@@ -283,6 +283,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=1000)
     arguments = parser.parse_args()
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     document: dict = {
         "configuration": {
             "seeds": arguments.seeds, "jobs": arguments.jobs, "load": 0.9, "servers": 1,
