@@ -3,9 +3,10 @@
     python examples/benchmarks/simulator.py --out docs/results
 
 Events a second (of processor time) for four policies on two mixes, from ten thousand jobs to a
-million; the memory that simulating adds; and the same jobs served by a straightforward simulator
-that ranks and sorts everyone present whenever anything could have changed. True demands are drawn
-with replacement from a thousand runs of each application. Every cell runs in a process of its own.
+million, and for others up to a hundred thousand; the memory that simulating adds; and the same
+jobs served by a straightforward simulator that ranks and sorts everyone present whenever anything
+could have changed. True demands are drawn with replacement from a thousand runs of each
+application. Every cell runs in a process of its own.
 Writes `simulator.json`.
 """
 
@@ -27,23 +28,40 @@ from tqdm import tqdm
 
 from demand import (
     FCFS,
+    LAS,
     SERPT,
+    VTC,
+    Aging,
     Application,
     ClassMean,
     Gittins,
+    Hysteresis,
+    LeastSlack,
     Policy,
+    PriorityClasses,
     Workload,
     bimodal_applications,
     hermes_applications,
     poisson_workload,
     simulate,
+    with_deadlines,
 )
 from demand.jobs import JobMaker
 
 POLICIES = {"FCFS": FCFS(), "ClassMean": ClassMean(), "SERPT": SERPT(), "Gittins": Gittins()}
+OTHERS: dict[str, Policy] = {
+    "LAS(10)": LAS(10.0),
+    "Gittins(preemption_cost=1)": Gittins(preemption_cost=1.0),
+    "Hysteresis(Gittins, 10)": Hysteresis(Gittins(), 10.0),
+    "Aging(Gittins, 600, 0.5)": Aging(Gittins(), 600.0, 0.5),
+    "PriorityClasses(Gittins)": PriorityClasses(Gittins()),
+    "LeastSlack(quantum=10)": LeastSlack(quantum=10.0),
+    "VTC(10)": VTC(10.0),
+}
+OTHERS_JOBS = 100_000  # at most
 MIXES = {"hermes_mix": (hermes_applications, 0.9), "bimodal_mix": (bimodal_applications, 0.8)}
 RUNS = 1000
-CROWDED = ("bimodal_mix", "SERPT")  # with 18 crossings a job; not run at a million jobs
+CROWDED = ("bimodal_mix", "SERPT")  # with some 40 events a job; not run at a million jobs
 
 
 def drawing(applications: Sequence[Application], seed: int) -> list[Application]:
@@ -93,9 +111,15 @@ def resorting(workload: Workload, policy: Policy) -> np.ndarray:
     return finish - workload.arrivals
 
 
+def with_all(workload: Workload, seed: int) -> Workload:
+    """The same jobs due 1.5 times their demand after arrival, in three classes of priority."""
+    priorities = np.random.default_rng(seed).integers(3, size=len(workload)).tolist()
+    return replace(with_deadlines(workload, 1.5), priorities=priorities)
+
+
 def cell(mix: str, name: str, workload: Workload, repeats: int) -> dict[str, Any]:
     """One policy on one workload."""
-    policy = POLICIES[name]
+    policy = {**POLICIES, **OTHERS}[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(repeats):
@@ -154,28 +178,31 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory for simulator.json")
     arguments = parser.parse_args()
-    growth, beside = [], []
+    growth, others, beside = [], [], []
     with tqdm(total=len(MIXES) * (len(arguments.jobs) + 1), disable=None) as progress:
         for mix, (applications, load) in MIXES.items():
             pooled = drawing(applications(), arguments.seed)
             for jobs in arguments.jobs:
                 workload = poisson_workload(pooled, load, jobs, arguments.seed)
-                repeats = arguments.repeats if jobs < 1_000_000 else 1
+                repeats = arguments.repeats if jobs <= 10_000 else 1
                 growth += [
                     alone(cell, mix, name, workload, repeats)
                     for name in POLICIES
                     if (mix, name) != CROWDED or jobs < 1_000_000
                 ]
+                if jobs <= OTHERS_JOBS:
+                    full = with_all(workload, arguments.seed)
+                    others += [alone(cell, mix, name, full, repeats) for name in OTHERS]
                 progress.update()
             workload = poisson_workload(pooled, load, arguments.beside, arguments.seed)
             beside += [
                 alone(beside_resorting, mix, name, workload, arguments.repeats) for name in POLICIES
             ]
             progress.update()
-    print(f"{'mix':12} {'policy':10} {'jobs':>9} {'events':>9} {'events/s':>10} {'added MiB':>10}")
-    for row in growth:
+    print(f"{'mix':12} {'policy':26} {'jobs':>9} {'events':>9} {'events/s':>10} {'added MiB':>10}")
+    for row in growth + others:
         print(
-            f"{row['mix']:12} {row['policy']:10} {row['jobs']:9} {row['events']:9} "
+            f"{row['mix']:12} {row['policy']:26} {row['jobs']:9} {row['events']:9} "
             f"{row['events_per_second']:10.0f} {row['added_mebibytes']:10.1f}"
         )
     print(f"\n{'mix':12} {'policy':10} {'jobs':>9} {'s':>9} {'re-sorting s':>13} {'ratio':>7}")
@@ -195,6 +222,7 @@ def main() -> None:
             "configuration": configuration | {"load": loads, "servers": 1, "runs": RUNS},
             "environment": environment(),
             "growth": growth,
+            "others": others,
             "beside_resorting": beside,
         }
         (arguments.out / "simulator.json").write_text(json.dumps(found, indent=1) + "\n")
