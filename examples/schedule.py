@@ -6,8 +6,8 @@
 Serves the applications of Hermes (arXiv 2506.14851), mixes on which knowing the distribution pays
 or does not, and recorded coding-agent sessions: one server that serves whole jobs and preempts at
 no cost; the Hermes mix also in a continuous-batching engine. All policies serve the same jobs of a
-seed; intervals are over seeds. With `--traces`, a folder that holds `agent_sessions/` and
-`mooncake/` (docs/traces.md), recorded sessions and arrivals are served too. Writes
+seed; intervals are over seeds. With `--traces`, a folder that holds `agent_sessions/`, `mooncake/`
+and `azure_llm_2023/` (docs/traces.md), recorded sessions and arrivals are served too. Writes
 `scheduling.json` and `scheduling.png`.
 """
 
@@ -180,7 +180,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--traces", type=Path, help="folder of agent_sessions/ and mooncake/")
+    parser.add_argument("--traces", type=Path, help="folder of recorded traces, see above")
     parser.add_argument("--jobs", type=int, default=2000, help="jobs of a run on one server")
     parser.add_argument("--seeds", type=int, default=15, help="runs of a policy on a workload")
     parser.add_argument("--load", type=float, default=0.9, help="of Hermes' mix and of sessions")
@@ -209,7 +209,7 @@ def main() -> None:
             "engine_jobs": ENGINE_JOBS,
             "seeds": list(range(args.seeds)),
             "load": args.load,
-            "traces": ["agent_sessions", "mooncake"] if args.traces else [],
+            "traces": ["agent_sessions", "azure_llm_2023", "mooncake"] if args.traces else [],
             "engines": {s.name: vars(s.engine) for s in chosen if s.engine is not None},
         },
         "environment": environment(),

@@ -28,7 +28,7 @@ from demand.policies import (
     RequestFCFS,
     VirtualTime,
 )
-from demand.traces import read_agent_sessions, read_mooncake
+from demand.traces import read_agent_sessions, read_azure, read_mooncake
 from demand.units import Execution
 from demand.workloads import (
     Application,
@@ -146,18 +146,34 @@ def scenarios(
     )
     if traces is None:
         return [*mixes, *engines, with_due]
-    times = [request.arrival_seconds for request in read_mooncake(traces / "mooncake")]
+    azure = traces / "azure_llm_2023"
+    rhythms = {
+        "mooncake": ("Mooncake intervals, resampled", read_mooncake(traces / "mooncake")),
+        "azure_code": ("Azure code arrivals", read_azure(azure / "code.first60pct.csv")),
+        "azure_conv": ("Azure conversation arrivals", read_azure(azure / "conv.first60pct.csv")),
+    }
     sessions = recorded_applications({"coding_agent": agent_runs(traces)})
     recorded = [
         replace(
             mix,
-            name="hermes_mooncake",
-            title=f"{mix.title},\nMooncake arrivals",
-            draw=lambda seed: with_arrivals(mix.draw(seed=seed), times, "resampled", seed),
-        ),
-        poisson("agent_sessions", "Coding-agent sessions", sessions, load),
+            name=f"hermes_{name}",
+            title=f"{mix.title},\n{says}",
+            draw=partial(
+                in_rhythm,
+                mix,
+                [request.arrival_seconds for request in requests],
+                "resampled" if name == "mooncake" else "recorded",
+            ),
+        )
+        for name, (says, requests) in rhythms.items()
     ]
+    recorded.append(poisson("agent_sessions", "Coding-agent sessions", sessions, load))
     return [*mixes, *recorded, *engines, with_due]
+
+
+def in_rhythm(scenario: Scenario, times: list[float], order: str, *, seed: int) -> Workload:
+    """Resampled intervals are Hermes' way; the recorded order keeps bursts, alike for all seeds."""
+    return with_arrivals(scenario.draw(seed=seed), times, order, seed)
 
 
 def mean_seconds(applications: Sequence[Application]) -> float:
