@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from functools import cache
 
 import pytest
 import torch
@@ -27,35 +26,14 @@ from demand.integrations.transformers import (
     continuous_batching,
     install,
 )
-from tests.demand import continuous
 from tests.demand.continuous import KNOWN, config
-from tests.helpers import random_ids, tiny_model
-
-SECONDS = 60.0
+from tests.demand.serving import SECONDS, generated, prompt, serve
+from tests.helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", num_hidden_layers=2)
-
-
-@cache
-def _idle_model():
-    """One that no engine runs: two threads in a forward at once spoil `config.is_causal`."""
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-def generated(ids: list[int], new: int) -> list[int]:
-    return continuous.generated(_idle_model(), ids, new)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return random_ids(length, seed=seed).tolist()
-
-
-def serve(model, policy=FCFS(), **settings):  # noqa: B008  # frozen
-    settings = dict(distributions=KNOWN, config=config()) | settings
-    return continuous_batching(model, policy, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -23,40 +22,18 @@ from demand import (
 from demand.integrations.transformers import (
     JobTable,
     check_installed,
-    continuous_batching,
     install,
 )
 from demand.integrations.transformers.compat import check_features, check_version
 from demand.policies import LAS, Job, Policy
-from tests.demand import continuous
 from tests.demand.continuous import KNOWN, config
-from tests.helpers import random_ids, tiny_model
-
-SECONDS = 60.0
+from tests.demand.serving import SECONDS, generated, prompt, serve
+from tests.helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", num_hidden_layers=2)
-
-
-@cache
-def _idle_model():
-    """One that no engine runs: two threads in a forward at once spoil `config.is_causal`."""
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-def generated(ids: list[int], new: int) -> list[int]:
-    return continuous.generated(_idle_model(), ids, new)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return random_ids(length, seed=seed).tolist()
-
-
-def serve(model, policy=FCFS(), **settings):  # noqa: B008  # frozen
-    settings = dict(distributions=KNOWN, config=config()) | settings
-    return continuous_batching(model, policy, **settings)
 
 
 @pytest.fixture(scope="module")
