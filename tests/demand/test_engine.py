@@ -62,7 +62,6 @@ OTHERS = [
     Aging(SERPT(), 30.0, 0.5),
     PriorityClasses(Gittins()),
     DeadlineMix(EDF(), Gittins()),
-    Shy(),
 ]
 WHOLE_COST = CostModel(0.25, 1.0)  # sums of quarters are exact
 MODES = ["none", "pause", "recompute", "swap"]
@@ -292,3 +291,23 @@ def test_repr_reads():
         "EngineResult(FCFS(), 1 jobs, mean 4 s, p95 4 s, 4 steps of 1 requests, 0 preemptions, "
         "0 tokens prefilled again)"
     )
+
+
+@pytest.mark.xfail(strict=True, reason="two jobs that each lose by being served (docs/limits.md)")
+def test_a_policy_whose_ranks_rise_by_being_served_is_jumped_over_rightly():
+    runs = [[Execution(THINK, 14, 14)], [Execution(THINK, 1, 13)]]
+    workload = Workload([0.25, 0.25], [1.0, 1.0], "bb", {"b": Distribution([1.0])}, runs=runs)
+    engine = Engine(
+        max_requests=6,
+        token_budget=19,
+        blocks=9,
+        block_tokens=4,
+        preemption="recompute",
+        base_seconds=0.25,
+        prefill_seconds_per_token=0.0,
+        decode_seconds_per_request=0.0,
+        swap_seconds_per_block=0.0,
+    )
+    result = simulate_engine(workload, Shy(), engine, cost=WHOLE_COST)
+    twin = step_by_step(workload, Shy(), engine, WHOLE_COST)
+    np.testing.assert_array_equal(result.completion_times, twin.completion_times)
