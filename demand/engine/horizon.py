@@ -65,10 +65,10 @@ def _steps_of_blocks(batcher: Batcher, now: float, until: float, most: int) -> i
 def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> int:
     """Number of steps after which another request may come before one of the batch."""
     order, partial = batcher.order, batcher.partial
+    if order.policy.reranks:  # what is served in a step counts before who arrives in the next
+        return 1
     if not order.preemptive or not (order.waiting or partial):
         return most
-    if order.policy.reranks:
-        return 1
     if partial:
         return _steps_in_order(batcher, now, most)
     best = order.waiting[0][0]
