@@ -43,6 +43,7 @@ from demand.integrations.transformers import JobTable, RankScheduler, install
 from demand.policies import RequestFCFS
 
 sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+import demand_tables
 from environment import environment
 
 COST = CostModel(prefill_seconds_per_token=0.0, decode_seconds_per_token=1.0)
@@ -306,33 +307,23 @@ def main() -> None:
     model, rows = tiny_model(), []
     for seed in tqdm(range(arguments.seeds)):
         rows += compare(model, arguments.jobs, arguments.load, seed)
-    table = summary(rows)
-    print("mean steps to completion; shares of FIFO; jobs that ended in the very step simulated")
-    print(
-        f"{'KV':7} {'policy':10} {'measured':>9} {'simulated':>9} {'share':>7} {'share':>7} alike"
-    )
-    for row in table:
-        print(
-            f"{row['kv']:7} {row['policy']:10} {row['measured_mean_steps']:9.1f} "
-            f"{row['simulated_mean_steps']:9.1f} {row['measured_share_of_fifo']:7.3f} "
-            f"{row['simulated_share_of_fifo']:7.3f} {row['jobs_alike']:5.0%}"
-        )
+    result = {
+        "configuration": {
+            "jobs": arguments.jobs,
+            "load": arguments.load,
+            "seeds": arguments.seeds,
+            "width": WIDTH,
+            "block_tokens": BLOCK_TOKENS,
+            "token_budget": TOKEN_BUDGET,
+            "blocks": BLOCKS,
+            "cost": asdict(COST),
+        },
+        "environment": environment(),
+        "table": summary(rows),
+        "rows": rows,
+    }
+    print(demand_tables.continuous_batching(result))
     if arguments.out is not None:
-        result = {
-            "configuration": {
-                "jobs": arguments.jobs,
-                "load": arguments.load,
-                "seeds": arguments.seeds,
-                "width": WIDTH,
-                "block_tokens": BLOCK_TOKENS,
-                "token_budget": TOKEN_BUDGET,
-                "blocks": BLOCKS,
-                "cost": asdict(COST),
-            },
-            "environment": environment(),
-            "table": table,
-            "rows": rows,
-        }
         path = arguments.out / "continuous_batching.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -229,6 +229,21 @@ def table(rows: list[dict], label: str = "prewarmer") -> str:
     return "\n".join(lines)
 
 
+def tables(record: dict) -> str:
+    """What stands on the page: each scenario, then policies and loads."""
+    parts = []
+    for scenario in dict.fromkeys(row["scenario"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["scenario"] == scenario]
+        parts += [f"{scenario.capitalize()}:", table(rows)]
+    label = "load, policy, prewarmer"
+    rows = [
+        row | {label: f"{row['load']:.0f}, {row['policy']}, {row['prewarmer']}"}
+        for row in record["policies"]
+    ]
+    parts += ["Tools, by policy and load, reduction against the first row of a load:"]
+    return "\n\n".join([*parts, table(rows, label)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -239,14 +254,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     args = parser.parse_args()
     record = run(args)
-    for scenario in ("tools", "adapters"):
-        print(f"\n{scenario}\n")
-        print(table([row for row in record["rows"] if row["scenario"] == scenario]))
-    for load in (args.load, args.busy_load):
-        rows = [row for row in record["policies"] if row["load"] == load]
-        labelled = [row | {"policy": f"{row['policy']}, {row['prewarmer']}"} for row in rows]
-        print(f"\ntools, load {load}\n")
-        print(table(labelled, "policy"))
+    print(tables(record))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "prewarming.json").write_text(json.dumps(record, indent=1) + "\n")
     figure(record, args.out / "prewarming.png")

@@ -1,22 +1,24 @@
-"""Write the tables of docs/results/*.json into README.md, docs/linking.md and docs/cap.md.
+"""Write the tables of docs/results/*.json into README.md and the pages of docs.
 
-python examples/quickstart.py --out docs/results
-python examples/link_accuracy.py --out docs/results
-python examples/benchmarks/link_scaling.py --out docs/results
-python examples/benchmarks/link_tiers.py --out docs/results --device cuda ...
-python examples/retention_accuracy.py --out docs/results
-python examples/replay_policies.py --out docs/results
-python examples/past_trained_length.py --out docs/results
-python examples/render_tables.py
+    python examples/quickstart.py --out docs/results
+    python examples/render_tables.py
+
+Any other script of `examples` that writes into docs/results stands for the first. A block begins
+with the comment "tables of docs/results/X.json", and all of it is written here.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import demand_tables
 import link_accuracy
 import past_trained_length
+import prewarming
+import refinement
 import replay_policies
 import retention_accuracy
+import schedule
 from quickstart import LINKING, RETENTION, SCHEDULING, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -141,32 +143,82 @@ def cap_page(record: dict) -> str:
     return CAP.format(rows="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
 
 
-def insert(page: Path, result: str, text: str) -> None:
-    """Put `text` between the markers of a result file in a page."""
-    begin = f"<!-- tables of docs/results/{result} -->"
-    before, rest = page.read_text().split(begin)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{begin}\n{text}\n{END}{after}")
+def scenario(name: str) -> Callable[[dict], str]:
+    """Every policy on one scenario of scheduling.json."""
+
+    def shown(record: dict) -> str:
+        return schedule.table(next(each for each in record["scenarios"] if each["name"] == name))
+
+    return shown
+
+
+PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
+    "README.md": {"quickstart": [tables]},
+    "docs/linking.md": {
+        "link_accuracy": [link_accuracy.tables],
+        "link_scaling": [scaling_table],
+        "link_tiers_cuda": [tiers_table],
+    },
+    "docs/retention.md": {
+        "retention_accuracy": [retention_accuracy.table],
+        "past_trained_length": [past_trained_length.table],
+        "replay": [replay_policies.table],
+    },
+    "docs/demand.md": {
+        "ranks": [demand_tables.ranks],
+        "rank_noise": [demand_tables.rank_noise],
+    },
+    "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
+    "docs/scheduling.md": {"simulator": [demand_tables.simulator]},
+    "docs/engine.md": {"engine": [demand_tables.engine, demand_tables.engine_speed]},
+    "docs/prewarming.md": {"prewarming": [prewarming.tables]},
+    "docs/transformers_scheduler.md": {
+        "continuous_batching": [demand_tables.continuous_batching],
+    },
+    "docs/when_gittins_helps.md": {
+        "scheduling": [
+            lambda found: schedule.claims_table(found["claims"]),
+            lambda found: schedule.gains_table(found["scenarios"]),
+            scenario("hermes"),
+            scenario("hermes_deadlines"),
+        ]
+    },
+}
+"""The blocks of a page: for each record of docs/results, what stands in its blocks in turn."""
+
+
+def record_of(result: str) -> dict:
+    return json.loads((ROOT / "docs" / "results" / f"{result}.json").read_text())
+
+
+def fill(page: str, result: str, texts: list[str]) -> str:
+    """The page with `texts` in its blocks of a result, one after the other.
+
+    Raises:
+        ValueError: where there are more or fewer blocks than texts.
+    """
+    begin = f"<!-- tables of docs/results/{result}.json -->"
+    before, *blocks = page.split(begin)
+    if len(blocks) != len(texts):
+        raise ValueError(f"{len(blocks)} blocks of {result}.json on a page, {len(texts)} texts")
+    for block, text in zip(blocks, texts, strict=True):
+        before += f"{begin}\n{text.strip()}\n{END}{block.split(END, 1)[1]}"
+    return before
+
+
+def rendered(path: str) -> str:
+    """A page of `PAGES` with the tables of the records as they are."""
+    page = (ROOT / path).read_text()
+    for result, shown in PAGES[path].items():
+        record = record_of(result)
+        page = fill(page, result, [text(record) for text in shown])
+    return page
 
 
 def main() -> None:
-    results = ROOT / "docs" / "results"
-    record = json.loads((results / "quickstart.json").read_text())
-    (ROOT / "docs" / "cap.md").write_text(cap_page(record))
-    insert(ROOT / "README.md", "quickstart.json", tables(record))
-    accuracy = json.loads((results / "link_accuracy.json").read_text())
-    insert(ROOT / "docs" / "linking.md", "link_accuracy.json", link_accuracy.tables(accuracy))
-    scaling = json.loads((results / "link_scaling.json").read_text())
-    insert(ROOT / "docs" / "linking.md", "link_scaling.json", scaling_table(scaling))
-    for result, tables_of in (
-        ("retention_accuracy", retention_accuracy.table),
-        ("replay", replay_policies.table),
-        ("past_trained_length", past_trained_length.table),
-    ):
-        record = json.loads((results / f"{result}.json").read_text())
-        insert(ROOT / "docs" / "retention.md", f"{result}.json", tables_of(record))
-    tiers = json.loads((results / "link_tiers_cuda.json").read_text())
-    insert(ROOT / "docs" / "linking.md", "link_tiers_cuda.json", tiers_table(tiers))
+    (ROOT / "docs" / "cap.md").write_text(cap_page(record_of("quickstart")))
+    for path in PAGES:
+        (ROOT / path).write_text(rendered(path))
 
 
 if __name__ == "__main__":

@@ -52,23 +52,41 @@ def test_ci_runs_the_command_of_the_readme():
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_tables_are_those_of_the_result_file(monkeypatch):
+@pytest.fixture
+def render_tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import render_tables
 
-    record = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())
-    assert {"configuration", "environment"} <= set(record)
-    rendered = render_tables.tables(record)
-    assert rendered.count("\n| ") > 20
-    assert rendered in README
-    assert (ROOT / "docs" / "cap.md").read_text() == render_tables.cap_page(record)
-    accuracy = json.loads((ROOT / "docs" / "results" / "link_accuracy.json").read_text())
-    rendered = render_tables.link_accuracy.tables(accuracy)
-    assert rendered.count("\n| ") > 40
-    page = (ROOT / "docs" / "linking.md").read_text()
-    assert rendered in page
-    scaling = json.loads((ROOT / "docs" / "results" / "link_scaling.json").read_text())
-    assert render_tables.scaling_table(scaling) in page
+    return render_tables
+
+
+def test_the_tables_are_those_of_the_result_files(render_tables):
+    for page, results in render_tables.PAGES.items():
+        assert (ROOT / page).read_text() == render_tables.rendered(page), page
+        for result, tables in results.items():
+            record = render_tables.record_of(result)
+            assert {"configuration", "environment"} <= set(record), result
+            for table in tables:
+                assert table(record).count("\n| ") > 4, result
+    quickstart = render_tables.record_of("quickstart")
+    assert (ROOT / "docs" / "cap.md").read_text() == render_tables.cap_page(quickstart)
+
+
+def test_every_block_of_every_page_is_rendered(render_tables):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        found = re.findall(r"<!-- tables of docs/results/(\w+)\.json -->", page.read_text())
+        wanted = render_tables.PAGES.get(str(page.relative_to(ROOT)), {})
+        assert set(found) == set(wanted), page
+
+
+def test_a_page_gets_all_of_its_blocks_or_none(render_tables):
+    begin, end = "<!-- tables of docs/results/x.json -->", render_tables.END
+    page = f"a\n{begin}\nold\n{end}\nb\n{begin}\n{end}\nc\n"
+    filled = render_tables.fill(page, "x", ["one", "two"])
+    assert filled == f"a\n{begin}\none\n{end}\nb\n{begin}\ntwo\n{end}\nc\n"
+    assert render_tables.fill(filled, "x", ["one", "two"]) == filled
+    with pytest.raises(ValueError, match=r"2 blocks of x\.json on a page, 1 texts"):
+        render_tables.fill(page, "x", ["one"])
 
 
 def test_the_quickstart_links_own_files_on_any_model(tmp_path):
