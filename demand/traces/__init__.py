@@ -10,10 +10,11 @@ from demand.traces.bailian import read_bailian
 from demand.traces.burstgpt import read_burstgpt
 from demand.traces.fields import MalformedRecordError
 from demand.traces.fireact import read_fireact
-from demand.traces.hermes_artifact import ApplicationProfile, StageProfile, read_hermes_artifact
+from demand.traces.hermes_artifact import read_hermes_artifact
 from demand.traces.kv_cache_tester import read_kv_cache_tester
 from demand.traces.mooncake import read_mooncake
 from demand.traces.opentelemetry import read_opentelemetry
+from demand.traces.profiles import ApplicationProfile, StageProfile
 from demand.traces.schema import Request, Session, Span
 from demand.traces.tau_bench import read_tau_bench
 from demand.traces.trace import Trace

@@ -33,6 +33,16 @@ def json_documents(path: Path, clock: Clock) -> Records:
         yield _json_object("".join(line for _, line in _lines(file)), file, 1, clock)
 
 
+def json_members(path: Path, clock: Clock) -> Records:
+    """As `json_documents`, but each member of the object is a record: one field, under its key."""
+    for document in json_documents(path, clock):
+        if isinstance(document, MalformedRecordError):
+            yield document
+            continue
+        for name, value in document.values.items():
+            yield Fields({name: value}, document.file, document.line, clock)
+
+
 def csv_rows(*columns: str) -> Source:
     """Rows of CSV whose header names at least `columns`; `path` is a file or a folder.
 

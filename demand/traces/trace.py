@@ -51,7 +51,7 @@ class Trace(Generic[T]):
     Attributes:
         path: of the file or folder.
         read: sessions or requests yielded by the latest iteration, so far.
-        skipped: lines it skipped, by field and reason; empty unless `on_error="skip"`.
+        skipped: records it skipped, by field and reason; empty unless `on_error="skip"`.
 
     Raises:
         DemandError: while iterating, for a malformed line (with file, line number and field), for

@@ -212,6 +212,8 @@ STAGE = {"input_len": [1], "output_len": [1], "next_stages": ["end"]}
             },
             r"app\.b\.next_stages': end cannot be reached .from any of: \['b', 'c'\]",
         ),
+        ({}, r"app\.start\.next_stages': an application without stages"),
+        ({"start": {"next_stages": ["end"]}, "a": STAGE}, r"start.next_stages': expected names"),
         ({"a": STAGE | {"parallelism": [1, 0]}}, r"parallelism\[1\]': expected a whole number of"),
         ({"a": STAGE | {"parallelism": [1.5]}}, r"parallelism\[0\]': expected a whole number of"),
     ],
@@ -226,3 +228,27 @@ def test_a_profile_with_a_way_out_of_its_loop_is_drawn_from(tmp_path):
     (profile,) = read_hermes_artifact(jsonl(tmp_path / "p.json", {"app": loop}))
     spans = profile.session(np.random.default_rng(0)).spans
     assert [span.unit for span in spans] == ["a", "b"] * (len(spans) // 2)
+
+
+def test_a_bad_application_costs_itself_alone(tmp_path):
+    bad = {"a": STAGE | {"next_stages": ["nowhere"]}}
+    negative = {"a": STAGE | {"input_len": [1, -1]}}
+    document = {"one": {"a": STAGE}, "bad": bad, "two": {"b": STAGE}, "none": None, "neg": negative}
+    path = jsonl(tmp_path / "p.json", document | {"three": {"c": STAGE}})
+    says = r"p\.json, line 1, field 'bad\.a\.next_stages': expected names of stages, or end .seen: "
+    with pytest.raises(MalformedRecordError, match=says + r"\['nowhere'\]"):
+        list(read_hermes_artifact(path))
+    trace = read_hermes_artifact(path, on_error="skip")
+    assert [profile.application for profile in trace] == ["one", "two", "three"]
+    assert trace.read == 3
+    assert trace.skipped == {
+        "bad.a.next_stages: expected names of stages, or end": 1,
+        "none: missing": 1,
+        "neg.a.input_len[]: expected at least 0 and finite": 1,
+    }
+    (tmp_path / "q.json").write_text("[1]")
+    trace = read_hermes_artifact(tmp_path, on_error="skip")
+    assert len(list(trace)) == 3
+    assert trace.skipped["record: expected a JSON object"] == 1
+    with pytest.raises(DemandError, match="no record that can be read; 1 lines were skipped"):
+        list(read_hermes_artifact(tmp_path / "q.json", on_error="skip"))
