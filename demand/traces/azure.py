@@ -14,7 +14,7 @@ def read_azure(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> 
     """Requests of `AzureLLMInferenceTrace_*.csv`: TIMESTAMP, ContextTokens, GeneratedTokens.
 
     A folder is one trace on one clock. The code and the conversation file of a release cover the
-    same hours: read them one by one, or time goes backwards from the first to the second.
+    same hours and are two traces: a folder that has both is refused, read them one by one.
     """
     return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
 

@@ -24,6 +24,10 @@ class MalformedRecordError(DemandError):
         super().__init__(f"{place}: {problem}" + (f" ({seen})" if seen else ""))
 
 
+class TwoClocksError(DemandError):
+    """A folder whose files do not follow each other in time; no line of it is at fault."""
+
+
 class Clock:
     """Turns the times of one trace into seconds since its first good record.
 
@@ -33,21 +37,31 @@ class Clock:
     def __init__(self) -> None:
         self._first: float | None = None
         self._latest = -math.inf
-        self._read: float | None = None
+        self._file: Path | None = None
+        self._read: tuple[float, Path] | None = None
 
-    def elapsed(self, seconds: float) -> float | None:
-        """Seconds since the first good record, or `None` if the clock would go backwards."""
+    def elapsed(self, seconds: float, file: Path) -> float | None:
+        """Seconds since the first good record, or `None` if the clock would go backwards.
+
+        Raises:
+            TwoClocksError: it would, with the first record of a file.
+        """
         if seconds < self._latest:
-            return None
-        self._read = seconds
+            if file == self._file:
+                return None
+            raise TwoClocksError(
+                f"{file} begins before {self._file} ends; expected the files of a folder to "
+                "follow each other on one clock, in order of their names: read each on its own"
+            )
+        self._read = seconds, file
         first = seconds if self._first is None else self._first
         return round(seconds - first, 6)  # Unix time as a float resolves no more
 
     def settle(self, good: bool) -> None:
         """The record that was read is over; if it was good, the clock moves to its time."""
         if good and self._read is not None:
-            self._latest = self._read
-            self._first = self._read if self._first is None else self._first
+            self._latest, self._file = self._read
+            self._first = self._latest if self._first is None else self._first
         self._read = None
 
 
@@ -129,8 +143,9 @@ class Fields:
 
         Raises:
             MalformedRecordError: the time is before that of the good record before.
+            TwoClocksError: that of a record in another file.
         """
-        elapsed = self._clock.elapsed(seconds)
+        elapsed = self._clock.elapsed(seconds, self.file)
         if elapsed is None:
             raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r}")
         return elapsed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar, final
 
 from demand.errors import DemandError
-from demand.traces.fields import Clock, Fields, MalformedRecordError
+from demand.traces.fields import Clock, Fields, MalformedRecordError, TwoClocksError
 from demand.traces.sources import Source
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Trace(Generic[T]):
 
     Raises:
         DemandError: while iterating, for a malformed line (with file, line number and field), for
-            a file of another format, or when the trace is over and nothing could be read.
+            a file of another format, a file that begins before the one before it ends, or when the trace is over and nothing could be read.
         FileNotFoundError: no file at `path`.
     """
 
@@ -81,6 +81,8 @@ class Trace(Generic[T]):
         for record in self._source(self.path, clock):
             try:
                 complete = tuple(parser.feed(_sound(record)))
+            except TwoClocksError:
+                raise
             except DemandError as error:
                 clock.settle(good=False)
                 self._skip(_placed(error, record))

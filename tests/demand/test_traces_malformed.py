@@ -67,6 +67,20 @@ def test_a_skipped_line_does_not_move_the_clock(tmp_path, read):
     assert sum(n for why, n in trace.skipped.items() if "backwards" in why) == 1
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_files_of_two_clocks_are_no_trace(tmp_path, on_error):
+    """As the code and the conversation file of Azure's release: skipping would mix the two."""
+    write = WRITE[read_azure]
+    write(tmp_path / "a.csv", [(60, 5), (70, 5)])
+    write(tmp_path / "b.csv", [(70, 5), (75, -1), (80, 5)][: 1 if on_error == "raise" else 3])
+    assert len(list(read_azure(tmp_path, on_error=on_error))) > 2
+    write(tmp_path / "c.csv", [(65, 5), (90, 5)])
+    trace = read_azure(tmp_path, on_error=on_error)
+    with pytest.raises(DemandError, match=r"c\.csv begins before .*b\.csv ends; .* on its own"):
+        list(trace)
+    assert len(list(read_azure(tmp_path / "c.csv"))) == 2
+
+
 def round_of(session, number, **other):
     events = [("user_message", 2 * number), ("text", 2 * number + 1)]
     return {

@@ -16,6 +16,7 @@ from demand import (
     SERPT,
     ClassMean,
     CostModel,
+    DemandError,
     Oracle,
     PDGraph,
     poisson_workload,
@@ -99,6 +100,8 @@ def test_request_traces():
         requests = list(read_azure(published(f"azure_llm_2023/{name}.first60pct.csv")))
         assert len(requests) == count
         assert requests[-1].arrival_seconds == pytest.approx(last, abs=1e-5)
+    with pytest.raises(DemandError, match=r"conv.* begins before .*code.* ends"):
+        list(read_azure(published("azure_llm_2023"), on_error="skip"))
 
 
 def test_recorded_sessions_are_served():
