@@ -55,7 +55,8 @@ class Trace(Generic[T]):
 
     Raises:
         DemandError: while iterating, for a malformed line (with file, line number and field), for
-            a file of another format, a file that begins before the one before it ends, or when the trace is over and nothing could be read.
+            a file of another format, for one that begins before the file before it ends, or when
+            the trace is over and nothing could be read.
         FileNotFoundError: no file at `path`.
     """
 
