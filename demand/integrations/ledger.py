@@ -10,7 +10,9 @@ from typing import final
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank
+from demand.policies.ranking import rank_of
 from demand.policies.unknown import known_of
+from demand.policies.wrapper import check_policy
 from demand.units import CostModel
 
 
@@ -26,11 +28,15 @@ class Ledger:
             of another application is ranked by attained service, and a warning names it once
             (`demand.policies.unknown`).
         seed: of the number each job draws (`Job.lottery`).
+
+    Raises:
+        DemandError: something that is no policy.
     """
 
     def __init__(
         self, policy: Policy, distributions: Mapping[str, Distribution], seed: int = 0
     ) -> None:
+        check_policy("policy", policy)
         self.policy = policy
         self._distributions = {**distributions}
         self._tables = {name: policy.table(known) for name, known in distributions.items()}
@@ -110,13 +116,7 @@ class Ledger:
         Raises:
             DemandError: the policy ranks it NaN.
         """
-        rank = self.policy.rank(job, self._at(now))
-        if any(map(math.isnan, rank if isinstance(rank, tuple) else (rank,))):
-            raise DemandError(
-                f"{self.policy!r} ranked a job of {job.application!r} {rank}; ranks must be "
-                "ordered: an oracle needs demand_seconds of every job"
-            )
-        return rank
+        return rank_of(job, self.policy, self._at(now))
 
     def request(self, job: Job, now: float) -> None:
         """`job` submits its next request."""

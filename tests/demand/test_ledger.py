@@ -46,6 +46,29 @@ def test_a_job_that_cannot_be_ranked_departs() -> None:
     assert (job.index, job.state.present) == (0, 1)
 
 
+@dataclass(frozen=True)
+class Unordered(Policy):
+    """Ranks NaN, alone or within a class."""
+
+    within: bool
+
+    def rank(self, job: Job, now: float) -> float | tuple[float, ...]:
+        return (0.0, math.nan) if self.within else math.nan
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_rank_of_nan_is_refused_with_the_job(within: bool) -> None:
+    ledger = Ledger(Unordered(within), KNOWN)
+    with pytest.raises(DemandError, match=r"Unordered\(.*\) ranked job 0 NaN"):
+        ledger.open("short", 0.0)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", None, VirtualTime])
+def test_a_policy_is_one(policy: Any) -> None:
+    with pytest.raises(DemandError, match=r"policy is .*; expected a policy, such as Gittins"):
+        Ledger(policy, KNOWN)
+
+
 @pytest.mark.parametrize(
     ("known", "said"),
     [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 from transformers.generation import continuous_batching as engine
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
@@ -86,6 +87,26 @@ def test_a_name_that_is_taken():
     with pytest.raises(DemandError, match="installed already"), install(jobs, "fifo"):
         pass
     with install(jobs), pytest.raises(DemandError, match="installed already"), install(jobs):
+        pass
+    assert before == SCHEDULER_MAPPING
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"config": config(width=0)}, "max_requests_per_batch is 0; expected a whole number from"),
+        ({"config": config(width=-1)}, "max_requests_per_batch is -1; expected"),
+        ({"config": config(width=1.5)}, r"max_requests_per_batch is 1\.5; expected"),
+        ({"config": config(max_batch_tokens=0)}, "max_batch_tokens is 0; expected"),
+        ({"policy": "fcfs"}, r"policy is 'fcfs'; expected a policy, such as Gittins\(\)"),
+        ({"policy": FCFS}, r"policy is <class .*FCFS'>; expected a policy"),
+        ({"model": "llama"}, "model is 'llama'; expected a model of transformers .* load it first"),
+        ({"model": torch.nn.Linear(2, 2)}, r"model is Linear\(.*expected a model .* wrapper"),
+    ],
+)
+def test_what_no_engine_can_be_made_of(model, given, says):
+    before = dict(SCHEDULER_MAPPING)
+    with pytest.raises(DemandError, match=says), serve(**{"model": model} | given):
         pass
     assert before == SCHEDULER_MAPPING
 
@@ -225,14 +246,14 @@ def test_an_engine_that_fails_says_so(model):
             first = batching.request(job, prompt(5), max_new_tokens=900)
             waiting = batching.submit(prompt(6), "long", max_new_tokens=900)
             for one in (first, waiting):
-                with pytest.raises(DemandError, match=r"failed in the engine: .* ranked a job"):
+                with pytest.raises(DemandError, match=r"failed in the engine: .* ranked job 0 NaN"):
                     batching.result(one, SECONDS)
             with batching_ended:
                 batching.submit(prompt(5), "short", max_new_tokens=3)
             with batching_ended:
                 batching.request(batching.jobs.open("short"), prompt(5), max_new_tokens=3)
 
-    with pytest.raises(DemandError, match=r"the engine failed .* ranked a job"):
+    with pytest.raises(DemandError, match=r"the engine failed .* ranked job 0 NaN"):
         watched()
 
 
@@ -243,7 +264,7 @@ def test_an_engine_that_fails_unwatched_says_so_on_leaving(model):
             if error:
                 raise error
 
-    with pytest.raises(DemandError, match=r"the engine failed .* ranked a job") as failed:
+    with pytest.raises(DemandError, match=r"the engine failed .* ranked job 0 NaN") as failed:
         unwatched()
     assert isinstance(failed.value.__cause__, DemandError)
     with pytest.raises(KeyError, match="of the user"):

@@ -65,13 +65,16 @@ def continuous_batching(
         seed: of the numbers that jobs draw and of the graphs' walks.
 
     Raises:
-        DemandError: what `JobTable` and `check_installed` refuse; on leaving, an engine that
-            failed, for instance in the policy, unless the block is left by another error.
+        DemandError: something that is no model, a batch of no requests or of no tokens, and what
+            `JobTable` and `check_installed` refuse; on leaving, an engine that failed, for
+            instance in the policy, unless the block is left by another error.
     """
+    config = config or ContinuousBatchingConfig()
+    _check_engine(model, config)
     jobs = JobTable(policy, distributions, graphs, cost, clock, seed)
     generation_config = deepcopy(generation_config or model.generation_config)
     with install(jobs, f"demand-{id(jobs):x}") as name:
-        config = replace(config or ContinuousBatchingConfig(), scheduler_type=name)
+        config = replace(config, scheduler_type=name)
         if config.use_async_batching is None:
             config.use_async_batching = False  # check_installed refuses it
         manager = model.init_continuous_batching(generation_config, config)
@@ -93,6 +96,25 @@ def continuous_batching(
                 ) from cause
         finally:
             manager.destroy()
+
+
+def _check_engine(model: object, config: ContinuousBatchingConfig) -> None:
+    if not isinstance(model, GenerationMixin):
+        raise DemandError(
+            f"model is {reprlib.repr(model)}; expected a model of transformers that generates, "
+            "such as AutoModelForCausalLM gives: load it first, and of a wrapper give what it wraps"
+        )
+    for name in ("max_requests_per_batch", "max_batch_tokens"):
+        value = getattr(config, name)
+        if value is not None and not _is_count(value):
+            raise DemandError(
+                f"{name} is {value!r}; expected a whole number from 1 on, or None to let "
+                "transformers choose"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 @final
@@ -238,8 +260,7 @@ class Batching:
                 f"input_ids go from {tokens.min()} to {tokens.max()}; the model knows the tokens "
                 f"from 0 to {vocabulary - 1}, and another would stop the engine for everyone"
             )
-        whole = isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool)
-        if not whole or max_new_tokens < 1:
+        if not _is_count(max_new_tokens):
             raise DemandError(
                 f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1 on"
             )

@@ -51,7 +51,8 @@ class JobTable:
         seed: of the numbers that jobs draw (`Job.lottery`) and of the graphs' walks.
 
     Raises:
-        DemandError: an application given twice, or cost models that differ.
+        DemandError: something that is no policy, an application given twice, or cost models that
+            differ.
     """
 
     def __init__(
