@@ -21,11 +21,14 @@ from tqdm import tqdm
 from demand import (
     FCFS,
     Application,
+    ClassMean,
     CostModel,
     Execution,
     Gittins,
+    Oracle,
     PDGraph,
     Policy,
+    RandomOrder,
     Unit,
     Workload,
     bootstrap_interval,
@@ -50,6 +53,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
 from environment import environment
 from prewarming_figure import figure
 
+POLICIES: dict[str, Policy] = {
+    "FCFS": FCFS(),
+    "random": RandomOrder(),
+    "class mean": ClassMean(),
+    "Gittins": Gittins(),
+    "oracle": Oracle(),
+}
+"""The first is what the others are compared with."""
 THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 PRICES = (0.01, 0.1, 0.3, 0.5, 0.7, 1.0, 3.0)
 POPULARITY = np.array([0.4, 0.25, 0.12, 0.08, 0.06, 0.04, 0.03, 0.02])
@@ -190,11 +201,11 @@ def run(args: argparse.Namespace) -> dict:
             rows.append(row | {"kept": arm.kept} | figures(results, baseline))
     for load, drawn in workloads.items():
         baseline = None
-        for policy in (FCFS(), Gittins()):
+        for name, policy in POLICIES.items():
             for arm in (none, Arm("K = 0.5", PrewarmPlanner(0.5)), Arm("oracle", OraclePrewarm())):
                 results = serve(args, policy, arm, "tools", paces[load], drawn)
                 baseline = baseline or results
-                row = {"load": load, "policy": type(policy).__name__, "prewarmer": arm.name}
+                row = {"load": load, "policy": name, "prewarmer": arm.name}
                 policies.append(row | figures(results, baseline))
     return {
         "configuration": {

@@ -40,7 +40,9 @@ def test_prewarming_writes_every_row_and_its_picture(example, monkeypatch):
         for row in rows.values():
             assert row["idle_seconds"]["low"] <= row["idle_seconds"]["estimate"]
             assert row["wait_seconds"]["estimate"] <= rows["none"]["wait_seconds"]["estimate"] + 1.0
-    assert len(record["policies"]) == 2 * 2 * 3
+    assert len(record["policies"]) == 2 * 5 * 3
+    baselines = {row["policy"] for row in record["policies"]}
+    assert baselines == {"FCFS", "random", "class mean", "Gittins", "oracle"}
     assert printed.count("| oracle |") == 2
 
 

@@ -114,7 +114,7 @@ def _check_engine(model: object, config: ContinuousBatchingConfig) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 @final
