@@ -12,8 +12,10 @@ from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.jobs import JobMaker
 from demand.policies.base import Policy
+from demand.policies.hooks import hook
 from demand.result import Result
-from demand.servers import Servers, Task
+from demand.servers import Servers
+from demand.tasks import Task
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
@@ -111,6 +113,7 @@ class _Simulation:
         self.jobs = JobMaker(entries, policy, seed)
         self.server_count = servers
         self.servers = Servers(policy, servers)
+        self.arrived, self.departed = hook(policy, "arrived"), hook(policy, "departed")
         self.entries: list[int] = []  # in order of arrival
         self.arrived_at: list[float] = []
         self.completion_times = np.empty(len(workload))
@@ -118,6 +121,7 @@ class _Simulation:
 
     def run(self) -> SimulationResult:
         arrivals, servers, running = self.arrivals, self.servers, self.servers.running
+        reranks = self.policy.reranks
         while True:
             now = arrivals.next
             stopped: list[Task] = []
@@ -128,11 +132,14 @@ class _Simulation:
                     stopped.append(task)
             if now == math.inf:
                 return self.result()
-            if stopped or servers.reranks:
+            if stopped or reranks:
                 servers.serve(stopped, now)
+                self.events += len(stopped)
                 for task in stopped:
-                    self.events += 1
-                    self.reach(task, now)
+                    if task.stop_age < task.ends[task.at]:  # a crossing
+                        servers.settled = False
+                    else:
+                        self.reach(task, now)
             while arrivals.next == now:
                 self.events += 1
                 self.arrive(now)
@@ -143,29 +150,30 @@ class _Simulation:
         job = self.jobs.make(entry, len(self.entries), now)
         self.entries.append(entry)
         self.arrived_at.append(now)
-        self.policy.arrived(job, now)
+        if self.arrived is not None:
+            self.arrived(job, now)
         ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
         self.servers.add(Task(job, entry, ends))
 
     def reach(self, task: Task, now: float) -> None:
-        """A task is where it was to be looked at: at its end, the end of a unit, or a crossing."""
+        """A task is at the end of a unit, or at its own."""
         job, ends, at = task.job, task.ends, task.at
         while at < len(ends) and ends[at] <= job.attained_service:
             at += 1
         if at == len(ends):
             self.servers.leave(task)
             self.completion_times[job.index] = now - job.arrival
-            self.policy.departed(job, now)
+            if self.departed is not None:
+                self.departed(job, now)
             self.arrivals.finished(task.entry, now)
             return
-        self.servers.unsettle()
-        if at > task.at:
-            task.at = at
-            job.requested = now
-            if self.refine is not None and self.runs is not None:
-                run = self.runs[task.entry]
-                remaining = self.refine(job.application, Progress(run[:at]))
-                job.learn(remaining, self.policy.table(remaining))
+        self.servers.settled = False
+        task.at = at
+        job.requested = now
+        if self.refine is not None and self.runs is not None:
+            run = self.runs[task.entry]
+            remaining = self.refine(job.application, Progress(run[:at]))
+            job.learn(remaining, self.policy.table(remaining))
 
     def result(self) -> SimulationResult:
         workload = self.workload

@@ -1,12 +1,13 @@
 """A bound on how long a job may be overtaken."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
 from demand.policies.base import Job, Rank, number
 from demand.policies.quanta import check_positive
-from demand.policies.thresholds import greatest_within
+from demand.policies.thresholds import greatest_addend
 from demand.policies.wrapper import Wrapper, check_by_number
 
 
@@ -53,19 +54,19 @@ class Aging(Wrapper):
         """How much later than another a job may arrive and still go first."""
         return self.cap / self.rate
 
+    def line(self, job: Job) -> Hashable:
+        """As the policy within: ranks that are equal within rise with the arrival."""
+        return self.policy.line(job)
+
     def rank(self, job: Job, now: float) -> float:
         """The clipped rank within, plus what not having waited costs."""
-        return self._aged(number(self.policy.rank(job, now), self), job)
+        rank = number(self.policy.rank(job, now), self)
+        return min(max(rank, 0.0), self.cap) + self.rate * job.arrival
 
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the rank within exceeds what is left of the threshold."""
-        above = number(threshold, self)
-        if self._aged(math.inf, job) <= above:
+        above, since = number(threshold, self), self.rate * job.arrival
+        if self.cap + since <= above:
             return math.inf
-        within = greatest_within(
-            lambda rank: self._aged(rank, job), above, above - self.rate * job.arrival
-        )
-        return self.policy.next_above(job, within)
-
-    def _aged(self, rank: float, job: Job) -> float:
-        return min(max(rank, 0.0), self.cap) + self.rate * job.arrival
+        # The threshold is no less than the rank, nor then than 0 + since: clipping is over.
+        return self.policy.next_above(job, greatest_addend(since, above))

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,15 @@ class Policy(ABC):
         """Whether ranks read `Job.requested`: simulators then stop at the end of every unit."""
         return False
 
+    def line(self, job: Job) -> Hashable:
+        """Of a policy that `reranks`: a name for the jobs whose ranks move with that of `job`.
+
+        What happens to `job` then changes the ranks of waiting jobs in its own line only, and among
+        those that wait in it the order of arrival is always the order of rank, so that a simulator
+        ranks the first of them alone. None promises nothing, and has every job ranked anew.
+        """
+        return None
+
     @abstractmethod
     def rank(self, job: Job, now: float) -> Rank:
         """Rank of `job` at second `now`, from what the job is now (`running` included)."""
@@ -163,7 +173,8 @@ class Policy(ABC):
         """
         if job.table is None:
             return math.inf
-        return job.attained_at(job.table.next_above(job.age, threshold))
+        above = job.table.next_above(job.attained_service - job.known_at, threshold)
+        return above if job.known_at == 0.0 else job.attained_at(above)
 
     def new_state(self) -> Any:
         """What one scheduler remembers for this policy (`Job.state`); None for nothing."""

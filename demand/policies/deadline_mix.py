@@ -1,6 +1,7 @@
 """Jobs with deadlines before best-effort jobs, each by a policy of their own."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -50,6 +51,12 @@ class DeadlineMix(ByClass):
     def new_state(self) -> "_Sides":
         """The states of both; a job takes that of its side."""
         return _Sides(self.urgent.new_state(), self.best_effort.new_state())
+
+    def line(self, job: Job) -> Hashable:
+        """That of its policy, on each side."""
+        side, policy = self._side(job)
+        within = policy.line(job)
+        return None if within is None else (side, within)
 
     def rank(self, job: Job, now: float) -> tuple[float, ...]:
         """(side, rank by its policy)."""

@@ -56,9 +56,10 @@ class Gittins(Policy):
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
         table = job.table or table_of(job)  # a call less, where most ranks are asked for
+        age = job.attained_service - job.known_at
         if self.preemption_cost and not job.running:
-            return table.waiting.at(job.age)
-        return table.at(job.age)
+            return table.waiting.at(age)
+        return table.at(age)
 
 
 @dataclass(frozen=True)

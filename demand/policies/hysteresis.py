@@ -1,11 +1,12 @@
 """A running job keeps its place unless beaten by a margin."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
 from demand.policies.base import Job, Rank, number
 from demand.policies.quanta import check_positive
-from demand.policies.thresholds import greatest_within
+from demand.policies.thresholds import greatest_addend
 from demand.policies.wrapper import Wrapper, check_by_number
 
 
@@ -33,6 +34,10 @@ class Hysteresis(Wrapper):
         check_by_number(self, self.policy)
         check_positive("margin", self.margin)
 
+    def line(self, job: Job) -> Hashable:
+        """As the policy within: jobs that wait have their rank within."""
+        return self.policy.line(job)
+
     def rank(self, job: Job, now: float) -> float:
         """The rank within, less the margin if the job runs."""
         rank = number(self.policy.rank(job, now), self)
@@ -41,5 +46,4 @@ class Hysteresis(Wrapper):
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the rank within exceeds the threshold by more than the margin."""
         above = number(threshold, self)
-        within = greatest_within(lambda rank: rank - self.margin, above, above + self.margin)
-        return self.policy.next_above(job, within)
+        return self.policy.next_above(job, greatest_addend(-self.margin, above))

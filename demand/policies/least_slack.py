@@ -13,7 +13,7 @@ from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank, number
 from demand.policies.quanta import check_positive, whole_quanta
 from demand.policies.tables import table_of
-from demand.policies.thresholds import greatest_within
+from demand.policies.thresholds import greatest_addend
 
 
 @final
@@ -61,8 +61,7 @@ class LeastSlack(Policy):
         """The end of a quantum; never for a job without a deadline."""
         if job.deadline == math.inf:
             return math.inf
-        above = number(threshold, self)
-        within = greatest_within(lambda x: job.deadline + x, above, above - job.deadline)
+        within = greatest_addend(job.deadline, number(threshold, self))
         return job.attained_at(table_of(job).next_above(job.age, within))
 
 

@@ -1,6 +1,7 @@
 """A running job keeps its place until it has had a quantum."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
@@ -35,6 +36,10 @@ class Quantum(Wrapper):
     def __post_init__(self) -> None:
         check_by_number(self, self.policy)
         check_positive("seconds", self.seconds)
+
+    def line(self, job: Job) -> Hashable:
+        """As the policy within: jobs that wait have their rank within."""
+        return self.policy.line(job)
 
     def rank(self, job: Job, now: float) -> float:
         """Minus infinity within the quantum, the rank within afterwards."""

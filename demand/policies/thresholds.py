@@ -18,6 +18,24 @@ def just_below(rank: Rank) -> Rank:
     return (*below, math.inf)
 
 
+def greatest_addend(other: float, threshold: float) -> float:
+    """The greatest x with x + other <= threshold, in floating point; `threshold` if infinite.
+
+    Sums up to halfway to the next number over `threshold` round to it. What algebra makes of that
+    is off by a rounding or two, which the steps make up for.
+    """
+    if math.isinf(threshold):
+        return threshold
+    x = threshold - other + (math.nextafter(threshold, math.inf) - threshold) / 2
+    while x + other > threshold:
+        x = math.nextafter(x, -math.inf)
+    while True:
+        above = math.nextafter(x, math.inf)
+        if above + other > threshold or above == x:
+            return x
+        x = above
+
+
 def greatest_within(function: Callable[[float], float], threshold: float, guess: float) -> float:
     """The greatest x with function(x) <= threshold, for a function that never falls.
 

@@ -43,25 +43,28 @@ class VTC(Policy):
         """Serving a job moves all jobs of its tenant back."""
         return True
 
+    def line(self, job: Job) -> str:
+        """Its tenant, whose jobs go in order of arrival."""
+        return job.tenant
+
     def new_state(self) -> "VTCState":
         """Counters of the tenants."""
         return VTCState()
 
     def rank(self, job: Job, now: float) -> float:
         """Weighted seconds its tenant received, whole quanta."""
-        return whole_quanta(_state(job).counters[job.tenant], self.quantum) * self.quantum
+        state = job.state or _state(job)  # a call less, where most ranks are asked for
+        rank: float = state.ranks[job.tenant]
+        return rank
 
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the counter of its tenant ends a quantum, with all of its running jobs adding."""
-        above = number(threshold, self)
-        if above == math.inf:
-            return math.inf
-        state = _state(job)
-        counter = state.counters[job.tenant]
-        end = next_end(counter, self.quantum, above)
-        running = sum(other.running for other in state.present[job.tenant])
-        at = job.attained_service + (end - counter) * job.weight / max(running, 1)
-        return max(at, math.nextafter(job.attained_service, math.inf))
+        state = job.state or _state(job)
+        counter, attained = state.counters[job.tenant], job.attained_service
+        end = next_end(counter, self.quantum, number(threshold, self))
+        running = [other.running for other in state.present[job.tenant]].count(True) or 1
+        at = attained + (end - counter) * job.weight / running
+        return at if at > attained else math.nextafter(attained, math.inf)
 
     def arrived(self, job: Job, now: float) -> None:
         """Lift the counter of a tenant that had nothing to do."""
@@ -70,7 +73,7 @@ class VTC(Policy):
         if not mine:
             others = [state.counters[name] for name, jobs in state.present.items() if jobs]
             floor = min(others) if others else state.counters.get(state.last_to_leave, 0.0)
-            state.counters[job.tenant] = max(state.counters[job.tenant], floor)
+            self._count(state, job.tenant, max(state.counters[job.tenant], floor))
         mine.append(job)
 
     def served(self, job: Job, seconds: float, now: float) -> None:
@@ -80,7 +83,8 @@ class VTC(Policy):
                 f"job {job.index} was served for {seconds} seconds; the clock of a scheduler "
                 "must not go backwards"
             )
-        _state(job).counters[job.tenant] += seconds / job.weight
+        state = job.state or _state(job)
+        self._count(state, job.tenant, state.counters[job.tenant] + seconds / job.weight)
 
     def departed(self, job: Job, now: float) -> None:
         """Note who leaves."""
@@ -88,12 +92,17 @@ class VTC(Policy):
         state.present[job.tenant].remove(job)
         state.last_to_leave = job.tenant
 
+    def _count(self, state: "VTCState", tenant: str, counter: float) -> None:
+        state.counters[tenant] = counter
+        state.ranks[tenant] = whole_quanta(counter, self.quantum) * self.quantum
+
 
 @dataclass
 class VTCState:
-    """What one scheduler remembers: weighted seconds and unfinished jobs by tenant."""
+    """What one scheduler remembers: weighted seconds, in whole quanta too, and unfinished jobs."""
 
     counters: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    ranks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     present: dict[str, list[Job]] = field(default_factory=dict)
     last_to_leave: str = ""
 

@@ -69,20 +69,23 @@ class CostedRanks:
         i = bisect_right(x, age) - 1
         alive = survival[i]
         area = excess[i + 1] + (x[i + 1] - age) * alive + self._cost * alive
-        reach = age + self._quantum
-        j = bisect_right(x, reach) - 1
-        k = min(j + 1, len(x) - 1)
-        at_quantum = math.inf
-        if j > i:
-            rest = excess[k] + max(x[k] - reach, 0.0) * survival[j]
-            at_quantum = (area - rest) / (alive - survival[j])
-        if (area - excess[k]) / (alive - survival[k]) > edges[k]:
+        k, at_quantum = i + 1, math.inf
+        if self._quantum:
+            reach = age + self._quantum
+            j = bisect_right(x, reach) - 1
+            k = min(j + 1, len(x) - 1)
+            if j > i:
+                rest = excess[k] + max(x[k] - reach, 0.0) * survival[j]
+                at_quantum = (area - rest) / (alive - survival[j])
+        slope = (area - excess[k]) / (alive - survival[k])
+        if slope > edges[k]:
             for hop in self._hop_lists:
                 ahead = hop[k]
                 if (area - excess[ahead]) / (alive - survival[ahead]) > edges[ahead]:
                     k = ahead
             k = self._hop_lists[-1][k]
-        return min(at_quantum, (area - excess[k]) / (alive - survival[k]))
+            slope = (area - excess[k]) / (alive - survival[k])
+        return min(at_quantum, slope)
 
     def _steep(self, area: Floats, alive: Floats, k: Ints) -> NDArray[np.bool_]:
         """Whether the tangent point lies beyond point `k`."""

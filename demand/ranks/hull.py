@@ -58,18 +58,18 @@ def tangent_walks(tails: Tails) -> Ints:
         rises, so that a fall marks the start of the next.
     """
     survival, excess = tails.survival.tolist(), tails.excess.tolist()
+    number = np.arange(len(survival) - 1)
+    slopes = tails.slopes(number, number + 1).tolist()  # from each point to its neighbour
     edge = [math.inf] * len(survival)  # slope from a point to the next one on its suffix's hull
     after = [0] * len(survival)
     walks: list[int] = []
     step = walks.append
     for i in range(len(survival) - 2, -1, -1):
-        alive, area = survival[i], excess[i]
-        k = i + 1
+        k, slope = i + 1, slopes[i]
         step(k)
-        slope = (area - excess[k]) / (alive - survival[k])
         while slope > edge[k]:
             k = after[k]
             step(k)
-            slope = (area - excess[k]) / (alive - survival[k])
+            slope = (excess[i] - excess[k]) / (survival[i] - survival[k])
         after[i], edge[i] = k, slope
     return np.fromiter(walks, dtype=np.int64, count=len(walks))

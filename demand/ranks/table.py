@@ -62,6 +62,7 @@ class RankTable:
     """
 
     __slots__ = (
+        "_at_zero",
         "_atoms",
         "_base",
         "_highest",
@@ -90,7 +91,8 @@ class RankTable:
         last = np.array([self._largest])
         jump_ranks = np.append(jump_ranks, self._beyond_samples(last))
         self._jumps = Jumps(np.append(jump_ages, last), jump_ranks)
-        self._highest = max(self.at(0.0), float(jump_ranks.max()))  # up to the largest atom
+        self._at_zero = self._inside(0.0) if self._largest else float(jump_ranks[-1])
+        self._highest = max(self._at_zero, float(jump_ranks.max()))  # up to the largest atom
 
     def __call__(self, ages: ArrayLike) -> Floats:
         """Ranks in seconds of jobs of the given ages in seconds, any shape; smaller goes first.
@@ -115,8 +117,10 @@ class RankTable:
 
     def at(self, age: float) -> float:
         """Rank of one age: the same number as `self(age)`, without numpy's overhead."""
-        if 0.0 <= age < self._largest:
+        if 0.0 < age < self._largest:
             return self._inside(age)
+        if age == 0.0:
+            return self._at_zero
         return float(self._beyond_samples(np.asarray(check_age(age))))
 
     def next_above(self, age: float, threshold: float) -> float:
