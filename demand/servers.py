@@ -42,7 +42,6 @@ class Servers:
         """Take in a task that has arrived; `decide` ranks it."""
         if self._lines is not None:
             self._lines.place(task)
-            self._moved.add(task.line)
         self._arrived.append(task)
 
     def serve(self, stopped: Sequence[Task], now: float) -> None:

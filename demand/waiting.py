@@ -84,7 +84,7 @@ class Lines:
         task.line = task.job if line is None else line
 
     def rerank(self, moved: Iterable[Hashable], now: float) -> None:
-        """Rank anew, now that something happened to tasks of these lines."""
+        """Rank anew, now that tasks of these lines were served."""
         first = self._first
         for line in moved if self._named else first:
             if line in first:
@@ -111,14 +111,15 @@ class Lines:
         return best
 
     def _join(self, task: Task, now: float) -> None:
-        job, line = task.job, task.line
-        place = rank_of(job, self._policy, now), job.index, task
-        other = self._first.get(line)
-        if other is not None:
-            if other[1] < job.index:
-                place, other = other, place
-            heappush(self._behind.setdefault(line, []), other[1:])
-        self._first[line] = place
+        line, index = task.line, task.job.index
+        first = self._first.get(line)
+        if first is not None:
+            behind = self._behind.setdefault(line, [])
+            if first[1] < index:
+                heappush(behind, (index, task))
+                return
+            heappush(behind, first[1:])
+        self._first[line] = rank_of(task.job, self._policy, now), index, task
 
     def _leave(self, now: float) -> Task:
         """Take out the best; the next in its line is ranked."""

@@ -55,7 +55,7 @@ class Aging(Wrapper):
         return self.cap / self.rate
 
     def line(self, job: Job) -> Hashable:
-        """As the policy within: ranks that are equal within rise with the arrival."""
+        """As the policy within: jobs in order of arrival there are so here."""
         return self.policy.line(job)
 
     def rank(self, job: Job, now: float) -> float:

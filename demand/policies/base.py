@@ -149,9 +149,9 @@ class Policy(ABC):
     def line(self, job: Job) -> Hashable:
         """Of a policy that `reranks`: a name for the jobs whose ranks move with that of `job`.
 
-        What happens to `job` then changes the ranks of waiting jobs in its own line only, and among
-        those that wait in it the order of arrival is always the order of rank, so that a simulator
-        ranks the first of them alone. None promises nothing, and has every job ranked anew.
+        Serving `job` then changes the ranks of waiting jobs in its own line only, and among those
+        that wait in it the order of arrival is always the order of rank, so that a simulator ranks
+        the first of them alone. None promises nothing, and has every job ranked anew.
         """
         return None
 

@@ -36,6 +36,11 @@ def known_of(application: str, distributions: Mapping[str, Distribution]) -> Dis
     return found
 
 
+def has_mean(job: Job) -> bool:
+    """Whether the application of `job` was seen, so that `mean_demand` stands still."""
+    return job.prior.mean() > RESOLUTION_SECONDS
+
+
 def mean_demand(job: Job) -> float:
     """Mean total demand of the application of `job`; its attained service if never seen."""
     mean = job.prior.mean()
@@ -46,6 +51,6 @@ def mean_demand(job: Job) -> float:
 
 def next_mean_above(job: Job, threshold: float) -> float:
     """Least attained service at which `mean_demand` exceeds `threshold`; infinity if none."""
-    if job.prior.mean() > RESOLUTION_SECONDS:
+    if has_mean(job):
         return math.inf
     return _BY_ATTAINED_SERVICE.next_above(job.attained_service, threshold)

@@ -1,5 +1,6 @@
 """Completion order under fair sharing."""
 
+import math
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import final
@@ -8,7 +9,7 @@ from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank, number
 from demand.policies.quanta import check_positive
 from demand.policies.thresholds import greatest_within
-from demand.policies.unknown import mean_demand, next_mean_above
+from demand.policies.unknown import has_mean, mean_demand, next_mean_above
 
 
 @final
@@ -49,6 +50,8 @@ class VirtualTime(Policy):
 
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Never, but for applications never seen before."""
+        if has_mean(job):
+            return math.inf
         above, start = number(threshold, self), _clock(job).starts[job.index]
         within = greatest_within(
             lambda mean: start + mean / job.weight, above, (above - start) * job.weight

@@ -88,9 +88,8 @@ class RankTable:
         )
         self._inside = self._ranks.at
         self._base = max(self._largest, RESOLUTION_SECONDS)
-        last = np.array([self._largest])
-        jump_ranks = np.append(jump_ranks, self._beyond_samples(last))
-        self._jumps = Jumps(np.append(jump_ages, last), jump_ranks)
+        jump_ranks = np.append(jump_ranks, self._beyond_samples(np.asarray(self._largest)))
+        self._jumps = Jumps(np.append(jump_ages, self._largest), jump_ranks)
         self._at_zero = self._inside(0.0) if self._largest else float(jump_ranks[-1])
         self._highest = max(self._at_zero, float(jump_ranks.max()))  # up to the largest atom
 

@@ -61,7 +61,6 @@ OTHERS: dict[str, Policy] = {
 OTHERS_JOBS = 100_000  # at most
 MIXES = {"hermes_mix": (hermes_applications, 0.9), "bimodal_mix": (bimodal_applications, 0.8)}
 RUNS = 1000
-CROWDED = ("bimodal_mix", "SERPT")  # with some 40 events a job; not run at a million jobs
 
 
 def drawing(applications: Sequence[Application], seed: int) -> list[Application]:
@@ -185,11 +184,7 @@ def main() -> None:
             for jobs in arguments.jobs:
                 workload = poisson_workload(pooled, load, jobs, arguments.seed)
                 repeats = arguments.repeats if jobs <= 10_000 else 1
-                growth += [
-                    alone(cell, mix, name, workload, repeats)
-                    for name in POLICIES
-                    if (mix, name) != CROWDED or jobs < 1_000_000
-                ]
+                growth += [alone(cell, mix, name, workload, repeats) for name in POLICIES]
                 if jobs <= OTHERS_JOBS:
                     full = with_all(workload, arguments.seed)
                     others += [alone(cell, mix, name, full, repeats) for name in OTHERS]

@@ -18,15 +18,18 @@ from demand.policies import (
     VTC,
     Aging,
     ClassMean,
+    DeadlineMix,
     Gittins,
     Hysteresis,
     Job,
     LeastSlack,
     Oracle,
+    PriorityClasses,
     Quantum,
     VirtualTime,
 )
-from demand.policies.thresholds import greatest_within, just_below
+from demand.policies.hooks import hook
+from demand.policies.thresholds import greatest_addend, greatest_within, just_below
 from demand.policies.wrapper import Wrapper
 from tests.demand.policy_zoo import POLICIES, whole_second_workloads
 from tests.demand.strategies import distributions
@@ -64,13 +67,13 @@ class Adversary(Wrapper):
 
 
 @st.composite
-def running_jobs(draw, policy):
+def running_jobs(draw, policy, jobs=3):
     """A job that runs, somewhere in its life, among others of its scheduler."""
     known = draw(distributions())
     state = policy.new_state()
     seconds = st.floats(0.0, 60.0)
-    jobs = []
-    for index in range(3):
+    present = []
+    for index in range(jobs):
         job = Job(
             index,
             "a",
@@ -83,18 +86,18 @@ def running_jobs(draw, policy):
             priority=draw(st.integers(0, 1)),
         )
         job.state = state
-        jobs.append(job)
-    jobs.sort(key=lambda job: job.arrival)
-    for job in jobs:
+        present.append(job)
+    present.sort(key=lambda job: job.arrival)
+    for job in present:
         policy.arrived(job, job.arrival)
-    for job in jobs:
+    for job in present:
         job.started_at = draw(st.one_of(st.just(0.0), seconds))
         job.attained_service = job.started_at + draw(st.one_of(st.just(0.0), seconds))
         policy.served(job, job.attained_service, 100.0)
         if draw(st.booleans()):
             job.known_at = draw(st.floats(0.0, 1.0)) * job.attained_service
-    jobs[0].running = True
-    return jobs
+    present[0].running = True
+    return present
 
 
 @by_name
@@ -129,12 +132,96 @@ def test_the_inverse_of_a_rounded_sum_is_exact(threshold, offset, scale):
     assert function(x) <= threshold < function(math.nextafter(x, math.inf))
 
 
+NUMBERS = st.one_of(st.floats(-1e9, 1e9), st.floats(-1.0, 1.0), st.integers(-99, 99).map(float))
+
+
+@given(NUMBERS, NUMBERS, st.sampled_from([0.0, 1.0, 1e-9]))
+def test_the_greatest_addend_is_exact(other, offset, near):
+    """Also where the threshold is near the other addend, and where one swallows the other."""
+    threshold = other + near * offset if near else offset
+    x = greatest_addend(other, threshold)
+    assert x + other <= threshold < math.nextafter(x, math.inf) + other
+    assert x == greatest_within(lambda x: x + other, threshold, threshold - other)
+
+
+@pytest.mark.parametrize("threshold", [-math.inf, math.inf])
+def test_an_infinite_threshold_leaves_infinity_to_add(threshold):
+    assert greatest_addend(5.0, threshold) == threshold
+
+
 def test_just_below_reaches():
     for rank in (0.0, 3.5, math.inf, (0, 2.0), (1, 0, 5.0), (1, -math.inf), (2, 3, -math.inf)):
         below = just_below(rank)
         assert below < rank
         assert type(below) is type(rank)
     assert just_below((1, -math.inf)) == (math.nextafter(1, 0), math.inf)
+
+
+RERANKING = [
+    VTC(1.0),
+    Aging(VTC(2.0), cap=200.0, rate=0.3),
+    Hysteresis(VTC(2.0), 1.0),
+    Quantum(VTC(1.0), 2.0),
+    DeadlineMix(VTC(1.0), VTC(3.0)),
+    PriorityClasses(VTC(2.0)),
+]
+
+
+@pytest.mark.parametrize("policy", RERANKING, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_serving_a_job_moves_its_line_only_and_no_job_within_it(policy, data):
+    served, *waiting = data.draw(running_jobs(policy, jobs=6))
+    before = [policy.rank(job, 100.0) for job in waiting]
+    policy.served(served, data.draw(st.floats(0.0, 20.0)), 100.0)
+    after = [policy.rank(job, 100.0) for job in waiting]
+    lines = [policy.line(job) for job in waiting]
+    for line, rank, moved in zip(lines, before, after, strict=True):
+        assert rank == moved or line == policy.line(served)
+    for ranks in (before, after):
+        for line in set(lines) - {None}:
+            mine = [rank for own, rank in zip(lines, ranks, strict=True) if own == line]
+            assert mine == sorted(mine)
+
+
+@dataclass(frozen=True)
+class Unnamed(Wrapper):
+    """The policy within, promising nothing of lines."""
+
+    def rank(self, job, now):
+        return self.policy.rank(job, now)
+
+    def next_above(self, job, threshold):
+        return self.policy.next_above(job, threshold)
+
+
+@pytest.mark.parametrize("policy", RERANKING, ids=str)
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_ranking_the_first_of_each_line_is_ranking_everyone(policy, servers):
+    rng = np.random.default_rng(7)
+    n = 400
+    workload = Workload(
+        np.cumsum(rng.exponential(1.0 / servers, n)).round(1),
+        rng.lognormal(-0.7, 1.0, n),
+        ["a"] * n,
+        {"a": Distribution([1.0])},
+        tenants=rng.choice(["x", "y", "z"], n).tolist(),
+        weights={"y": 2.0},
+        deadlines=np.where(rng.random(n) < 0.5, np.inf, 1e3),
+        priorities=rng.integers(2, size=n).tolist(),
+    )
+    result, expected = (simulate(workload, p, servers) for p in (policy, Unnamed(policy)))
+    assert result.completion_times.tolist() == expected.completion_times.tolist()
+    assert (result.events, result.preemptions) == (expected.events, expected.preemptions)
+    assert result.preemptions > 10
+
+
+def test_only_who_listens_is_told():
+    spied, fair = Spied(Gittins()), VTC(1.0)
+    assert hook(Hysteresis(Gittins(), 1.0), "served") is None
+    assert hook(Hysteresis(spied, 1.0), "served") == spied.served
+    assert hook(spied, "arrived") is None
+    assert hook(PriorityClasses(Aging(fair, 5.0, 1.0)), "departed") == fair.departed
 
 
 INNER = [Gittins(), SERPT(), LAS(1.0), Oracle(), VTC(1.0), Adversary(FCFS())]
