@@ -137,7 +137,8 @@ class Policy(ABC):
     def reranks(self) -> bool:
         """Whether serving one job can change the rank of others.
 
-        They are then ranked anew at every event, at a cost that grows with the jobs present.
+        They are then ranked anew at every event, at a cost that grows with the jobs present, unless
+        `line` says whose ranks move.
         """
         return False
 
