@@ -1,6 +1,7 @@
 """Gittins ranks of all ages with a minimum quantum and a preemption cost."""
 
 import math
+from array import array
 from bisect import bisect_right
 from typing import final
 
@@ -41,7 +42,7 @@ class CostedRanks:
             hops.append(hops[-1][hops[-1]])
         self._hops = hops[::-1]  # longest first
         self._lists = (*(column.tolist() for column in tails), edges.tolist())
-        self._hop_lists = [hop.tolist() for hop in self._hops]
+        self._hop_lists = [array("q", hop.tobytes()) for hop in self._hops]
 
     def __call__(self, ages: Floats) -> Floats:
         """Ranks at `ages`, any shape, from 0 to below the largest atom."""
