@@ -97,7 +97,7 @@ class SlackTable:
         if self._after(count) > threshold:
             return age
         count += 1
-        for piece in range(bisect_right(self._ends, count * self._quantum), len(self._ends)):
+        while (piece := bisect_right(self._ends, count * self._quantum)) < len(self._ends):
             total, end = self._totals[piece], self._ends[piece]
             while count * self._quantum < end and count * self._quantum - total <= threshold:
                 reached = math.ceil((min(end, threshold + total)) / self._quantum) - 1
