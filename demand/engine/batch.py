@@ -1,166 +1,161 @@
-"""Forms the batch of a step, and carries it out for as many steps as it stays the same."""
+"""The requests of a step, and what becomes of their tokens and blocks."""
 
-from collections.abc import Callable
 from typing import final
 
 from demand.engine.blocks import Blocks
 from demand.engine.model import Engine
-from demand.engine.order import RankOrder
-from demand.engine.tasks import Request, Task
-from demand.policies.base import Policy
+from demand.engine.tasks import Calls, Task
 
 
 @final
-class Batcher:
-    """The engine at work: rules 1 to 4 of `Engine`.
+class Batch:
+    """The batch of the coming step, which goes on from the last one; rule 4 of `Engine`.
+
+    Calls that decode stay until they are taken out and are not touched meanwhile: their tokens and
+    blocks follow from the number of steps. Those that do not are added for one step.
 
     Attributes:
-        order: the tasks with requests.
+        engine: its limits and times.
         blocks: the KV blocks.
-        decoding: requests of the step formed that decode.
-        prefilling: those that prefill, with the tokens of their chunks.
-        size: how many they are.
-        kv_tokens: KV of the batch at the end of that step.
-        decodes: whether the next step can be the same: each request decodes, nothing is copied.
-        partial: a task that is served with some of its requests only; `None` if there is none.
-        requests: sum of batch sizes over all steps.
-        preemptions: times that a request was left out of the step after one it was in.
+        step: steps carried out.
+        formed: number of this batch.
+        decoding: requests that decode.
+        prefilling: calls that do not, with the tokens of their chunks.
+        room: requests that can be added.
+        budget: tokens that they can have.
+        size: requests.
+        kv_tokens: KV of them at the end of the step.
+        steady: whether the next step can be the same: each request decodes, nothing is copied.
+        requests: sum of sizes over all steps.
     """
 
-    def __init__(self, engine: Engine, policy: Policy) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.policy = policy
-        self.order = RankOrder(policy, engine.preemption != "none")
         self.blocks = Blocks(engine)
-        self.decoding: list[Request] = []
-        self.prefilling: list[tuple[Request, int]] = []
+        self.step = 0
+        self.formed = 0
+        self.decoding = 0
+        self.prefilling: list[tuple[Calls, int]] = []
+        self.room = 0
+        self.budget = 0
         self.size = 0
         self.kv_tokens = 0
-        self.seconds = 0.0
-        self.decodes = True
-        self.partial: Task | None = None
+        self.steady = True
         self.requests = 0
-        self.preemptions = 0
-        self._formed = 0
-        self._unfinished = 0
+        self._context = 0  # tokens with KV of the requests that decode
+        self._seconds = 0.0
 
-    def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
-        """Choose the requests of the step that starts at second `now`.
+    def open(self) -> None:
+        """Let calls be added to those that decode, whose blocks must be free."""
+        self.blocks.take(self.blocks.growth(self.step, 1))
+        self.room = self.engine.max_requests - self.decoding
+        self.budget = self.engine.token_budget - self.decoding
+        self.prefilling = []
 
-        When the turn of a task comes that is `cold`, `warm` is asked whether its backend is warm.
-        If not it is taken out of the order; the batch may be empty then.
-        """
-        engine, blocks = self.engine, self.blocks
-        width, budget, block_tokens = engine.max_requests, engine.token_budget, engine.block_tokens
-        decoding: list[Request] = []
-        prefilling: list[tuple[Request, int]] = []
-        served: list[Task] = []
-        passed_over: list[Task] = []
-        size = kept = kv_tokens = 0
-        complete = True
-        before, self._formed = self._formed, self._formed + 1
-        for task in self.order.best_first(now):
-            if task.cold:
-                task.cold = False
-                if not warm(task, now):
-                    continue
-            task.width = 0
-            for request in task.requests:
-                pending = request.input_tokens + request.generated - request.computed
-                n = pending if pending < budget else budget
-                short = request.computed + n > request.blocks * block_tokens
-                if (short or request.swapped) and not blocks.hold(request, n):
-                    complete = False
-                    break
-                if request.step == before:
-                    kept += 1
-                request.step = self._formed
-                if pending == 1 and request.generated:
-                    decoding.append(request)
-                else:
-                    prefilling.append((request, n))
-                budget -= n
-                kv_tokens += request.computed + n
-                task.width += 1
-                size += 1
-                if not budget or size == width:
-                    complete = False
-                    break
-            (served if task.width else passed_over).append(task)
-            if not complete:
-                break
-        blocks.trim()
-        self.order.settle(served, passed_over, now)
-        last = served[-1] if served else None
-        self.partial = last if last is not None and last.width < len(last.requests) else None
-        self.preemptions += self._unfinished - kept
-        self.decoding, self.prefilling = decoding, prefilling
-        self.size, self.kv_tokens = size, kv_tokens
-        moved = blocks.take_moved()
-        self.decodes = size > 0 and not prefilling and not moved
-        prefilled = engine.token_budget - budget - len(decoding)
-        self.seconds = engine.step_seconds(prefilled, len(decoding), kv_tokens, moved)
+    def add(self, calls: Calls, tokens: int) -> None:
+        """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
+        self.room -= calls.count
+        self.budget -= calls.count * tokens
+        if calls.pending > 1 or not calls.generated:
+            calls.formed = self.formed
+            self.prefilling.append((calls, tokens))
+            return
+        step, task = self.step, calls.task
+        calls.over = step + calls.output_tokens - calls.generated
+        task.generated, task.since = task.produced(step), step
+        task.decoding += calls.count
+        task.look = 0
+        self.blocks.enter(calls, step)
+        self.decoding += calls.count
+        self._context += calls.computed * calls.count
 
-    def seconds_of(self, steps: int) -> float:
-        """Seconds of the step formed, or of `steps` of it where it `decodes`."""
+    def stop(self, task: Task) -> None:
+        """Take out the calls of `task` that decode, before the batch is open."""
+        self._stop(task, ahead=False)
+
+    def displace(self, task: Task) -> None:
+        """Take out the calls of `task` that decode, to make room for others."""
+        self.room += task.decoding
+        self.budget += task.decoding
+        self._stop(task, ahead=True)
+
+    def close(self) -> None:
+        """Count what the step takes."""
+        moved = self.blocks.take_moved()
+        self.size = self.engine.max_requests - self.room
+        self.kv_tokens = self._context + self.decoding
+        prefill_tokens = 0
+        for calls, tokens in self.prefilling:
+            prefill_tokens += calls.count * tokens
+            self.kv_tokens += calls.count * (calls.computed + tokens)
+        self.steady = self.size > 0 and not self.prefilling and not moved
+        self._seconds = self.engine.step_seconds(
+            prefill_tokens, self.decoding, self.kv_tokens, moved
+        )
+
+    def seconds(self, steps: int) -> float:
+        """Seconds of the step, or of `steps` of it if it is `steady`."""
         if steps == 1:
-            return self.seconds
+            return self._seconds
         return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
 
-    def advance(self, steps: int, now: float) -> list[Task]:
-        """Carry out the step formed, `steps` times over, so that it ends at second `now`.
-
-        Returns:
-            The tasks whose present unit ended with it.
-        """
-        finished: list[Request] = []
-        for request in self.decoding:
-            request.computed += steps
-            request.generated += steps
-            request.task.generated += steps
-            if request.generated == request.output_tokens:
-                finished.append(request)
-        for request, tokens in self.prefilling:
-            _compute(request, tokens)
-            if request.generated == request.output_tokens:
-                finished.append(request)
+    def advance(self, steps: int) -> None:
+        """Carry out the step, `steps` times over; `finish` is to be asked for what is over."""
         if steps > 1:
-            self.blocks.grow(self.decoding)
+            self.blocks.take(self.blocks.growth(self.step + 1, steps - 1))
         self.blocks.count()
+        self.step += steps
         self.requests += steps * self.size
-        self._unfinished = self.size - len(finished)
-        for task in self.order.running:
-            self._credit(task, now)
-        return self._finish(finished)
+        self._context += steps * self.decoding
+        for calls, tokens in self.prefilling:
+            _compute(calls, tokens)
 
-    def _credit(self, task: Task, now: float) -> None:
-        job = task.job
-        attained = task.attained()
-        seconds = attained - job.attained_service
-        job.attained_service = attained
-        if seconds > 0.0:
-            self.policy.served(job, seconds, now)
+    def finish(self, task: Task) -> bool:
+        """Take out the calls of `task` that are over; whether that ends its unit."""
+        over = [
+            calls
+            for calls in task.calls
+            if calls.over == self.step or calls.generated == calls.output_tokens
+        ]
+        if not over:
+            return False
+        task.generated, task.since = task.produced(self.step), self.step
+        task.look = 0
+        for calls in over:
+            if calls.over:
+                self._leave(calls, ahead=False)
+                task.decoding -= calls.count
+            self.blocks.release(calls)
+            task.calls.remove(calls)
+        if not task.calls:
+            self.blocks.forget(task)
+        return not task.calls
 
-    def _finish(self, finished: list[Request]) -> list[Task]:
-        over = []
-        for request in finished:
-            self.blocks.release(request)
-            task = request.task
-            task.requests.remove(request)
-            if not task.requests:
-                self.order.leave(task)
-                over.append(task)
-        return over
+    def _stop(self, task: Task, ahead: bool) -> None:
+        for calls in task.calls:
+            if calls.over:
+                self._leave(calls, ahead)
+                calls.formed = self.formed - 1
+        task.generated, task.since, task.decoding = task.produced(self.step), self.step, 0
+
+    def _leave(self, calls: Calls, ahead: bool) -> None:
+        """Bring calls that decode up to date, and take them out."""
+        calls.generated = calls.output_tokens - (calls.over - self.step)
+        calls.computed = calls.input_tokens + calls.generated - 1
+        calls.over = 0
+        self.blocks.leave(calls, self.step, ahead)
+        self.decoding -= calls.count
+        self._context -= calls.computed * calls.count
 
 
-def _compute(request: Request, tokens: int) -> None:
+def _compute(calls: Calls, tokens: int) -> None:
     """Rule 4: the scheduled tokens get KV, and with none pending one more is produced."""
-    task = request.task
-    request.computed += tokens
-    new = min(request.computed, request.input_tokens) - request.prefilled
+    task, count = calls.task, calls.count
+    calls.computed += tokens
+    new = min(calls.computed, calls.input_tokens) - calls.prefilled
     if new > 0:
-        request.prefilled += new
-        task.prefilled += new
-    if request.pending == 0:
-        request.generated += 1
-        task.generated += 1
+        calls.prefilled += new
+        task.prefilled += new * count
+    if calls.pending == 0:
+        calls.generated += 1
+        task.generated += count

@@ -3,7 +3,7 @@
 from typing import final
 
 from demand.engine.model import Engine
-from demand.engine.tasks import Request
+from demand.engine.tasks import Calls, Task
 
 
 @final
@@ -25,45 +25,89 @@ class Blocks:
         self.moved = 0
         self.swapped = 0
         self.prefilled_again = 0
-        self._holders: dict[Request, None] = {}
+        self._block_tokens = engine.block_tokens
+        self._tasks: dict[Task, None] = {}  # that may hold blocks
+        self._holders = 0  # calls that do
+        # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
+        self._phases = [0] * engine.block_tokens
 
-    def hold(self, request: Request, tokens: int) -> bool:
-        """Give `request` the blocks that its KV takes with `tokens` more tokens, or refuse."""
-        needed = self.engine.blocks_for(request.computed + tokens) - request.blocks
-        if needed > self.free and not self._make_room(request, needed):
-            return False
+    def needed(self, calls: Calls, tokens: int) -> int:
+        """Blocks that each of `calls` lacks for `tokens` more tokens."""
+        return -(-(calls.computed + tokens) // self._block_tokens) - calls.blocks
+
+    def hold(self, calls: Calls, tokens: int) -> bool:
+        """Give the first of `calls` blocks for `tokens` more tokens, or refuse.
+
+        As many get them as can, and are parted from the rest.
+        """
+        needed, task = self.needed(calls, tokens), calls.task
+        if needed * calls.count > self.free:
+            task.split(calls, max(self.free // needed, 1))
+            if needed > self.free and not self._make_room(calls, needed):
+                return False
         if needed:
-            self._holders[request] = None
-            self.free -= needed
-            request.blocks += needed
-        if request.swapped:
-            self.moved += request.swapped
-            request.swapped = 0
+            if not calls.blocks:
+                self._tasks[task] = None
+                self._holders += calls.count
+            self.free -= needed * calls.count
+            calls.blocks += needed
+        if calls.swapped:
+            self.moved += calls.swapped * calls.count
+            calls.swapped = 0
         return True
 
-    def grow(self, requests: list[Request]) -> None:
-        """Give each of `requests` the blocks that its KV takes now; they must be free."""
-        for request in requests:
-            needed = self.engine.blocks_for(request.computed) - request.blocks
-            if needed:
-                request.blocks += needed
-                self.free -= needed
+    def enter(self, calls: Calls, step: int) -> None:
+        """Take note that `calls` decode from `step` on, for which they hold what they need."""
+        self._phases[(step - calls.computed) % self._block_tokens] += calls.count
+
+    def leave(self, calls: Calls, step: int, ahead: bool) -> None:
+        """Take note that `calls` do not decode from `step` on; tokens are as of then.
+
+        If blocks were taken for that step already, `ahead`, theirs are given back.
+        """
+        size, computed = self._block_tokens, calls.computed
+        phase = (step - computed) % size
+        self._phases[phase] -= calls.count
+        calls.blocks = -(-computed // size)
+        if ahead and phase == step % size:
+            self.free += calls.count
+
+    def growth(self, step: int, steps: int) -> int:
+        """Blocks that those who decode need in `steps` steps, the first being `step`."""
+        phases, size = self._phases, self._block_tokens
+        if steps == 1:
+            return phases[step % size]
+        rounds, rest = divmod(steps, size)
+        first = step % size
+        end = first + rest
+        blocks = sum(phases[first:end])
+        if end > size:
+            blocks += sum(phases[: end - size])
+        return blocks + rounds * sum(phases) if rounds else blocks
+
+    def take(self, blocks: int) -> None:
+        """Take blocks for those who decode; they must be free."""
+        self.free -= blocks
 
     def count(self) -> None:
         """Take note of the blocks held at the end of a step."""
         self.peak = max(self.peak, self.engine.blocks - self.free)
 
-    def release(self, request: Request) -> None:
-        """Take back the blocks of a request that is over."""
-        self.free += request.blocks
-        request.blocks = 0
-        del self._holders[request]
+    def release(self, calls: Calls) -> None:
+        """Take back the blocks of calls that are over."""
+        self.free += calls.blocks * calls.count
+        self._holders -= calls.count
+        calls.blocks = 0
+
+    def forget(self, task: Task) -> None:
+        """Take out a task whose calls are all over."""
+        del self._tasks[task]
 
     def trim(self) -> None:
         """Let no more than `max_requests` requests hold KV, where the engine does not pause."""
         if self.engine.preemption in ("recompute", "swap"):
-            while len(self._holders) > self.engine.max_requests:
-                self._take(max(self._holders, key=_place))
+            while (excess := self._holders - self.engine.max_requests) > 0:
+                self._take(max(self._all(), key=_place), excess)
 
     def take_moved(self) -> int:
         """Blocks copied since the last call."""
@@ -71,27 +115,37 @@ class Blocks:
         self.swapped += moved
         return moved
 
-    def _make_room(self, request: Request, needed: int) -> bool:
-        """Free blocks of requests that come after `request`, last first, if that is enough."""
-        later = [holder for holder in self._holders if holder.place > request.place]
-        if self.free + sum(holder.blocks for holder in later) < needed:
+    def _all(self) -> list[Calls]:
+        return [calls for task in self._tasks for calls in task.calls if calls.blocks]
+
+    def _make_room(self, calls: Calls, needed: int) -> bool:
+        """Free blocks of calls that come after `calls`, last first, if that is enough."""
+        place = calls.place
+        later = [holder for holder in self._all() if holder.place > place]
+        if self.free + sum(holder.blocks * holder.count for holder in later) < needed:
             return False
         later.sort(key=_place)
         while self.free < needed:
-            self._take(later.pop())
+            victims = later.pop()
+            self._take(victims, -(-(needed - self.free) // victims.blocks))
         return True
 
-    def _take(self, victim: Request) -> None:
-        self.free += victim.blocks
+    def _take(self, victims: Calls, most: int) -> None:
+        """Take the blocks of the last of `victims`, `most` of them if they are more."""
+        if most < victims.count:
+            task, at = victims.task, victims.task.calls.index(victims)
+            task.split(victims, victims.count - most)
+            victims = task.calls[at + 1]
+        self.free += victims.blocks * victims.count
+        self._holders -= victims.count
         if self.engine.preemption == "swap":
-            victim.swapped = victim.blocks
-            self.moved += victim.blocks
+            victims.swapped = victims.blocks
+            self.moved += victims.blocks * victims.count
         else:
-            self.prefilled_again += victim.computed
-            victim.computed = 0
-        victim.blocks = 0
-        del self._holders[victim]
+            self.prefilled_again += victims.computed * victims.count
+            victims.computed = 0
+        victims.blocks = 0
 
 
-def _place(request: Request) -> tuple[object, int]:
-    return request.place
+def _place(calls: Calls) -> tuple[object, int]:
+    return calls.place

@@ -31,7 +31,8 @@ class Engine:
     4. The step takes `step_seconds`. At its end the scheduled tokens have KV, and each request
        with none pending has produced one more token: so a prompt that fits the budget produces
        its first token in the step that prefills it, a lone request takes O steps, and the last
-       token of a request never has KV.
+       token of a request never has KV. Units that end with one step do so in order of arrival of
+       their jobs.
 
     What becomes of a request that is left out of a step:
 

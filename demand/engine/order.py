@@ -1,28 +1,30 @@
 """The order in which the jobs of an engine are served, kept while their ranks change."""
 
-from collections.abc import Iterator, Sequence
+import math
 from heapq import heapify, heappop, heappush
 from typing import final
 
-from demand.engine.tasks import Place, Task
-from demand.policies.base import Policy
+from demand.engine.tasks import ANY, NOBODY, UNKNOWN, Place, Task
+from demand.policies.base import Policy, Rank
 from demand.policies.ranking import rank_of
+from demand.policies.thresholds import just_below
+
+Waiting = list[tuple[Place, Task]]
 
 
 @final
 class RankOrder:
-    """Tasks with requests, best first: those of the last batch, and those waiting.
+    """Tasks with calls: those of the last batch, and those waiting.
 
-    The rank of a waiting job stands still (`Policy`), so that waiting tasks sit in a heap; those
-    of the last batch are ranked anew for each step.
+    The rank of a waiting job stands still (`Policy`), so that waiting tasks sit in a heap. A task
+    of the batch is ranked anew only when its place may have passed its `Task.bound`.
 
     Args:
         policy: ranks the jobs.
         preemptive: whether a better rank goes before a unit that has started.
 
     Attributes:
-        running: tasks with a request in the last batch.
-        fresh: of those, the ones with none in the batch before: their ranks are from then.
+        running: tasks with a call in the last batch, in any order.
         waiting: heap of (place, task) of the others.
     """
 
@@ -30,72 +32,126 @@ class RankOrder:
         self.policy = policy
         self.preemptive = preemptive
         self.running: list[Task] = []
-        self.fresh: list[Task] = []
-        self.waiting: list[tuple[Place, Task]] = []
-        self.started = 0
+        self.waiting: Waiting = []
+        self._started = 0
 
     def __len__(self) -> int:
         return len(self.running) + len(self.waiting)
 
+    @property
+    def best_waiting(self) -> Place:
+        """Place of the first that waits, `NOBODY` if there is none."""
+        return self.waiting[0][0] if self.waiting else NOBODY
+
     def add(self, task: Task, now: float) -> None:
-        """Let `task` wait with the requests of a new unit."""
+        """Let `task` wait with the calls of a new unit."""
         task.started = -1
         self._wait(task, now)
 
+    def first(self, again: Waiting) -> Place:
+        """Place of the first of the waiting and of the heap `again`, `NOBODY` if there is none."""
+        best = self.best_waiting
+        return again[0][0] if again and again[0][0] < best else best
+
+    def pop(self, again: Waiting) -> Task:
+        """Take out the first of the waiting and of the heap `again`."""
+        if again and (not self.waiting or again[0][0] < self.waiting[0][0]):
+            return heappop(again)[1]
+        return heappop(self.waiting)[1]
+
+    def start(self, task: Task) -> None:
+        """Take note that `task` has calls in the batch."""
+        job = task.job
+        if task.started < 0:
+            task.started = self._started
+            self._started += 1
+        if not job.running:
+            job.running = True
+            job.started_at = job.attained_service
+            task.bound = UNKNOWN  # running may have changed its rank
+            self.running.append(task)
+
+    def stop(self, task: Task, now: float) -> None:
+        """Let `task`, which has no calls in the batch, wait."""
+        if task.job.running:
+            self.leave(task)
+        self._wait(task, now)
+
     def leave(self, task: Task) -> None:
-        """Take out a running task whose requests are all finished."""
+        """Take out a task of the batch."""
         task.job.running = False
         self.running.remove(task)
 
-    def best_first(self, now: float) -> Iterator[Task]:
-        """All tasks in order, taken out one by one as they are asked for; then call `settle`."""
-        if self.policy.reranks:
-            self.waiting = [(self.rank(task, now), task) for _, task in self.waiting]
-            heapify(self.waiting)
-        for task in self.running:
-            self.rank(task, now)
-        self.running.sort(key=_place, reverse=True)
-        running, waiting = self.running, self.waiting
-        while running or waiting:
-            if running and (not waiting or running[-1].place < waiting[0][0]):
-                yield running.pop()
-            else:
-                yield heappop(waiting)[1]
+    def rerank(self, now: float) -> None:
+        """Rank all that wait anew."""
+        self.waiting = [(self.place(task, now), task) for _, task in self.waiting]
+        heapify(self.waiting)
 
-    def settle(self, served: list[Task], passed_over: Sequence[Task], now: float) -> None:
-        """Take back what was taken out; running tasks that were not taken out wait from now on."""
-        self.fresh = []
-        for task in served:
-            job = task.job
-            if not job.running:
-                self.fresh.append(task)
-                job.running = True
-                job.started_at = job.attained_service
-            if task.started < 0:
-                task.started = self.started
-                self.started += 1
-        for task in (*self.running, *passed_over):
-            task.job.running = False
-            self._wait(task, now)
-        self.running = served
-
-    def rank(self, task: Task, now: float) -> Place:
-        """Rank `task` anew; its place.
+    def rank(self, task: Task, now: float, step: int) -> Place:
+        """Rank a running task anew, as of `step` steps carried out; its place, and bound for now.
 
         Raises:
             DemandError: a rank of NaN.
         """
+        self.account(task, now, step)
+        task.bound = self.place(task, now)
+        return task.bound
+
+    def account(self, task: Task, now: float, step: int) -> None:
+        """Give the job of `task` the service of `step` steps carried out."""
+        job, attained = task.job, task.attained(step)
+        seconds = attained - job.attained_service
+        job.attained_service = attained
+        if seconds > 0.0:
+            self.policy.served(job, seconds, now)
+
+    def watch(self, task: Task, now: float, step: int, best: Place) -> None:
+        """Find a bound on the place of a running task, and until when it holds.
+
+        It lies half-way to `best`, so that it need not be found again when `best` gets better.
+        """
+        task.bound_holds_until = math.inf
+        if best is NOBODY:
+            task.bound = ANY
+        else:
+            place = task.place if task.bound is task.place else self.rank(task, now, step)
+            if place > best:
+                task.bound = UNKNOWN
+            elif self.preemptive:
+                threshold = _half_way(place[1], best[1])
+                if threshold == best[1] and place[2] > best[2]:
+                    threshold = just_below(threshold)
+                task.bound = (place[0], threshold, place[2])
+                attained = self.policy.next_above(task.job, threshold)
+                # Sooner than later: quanta are counted with a slack (`policies.quanta`).
+                task.bound_holds_until = attained * (1.0 - 1e-9)
+        task.look = task.next_look(step)
+
+    def place(self, task: Task, now: float) -> Place:
+        """Find the place of `task`, by what its job has attained."""
         job = task.job
-        if not self.preemptive and task.started >= 0:
+        if self.preemptive:
+            task.place = (0, rank_of(job, self.policy, now), job.index)
+        elif task.started >= 0:
             task.place = (0, task.started, job.index)
-            return task.place
-        rank = rank_of(job, self.policy, now)
-        task.place = (0 if self.preemptive else 1, rank, job.index)
+        else:
+            task.place = (1, rank_of(job, self.policy, now), job.index)
         return task.place
 
     def _wait(self, task: Task, now: float) -> None:
-        heappush(self.waiting, (self.rank(task, now), task))
+        heappush(self.waiting, (self.place(task, now), task))
 
 
-def _place(task: Task) -> Place:
-    return task.place
+def _half_way(rank: Rank, best: Rank) -> Rank:
+    """A threshold between `rank` and the greater or equal `best`, in the class of `rank`."""
+    if isinstance(rank, tuple):
+        assert isinstance(best, tuple)
+        for at, (mine, other) in enumerate(zip(rank, best, strict=True)):
+            if mine < other:
+                last = at == len(rank) - 1
+                rest = (_half_way(mine, other),) if last else (mine, *rank[at + 1 : -1], math.inf)
+                return rank[:at] + rest
+        return best
+    assert not isinstance(best, tuple)
+    middle = rank + (best - rank) / 2
+    return middle if middle < best else best

@@ -9,12 +9,12 @@ import numpy as np
 from demand.arrivals import arrivals_of
 from demand.engine.agenda import Action, Agenda
 from demand.engine.backends import Backends, check_pools
-from demand.engine.batch import Batcher
+from demand.engine.batcher import Batcher
 from demand.engine.horizon import identical_steps
 from demand.engine.model import Engine
 from demand.engine.pools import Pool
 from demand.engine.result import EngineResult
-from demand.engine.tasks import Request, Task, call_tokens, check_run, execution_seconds
+from demand.engine.tasks import Task, alike_calls, check_run, execution_seconds
 from demand.errors import DemandError
 from demand.jobs import JobMaker
 from demand.policies.base import Policy, Rank
@@ -147,18 +147,21 @@ class _Simulation:
         batcher = self.batcher
         batcher.form(now, self.warm)
         self.decisions += 1
-        if not batcher.size:
+        if not batcher.batch.size:
             return now
-        steps = identical_steps(batcher, now, self.next_second())
-        seconds = batcher.seconds_of(steps)
+        upcoming = self.next_second()
+        steps = identical_steps(batcher, now, upcoming)
+        seconds = batcher.batch.seconds(steps)
         now += seconds
         self.busy_seconds += seconds
         self.steps += steps
-        self.happen(now)
-        for task in batcher.advance(steps, now):
+        if upcoming <= now:
+            self.happen(now)
+        ended, alarmed = batcher.advance(steps, now)
+        for task in ended:
             self.end_unit(task, now)
-        for task in batcher.order.running:
-            while task.alarms and task.alarms[-1][0] <= task.generated:
+        for task in alarmed:
+            while task.alarms and task.alarms[-1][0] <= task.produced(batcher.batch.step):
                 task.alarms.pop()[1](now)
         return now
 
@@ -180,11 +183,12 @@ class _Simulation:
         entry = self.arrivals.take()
         job = self.jobs.make(entry, len(self.entries), now)
         run, cost = self.runs[entry], self.costs[job.application]
-        job.demand = sum(execution_seconds(execution, cost) for execution in run)
+        unit_seconds = [execution_seconds(execution, cost) for execution in run]
+        job.demand = sum(unit_seconds)
         self.entries.append(entry)
         self.arrived_at.append(now)
         self.policy.arrived(job, now)
-        task = Task(job, entry, run, cost, arrived_step=self.steps)
+        task = Task(job, entry, run, cost, unit_seconds, arrived_step=self.steps)
         self.start_unit(task, now)
 
     def start_unit(self, task: Task, now: float) -> None:
@@ -195,9 +199,8 @@ class _Simulation:
             if self.backends.acquire(task, now, partial(self.begin, task, later)):
                 self.begin(task, later, now)
             return
-        calls = enumerate(call_tokens(task.execution))
         task.prefilled = task.generated = 0
-        task.requests = [Request(task, number, *tokens) for number, tokens in calls]
+        task.calls = alike_calls(task)
         self.backends.alarms(task, later)
         task.cold = self.backends.waits_for_its_turn(task)
         if task.cold or self.warm(task, now):
@@ -221,7 +224,7 @@ class _Simulation:
 
     def end_unit(self, task: Task, now: float) -> None:
         job, execution = task.job, task.execution
-        task.settled_seconds += execution_seconds(execution, task.cost)
+        task.settled_seconds += task.unit_seconds[task.at]
         task.prefilled = task.generated = 0
         seconds = task.settled_seconds - job.attained_service
         job.attained_service = task.settled_seconds
@@ -249,7 +252,7 @@ class _Simulation:
         return self.policy.rank(task.job, now), task.job.index
 
     def result(self, now: float) -> EngineResult:
-        batcher, blocks, workload = self.batcher, self.batcher.blocks, self.workload
+        batcher, batch, workload = self.batcher, self.batcher.batch, self.workload
         if isinstance(workload, ClosedLoop):
             workload = workload.arrived(self.entries, np.array(self.arrived_at))
         self.completion_times.setflags(write=False)
@@ -258,17 +261,17 @@ class _Simulation:
             self.policy,
             workload,
             self.completion_times,
-            len(self.entries) + self.agenda.happened + self.decisions,
+            len(self.entries) + self.agenda.happened + self.steps,
             batcher.preemptions,
-            batcher.engine,
+            batch.engine,
             self.completion_steps,
             self.steps,
             self.decisions,
             self.busy_seconds,
-            batcher.requests / max(self.steps, 1),
-            blocks.prefilled_again,
-            blocks.swapped,
-            blocks.peak,
+            batch.requests / max(self.steps, 1),
+            batch.blocks.prefilled_again,
+            batch.blocks.swapped,
+            batch.blocks.peak,
             self.backends.reports(now),
         )
 

@@ -208,7 +208,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             entry = call.entry
             if entry not in ended and all(c.produced == c.made for c in entry.calls):
                 ended.append(entry)
-        for entry in ended:
+        for entry in sorted(ended, key=lambda e: e.job.index):
             entry.settled += execution_seconds(entry.run[entry.at], cost)
             entry.job.attained_service = entry.settled
             next_unit(entry, now)

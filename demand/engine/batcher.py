@@ -1,0 +1,239 @@
+"""Chooses the requests of a step."""
+
+from collections.abc import Callable
+from heapq import heapify, heappush
+from typing import final
+
+from demand.engine.batch import Batch
+from demand.engine.model import Engine
+from demand.engine.order import RankOrder, Waiting
+from demand.engine.tasks import NOBODY, UNKNOWN, Place, Task
+from demand.policies.base import Policy
+
+
+@final
+class Batcher:
+    """The engine at work: rules 1 to 3 of `Engine`.
+
+    The batch goes on from step to step. Calls of it that do not decode yet, and those that wait,
+    are served in order; one that lacks room, tokens or blocks displaces calls that decode and
+    come after it. Nobody else needs a rank.
+
+    Attributes:
+        order: the tasks with calls.
+        batch: the requests chosen.
+        partial: a task that is served with some of its calls only; `None` if there is none.
+        preemptions: times that a request was left out of the step after one it was in.
+    """
+
+    def __init__(self, engine: Engine, policy: Policy) -> None:
+        self.order = RankOrder(policy, engine.preemption != "none")
+        self.batch = Batch(engine)
+        self.partial: Task | None = None
+        self.preemptions = 0
+
+    def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
+        """Choose the requests of the step that starts at second `now`.
+
+        When the turn of a task comes that is `cold`, `warm` is asked whether its backend is warm.
+        If not it is taken out of the order; the batch may be empty then.
+        """
+        order, batch = self.order, self.batch
+        batch.formed += 1
+        again = self._to_serve_anew(now)
+        batch.open()
+        served: list[Task] = []
+        passed_over: list[Task] = []
+        self.partial = None
+        while self.partial is None:
+            first = order.first(again)
+            full = not (batch.room and batch.budget)
+            if first is NOBODY or (full and not self._come_after(first)):
+                break
+            task = order.pop(again)
+            if task.cold:
+                task.cold = False
+                if not warm(task, now):
+                    continue
+            self._displace(task, again, now)
+            room = batch.room
+            if not self._serve(task):
+                self.partial = task
+            (passed_over if batch.room == room else served).append(task)
+        batch.blocks.trim()
+        passed_over += [task for _, task in again]
+        self._settle(served, passed_over, now)
+        batch.close()
+
+    def advance(self, steps: int, now: float) -> tuple[list[Task], list[Task]]:
+        """Carry out the step formed, `steps` times over, so that it ends at second `now`.
+
+        Returns:
+            The tasks whose present unit ended with it, in order of arrival; and those whose
+            alarms may be due.
+        """
+        order, batch = self.order, self.batch
+        batch.advance(steps)
+        step = batch.step
+        touched = {calls.task: None for calls, _ in batch.prefilling}
+        for task in order.running:
+            if task.look <= step:
+                touched[task] = None
+        if order.policy.reranks:  # who is served moves others
+            for task in order.running:
+                order.account(task, now, step)
+        ended = []
+        for task in touched:
+            if task.attained(step) >= task.bound_holds_until:
+                task.bound = UNKNOWN
+            if batch.finish(task):
+                order.account(task, now, step)
+                order.leave(task)
+                ended.append(task)
+        ended.sort(key=_index)
+        return ended, [task for task in touched if task.calls and task.alarms]
+
+    def _to_serve_anew(self, now: float) -> Waiting:
+        """Heap of the tasks of the last batch not all of whose calls decode.
+
+        Where tokens or blocks do not suffice for the last batch, its last tasks are stopped and
+        among them, so that they suffice for the others.
+        """
+        order, batch, blocks = self.order, self.batch, self.batch.blocks
+        tasks = dict.fromkeys(calls.task for calls, _ in batch.prefilling)
+        if self.partial is not None:
+            tasks[self.partial] = None
+        anew = {task: self._asked(task) for task in tasks if task.job.running}
+        budget = batch.engine.token_budget - batch.decoding
+        free = blocks.free - blocks.growth(batch.step, 1)
+        for tokens, needed in anew.values():
+            budget -= tokens
+            free -= needed
+        if budget < 0 or free < 0:
+            last = sorted(order.running, key=lambda task: order.rank(task, now, batch.step))
+            while budget < 0 or free < 0:
+                task = last.pop()
+                tokens, needed = anew.get(task, (0, 0))
+                budget += task.decoding + tokens
+                free += needed + blocks.growth(batch.step, 1)
+                self.preemptions += task.decoding
+                batch.stop(task)
+                free -= blocks.growth(batch.step, 1)
+                anew[task] = (0, 0)
+        if order.policy.reranks:
+            order.rerank(now)
+        again = [(order.rank(task, now, batch.step), task) for task in anew]
+        heapify(again)
+        return again
+
+    def _asked(self, task: Task) -> tuple[int, int]:
+        """Tokens and blocks for the calls of `task` in the last batch that do not decode yet.
+
+        They count as preempted until they are served.
+        """
+        batch = self.batch
+        tokens = needed = 0
+        for calls in task.calls:
+            if calls.formed == batch.formed - 1:
+                pending = calls.pending
+                tokens += pending * calls.count
+                needed += batch.blocks.needed(calls, pending) * calls.count
+                self.preemptions += calls.count
+        return tokens, needed
+
+    def _come_after(self, place: Place) -> bool:
+        """Whether a task that decodes may come after `place`."""
+        return any(task.bound > place and task.decoding for task in self.order.running)
+
+    def _displace(self, task: Task, again: Waiting, now: float) -> None:
+        """Stop those that decode and come after `task`, last first, until it has what it needs."""
+        batch, blocks = self.batch, self.batch.blocks
+        requests = tokens = needed = 0
+        for calls in task.calls:
+            if not calls.over:
+                count, pending = calls.count, calls.pending
+                requests += count
+                tokens += pending * count
+                needed += blocks.needed(calls, pending) * count
+        after: list[Task] | None = None
+        while requests > batch.room or tokens > batch.budget or needed > blocks.free:
+            if after is None:
+                after = self._decoding_after(task.place, now)
+            if not after:
+                return
+            last = after.pop()
+            if last.steady:
+                heappush(again, (last.place, last))
+            self.preemptions += last.decoding
+            batch.displace(last)
+
+    def _decoding_after(self, place: Place, now: float) -> list[Task]:
+        """Tasks that decode and come after `place`, ranked, last one last."""
+        after = []
+        for task in self.order.running:
+            if task.bound > place and task.decoding:
+                if task.bound is not task.place:
+                    self.order.rank(task, now, self.batch.step)
+                if task.place > place:
+                    after.append(task)
+        after.sort(key=_place)
+        return after
+
+    def _serve(self, task: Task) -> bool:
+        """Serve the calls of `task` that do not decode yet, as far as possible; whether it was."""
+        batch, at = self.batch, 0
+        while at < len(task.calls):
+            calls = task.calls[at]
+            at += 1
+            if calls.over:
+                continue
+            room, budget, pending = batch.room, batch.budget, calls.pending
+            if not (room and budget):
+                return False
+            tokens = pending if pending < budget else budget
+            if calls.count > room or calls.count * tokens > budget:
+                task.split(calls, min(room, budget // tokens))
+            if not batch.blocks.hold(calls, tokens):
+                return False
+            if calls.formed == batch.formed - 1:
+                self.preemptions -= calls.count
+            batch.add(calls, tokens)
+        return True
+
+    def _settle(self, served: list[Task], passed_over: list[Task], now: float) -> None:
+        """Let those that have no call in the batch wait, and find when to look at the others."""
+        order, step = self.order, self.batch.step
+        for task in passed_over:
+            if task.decoding:
+                self.partial = task
+            else:
+                order.stop(task, now)
+        for task in served:
+            order.start(task)
+        partial = self.partial
+        if partial is not None and not partial.job.running:
+            partial = self.partial = None
+        if order.policy.reranks:
+            for task in order.running:
+                task.bound, task.look = UNKNOWN, step + 1
+            return
+        best = order.best_waiting
+        if partial is not None:
+            if partial.bound is not partial.place:
+                order.rank(partial, now, step)
+            best = min(best, partial.place)
+        prefilling = {calls.task for calls, _ in self.batch.prefilling}
+        for task in order.running:
+            if task is not partial and (task.bound is task.place or task.bound > best):
+                if task not in prefilling:
+                    order.watch(task, now, step, best)
+            elif task.look <= step:
+                task.look = task.next_look(step)
+
+
+def _place(task: Task) -> Place:
+    return task.place
+
+
+def _index(task: Task) -> int:
+    return task.job.index
