@@ -7,8 +7,9 @@ from typing import final
 
 from demand.distribution import Distribution
 from demand.engine.agenda import Action, Agenda
+from demand.engine.calls import call_groups
 from demand.engine.pools import Pool, PoolReport
-from demand.engine.tasks import Task, call_tokens
+from demand.engine.tasks import Task
 from demand.engine.warm import Place, WarmPool
 from demand.errors import DemandError
 from demand.graph import PDGraph
@@ -102,11 +103,14 @@ class Backends:
         Seconds of the unit are those of a call at the pace given, and how far it has come is what
         its calls have produced on average.
         """
-        calls = call_tokens(task.execution)
-        prefill = sum(given for given, _ in calls) * self._pace.prefill_seconds_per_token
+        if not later:
+            return
+        calls = task.execution.parallelism
+        given = sum(count * tokens for count, tokens, _ in call_groups(task.execution))
+        prefill = given * self._pace.prefill_seconds_per_token
         rate = self._pace.decode_seconds_per_token
         for seconds, action in reversed(later):
-            left = seconds * len(calls) - prefill
+            left = seconds * calls - prefill
             task.alarms.append((max(1, math.ceil(left / rate)) if rate else 1, action))
 
     def reports(self, now: float) -> dict[str, PoolReport]:

@@ -151,7 +151,8 @@ class Batcher:
         requests = tokens = needed = 0
         for calls in task.calls:
             if not calls.over:
-                count, pending = calls.count, calls.pending
+                count = calls.count
+                pending = calls.input_tokens + calls.generated - calls.computed
                 requests += count
                 tokens += pending * count
                 needed += blocks.needed(calls, pending) * count
@@ -187,9 +188,10 @@ class Batcher:
             at += 1
             if calls.over:
                 continue
-            room, budget, pending = batch.room, batch.budget, calls.pending
+            room, budget = batch.room, batch.budget
             if not (room and budget):
                 return False
+            pending = calls.input_tokens + calls.generated - calls.computed
             tokens = pending if pending < budget else budget
             if calls.count > room or calls.count * tokens > budget:
                 task.split(calls, min(room, budget // tokens))
@@ -217,16 +219,19 @@ class Batcher:
             for task in order.running:
                 task.bound, task.look = UNKNOWN, step + 1
             return
+        if self.batch.prefilling:  # looks at the next step anyway
+            for task in order.running:
+                if task.bound is task.place:
+                    task.bound = UNKNOWN
+            return
         best = order.best_waiting
         if partial is not None:
             if partial.bound is not partial.place:
                 order.rank(partial, now, step)
             best = min(best, partial.place)
-        prefilling = {calls.task for calls, _ in self.batch.prefilling}
         for task in order.running:
             if task is not partial and (task.bound is task.place or task.bound > best):
-                if task not in prefilling:
-                    order.watch(task, now, step, best)
+                order.watch(task, now, step, best)
             elif task.look <= step:
                 task.look = task.next_look(step)
 

@@ -6,6 +6,7 @@ from typing import final
 
 from demand.engine.tasks import ANY, NOBODY, UNKNOWN, Place, Task
 from demand.policies.base import Policy, Rank
+from demand.policies.hooks import hook
 from demand.policies.ranking import rank_of
 from demand.policies.thresholds import just_below
 
@@ -30,13 +31,15 @@ class RankOrder:
 
     def __init__(self, policy: Policy, preemptive: bool) -> None:
         self.policy = policy
+        self._served = hook(policy, "served")
         self.preemptive = preemptive
         self.running: list[Task] = []
         self.waiting: Waiting = []
         self._started = 0
 
-    def __len__(self) -> int:
-        return len(self.running) + len(self.waiting)
+    def __bool__(self) -> bool:
+        """Whether anybody has calls."""
+        return bool(self.running or self.waiting)
 
     @property
     def best_waiting(self) -> Place:
@@ -102,8 +105,8 @@ class RankOrder:
         job, attained = task.job, task.attained(step)
         seconds = attained - job.attained_service
         job.attained_service = attained
-        if seconds > 0.0:
-            self.policy.served(job, seconds, now)
+        if self._served is not None and seconds > 0.0:
+            self._served(job, seconds, now)
 
     def watch(self, task: Task, now: float, step: int, best: Place) -> None:
         """Find a bound on the place of a running task, and until when it holds.
@@ -144,14 +147,15 @@ class RankOrder:
 
 def _half_way(rank: Rank, best: Rank) -> Rank:
     """A threshold between `rank` and the greater or equal `best`, in the class of `rank`."""
-    if isinstance(rank, tuple):
-        assert isinstance(best, tuple)
-        for at, (mine, other) in enumerate(zip(rank, best, strict=True)):
-            if mine < other:
-                last = at == len(rank) - 1
-                rest = (_half_way(mine, other),) if last else (mine, *rank[at + 1 : -1], math.inf)
-                return rank[:at] + rest
-        return best
-    assert not isinstance(best, tuple)
-    middle = rank + (best - rank) / 2
-    return middle if middle < best else best
+    if not isinstance(rank, tuple):
+        assert not isinstance(best, tuple)
+        return _middle(rank, best)
+    assert isinstance(best, tuple)
+    *classes, last = rank
+    *best_classes, best_last = best
+    return (*classes, _middle(last, best_last) if classes == best_classes else math.inf)
+
+
+def _middle(low: float, high: float) -> float:
+    middle = low + (high - low) / 2
+    return middle if middle < high else high

@@ -18,8 +18,9 @@ class EngineResult(Result):
     """Jobs served by an engine in continuous batches.
 
     A slowdown can be below 1 here: demand adds up the seconds of parallel calls, by the cost
-    model, and the engine runs them side by side. Its events are steps, arrivals, ends of
-    units that are not llm and what pools do; its preemptions are of requests, not jobs.
+    model, and the engine runs them side by side. Its events are arrivals of jobs, submissions,
+    preemptions and ends of requests, ends of other units, what pools do, and steps; whether they
+    were looked at one by one does not matter. Its preemptions are of requests, not jobs.
 
     Attributes:
         engine: that served them.

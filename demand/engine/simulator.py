@@ -10,11 +10,12 @@ from demand.arrivals import arrivals_of
 from demand.engine.agenda import Action, Agenda
 from demand.engine.backends import Backends, check_pools
 from demand.engine.batcher import Batcher
+from demand.engine.calls import call_groups, check_run, execution_seconds
 from demand.engine.horizon import identical_steps
 from demand.engine.model import Engine
 from demand.engine.pools import Pool
 from demand.engine.result import EngineResult
-from demand.engine.tasks import Task, alike_calls, check_run, execution_seconds
+from demand.engine.tasks import Calls, Task
 from demand.errors import DemandError
 from demand.jobs import JobMaker
 from demand.policies.base import Policy, Rank
@@ -130,15 +131,17 @@ class _Simulation:
         self.steps = 0
         self.busy_seconds = 0.0
         self.decisions = 0
+        self.requests = 0
 
     def run(self) -> EngineResult:
-        now = 0.0
+        now, order = 0.0, self.batcher.order
         while self.finished < len(self.workload):
-            if not self.batcher.order:
+            if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
-            self.happen(now)
-            if self.batcher.order:
+            if self.next_second() <= now:
+                self.happen(now)
+            if order:
                 now = self.step(now)
         return self.result(now)
 
@@ -200,7 +203,11 @@ class _Simulation:
                 self.begin(task, later, now)
             return
         task.prefilled = task.generated = 0
-        task.calls = alike_calls(task)
+        number = 0
+        for count, given, made in call_groups(task.execution):
+            task.calls.append(Calls(task, number, count, given, made))
+            number += count
+        self.requests += number
         self.backends.alarms(task, later)
         task.cold = self.backends.waits_for_its_turn(task)
         if task.cold or self.warm(task, now):
@@ -251,6 +258,11 @@ class _Simulation:
         """Order of tasks that wait for a backend."""
         return self.policy.rank(task.job, now), task.job.index
 
+    def events(self) -> int:
+        """What happened: to jobs, outside of the engine, to requests, and steps."""
+        requests = 2 * self.requests + self.batcher.preemptions
+        return len(self.entries) + self.agenda.happened + requests + self.steps
+
     def result(self, now: float) -> EngineResult:
         batcher, batch, workload = self.batcher, self.batcher.batch, self.workload
         if isinstance(workload, ClosedLoop):
@@ -261,7 +273,7 @@ class _Simulation:
             self.policy,
             workload,
             self.completion_times,
-            len(self.entries) + self.agenda.happened + self.steps,
+            self.events(),
             batcher.preemptions,
             batch.engine,
             self.completion_steps,

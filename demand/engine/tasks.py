@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import final
 
 from demand.engine.agenda import Action
-from demand.engine.model import Engine
-from demand.errors import DemandError
 from demand.policies.base import Job, Rank
 from demand.units import CostModel, Execution
 
@@ -184,70 +182,3 @@ class Task:
         )
         calls.count = count
         self.calls.insert(self.calls.index(calls) + 1, rest)
-
-
-def call_tokens(execution: Execution) -> list[tuple[int, int]]:
-    """(input, output) tokens of each call of an llm execution, whole and at least 1.
-
-    All calls are alike, unless the longest is known: it is then the first, and the others share
-    the rest evenly.
-
-    Raises:
-        DemandError: an execution measured in seconds alone.
-    """
-    calls = execution.parallelism
-    if not execution.input_tokens and not execution.output_tokens:
-        raise DemandError(
-            f"unit {execution.unit.name!r} is an llm known by its seconds alone; an engine needs "
-            'input_tokens and output_tokens: give them, or make the unit of kind "model"'
-        )
-    each = (_whole(execution.input_tokens), _whole(execution.output_tokens))
-    longest = execution.longest_output_tokens
-    if longest is None or calls == 1:
-        return [each] * calls
-    others = (calls * execution.output_tokens - longest) / (calls - 1)
-    return [(each[0], _whole(longest))] + [(each[0], _whole(others))] * (calls - 1)
-
-
-def alike_calls(task: Task) -> list[Calls]:
-    """The calls of the present llm unit of `task`, those that are alike together."""
-    found: list[Calls] = []
-    for number, (given, made) in enumerate(call_tokens(task.execution)):
-        if found and found[-1].output_tokens == made:
-            found[-1].count += 1
-        else:
-            found.append(Calls(task, number, 1, given, made))
-    return found
-
-
-def execution_seconds(execution: Execution, cost: CostModel) -> float:
-    """Seconds of service of an execution as the engine counts it: tokens whole, for an llm."""
-    if execution.unit.kind != "llm":
-        return cost.seconds(execution)
-    tokens = call_tokens(execution)
-    return (
-        sum(given for given, _ in tokens) * cost.prefill_seconds_per_token
-        + sum(made for _, made in tokens) * cost.decode_seconds_per_token
-    )
-
-
-def check_run(index: int, run: Sequence[Execution], engine: Engine) -> None:
-    """Raise `DemandError` for an empty run, or one with a request the engine can never hold."""
-    if not run:
-        raise DemandError(f"the run of job {index} is empty; give the units it executes")
-    for execution in run:
-        if execution.unit.kind != "llm":
-            continue
-        for given, made in set(call_tokens(execution)):
-            needed = engine.blocks_for(given + made - 1)
-            if needed > engine.blocks:
-                raise DemandError(
-                    f"unit {execution.unit.name!r} of job {index} has a request of {given} input "
-                    f"and {made} output tokens, whose KV takes {needed} blocks of "
-                    f"{engine.block_tokens} tokens; the engine has {engine.blocks}: give it more "
-                    "blocks or leave the job out"
-                )
-
-
-def _whole(tokens: float) -> int:
-    return max(1, math.floor(tokens + 0.5))

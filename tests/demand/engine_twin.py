@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from demand import CostModel, Job
-from demand.engine.tasks import call_tokens, execution_seconds
+from demand.engine.calls import call_groups, execution_seconds
 
 
 def step_by_step(workload, policy, engine, cost=None, seed=0):
@@ -80,7 +80,11 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                     prefilled=0,
                     last=False,
                 )
-                for k, (given, made) in enumerate(call_tokens(execution))
+                for k, (given, made) in enumerate(
+                    (given, made)
+                    for count, given, made in call_groups(execution)
+                    for _ in range(count)
+                )
             ]
         else:
             entry.busy_until = now + execution.seconds

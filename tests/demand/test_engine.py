@@ -169,7 +169,7 @@ def test_one_slot_without_prefill_is_the_single_server_queue(workload, policy):
 
 
 def test_a_quantum_that_ends_a_rounding_early_is_not_missed():
-    """105 tokens of 0.06 s are 6.3 s, three quanta of 2.1 s a bit more; service counts by quanta."""
+    """105 tokens of 0.06 s are 6.3 s, three quanta of 2.1 s a rounding more: still three."""
     workload, cost = one_unit([(1, 120), (1, 120)]), CostModel(0.0, 0.06)
     assert 105 * 0.06 < 3 * 2.1
     result = simulate_engine(workload, LAS(2.1), Engine.counting_steps(1), cost=cost)
@@ -178,7 +178,9 @@ def test_a_quantum_that_ends_a_rounding_early_is_not_missed():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("policy", [FCFS(), Gittins(), LAS(20.0), LeastSlack(), VTC(10.0)], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [FCFS(), Gittins(), LAS(20.0), LeastSlack(), VTC(10.0)], ids=repr
+)
 def test_a_crowded_engine_is_jumped_over_rightly(policy, mode):
     """Applications of Hermes with costs of their own, a wide batch, and too few blocks."""
     workload = with_deadlines(poisson_workload(hermes_applications(), 60.0, 25, 3), 2.0)
