@@ -175,19 +175,26 @@ def engine(record: dict) -> str:
 
 def engine_speed(record: dict) -> str:
     """Of engine.json: what the simulator does in a second of processor time."""
-    return grid(
-        ["load, policy", "batch", "steps a decision", "steps/s", "tokens/s", "events/s"],
+    headings = ["batch", "steps a look", "steps/s", "tokens/s", "events/s"]
+
+    def figures(row: dict) -> list[str]:
+        return [
+            f"{row['mean_batch']:.1f}",
+            f"{row['steps_per_decision']:.1f}",
+            f"{row['steps_per_second']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['events_per_second']:,.0f}",
+        ]
+
+    by_load = [[f"{r['load']:.0f}, {r['policy']}", *figures(r)] for r in record["speed"]]
+    by_jobs = [[f"{r['jobs']:,}, {r['policy']}", *figures(r)] for r in record["growth"]]
+    load = record["configuration"]["growth_load"]
+    return "\n\n".join(
         [
-            [
-                f"{row['load']:.0f}, {row['policy']}",
-                f"{row['mean_batch']:.1f}",
-                f"{row['steps_per_decision']:.1f}",
-                f"{row['steps_per_second']:,.0f}",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['events_per_second']:,.0f}",
-            ]
-            for row in record["speed"]
-        ],
+            grid(["load, policy", *headings], by_load),
+            f"With more jobs, at load {load:.0f}:",
+            grid(["jobs, policy", *headings], by_jobs),
+        ]
     )
 
 

@@ -4,7 +4,8 @@
 
 Serves the applications of Hermes (arXiv 2506.14851), runs and all, on an engine of the profile in
 its artifact: every policy with ample KV, then every way to preempt with scarce KV. All serve the
-same jobs of a seed; intervals are over seeds. Last, the speed of the simulator at rising load.
+same jobs of a seed; intervals are over seeds. Last, the speed of the simulator, at rising load and
+with ever more jobs.
 Writes `engine.json`.
 """
 
@@ -36,6 +37,7 @@ from demand.engine import Engine, EngineResult, simulate_engine
 from demand.policies import LAS, RequestFCFS
 
 sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+import demand_tables
 from environment import environment
 
 POLICIES: dict[str, Policy] = {
@@ -50,7 +52,10 @@ POLICIES: dict[str, Policy] = {
 }
 MODES = ("none", "pause", "recompute", "swap")
 AMPLE, SCARCE = 65_536, 4_000
-SPEED_LOADS = (10.0, 20.0, 30.0, 40.0)
+SPEED_LOADS = (10.0, 20.0, 30.0, 40.0, 50.0)
+TIMED = ("FCFS", "Gittins")
+GROWTH_LOAD = 20.0
+GROWTH_JOBS = (1_000, 10_000, 100_000)
 
 
 def serve(workloads: list[Workload], policy: Policy, engine: Engine) -> list[EngineResult]:
@@ -100,67 +105,41 @@ def compare(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     return policies, modes
 
 
+def timed(workload: Workload, name: str, repeats: int) -> dict:
+    """What the simulator does in a second of processor time, the median over `repeats`."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        result = simulate_engine(workload, POLICIES[name], Engine(blocks=AMPLE))
+        seconds.append(time.process_time() - start)
+    took = float(np.median(seconds))
+    return {
+        "policy": name,
+        "mean_batch": result.mean_batch,
+        "steps_per_decision": result.steps / result.decisions,
+        "steps_per_second": result.steps / took,
+        "tokens_per_second": result.steps * result.mean_batch / took,
+        "events_per_second": result.events / took,
+        "seconds_per_1000_jobs": took / len(workload) * 1000,
+    }
+
+
 def speed(args: argparse.Namespace) -> list[dict]:
-    """Median over repeats of what the simulator does in a second of processor time."""
+    """The speed of the simulator at rising load."""
     rows = []
-    for load in SPEED_LOADS:
+    for load in tqdm(SPEED_LOADS, desc="speed"):
         workload = poisson_workload(hermes_applications(), load, args.speed_jobs, seed=0)
-        for name in ("FCFS", "Gittins"):
-            seconds = []
-            for _ in range(args.repeats):
-                start = time.process_time()
-                result = simulate_engine(workload, POLICIES[name], Engine(blocks=AMPLE))
-                seconds.append(time.process_time() - start)
-            took = float(np.median(seconds))
-            rows.append(
-                {
-                    "load": load,
-                    "policy": name,
-                    "mean_batch": result.mean_batch,
-                    "steps_per_decision": result.steps / result.decisions,
-                    "steps_per_second": result.steps / took,
-                    "tokens_per_second": result.steps * result.mean_batch / took,
-                    "events_per_second": result.events / took,
-                    "seconds_per_1000_jobs": took / args.speed_jobs * 1000,
-                }
-            )
+        rows += [{"load": load} | timed(workload, name, args.repeats) for name in TIMED]
     return rows
 
 
-def completion(row: dict) -> str:
-    mean, ratio, p95 = row["mean_seconds"], row["mean_over_fcfs"], row["p95_seconds"]
-    return (
-        f"{mean['estimate']:.1f} | {ratio['estimate']:.2f} ({ratio['low']:.2f} to "
-        f"{ratio['high']:.2f}) | {p95['estimate']:.0f}"
-    )
-
-
-def print_tables(record: dict) -> None:
-    print("\n| policy | mean s | over request FCFS | P95 s | batch | preemptions a job |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in record["policies"]:
-        print(
-            f"| {row['policy']} | {completion(row)} | {row['mean_batch']:.1f} "
-            f"| {row['preemptions_per_job']:.1f} |"
-        )
-    print(
-        "\n| preemption, policy | mean s | over request FCFS, ample KV | P95 s "
-        "| tokens prefilled again a job | blocks swapped a job |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in record["modes"]:
-        print(
-            f"| {row['preemption']}, {row['policy']} | {completion(row)} "
-            f"| {row['prefilled_again_per_job']:.0f} | {row['swapped_blocks_per_job']:.0f} |"
-        )
-    print("\n| load, policy | batch | steps a decision | steps/s | tokens/s | events/s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in record["speed"]:
-        print(
-            f"| {row['load']:.0f}, {row['policy']} | {row['mean_batch']:.1f} "
-            f"| {row['steps_per_decision']:.1f} | {row['steps_per_second']:,.0f} "
-            f"| {row['tokens_per_second']:,.0f} | {row['events_per_second']:,.0f} |"
-        )
+def growth(args: argparse.Namespace) -> list[dict]:
+    """The speed of the simulator with ever more jobs at one load."""
+    rows = []
+    for jobs in tqdm([n for n in GROWTH_JOBS if n <= args.growth_jobs], desc="growth"):
+        workload = poisson_workload(hermes_applications(), GROWTH_LOAD, jobs, seed=0)
+        rows += [{"jobs": jobs} | timed(workload, name, 1) for name in TIMED]
+    return rows
 
 
 def main() -> None:
@@ -171,6 +150,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=50.0, help="seconds of demand a second")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--speed-jobs", type=int, default=300)
+    parser.add_argument("--growth-jobs", type=int, default=GROWTH_JOBS[-1], help="at most")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     policies, modes = compare(args)
@@ -179,13 +159,15 @@ def main() -> None:
             **{name: value for name, value in vars(args).items() if name != "out"},
             "engine": asdict(Engine(max_requests=args.width, blocks=AMPLE)),
             "scarce_blocks": SCARCE,
+            "growth_load": GROWTH_LOAD,
         },
         "environment": environment(),
         "policies": policies,
         "modes": modes,
         "speed": speed(args),
+        "growth": growth(args),
     }
-    print_tables(record)
+    print("\n".join(["", demand_tables.engine(record), "", demand_tables.engine_speed(record)]))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
 

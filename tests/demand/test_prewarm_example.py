@@ -51,7 +51,9 @@ def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
 
     monkeypatch.setattr(engine, "hermes_applications", partial(hermes_applications, 50))
     monkeypatch.setattr(engine, "SPEED_LOADS", (10.0,))
+    monkeypatch.setattr(engine, "GROWTH_JOBS", (5, 10, 15))
     arguments = ["--jobs", "20", "--seeds", "2", "--speed-jobs", "10", "--repeats", "1"]
+    arguments += ["--growth-jobs", "10"]
     folder, printed = example(engine, *arguments)
     record = json.loads((folder / "engine.json").read_text())
     assert {row["policy"] for row in record["policies"]} == set(engine.POLICIES)
@@ -60,4 +62,5 @@ def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
         assert row["peak_blocks"] <= record["configuration"]["scarce_blocks"]
         assert (row["swapped_blocks_per_job"] > 0) <= (row["preemption"] == "swap")
     assert record["speed"][0]["steps_per_second"] > 0
+    assert [row["jobs"] for row in record["growth"]] == [5, 5, 10, 10]
     assert printed.count("| oracle |") == 1
