@@ -21,7 +21,7 @@ class Result(ABC):
         policy: the policy that ran.
         workload: what it served.
         completion_times: `[n]` seconds from arrival to finish, in order of arrival.
-        events: events that were simulated.
+        events: what happened; each kind of result says what it counts.
         preemptions: times a running job was put back to wait.
     """
 

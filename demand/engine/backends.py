@@ -10,7 +10,7 @@ from demand.engine.agenda import Action, Agenda
 from demand.engine.calls import call_groups
 from demand.engine.pools import Pool, PoolReport
 from demand.engine.tasks import Task
-from demand.engine.warm import Place, WarmPool
+from demand.engine.warm import PlaceOf, WarmPool
 from demand.errors import DemandError
 from demand.graph import PDGraph
 from demand.prewarm.base import Prewarmer, Successor
@@ -39,7 +39,7 @@ class Backends:
         pace: CostModel,
         graphs: Mapping[str, PDGraph],
         agenda: Agenda,
-        place: Place,
+        place: PlaceOf,
     ) -> None:
         self._configured = pools
         self._pools = {name: WarmPool(pool, agenda, place) for name, pool in pools.items()}

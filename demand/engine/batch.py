@@ -89,15 +89,16 @@ class Batch:
             prefill_tokens += calls.count * tokens
             self.kv_tokens += calls.count * (calls.computed + tokens)
         self.steady = self.size > 0 and not self.prefilling and not moved
-        self._seconds = self.engine.step_seconds(
-            prefill_tokens, self.decoding, self.kv_tokens, moved
-        )
+        if not self.steady:
+            self._seconds = self.engine.step_seconds(
+                prefill_tokens, self.decoding, self.kv_tokens, moved
+            )
 
     def seconds(self, steps: int) -> float:
         """Seconds of the step, or of `steps` of it if it is `steady`."""
-        if steps == 1:
-            return self._seconds
-        return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
+        if self.steady:
+            return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
+        return self._seconds
 
     def advance(self, steps: int) -> None:
         """Carry out the step, `steps` times over; `finish` is to be asked for what is over."""

@@ -22,7 +22,8 @@ class Batcher:
     Attributes:
         order: the tasks with calls.
         batch: the requests chosen.
-        partial: a task that is served with some of its calls only; `None` if there is none.
+        partial: a task that has calls in the batch and others that wait; `None` if there is none.
+        moved: whether being left out of the batch changed a rank, so that the next may be another.
         preemptions: times that a request was left out of the step after one it was in.
     """
 
@@ -30,6 +31,7 @@ class Batcher:
         self.order = RankOrder(policy, engine.preemption != "none")
         self.batch = Batch(engine)
         self.partial: Task | None = None
+        self.moved = False
         self.preemptions = 0
 
     def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
@@ -48,7 +50,7 @@ class Batcher:
         while self.partial is None:
             first = order.first(again)
             full = not (batch.room and batch.budget)
-            if first is NOBODY or (full and not self._come_after(first)):
+            if first is NOBODY or (full and self._last_after(first, now) is None):
                 break
             task = order.pop(again)
             if task.cold:
@@ -69,8 +71,8 @@ class Batcher:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
-            The tasks whose present unit ended with it, in order of arrival; and those whose
-            alarms may be due.
+            The tasks whose present unit ended with it, and those whose alarms may be due, both in
+            order of arrival.
         """
         order, batch = self.order, self.batch
         batch.advance(steps)
@@ -90,8 +92,8 @@ class Batcher:
                 order.account(task, now, step)
                 order.leave(task)
                 ended.append(task)
-        ended.sort(key=_index)
-        return ended, [task for task in touched if task.calls and task.alarms]
+        alarmed = [task for task in touched if task.alarms and task.calls]
+        return sorted(ended, key=_index), sorted(alarmed, key=_index)
 
     def _to_serve_anew(self, now: float) -> Waiting:
         """Heap of the tasks of the last batch not all of whose calls decode.
@@ -103,7 +105,7 @@ class Batcher:
         tasks = dict.fromkeys(calls.task for calls, _ in batch.prefilling)
         if self.partial is not None:
             tasks[self.partial] = None
-        anew = {task: self._asked(task) for task in tasks if task.job.running}
+        anew = {task: self._asked(task) for task in tasks if task.job.running and not task.steady}
         budget = batch.engine.token_budget - batch.decoding
         free = blocks.free - blocks.growth(batch.step, 1)
         for tokens, needed in anew.values():
@@ -141,10 +143,6 @@ class Batcher:
                 self.preemptions += calls.count
         return tokens, needed
 
-    def _come_after(self, place: Place) -> bool:
-        """Whether a task that decodes may come after `place`."""
-        return any(task.bound > place and task.decoding for task in self.order.running)
-
     def _displace(self, task: Task, again: Waiting, now: float) -> None:
         """Stop those that decode and come after `task`, last first, until it has what it needs."""
         batch, blocks = self.batch, self.batch.blocks
@@ -152,36 +150,39 @@ class Batcher:
         for calls in task.calls:
             if not calls.over:
                 count = calls.count
-                pending = calls.input_tokens + calls.generated - calls.computed
+                pending = calls.pending
                 requests += count
                 tokens += pending * count
                 needed += blocks.needed(calls, pending) * count
-        after: list[Task] | None = None
         while requests > batch.room or tokens > batch.budget or needed > blocks.free:
-            if after is None:
-                after = self._decoding_after(task.place, now)
-            if not after:
+            last = self._last_after(task.place, now)
+            if last is None:
                 return
-            last = after.pop()
             if last.steady:
                 heappush(again, (last.place, last))
             self.preemptions += last.decoding
             batch.displace(last)
 
-    def _decoding_after(self, place: Place, now: float) -> list[Task]:
-        """Tasks that decode and come after `place`, ranked, last one last."""
-        after = []
-        for task in self.order.running:
-            if task.bound > place and task.decoding:
-                if task.bound is not task.place:
-                    self.order.rank(task, now, self.batch.step)
-                if task.place > place:
-                    after.append(task)
-        after.sort(key=_place)
-        return after
+    def _last_after(self, place: Place, now: float) -> Task | None:
+        """The last of the tasks that decode, if it comes after `place`; ranked only to tell."""
+        tasks = [task for task in self.order.running if task.bound > place and task.decoding]
+        tasks.sort(key=_bound, reverse=True)
+        last = None
+        for task in tasks:
+            if last is not None and task.bound < last.place:
+                break
+            if task.bound is not task.place:
+                self.order.rank(task, now, self.batch.step)
+            if task.place > (place if last is None else last.place):
+                last = task
+        return last
 
     def _serve(self, task: Task) -> bool:
-        """Serve the calls of `task` that do not decode yet, as far as possible; whether it was."""
+        """Serve the calls of `task` that do not decode yet, as far as possible.
+
+        Returns:
+            Whether all of them are.
+        """
         batch, at = self.batch, 0
         while at < len(task.calls):
             calls = task.calls[at]
@@ -191,7 +192,7 @@ class Batcher:
             room, budget = batch.room, batch.budget
             if not (room and budget):
                 return False
-            pending = calls.input_tokens + calls.generated - calls.computed
+            pending = calls.pending
             tokens = pending if pending < budget else budget
             if calls.count > room or calls.count * tokens > budget:
                 task.split(calls, min(room, budget // tokens))
@@ -205,11 +206,14 @@ class Batcher:
     def _settle(self, served: list[Task], passed_over: list[Task], now: float) -> None:
         """Let those that have no call in the batch wait, and find when to look at the others."""
         order, step = self.order, self.batch.step
+        self.moved = False
         for task in passed_over:
             if task.decoding:
                 self.partial = task
             else:
+                place = task.place
                 order.stop(task, now)
+                self.moved |= task.place != place
         for task in served:
             order.start(task)
         partial = self.partial
@@ -236,8 +240,8 @@ class Batcher:
                 task.look = task.next_look(step)
 
 
-def _place(task: Task) -> Place:
-    return task.place
+def _bound(task: Task) -> Place:
+    return task.bound
 
 
 def _index(task: Task) -> int:

@@ -11,6 +11,7 @@ class Blocks:
     """The pool of blocks, rule 3 of `Engine`.
 
     Attributes:
+        engine: how many there are, and what becomes of a call that loses them.
         free: blocks that nobody holds.
         peak: most blocks held at once.
         moved: blocks copied to or from the host since the last step.
@@ -25,7 +26,7 @@ class Blocks:
         self.moved = 0
         self.swapped = 0
         self.prefilled_again = 0
-        self._block_tokens = engine.block_tokens
+        self._block_tokens = engine.block_tokens  # looked up less often
         self._tasks: dict[Task, None] = {}  # that may hold blocks
         self._holders = 0  # calls that do
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.

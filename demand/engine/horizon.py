@@ -3,28 +3,30 @@
 import math
 
 from demand.engine.batcher import Batcher
-from demand.engine.tasks import ANY
+from demand.engine.tasks import FIRST
 
 
 def identical_steps(batcher: Batcher, now: float, until: float) -> int:
     """Number of steps, from second `now` on, for which forming the batch anew changes nothing.
 
     That is until a call is over, second `until` is reached, an alarm goes off, the blocks run
-    out, or the places of the jobs that are served may let another call in.
+    out, or the places of the jobs that are served may let another call in. A rank that changed as
+    its job was left out counts from the next step on.
     """
-    if not batcher.batch.steady:
+    if not batcher.batch.steady or batcher.moved:
         return 1
     steps = min([task.look for task in batcher.order.running]) - batcher.batch.step
-    for limit in (_steps_of_time, _steps_of_blocks, _steps_of_order):
-        if steps > 1:
-            steps = limit(batcher, now, until, steps)
+    if steps > 1 and until < math.inf:
+        steps = _steps_of_time(batcher, now, until, steps)
+    if steps > 1:
+        steps = _steps_of_blocks(batcher, steps)
+    if steps > 1:
+        steps = _steps_of_order(batcher, now, steps)
     return steps
 
 
 def _steps_of_time(batcher: Batcher, now: float, until: float, most: int) -> int:
     """Least number of steps that reaches `until`, at most `most`."""
-    if until == math.inf:
-        return most
     seconds = batcher.batch.seconds
     low, high = 1, most
     while low < high:
@@ -36,7 +38,7 @@ def _steps_of_time(batcher: Batcher, now: float, until: float, most: int) -> int
     return low
 
 
-def _steps_of_blocks(batcher: Batcher, now: float, until: float, most: int) -> int:
+def _steps_of_blocks(batcher: Batcher, most: int) -> int:
     """Largest number of steps for which there are blocks, at most `most`; the first has its own."""
     batch, blocks, second = batcher.batch, batcher.batch.blocks, batcher.batch.step + 1
     if batch.size * batch.engine.blocks_for(most - 1) <= blocks.free:
@@ -51,7 +53,7 @@ def _steps_of_blocks(batcher: Batcher, now: float, until: float, most: int) -> i
     return low
 
 
-def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> int:
+def _steps_of_order(batcher: Batcher, now: float, most: int) -> int:
     """Number of steps after which another call may come before one of the batch.
 
     Bounds hold until a task is to be looked at. Only the task that is served in part is followed
@@ -63,11 +65,12 @@ def _steps_of_order(batcher: Batcher, now: float, until: float, most: int) -> in
     if not order.preemptive:
         return most
     best = order.best_waiting
-    worst = max([task.bound for task in order.running if task is not partial], default=ANY)
+    others = [task.bound for task in order.running if task is not partial]
+    worst = max(others, default=FIRST)
     if partial is None:
         return most if worst < best else 1
     steps = 0
-    while steps < most and (worst is ANY or worst < partial.place) and partial.place < best:
+    while steps < most and worst < partial.place < best:
         steps += 1
         partial.job.attained_service = partial.attained(step + steps)
         order.place(partial, now)

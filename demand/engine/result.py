@@ -18,15 +18,16 @@ class EngineResult(Result):
     """Jobs served by an engine in continuous batches.
 
     A slowdown can be below 1 here: demand adds up the seconds of parallel calls, by the cost
-    model, and the engine runs them side by side. Its events are arrivals of jobs, submissions,
-    preemptions and ends of requests, ends of other units, what pools do, and steps; whether they
-    were looked at one by one does not matter. Its preemptions are of requests, not jobs.
+    model, and the engine runs them side by side. Its events are jobs that arrive,
+    requests that are submitted, left out of a step after one they were in, and over, timed actions
+    outside of the engine (ends of other units, warm-ups and what is planned for later), and
+    steps, repeated ones included. Its preemptions are of requests, not jobs.
 
     Attributes:
         engine: that served them.
         completion_steps: `[n]` steps begun from arrival to finish.
         steps: carried out.
-        decisions: times a batch was formed; between two the same step was repeated.
+        decisions: times a batch was formed, empty ones too; what follows repeats the same step.
         busy_seconds: that the steps took.
         mean_batch: requests in a step, on average.
         prefilled_again: wasted tokens, whose KV was lost and computed again.

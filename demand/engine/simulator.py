@@ -53,8 +53,8 @@ def simulate_engine(
     reads is the sum over the run, with the whole tokens that the engine serves. What happens
     while a step is in progress is taken in when it ends.
 
-    Between two events the same step is repeated without being looked at: its end, an arrival,
-    the last block or the age at which a rank crosses another are found by search.
+    Between two looks the same step is repeated: its end, an arrival, the last block or the age at
+    which a rank crosses another are found by search.
 
     Args:
         workload: with `runs`; the result of a closed loop has the jobs as they arrived.
@@ -128,10 +128,11 @@ class _Simulation:
         self.completion_times = np.empty(len(workload))
         self.completion_steps = np.empty(len(workload), dtype=np.int64)
         self.finished = 0
-        self.steps = 0
+        self.steps = 0  # begun: those of the batch are carried out when what happened is taken in
         self.busy_seconds = 0.0
         self.decisions = 0
         self.requests = 0
+        self.alarms = 0
 
     def run(self) -> EngineResult:
         now, order = 0.0, self.batcher.order
@@ -165,6 +166,7 @@ class _Simulation:
             self.end_unit(task, now)
         for task in alarmed:
             while task.alarms and task.alarms[-1][0] <= task.produced(batcher.batch.step):
+                self.alarms += 1
                 task.alarms.pop()[1](now)
         return now
 
@@ -259,9 +261,10 @@ class _Simulation:
         return self.policy.rank(task.job, now), task.job.index
 
     def events(self) -> int:
-        """What happened: to jobs, outside of the engine, to requests, and steps."""
+        """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""
         requests = 2 * self.requests + self.batcher.preemptions
-        return len(self.entries) + self.agenda.happened + requests + self.steps
+        timed = self.agenda.happened + self.alarms
+        return len(self.entries) + requests + timed + self.steps
 
     def result(self, now: float) -> EngineResult:
         batcher, batch, workload = self.batcher, self.batcher.batch, self.workload

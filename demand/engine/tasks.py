@@ -13,7 +13,8 @@ Place = tuple[int, Rank, int]
 """0 and the rank, or with preemption "none" 0 for units that have started and 1 for the rest,
 then when it started or the rank; last the index of the job."""
 
-# Beyond all places, each before the next.
+# Before all places; then beyond all of them, each before the next.
+FIRST: Place = (-1, 0.0, 0)
 ANY: Place = (2, 0.0, 0)
 """Bound of a task whose place matters to nobody, since nobody waits."""
 NOBODY: Place = (3, 0.0, 0)
@@ -27,7 +28,9 @@ NEVER = 1 << 62
 @final
 @dataclass(slots=True, eq=False)
 class Calls:
-    """Requests of an llm unit that stand alike, neighbours in order; they split when they part.
+    """Requests of an llm unit that stand alike, neighbours in order.
+
+    They split when they part, and do not join again.
 
     While they decode, tokens and blocks are those of the step from which on they do: the rest
     follows from `over`.
@@ -41,7 +44,7 @@ class Calls:
         blocks: held on the device.
         swapped: blocks held on the host.
         formed: number of the last batch in which they did not decode, or after which they
-            stopped.
+            stopped: those of the last batch are preempted unless they are in the next.
         over: while they decode, how many steps the engine will have carried out when they are
             over if they stay; 0 while they do not.
     """
@@ -89,7 +92,8 @@ class Task:
         since: steps carried out by then.
         decoding: calls that decode, a token in each step from then on.
         place: what tasks are ordered by, as of the last ranking.
-        bound: what its place stays within while it is served.
+        bound: what its place stays within while it is served. From a ranking until the batch is
+            settled it is the very object `place` (with preemption "none" for good).
         bound_holds_until: attained service up to which it surely does.
         look: steps carried out when it is to be looked at.
         started: how many units had been served before the present one first was; -1 before.
@@ -138,7 +142,7 @@ class Task:
         return (
             self.settled_seconds
             + self.prefilled * self.cost.prefill_seconds_per_token
-            + (self.generated + self.decoding * (step - self.since))
+            + (self.generated + self.decoding * (step - self.since))  # `produced`, a call less
             * self.cost.decode_seconds_per_token
         )
 

@@ -13,7 +13,7 @@ from demand.policies.base import Rank
 from demand.units import Unit
 
 Key = int | str
-Place = Callable[[Task, float], tuple[Rank, int]]
+PlaceOf = Callable[[Task, float], tuple[Rank, int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,7 +42,7 @@ class _Waiting:
 class WarmPool:
     """The instances of one pool, and the units that wait for them."""
 
-    def __init__(self, pool: Pool, agenda: Agenda, place: Place) -> None:
+    def __init__(self, pool: Pool, agenda: Agenda, place: PlaceOf) -> None:
         self.pool = pool
         self._agenda = agenda
         self._place = place

@@ -81,13 +81,23 @@ def one_unit(tokens, arrivals=None):
 
 
 quarters = st.integers(0, 80).map(lambda n: n / 4)
-llm = st.builds(
-    Execution,
-    st.sampled_from([THINK, CODE]),
-    st.integers(1, 20),
-    st.integers(1, 14),
-    st.integers(1, 4),
-)
+
+
+@st.composite
+def llms(draw):
+    """Calls alike, or one longer than the others, which may be over with their prefill."""
+    unit, given, calls = draw(st.sampled_from([THINK, CODE])), draw(st.integers(1, 20)), 1
+    made = longest = draw(st.integers(1, 14))
+    if draw(st.booleans()):
+        calls = draw(st.integers(1, 4))
+        made = draw(st.integers(1, longest))
+    if calls == 1 or made == longest:
+        return Execution(unit, given, longest, calls)
+    mean = (longest + (calls - 1) * made) / calls
+    return Execution(unit, given, mean, calls, longest_output_tokens=longest)
+
+
+llm = llms()
 container = st.builds(Execution, st.just(TEST), seconds=quarters)
 runs = st.lists(st.one_of(llm, llm, llm, container), min_size=1, max_size=3)
 
@@ -139,7 +149,7 @@ def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
         assert getattr(result, name) == getattr(twin, name), name
     assert result.mean_batch * max(result.steps, 1) == pytest.approx(twin.requests)
     expected = [
-        execution.parallelism * int(execution.output_tokens)
+        round(execution.parallelism * execution.output_tokens)
         for run in workload.runs
         for execution in run
         if execution.unit.kind == "llm"
@@ -191,6 +201,46 @@ def test_a_crowded_engine_is_jumped_over_rightly(policy, mode):
     for name in ("steps", "preemptions", "prefilled_again", "swapped_blocks", "peak_blocks"):
         assert getattr(result, name) == getattr(twin, name), name
     assert result.peak_blocks > 850  # they do run out
+
+
+def test_a_call_that_is_over_with_its_prefill_leaves_the_others_decoding():
+    """While two calls decode, the third, of one token, ends; nothing of the unit waits then."""
+    long = Execution(THINK, 4, 14, parallelism=3, longest_output_tokens=40)
+    workload = Workload(
+        [0, 10], [1, 1], "ab", {n: Distribution([1.0]) for n in "ab"}, priorities=[1, 0],
+        runs=[[long], [Execution(THINK, 40, 3)]],
+    )  # fmt: skip
+    engine = Engine.counting_steps(8, token_budget=4, blocks=12, block_tokens=4)
+    policy = PriorityClasses(FCFS())
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
+    assert result.steps == step_by_step(workload, policy, engine, WHOLE_COST).steps == 54
+    alone = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[[long]])
+    assert simulate_engine(alone, policy, engine, cost=WHOLE_COST).decisions < 10
+
+
+def test_a_rank_that_moves_as_its_job_stops_counts_from_the_next_step():
+    workload = Workload(
+        [0, 0, 10.25], [1, 1, 1], "cca",
+        {"c": Distribution([23.0]), "a": Distribution([22.0])},
+        runs=[[Execution(THINK, 16, 7, 3)], [Execution(THINK, 12, 5)], [Execution(THINK, 1, 1)]],
+    )  # fmt: skip
+    engine = Engine.counting_steps(2, token_budget=20, blocks=8, block_tokens=5)
+    policy = Hysteresis(ClassMean(), 5.0)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
+    twin = step_by_step(workload, policy, engine, WHOLE_COST)
+    np.testing.assert_array_equal(result.completion_times, twin.completion_times)
+    assert result.completion_times[2] == 6.75
+
+
+def test_events_are_counted_one_by_one():
+    """Two jobs of one slot: the second displaces the first at second 5, which goes on later."""
+    workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
+    result = simulate_engine(workload, Oracle(), Engine.counting_steps(1), cost=CostModel(0.0, 1.0))
+    arrivals, submitted, preempted, over, steps = 2, 2, 1, 2, 12
+    assert result.events == arrivals + submitted + preempted + over + steps
+    run = [Execution(THINK, 1, 3, parallelism=2), Execution(TEST, seconds=2.0)]
+    workload = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[run])
+    assert simulate_engine(workload, FCFS(), Engine.counting_steps(2)).events == 1 + 2 + 2 + 1 + 3
 
 
 def test_width_two_takes_half_the_steps():

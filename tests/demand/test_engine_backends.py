@@ -71,6 +71,17 @@ def test_a_cold_start_delays_its_unit():
     assert (report.uses, report.cold, report.wait_seconds, report.idle_seconds) == (1, 1, 4, 0)
 
 
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_cold_start_begins_when_the_turn_has_come(waiting):
+    """The slot is taken until second 40 (41), whatever the simulator knows of ranks by then."""
+    short = [Execution(READ, 1, 1)] * waiting
+    runs = [[Execution(READ, 1, 40)], *([one] for one in short), [Execution(WRITE, 1, 2)]]
+    workload = of_runs(runs, [0.0, *[5.0] * waiting, 10.0])
+    pool = {"write": Pool(1, 10.0, keep_seconds=0.0)}
+    result = serve(workload, pool, engine=Engine.counting_steps(1))
+    assert result.completion_times[-1] == 30 + waiting + 10 + 2
+
+
 def test_a_plan_hides_the_cold_start_and_pays_by_idling():
     workload = of_runs([write_and_test(10, 5.0)])
     pool = {"container": Pool.containers(1, 4.0)}
