@@ -175,12 +175,12 @@ def engine(record: dict) -> str:
 
 def engine_speed(record: dict) -> str:
     """Of engine.json: what the simulator does in a second of processor time."""
-    headings = ["batch", "steps a look", "steps/s", "tokens/s", "events/s"]
+    headings = ["batch", "looks/s", "steps/s", "tokens/s", "events/s"]
 
     def figures(row: dict) -> list[str]:
         return [
             f"{row['mean_batch']:.1f}",
-            f"{row['steps_per_decision']:.1f}",
+            f"{row['looks_per_second']:,.0f}",
             f"{row['steps_per_second']:,.0f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['events_per_second']:,.0f}",

@@ -55,7 +55,7 @@ AMPLE, SCARCE = 65_536, 4_000
 SPEED_LOADS = (10.0, 20.0, 30.0, 40.0, 50.0)
 TIMED = ("FCFS", "Gittins")
 GROWTH_LOAD = 20.0
-GROWTH_JOBS = (1_000, 10_000, 100_000)
+GROWTH_JOBS = (1_000, 10_000, 100_000, 1_000_000)
 
 
 def serve(workloads: list[Workload], policy: Policy, engine: Engine) -> list[EngineResult]:
@@ -116,7 +116,7 @@ def timed(workload: Workload, name: str, repeats: int) -> dict:
     return {
         "policy": name,
         "mean_batch": result.mean_batch,
-        "steps_per_decision": result.steps / result.decisions,
+        "looks_per_second": result.decisions / took,
         "steps_per_second": result.steps / took,
         "tokens_per_second": result.steps * result.mean_batch / took,
         "events_per_second": result.events / took,

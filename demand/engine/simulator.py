@@ -51,7 +51,8 @@ def simulate_engine(
     the output tokens produced so far, over all calls; tokens that are prefilled again do not
     count, and a unit that is not an llm counts when it is over. The true demand that an oracle
     reads is the sum over the run, with the whole tokens that the engine serves. What happens
-    while a step is in progress is taken in when it ends.
+    while a step is in progress is taken in when it ends, in order of time; of one moment, ends of
+    units go before arrivals.
 
     Between two looks the same step is repeated: its end, an arrival, the last block or the age at
     which a rank crosses another are found by search.

@@ -102,14 +102,14 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             policy.served(entry.job, seconds, now)
 
     def outside(now):
-        """Arrivals and ends of units that are not llm, up to `now`, in order of time."""
+        """Ends of units that are not llm and arrivals, up to `now`; at one time, ends go first."""
         while True:
-            todo = [(e.job.arrival, 0, e.job.index, e) for e in jobs if e.begun is None]
-            todo += [(e.busy_until, 1, e.job.index, e) for e in jobs if e.busy_until is not None]
+            todo = [(e.job.arrival, 1, e.job.index, e) for e in jobs if e.begun is None]
+            todo += [(e.busy_until, 0, e.job.index, e) for e in jobs if e.busy_until is not None]
             if not todo or min(todo, key=lambda x: x[:3])[0] > now:
                 return min((t[0] for t in todo), default=None)
             at, kind, _, entry = min(todo, key=lambda x: x[:3])
-            if kind == 0:
+            if kind == 1:
                 entry.begun = steps
                 policy.arrived(entry.job, at)
             else:
