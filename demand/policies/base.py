@@ -129,8 +129,9 @@ class Policy(ABC):
     remembers between events (`new_state`) is made once per scheduler and hangs on every job.
 
     A scheduler relies on the rank of a job not changing while it waits, unless `reranks` says
-    that it may; it may change as the job is put into service or out of it (`Job.running`). A rank that drifts alike for all jobs leaves the drift out (least slack,
-    deadline - now - remaining, orders like deadline - remaining).
+    that it may; it may change as the job is put into service or out of it (`Job.running`). A rank
+    that drifts alike for all jobs leaves the drift out (least slack, deadline - now - remaining,
+    orders like deadline - remaining).
     """
 
     @property
