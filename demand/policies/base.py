@@ -70,7 +70,7 @@ class Job:
             and self.deadline == self.deadline
             and 0.0 <= self.attained_service < math.inf
             and 0.0 < self.weight < math.inf
-            and self.priority == self.priority
+            and -math.inf <= self.priority <= math.inf
             and not self.demand < 0.0
         ):
             self._refuse()
@@ -87,7 +87,7 @@ class Job:
                 "finite seconds of at least 0",
             ),
             ("weight", 0.0 < self.weight < math.inf, "a positive finite number, 1 for all alike"),
-            ("priority", self.priority == self.priority, "a number, 0 for all alike"),
+            ("priority", -math.inf <= self.priority <= math.inf, "a number, 0 for all alike"),
             ("demand", not self.demand < 0.0, "seconds of at least 0, NaN if unknown"),
         ):
             if not good:
