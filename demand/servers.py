@@ -41,7 +41,7 @@ class Servers:
     def add(self, task: Task) -> None:
         """Take in a task that has arrived; `decide` ranks it."""
         if self._lines is not None:
-            self._lines.place(task)
+            self._lines.assign(task)
         self._arrived.append(task)
 
     def serve(self, stopped: Sequence[Task], now: float) -> None:

@@ -62,7 +62,7 @@ def simulate(
     one waiting, an age the policy gives (`Policy.next_above`). The simulated events are therefore
     arrivals, completions, ends of units and these crossings; there is no time step.
     O(events * (log n + servers)), and for a policy that `reranks`, O(events * jobs present), or
-    lines of them (`Policy.line`).
+    of lines present where it names them (`Policy.line`).
     Crossings add little as a rule; but where ranks rise with every atom (falling hazard under
     Gittins, or SERPT on two far modes) jobs of near-equal rank take turns, up to once per atom
     and job.

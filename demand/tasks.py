@@ -15,14 +15,15 @@ class Task:
 
     Attributes:
         job: the job.
-        entry: its place in the workload.
+        entry: its position in the workload.
         ends: attained service at the end of each of its units, its demand last.
         line: in which it waits, if the policy `reranks`.
         at: units finished.
         since: second as of which `job.attained_service` is known, while it is served.
         stop_age: attained service at which it is looked at, if nothing happens before.
         stop: second at which it attains that.
-        place: its rank when the running tasks were last compared, and its order of arrival.
+        place: its rank when the running tasks were last compared, and its order of arrival, which
+            no other task shares.
     """
 
     job: Job

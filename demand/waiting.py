@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable
 from heapq import heappop, heappush, heapreplace
 from typing import Protocol, final
 
+from demand.errors import DemandError
 from demand.policies.base import Policy, Rank
 from demand.policies.ranking import rank_of
 from demand.tasks import Task
@@ -67,7 +68,8 @@ class Heap:
 class Lines:
     """Waiting tasks of a policy that `reranks`, in lines that keep their order (`Policy.line`).
 
-    Only the first of each line is ranked, and anew only when its line may have moved.
+    Only the first of each line is ranked, and anew only when its line may have moved: one that
+    was served, or any line at all while one of them has no name.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -77,7 +79,7 @@ class Lines:
         self._named = True  # all lines have names, so that it is known whose ranks move
         self.best: Place | None = None
 
-    def place(self, task: Task) -> None:
+    def assign(self, task: Task) -> None:
         """Give a task that has arrived its line; where the policy has none, one of its own."""
         line = self._policy.line(task.job)
         self._named = self._named and line is not None
@@ -122,14 +124,25 @@ class Lines:
         self._first[line] = rank_of(task.job, self._policy, now), index, task
 
     def _leave(self, now: float) -> Task:
-        """Take out the best; the next in its line is ranked."""
+        """Take out the best; the next in its line is ranked.
+
+        Raises:
+            DemandError: it ranks before the best.
+        """
         assert self.best is not None
-        task = self.best[2]
+        best, _, task = self.best
         line = task.line
         behind = self._behind.get(line)
         if behind:
             index, following = heappop(behind)
-            self._first[line] = rank_of(following.job, self._policy, now), index, following
+            rank = rank_of(following.job, self._policy, now)
+            if (rank,) < (best,):
+                raise DemandError(
+                    f"{self._policy!r} ranked job {index} {rank}, before the {best} of job "
+                    f"{task.job.index}, which arrived earlier in the same line {line!r}; expected "
+                    "the order of arrival within a line: have `line` give None"
+                )
+            self._first[line] = rank, index, following
         else:
             del self._first[line]
             self._behind.pop(line, None)

@@ -151,9 +151,13 @@ class Policy(ABC):
     def line(self, job: Job) -> Hashable:
         """Of a policy that `reranks`: a name for the jobs whose ranks move with that of `job`.
 
-        Serving `job` then changes the ranks of waiting jobs in its own line only, and among those
-        that wait in it the order of arrival is always the order of rank, so that a simulator ranks
-        the first of them alone. None promises nothing, and has every job ranked anew.
+        Asked once, when `job` has arrived. No arrival, service or departure then changes the rank
+        of a waiting job, except that serving `job` may change those of its own line; and among
+        those that wait in a line the order of arrival is always the order of rank. `simulate`
+        ranks the first of each line alone. None promises nothing: all are ranked at every event.
+
+        Raises:
+            DemandError: by `simulate`, where it sees that the order within a line is another.
         """
         return None
 

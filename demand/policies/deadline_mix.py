@@ -53,9 +53,9 @@ class DeadlineMix(ByClass):
         return _Sides(self.urgent.new_state(), self.best_effort.new_state())
 
     def line(self, job: Job) -> Hashable:
-        """That of its policy, on each side."""
+        """That of its policy, on each side; one of its own, where serving others moves nobody."""
         side, policy = self._side(job)
-        within = policy.line(job)
+        within = policy.line(job) if policy.reranks else job.index
         return None if within is None else (side, within)
 
     def rank(self, job: Job, now: float) -> tuple[float, ...]:

@@ -24,9 +24,11 @@ def greatest_addend(other: float, threshold: float) -> float:
     Sums up to halfway to the next number over `threshold` round to it. What algebra makes of that
     is off by a rounding or two, which the steps make up for.
     """
-    if math.isinf(threshold):
+    if not math.isfinite(threshold):
         return threshold
-    x = threshold - other + (math.nextafter(threshold, math.inf) - threshold) / 2
+    above = math.nextafter(threshold, math.inf)
+    ulp = above - threshold if above < math.inf else math.ulp(threshold)
+    x = threshold - other + ulp / 2
     while x + other > threshold:
         x = math.nextafter(x, -math.inf)
     while True:

@@ -53,13 +53,15 @@ class VTC(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         """Weighted seconds its tenant received, whole quanta."""
-        state = job.state or _state(job)  # a call less, where most ranks are asked for
+        state = job.state
+        if type(state) is not VTCState:  # a call less, where most ranks are asked for
+            state = _state(job)
         rank: float = state.ranks[job.tenant]
         return rank
 
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the counter of its tenant ends a quantum, with all of its running jobs adding."""
-        state = job.state or _state(job)
+        state = job.state if type(job.state) is VTCState else _state(job)
         counter, attained = state.counters[job.tenant], job.attained_service
         end = next_end(counter, self.quantum, number(threshold, self))
         running = [other.running for other in state.present[job.tenant]].count(True) or 1
@@ -83,7 +85,7 @@ class VTC(Policy):
                 f"job {job.index} was served for {seconds} seconds; the clock of a scheduler "
                 "must not go backwards"
             )
-        state = job.state or _state(job)
+        state = job.state if type(job.state) is VTCState else _state(job)
         self._count(state, job.tenant, state.counters[job.tenant] + seconds / job.weight)
 
     def departed(self, job: Job, now: float) -> None:
@@ -99,7 +101,14 @@ class VTC(Policy):
 
 @dataclass
 class VTCState:
-    """What one scheduler remembers: weighted seconds, in whole quanta too, and unfinished jobs."""
+    """What one scheduler remembers of the tenants.
+
+    Attributes:
+        counters: weighted seconds that each received.
+        ranks: the same in whole quanta.
+        present: unfinished jobs of each.
+        last_to_leave: whose job finished last.
+    """
 
     counters: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     ranks: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))

@@ -17,6 +17,9 @@ class ByClass(Policy, ABC):
 class Wrapper(Policy, ABC):
     """A policy that changes the ranks of another; all the rest is left to that one.
 
+    But for `line`: whether it holds depends on how ranks are changed, so that a wrapper that keeps
+    the order within a line says so itself.
+
     Args:
         policy: the policy within, a wrapper itself if you like.
 

@@ -1,6 +1,7 @@
 """What every policy promises, on drawn jobs and workloads: thresholds, bounds, fairness."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from demand import Distribution, Workload, simulate
+from demand import DemandError, Distribution, Workload, simulate
 from demand.policies import (
     EDF,
     FCFS,
@@ -24,6 +25,7 @@ from demand.policies import (
     Job,
     LeastSlack,
     Oracle,
+    Policy,
     PriorityClasses,
     Quantum,
     VirtualTime,
@@ -144,6 +146,23 @@ def test_the_greatest_addend_is_exact(other, offset, near):
     assert x == greatest_within(lambda x: x + other, threshold, threshold - other)
 
 
+@pytest.mark.parametrize("other", [0.0, 5.0, -5.0, 1e293, 1e300, -1e300, 1.7e308])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_greatest_addend_of_the_largest_numbers(other, sign):
+    """`just_below(inf)` is such a threshold: a job with a deadline beside one without."""
+    threshold = sign * sys.float_info.max
+    x = greatest_addend(other, threshold)
+    assert x + other <= threshold
+    above = math.nextafter(x, math.inf)
+    assert above == math.inf or above + other > threshold
+
+
+def test_a_late_deadline_beside_none_is_served():
+    known = {"a": Distribution([5.0])}
+    workload = Workload([0, 1], [5, 5], "aa", known, deadlines=[math.inf, 1e300])
+    assert simulate(workload, LeastSlack()).completion_times.tolist() == [10, 5]
+
+
 @pytest.mark.parametrize("threshold", [-math.inf, math.inf])
 def test_an_infinite_threshold_leaves_infinity_to_add(threshold):
     assert greatest_addend(5.0, threshold) == threshold
@@ -163,6 +182,7 @@ RERANKING = [
     Hysteresis(VTC(2.0), 1.0),
     Quantum(VTC(1.0), 2.0),
     DeadlineMix(VTC(1.0), VTC(3.0)),
+    DeadlineMix(EDF(), VTC(2.0)),
     PriorityClasses(VTC(2.0)),
 ]
 
@@ -214,6 +234,50 @@ def test_ranking_the_first_of_each_line_is_ranking_everyone(policy, servers):
     assert result.completion_times.tolist() == expected.completion_times.tolist()
     assert (result.events, result.preemptions) == (expected.events, expected.preemptions)
     assert result.preemptions > 10
+
+
+@dataclass(frozen=True)
+class ShortestOfTenant(Policy):
+    """VTC with an order of its own within a tenant, which the line it names denies."""
+
+    fair: Policy = field(default_factory=lambda: VTC(10.0))
+    reranks = True
+
+    def line(self, job):
+        return self.fair.line(job)
+
+    def new_state(self):
+        return self.fair.new_state()
+
+    def arrived(self, job, now):
+        self.fair.arrived(job, now)
+
+    def served(self, job, seconds, now):
+        self.fair.served(job, seconds, now)
+
+    def departed(self, job, now):
+        self.fair.departed(job, now)
+
+    def rank(self, job, now):
+        return self.fair.rank(job, now) + 1e-3 * job.demand
+
+
+def test_a_line_that_is_not_true_is_refused():
+    known = {"a": Distribution([5.0])}
+    workload = Workload([0, 1, 2, 3, 3], [5, 9, 3, 1, 4], "aaaaa", known, tenants="xxxxy")
+    with pytest.raises(DemandError, match="arrived earlier in the same line 'x'"):
+        simulate(workload, ShortestOfTenant())
+
+
+def test_a_method_of_the_instance_is_told():
+    class Spy(FCFS):
+        def __init__(self):
+            super().__init__()
+            object.__setattr__(self, "served", lambda *what: seen.append(what))
+
+    seen = []
+    simulate(Workload([0, 1], [5, 5], "aa", {"a": Distribution([5.0])}), Spy())
+    assert sum(seconds for _, seconds, _ in seen) == 10.0
 
 
 def test_only_who_listens_is_told():

@@ -1,0 +1,122 @@
+"""Time of a decoding step and KV held, by policy and length of the context, on a random model.
+
+    python examples/benchmarks/retention_steps.py --out docs/results --device cuda
+
+What a policy costs and saves, not what it gets wrong: weights are random. Each cell reads a prompt
+of the length and decodes; the policies take turns at every length. Writes `retention_steps.json`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsity import Quest, RaaS, SnapKV, SparseCache, StreamingLLM
+from sparsity.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+from environment import environment
+from render_tables import markdown
+from shapes import SHAPES, build_model
+
+COLUMNS = {
+    "policy": "{policy}",
+    "batch": "{batch}",
+    "context": "{context:,}",
+    "prompt s": "{prompt_seconds:.2f}",
+    "step ms": "{step_ms:.1f}",
+    "of dense": "{of_dense:.2f}",
+    "KV MiB": "{kv_mib:,.0f}",
+}
+
+
+def policies(budget: int) -> dict[str, Policy | None]:
+    """The policies at a budget of tokens; None is the model's own cache."""
+    return {
+        "dense": None,
+        f"StreamingLLM({budget})": StreamingLLM(budget),
+        f"Quest({budget})": Quest(budget),
+        f"RaaS({budget})": RaaS(budget, pin_prompt=False),
+        f"SnapKV({budget})": SnapKV(budget),
+    }
+
+
+def seconds(device: str) -> float:
+    """The clock, once what was queued on the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, policy: Policy | None, context: int, batch: int, steps: int
+) -> dict[str, float]:
+    """Seconds to read a prompt, milliseconds of a step behind it, MiB of KV held at the end."""
+    device = model.device.type
+    generator = torch.Generator().manual_seed(context)
+    ids = torch.randint(3, model.config.vocab_size, (batch, context), generator=generator)
+    ids = ids.to(device)
+    cache = DynamicCache(config=model.config) if policy is None else SparseCache(model, policy)
+    start = seconds(device)
+    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+    prompt, took = seconds(device) - start, []
+    for _ in range(steps):
+        start = seconds(device)
+        logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+        took.append(seconds(device) - start)
+    held = (
+        sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        if policy is None
+        else cache.report().num_bytes
+    )
+    return {
+        "prompt_seconds": prompt,
+        "step_ms": statistics.median(took) * 1e3,
+        "kv_mib": held / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--most-tokens", type=int, default=1 << 17, help="context times batch")
+    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=32)
+    args = parser.parse_args()
+    model = build_model(args.shape, 0, args.device, args.dtype)
+    arms = policies(args.budget)
+    for policy in arms.values():  # what is compiled and allocated once
+        measure(model, policy, args.budget + 128, 1, 4)
+    rows = []
+    cells = [(b, n) for b in args.batches for n in args.contexts if b * n <= args.most_tokens]
+    for batch, context in tqdm(cells, desc="cells"):
+        dense = 0.0
+        for name, policy in arms.items():
+            row = measure(model, policy, context, batch, args.steps)
+            dense = dense or row["step_ms"]
+            row["of_dense"] = row["step_ms"] / dense
+            rows.append({"policy": name, "batch": batch, "context": context} | row)
+    record = {
+        "configuration": {k: v for k, v in vars(args).items() if k != "out"},
+        "environment": environment(),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "retention_steps.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(markdown(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
