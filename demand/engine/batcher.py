@@ -103,9 +103,9 @@ class Batcher:
         """
         order, batch, blocks = self.order, self.batch, self.batch.blocks
         tasks = dict.fromkeys(calls.task for calls, _ in batch.prefilling)
-        if self.partial is not None:
-            tasks[self.partial] = None
         anew = {task: self._asked(task) for task in tasks if task.job.running and not task.steady}
+        if self.partial is not None:
+            anew.setdefault(self.partial, (0, 0))
         budget = batch.engine.token_budget - batch.decoding
         free = blocks.free - blocks.growth(batch.step, 1)
         for tokens, needed in anew.values():
