@@ -82,6 +82,20 @@ def scaling_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def steps_table(record: dict) -> str:
+    """Of retention_steps.json: a step by policy and length of the context."""
+    columns = {
+        "policy": "{policy}",
+        "batch": "{batch}",
+        "context": "{context:,}",
+        "prompt s": "{prompt_seconds:.2f}",
+        "step ms": "{step_ms:.0f}",
+        "GPU busy ms": "{busy_ms:.1f}",
+        "KV MiB": "{kv_mib:,.0f}",
+    }
+    return markdown(record["rows"], columns)
+
+
 def tiers_table(record: dict) -> str:
     """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
     lines = [
@@ -163,6 +177,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
+        "retention_steps": [steps_table],
     },
     "docs/demand.md": {
         "ranks": [demand_tables.ranks],
