@@ -31,7 +31,6 @@ class RankOrder:
 
     def __init__(self, policy: Policy, preemptive: bool) -> None:
         self.policy = policy
-        self._rank = policy.rank
         self._served = hook(policy, "served")
         self.preemptive = preemptive
         self.running: list[Task] = []
@@ -92,7 +91,7 @@ class RankOrder:
         heapify(self.waiting)
 
     def rank(self, task: Task, now: float, step: int) -> Place:
-        """Rank a running task anew, as of `step` steps carried out; its place, and bound for now.
+        """Rank a running task anew, as of `step` steps carried out; its place, and its bound.
 
         Raises:
             DemandError: a rank of NaN.
@@ -135,10 +134,7 @@ class RankOrder:
         """Find the place of `task`, by what its job has attained."""
         job = task.job
         if self.preemptive:
-            rank = self._rank(job, now)
-            if type(rank) is not float or rank != rank:  # a call less, where most are asked for
-                rank = rank_of(job, self.policy, now)
-            task.place = (0, rank, job.index)
+            task.place = (0, rank_of(job, self.policy, now), job.index)
         elif task.started >= 0:
             task.place = (0, task.started, job.index)
         else:
