@@ -1,26 +1,25 @@
 """Who is served: the best ranked of the jobs present, and until when that surely stays so."""
 
 from collections.abc import Hashable, Sequence
-from typing import final
 
 from demand.errors import DemandError
 from demand.policies.base import Policy, Rank
 from demand.policies.hooks import hook
 from demand.policies.ranking import rank_of
 from demand.policies.thresholds import just_below
-from demand.tasks import Task
+from demand.tasks import Place, Task
 from demand.waiting import Heap, Lines, Waiting
 
 
-@final
 class Servers:
     """Serves the jobs of least (rank, order of arrival), one on each server.
 
     A running task is looked at where its rank rises over the best one waiting; when that one gets
-    worse, the look comes too early and changes nothing.
+    worse, the look comes too early and changes nothing. Where places may have changed all running
+    tasks are ranked.
 
     Attributes:
-        running: tasks being served.
+        running: tasks being served, in the order in which they were put there.
         settled: whether no waiting task goes before a running one; to be set to False where the
             rank of a running one may have risen.
         preemptions: times a running task was put back to wait.
@@ -53,7 +52,21 @@ class Servers:
             stopped = self.running
             for task in stopped:
                 self._moved.add(task.line)
-        self._account(stopped, now)
+        for task in stopped:
+            self._account(task, now)
+
+    def look(self, task: Task, now: float) -> bool:
+        """Look at a running task that reached its stop before the end of a unit.
+
+        Returns:
+            Whether its rank may have risen over the best one waiting.
+        """
+        self.settled = False
+        return True
+
+    def end_unit(self, task: Task) -> None:
+        """Take note that a unit of a running task has ended, which may change its rank."""
+        self.settled = False
 
     def leave(self, task: Task) -> None:
         """Take out a running task that has finished."""
@@ -71,7 +84,7 @@ class Servers:
             for task in self._arrived:
                 if waiting.best is None and len(running) + len(self._arrived) <= self._servers:
                     self._start(task, now)
-                    self._watch(task)
+                    self._watch(task, now)
                     continue
                 waiting.add(task, now)
                 place = waiting.best
@@ -82,7 +95,7 @@ class Servers:
             task = waiting.take(now)
             self._start(task, now)
             if self.settled:
-                self._watch(task)
+                self._watch(task, now)
         if not self.settled:
             self._settle(now)
 
@@ -99,9 +112,7 @@ class Servers:
         self.settled = True
         if waiting.best is not None:
             for task in running:
-                if task.since < now:
-                    self._account((task,), now)
-                task.place = rank_of(task.job, self._policy, now), task.job.index
+                self._rank(task, now)
             for _ in range(len(running)):
                 worst = running[0] if self._servers == 1 else max(running, key=_place)
                 if worst.place < waiting.best:
@@ -112,20 +123,29 @@ class Servers:
                 best = waiting.swap(worst, now)
                 self._start(best, now)
                 if self._servers > 1:
-                    best.place = rank_of(best.job, self._policy, now), best.job.index
+                    self._rank(best, now)
         for task in running:
-            self._watch(task)
+            self._watch(task, now)
 
-    def _watch(self, task: Task) -> None:
+    def _rank(self, task: Task, now: float) -> None:
+        if task.since < now:
+            self._account(task, now)
+        task.place = task.bound = rank_of(task.job, self._policy, now), task.job.index
+
+    def _watch(self, task: Task, now: float) -> None:
         """Find where a running task is to be looked at: the end of a unit, or a rank too high."""
+        best = self._waiting.best
+        if best is None:
+            self._stop(task, None)
+        else:  # at equal rank the earlier arrival goes first
+            self._stop(task, best[0] if task.job.index < best[1] else just_below(best[0]))
+
+    def _stop(self, task: Task, threshold: Rank | None) -> None:
+        """Let a running task stop at the end of a unit, or where its rank exceeds `threshold`."""
         job = task.job
         attained = job.attained_service
         stop_age = task.ends[task.at]
-        place = self._waiting.best
-        if place is not None:
-            best, index, _ = place
-            # At equal rank the earlier arrival goes first.
-            threshold = best if job.index < index else just_below(best)
+        if threshold is not None:
             age = self._policy.next_above(job, threshold)
             if age < stop_age:
                 stop_age = age
@@ -137,19 +157,18 @@ class Servers:
         task.stop_age = stop_age
         task.stop = task.since + (stop_age - attained)
 
-    def _account(self, tasks: Sequence[Task], now: float) -> None:
-        for task in tasks:
-            job, attained = task.job, task.stop_age
-            before = job.attained_service
-            if now < task.stop:
-                reached = before + (now - task.since)
-                if reached < attained:
-                    attained = reached
-            job.attained_service = attained
-            task.since = now
-            if self._served is not None:
-                self._served(job, attained - before, now)
+    def _account(self, task: Task, now: float) -> None:
+        job, attained = task.job, task.stop_age
+        before = job.attained_service
+        if now < task.stop:
+            reached = before + (now - task.since)
+            if reached < attained:
+                attained = reached
+        job.attained_service = attained
+        task.since = now
+        if self._served is not None:
+            self._served(job, attained - before, now)
 
 
-def _place(task: Task) -> tuple[Rank, int]:
+def _place(task: Task) -> Place:
     return task.place

@@ -8,13 +8,13 @@ from typing import final
 import numpy as np
 
 from demand.arrivals import arrivals_of
+from demand.bounded_servers import servers_for
 from demand.distribution import Distribution
 from demand.errors import DemandError
 from demand.jobs import JobMaker
 from demand.policies.base import Policy
 from demand.policies.hooks import hook
 from demand.result import Result
-from demand.servers import Servers
 from demand.tasks import Task
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
@@ -113,7 +113,7 @@ class _Simulation:
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, seed)
         self.server_count = servers
-        self.servers = Servers(policy, servers)
+        self.servers = servers_for(policy, servers)
         self.arrived, self.departed = hook(policy, "arrived"), hook(policy, "departed")
         self.entries: list[int] = []  # in order of arrival
         self.arrived_at: list[float] = []
@@ -135,12 +135,12 @@ class _Simulation:
                 return self.result()
             if stopped or reranks:
                 servers.serve(stopped, now)
-                self.events += len(stopped)
                 for task in stopped:
-                    if task.stop_age < task.ends[task.at]:  # a crossing
-                        servers.settled = False
-                    else:
+                    if task.stop_age == task.ends[task.at]:
+                        self.events += 1
                         self.reach(task, now)
+                    elif servers.look(task, now):
+                        self.events += 1
             while arrivals.next == now:
                 self.events += 1
                 self.arrive(now)
@@ -168,7 +168,7 @@ class _Simulation:
                 self.departed(job, now)
             self.arrivals.finished(task.entry, now)
             return
-        self.servers.settled = False
+        self.servers.end_unit(task)
         task.at = at
         job.requested = now
         if self.refine is not None and self.runs is not None:

@@ -7,6 +7,9 @@ from typing import final
 
 from demand.policies.base import Job, Rank
 
+Place = tuple[Rank, int]
+"""Rank and order of arrival."""
+
 
 @final
 @dataclass(slots=True, eq=False)
@@ -22,8 +25,11 @@ class Task:
         since: second as of which `job.attained_service` is known, while it is served.
         stop_age: attained service at which it is looked at, if nothing happens before.
         stop: second at which it attains that.
-        place: its rank when the running tasks were last compared, and its order of arrival, which
-            no other task shares.
+        place: its rank as of the last ranking, and its order of arrival, which no other task
+            shares.
+        bound: what its place stays within while it is served, if that is known; from a ranking
+            until it is watched the very object `place`.
+        half_way: whether it is looked at half-way to the best that waits.
     """
 
     job: Job
@@ -34,4 +40,6 @@ class Task:
     since: float = 0.0
     stop_age: float = 0.0
     stop: float = math.inf
-    place: tuple[Rank, int] = (math.nan, 0)
+    place: Place = (math.nan, 0)
+    bound: Place | None = None
+    half_way: bool = False

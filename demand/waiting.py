@@ -9,7 +9,7 @@ from demand.policies.base import Policy, Rank
 from demand.policies.ranking import rank_of
 from demand.tasks import Task
 
-Place = tuple[Rank, int, Task]
+WaitingPlace = tuple[Rank, int, Task]
 """Rank, order of arrival, and whose they are."""
 
 
@@ -20,7 +20,7 @@ class Waiting(Protocol):
         best: place of the one that goes first; None if none waits.
     """
 
-    best: Place | None
+    best: WaitingPlace | None
 
     def add(self, task: Task, now: float) -> None:
         """Let `task` wait from second `now` on."""
@@ -40,8 +40,8 @@ class Heap:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._heap: list[Place] = []
-        self.best: Place | None = None
+        self._heap: list[WaitingPlace] = []
+        self.best: WaitingPlace | None = None
 
     def add(self, task: Task, now: float) -> None:
         """Ranked as of `now`."""
@@ -74,10 +74,10 @@ class Lines:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._first: dict[Hashable, Place] = {}
+        self._first: dict[Hashable, WaitingPlace] = {}
         self._behind: dict[Hashable, list[tuple[int, Task]]] = {}
         self._named = True  # all lines have names, so that it is known whose ranks move
-        self.best: Place | None = None
+        self.best: WaitingPlace | None = None
 
     def assign(self, task: Task) -> None:
         """Give a task that has arrived its line; where the policy has none, one of its own."""

@@ -5,10 +5,10 @@ from heapq import heapify, heappop, heappush
 from typing import final
 
 from demand.engine.tasks import ANY, NOBODY, UNKNOWN, Place, Task
-from demand.policies.base import Policy, Rank
+from demand.policies.base import Policy
 from demand.policies.hooks import hook
 from demand.policies.ranking import rank_of
-from demand.policies.thresholds import just_below
+from demand.policies.thresholds import half_way, just_below
 
 Waiting = list[tuple[Place, Task]]
 
@@ -121,7 +121,7 @@ class RankOrder:
             if place > best:
                 task.bound = UNKNOWN
             elif self.preemptive:
-                threshold = _half_way(place[1], best[1])
+                threshold = half_way(place[1], best[1])
                 if threshold == best[1] and place[2] > best[2]:
                     threshold = just_below(threshold)
                 task.bound = (place[0], threshold, place[2])
@@ -143,19 +143,3 @@ class RankOrder:
 
     def _wait(self, task: Task, now: float) -> None:
         heappush(self.waiting, (self.place(task, now), task))
-
-
-def _half_way(rank: Rank, best: Rank) -> Rank:
-    """A threshold between `rank` and the greater or equal `best`, in the class of `rank`."""
-    if not isinstance(rank, tuple):
-        assert not isinstance(best, tuple)
-        return _middle(rank, best)
-    assert isinstance(best, tuple)
-    *classes, last = rank
-    *best_classes, best_last = best
-    return (*classes, _middle(last, best_last) if classes == best_classes else math.inf)
-
-
-def _middle(low: float, high: float) -> float:
-    middle = low + (high - low) / 2
-    return middle if middle < high else high

@@ -18,6 +18,20 @@ def just_below(rank: Rank) -> Rank:
     return (*below, math.inf)
 
 
+def half_way(rank: Rank, best: Rank) -> Rank:
+    """A threshold between `rank` and the greater or equal `best`, in the class of `rank`."""
+    if not isinstance(rank, tuple) and not isinstance(best, tuple):
+        middle = rank + (best - rank) / 2
+        return middle if middle < best else best
+    assert isinstance(rank, tuple)
+    assert isinstance(best, tuple)
+    if rank[:-1] != best[:-1]:
+        return (*rank[:-1], math.inf)
+    last = half_way(rank[-1], best[-1])
+    assert not isinstance(last, tuple)
+    return (*rank[:-1], last)
+
+
 def greatest_addend(other: float, threshold: float) -> float:
     """The greatest x with x + other <= threshold, in floating point; `threshold` if infinite.
 

@@ -27,7 +27,7 @@ def assert_as_the_twin(workload, policy, servers, refine=None):
 
 @by_name
 @settings(max_examples=15, deadline=None)
-@given(workload=whole_second_workloads(), servers=st.integers(1, 3))
+@given(workload=whole_second_workloads(), servers=st.integers(1, 5))
 def test_every_policy_on_odd_workloads(policy, workload, servers):
     if "VTC" in str(policy):
         servers = 1  # counters of tenants on two servers leave the grid
@@ -36,7 +36,7 @@ def test_every_policy_on_odd_workloads(policy, workload, servers):
 
 @by_name
 @settings(max_examples=8, deadline=None)
-@given(workload=whole_second_workloads(), servers=st.integers(1, 3))
+@given(workload=whole_second_workloads(), servers=st.integers(1, 5))
 def test_every_policy_refined_at_the_end_of_every_unit(policy, workload, servers):
     assert_as_the_twin(workload, policy, 1 if "VTC" in str(policy) else servers, refine)
 
