@@ -56,13 +56,14 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        if calls.pending > 1 or not calls.generated:
+        if tokens > 1 or calls.pending > 1 or not calls.generated:
             calls.formed = self.formed
             self.prefilling.append((calls, tokens))
             return
         step, task = self.step, calls.task
         calls.over = step + calls.output_tokens - calls.generated
-        task.generated, task.since = task.produced(step), step
+        if task.since != step:
+            task.generated, task.since = task.produced(step), step
         task.decoding += calls.count
         task.look = 0
         self.blocks.enter(calls, step)
@@ -128,6 +129,7 @@ class Batch:
                 task.decoding -= calls.count
             self.blocks.release(calls)
             task.calls.remove(calls)
+            task.requests -= calls.count
         if not task.calls:
             self.blocks.forget(task)
         return not task.calls

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from heapq import heapify, heappush
+from operator import attrgetter
 from typing import final
 
 from demand.engine.batch import Batch
 from demand.engine.model import Engine
 from demand.engine.order import RankOrder, Waiting
-from demand.engine.tasks import NOBODY, UNKNOWN, Place, Task
+from demand.engine.tasks import NEVER, NOBODY, UNKNOWN, Calls, Place, Task
 from demand.policies.base import Policy
 
 
@@ -24,6 +25,7 @@ class Batcher:
         batch: the requests chosen.
         partial: a task that has calls in the batch and others that wait; `None` if there is none.
         moved: whether being left out of the batch changed a rank, so that the next may be another.
+        until: steps carried out when a task of the batch is to be looked at.
         preemptions: times that a request was left out of the step after one it was in.
     """
 
@@ -32,6 +34,7 @@ class Batcher:
         self.batch = Batch(engine)
         self.partial: Task | None = None
         self.moved = False
+        self.until = 0
         self.preemptions = 0
 
     def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
@@ -49,18 +52,25 @@ class Batcher:
         self.partial = None
         while self.partial is None:
             first = order.first(again)
-            full = not (batch.room and batch.budget)
-            if first is NOBODY or (full and self._last_after(first, now) is None):
+            if first is NOBODY:
                 break
+            last = None
+            if not (batch.room and batch.budget):
+                last = self._last_after(first, now)
+                if last is None:
+                    break
             task = order.pop(again)
             if task.cold:
                 task.cold = False
                 if not warm(task, now):
                     continue
-            self._displace(task, again, now)
+            lacking = self._displace(task, last, again, now)
             room = batch.room
-            if not self._serve(task):
-                self.partial = task
+            if lacking is None:
+                if not self._serve(task):
+                    self.partial = task
+            else:
+                self._serve_all(lacking)
             (passed_over if batch.room == room else served).append(task)
         batch.blocks.trim()
         passed_over += [task for _, task in again]
@@ -81,7 +91,7 @@ class Batcher:
         for task in order.running:
             if task.look <= step:
                 touched[task] = None
-        if order.policy.reranks:  # who is served moves others
+        if order.reranks:  # who is served moves others
             for task in order.running:
                 order.account(task, now, step)
         ended = []
@@ -122,7 +132,7 @@ class Batcher:
                 batch.stop(task)
                 free -= blocks.growth(batch.step, 1)
                 anew[task] = (0, 0)
-        if order.policy.reranks:
+        if order.reranks:
             order.rerank(now)
         again = [(order.rank(task, now, batch.step), task) for task in anew]
         heapify(again)
@@ -143,30 +153,57 @@ class Batcher:
                 self.preemptions += calls.count
         return tokens, needed
 
-    def _displace(self, task: Task, again: Waiting, now: float) -> None:
-        """Stop those that decode and come after `task`, last first, until it has what it needs."""
+    def _displace(
+        self, task: Task, last: Task | None, again: Waiting, now: float
+    ) -> list[tuple[Calls, int, int]] | None:
+        """Stop those that decode and come after `task`, last first, until it has what it needs.
+
+        Args:
+            last: of those, if it is known.
+
+        Returns:
+            Tokens and blocks for each of its calls that do not decode; `None` where not all of
+            them can have theirs.
+        """
         batch, blocks = self.batch, self.batch.blocks
-        requests = tokens = needed = 0
+        requests = task.requests - task.decoding
+        while requests > batch.room:
+            last = last or self._last_after(task.place, now)
+            if last is None:
+                return None
+            self._give_way(last, again)
+            last = None
+        tokens = needed = 0
+        lacking = []
+        size = blocks.block_tokens
         for calls in task.calls:
             if not calls.over:
-                count = calls.count
-                pending = calls.pending
-                requests += count
-                tokens += pending * count
-                needed += blocks.needed(calls, pending) * count
-        while requests > batch.room or tokens > batch.budget or needed > blocks.free:
-            last = self._last_after(task.place, now)
+                known = calls.input_tokens + calls.generated
+                pending = known - calls.computed
+                lacks = -(-known // size) - calls.blocks
+                tokens += pending * calls.count
+                needed += lacks * calls.count
+                lacking.append((calls, pending, lacks))
+        while tokens > batch.budget or needed > blocks.free:
+            last = last or self._last_after(task.place, now)
             if last is None:
-                return
-            if last.steady:
-                heappush(again, (last.place, last))
-            self.preemptions += last.decoding
-            batch.displace(last)
+                return None
+            self._give_way(last, again)
+            last = None
+        return lacking
+
+    def _give_way(self, task: Task, again: Waiting) -> None:
+        """Stop the calls of `task` that decode, so that others can be served."""
+        if task.steady:
+            heappush(again, (task.place, task))
+        self.preemptions += task.decoding
+        self.batch.displace(task)
 
     def _last_after(self, place: Place, now: float) -> Task | None:
         """The last of the tasks that decode, if it comes after `place`; ranked only to tell."""
         tasks = [task for task in self.order.running if task.bound > place and task.decoding]
-        tasks.sort(key=_bound, reverse=True)
+        if len(tasks) > 1:
+            tasks.sort(key=_bound, reverse=True)
         last = None
         for task in tasks:
             if last is not None and task.bound < last.place:
@@ -203,10 +240,21 @@ class Batcher:
             batch.add(calls, tokens)
         return True
 
+    def _serve_all(self, lacking: list[tuple[Calls, int, int]]) -> None:
+        """Serve calls that do not decode yet, with their tokens and the blocks that each lacks."""
+        batch, blocks = self.batch, self.batch.blocks
+        last_formed = batch.formed - 1
+        for calls, tokens, lacks in lacking:
+            blocks.give(calls, lacks)
+            if calls.formed == last_formed:
+                self.preemptions -= calls.count
+            batch.add(calls, tokens)
+
     def _settle(self, served: list[Task], passed_over: list[Task], now: float) -> None:
         """Let those that have no call in the batch wait, and find when to look at the others."""
         order, step = self.order, self.batch.step
         self.moved = False
+        self.until = step + 1
         for task in passed_over:
             if task.decoding:
                 self.partial = task
@@ -219,7 +267,7 @@ class Batcher:
         partial = self.partial
         if partial is not None and not partial.job.running:
             partial = self.partial = None
-        if order.policy.reranks:
+        if order.reranks:
             for task in order.running:
                 task.bound, task.look = UNKNOWN, step + 1
             return
@@ -233,15 +281,20 @@ class Batcher:
             if partial.bound is not partial.place:
                 order.rank(partial, now, step)
             best = min(best, partial.place)
+        until = NEVER
         for task in order.running:
             if task is not partial and (task.bound is task.place or task.bound > best):
                 order.watch(task, now, step, best)
+                if task.bound is UNKNOWN:
+                    until = step + 1
             elif task.look <= step:
                 task.look = task.next_look(step)
+            if task.look < until:
+                until = task.look
+        self.until = until
 
 
-def _bound(task: Task) -> Place:
-    return task.bound
+_bound = attrgetter("bound")
 
 
 def _index(task: Task) -> int:

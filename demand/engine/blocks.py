@@ -12,6 +12,7 @@ class Blocks:
 
     Attributes:
         engine: how many there are, and what becomes of a call that loses them.
+        block_tokens: tokens in a block.
         free: blocks that nobody holds.
         peak: most blocks held at once.
         moved: blocks copied to or from the host since the last step.
@@ -26,7 +27,7 @@ class Blocks:
         self.moved = 0
         self.swapped = 0
         self.prefilled_again = 0
-        self._block_tokens = engine.block_tokens  # looked up less often
+        self.block_tokens = engine.block_tokens  # looked up less often
         self._tasks: dict[Task, None] = {}  # that may hold blocks
         self._holders = 0  # calls that do
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
@@ -34,7 +35,7 @@ class Blocks:
 
     def needed(self, calls: Calls, tokens: int) -> int:
         """Blocks that each of `calls` lacks for `tokens` more tokens."""
-        return -(-(calls.computed + tokens) // self._block_tokens) - calls.blocks
+        return -(-(calls.computed + tokens) // self.block_tokens) - calls.blocks
 
     def hold(self, calls: Calls, tokens: int) -> bool:
         """Give the first of `calls` blocks for `tokens` more tokens, or refuse.
@@ -46,27 +47,31 @@ class Blocks:
             task.split(calls, max(self.free // needed, 1))
             if needed > self.free and not self._make_room(calls, needed):
                 return False
+        self.give(calls, needed)
+        return True
+
+    def give(self, calls: Calls, needed: int) -> None:
+        """Give each of `calls` the blocks needed, which must be free, and what it has swapped."""
         if needed:
             if not calls.blocks:
-                self._tasks[task] = None
+                self._tasks[calls.task] = None
                 self._holders += calls.count
             self.free -= needed * calls.count
             calls.blocks += needed
         if calls.swapped:
             self.moved += calls.swapped * calls.count
             calls.swapped = 0
-        return True
 
     def enter(self, calls: Calls, step: int) -> None:
         """Take note that `calls` decode from `step` on, for which they hold what they need."""
-        self._phases[(step - calls.computed) % self._block_tokens] += calls.count
+        self._phases[(step - calls.computed) % self.block_tokens] += calls.count
 
     def leave(self, calls: Calls, step: int, ahead: bool) -> None:
         """Take note that `calls` do not decode from `step` on; tokens are as of then.
 
         If blocks were taken for that step already, `ahead`, theirs are given back.
         """
-        size, computed = self._block_tokens, calls.computed
+        size, computed = self.block_tokens, calls.computed
         phase = (step - computed) % size
         self._phases[phase] -= calls.count
         calls.blocks = -(-computed // size)
@@ -75,7 +80,7 @@ class Blocks:
 
     def growth(self, step: int, steps: int) -> int:
         """Blocks that those who decode need in `steps` steps, the first being `step`."""
-        phases, size = self._phases, self._block_tokens
+        phases, size = self._phases, self.block_tokens
         if steps == 1:
             return phases[step % size]
         rounds, rest = divmod(steps, size)

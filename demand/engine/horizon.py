@@ -15,7 +15,7 @@ def identical_steps(batcher: Batcher, now: float, until: float) -> int:
     """
     if not batcher.batch.steady or batcher.moved:
         return 1
-    steps = min([task.look for task in batcher.order.running]) - batcher.batch.step
+    steps = batcher.until - batcher.batch.step
     if steps > 1 and until < math.inf:
         steps = _steps_of_time(batcher, now, until, steps)
     if steps > 1:
@@ -60,15 +60,10 @@ def _steps_of_order(batcher: Batcher, now: float, most: int) -> int:
     from step to step: it must stay behind all others and before those that wait.
     """
     order, partial, step = batcher.order, batcher.partial, batcher.batch.step
-    if order.policy.reranks:  # what is served in a step counts before who arrives in the next
-        return 1
-    if not order.preemptive:
+    if partial is None or not order.preemptive:
         return most
     best = order.best_waiting
-    others = [task.bound for task in order.running if task is not partial]
-    worst = max(others, default=FIRST)
-    if partial is None:
-        return most if worst < best else 1
+    worst = max([task.bound for task in order.running if task is not partial], default=FIRST)
     steps = 0
     while steps < most and worst < partial.place < best:
         steps += 1

@@ -25,12 +25,14 @@ class RankOrder:
         preemptive: whether a better rank goes before a unit that has started.
 
     Attributes:
+        reranks: whether serving one job can change the rank of others (`Policy.reranks`).
         running: tasks with a call in the last batch, in any order.
         waiting: heap of (place, task) of the others.
     """
 
     def __init__(self, policy: Policy, preemptive: bool) -> None:
         self.policy = policy
+        self.reranks = policy.reranks
         self._served = hook(policy, "served")
         self.preemptive = preemptive
         self.running: list[Task] = []
@@ -96,9 +98,12 @@ class RankOrder:
         Raises:
             DemandError: a rank of NaN.
         """
-        self.account(task, now, step)
-        task.bound = self.place(task, now)
-        return task.bound
+        if self._served is None:
+            task.job.attained_service = task.attained(step)
+        else:
+            self.account(task, now, step)
+        task.bound = place = self.place(task, now)
+        return place
 
     def account(self, task: Task, now: float, step: int) -> None:
         """Give the job of `task` the service of `step` steps carried out."""

@@ -210,6 +210,7 @@ class _Simulation:
         for count, given, made in call_groups(task.execution):
             task.calls.append(Calls(task, number, count, given, made))
             number += count
+        task.requests = number
         self.requests += number
         self.backends.alarms(task, later)
         task.cold = self.backends.waits_for_its_turn(task)

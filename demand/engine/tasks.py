@@ -86,6 +86,7 @@ class Task:
         unit_seconds: seconds of service of each unit of `run`.
         at: position in `run` of the present unit.
         calls: unfinished calls of the present unit, by number.
+        requests: how many they are.
         settled_seconds: service of the units that are over, by the cost model.
         prefilled: input tokens computed for the present unit, over its calls.
         generated: output tokens produced for the present unit by step `since`, over its calls.
@@ -109,6 +110,7 @@ class Task:
     unit_seconds: Sequence[float]
     at: int = -1
     calls: list[Calls] = field(default_factory=list)
+    requests: int = 0
     settled_seconds: float = 0.0
     prefilled: int = 0
     generated: int = 0
@@ -131,7 +133,7 @@ class Task:
     @property
     def steady(self) -> bool:
         """Whether all of its calls decode."""
-        return all(calls.over for calls in self.calls)
+        return self.decoding == self.requests
 
     def produced(self, step: int) -> int:
         """Output tokens of the present unit when `step` steps have been carried out."""
