@@ -65,6 +65,8 @@ class Backends:
 
     def release(self, task: Task, now: float) -> None:
         """The present unit is over: its instance is free, and so is what will not be needed."""
+        if not self._pools:
+            return
         task.alarms = []
         held = self._held.pop(task, None)
         following = task.run[task.at + 1].unit if task.at + 1 < len(task.run) else None

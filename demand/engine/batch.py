@@ -56,7 +56,7 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        if tokens > 1 or calls.pending > 1 or not calls.generated:
+        if calls.input_tokens + calls.generated - calls.computed > 1 or not calls.generated:
             calls.formed = self.formed
             self.prefilling.append((calls, tokens))
             return

@@ -96,14 +96,16 @@ class Batcher:
                 order.account(task, now, step)
         ended = []
         for task in touched:
-            if task.attained(step) >= task.bound_holds_until:
+            if task.bound is not UNKNOWN and task.attained(step) >= task.bound_holds_until:
                 task.bound = UNKNOWN
             if batch.finish(task):
                 order.account(task, now, step)
                 order.leave(task)
                 ended.append(task)
         alarmed = [task for task in touched if task.alarms and task.calls]
-        return sorted(ended, key=_index), sorted(alarmed, key=_index)
+        ended.sort(key=_index)
+        alarmed.sort(key=_index)
+        return ended, alarmed
 
     def _to_serve_anew(self, now: float) -> Waiting:
         """Heap of the tasks of the last batch not all of whose calls decode.
@@ -112,10 +114,13 @@ class Batcher:
         among them, so that they suffice for the others.
         """
         order, batch, blocks = self.order, self.batch, self.batch.blocks
-        tasks = dict.fromkeys(calls.task for calls, _ in batch.prefilling)
-        anew = {task: self._asked(task) for task in tasks if task.job.running and not task.steady}
-        if self.partial is not None:
-            anew.setdefault(self.partial, (0, 0))
+        anew: dict[Task, tuple[int, int]] = {}
+        for calls, _ in batch.prefilling:
+            task = calls.task
+            if task not in anew and task.job.running and not task.steady:
+                anew[task] = self._asked(task)
+        if self.partial is not None and self.partial not in anew:
+            anew[self.partial] = (0, 0)
         budget = batch.engine.token_budget - batch.decoding
         free = blocks.free - blocks.growth(batch.step, 1)
         for tokens, needed in anew.values():
@@ -220,16 +225,14 @@ class Batcher:
         Returns:
             Whether all of them are.
         """
-        batch, at = self.batch, 0
-        while at < len(task.calls):
-            calls = task.calls[at]
-            at += 1
+        batch = self.batch
+        for calls in task.calls:  # a part that is split off is next
             if calls.over:
                 continue
             room, budget = batch.room, batch.budget
             if not (room and budget):
                 return False
-            pending = calls.pending
+            pending = calls.input_tokens + calls.generated - calls.computed
             tokens = pending if pending < budget else budget
             if calls.count > room or calls.count * tokens > budget:
                 task.split(calls, min(room, budget // tokens))

@@ -97,7 +97,9 @@ class Blocks:
 
     def count(self) -> None:
         """Take note of the blocks held at the end of a step."""
-        self.peak = max(self.peak, self.engine.blocks - self.free)
+        held = self.engine.blocks - self.free
+        if held > self.peak:
+            self.peak = held
 
     def release(self, calls: Calls) -> None:
         """Take back the blocks of calls that are over."""

@@ -1,6 +1,5 @@
 """The calls of an llm unit as an engine serves them: whole tokens."""
 
-import math
 from collections.abc import Sequence
 
 from demand.engine.model import Engine
@@ -61,4 +60,4 @@ def check_run(index: int, run: Sequence[Execution], engine: Engine) -> None:
 
 
 def _whole(tokens: float) -> int:
-    return max(1, math.floor(tokens + 0.5))
+    return int(tokens + 0.5) or 1  # half up; tokens are not negative

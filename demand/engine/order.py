@@ -28,6 +28,7 @@ class RankOrder:
         reranks: whether serving one job can change the rank of others (`Policy.reranks`).
         running: tasks with a call in the last batch, in any order.
         waiting: heap of (place, task) of the others.
+        best_waiting: place of the first of them, `NOBODY` if there is none.
     """
 
     def __init__(self, policy: Policy, preemptive: bool) -> None:
@@ -37,16 +38,12 @@ class RankOrder:
         self.preemptive = preemptive
         self.running: list[Task] = []
         self.waiting: Waiting = []
+        self.best_waiting = NOBODY
         self._started = 0
 
     def __bool__(self) -> bool:
         """Whether anybody has calls."""
         return bool(self.running or self.waiting)
-
-    @property
-    def best_waiting(self) -> Place:
-        """Place of the first that waits, `NOBODY` if there is none."""
-        return self.waiting[0][0] if self.waiting else NOBODY
 
     def add(self, task: Task, now: float) -> None:
         """Let `task` wait with the calls of a new unit."""
@@ -60,9 +57,11 @@ class RankOrder:
 
     def pop(self, again: Waiting) -> Task:
         """Take out the first of the waiting and of the heap `again`."""
-        if again and (not self.waiting or again[0][0] < self.waiting[0][0]):
+        if again and again[0][0] < self.best_waiting:
             return heappop(again)[1]
-        return heappop(self.waiting)[1]
+        task = heappop(self.waiting)[1]
+        self.best_waiting = self.waiting[0][0] if self.waiting else NOBODY
+        return task
 
     def start(self, task: Task) -> None:
         """Take note that `task` has calls in the batch."""
@@ -91,6 +90,7 @@ class RankOrder:
         """Rank all that wait anew."""
         self.waiting = [(self.place(task, now), task) for _, task in self.waiting]
         heapify(self.waiting)
+        self.best_waiting = self.waiting[0][0] if self.waiting else NOBODY
 
     def rank(self, task: Task, now: float, step: int) -> Place:
         """Rank a running task anew, as of `step` steps carried out; its place, and its bound.
@@ -139,8 +139,9 @@ class RankOrder:
         """Find the place of `task`, by what its job has attained."""
         job = task.job
         if self.preemptive:
-            task.place = (0, rank_of(job, self.policy, now), job.index)
-        elif task.started >= 0:
+            place = task.place = (0, rank_of(job, self.policy, now), job.index)
+            return place
+        if task.started >= 0:
             task.place = (0, task.started, job.index)
         else:
             task.place = (1, rank_of(job, self.policy, now), job.index)
@@ -148,3 +149,4 @@ class RankOrder:
 
     def _wait(self, task: Task, now: float) -> None:
         heappush(self.waiting, (self.place(task, now), task))
+        self.best_waiting = self.waiting[0][0]

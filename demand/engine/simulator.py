@@ -136,8 +136,8 @@ class _Simulation:
         self.alarms = 0
 
     def run(self) -> EngineResult:
-        now, order = 0.0, self.batcher.order
-        while self.finished < len(self.workload):
+        now, order, jobs = 0.0, self.batcher.order, len(self.workload)
+        while self.finished < jobs:
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
@@ -173,7 +173,8 @@ class _Simulation:
 
     def next_second(self) -> float:
         """When something happens outside of the engine; infinity for never."""
-        return min(self.agenda.next, self.arrivals.next)
+        timed, arrival = self.agenda.next, self.arrivals.next
+        return timed if timed < arrival else arrival
 
     def happen(self, now: float) -> None:
         """Let all that happens outside of the engine up to `now` happen."""
@@ -194,7 +195,15 @@ class _Simulation:
         self.entries.append(entry)
         self.arrived_at.append(now)
         self.policy.arrived(job, now)
-        task = Task(job, entry, run, cost, unit_seconds, arrived_step=self.steps)
+        task = Task(
+            job,
+            entry,
+            run,
+            cost.prefill_seconds_per_token,
+            cost.decode_seconds_per_token,
+            unit_seconds,
+            arrived_step=self.steps,
+        )
         self.start_unit(task, now)
 
     def start_unit(self, task: Task, now: float) -> None:

@@ -7,7 +7,7 @@ from typing import final
 
 from demand.engine.agenda import Action
 from demand.policies.base import Job, Rank
-from demand.units import CostModel, Execution
+from demand.units import Execution
 
 Place = tuple[int, Rank, int]
 """0 and the rank, or with preemption "none" 0 for units that have started and 1 for the rest,
@@ -82,7 +82,8 @@ class Task:
         job: the job.
         entry: its position in the workload.
         run: what it executes.
-        cost: seconds of service of tokens.
+        prefill_seconds_per_token: service of a token of a prompt.
+        decode_seconds_per_token: service of a token produced.
         unit_seconds: seconds of service of each unit of `run`.
         at: position in `run` of the present unit.
         calls: unfinished calls of the present unit, by number.
@@ -106,7 +107,8 @@ class Task:
     job: Job
     entry: int
     run: Sequence[Execution]
-    cost: CostModel
+    prefill_seconds_per_token: float
+    decode_seconds_per_token: float
     unit_seconds: Sequence[float]
     at: int = -1
     calls: list[Calls] = field(default_factory=list)
@@ -143,9 +145,9 @@ class Task:
         """Seconds of service when `step` steps have been carried out."""
         return (
             self.settled_seconds
-            + self.prefilled * self.cost.prefill_seconds_per_token
+            + self.prefilled * self.prefill_seconds_per_token
             + (self.generated + self.decoding * (step - self.since))  # `produced`, a call less
-            * self.cost.decode_seconds_per_token
+            * self.decode_seconds_per_token
         )
 
     def next_look(self, step: int) -> int:
@@ -161,7 +163,7 @@ class Task:
             look = min(look, step + max(1, -(-tokens // self.decoding)))
         attained = self.bound_holds_until
         if self.attained(look) >= attained:
-            per_step = self.decoding * self.cost.decode_seconds_per_token
+            per_step = self.decoding * self.decode_seconds_per_token
             look = step + max(1, math.ceil((attained - self.attained(step)) / per_step))
             while look > step + 1 and self.attained(look - 1) >= attained:
                 look -= 1
