@@ -73,9 +73,13 @@ class BoundedServers(Servers):
 
     def _last_after(self, place: WaitingPlace, now: float) -> Task | None:
         """The last of the running tasks, if it comes after `place`; all that may are ranked."""
-        tasks = [task for task in self.running if task.bound is None or task.bound > place]
+        tasks = [
+            task
+            for task in self.running
+            if task.bound is None or task.bound > place or task.bound_until <= now
+        ]
         for task in tasks:
-            if task.bound is None:
+            if task.bound is None or (task.bound_until <= now and task.bound is not task.place):
                 self._rank(task, now)
         if len(tasks) > 1:
             tasks.sort(key=_bound, reverse=True)
@@ -105,6 +109,8 @@ class BoundedServers(Servers):
             threshold = just_below(threshold)
         task.bound = threshold, index
         self._stop(task, threshold)
+        # Sooner than the stop: quanta are counted with a slack (`policies.quanta`).
+        task.bound_until = task.stop - 1e-9 * task.stop_age
 
 
 def _bound(task: Task) -> Place:

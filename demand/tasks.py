@@ -29,6 +29,7 @@ class Task:
             shares.
         bound: what its place stays within while it is served, if that is known; from a ranking
             until it is watched the very object `place`.
+        bound_until: second up to which it surely does.
         half_way: whether it is looked at half-way to the best that waits.
     """
 
@@ -42,4 +43,5 @@ class Task:
     stop: float = math.inf
     place: Place = (math.nan, 0)
     bound: Place | None = None
+    bound_until: float = math.inf
     half_way: bool = False
