@@ -1,11 +1,12 @@
 """Several servers, of which few running jobs are ranked when another arrives or leaves."""
 
+from operator import attrgetter
 from typing import final
 
 from demand.policies.base import Policy
 from demand.policies.thresholds import half_way, just_below
 from demand.servers import Servers
-from demand.tasks import Place, Task
+from demand.tasks import Task
 from demand.waiting import WaitingPlace
 
 
@@ -113,6 +114,4 @@ class BoundedServers(Servers):
         task.bound_until = task.stop - 1e-9 * task.stop_age
 
 
-def _bound(task: Task) -> Place:
-    assert task.bound is not None
-    return task.bound
+_bound = attrgetter("bound")

@@ -324,6 +324,7 @@ def main() -> None:
     }
     print(demand_tables.continuous_batching(result))
     if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         path = arguments.out / "continuous_batching.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
 

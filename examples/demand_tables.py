@@ -65,7 +65,7 @@ def rank_noise(record: dict) -> str:
 
 
 def simulator(record: dict) -> str:
-    """Of simulator.json: events a second of all policies, and seconds beside re-sorting."""
+    """Of simulator.json: events a second by number of jobs, and seconds beside re-sorting."""
     load = record["configuration"]["load"]
 
     def by_jobs(rows: list[dict], named: str, memory: bool) -> str:
@@ -117,6 +117,28 @@ def simulator(record: dict) -> str:
                 left=2,
             ),
         ]
+    )
+
+
+def simulator_servers(record: dict) -> str:
+    """Of simulator.json: events a second by the number of servers."""
+    load = record["configuration"]["load"]
+    rows = record["several"]
+    servers = sorted({row["servers"] for row in rows})
+    cells: dict[tuple[str, str], dict[int, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["mix"], row["policy"]), {})[row["servers"]] = row
+    return grid(
+        [f"mix, load, {rows[0]['jobs']:,} jobs", "policy", *(f"{n} servers" for n in servers)],
+        [
+            [
+                f"{mix}, {load[mix]}",
+                policy,
+                *(f"{at[n]['events_per_second']:,.0f}" for n in servers),
+            ]
+            for (mix, policy), at in cells.items()
+        ],
+        left=2,
     )
 
 

@@ -184,7 +184,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "rank_noise": [demand_tables.rank_noise],
     },
     "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
-    "docs/scheduling.md": {"simulator": [demand_tables.simulator]},
+    "docs/scheduling.md": {
+        "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
+    },
     "docs/engine.md": {"engine": [demand_tables.engine, demand_tables.engine_speed]},
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {

@@ -3,10 +3,11 @@
     python examples/benchmarks/simulator.py --out docs/results
 
 Events a second (of processor time) for four policies on two mixes, from ten thousand jobs to a
-million, and for others up to a hundred thousand; the memory that simulating adds; and the same
-jobs served by a straightforward simulator that ranks and sorts everyone present whenever anything
-could have changed. True demands are drawn with replacement from a thousand runs of each
-application. Every cell runs in a process of its own.
+million, and for others up to a hundred thousand; the memory that simulating adds; a hundred
+thousand jobs on several servers, each as loaded as the one; and a few jobs served by a
+straightforward simulator that ranks and sorts everyone present whenever anything could have
+changed. True demands are drawn with replacement from a thousand runs of each application. Every
+cell runs in a process of its own.
 Writes `simulator.json`.
 """
 
@@ -58,6 +59,7 @@ OTHERS: dict[str, Policy] = {
     "LeastSlack(quantum=10)": LeastSlack(quantum=10.0),
     "VTC(10)": VTC(10.0),
 }
+SEVERAL = (*POLICIES, "LAS(10)")
 OTHERS_JOBS = 100_000  # at most
 MIXES = {"hermes_mix": (hermes_applications, 0.9), "bimodal_mix": (bimodal_applications, 0.8)}
 RUNS = 1000
@@ -116,19 +118,20 @@ def with_all(workload: Workload, seed: int) -> Workload:
     return replace(with_deadlines(workload, 1.5), priorities=priorities)
 
 
-def cell(mix: str, name: str, workload: Workload, repeats: int) -> dict[str, Any]:
+def cell(mix: str, name: str, workload: Workload, repeats: int, servers: int = 1) -> dict[str, Any]:
     """One policy on one workload."""
     policy = {**POLICIES, **OTHERS}[name]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
-        result = simulate(workload, policy)
+        result = simulate(workload, policy, servers)
         seconds.append(time.process_time() - start)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "mix": mix,
         "policy": name,
+        "servers": servers,
         "jobs": len(workload),
         "events": result.events,
         "preemptions": result.preemptions,
@@ -172,13 +175,15 @@ def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--servers", type=int, nargs="+", default=[2, 4, 8, 32])
     parser.add_argument("--beside", type=int, default=200, help="jobs of the comparison")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="directory for simulator.json")
     arguments = parser.parse_args()
-    growth, others, beside = [], [], []
-    with tqdm(total=len(MIXES) * (len(arguments.jobs) + 1), disable=None) as progress:
+    growth, others, several, beside = [], [], [], []
+    columns = len(arguments.jobs) + len(arguments.servers) + 1
+    with tqdm(total=len(MIXES) * columns, disable=None) as progress:
         for mix, (applications, load) in MIXES.items():
             pooled = drawing(applications(), arguments.seed)
             for jobs in arguments.jobs:
@@ -189,16 +194,25 @@ def main() -> None:
                     full = with_all(workload, arguments.seed)
                     others += [alone(cell, mix, name, full, repeats) for name in OTHERS]
                 progress.update()
+            for servers in arguments.servers:
+                workload = poisson_workload(
+                    pooled, load, OTHERS_JOBS, arguments.seed, servers=servers
+                )
+                several += [alone(cell, mix, name, workload, 1, servers) for name in SEVERAL]
+                progress.update()
             workload = poisson_workload(pooled, load, arguments.beside, arguments.seed)
             beside += [
                 alone(beside_resorting, mix, name, workload, arguments.repeats) for name in POLICIES
             ]
             progress.update()
-    print(f"{'mix':12} {'policy':26} {'jobs':>9} {'events':>9} {'events/s':>10} {'added MiB':>10}")
-    for row in growth + others:
+    print(
+        f"{'mix':12} {'policy':26} {'servers':>7} {'jobs':>9} {'events':>9} {'events/s':>10} "
+        f"{'added MiB':>10}"
+    )
+    for row in growth + others + several:
         print(
-            f"{row['mix']:12} {row['policy']:26} {row['jobs']:9} {row['events']:9} "
-            f"{row['events_per_second']:10.0f} {row['added_mebibytes']:10.1f}"
+            f"{row['mix']:12} {row['policy']:26} {row['servers']:7} {row['jobs']:9} "
+            f"{row['events']:9} {row['events_per_second']:10.0f} {row['added_mebibytes']:10.1f}"
         )
     print(f"\n{'mix':12} {'policy':10} {'jobs':>9} {'s':>9} {'re-sorting s':>13} {'ratio':>7}")
     for row in beside:
@@ -207,6 +221,7 @@ def main() -> None:
             f"{row['resorting_processor_seconds']:13.3f} {row['ratio']:7.1f}"
         )
     if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         # Only here: it loads torch, whose memory is none of the simulator's.
         sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
         from environment import environment
@@ -214,10 +229,11 @@ def main() -> None:
         configuration = {k: v for k, v in vars(arguments).items() if k != "out"}
         loads = {mix: load for mix, (_, load) in MIXES.items()}
         found = {
-            "configuration": configuration | {"load": loads, "servers": 1, "runs": RUNS},
+            "configuration": configuration | {"load": loads, "runs": RUNS},
             "environment": environment(),
             "growth": growth,
             "others": others,
+            "several": several,
             "beside_resorting": beside,
         }
         (arguments.out / "simulator.json").write_text(json.dumps(found, indent=1) + "\n")
