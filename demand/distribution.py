@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from demand.atoms import Floats, beyond_samples, check_age, check_numbers, clean_atoms
 from demand.errors import DemandError
 from demand.ranks.grid import check_step, default_step, round_up
-from demand.ranks.variants import check_rank, mean_remaining, rank_at
+from demand.ranks.variants import check_variant, mean_remaining, rank_at
 from demand.sums import compress_atoms, sum_atoms
 
 
@@ -109,7 +109,7 @@ class Distribution:
         self,
         age: float = 0.0,
         *,
-        rank: str = "gittins",
+        variant: str = "gittins",
         quantum: float = 0.0,
         preemption_cost: float = 0.0,
     ) -> float:
@@ -117,7 +117,7 @@ class Distribution:
 
         Args:
             age: attained service in seconds.
-            rank: `"gittins"` (`demand.ranks.gittins.gittins_rank` has the equation), or one of
+            variant: `"gittins"` (`demand.ranks.gittins.gittins_rank` has the equation), or one of
                 `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"`, see
                 `demand.ranks.variants`.
             quantum: least seconds of service between two decisions.
@@ -126,7 +126,7 @@ class Distribution:
         Raises:
             DemandError: as `RankTable`, which gives the same number, and for a bad age.
         """
-        options = check_rank(rank, quantum, preemption_cost)
+        options = check_variant(variant, quantum, preemption_cost)
         return rank_at(self._values, self._weights, check_age(age), options)
 
     @classmethod

@@ -23,7 +23,7 @@ class Gittins(Policy):
     the artifact, nothing bounds how long a large job may wait: `Aging` does.
 
     Args:
-        variant: a rank of `RankTable`: "gittins" is exact, "shifted" steadier on few samples;
+        variant: as of `RankTable`: "gittins" is exact, "shifted" steadier on few samples;
             "bucketed" and "hermes_artifact" are there for comparison.
         quantum: least seconds of service between two decisions.
         preemption_cost: seconds lost by switching a job in. Jobs that are not running count it in

@@ -16,7 +16,7 @@ class SERPT(Policy):
 
     def table(self, distribution: Distribution) -> RankTable:
         """Mean remaining seconds by age."""
-        return RankTable(distribution, rank="mean")
+        return RankTable(distribution, variant="mean")
 
     def rank(self, job: Job, now: float) -> float:
         """Mean remaining seconds."""

@@ -15,7 +15,7 @@ from demand.ranks.grid import default_step, round_down
 from demand.ranks.hull import Tails
 from demand.ranks.jumps import Jumps
 from demand.ranks.pieces import Pieces, gittins_pieces, mean_pieces
-from demand.ranks.variants import RankOptions, check_rank
+from demand.ranks.variants import RankOptions, check_variant
 
 
 class RanksByAge(Protocol):
@@ -41,12 +41,12 @@ class _Curve(NamedTuple):
 class RankTable:
     """The rank of a job as a function of its age, exact at every age and fast to evaluate.
 
-    It equals `distribution.gittins(age, rank=...)` at every age. Between jumps a rank only falls;
-    it jumps up at atoms that the job survives.
+    It equals `distribution.gittins(age, variant=...)` at every age. Between jumps a rank only
+    falls; it jumps up at atoms that the job survives.
 
     Args:
         distribution: total demand of the job in seconds.
-        rank: `"gittins"`, exact (see `demand.ranks.gittins.gittins_rank`); `"shifted"`, exact on
+        variant: `"gittins"`, exact (see `demand.ranks.gittins.gittins_rank`); `"shifted"`, exact on
             samples rounded up to a grid (`demand.ranks.variants.shifted_rank`); `"mean"`, the mean
             remaining demand E[X - age | X > age], which is what SERPT serves by; and for
             comparison `"bucketed"`, ten equal-width stops, and `"hermes_artifact"`, what the
@@ -57,8 +57,8 @@ class RankTable:
             table is fastest.
 
     Raises:
-        DemandError: an unknown `rank`; a quantum or cost that is negative, not finite, or not 0
-            for a rank that has none.
+        DemandError: an unknown `variant`; a quantum or cost that is negative, not finite, or not 0
+            for a variant that has none.
     """
 
     __slots__ = (
@@ -76,14 +76,14 @@ class RankTable:
     def __init__(
         self,
         distribution: Distribution,
-        rank: str = "gittins",
+        variant: str = "gittins",
         *,
         quantum: float = 0.0,
         preemption_cost: float = 0.0,
     ) -> None:
-        self._options = check_rank(rank, quantum, preemption_cost)
+        self._options = check_variant(variant, quantum, preemption_cost)
         self._atoms = len(distribution)
-        self._ranks, jump_ages, jump_ranks, self._largest = _BUILDERS[rank](
+        self._ranks, jump_ages, jump_ranks, self._largest = _BUILDERS[variant](
             distribution, self._options
         )
         self._inside = self._ranks.at
@@ -136,7 +136,7 @@ class RankTable:
             found = self._jumps.first_above(age, threshold)
             if found < math.inf:
                 return found
-        if self._options.rank == "hermes_artifact":
+        if self._options.variant == "hermes_artifact":
             return math.inf
         cost = self._options.preemption_cost
         power = math.frexp((threshold - cost) / self._base)[1]
@@ -149,15 +149,15 @@ class RankTable:
         costs = "".join(
             f", {name} {seconds:.4g} s"
             for name, seconds in self._options._asdict().items()
-            if name != "rank" and seconds
+            if name != "variant" and seconds
         )
         return (
-            f"RankTable({self._options.rank}{costs}, {self._atoms} atoms, "
+            f"RankTable({self._options.variant}{costs}, {self._atoms} atoms, "
             f"rank at age 0 {self.at(0.0):.4g} s)"
         )
 
     def _beyond_samples(self, ages: Floats) -> Floats:
-        if self._options.rank == "hermes_artifact":
+        if self._options.variant == "hermes_artifact":
             return np.zeros_like(ages)
         return self._options.preemption_cost + beyond_samples(self._largest, ages)
 

@@ -17,37 +17,39 @@ BUCKETS = 10
 
 
 class RankOptions(NamedTuple):
-    """Which rank is meant, checked."""
+    """Which variant of the rank is meant, checked."""
 
-    rank: str
+    variant: str
     quantum: float
     preemption_cost: float
 
 
-def check_rank(rank: str, quantum: float, preemption_cost: float) -> RankOptions:
-    """Check the name of a rank and what goes with it.
+def check_variant(variant: str, quantum: float, preemption_cost: float) -> RankOptions:
+    """Check the name of a variant and what goes with it.
 
     Raises:
         DemandError: an unknown name, a quantum or cost that is negative or not finite, or one
-            that is not 0 for a rank that has none.
+            that is not 0 for a variant that has none.
     """
-    if rank not in RANKS:
-        raise DemandError(f"rank is {rank!r}; expected one of {', '.join(RANKS)}")
+    if variant not in RANKS:
+        raise DemandError(f"variant is {variant!r}; expected one of {', '.join(RANKS)}")
     options = RankOptions(
-        rank, check_seconds("quantum", quantum), check_seconds("preemption_cost", preemption_cost)
+        variant,
+        check_seconds("quantum", quantum),
+        check_seconds("preemption_cost", preemption_cost),
     )
-    if rank not in COSTED_RANKS and (options.quantum or options.preemption_cost):
+    if variant not in COSTED_RANKS and (options.quantum or options.preemption_cost):
         raise DemandError(
-            f"rank {rank!r} knows no quantum ({options.quantum}) and no preemption_cost "
+            f"variant {variant!r} knows no quantum ({options.quantum}) and no preemption_cost "
             f"({options.preemption_cost}); leave both at 0, or use {' or '.join(COSTED_RANKS)}"
         )
     return options
 
 
 def rank_at(values: Floats, weights: Floats, age: float, options: RankOptions) -> float:
-    """The rank `options` names of a job of one age, for clean atoms and a checked age."""
-    costs = options[1:] if options.rank in COSTED_RANKS else ()
-    return RANKS[options.rank](values, weights, age, *costs)
+    """The rank that `options` name, of a job of one age, for clean atoms and a checked age."""
+    costs = options[1:] if options.variant in COSTED_RANKS else ()
+    return RANKS[options.variant](values, weights, age, *costs)
 
 
 def shifted_rank(
@@ -128,7 +130,7 @@ def _buckets(
 
 
 COSTED_RANKS = ("gittins", "shifted")
-"""Names of the ranks that may be given a quantum and a preemption cost."""
+"""Variants that may be given a quantum and a preemption cost."""
 
 RANKS: dict[str, Callable[..., float]] = {
     "gittins": rank_of_sorted,

@@ -37,9 +37,9 @@ def costs(draw: st.DrawFn) -> dict[str, float]:
 
 @st.composite
 def ranks(draw: st.DrawFn) -> dict[str, str | float]:
-    """Keywords of `RankTable` and `Distribution.gittins`: every rank, some with costs."""
-    rank = draw(st.sampled_from(list(RANKS)))
-    return {"rank": rank, **(draw(costs()) if rank in COSTED_RANKS else {})}
+    """Keywords of `RankTable` and `Distribution.gittins`: every variant, some with costs."""
+    variant = draw(st.sampled_from(list(RANKS)))
+    return {"variant": variant, **(draw(costs()) if variant in COSTED_RANKS else {})}
 
 
 def quantile_grid(quantile: Callable[[np.ndarray], np.ndarray], atoms: int) -> Distribution:

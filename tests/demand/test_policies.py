@@ -82,7 +82,7 @@ def test_gittins_options_reach_the_table():
     assert plain.rank(job_of(plain), 0.0) == known.gittins() == 2.0
     expected = RankTable(known, quantum=5.0).at(0.0)
     assert coarse.rank(job_of(coarse), 0.0) == expected > 2.0
-    with pytest.raises(DemandError, match="rank is 'gitins'"):
+    with pytest.raises(DemandError, match="variant is 'gitins'"):
         Gittins("gitins")
     with pytest.raises(DemandError, match="quantum"):
         Gittins(quantum=-1.0)
