@@ -31,13 +31,14 @@ class BoundedServers(Servers):
         """Look at a running task that reached its stop before the end of a unit.
 
         Returns:
-            Whether its rank may have risen over the best one waiting; not if that was half-way.
+            Whether that is an event; half-way it is none, unless the rank rose over the best.
         """
         self.settled = False
         self._rank(task, now)
         best = self._waiting.best
-        task.half_way = not task.half_way or (best is not None and task.place > best)
-        return task.half_way
+        event = not task.half_way or (best is not None and task.place > best)
+        task.half_way = event  # after a look half-way the next is at the best one waiting
+        return event
 
     def end_unit(self, task: Task) -> None:
         """Take note that a unit of a running task has ended, which may change its rank."""
@@ -101,15 +102,16 @@ class BoundedServers(Servers):
             self._stop(task, None)
             task.bound = None
             return
-        if task.half_way and task.bound is not task.place:
+        if task.bound is not task.place:
             self._rank(task, now)
-        index, threshold = task.job.index, best[0]
+        place, threshold = task.place, best[0]
         if task.half_way:
-            threshold = half_way(task.place[0], threshold)
-        if index > best[1] and threshold == best[0]:
+            threshold = half_way(place[0], threshold)
+        if place[1] > best[1] and threshold == best[0]:
             threshold = just_below(threshold)
-        task.bound = threshold, index
         self._stop(task, threshold)
+        # A rank that is worse since it is served may be beyond the best already.
+        task.bound = (threshold, place[1]) if place < best else None
         # Sooner than the stop: quanta are counted with a slack (`policies.quanta`).
         task.bound_until = task.stop - 1e-9 * task.stop_age
 

@@ -59,7 +59,7 @@ class Servers:
         """Look at a running task that reached its stop before the end of a unit.
 
         Returns:
-            Whether its rank may have risen over the best one waiting.
+            Whether that is an event.
         """
         self.settled = False
         return True

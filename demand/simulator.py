@@ -61,6 +61,8 @@ def simulate(
     its place only at an arrival, at the end of a unit, or where its own rank rises over the best
     one waiting, an age the policy gives (`Policy.next_above`). The simulated events are therefore
     arrivals, completions, ends of units and these crossings; there is no time step.
+    With several servers a running job is ranked only where a bound on its rank does not tell
+    whether it comes after another; it is looked at once more at its bound, which is no event.
     O(events * (log n + servers)), and for a policy that `reranks`, O(events * jobs present), or
     of lines present where it names them (`Policy.line`).
     Crossings add little as a rule; but where ranks rise with every atom (falling hazard under

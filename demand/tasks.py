@@ -30,7 +30,8 @@ class Task:
         bound: what its place stays within while it is served, if that is known; from a ranking
             until it is watched the very object `place`.
         bound_until: second up to which it surely does.
-        half_way: whether it is looked at half-way to the best that waits.
+        half_way: whether it is looked at half-way to the best that waits, which is no event;
+            this and the bounds are of `BoundedServers`.
     """
 
     job: Job

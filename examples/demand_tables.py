@@ -208,12 +208,14 @@ def engine_speed(record: dict) -> str:
             f"{row['events_per_second']:,.0f}",
         ]
 
-    by_load = [[f"{r['load']:.0f}, {r['policy']}", *figures(r)] for r in record["speed"]]
+    by_load = [
+        [f"{r['load']:.0f}, {r['jobs']:,}, {r['policy']}", *figures(r)] for r in record["speed"]
+    ]
     by_jobs = [[f"{r['jobs']:,}, {r['policy']}", *figures(r)] for r in record["growth"]]
     load = record["configuration"]["growth_load"]
     return "\n\n".join(
         [
-            grid(["load, policy", *headings], by_load),
+            grid(["load, jobs, policy", *headings], by_load),
             f"With more jobs, at load {load:.0f}:",
             grid(["jobs, policy", *headings], by_jobs),
         ]

@@ -53,6 +53,7 @@ POLICIES: dict[str, Policy] = {
 MODES = ("none", "pause", "recompute", "swap")
 AMPLE, SCARCE = 65_536, 4_000
 SPEED_LOADS = (10.0, 20.0, 30.0, 40.0, 50.0)
+OVERLOAD = ((50.0, 1_000), (60.0, 1_000))
 TIMED = ("FCFS", "Gittins")
 GROWTH_LOAD = 20.0
 GROWTH_JOBS = (1_000, 10_000, 100_000, 1_000_000)
@@ -125,11 +126,13 @@ def timed(workload: Workload, name: str, repeats: int) -> dict:
 
 
 def speed(args: argparse.Namespace) -> list[dict]:
-    """The speed of the simulator at rising load."""
+    """The speed of the simulator at rising load, last where the queue grows long."""
     rows = []
-    for load in tqdm(SPEED_LOADS, desc="speed"):
-        workload = poisson_workload(hermes_applications(), load, args.speed_jobs, seed=0)
-        rows += [{"load": load} | timed(workload, name, args.repeats) for name in TIMED]
+    cells = [*((load, args.speed_jobs) for load in SPEED_LOADS), *OVERLOAD]
+    for load, jobs in tqdm(cells, desc="speed"):
+        workload = poisson_workload(hermes_applications(), load, jobs, seed=0)
+        at = {"load": load, "jobs": jobs}
+        rows += [at | timed(workload, name, args.repeats) for name in TIMED]
     return rows
 
 
@@ -151,7 +154,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--speed-jobs", type=int, default=300)
     parser.add_argument("--growth-jobs", type=int, default=GROWTH_JOBS[-1], help="at most")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     policies, modes = compare(args)
     record = {

@@ -19,10 +19,10 @@ def just_below(rank: Rank) -> Rank:
 
 
 def half_way(rank: Rank, best: Rank) -> Rank:
-    """A threshold between `rank` and the greater or equal `best`, in the class of `rank`."""
+    """A threshold between `rank` and a greater `best`, in the class of `rank`; or `best`."""
     if not isinstance(rank, tuple) and not isinstance(best, tuple):
         middle = rank + (best - rank) / 2
-        return middle if middle < best else best
+        return middle if rank <= middle < best else best  # a large int may round below `rank`
     assert isinstance(rank, tuple)
     assert isinstance(best, tuple)
     if rank[:-1] != best[:-1]:

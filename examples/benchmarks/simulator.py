@@ -188,7 +188,7 @@ def main() -> None:
             pooled = drawing(applications(), arguments.seed)
             for jobs in arguments.jobs:
                 workload = poisson_workload(pooled, load, jobs, arguments.seed)
-                repeats = arguments.repeats if jobs <= 10_000 else 1
+                repeats = arguments.repeats if jobs <= OTHERS_JOBS else 1
                 growth += [alone(cell, mix, name, workload, repeats) for name in POLICIES]
                 if jobs <= OTHERS_JOBS:
                     full = with_all(workload, arguments.seed)
@@ -198,7 +198,9 @@ def main() -> None:
                 workload = poisson_workload(
                     pooled, load, OTHERS_JOBS, arguments.seed, servers=servers
                 )
-                several += [alone(cell, mix, name, workload, 1, servers) for name in SEVERAL]
+                several += [
+                    alone(cell, mix, name, workload, arguments.repeats, servers) for name in SEVERAL
+                ]
                 progress.update()
             workload = poisson_workload(pooled, load, arguments.beside, arguments.seed)
             beside += [
