@@ -140,7 +140,7 @@ def simulator_servers(record: dict) -> str:
             [
                 f"{mix}, {load[mix]}",
                 policy,
-                *(f"{at[n]['events_per_second']:,.0f}" for n in servers),
+                *(_events(at[n]) for n in servers),
             ]
             for (mix, policy), at in cells.items()
         ],
