@@ -1,8 +1,10 @@
 """Policies and workloads of whole seconds, for tests that compare simulators under all of them."""
 
+from dataclasses import dataclass
+
 from hypothesis import strategies as st
 
-from demand import Distribution, Execution, Unit, Workload
+from demand import Distribution, Execution, Job, Policy, Unit, Workload
 from demand.policies import (
     EDF,
     FCFS,
@@ -66,6 +68,15 @@ WRAPPED = [
     DeadlineMix(LeastSlack(), DeadlineMix(FCFS(), SERPT())),
 ]
 POLICIES = PLAIN + WRAPPED
+
+
+@dataclass(frozen=True)
+class Shy(Policy):
+    """Being served makes its rank worse, at once."""
+
+    def rank(self, job: Job, now: float) -> float:
+        return job.arrival + 8.0 * job.running
+
 
 _SECOND = Unit("second", "tool")
 

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,16 +40,9 @@ from demand.policies import (
     VirtualTime,
 )
 from tests.demand.engine_twin import step_by_step
+from tests.demand.policy_zoo import Shy
 
 THINK, CODE, TEST = Unit("think", "llm"), Unit("code", "llm"), Unit("test", "container")
-
-
-@dataclass(frozen=True)
-class Shy(Policy):
-    """Being served makes its rank worse, at once."""
-
-    def rank(self, job: Job, now: float) -> float:
-        return job.arrival + 8.0 * job.running
 
 
 POLICIES = [FCFS(), RandomOrder(), ClassMean(), SERPT(), Gittins(), Oracle()]

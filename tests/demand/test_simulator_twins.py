@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from demand import Distribution, Policy, Workload, simulate
 from demand.servers import Servers
-from tests.demand.policy_zoo import POLICIES, closed_loops, whole_second_workloads
+from tests.demand.policy_zoo import POLICIES, Shy, closed_loops, whole_second_workloads
 from tests.demand.twins import second_by_second
 
 by_name = pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -50,14 +50,6 @@ def test_every_policy_refined_at_the_end_of_every_unit(policy, workload, servers
 @given(loop=closed_loops(), servers=st.integers(1, 2))
 def test_every_policy_in_a_closed_loop(policy, loop, servers):
     assert_as_the_twin(loop, policy, 1 if "VTC" in str(policy) else servers)
-
-
-@dataclass(frozen=True)
-class Shy(Policy):
-    """Being served makes its rank worse, at once."""
-
-    def rank(self, job, now):
-        return job.arrival + 8.0 * job.running
 
 
 def ranking_everyone(workload, policy, servers):
