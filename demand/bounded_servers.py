@@ -59,11 +59,7 @@ class BoundedServers(Servers):
             worst = self._last_after(waiting.best, now)
             if worst is None:
                 break
-            self.preemptions += 1
-            running.remove(worst)
-            worst.job.running = False
-            best = waiting.swap(worst, now)
-            self._start(best, now)
+            best = self._swap(worst, now)
             self._rank(best, now)
             place = waiting.best
             assert place is not None

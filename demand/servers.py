@@ -117,15 +117,20 @@ class Servers:
                 worst = running[0] if self._servers == 1 else max(running, key=_place)
                 if worst.place < waiting.best:
                     break
-                self.preemptions += 1
-                running.remove(worst)
-                worst.job.running = False
-                best = waiting.swap(worst, now)
-                self._start(best, now)
+                best = self._swap(worst, now)
                 if self._servers > 1:
                     self._rank(best, now)
         for task in running:
             self._watch(task, now)
+
+    def _swap(self, worst: Task, now: float) -> Task:
+        """Serve the best that waits in the stead of `worst`, which waits from now on."""
+        self.preemptions += 1
+        self.running.remove(worst)
+        worst.job.running = False
+        best = self._waiting.swap(worst, now)
+        self._start(best, now)
+        return best
 
     def _rank(self, task: Task, now: float) -> None:
         if task.since < now:

@@ -5,6 +5,7 @@ columns are those of the record.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 RANK_ROWS = {
     "one rank": "one rank",
@@ -66,36 +67,16 @@ def rank_noise(record: dict) -> str:
 
 def simulator(record: dict) -> str:
     """Of simulator.json: thousands of events a second, and seconds beside re-sorting."""
-    load = record["configuration"]["load"]
-
-    def by_jobs(rows: list[dict], named: str, memory: bool) -> str:
-        sizes = sorted({row["jobs"] for row in rows})
-        cells: dict[tuple[str, str], dict[int, dict]] = {}
-        for row in rows:
-            cells.setdefault((row["mix"], row["policy"]), {})[row["jobs"]] = row
-        return grid(
-            ["mix, load", "policy", *(f"{jobs:,} jobs" for jobs in sizes), *["MiB"] * memory],
-            [
-                [
-                    f"{mix}, {load[mix]}",
-                    named.format(policy),
-                    *(_events(at[n]) if n in at else "-" for n in sizes),
-                    *[f"{at[max(at)]['added_mebibytes']:.0f}"] * memory,
-                ]
-                for (mix, policy), at in cells.items()
-            ],
-            left=2,
-        )
-
+    by_jobs = partial(_events_by, record, "jobs", heading="mix, load")
     beside = record["beside_resorting"]
     return "\n\n".join(
         [
-            by_jobs(record["growth"], "{}", memory=True),
+            by_jobs(record["growth"], memory=True),
             (
                 "The same jobs, due 1.5 times their demand after they arrive and in three classes "
                 "of priority:"
             ),
-            by_jobs(record["others"], "`{}`", memory=False),
+            by_jobs(record["others"], named="`{}`"),
             grid(
                 [
                     f"mix, {beside[0]['jobs']} jobs",
@@ -120,32 +101,40 @@ def simulator(record: dict) -> str:
     )
 
 
-def _events(row: dict) -> str:
-    """Thousands of events a second, the median, and the fastest run."""
-    median, fastest = row["events_per_second"], row["fastest_events_per_second"]
-    return f"{median / 1000:.0f} ({fastest / 1000:.0f})"
-
-
 def simulator_servers(record: dict) -> str:
     """Of simulator.json: thousands of events a second by the number of servers."""
-    load = record["configuration"]["load"]
     rows = record["several"]
-    servers = sorted({row["servers"] for row in rows})
+    heading = f"mix, load, {rows[0]['jobs']:,} jobs"
+    return _events_by(record, "servers", rows, heading=heading)
+
+
+def _events_by(
+    record: dict, by: str, rows: list[dict], heading: str, named: str = "{}", memory: bool = False
+) -> str:
+    """Thousands of events a second, the median and the fastest run, with a column to each `by`."""
+    load = record["configuration"]["load"]
+    columns = sorted({row[by] for row in rows})
     cells: dict[tuple[str, str], dict[int, dict]] = {}
     for row in rows:
-        cells.setdefault((row["mix"], row["policy"]), {})[row["servers"]] = row
+        cells.setdefault((row["mix"], row["policy"]), {})[row[by]] = row
     return grid(
-        [f"mix, load, {rows[0]['jobs']:,} jobs", "policy", *(f"{n} servers" for n in servers)],
+        [heading, "policy", *(f"{n:,} {by}" for n in columns), *["MiB"] * memory],
         [
             [
                 f"{mix}, {load[mix]}",
-                policy,
-                *(_events(at[n]) for n in servers),
+                named.format(policy),
+                *(_events(at[n]) if n in at else "-" for n in columns),
+                *[f"{at[max(at)]['added_mebibytes']:.0f}"] * memory,
             ]
             for (mix, policy), at in cells.items()
         ],
         left=2,
     )
+
+
+def _events(row: dict) -> str:
+    median, fastest = row["events_per_second"], row["fastest_events_per_second"]
+    return f"{median / 1000:.0f} ({fastest / 1000:.0f})"
 
 
 def engine(record: dict) -> str:
