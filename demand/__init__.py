@@ -9,15 +9,13 @@ recorded; `demand.integrations` has the same policies inside transformers and vL
 seconds, all ranks are smaller-first. Needs numpy alone.
 """
 
-from demand.calibration import CalibrationReport, calibrate
-from demand.distribution import Distribution
-from demand.engine import Engine, EngineResult, Pool, simulate_engine
+from demand.distribution.distribution import Distribution
+from demand.distribution.rank import gittins_brute_force, gittins_rank
+from demand.distribution.rank_table import RankTable, rank_many
 from demand.errors import DemandError
-from demand.estimator import DemandEstimator
-from demand.given import GivenUnit
-from demand.graph import PDGraph
-from demand.graph_drift import DriftReport, drift
-from demand.metrics import Interval, bootstrap_interval, jain_index, paired_ratio_interval
+from demand.graph.drift import DriftReport, drift
+from demand.graph.given_units import GivenUnit
+from demand.graph.pdgraph import PDGraph
 from demand.policies import (
     EDF,
     FCFS,
@@ -42,9 +40,6 @@ from demand.policies import (
     known_of,
 )
 from demand.prewarm import CostAwarePlanner, PrewarmPlanner
-from demand.ranks.gittins import gittins_brute_force, gittins_rank
-from demand.ranks.many import rank_many
-from demand.ranks.table import RankTable
 from demand.refine import (
     CurrentUnit,
     NearestRuns,
@@ -54,8 +49,17 @@ from demand.refine import (
     Refinement,
     WholeRuns,
 )
-from demand.result import Result
-from demand.simulator import SimulationResult, simulate
+from demand.refine.calibration import CalibrationReport, calibrate
+from demand.refine.estimator import DemandEstimator
+from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
+from demand.simulation.metrics import (
+    Interval,
+    bootstrap_interval,
+    jain_index,
+    paired_ratio_interval,
+)
+from demand.simulation.queue.simulate import SimulationResult, simulate
+from demand.simulation.result import Result
 from demand.units import CostModel, Execution, Progress, Unit
 from demand.workloads import (
     Application,

@@ -38,9 +38,9 @@ from demand import (
     Unit,
     Workload,
 )
-from demand.engine import Engine, simulate_engine
 from demand.integrations.transformers import JobTable, RankScheduler, install
 from demand.policies import RequestFCFS
+from demand.simulation.engine import Engine, simulate_engine
 
 sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
 import demand_tables

@@ -33,8 +33,8 @@ from demand import (
     paired_ratio_interval,
     poisson_workload,
 )
-from demand.engine import Engine, EngineResult, simulate_engine
 from demand.policies import LAS, RequestFCFS
+from demand.simulation.engine import Engine, EngineResult, simulate_engine
 
 sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
 import demand_tables

@@ -36,7 +36,6 @@ from demand import (
     paired_ratio_interval,
     poisson_workload,
 )
-from demand.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.prewarm import (
     AlwaysAtStart,
     ArtifactPrewarm,
@@ -47,6 +46,7 @@ from demand.prewarm import (
     PrewarmPlanner,
     WaitingQueue,
 )
+from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.workloads.hermes import hermes_generator
 
 sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder

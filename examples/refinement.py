@@ -22,8 +22,6 @@ import numpy as np
 from environment import environment
 
 from demand import FCFS, SERPT, Application, CostModel, Distribution, Gittins, Oracle, PDGraph
-from demand.calibration import CalibrationReport, calibrate
-from demand.estimator import DemandEstimator
 from demand.policies import LAS, Job, Rank
 from demand.policies.wrapper import Wrapper
 from demand.refine import (
@@ -35,7 +33,9 @@ from demand.refine import (
     Refinement,
     WholeRuns,
 )
-from demand.simulator import Refine, simulate
+from demand.refine.calibration import CalibrationReport, calibrate
+from demand.refine.estimator import DemandEstimator
+from demand.simulation.queue.simulate import Refine, simulate
 from demand.traces import Session, read_agent_sessions, read_fireact, read_tau_bench
 from demand.units import Execution, Progress
 from demand.workloads import Workload, poisson_workload

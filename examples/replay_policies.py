@@ -22,7 +22,7 @@ from retention_accuracy import ARMS
 from tqdm import tqdm
 
 from sparsity import SparsityError, Trace, record, replay
-from sparsity.milestones import NAMES, Thresholds, classify, draw_head
+from sparsity.recorded.milestones import NAMES, Thresholds, classify, draw_head
 
 MEASURES = (
     "kept_mass",

@@ -44,7 +44,7 @@ from sparsity import (
     StreamingLLM,
     VaSE,
 )
-from sparsity.policy import Policy
+from sparsity.policies.base import Policy
 
 # A policy by its budget in tokens. Where the prompt is pinned the label says so. Windows and
 # intervals that are longer than the papers' smallest budgets are a quarter of the budget here.

@@ -32,8 +32,8 @@ from demand import (
     poisson_workload,
     simulate,
 )
-from demand.engine import simulate_engine
-from demand.result import Result
+from demand.simulation.engine import simulate_engine
+from demand.simulation.result import Result
 from demand.workloads import Application, Workload
 
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from demand import Workload, bimodal_applications, poisson_workload
-from demand.engine import Engine
 from demand.policies import (
     EDF,
     FCFS,
@@ -28,6 +27,7 @@ from demand.policies import (
     RequestFCFS,
     VirtualTime,
 )
+from demand.simulation.engine import Engine
 from demand.traces import read_agent_sessions, read_azure, read_mooncake
 from demand.units import Execution
 from demand.workloads import (

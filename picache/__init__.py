@@ -10,6 +10,8 @@ After EPIC (arXiv 2410.15332).
 
 from picache.chunk import Chunk
 from picache.errors import CorruptChunk, PICacheError
+from picache.linking.prompt import LinkedPrompt
+from picache.linking.report import LinkReport
 from picache.methods import (
     A3,
     APE,
@@ -22,10 +24,8 @@ from picache.methods import (
     ProphetKV,
     RandomRecompute,
 )
+from picache.methods.base import Evidence, Layout, LinkMethod
 from picache.pic import PIC
-from picache.plan import Evidence, Layout, LinkMethod
-from picache.prompt import LinkedPrompt
-from picache.report import LinkReport
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk
 

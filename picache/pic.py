@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from picache.chunk import Chunk, Form, as_ids
-from picache.engine import Fetched, Row, layout_of, link_row
+from picache.chunk import Chunk, Form, Header, as_ids, chunk_key
 from picache.errors import CorruptChunk, PICacheError
-from picache.header import Header, chunk_key
+from picache.linking.link import Fetched, Row, layout_of, link_row
+from picache.linking.prompt import LinkedPrompt, batched
 from picache.methods import LegoLink
-from picache.plan import LinkMethod
-from picache.prompt import LinkedPrompt, batched
+from picache.methods.base import LinkMethod
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
 
@@ -31,7 +30,7 @@ class PIC:
 
     Args:
         model: any causal LM on transformers' attention interface with rotary positions that
-            `picache.rope.calibrate` can prove.
+            `picache.hf.rope.calibrate` can prove.
         tokenizer: needed for text; token ids do without.
         store: where compiled chunks live; one without a bound by default.
         sinks: what a chunk that stands in the middle is compiled behind. "drop": its own BOS, if
@@ -62,7 +61,7 @@ class PIC:
             )
         if flops_per_byte is not None and not flops_per_byte >= 0:
             raise PICacheError(f"flops_per_byte must be at least 0 or None, got {flops_per_byte!r}")
-        from picache.hf import HFModel  # transformers is loaded when a model is handed in
+        from picache.hf.model import HFModel  # transformers is loaded when a model is handed in
 
         self._model = HFModel(model)
         self.tokenizer = tokenizer

@@ -3,9 +3,10 @@
 Tensors are `[batch, kv_heads, tokens, head_dim]`; budgets are in tokens.
 """
 
-from sparsity.cache import SparseCache, attach, detach
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sparsity.errors import SparsityError
-from sparsity.milestones import milestone_map
 from sparsity.policies import (
     H2O,
     RKV,
@@ -22,10 +23,15 @@ from sparsity.policies import (
     Then,
     VaSE,
 )
-from sparsity.record import record
-from sparsity.replay import Replay, replay
-from sparsity.report import Report
-from sparsity.trace import Trace
+from sparsity.recorded.milestones import milestone_map
+from sparsity.recorded.record import record
+from sparsity.recorded.replay import Replay, replay
+from sparsity.recorded.trace import Trace
+from sparsity.retention.report import Report
+
+if TYPE_CHECKING:
+    from sparsity.hf.attach import attach, detach
+    from sparsity.hf.cache import SparseCache
 
 __all__ = [
     "H2O",
@@ -53,3 +59,11 @@ __all__ = [
     "record",
     "replay",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What knows transformers is loaded when it is first asked for, not with the package."""
+    if name not in ("SparseCache", "attach", "detach"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module("sparsity.hf.cache" if name == "SparseCache" else "sparsity.hf.attach")
+    return getattr(module, name)

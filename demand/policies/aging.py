@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from demand.policies.base import Job, Rank, number
-from demand.policies.quanta import check_positive
-from demand.policies.thresholds import greatest_addend
+from demand.policies.exact_thresholds import check_positive, greatest_addend
 from demand.policies.wrapper import Wrapper, check_by_number
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 
 Rank = float | tuple[float, ...]
@@ -208,3 +208,36 @@ def number(rank: Rank, policy: Policy) -> float:
             "PriorityClasses or DeadlineMix around it, not inside"
         )
     return rank
+
+
+def table_of(job: Job) -> Any:
+    """The table of `job`.
+
+    Raises:
+        DemandError: the job carries none.
+    """
+    if job.table is None:
+        raise DemandError(
+            f"job {job.index} of {job.application!r} has no table; give it "
+            "table=policy.table(job.distribution), once per application"
+        )
+    return job.table
+
+
+def rank_of(job: Job, policy: Policy, now: float) -> Rank:
+    """Rank of `job` under `policy` at second `now`.
+
+    Raises:
+        DemandError: a rank of NaN, or a tuple that has one.
+    """
+    rank = policy.rank(job, now)
+    if not isinstance(rank, tuple):
+        if rank == rank:
+            return rank
+    else:
+        for entry in rank:  # a generator would cost as much as the rank
+            if entry != entry:
+                break
+        else:
+            return rank
+    raise DemandError(f"{policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered")

@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.policies.base import Job, Policy, Rank
 from demand.policies.priority_classes import classed, next_above_in_class
 from demand.policies.wrapper import ByClass, check_policy

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution import Distribution
-from demand.policies.base import Job, Policy
-from demand.policies.tables import table_of
-from demand.ranks.table import RankTable
+from demand.distribution.distribution import Distribution
+from demand.distribution.rank_table import RankTable
+from demand.policies.base import Job, Policy, table_of
 
 
 @final

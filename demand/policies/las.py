@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.atoms import check_age
+from demand.distribution.atoms import check_age
 from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.quanta import check_positive, next_end, whole_quanta
+from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
 
 
 @final

@@ -7,13 +7,11 @@ from typing import final
 
 import numpy as np
 
-from demand.atoms import beyond_samples, check_age
-from demand.distribution import Distribution
+from demand.distribution.atoms import beyond_samples, check_age
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.quanta import check_positive, whole_quanta
-from demand.policies.tables import table_of
-from demand.policies.thresholds import greatest_addend
+from demand.policies.base import Job, Policy, Rank, number, table_of
+from demand.policies.exact_thresholds import check_positive, greatest_addend, whole_quanta
 
 
 @final
@@ -23,7 +21,7 @@ class LeastSlack(Policy):
 
     The paper takes the largest sample for the total demand, sup X - a at attained service a; one
     outlier then makes an application urgent for good. A quantile of X - a given X > a does not.
-    Beyond the samples, remaining demand follows `demand.atoms.beyond_samples`.
+    Beyond the samples, remaining demand follows `beyond_samples`.
 
     `now` is left out, being the same for all. Attained service is counted in whole quanta: a job's
     slack stands still while it is served and shrinks while it waits, so that two jobs of equal

@@ -5,9 +5,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.atoms import check_age
+from demand.distribution.atoms import check_age
 from demand.policies.base import Job, Rank, number
-from demand.policies.quanta import check_positive
+from demand.policies.exact_thresholds import check_positive
 from demand.policies.wrapper import Wrapper, check_by_number
 
 

@@ -7,8 +7,7 @@ from typing import final
 
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.quanta import check_positive
-from demand.policies.thresholds import greatest_within
+from demand.policies.exact_thresholds import check_positive, greatest_within
 from demand.policies.unknown import has_mean, mean_demand, next_mean_above
 
 

@@ -7,7 +7,7 @@ from typing import final
 
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.quanta import check_positive, next_end, whole_quanta
+from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
 
 
 @final

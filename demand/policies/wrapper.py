@@ -1,10 +1,11 @@
 """What policies around a policy have in common."""
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Job, Policy
 
@@ -77,3 +78,17 @@ def check_by_number(outer: Policy, policy: object) -> None:
             f"{outer!r} is around a policy of tuple ranks; it takes policies that rank by one "
             "number: put PriorityClasses or DeadlineMix around it, not inside"
         )
+
+
+def hook(
+    policy: Policy, name: Literal["arrived", "served", "departed"]
+) -> Callable[..., Any] | None:
+    """The method to call at each such event; None where the policy keeps the default.
+
+    Wrappers that only pass on are passed over, since a simulator calls this at every event.
+    """
+    method = getattr(policy, name)
+    own = getattr(method, "__func__", method)  # of the class, unless the instance has its own
+    if isinstance(policy, Wrapper) and own is getattr(Wrapper, name):
+        return hook(policy.policy, name)
+    return None if own is getattr(Policy, name) else method

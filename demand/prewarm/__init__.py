@@ -1,10 +1,10 @@
 """Warming the backend of a unit before the unit is reached: planners, baselines, real backends."""
 
 from demand.prewarm.artifact import ArtifactPrewarm
-from demand.prewarm.backends import Backend, CallbackBackend, Prewarming
 from demand.prewarm.base import Prewarmer, Start, Successor
 from demand.prewarm.baselines import AlwaysAtStart, NoPrewarm, OraclePrewarm, WaitingQueue
 from demand.prewarm.cost_aware import CostAwarePlanner
+from demand.prewarm.driver import Backend, CallbackBackend, Prewarming
 from demand.prewarm.planner import PrewarmPlanner
 
 __all__ = [

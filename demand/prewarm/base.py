@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 
 Knowledge = Literal["nothing", "graph", "truth"]

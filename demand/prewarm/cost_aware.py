@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.prewarm.base import Prewarmer, Start, Successor, fitting
 

@@ -3,7 +3,7 @@
 from demand.refine.base import Refined, Refinement
 from demand.refine.current_unit import CurrentUnit
 from demand.refine.nearest import NearestRuns
-from demand.refine.none import NoRefinement
+from demand.refine.no_refinement import NoRefinement
 from demand.refine.pearson import PearsonFilter
 from demand.refine.regression import ProgressRegression
 from demand.refine.whole_runs import WholeRuns

@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 
-from demand.distribution import Distribution
-from demand.graph import PDGraph
+from demand.distribution.distribution import Distribution
+from demand.graph.pdgraph import PDGraph
 from demand.units import CostModel, Demand, Progress
 
 

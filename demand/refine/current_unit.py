@@ -6,11 +6,11 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution import Distribution
-from demand.graph import PDGraph
+from demand.distribution.distribution import Distribution
+from demand.graph.pdgraph import PDGraph
+from demand.graph.walks import MAX_UNITS, Draws, WalkArrays
 from demand.refine.base import Refined, Refinement
 from demand.units import END, START, Demand, Progress
-from demand.walks import MAX_UNITS, Draws, WalkArrays
 
 
 @final

@@ -6,14 +6,14 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from demand.atoms import Floats
-from demand.columns import ATTRIBUTES, Ints, RunColumns
-from demand.distribution import Distribution
+from demand.distribution.atoms import Floats
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph import PDGraph
+from demand.graph.pdgraph import PDGraph
+from demand.graph.run_columns import ATTRIBUTES, Ints, RunColumns
+from demand.graph.walks import MAX_UNITS, WalkArrays, check_over
 from demand.refine.base import Refined, Refinement
 from demand.units import CostModel, Demand, Execution, Progress
-from demand.walks import MAX_UNITS, WalkArrays, check_over
 
 
 @final

@@ -5,10 +5,10 @@ from typing import final
 
 import numpy as np
 
-from demand.atoms import Floats
-from demand.distribution import Distribution
+from demand.distribution.atoms import Floats
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph import PDGraph
+from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
 from demand.units import Demand, Progress

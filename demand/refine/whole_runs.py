@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution import Distribution
-from demand.graph import PDGraph
+from demand.distribution.distribution import Distribution
+from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
-from demand.refine.none import AgedDistribution
+from demand.refine.no_refinement import AgedDistribution
 from demand.units import Demand
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from demand.errors import DemandError
+from demand.graph.flow import without_end
 from demand.traces.schema import Session, Span
 from demand.units import END, START, Kind, Unit
-from demand.without_end import without_end
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.atoms import Floats
+from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.workloads.workload import Workload
 

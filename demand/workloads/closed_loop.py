@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-from demand.atoms import Floats
+from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.workloads.workload import Application, Workload, poisson_workload
 

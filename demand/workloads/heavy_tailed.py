@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from demand.atoms import Floats
-from demand.distribution import Distribution
+from demand.distribution.atoms import Floats
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.workloads.workload import Application, Sampler, Workload, poisson_workload
 

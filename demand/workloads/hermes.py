@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from demand.errors import DemandError
-from demand.graph import PDGraph
+from demand.graph.pdgraph import PDGraph
 from demand.units import END
 from demand.workloads.runs import RunGenerator, Stage
 from demand.workloads.workload import Application, Workload, poisson_workload

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph import PDGraph
+from demand.graph.pdgraph import PDGraph
 from demand.units import CostModel, Execution
 from demand.workloads.workload import Application
 

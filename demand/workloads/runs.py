@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demand.atoms import Floats
+from demand.distribution.atoms import Floats
 from demand.errors import DemandError
+from demand.graph.flow import without_end
 from demand.units import END, CostModel, Execution, Kind, Unit
-from demand.without_end import without_end
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-import picache.attending
+import picache.hf.attention_functions
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import picache.engine
+import picache.linking.link
 from picache import PIC, CacheBlend, ChunkStore, LegoLink, NaiveReuse
-from picache.place import LinkedKV
+from picache.linking.linked_kv import LinkedKV
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
 from environment import environment

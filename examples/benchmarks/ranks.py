@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import trange
 
 from demand import Distribution, RankTable
-from demand.ranks.many import rank_many
+from demand.distribution.rank_table import rank_many
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
 from environment import environment

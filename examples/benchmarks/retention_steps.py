@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from sparsity import Quest, RaaS, SnapKV, SparseCache, StreamingLLM
-from sparsity.policy import Policy
+from sparsity.policies.base import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
 from environment import environment

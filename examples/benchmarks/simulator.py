@@ -47,7 +47,7 @@ from demand import (
     simulate,
     with_deadlines,
 )
-from demand.jobs import JobMaker
+from demand.simulation.job_maker import JobMaker
 
 POLICIES = {"FCFS": FCFS(), "ClassMean": ClassMean(), "SERPT": SERPT(), "Gittins": Gittins()}
 OTHERS: dict[str, Policy] = {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from picache.errors import PICacheError
-from picache.plan import Evidence, Layout, LinkMethod, ParallelEncoding
+from picache.methods.base import Evidence, Layout, LinkMethod, ParallelEncoding
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from picache.plan import Evidence, Layout, LinkMethod
+from picache.methods.base import Evidence, Layout, LinkMethod
 
 
 @dataclass(frozen=True)

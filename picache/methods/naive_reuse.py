@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from picache.plan import Evidence, Layout, LinkMethod
+from picache.methods.base import Evidence, Layout, LinkMethod
 
 
 @dataclass(frozen=True)

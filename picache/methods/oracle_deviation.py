@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from picache.errors import PICacheError
-from picache.plan import Evidence, Layout, LinkMethod, Metric, check_ratio, top
+from picache.methods.base import Evidence, Layout, LinkMethod, Metric, check_ratio, top
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from picache.plan import Evidence, Layout, LinkMethod, check_ratio, top
+from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, top
 
 
 @dataclass(frozen=True)

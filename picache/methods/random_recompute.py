@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from picache.errors import PICacheError
-from picache.plan import Evidence, Layout, LinkMethod, check_ratio, check_tokens
+from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, check_tokens
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,51 @@
 """Where compiled chunks live: device, pinned host memory and disk, each bounded in bytes."""
 
+import math
 import os
 import threading
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from picache.chunk import KV
+from picache.chunk import KV, STORAGES, Header
 from picache.errors import CorruptChunk, PICacheError
-from picache.header import STORAGES, Header
-from picache.store.busy import Busy
 from picache.store.disk import Disk
+from picache.store.in_use import Busy
 from picache.store.memory import Memory
 from picache.store.quantize import Encoded, encode
-from picache.store.stats import StoreStats, TierStats
-from picache.store.stored import StoredChunk, check_kv
+from picache.store.stored import StoredChunk, check_kv, human
 from picache.store.tiers import Entry, Tier
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier: chunks and bytes held, the bound in bytes (inf for none), hits served from it."""
+
+    name: str
+    chunks: int
+    nbytes: int
+    budget: float
+    hits: int
+
+    def __str__(self) -> str:
+        bound = "no bound" if math.isinf(self.budget) else f"of {human(self.budget)}"
+        return f"{self.name} {self.chunks} chunks, {human(self.nbytes)} ({bound}), {self.hits} hits"
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds and has done; see the attributes of `ChunkStore`."""
+
+    tiers: tuple[TierStats, ...]
+    hits: int
+    misses: int
+    demotions: int
+    evictions: int
+    corrupt: int
+    disk_failures: int
 
 
 class ChunkStore:
@@ -27,7 +55,7 @@ class ChunkStore:
     host memory, what that has no room for is left to disk, and what is on no disk is gone. With a
     `path`, every chunk is also written to disk when it is put, so that it outlives the process. A
     hit does not move a chunk up by itself: `promote` does. One store may serve several models:
-    keys hold what tells them apart (`picache.header.chunk_key`). Methods may be called from
+    keys hold what tells them apart (`picache.chunk.chunk_key`). Methods may be called from
     several threads.
 
     Args:
@@ -198,7 +226,7 @@ class ChunkStore:
         A disk that cannot take it is counted and warned about once; the chunk stays in memory.
 
         Args:
-            key: from `picache.header.chunk_key`.
+            key: from `picache.chunk.chunk_key`.
             kv: keys and values per layer, each ``[1, kv_heads, tokens, head_dim]``, kept without a
                 copy: do not write to them afterwards.
             header: what the chunk is; its `compile_seconds` counts in eviction by cost.

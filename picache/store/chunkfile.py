@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from picache.chunk import DTYPES, Header
 from picache.errors import CorruptChunk
-from picache.header import DTYPES, Header
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
 
 FORMAT = "picache-chunk/2"

@@ -8,11 +8,11 @@ from contextlib import suppress
 from threading import RLock
 from urllib.parse import quote
 
+from picache.chunk import Header
 from picache.errors import CorruptChunk, PICacheError
-from picache.header import Header
-from picache.store.busy import Busy
 from picache.store.chunkfile import ChunkFile, pack
 from picache.store.files import SUFFIX
+from picache.store.in_use import Busy
 from picache.store.quantize import Encoded
 from picache.store.remote import open_files
 from picache.store.tiers import Entry, Tier

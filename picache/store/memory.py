@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from picache.errors import StoreFull
-from picache.store.busy import Busy
+from picache.store.in_use import Busy
 from picache.store.tiers import Entry, Tier
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from picache.chunk import KV
+from picache.chunk import DTYPES, KV, Header
 from picache.errors import PICacheError
-from picache.header import DTYPES, Header
 from picache.store.quantize import Encoded, decode
 
 

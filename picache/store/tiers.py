@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from picache.chunk import Header
 from picache.errors import PICacheError
-from picache.header import Header
 from picache.store.quantize import Encoded
 
 SECONDS_PER_BYTE = 30e-6 / 2**17

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sparsity.policy import Policy, check_count
+from sparsity.policies.base import Policy, check_count
 
 
 @dataclass(frozen=True)

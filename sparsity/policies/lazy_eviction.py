@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsity.knobs import Evicting
-from sparsity.policy import Group, Needs, PageView, check_share
+from sparsity.policies.base import Group, Needs, PageView, check_share
+from sparsity.policies.evicting import Evicting
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
+from sparsity.policies.base import check_count
 from sparsity.policies.snapkv import SnapKV
-from sparsity.policy import check_count
 
 
 @dataclass(frozen=True)

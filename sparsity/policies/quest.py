@@ -5,8 +5,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsity.policy import Group, Needs, PageView, Policy, check_budget, check_count, check_group
-from sparsity.scores import page_bounds
+from sparsity.policies.base import (
+    Group,
+    Needs,
+    PageView,
+    Policy,
+    check_budget,
+    check_count,
+    check_group,
+)
+from sparsity.policies.scores import page_bounds
 
 
 @dataclass(frozen=True)

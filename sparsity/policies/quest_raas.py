@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
+from sparsity.policies.base import PageView, check_budget
 from sparsity.policies.raas import RaaS
-from sparsity.policy import PageView, check_budget
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.knobs import Evicting
-from sparsity.policy import Group, Needs, PageView, check_choice, check_share
-from sparsity.scores import page_bounds, page_logits
+from sparsity.policies.base import Group, Needs, PageView, check_choice, check_share
+from sparsity.policies.evicting import Evicting
+from sparsity.policies.scores import page_bounds, page_logits
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sparsity.draws import uniform
-from sparsity.knobs import Evicting
-from sparsity.policy import Group, PageView, check_count
+from sparsity.policies.base import Group, PageView, check_count
+from sparsity.policies.evicting import Evicting
+from sparsity.policies.hashed_random import uniform
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from sparsity.knobs import Evicting
+from sparsity.policies.base import Group, Needs, PageView, check_count, check_share
+from sparsity.policies.evicting import Evicting
+from sparsity.policies.scores import window_scores
 from sparsity.policies.snapkv import check_kernel
-from sparsity.policy import Group, Needs, PageView, check_count, check_share
-from sparsity.scores import window_scores
 
 BLOCK = 256  # tokens whose similarities to all others are in memory at once
 

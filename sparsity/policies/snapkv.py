@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.knobs import Evicting
-from sparsity.policy import Group, Needs, PageView, check_choice, check_count
-from sparsity.scores import window_scores
+from sparsity.policies.base import Group, Needs, PageView, check_choice, check_count
+from sparsity.policies.evicting import Evicting
+from sparsity.policies.scores import window_scores
 
 
 @dataclass(frozen=True)

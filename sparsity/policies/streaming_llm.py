@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsity.knobs import Evicting
-from sparsity.policy import Group, Needs, PageView, check_choice
+from sparsity.policies.base import Group, Needs, PageView, check_choice
+from sparsity.policies.evicting import Evicting
 
 
 @dataclass(frozen=True)

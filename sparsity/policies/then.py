@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsity.errors import SparsityError
+from sparsity.policies.base import Needs, PageView, Policy
 from sparsity.policies.snapkv import SnapKV
-from sparsity.policy import Needs, PageView, Policy
 
 
 @dataclass(frozen=True)

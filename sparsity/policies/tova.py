@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from sparsity.knobs import Evicting
-from sparsity.policy import Needs, PageView
+from sparsity.policies.base import Needs, PageView
+from sparsity.policies.evicting import Evicting
 
 
 @dataclass(frozen=True)

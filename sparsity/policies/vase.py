@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsity.draws import uniform
 from sparsity.errors import SparsityError
-from sparsity.knobs import Evicting
+from sparsity.policies.base import Needs, PageView, check_count
+from sparsity.policies.evicting import Evicting
+from sparsity.policies.hashed_random import uniform
+from sparsity.policies.scores import window_scores
 from sparsity.policies.snapkv import check_kernel
-from sparsity.policy import Needs, PageView, check_count
-from sparsity.scores import window_scores
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from demand import CostModel, Job
-from demand.engine.calls import call_groups, execution_seconds
+from demand.simulation.engine.calls import call_groups, execution_seconds
 
 
 def step_by_step(workload, policy, engine, cost=None, seed=0):

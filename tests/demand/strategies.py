@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from demand import Distribution
-from demand.ranks.variants import COSTED_RANKS, RANKS
+from demand.distribution.rank_variants import COSTED_RANKS, RANKS
 
 positive = st.floats(0.01, 100.0)
 weights = st.floats(0.01, 1.0)

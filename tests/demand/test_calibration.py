@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import CostModel, DemandError, Distribution, Execution, Progress, Unit
-from demand.calibration import LEVELS, calibrate, crps, pit
+from demand.refine.calibration import LEVELS, calibrate, crps, pit
 from tests.demand.strategies import distributions
 
 TOOL = Unit("work", "tool")

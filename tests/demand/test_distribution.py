@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from demand import DemandError, Distribution
-from demand.ranks.grid import default_step
+from demand.distribution.grid import default_step
 from tests.demand.strategies import aged, distributions
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import DemandError, Execution, PDGraph, Unit
-from demand.graph_drift import drift, kolmogorov_smirnov
+from demand.graph.drift import drift, kolmogorov_smirnov
 
 FETCH, WORK = Unit("fetch", "search"), Unit("work", "tool")
 

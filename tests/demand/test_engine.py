@@ -25,7 +25,6 @@ from demand import (
     simulate,
     with_deadlines,
 )
-from demand.engine import Engine, simulate_engine
 from demand.policies import (
     EDF,
     LAS,
@@ -39,6 +38,7 @@ from demand.policies import (
     RequestFCFS,
     VirtualTime,
 )
+from demand.simulation.engine import Engine, simulate_engine
 from tests.demand.engine_twin import step_by_step
 from tests.demand.policy_zoo import Shy
 

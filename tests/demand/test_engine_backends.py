@@ -22,8 +22,6 @@ from demand import (
     poisson_workload,
     simulate,
 )
-from demand.engine import Engine, Pool, simulate_engine
-from demand.estimator import DemandEstimator
 from demand.prewarm import (
     AlwaysAtStart,
     CostAwarePlanner,
@@ -33,6 +31,8 @@ from demand.prewarm import (
     WaitingQueue,
 )
 from demand.refine import CurrentUnit
+from demand.refine.estimator import DemandEstimator
+from demand.simulation.engine import Engine, Pool, simulate_engine
 from demand.workloads.closed_loop import ClosedLoop, closed_loop
 
 WRITE, READ, TEST = Unit("write", "llm"), Unit("read", "llm"), Unit("test", "container")

@@ -14,8 +14,8 @@ from demand import (
     Workload,
     simulate,
 )
-from demand.estimator import DemandEstimator, unseen
 from demand.refine import CurrentUnit, NearestRuns, NoRefinement
+from demand.refine.estimator import DemandEstimator, unseen
 
 WORK, ASK = Unit("work", "tool"), Unit("ask", "human")
 

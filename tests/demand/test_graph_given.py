@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from demand import CostModel, DemandError, Execution, PDGraph, Progress, Unit
-from demand.given import GivenUnit
+from demand.graph.given_units import GivenUnit
 
 TRY, CHECK = Unit("try", "tool"), Unit("check", "search")
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from demand import DemandError, Execution, PDGraph, Unit
-from demand.graph_layout import lay_out
+from demand.graph.drawing_layout import lay_out
 
 WRITE, TEST = Unit("write", "llm"), Unit("test", "container")
 

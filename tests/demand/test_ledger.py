@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from demand import DemandError, Distribution, Job, Policy, RequestFCFS, VirtualTime
-from demand.integrations.ledger import Ledger
+from demand.integrations.job_ledger import Ledger
 
 KNOWN = {"short": Distribution([2.0, 3.0])}
 

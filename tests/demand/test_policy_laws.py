@@ -30,9 +30,8 @@ from demand.policies import (
     Quantum,
     VirtualTime,
 )
-from demand.policies.hooks import hook
-from demand.policies.thresholds import greatest_addend, greatest_within, just_below
-from demand.policies.wrapper import Wrapper
+from demand.policies.exact_thresholds import greatest_addend, greatest_within, just_below
+from demand.policies.wrapper import Wrapper, hook
 from tests.demand.policy_zoo import POLICIES, whole_second_workloads
 from tests.demand.strategies import distributions
 from tests.demand.twins import fair_shares, processor_sharing

@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import DemandError, Distribution, RankTable
-from demand.ranks.costed import CostedRanks
-from demand.ranks.hull import Tails
-from demand.ranks.many import rank_many
-from demand.ranks.pieces import gittins_pieces
-from demand.ranks.table import _BUILDERS
-from demand.ranks.variants import BUCKETS, RANKS, bucket_entries
+from demand.distribution.hull import Tails
+from demand.distribution.rank_pieces import gittins_pieces
+from demand.distribution.rank_table import _BUILDERS, rank_many
+from demand.distribution.rank_variants import BUCKETS, RANKS, bucket_entries
+from demand.distribution.rank_with_costs import CostedRanks
 from tests.demand.strategies import (
     aged,
     distributions,

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 
 from demand import DemandError, Distribution, RankTable, gittins_brute_force
-from demand.ranks.grid import default_step
-from demand.ranks.variants import RANKS
+from demand.distribution.grid import default_step
+from demand.distribution.rank_variants import RANKS
 from tests.demand.strategies import aged, costs
 
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from demand import CostModel, DemandError, Distribution, Execution, PDGraph, Progress, Unit
-from demand.calibration import calibrate
 from demand.refine import (
     CurrentUnit,
     NearestRuns,
@@ -13,6 +12,7 @@ from demand.refine import (
     ProgressRegression,
     WholeRuns,
 )
+from demand.refine.calibration import calibrate
 from demand.refine.features import ProgressFeatures
 
 A, B, LOOP = Unit("a", "tool"), Unit("b", "search"), Unit("loop", "tool")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from demand import FCFS, DemandError, Distribution, Gittins, Oracle, Workload, bimodal_mix, simulate
-from demand.metrics import jain_index
+from demand.simulation.metrics import jain_index
 
 KNOWN = {"a": Distribution([4.0]), "b": Distribution([1.0])}
 

@@ -28,9 +28,9 @@ from demand import (
     poisson_workload,
     simulate,
 )
-from demand.estimator import DemandEstimator
 from demand.policies import NEVER_SEEN, Quantum, Rank, RequestFCFS
 from demand.refine import CurrentUnit
+from demand.refine.estimator import DemandEstimator
 from tests.demand.twins import exhaustive, unit_step
 
 POLICIES = [FCFS(), RandomOrder(), ClassMean(), SERPT(), Gittins(), Oracle()]

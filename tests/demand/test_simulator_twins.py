@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demand import Distribution, Policy, Workload, simulate
-from demand.servers import Servers
+from demand.simulation.queue.servers import Servers
 from tests.demand.policy_zoo import POLICIES, Shy, closed_loops, whole_second_workloads
 from tests.demand.twins import second_by_second
 
@@ -53,7 +53,7 @@ def test_every_policy_in_a_closed_loop(policy, loop, servers):
 
 
 def ranking_everyone(workload, policy, servers):
-    with mock.patch("demand.simulator.servers_for", Servers):
+    with mock.patch("demand.simulation.queue.simulate.servers_for", Servers):
         return simulate(workload, policy, servers)
 
 

@@ -19,8 +19,8 @@ from continuous_batching import (
     tiny_model,
 )
 
-from demand.engine import Engine, simulate_engine
 from demand.policies import RequestFCFS
+from demand.simulation.engine import Engine, simulate_engine
 
 
 @pytest.fixture(scope="module")

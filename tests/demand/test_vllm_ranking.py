@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import FCFS, SERPT, CostModel, DemandError, Distribution, Gittins, Job, Oracle, Policy
-from demand.integrations.ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import Ledger, TokenMeter
 from demand.integrations.vllm import annotation, make_scheduler, millisecond_priority
 from demand.integrations.vllm.annotation import UNANNOTATED, Annotation
 from demand.integrations.vllm.displacement import Key, displaced

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import picache.attention
-from picache.attention import attend_reference, scattered_attention
+import picache.hf.attention
+from picache.hf.attention import attend_reference, scattered_attention
 from tests.helpers import assert_close
 
 
@@ -38,7 +38,7 @@ def tensors(rows, n, heads, kv_heads, head_dim, value_dim):
 )
 @pytest.mark.parametrize("elements", [2**22, 300, 1])
 def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, monkeypatch):
-    monkeypatch.setitem(picache.attention._BLOCKS, "cpu", (64, elements))
+    monkeypatch.setitem(picache.hf.attention._BLOCKS, "cpu", (64, elements))
     query, key, value, positions = tensors(rows, n, heads, kv_heads, 8, value_dim)
     allowed = mask(positions, torch.arange(n))
     expected = attend_reference(query, key, value, allowed, 0.3)

@@ -25,7 +25,7 @@ from picache import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.presets import Arm, arms
+from picache.methods.presets import Arm, arms
 from picache.sinks import Sinks
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import picache.hf_attention
+import picache.hf.attention_switch
 from picache import PIC, PICacheError
-from picache.check import check
-from picache.hf import HFModel
-from picache.sparse_pass import ScatterMask
+from picache.hf.model import HFModel
+from picache.hf.self_check import check
+from picache.hf.sparse_pass import ScatterMask
 from tests.helpers import CONFIGS, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,12 +71,12 @@ def test_a_wrong_rotation_is_refused(layer, wrong, dtype):
 
 def test_an_attention_that_ignores_what_is_registered_is_refused(monkeypatch):
     """Scores that are changed behind the interface: here a bias only the own attention knows."""
-    right = picache.hf_attention.attend_scattered
+    right = picache.hf.attention_switch.attend_scattered
 
     def other(module, query, key, value, mask, **kwargs):
         return right(module, query, key, value, mask, **{**kwargs, "scaling": 0.1})
 
-    monkeypatch.setattr(picache.hf_attention, "attend_scattered", other)
+    monkeypatch.setattr(picache.hf.attention_switch, "attend_scattered", other)
     with pytest.raises(PICacheError, match="layer 1: keys of tokens recomputed"):
         PIC(tiny_model("llama"))
 

@@ -18,7 +18,7 @@ from picache import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.place import LinkedKV
+from picache.linking.linked_kv import LinkedKV
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 
 pytestmark = [

@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from picache import PIC, FullRecompute, LegoLink, LinkMethod, NaiveReuse, RandomRecompute
-from picache.plan import Layout
+from picache.methods.base import Layout
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 
 FAMILIES = tuple(CONFIGS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from picache import PIC, ChunkStore, FullRecompute, LegoLink, PICacheError
-from picache.place import LinkedKV
+from picache.linking.linked_kv import LinkedKV
 from tests.helpers import assert_close, random_ids, tiny_model
 
 LENGTHS = (9, 30, 21)

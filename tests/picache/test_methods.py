@@ -23,7 +23,7 @@ from picache import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.plan import Layout, top
+from picache.methods.base import Layout, top
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 
 FAMILIES = tuple(CONFIGS)

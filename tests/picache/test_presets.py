@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from picache import PIC, PICacheError
-from picache.presets import arms
+from picache.methods.presets import arms
 from tests.helpers import random_ids, tiny_model
 
 BOS = torch.tensor([1])

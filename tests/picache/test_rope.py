@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picache import PIC, FullRecompute, PICacheError
-from picache.rope import Rotation, calibrate, difference, frequencies, rotate
+from picache.hf.rope import Rotation, calibrate, difference, frequencies, rotate
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
 
 THETA = dict(rope_theta=10000.0)

@@ -16,7 +16,7 @@ from picache import (
     PICacheError,
     ProphetKV,
 )
-from picache.place import LinkedKV
+from picache.linking.linked_kv import LinkedKV
 from tests.helpers import assert_close, random_ids, tiny_model
 
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from picache.stopwatch import Stopwatch
+from picache.linking.stopwatch import Stopwatch
 
 
 def test_spans_of_one_name_add_up():

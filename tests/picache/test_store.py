@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import picache
 from picache import PIC, ChunkStore, LegoLink, PICacheError
-from picache.header import Header, chunk_key
+from picache.chunk import Header, chunk_key
 from tests.helpers import random_ids, tiny_model
 
 

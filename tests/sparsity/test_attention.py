@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsity.attention import attend, attend_reference
-from sparsity.draws import mix
-from sparsity.scores import page_bounds
+from sparsity.policies.hashed_random import mix
+from sparsity.policies.scores import page_bounds
+from sparsity.retention.attention import attend, attend_reference
 from tests.helpers import assert_close
 
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import sparsity
 from sparsity import SparseCache, StreamingLLM
-from sparsity.masks import LazyMask
-from sparsity.retention import Retention
-from sparsity.rotation import Rotation
-from sparsity.rows import Rows, plan
+from sparsity.retention.batch_rows import Rows, plan
+from sparsity.retention.layer import Retention
+from sparsity.retention.lazy_mask import LazyMask
+from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids, tiny_model
 from tests.sparsity.naive_positions import ROTATED, angles, batch, build, naive, run
 

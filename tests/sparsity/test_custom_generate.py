@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsity import RaaS, SparseCache, SparsityError, detach
-from sparsity.hf_attach import is_attached
+from sparsity.hf.attach import is_attached
 from tests.helpers import random_ids, tiny_model
 
 FOLDER = str(Path(__file__).parents[2] / "examples" / "custom_generate")

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sparsity import H2O, RKV, SnapKV
-from sparsity.attention import attention_weights
-from sparsity.evidence import BLOCK, forward_weights, keep_last, keep_newest
-from sparsity.masks import LazyMask
 from sparsity.policies import rkv
-from sparsity.policy import Needs
-from sparsity.retention import Retention
-from sparsity.rows import Rows, plan
+from sparsity.policies.base import Needs
+from sparsity.retention.attention import attention_weights
+from sparsity.retention.batch_rows import Rows, plan
+from sparsity.retention.layer import Retention
+from sparsity.retention.lazy_mask import LazyMask
+from sparsity.retention.query_weights import BLOCK, forward_weights, keep_last, keep_newest
 from tests.helpers import assert_close
 
 

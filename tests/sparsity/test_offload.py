@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity import SparseCache
-from sparsity.retention import Retention
+from sparsity.retention.layer import Retention
 from tests.helpers import random_ids
 from tests.sparsity.zoo import TIGHT, shallow_model
 

@@ -9,10 +9,15 @@ from tests.helpers import files_importing
 CODE = """
 import sys
 import sparsity
-from sparsity import RaaS, SparseCache, attach
+from sparsity import RaaS, record, replay
 RaaS(budget=64)
 assert "torch" in sys.modules
 loaded = [n for n in ("transformers", "picache", "demand") if n in sys.modules]
+assert not loaded, loaded
+from sparsity import SparseCache, attach  # a subclass of transformers' Cache
+from transformers import Cache
+assert issubclass(SparseCache, Cache)
+loaded = [n for n in ("picache", "demand") if n in sys.modules]
 assert not loaded, loaded
 """
 
@@ -55,4 +60,4 @@ def test_public_names():
 def test_transformers_is_touched_in_files_that_say_so():
     found = files_importing("transformers", sparsity)
     assert found
-    assert all(name.startswith("hf") for name in found)
+    assert all(name.startswith("hf/") for name in found)

@@ -18,7 +18,7 @@ from sparsity import (
     Then,
     VaSE,
 )
-from sparsity.policy import Needs
+from sparsity.policies.base import Needs
 from tests.sparsity.zoo import AMPLE, SMALL, TIGHT
 
 DEFAULTS = [

@@ -19,9 +19,9 @@ from sparsity import (
     record,
     replay,
 )
-from sparsity.hf_attach import is_attached
-from sparsity.milestones import NAMES, Thresholds, classify
-from sparsity.replay import _attended
+from sparsity.hf.attach import is_attached
+from sparsity.recorded.milestones import NAMES, Thresholds, classify
+from sparsity.recorded.replay import _attended
 from tests.helpers import assert_close, random_ids, tiny_model
 from tests.sparsity.zoo import TIGHT
 

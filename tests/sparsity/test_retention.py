@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity import RaaS
-from sparsity.masks import LazyMask
-from sparsity.retention import Retention
-from sparsity.rows import Rows, plan
+from sparsity.retention.batch_rows import Rows, plan
+from sparsity.retention.layer import Retention
+from sparsity.retention.lazy_mask import LazyMask
 from tests.helpers import assert_close
 from tests.sparsity.twins import Twin
 from tests.sparsity.zoo import SMALL, selects

@@ -7,8 +7,8 @@ import torch
 
 import sparsity
 from sparsity import RaaS, SnapKV, SparseCache, SparsityError, StreamingLLM, Then
-from sparsity.policy import Needs
-from sparsity.rotation import Rotation
+from sparsity.policies.base import Needs
+from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids
 from tests.sparsity.naive_positions import ROTATED, angles, build
 

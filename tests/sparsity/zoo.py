@@ -18,7 +18,7 @@ from sparsity import (
     Then,
     VaSE,
 )
-from sparsity.policy import Policy
+from sparsity.policies.base import Policy
 from tests.helpers import tiny_model
 
 # Nothing is evicted from, or left out of, 52 tokens: equal to dense.

@@ -19,9 +19,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationM
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph import PDGraph
+from demand.graph.pdgraph import PDGraph
 from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
 from demand.policies.base import Job, Policy

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph import PDGraph
-from demand.integrations.ledger import Ledger
+from demand.graph.pdgraph import PDGraph
+from demand.integrations.job_ledger import Ledger
 from demand.policies.base import Job, Policy, Rank
 from demand.units import CostModel
 

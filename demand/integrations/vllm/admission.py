@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, final
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import Ledger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
 from demand.integrations.vllm.failures import AttemptError, Retry
 from demand.integrations.vllm.run import Run

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, final
 
-from demand.integrations.ledger import TokenMeter
+from demand.integrations.job_ledger import TokenMeter
 from demand.integrations.vllm.chunks import Chunk, Repetition, TokenCount, text_of
 from demand.integrations.vllm.failures import CallError, StreamBrokenError
 from demand.policies.base import Job

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from demand.errors import DemandError
-from demand.integrations.ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import Ledger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
 from demand.policies.base import Job

@@ -5,9 +5,9 @@ import reprlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self, final, get_args
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.ledger import Ledger
+from demand.integrations.job_ledger import Ledger
 from demand.integrations.vllm.call import Call, Restart
 from demand.policies.base import Job
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from demand.distribution import Distribution
+from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.ledger import Ledger
+from demand.integrations.job_ledger import Ledger
 from demand.integrations.vllm.displacement import displaced
 from demand.integrations.vllm.ranking import Ranking
 from demand.policies.base import Policy

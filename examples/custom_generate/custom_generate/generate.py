@@ -15,8 +15,8 @@ from typing import Any
 
 try:
     import sparsity
-    from sparsity.cache import keep_attached
-    from sparsity.policy import Policy
+    from sparsity.hf.attach import keep_attached
+    from sparsity.policies.base import Policy
 except ImportError as error:
     raise ImportError(
         "this folder needs the package `sparsity` of the distribution `picache`; the distribution "

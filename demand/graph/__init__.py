@@ -1,0 +1,1 @@
+"""Probabilistic demand graphs: learned from runs, walked, saved, compared and drawn."""

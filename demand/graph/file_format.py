@@ -1,0 +1,145 @@
+"""The file format of a demand graph: versioned JSON, written atomically, checked on read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from demand.errors import DemandError
+from demand.graph.given_units import GivenUnit, check_given
+from demand.units import CostModel, Execution, Unit
+
+FORMAT = "demand.PDGraph"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """Everything a `PDGraph` remembers: its runs, or the units it was given."""
+
+    name: str
+    window: int
+    cost: CostModel
+    half_life_runs: float | None
+    runs: Sequence[Sequence[Execution]] = ()
+    given: Sequence[GivenUnit] = ()
+    entries: Mapping[str, float] = field(default_factory=dict)
+
+
+def write_graph(path: str | os.PathLike[str], record: GraphRecord) -> None:
+    """Write `record` to `path`, in one step as far as readers can see.
+
+    The file lists the units by name and kind, then either `runs`, oldest first, with a row
+    [position of the unit, input_tokens, output_tokens, parallelism, seconds,
+    longest_output_tokens, longest_seconds] for each execution; or `given`, with such rows and the
+    successors of each unit in turn, and `entries`. Tokens and seconds are per call; null: not
+    given.
+    """
+    executed = dict.fromkeys(execution.unit for run in record.runs for execution in run)
+    units = [*(given.unit for given in record.given), *executed]
+    number = {unit: position for position, unit in enumerate(units)}
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": record.name,
+        "window": record.window,
+        "half_life_runs": record.half_life_runs,
+        "cost": asdict(record.cost),
+        "units": [{"name": unit.name, "kind": unit.kind} for unit in units],
+    }
+    if record.given:
+        document["entries"] = record.entries
+        document["given"] = [
+            {
+                "executions": [_row(number, execution) for execution in given.executions],
+                "successors": given.successors,
+            }
+            for given in record.given
+        ]
+    else:
+        document["runs"] = [[_row(number, execution) for execution in run] for run in record.runs]
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_graph(path: str | os.PathLike[str]) -> GraphRecord:
+    """Read what `write_graph` wrote, checking every entry.
+
+    Raises:
+        DemandError: the file is not such a document, with what is wrong and where.
+        FileNotFoundError: no file at `path`.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        message = f"{path} is not JSON ({error}); expected a file that PDGraph.save wrote"
+        raise DemandError(message) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DemandError(f"{path} is not a {FORMAT} file; expected one that PDGraph.save wrote")
+    if document.get("version") != VERSION:
+        raise DemandError(
+            f"{path} has format version {document.get('version')!r}; this package reads version "
+            f"{VERSION}: save the graph again with a matching package"
+        )
+    try:
+        return _record(document)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DemandError(
+            f"{path} is damaged: {type(error).__name__}: {error}; save the graph again"
+        ) from error
+
+
+def _row(number: Mapping[Unit, int], execution: Execution) -> list[float | None]:
+    return [
+        number[execution.unit],
+        execution.input_tokens,
+        execution.output_tokens,
+        execution.parallelism,
+        execution.seconds,
+        execution.longest_output_tokens,
+        execution.longest_seconds,
+    ]
+
+
+def _record(document: dict[str, Any]) -> GraphRecord:
+    units = [Unit(entry["name"], entry["kind"]) for entry in document["units"]]
+    if len({unit.name for unit in units}) < len(units):
+        raise DemandError("a unit is listed twice")
+    half_life = document["half_life_runs"]
+    settings = (
+        str(document["name"]),
+        int(document["window"]),
+        CostModel(**document["cost"]),
+        None if half_life is None else float(half_life),
+    )
+    if "given" in document:
+        given = [
+            GivenUnit(unit, [_execution(units, row) for row in e["executions"]], e["successors"])
+            for unit, e in zip(units, document["given"], strict=True)
+        ]
+        check_given(given, dict(document["entries"]))
+        return GraphRecord(*settings, given=given, entries=dict(document["entries"]))
+    return GraphRecord(
+        *settings, runs=[[_execution(units, row) for row in run] for run in document["runs"]]
+    )
+
+
+def _execution(units: Sequence[Unit], row: list[Any]) -> Execution:
+    position, input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest = row
+    if not 0 <= position < len(units):
+        raise DemandError(f"there is no unit {position} in a list of {len(units)}")
+    return Execution(
+        units[position], input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest
+    )

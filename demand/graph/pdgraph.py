@@ -1,0 +1,323 @@
+"""The probabilistic demand graph of an application, learned from its runs."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from demand.distribution.atoms import Floats
+from demand.distribution.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph.file_format import GraphRecord, read_graph, write_graph
+from demand.graph.given_units import GivenUnit, check_given, given_arrays
+from demand.graph.run_columns import RunColumns, decayed
+from demand.graph.walks import MAX_UNITS, WalkArrays
+from demand.units import CostModel, Demand, Execution, Progress, Unit, check_demand
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from networkx import DiGraph
+
+Run = tuple[Execution, ...]
+
+
+@final
+class PDGraph:
+    """Probabilistic demand graph (Hermes, arXiv 2506.14851).
+
+    A node is a unit with the samples of its executions; an edge is weighted by how often one unit
+    followed another; loops are edges that lead back. The remaining demand of an application is
+    found by random walks from where it stands to the end. What the units before have shown is
+    left to `demand.refine`: a walk step depends on the current unit alone.
+
+    Departures from the paper's artifact: a sample keeps tokens, parallelism, seconds and successor
+    together, where the artifact draws each on its own; walks have no silent cap of 50 units; the
+    window counts whole runs, where the artifact keeps 1000 samples per attribute, which for a
+    unit in a loop are a few runs only.
+
+    Build one with `PDGraph.fit` and keep it current with `observe`; or give its probabilities
+    with `PDGraph.from_units`, and draw from it with `draw_runs`.
+
+    Args:
+        name: of the application, for messages and for people.
+        window: runs remembered; the oldest leave first.
+        cost: seconds of an execution.
+        half_life_runs: a remembered run weighs half as much after this many more; `None` weighs
+            all alike. The window bounds memory, the half-life says how fast to forget.
+
+    Raises:
+        DemandError: a window below 1, or a half-life that is not positive and finite.
+    """
+
+    def __init__(
+        self,
+        name: str = "application",
+        window: int = 1000,
+        cost: CostModel | None = None,
+        half_life_runs: float | None = None,
+    ) -> None:
+        if window < 1:
+            raise DemandError(f"window is {window}; a graph remembers at least one run")
+        if half_life_runs is not None and not 0.0 < half_life_runs < math.inf:
+            raise DemandError(
+                f"half_life_runs is {half_life_runs}; expected a positive number of runs, or None "
+                "to weigh all remembered runs alike"
+            )
+        self.name = name
+        self.window = window
+        self.cost = CostModel() if cost is None else cost
+        self.half_life_runs = half_life_runs
+        self._runs: deque[Run] = deque(maxlen=window)
+        self._kinds: dict[str, Unit] = {}  # every unit ever seen
+        self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
+        self._columns: RunColumns | None = None  # laid out at the first need after a change
+        self._arrays: dict[Demand, WalkArrays] = {}
+
+    @classmethod
+    def fit(
+        cls,
+        runs: Iterable[Sequence[Execution]],
+        *,
+        name: str = "application",
+        window: int = 1000,
+        cost: CostModel | None = None,
+        half_life_runs: float | None = None,
+    ) -> "PDGraph":
+        """Learn a graph from finished runs of one application, oldest first.
+
+        A finished run ends, so that from every unit of it the end is reached. A run that was cut
+        off must not be among them: its last unit would count as one after which runs end.
+
+        Raises:
+            DemandError: no runs, an empty run, or a unit name with two kinds.
+        """
+        graph = cls(name, window, cost, half_life_runs)
+        for run in runs:
+            graph.observe(run)
+        if not graph._runs:
+            raise DemandError("there are no runs to fit a graph to; pass at least one finished run")
+        return graph
+
+    @classmethod
+    def from_units(
+        cls,
+        units: Sequence[GivenUnit],
+        entries: Mapping[str, float],
+        *,
+        name: str = "application",
+        cost: CostModel | None = None,
+    ) -> "PDGraph":
+        """A graph of given probabilities, such as the published profile of an application.
+
+        It has no runs, so it does not `observe` and nothing can be refined by it. To learn on
+        from it, fit another one to `draw_runs` of it.
+
+        Args:
+            units: each with its executions and the probabilities of what follows.
+            entries: probability of each first unit, of sum 1.
+            name: of the application.
+            cost: seconds of an execution.
+
+        Raises:
+            DemandError: probabilities that do not sum to 1, a successor that is no unit, a unit
+                given twice, or a loop with no way out.
+        """
+        check_given(units, entries)
+        graph = cls(name, cost=cost)
+        graph._given = (tuple(units), dict(entries))
+        graph.walk_arrays()
+        return graph
+
+    def observe(self, run: Sequence[Execution]) -> None:
+        """Learn from one finished run; where the window is full the oldest is forgotten.
+
+        Raises:
+            DemandError: an empty run, a unit name with two kinds, or a graph of given
+                probabilities. The graph is then unchanged.
+        """
+        if self._given is not None:
+            raise DemandError(
+                f"graph {self.name!r} was given its probabilities and does not learn; fit a new "
+                "one to `draw_runs` of it, and let that observe"
+            )
+        if not run:
+            raise DemandError("the run is empty; pass the units it executed, in order")
+        kinds = dict(self._kinds)
+        for execution in run:
+            unit = execution.unit
+            if kinds.setdefault(unit.name, unit) != unit:
+                raise DemandError(
+                    f"unit {unit.name!r} is of kind {unit.kind!r} here and of kind "
+                    f"{kinds[unit.name].kind!r} before; give the two different names"
+                )
+        self._kinds = kinds
+        self._runs.append(tuple(run))
+        self._columns = None
+        self._arrays = {}
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The units of the remembered runs, in order of first appearance; or those given."""
+        if self._given is not None:
+            return tuple(given.unit for given in self._given[0])
+        return self.columns().units if self._runs else ()
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The runs remembered, oldest first; none for a graph of given probabilities."""
+        return tuple(self._runs)
+
+    def samples(self, unit: str) -> tuple[Execution, ...]:
+        """The executions of `unit` that are remembered, oldest first, or given.
+
+        Raises:
+            DemandError: an unknown unit.
+        """
+        self.walk_arrays().node(unit)
+        if self._given is not None:
+            return tuple(e for g in self._given[0] if g.unit.name == unit for e in g.executions)
+        return tuple(e for run in self._runs for e in run if e.unit.name == unit)
+
+    def branches(self, unit: str) -> Mapping[str, float]:
+        """How often each unit, or "end", follows `unit` ("start" for the first); of sum 1.
+
+        Raises:
+            DemandError: an unknown unit, or a graph without runs.
+        """
+        arrays = self.walk_arrays()
+        return arrays.branches(arrays.node(unit))
+
+    def columns(self) -> RunColumns:
+        """The remembered runs as columns, for refinements and tests.
+
+        Raises:
+            DemandError: a graph without runs.
+        """
+        if not self._runs:
+            raise DemandError(
+                f"graph {self.name!r} has seen no run; fit it or observe one first"
+                if self._given is None
+                else f"graph {self.name!r} was given its probabilities and remembers no runs; "
+                "fit one to `draw_runs` of it"
+            )
+        if self._columns is None:
+            self._columns = RunColumns.of(self._runs, self.cost)
+        return self._columns
+
+    def run_weights(self) -> Floats:
+        """`[runs]` weight of each remembered run: 2^(-age / half-life), age in runs, never 0.
+
+        Raises:
+            DemandError: a graph without runs.
+        """
+        ages = self.columns().ages
+        if self.half_life_runs is None:
+            return np.ones(ages.size)
+        return decayed(ages, self.half_life_runs)
+
+    def walk_arrays(self, demand: Demand = "sum") -> WalkArrays:
+        """The samples as random walks draw them.
+
+        Raises:
+            DemandError: a graph without runs, or from which the end cannot be reached.
+        """
+        check_demand(demand)
+        if demand not in self._arrays:
+            if self._given is not None:
+                arrays = given_arrays(*self._given, self.cost, demand)
+            else:
+                arrays = WalkArrays.of_runs(self.columns(), demand, self.half_life_runs)
+            stuck = arrays.without_exit()
+            if stuck:
+                raise DemandError(
+                    f"from {', '.join(stuck)} of graph {self.name!r} the end cannot be reached; "
+                    "every loop needs a way out"
+                )
+            self._arrays[demand] = arrays
+        return self._arrays[demand]
+
+    def remaining(
+        self,
+        progress: Progress | None = None,
+        *,
+        demand: Demand = "sum",
+        walks: int = 1000,
+        seed: int = 0,
+        max_units: int = MAX_UNITS,
+    ) -> Distribution:
+        """Distribution of the seconds an application still needs, by Monte Carlo.
+
+        Args:
+            progress: where it stands; `None` is before its first unit. The sample of the current
+                unit is conditioned on exceeding what was received; when no sample does, the rest
+                of that unit follows the doubling rule of `beyond_samples`. Between
+                two units the walk starts with the branch after the last one.
+            demand: "sum" over parallel calls, which is what is to be served; or "critical_path",
+                the longest of parallel calls, which is what a deadline sees at best.
+            walks: number of random walks (1000 in the paper).
+            seed: of the walks; the same seed gives the same distribution.
+            max_units: executions after which a walk is given up.
+
+        Raises:
+            DemandError: a graph without runs, a unit the graph does not know, or a walk longer
+                than `max_units`.
+        """
+        if walks < 1:
+            raise DemandError(f"walks is {walks}; at least one random walk is needed")
+        arrays = self.walk_arrays(demand)
+        first = arrays.first_draws(progress or Progress(), demand)
+        return Distribution(arrays.walk(first, np.random.default_rng(seed), walks, max_units))
+
+    def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
+        """Draw `n` runs by random walks over the samples, for workloads and tests.
+
+        Raises:
+            DemandError: a graph without runs, or a run longer than `max_units`.
+        """
+        arrays = self.walk_arrays()
+        executions = [self.samples(unit.name) for unit in self.units]
+        rng = np.random.default_rng(seed)
+        return [
+            [executions[node - 2][drawn % len(executions[node - 2])] for node, drawn in path]
+            for path in (arrays.path(rng, max_units) for _ in range(n))
+        ]
+
+    def to_networkx(self) -> "DiGraph":
+        """The graph for networkx; see `demand.graph.networkx_export.to_networkx`."""
+        from demand.graph.networkx_export import to_networkx
+
+        return to_networkx(self)
+
+    def draw(self, ax: "Axes | None" = None) -> "Axes":
+        """A picture of the graph with matplotlib; see `demand.graph.drawing.draw_graph`."""
+        from demand.graph.drawing import draw_graph
+
+        return draw_graph(self, ax)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the graph to `path` as JSON; a reader sees the old file or the new, never half."""
+        settings = (self.name, self.window, self.cost, self.half_life_runs)
+        write_graph(path, GraphRecord(*settings, self.runs, *(self._given or ((), {}))))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PDGraph":
+        """Read what `save` wrote.
+
+        Raises:
+            DemandError: not such a file, another format version, or a broken entry.
+            FileNotFoundError: no file at `path`.
+        """
+        record = read_graph(path)
+        if record.given:
+            return cls.from_units(record.given, record.entries, name=record.name, cost=record.cost)
+        graph = cls(record.name, record.window, record.cost, record.half_life_runs)
+        for run in record.runs:
+            graph.observe(run)
+        return graph
+
+    def __repr__(self) -> str:
+        known = "given" if self._given is not None else f"{len(self._runs)} runs"
+        return f"PDGraph({self.name!r}, {len(self.units)} units, {known})"

@@ -1,0 +1,262 @@
+"""Random walks over a demand graph, all walkers in lockstep."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from demand.distribution.atoms import Floats, beyond_samples
+from demand.errors import DemandError
+from demand.graph.run_columns import Ints, RunColumns, decayed
+from demand.units import END, START, Demand, Progress
+
+MAX_UNITS = 10_000
+"""Executions after which a walk is given up, unless said otherwise."""
+
+
+class Draws(NamedTuple):
+    """Samples that the first step of a walk is drawn from.
+
+    Attributes:
+        seconds: `[n]` left of the unit.
+        successors: `[n]` node that follows.
+        weights: `[n]` of sum 1, or `None` for equal ones.
+    """
+
+    seconds: Floats
+    successors: Ints
+    weights: Floats | None
+
+    def draw(self, rng: np.random.Generator, walks: int) -> tuple[Floats, Ints]:
+        """Seconds and successors, `[walks]` each."""
+        n = self.seconds.size
+        if self.weights is None:
+            drawn = rng.integers(n, size=walks)
+        else:
+            drawn = rng.choice(n, size=walks, p=self.weights)
+        return self.seconds[drawn], self.successors[drawn]
+
+
+@dataclass(frozen=True, eq=False)
+class WalkArrays:
+    """The samples of a graph laid end to end, by node.
+
+    Node 0 is the end, node 1 the start (whose samples take no time), then the units in order.
+    Samples of node u are `seconds[offsets[u]:offsets[u + 1]]`, followed by node `successors[...]`
+    and drawn by `weights[...]`, of sum 1 over a node; `None` weighs all samples alike.
+    """
+
+    nodes: Mapping[str, int]
+    offsets: Ints
+    seconds: Floats
+    successors: Ints
+    weights: Floats | None = None
+
+    @cached_property
+    def cumulative(self) -> Floats:
+        """`[n + 1]` running sum of the weights."""
+        assert self.weights is not None
+        return np.append(0.0, np.cumsum(self.weights))
+
+    @classmethod
+    def of(
+        cls,
+        units: Mapping[str, object],
+        node: ArrayLike,
+        seconds: ArrayLike,
+        successors: ArrayLike,
+        weights: ArrayLike | None = None,
+    ) -> "WalkArrays":
+        """Lay out `[n]` samples given in any order of nodes; those of a node keep their order."""
+        nodes = {name: number for number, name in enumerate([END, START, *units])}
+        node = np.asarray(node, dtype=np.int64)
+        order = np.argsort(node, kind="stable")
+        counts = np.bincount(node, minlength=len(nodes))
+        shares = None
+        if weights is not None:
+            weights = np.asarray(weights, dtype=np.float64)
+            shares = (weights / np.bincount(node, weights, len(nodes))[node])[order]
+        return cls(
+            nodes,
+            np.cumsum([0, *counts]),
+            np.asarray(seconds, dtype=np.float64)[order],
+            np.asarray(successors, dtype=np.int64)[order],
+            shares,
+        )
+
+    @classmethod
+    def of_runs(
+        cls, columns: RunColumns, demand: Demand, half_life_runs: float | None = None
+    ) -> "WalkArrays":
+        """Samples of the remembered runs, those of a run weighed by 2^(-age / half-life).
+
+        The samples of node u are those of unit u - 2 in the order of `columns`.
+        """
+        node = np.concatenate([np.ones(columns.starts.size - 1, np.int64), columns.unit + 2])
+        following = np.append(columns.unit[1:] + 2, 0)
+        following[columns.starts[1:] - 1] = 0
+        weights = None
+        if half_life_runs is not None:
+            age = np.concatenate([columns.ages, columns.ages[columns.run]])
+            newest = np.full(node.max() + 1, age.max())
+            np.minimum.at(newest, node, age)  # so that a unit seen long ago keeps its own order
+            weights = decayed(age - newest[node], half_life_runs)
+        return cls.of(
+            {unit.name: unit for unit in columns.units},
+            node,
+            np.concatenate([np.zeros(columns.starts.size - 1), columns.seconds[demand]]),
+            np.concatenate([columns.unit[columns.starts[:-1]] + 2, following]),
+            weights,
+        )
+
+    def without_exit(self) -> list[str]:
+        """Names of the nodes from which the end is not reached by any path."""
+        source = np.repeat(np.arange(len(self.nodes)), np.diff(self.offsets))
+        reached = np.zeros(len(self.nodes), dtype=bool)
+        reached[0] = True
+        for _ in self.nodes:
+            reached[source[reached[self.successors]]] = True
+        return [name for name, node in self.nodes.items() if not reached[node]]
+
+    def node(self, name: str) -> int:
+        """Number of a node.
+
+        Raises:
+            DemandError: an unknown unit.
+        """
+        if name not in self.nodes or name == END:
+            raise DemandError(
+                f"unit {name!r} is not in the graph, which has {', '.join([*self.nodes][2:])}; "
+                "observe a run that has it first"
+            )
+        return self.nodes[name]
+
+    def branches(self, node: int) -> dict[str, float]:
+        """Probability of each successor of a node, by name."""
+        own = self.finished(node)
+        counts = np.bincount(own.successors, own.weights, len(self.nodes))
+        return {
+            name: float(counts[at] / counts.sum()) for name, at in self.nodes.items() if counts[at]
+        }
+
+    def keeping(self, kept: Mapping[int, Ints]) -> "WalkArrays":
+        """The same with, at each node in `kept`, only the samples at these positions in it."""
+        parts = [
+            self.offsets[u] + kept.get(u, np.arange(self.offsets[u + 1] - self.offsets[u]))
+            for u in range(len(self.nodes))
+        ]
+        chosen = np.concatenate(parts)
+        weights = None
+        if self.weights is not None:
+            sums = [self.weights[part].sum() for part in parts]
+            weights = self.weights[chosen] / np.repeat(sums, [part.size for part in parts])
+        return replace(
+            self,
+            offsets=np.cumsum([0, *(part.size for part in parts)]),
+            seconds=self.seconds[chosen],
+            successors=self.successors[chosen],
+            weights=weights,
+        )
+
+    def first_draws(self, progress: Progress, demand: Demand) -> Draws:
+        """What a walk from `progress` first draws from.
+
+        Raises:
+            DemandError: an unknown unit, among those executed too.
+        """
+        at = START
+        for execution in progress.executed:
+            at = execution.unit.name
+            self.node(at)
+        if progress.current is None:
+            return self.finished(self.node(at))
+        return self.unfinished(self.node(progress.current), progress.current_seconds(demand))
+
+    def unfinished(self, node: int, received_seconds: float) -> Draws:
+        """Samples (seconds left, successor) of a node that has been served for a while.
+
+        Those longer than what was received, less that; when none is longer, all of them, with
+        the seconds left by the doubling rule.
+        """
+        seconds, successors, weights = own = self._own(node)
+        if received_seconds == 0.0:
+            return own
+        longer = seconds > received_seconds
+        if not longer.any():
+            left = beyond_samples(seconds.max(), received_seconds)
+            return Draws(np.full_like(seconds, left), successors, weights)
+        if weights is not None:
+            weights = weights[longer] / weights[longer].sum()
+        return Draws(seconds[longer] - received_seconds, successors[longer], weights)
+
+    def finished(self, node: int) -> Draws:
+        """Samples (0 seconds left, successor) of a node that has just finished."""
+        own = self._own(node)
+        return own._replace(seconds=np.zeros_like(own.seconds))
+
+    def walk(self, first: Draws, rng: np.random.Generator, walks: int, steps: int) -> Floats:
+        """Seconds to the end, `[walks]`, when the first draw is among the samples `first`.
+
+        Each later step draws one joint sample (seconds, successor) of the walker's node.
+
+        Raises:
+            DemandError: a walk is not over after `steps` more units.
+        """
+        total, at = first.draw(rng, walks)
+        walking = np.flatnonzero(at)
+        for _ in range(steps):
+            if not walking.size:
+                break
+            self.step(total, at, walking, rng)
+            walking = walking[at[walking] != 0]
+        check_over(walking, walks, steps)
+        return total
+
+    def path(self, rng: np.random.Generator, steps: int) -> list[tuple[int, int]]:
+        """Nodes of one walk from the start to the end, and which of its samples each drew.
+
+        Raises:
+            DemandError: it is not over after `steps` units.
+        """
+        path: list[tuple[int, int]] = []
+        node = self.nodes[START]
+        while node:
+            drawn = int(self._draw(np.array([node]), rng)[0])
+            path.append((node, drawn - int(self.offsets[node])))
+            node = int(self.successors[drawn])
+            if len(path) > steps + 1:
+                raise DemandError(f"a run is not over after {steps} units; raise max_units")
+        return path[1:]
+
+    def step(self, total: Floats, at: Ints, walking: Ints, rng: np.random.Generator) -> None:
+        """Draw a sample for each of the `walking`: add to their `total` seconds, move them on."""
+        drawn = self._draw(at[walking], rng)
+        total[walking] += self.seconds[drawn]
+        at[walking] = self.successors[drawn]
+
+    def _draw(self, here: Ints, rng: np.random.Generator) -> Ints:
+        """A sample of each node of `here`, by position in `seconds`."""
+        first = self.offsets[here]
+        if self.weights is None:
+            return first + rng.integers(self.offsets[here + 1] - first)
+        cumulative = self.cumulative
+        low, high = cumulative[first], cumulative[self.offsets[here + 1]]
+        drawn = np.searchsorted(cumulative, low + rng.random(here.size) * (high - low), "right") - 1
+        return np.clip(drawn, first, self.offsets[here + 1] - 1)
+
+    def _own(self, node: int) -> Draws:
+        own = slice(self.offsets[node], self.offsets[node + 1])
+        weights = None if self.weights is None else self.weights[own]
+        return Draws(self.seconds[own], self.successors[own], weights)
+
+
+def check_over(walking: Ints, walks: int, steps: int) -> None:
+    """Raise `DemandError` if there still are walkers."""
+    if walking.size:
+        raise DemandError(
+            f"{walking.size} of {walks} walks are not over after {steps} units; "
+            "raise max_units, or check that the loops of the runs do end"
+        )

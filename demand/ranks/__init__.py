@@ -1,1 +1,0 @@
-"""Gittins ranks and their relatives: of one age (`gittins`, `variants`), of all ages (`table`)."""

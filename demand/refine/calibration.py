@@ -1,0 +1,189 @@
+"""Are the predicted distributions right? PIT, CRPS and coverage on held-out runs."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+
+from demand.distribution.atoms import Floats
+from demand.distribution.distribution import Distribution
+from demand.errors import DemandError
+from demand.units import CostModel, Demand, Execution, Progress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEVELS = (0.5, 0.8, 0.95)
+"""Of the central intervals whose coverage is reported."""
+
+
+def crps(predicted: Distribution, observed: float) -> float:
+    """Continuous ranked probability score in seconds, smaller is better.
+
+    E|X - y| - E|X - X'| / 2 with X, X' from the prediction and y the observation, which is the
+    integral of (F(x) - 1[x >= y])^2 (Gneiting and Raftery 2007); the absolute error for a point
+    mass. Exact for atoms, O(n).
+    """
+    _check_observed(observed)
+    x, w = predicted.values, predicted.weights
+    below = np.cumsum(w)
+    pairs = 2.0 * (below[:-1] * (1.0 - below[:-1])) @ np.diff(x)
+    return float(w @ np.abs(x - observed) - pairs / 2.0)
+
+
+def pit(predicted: Distribution, observed: float, uniform: float) -> float:
+    """Probability integral transform, randomised over an atom: F(y-) + u P(X = y).
+
+    Uniform over [0, 1] if predictions are right and `uniform` is.
+    """
+    _check_observed(observed)
+    x, w = predicted.values, predicted.weights
+    below = float(w[x < observed].sum())
+    return min(below + uniform * float(w[x == observed].sum()), 1.0)
+
+
+def _check_observed(observed: float) -> None:
+    if not math.isfinite(observed):
+        raise DemandError(f"observed is {observed}; expected the finite seconds that were seen")
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationPoint:
+    """Scores at one progress point.
+
+    Attributes:
+        after_units: finished units at which was asked; `None` for all points together.
+        runs: held-out runs that were not over by then.
+        observed: mean seconds that remained.
+        predicted: mean of the predicted means.
+        crps: mean score in seconds.
+        coverage: share of runs inside the central interval of each of `LEVELS`.
+        pits: `[runs]` randomised PIT values.
+    """
+
+    after_units: int | None
+    runs: int
+    observed: float
+    predicted: float
+    crps: float
+    coverage: tuple[float, ...]
+    pits: Floats
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CalibrationReport:
+    """How well a refinement predicts the remaining seconds of held-out runs.
+
+    Attributes:
+        points: scores at each progress point asked for that any run reached.
+        overall: over all points, each question counting alike.
+    """
+
+    points: tuple[CalibrationPoint, ...]
+    overall: CalibrationPoint
+
+    def __str__(self) -> str:
+        head = "after units   runs  remaining s  predicted s    CRPS s" + "".join(
+            f"{f'in {level:.0%}':>8}" for level in LEVELS
+        )
+        rows = [
+            f"{'all' if p.after_units is None else p.after_units:>11}{p.runs:>7}"
+            f"{p.observed:>13.4g}{p.predicted:>13.4g}{p.crps:>10.4g}"
+            + "".join(f"{share:>8.0%}" for share in p.coverage)
+            for p in (*self.points, self.overall)
+        ]
+        return "\n".join([head, *rows])
+
+    def pit_histogram(self, bins: int = 10) -> Floats:
+        """`[bins]` share of the PIT values in each bin, times `bins`: 1 where calibrated.
+
+        A hump: predictions too wide; a valley: too narrow; a slope: too long or too short.
+        """
+        counts, _ = np.histogram(self.overall.pits, bins, (0.0, 1.0))
+        return counts * bins / self.overall.pits.size
+
+    def draw(self, ax: "Axes | None" = None, bins: int = 10) -> "Axes":
+        """Histogram of the PIT values, beside what calibrated predictions would show.
+
+        Raises:
+            DemandError: matplotlib is not installed.
+        """
+        from demand.graph.drawing import axes
+
+        ax = axes(ax, (4.0, 3.0))
+        edges = np.linspace(0.0, 1.0, bins + 1)
+        ax.stairs(self.pit_histogram(bins), edges, fill=True, alpha=0.6)
+        ax.axhline(1.0, color="black", linewidth=1.0, linestyle="--")
+        ax.set(xlabel="PIT of the remaining seconds", ylabel="density", xlim=(0.0, 1.0))
+        return ax
+
+
+def calibrate(
+    predict: Callable[[Progress], Distribution],
+    runs: Sequence[Sequence[Execution]],
+    after_units: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
+    *,
+    cost: CostModel | None = None,
+    demand: Demand = "sum",
+    seed: int = 0,
+) -> CalibrationReport:
+    """Ask for the remaining seconds of held-out runs, and compare with what they took.
+
+    Args:
+        predict: gives the remaining seconds, such as `refinement.fit(graph).remaining` or a
+            `DemandEstimator` with the application filled in; it must not have seen `runs`.
+        runs: finished runs.
+        after_units: progress points: finished units at which to ask. A run counts where it is
+            not over by then, as a scheduler asks only about what is there; so an atom at 0 of
+            the prediction does not count either.
+        cost: seconds of an execution, as in the graph.
+        demand: how parallel calls count, as in the refinement.
+        seed: of the randomised PIT.
+
+    Raises:
+        DemandError: no run reaches any of the points, or a unit the graph does not know.
+    """
+    for units in after_units:
+        if units < 0 or units % 1:
+            raise DemandError(f"after_units holds {units}; expected whole numbers of units")
+    cost = CostModel() if cost is None else cost
+    rng = np.random.default_rng(seed)
+    asked: list[tuple[int, list[tuple[float, ...]]]] = []
+    for units in after_units:
+        rows = []
+        for run in runs:
+            if len(run) > units:
+                left = cost.run_seconds(run[units:], demand)
+                predicted = predict(Progress(executed=run[:units])).condition(0.0)
+                rows.append(_scores(predicted, left, rng.random()))
+        if rows:
+            asked.append((units, rows))
+    if not asked:
+        raise DemandError(
+            f"none of {len(runs)} runs has more units than {list(after_units)}; "
+            "ask at earlier points, or give longer runs"
+        )
+    everything = [row for _, rows in asked for row in rows]
+    return CalibrationReport(
+        tuple(_point(units, rows) for units, rows in asked), _point(None, everything)
+    )
+
+
+def _scores(predicted: Distribution, left: float, uniform: float) -> tuple[float, ...]:
+    inside = [
+        predicted.quantile((1 - level) / 2) <= left <= predicted.quantile((1 + level) / 2)
+        for level in LEVELS
+    ]
+    mean = predicted.mean()
+    return (left, mean, crps(predicted, left), *inside, pit(predicted, left, uniform))
+
+
+def _point(units: int | None, rows: list[tuple[float, ...]]) -> CalibrationPoint:
+    table = np.array(rows, dtype=np.float64)
+    observed, predicted, score, *coverage = table[:, :-1].mean(axis=0).tolist()
+    return CalibrationPoint(
+        units, len(rows), observed, predicted, score, tuple(coverage), table[:, -1]
+    )

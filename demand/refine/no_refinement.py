@@ -1,0 +1,45 @@
+"""No refinement."""
+
+from dataclasses import dataclass
+from typing import final
+
+from demand.distribution.distribution import Distribution
+from demand.graph.pdgraph import PDGraph
+from demand.refine.base import Refined, Refinement, seconds_so_far
+from demand.units import CostModel, Demand, Progress
+
+
+@final
+@dataclass(frozen=True)
+class NoRefinement(Refinement):
+    """The whole application's distribution, given the seconds received and nothing else.
+
+    What the public artifact of Hermes (arXiv 2506.14851) ranks by: the units that have run do
+    not matter, only their seconds. The baseline of every refinement.
+
+    Args:
+        walks: random walks that the distribution is made of (1000 in the paper).
+        seed: of the walks.
+    """
+
+    walks: int = 1000
+    seed: int = 0
+
+    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+        """Walk the graph once from its start."""
+        whole = graph.remaining(demand=demand, walks=self.walks, seed=self.seed)
+        return AgedDistribution(whole, graph.cost, demand)
+
+
+@final
+@dataclass(frozen=True)
+class AgedDistribution(Refined):
+    """A distribution of the total seconds, conditioned on the seconds received."""
+
+    total: Distribution
+    cost: CostModel
+    demand: Demand
+
+    def remaining(self, progress: Progress) -> Distribution:
+        """The total less what was received; beyond all samples the doubling rule."""
+        return self.total.condition(seconds_so_far(self.cost, progress, self.demand))

@@ -1,0 +1,173 @@
+"""The backends of a simulated engine, and the prewarming of what may follow."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import final
+
+from demand.distribution.distribution import Distribution
+from demand.errors import DemandError
+from demand.graph.pdgraph import PDGraph
+from demand.prewarm.base import Prewarmer, Successor
+from demand.prewarm.successors import backend_of, durations_of, successors_of
+from demand.simulation.engine.agenda import Action, Agenda
+from demand.simulation.engine.calls import call_groups
+from demand.simulation.engine.job_on_engine import Task
+from demand.simulation.engine.pools import Pool, PoolReport
+from demand.simulation.engine.warm_pool import PlaceOf, WarmPool
+from demand.units import KINDS, CostModel, Execution, Unit
+from demand.workloads.workload import Workload
+
+
+@final
+class Backends:
+    """The pools of a simulation, and who warms them when.
+
+    Args:
+        pools: by name of a unit, or by kind for all units of the kind.
+        prewarmer: plans ahead.
+        pace: seconds of a call on the engine, for the prewarmer.
+        graphs: by application.
+        agenda: of the simulation.
+        place: order of tasks that wait for an instance.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        prewarmer: Prewarmer,
+        pace: CostModel,
+        graphs: Mapping[str, PDGraph],
+        agenda: Agenda,
+        place: PlaceOf,
+    ) -> None:
+        self._configured = pools
+        self._pools = {name: WarmPool(pool, agenda, place) for name, pool in pools.items()}
+        self._prewarmer = prewarmer
+        self._pace = pace
+        self._graphs = graphs
+        self._held: dict[Task, WarmPool] = {}
+        self._ahead: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
+
+    def acquire(self, task: Task, now: float, begin: Action) -> bool:
+        """Whether the backend of the unit of `task` is warm; else `begin` is called once it is."""
+        unit = task.execution.unit
+        pool = backend_of(self._pools, unit)
+        if pool is None:
+            return True
+        self._held[task] = pool
+        return pool.acquire(task, unit, now, begin)
+
+    def waits_for_its_turn(self, task: Task) -> bool:
+        """Whether the backend of the present unit is to be warmed only when its turn has come."""
+        unit = task.execution.unit
+        return not self._prewarmer.at_submission and backend_of(self._pools, unit) is not None
+
+    def release(self, task: Task, now: float) -> None:
+        """The present unit is over: its instance is free, and so is what will not be needed."""
+        if not self._pools:
+            return
+        task.alarms = []
+        held = self._held.pop(task, None)
+        following = task.run[task.at + 1].unit if task.at + 1 < len(task.run) else None
+        next_pool = None if following is None else backend_of(self._pools, following)
+        for pool in self._pools.values():
+            needed = following if pool is next_pool else None
+            if pool is held:
+                pool.release(task, needed, now)
+            if following is None:
+                pool.depart(task, now)
+            else:
+                pool.lapse(task, needed, now)
+
+    def plan(self, task: Task, now: float) -> list[tuple[float, Action]]:
+        """Warm what is due at once; (seconds of the present unit, action) for the rest."""
+        if not self._pools or self._prewarmer.knows == "nothing":
+            return []
+        remaining, successors = self._outlook(task)
+        later = []
+        for pool in dict.fromkeys(backend_of(self._pools, unit) for unit, _ in successors):
+            assert pool is not None
+            own = {s.unit: u for u, s in successors if backend_of(self._pools, u) is pool}
+            capacity = pool.free(now) * pool.pool.footprint
+            offered = [s for _, s in successors if s.unit in own]
+            for start in self._prewarmer.plan(remaining, offered, capacity):
+                action = partial(self._prewarm, task, task.at, pool, own[start.unit])
+                if start.seconds > 0.0:
+                    later.append((start.seconds, action))
+                else:
+                    action(now)
+        return sorted(later, key=_seconds)
+
+    def alarms(self, task: Task, later: Sequence[tuple[float, Action]]) -> None:
+        """Have `later` done when the llm unit of `task` has come that far.
+
+        Seconds of the unit are those of a call at the pace given, and how far it has come is what
+        its calls have produced on average.
+        """
+        if not later:
+            return
+        calls = task.execution.parallelism
+        given = sum(count * tokens for count, tokens, _ in call_groups(task.execution))
+        prefill = given * self._pace.prefill_seconds_per_token
+        rate = self._pace.decode_seconds_per_token
+        for seconds, action in reversed(later):
+            left = seconds * calls - prefill
+            task.alarms.append((max(1, math.ceil(left / rate)) if rate else 1, action))
+
+    def reports(self, now: float) -> dict[str, PoolReport]:
+        """What has become of each pool by second `now`, the end."""
+        return {name: pool.report(now) for name, pool in self._pools.items()}
+
+    def _prewarm(self, task: Task, at: int, pool: WarmPool, unit: Unit, now: float) -> None:
+        if task.at == at:
+            pool.prewarm(task, unit, now)
+
+    def _outlook(self, task: Task) -> tuple[Distribution, list[tuple[Unit, Successor]]]:
+        """What may follow the present unit, and how long that takes."""
+        execution = task.execution
+        if self._prewarmer.knows == "truth":
+            seconds = self._pace.seconds(execution, "critical_path")
+            return Distribution([seconds]), self._truth(task.run[task.at + 1 : task.at + 2])
+        key = task.job.application, execution.unit.name
+        if key not in self._ahead:
+            graph = self._graphs[key[0]]
+            if execution.unit in graph.units:
+                durations = durations_of(graph, key[1], self._pace)
+                self._ahead[key] = durations, successors_of(graph, key[1], self._configured)
+            else:  # never seen: nothing is known of what follows
+                self._ahead[key] = Distribution([0.0]), []
+        return self._ahead[key]
+
+    def _truth(self, following: Sequence[Execution]) -> list[tuple[Unit, Successor]]:
+        return [
+            (e.unit, Successor(e.unit.name, 1.0, pool.warm_seconds, pool.footprint))
+            for e in following
+            if (pool := backend_of(self._configured, e.unit)) is not None
+        ]
+
+
+def check_pools(
+    pools: Mapping[str, Pool],
+    prewarmer: Prewarmer,
+    workload: Workload,
+    runs: Sequence[Sequence[Execution]],
+) -> None:
+    """Raise `DemandError` for a pool of no unit, or an application to plan for without a graph."""
+    names = set(pools) - set(KINDS)
+    unknown = names - {e.unit.name for run in runs for e in run} if names else names
+    if unknown:
+        raise DemandError(
+            f"there are pools for {sorted(unknown)}, which no job executes; expected names of "
+            f"units or kinds ({', '.join(KINDS)})"
+        )
+    without = sorted(set(workload.applications) - set(workload.graphs))
+    if pools and prewarmer.knows == "graph" and without:
+        raise DemandError(
+            f"applications {without} have no graph for {prewarmer!r} to plan by; give "
+            "Workload(graphs=...), or NoPrewarm()"
+        )
+
+
+def _seconds(item: tuple[float, Action]) -> float:
+    return item[0]

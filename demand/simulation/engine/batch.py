@@ -1,0 +1,164 @@
+"""The requests of a step, and what becomes of their tokens and blocks."""
+
+from typing import final
+
+from demand.simulation.engine.blocks import Blocks
+from demand.simulation.engine.engine import Engine
+from demand.simulation.engine.job_on_engine import Calls, Task
+
+
+@final
+class Batch:
+    """The batch of the coming step, which goes on from the last one; rule 4 of `Engine`.
+
+    Calls that decode stay until they are taken out and are not touched meanwhile: their tokens and
+    blocks follow from the number of steps. Those that do not are added for one step.
+
+    Attributes:
+        engine: its limits and times.
+        blocks: the KV blocks.
+        step: steps carried out.
+        formed: number of this batch.
+        decoding: requests that decode.
+        prefilling: calls that do not, with the tokens of their chunks.
+        room: requests that can be added.
+        budget: tokens that they can have.
+        size: requests.
+        kv_tokens: KV of them at the end of the step.
+        steady: whether the next step can be the same: each request decodes, nothing is copied.
+        requests: sum of sizes over all steps.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.blocks = Blocks(engine)
+        self.step = 0
+        self.formed = 0
+        self.decoding = 0
+        self.prefilling: list[tuple[Calls, int]] = []
+        self.room = 0
+        self.budget = 0
+        self.size = 0
+        self.kv_tokens = 0
+        self.steady = True
+        self.requests = 0
+        self._context = 0  # tokens with KV of the requests that decode
+        self._seconds = 0.0
+
+    def open(self) -> None:
+        """Let calls be added to those that decode, whose blocks must be free."""
+        self.blocks.take(self.blocks.growth(self.step, 1))
+        self.room = self.engine.max_requests - self.decoding
+        self.budget = self.engine.token_budget - self.decoding
+        self.prefilling = []
+
+    def add(self, calls: Calls, tokens: int) -> None:
+        """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
+        self.room -= calls.count
+        self.budget -= calls.count * tokens
+        if calls.input_tokens + calls.generated - calls.computed > 1 or not calls.generated:
+            calls.formed = self.formed
+            self.prefilling.append((calls, tokens))
+            return
+        step, task = self.step, calls.task
+        calls.over = step + calls.output_tokens - calls.generated
+        if task.since != step:
+            task.generated, task.since = task.produced(step), step
+        task.decoding += calls.count
+        task.look = 0
+        self.blocks.enter(calls, step)
+        self.decoding += calls.count
+        self._context += calls.computed * calls.count
+
+    def stop(self, task: Task) -> None:
+        """Take out the calls of `task` that decode, before the batch is open."""
+        self._stop(task, ahead=False)
+
+    def displace(self, task: Task) -> None:
+        """Take out the calls of `task` that decode, to make room for others."""
+        self.room += task.decoding
+        self.budget += task.decoding
+        self._stop(task, ahead=True)
+
+    def close(self) -> None:
+        """Count what the step takes."""
+        moved = self.blocks.take_moved()
+        self.size = self.engine.max_requests - self.room
+        self.kv_tokens = self._context + self.decoding
+        prefill_tokens = 0
+        for calls, tokens in self.prefilling:
+            prefill_tokens += calls.count * tokens
+            self.kv_tokens += calls.count * (calls.computed + tokens)
+        self.steady = self.size > 0 and not self.prefilling and not moved
+        if not self.steady:
+            self._seconds = self.engine.step_seconds(
+                prefill_tokens, self.decoding, self.kv_tokens, moved
+            )
+
+    def seconds(self, steps: int) -> float:
+        """Seconds of the step, or of `steps` of it if it is `steady`."""
+        if self.steady:
+            return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
+        return self._seconds
+
+    def advance(self, steps: int) -> None:
+        """Carry out the step, `steps` times over; `finish` is to be asked for what is over."""
+        if steps > 1:
+            self.blocks.take(self.blocks.growth(self.step + 1, steps - 1))
+        self.blocks.count()
+        self.step += steps
+        self.requests += steps * self.size
+        self._context += steps * self.decoding
+        for calls, tokens in self.prefilling:
+            _compute(calls, tokens)
+
+    def finish(self, task: Task) -> bool:
+        """Take out the calls of `task` that are over; whether that ends its unit."""
+        over = [
+            calls
+            for calls in task.calls
+            if calls.over == self.step or calls.generated == calls.output_tokens
+        ]
+        if not over:
+            return False
+        task.generated, task.since = task.produced(self.step), self.step
+        task.look = 0
+        for calls in over:
+            if calls.over:
+                self._leave(calls, ahead=False)
+                task.decoding -= calls.count
+            self.blocks.release(calls)
+            task.calls.remove(calls)
+            task.requests -= calls.count
+        if not task.calls:
+            self.blocks.forget(task)
+        return not task.calls
+
+    def _stop(self, task: Task, ahead: bool) -> None:
+        for calls in task.calls:
+            if calls.over:
+                self._leave(calls, ahead)
+                calls.formed = self.formed - 1
+        task.generated, task.since, task.decoding = task.produced(self.step), self.step, 0
+
+    def _leave(self, calls: Calls, ahead: bool) -> None:
+        """Bring calls that decode up to date, and take them out."""
+        calls.generated = calls.output_tokens - (calls.over - self.step)
+        calls.computed = calls.input_tokens + calls.generated - 1
+        calls.over = 0
+        self.blocks.leave(calls, self.step, ahead)
+        self.decoding -= calls.count
+        self._context -= calls.computed * calls.count
+
+
+def _compute(calls: Calls, tokens: int) -> None:
+    """Rule 4: the scheduled tokens get KV, and with none pending one more is produced."""
+    task, count = calls.task, calls.count
+    calls.computed += tokens
+    new = min(calls.computed, calls.input_tokens) - calls.prefilled
+    if new > 0:
+        calls.prefilled += new
+        task.prefilled += new * count
+    if calls.pending == 0:
+        calls.generated += 1
+        task.generated += count

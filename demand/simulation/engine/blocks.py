@@ -1,0 +1,159 @@
+"""KV blocks of an engine: who holds them, and who loses them when they run out."""
+
+from typing import final
+
+from demand.simulation.engine.engine import Engine
+from demand.simulation.engine.job_on_engine import Calls, Task
+
+
+@final
+class Blocks:
+    """The pool of blocks, rule 3 of `Engine`.
+
+    Attributes:
+        engine: how many there are, and what becomes of a call that loses them.
+        block_tokens: tokens in a block.
+        free: blocks that nobody holds.
+        peak: most blocks held at once.
+        moved: blocks copied to or from the host since the last step.
+        swapped: blocks copied to or from the host.
+        prefilled_again: tokens whose KV was lost, to be computed again.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.free = engine.blocks
+        self.peak = 0
+        self.moved = 0
+        self.swapped = 0
+        self.prefilled_again = 0
+        self.block_tokens = engine.block_tokens  # looked up less often
+        self._tasks: dict[Task, None] = {}  # that may hold blocks
+        self._holders = 0  # calls that do
+        # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
+        self._phases = [0] * engine.block_tokens
+
+    def needed(self, calls: Calls, tokens: int) -> int:
+        """Blocks that each of `calls` lacks for `tokens` more tokens."""
+        return -(-(calls.computed + tokens) // self.block_tokens) - calls.blocks
+
+    def hold(self, calls: Calls, tokens: int) -> bool:
+        """Give the first of `calls` blocks for `tokens` more tokens, or refuse.
+
+        As many get them as can, and are parted from the rest.
+        """
+        needed, task = self.needed(calls, tokens), calls.task
+        if needed * calls.count > self.free:
+            task.split(calls, max(self.free // needed, 1))
+            if needed > self.free and not self._make_room(calls, needed):
+                return False
+        self.give(calls, needed)
+        return True
+
+    def give(self, calls: Calls, needed: int) -> None:
+        """Give each of `calls` the blocks needed, which must be free, and what it has swapped."""
+        if needed:
+            if not calls.blocks:
+                self._tasks[calls.task] = None
+                self._holders += calls.count
+            self.free -= needed * calls.count
+            calls.blocks += needed
+        if calls.swapped:
+            self.moved += calls.swapped * calls.count
+            calls.swapped = 0
+
+    def enter(self, calls: Calls, step: int) -> None:
+        """Take note that `calls` decode from `step` on, for which they hold what they need."""
+        self._phases[(step - calls.computed) % self.block_tokens] += calls.count
+
+    def leave(self, calls: Calls, step: int, ahead: bool) -> None:
+        """Take note that `calls` do not decode from `step` on; tokens are as of then.
+
+        If blocks were taken for that step already, `ahead`, theirs are given back.
+        """
+        size, computed = self.block_tokens, calls.computed
+        phase = (step - computed) % size
+        self._phases[phase] -= calls.count
+        calls.blocks = -(-computed // size)
+        if ahead and phase == step % size:
+            self.free += calls.count
+
+    def growth(self, step: int, steps: int) -> int:
+        """Blocks that those who decode need in `steps` steps, the first being `step`."""
+        phases, size = self._phases, self.block_tokens
+        if steps == 1:
+            return phases[step % size]
+        rounds, rest = divmod(steps, size)
+        first = step % size
+        end = first + rest
+        blocks = sum(phases[first:end])
+        if end > size:
+            blocks += sum(phases[: end - size])
+        return blocks + rounds * sum(phases) if rounds else blocks
+
+    def take(self, blocks: int) -> None:
+        """Take blocks for those who decode; they must be free."""
+        self.free -= blocks
+
+    def count(self) -> None:
+        """Take note of the blocks held at the end of a step."""
+        held = self.engine.blocks - self.free
+        if held > self.peak:
+            self.peak = held
+
+    def release(self, calls: Calls) -> None:
+        """Take back the blocks of calls that are over."""
+        self.free += calls.blocks * calls.count
+        self._holders -= calls.count
+        calls.blocks = 0
+
+    def forget(self, task: Task) -> None:
+        """Take out a task whose calls are all over."""
+        del self._tasks[task]
+
+    def trim(self) -> None:
+        """Let no more than `max_requests` requests hold KV, where the engine does not pause."""
+        if self.engine.preemption in ("recompute", "swap"):
+            while (excess := self._holders - self.engine.max_requests) > 0:
+                self._take(max(self._all(), key=_place), excess)
+
+    def take_moved(self) -> int:
+        """Blocks copied since the last call."""
+        moved, self.moved = self.moved, 0
+        self.swapped += moved
+        return moved
+
+    def _all(self) -> list[Calls]:
+        return [calls for task in self._tasks for calls in task.calls if calls.blocks]
+
+    def _make_room(self, calls: Calls, needed: int) -> bool:
+        """Free blocks of calls that come after `calls`, last first, if that is enough."""
+        place = calls.place
+        later = [holder for holder in self._all() if holder.place > place]
+        if self.free + sum(holder.blocks * holder.count for holder in later) < needed:
+            return False
+        later.sort(key=_place)
+        while self.free < needed:
+            victims = later.pop()
+            self._take(victims, -(-(needed - self.free) // victims.blocks))
+        return True
+
+    def _take(self, victims: Calls, most: int) -> None:
+        """Take the blocks of the last of `victims`, `most` of them if they are more."""
+        if most < victims.count:
+            task, at = victims.task, victims.task.calls.index(victims)
+            task.split(victims, victims.count - most)
+            victims = task.calls[at + 1]
+        self.free += victims.blocks * victims.count
+        self._holders -= victims.count
+        if self.engine.preemption == "swap":
+            victims.swapped = victims.blocks
+            self.moved += victims.blocks * victims.count
+        else:
+            self.prefilled_again += victims.computed * victims.count
+            victims.computed = 0
+        victims.blocks = 0
+
+
+def _place(calls: Calls) -> tuple[object, int]:
+    return calls.place

@@ -1,0 +1,63 @@
+"""The calls of an llm unit as an engine serves them: whole tokens."""
+
+from collections.abc import Sequence
+
+from demand.errors import DemandError
+from demand.simulation.engine.engine import Engine
+from demand.units import CostModel, Execution
+
+
+def call_groups(execution: Execution) -> list[tuple[int, int, int]]:
+    """(how many, input tokens, output tokens) of the calls of an llm execution, in order.
+
+    Tokens are whole and at least 1. All calls are alike, unless the longest is known: it is then
+    the first, and the others share the rest evenly.
+
+    Raises:
+        DemandError: an execution measured in seconds alone.
+    """
+    calls = execution.parallelism
+    if not execution.input_tokens and not execution.output_tokens:
+        raise DemandError(
+            f"unit {execution.unit.name!r} is an llm known by its seconds alone; an engine needs "
+            'input_tokens and output_tokens: give them, or make the unit of kind "model"'
+        )
+    given, made = _whole(execution.input_tokens), _whole(execution.output_tokens)
+    longest = execution.longest_output_tokens
+    if longest is None or calls == 1:
+        return [(calls, given, made)]
+    others = (calls * execution.output_tokens - longest) / (calls - 1)
+    return [(1, given, _whole(longest)), (calls - 1, given, _whole(others))]
+
+
+def execution_seconds(execution: Execution, cost: CostModel) -> float:
+    """Seconds of service of an execution as the engine counts it: tokens whole, for an llm."""
+    if execution.unit.kind != "llm":
+        return cost.seconds(execution)
+    given = made = 0
+    for calls, each_given, each_made in call_groups(execution):
+        given += calls * each_given
+        made += calls * each_made
+    return given * cost.prefill_seconds_per_token + made * cost.decode_seconds_per_token
+
+
+def check_run(index: int, run: Sequence[Execution], engine: Engine) -> None:
+    """Raise `DemandError` for an empty run, or one with a request the engine can never hold."""
+    if not run:
+        raise DemandError(f"the run of job {index} is empty; give the units it executes")
+    for execution in run:
+        if execution.unit.kind != "llm":
+            continue
+        for _, given, made in call_groups(execution):
+            needed = engine.blocks_for(given + made - 1)
+            if needed > engine.blocks:
+                raise DemandError(
+                    f"unit {execution.unit.name!r} of job {index} has a request of {given} input "
+                    f"and {made} output tokens, whose KV takes {needed} blocks of "
+                    f"{engine.block_tokens} tokens; the engine has {engine.blocks}: give it more "
+                    "blocks or leave the job out"
+                )
+
+
+def _whole(tokens: float) -> int:
+    return int(tokens + 0.5) or 1  # half up; tokens are not negative

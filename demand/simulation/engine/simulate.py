@@ -1,0 +1,307 @@
+"""Applications on a continuous-batching engine, simulated from event to event."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from demand.errors import DemandError
+from demand.policies.base import Policy, Rank
+from demand.prewarm.base import Prewarmer
+from demand.prewarm.baselines import NoPrewarm
+from demand.simulation.arrivals import arrivals_of
+from demand.simulation.engine.agenda import Action, Agenda
+from demand.simulation.engine.backends import Backends, check_pools
+from demand.simulation.engine.batcher import Batcher
+from demand.simulation.engine.calls import call_groups, check_run, execution_seconds
+from demand.simulation.engine.engine import Engine
+from demand.simulation.engine.identical_steps import identical_steps
+from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.pools import Pool
+from demand.simulation.engine.result import EngineResult
+from demand.simulation.job_maker import JobMaker
+from demand.simulation.queue.simulate import Refine
+from demand.units import CostModel, Execution, Progress
+from demand.workloads.closed_loop import ClosedLoop
+from demand.workloads.workload import Workload
+
+
+def simulate_engine(
+    workload: Workload | ClosedLoop,
+    policy: Policy,
+    engine: Engine | None = None,
+    *,
+    backends: Mapping[str, Pool] | None = None,
+    prewarm: Prewarmer | None = None,
+    pace: CostModel | None = None,
+    refine: Refine | None = None,
+    cost: CostModel | None = None,
+    seed: int = 0,
+) -> EngineResult:
+    """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
+
+    A job executes the units of its run one after the other. An llm unit submits `parallelism`
+    requests at once (`Job.requested` is that second) and is over when the last of them is; other
+    units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
+    with a backend begins when that is warm (`Pool`).
+
+    Ranks are those of the job. Its attained service is in seconds of the cost model, as in
+    Hermes: what its finished units cost, and of the present unit the input tokens computed and
+    the output tokens produced so far, over all calls; tokens that are prefilled again do not
+    count, and a unit that is not an llm counts when it is over. The true demand that an oracle
+    reads is the sum over the run, with the whole tokens that the engine serves. What happens
+    while a step is in progress is taken in when it ends, in order of time; of one moment, ends of
+    units go before arrivals.
+
+    Between two looks the same step is repeated: its end, an arrival, the last block or the age at
+    which a rank crosses another are found by search.
+
+    Args:
+        workload: with `runs`; the result of a closed loop has the jobs as they arrived.
+        policy: ranks the jobs.
+        engine: its limits and times; `None` for the defaults.
+        backends: by name of a unit, or by kind for all other units of the kind.
+        prewarm: warms backends ahead; `None` for `NoPrewarm`.
+        pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
+            over; `None` for `cost`.
+        refine: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
+            every unit.
+        cost: seconds of service of tokens, on the scale of the distributions of `workload`;
+            `None` for that of the application's graph, or the default where it has none.
+        seed: of the number each job draws (`Job.lottery`).
+
+    Raises:
+        DemandError: a workload without runs, an empty run, a request larger than all blocks, a
+            policy that ranks NaN, a pool for an unknown unit, or a prewarmer that needs graphs
+            where there are none.
+    """
+    jobs = workload.jobs if isinstance(workload, ClosedLoop) else workload
+    if jobs.runs is None:
+        raise DemandError(
+            "the workload has no runs, and an engine serves requests, not seconds; give "
+            "Workload(runs=...), the executions of each job"
+        )
+    engine = Engine() if engine is None else engine
+    prewarm = NoPrewarm() if prewarm is None else prewarm
+    pools = {} if backends is None else dict(backends)
+    for entry, run in enumerate(jobs.runs):
+        check_run(entry, run, engine)
+    check_pools(pools, prewarm, jobs, jobs.runs)
+    costs = {name: cost or _cost(jobs, name) for name in jobs.distributions}
+    simulation = _Simulation(workload, jobs, jobs.runs, policy, engine, costs, seed, refine)
+    simulation.backends = Backends(
+        pools,
+        prewarm,
+        pace or cost or CostModel(),
+        jobs.graphs,
+        simulation.agenda,
+        simulation.place,
+    )
+    return simulation.run()
+
+
+class _Simulation:
+    backends: Backends
+
+    def __init__(
+        self,
+        workload: Workload | ClosedLoop,
+        jobs: Workload,
+        runs: Sequence[Sequence[Execution]],
+        policy: Policy,
+        engine: Engine,
+        costs: Mapping[str, CostModel],
+        seed: int,
+        refine: Refine | None,
+    ) -> None:
+        self.workload = workload
+        self.runs = runs
+        self.policy = policy
+        self.costs = costs
+        self.refine = refine
+        self.arrivals = arrivals_of(workload)
+        self.jobs = JobMaker(jobs, policy, seed)
+        self.agenda = Agenda()
+        self.batcher = Batcher(engine, policy)
+        self.entries: list[int] = []  # in order of arrival
+        self.arrived_at: list[float] = []
+        self.completion_times = np.empty(len(workload))
+        self.completion_steps = np.empty(len(workload), dtype=np.int64)
+        self.finished = 0
+        self.steps = 0  # begun: those of the batch are carried out when what happened is taken in
+        self.busy_seconds = 0.0
+        self.decisions = 0
+        self.requests = 0
+        self.alarms = 0
+
+    def run(self) -> EngineResult:
+        now, order, jobs = 0.0, self.batcher.order, len(self.workload)
+        while self.finished < jobs:
+            if not order:
+                now = self.next_second()
+                assert now < math.inf, "jobs are left, and nothing is left to happen"
+            if self.next_second() <= now:
+                self.happen(now)
+            if order:
+                now = self.step(now)
+        return self.result(now)
+
+    def step(self, now: float) -> float:
+        """Form a batch, and repeat its step as long as nothing changes; the second it ends."""
+        batcher = self.batcher
+        batcher.form(now, self.warm)
+        self.decisions += 1
+        if not batcher.batch.size:
+            return now
+        upcoming = self.next_second()
+        steps = identical_steps(batcher, now, upcoming)
+        seconds = batcher.batch.seconds(steps)
+        now += seconds
+        self.busy_seconds += seconds
+        self.steps += steps
+        if upcoming <= now:
+            self.happen(now)
+        ended, alarmed = batcher.advance(steps, now)
+        for task in ended:
+            self.end_unit(task, now)
+        for task in alarmed:
+            while task.alarms and task.alarms[-1][0] <= task.produced(batcher.batch.step):
+                self.alarms += 1
+                task.alarms.pop()[1](now)
+        return now
+
+    def next_second(self) -> float:
+        """When something happens outside of the engine; infinity for never."""
+        timed, arrival = self.agenda.next, self.arrivals.next
+        return timed if timed < arrival else arrival
+
+    def happen(self, now: float) -> None:
+        """Let all that happens outside of the engine up to `now` happen."""
+        while True:
+            if self.agenda.next <= min(now, self.arrivals.next):
+                self.agenda.happen()
+            elif self.arrivals.next <= now:
+                self.arrive(self.arrivals.next)
+            else:
+                return
+
+    def arrive(self, now: float) -> None:
+        entry = self.arrivals.take()
+        job = self.jobs.make(entry, len(self.entries), now)
+        run, cost = self.runs[entry], self.costs[job.application]
+        unit_seconds = [execution_seconds(execution, cost) for execution in run]
+        job.demand = sum(unit_seconds)
+        self.entries.append(entry)
+        self.arrived_at.append(now)
+        self.policy.arrived(job, now)
+        task = Task(
+            job,
+            entry,
+            run,
+            cost.prefill_seconds_per_token,
+            cost.decode_seconds_per_token,
+            unit_seconds,
+            arrived_step=self.steps,
+        )
+        self.start_unit(task, now)
+
+    def start_unit(self, task: Task, now: float) -> None:
+        task.at += 1
+        task.job.requested = now
+        later = self.backends.plan(task, now)
+        if task.execution.unit.kind != "llm":
+            if self.backends.acquire(task, now, partial(self.begin, task, later)):
+                self.begin(task, later, now)
+            return
+        task.prefilled = task.generated = 0
+        number = 0
+        for count, given, made in call_groups(task.execution):
+            task.calls.append(Calls(task, number, count, given, made))
+            number += count
+        task.requests = number
+        self.requests += number
+        self.backends.alarms(task, later)
+        task.cold = self.backends.waits_for_its_turn(task)
+        if task.cold or self.warm(task, now):
+            self.submit(task, now)
+
+    def warm(self, task: Task, now: float) -> bool:
+        """Whether the backend of an llm unit is warm; else it is submitted once it is."""
+        return self.backends.acquire(task, now, partial(self.submit, task))
+
+    def submit(self, task: Task, now: float) -> None:
+        """The requests of an llm unit wait for their turn."""
+        self.batcher.order.add(task, now)
+
+    def begin(self, task: Task, later: Sequence[tuple[float, Action]], now: float) -> None:
+        """A unit outside of the engine begins."""
+        seconds = task.execution.seconds
+        assert seconds is not None
+        for after, action in later:
+            self.agenda.add(now + after, action)
+        self.agenda.add(now + seconds, partial(self.end_unit, task))
+
+    def end_unit(self, task: Task, now: float) -> None:
+        job, execution = task.job, task.execution
+        task.settled_seconds += task.unit_seconds[task.at]
+        task.prefilled = task.generated = 0
+        seconds = task.settled_seconds - job.attained_service
+        job.attained_service = task.settled_seconds
+        if execution.unit.kind != "llm" and seconds > 0.0:
+            self.policy.served(job, seconds, now)
+        self.backends.release(task, now)
+        if task.at + 1 == len(task.run):
+            self.finish(task, now)
+            return
+        if self.refine is not None:
+            remaining = self.refine(job.application, Progress(task.run[: task.at + 1]))
+            job.learn(remaining, self.policy.table(remaining))
+        self.start_unit(task, now)
+
+    def finish(self, task: Task, now: float) -> None:
+        job = task.job
+        self.finished += 1
+        self.completion_times[job.index] = now - job.arrival
+        self.completion_steps[job.index] = self.steps - task.arrived_step
+        self.policy.departed(job, now)
+        self.arrivals.finished(task.entry, now)
+
+    def place(self, task: Task, now: float) -> tuple[Rank, int]:
+        """Order of tasks that wait for a backend."""
+        return self.policy.rank(task.job, now), task.job.index
+
+    def events(self) -> int:
+        """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""
+        requests = 2 * self.requests + self.batcher.preemptions
+        timed = self.agenda.happened + self.alarms
+        return len(self.entries) + requests + timed + self.steps
+
+    def result(self, now: float) -> EngineResult:
+        batcher, batch, workload = self.batcher, self.batcher.batch, self.workload
+        if isinstance(workload, ClosedLoop):
+            workload = workload.arrived(self.entries, np.array(self.arrived_at))
+        self.completion_times.setflags(write=False)
+        self.completion_steps.setflags(write=False)
+        return EngineResult(
+            self.policy,
+            workload,
+            self.completion_times,
+            self.events(),
+            batcher.preemptions,
+            batch.engine,
+            self.completion_steps,
+            self.steps,
+            self.decisions,
+            self.busy_seconds,
+            batch.requests / max(self.steps, 1),
+            batch.blocks.prefilled_again,
+            batch.blocks.swapped,
+            batch.blocks.peak,
+            self.backends.reports(now),
+        )
+
+
+def _cost(workload: Workload, application: str) -> CostModel:
+    graph = workload.graphs.get(application)
+    return CostModel() if graph is None else graph.cost

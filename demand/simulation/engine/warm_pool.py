@@ -1,0 +1,219 @@
+"""A pool at work: which instances are warm, who uses them, and who waits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import final
+
+from demand.policies.base import Rank
+from demand.simulation.engine.agenda import Action, Agenda
+from demand.simulation.engine.job_on_engine import Task
+from demand.simulation.engine.pools import Pool, PoolReport
+from demand.units import Unit
+
+Key = int | str
+PlaceOf = Callable[[Task, float], tuple[Rank, int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Instance:
+    key: Key
+    started: float  # second at which its warm-up began
+    ready: float  # second at which it ends
+    users: int = 0
+    used: bool = False
+    reserved: set[Task] = field(default_factory=set)
+    idle_since: float = 0.0
+
+    def idle(self, now: float) -> bool:
+        return not self.users and self.ready <= now
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    task: Task
+    key: Key
+    since: float
+    begin: Action
+
+
+@final
+class WarmPool:
+    """The instances of one pool, and the units that wait for them."""
+
+    def __init__(self, pool: Pool, agenda: Agenda, place: PlaceOf) -> None:
+        self.pool = pool
+        self._agenda = agenda
+        self._place = place
+        self._instances: list[_Instance] = []
+        self._held: dict[Task, _Instance] = {}
+        self._waiting: list[_Waiting] = []
+        self._counts = {"warm": 0, "late": 0, "cold": 0, "unused": 0}
+        self._wait = self._idle = self._unused = 0.0
+
+    def acquire(self, task: Task, unit: Unit, now: float, begin: Action) -> bool:
+        """Give `task` an instance for `unit`: whether one is warm; else `begin` is called later."""
+        self._waiting.append(_Waiting(task, self._key(task, unit), now, begin))
+        return self._serve(now, newcomer=task)
+
+    def release(self, task: Task, following: Unit | None, now: float) -> None:
+        """The unit of `task` is over; its instance stays if the unit `following` can use it."""
+        instance = self._held.pop(task)
+        instance.users -= 1
+        if not instance.users:
+            instance.idle_since = now
+        if following is not None and instance.key == self._key(task, following):
+            instance.reserved.add(task)
+        self._rest(instance, now)
+        self._serve(now)
+
+    def prewarm(self, task: Task, unit: Unit, now: float) -> None:
+        """Have an instance warm for `task`, as far as slots allow, and keep it until `lapse`."""
+        key = self._key(task, unit)
+        instance = self._usable(task, key, now)
+        if instance is None:
+            instance = self._start(key, now, demanded=False)
+            if instance is None:
+                return
+            self._agenda.add(instance.ready, self._look)
+        instance.reserved.add(task)
+
+    def lapse(self, task: Task, following: Unit | None, now: float) -> None:
+        """Give up what was reserved for a unit that does not follow."""
+        key = self._key(task, following) if following is not None else None
+        freed = False
+        for instance in [i for i in self._instances if task in i.reserved and i.key != key]:
+            instance.reserved.remove(task)
+            self._rest(instance, now)
+            freed = True
+        if freed:
+            self._serve(now)
+
+    def depart(self, task: Task, now: float) -> None:
+        """The job is over, and what only it could use."""
+        self.lapse(task, None, now)
+        if self.pool.scope == "job":
+            for instance in [i for i in self._instances if i.key == task.job.index]:
+                self._remove(instance, now)
+            self._serve(now)
+
+    def free(self, now: float) -> int:
+        """Slots that a prewarm could take."""
+        pool = self.pool
+        return pool.slots - sum(bool(i.reserved) or not i.idle(now) for i in self._instances)
+
+    def report(self, now: float) -> PoolReport:
+        """What has become of it by second `now`, the end."""
+        for instance in list(self._instances):
+            self._remove(instance, now)
+        counts = self._counts
+        uses = counts["warm"] + counts["late"] + counts["cold"]
+        return PoolReport(
+            uses,
+            counts["warm"],
+            counts["late"],
+            counts["cold"],
+            self._wait,
+            self._idle,
+            counts["unused"],
+            self._unused,
+        )
+
+    def _serve(self, now: float, newcomer: Task | None = None) -> bool:
+        """Let waiting units have instances, best rank first, until one finds no slot.
+
+        Those whose instance is warm begin, but for the `newcomer`: whether it can.
+        """
+        at_once = False
+        while self._waiting:
+            waiting = min(self._waiting, key=lambda w: self._place(w.task, now))
+            ready = self._give(waiting, now)
+            if ready == math.inf:
+                break
+            self._waiting.remove(waiting)
+            if ready > now:
+                self._agenda.add(ready, waiting.begin)
+            elif waiting.task is newcomer:
+                at_once = True
+            else:
+                waiting.begin(now)
+        return at_once
+
+    def _give(self, waiting: _Waiting, now: float) -> float:
+        """Give an instance, if there is a slot; second at which it is warm."""
+        task = waiting.task
+        instance, how = self._usable(task, waiting.key, now), "cold"
+        if instance is None:
+            instance = self._start(waiting.key, now, demanded=True)
+            if instance is None:
+                return math.inf
+        else:
+            how = "warm" if instance.ready <= now else "late"
+        self._counts[how] += 1
+        self._count_idle(instance, now)
+        instance.reserved.discard(task)
+        instance.users += 1
+        instance.used = True
+        self._held[task] = instance
+        ready = max(now, instance.ready)
+        self._wait += ready - waiting.since
+        return ready
+
+    def _look(self, now: float) -> None:
+        self._serve(now)
+
+    def _usable(self, task: Task, key: Key, now: float) -> _Instance | None:
+        """An instance of `key` that `task` may have: its own, else the one warm soonest."""
+        found = [
+            i
+            for i in self._instances
+            if i.key == key and (self.pool.shared or (not i.users and i.reserved <= {task}))
+        ]
+        return min(found, key=lambda i: (task not in i.reserved, i.ready), default=None)
+
+    def _start(self, key: Key, now: float, demanded: bool) -> _Instance | None:
+        if len(self._instances) == self.pool.slots:
+            idle = [i for i in self._instances if i.idle(now) and (demanded or not i.reserved)]
+            if not idle:
+                return None
+            self._remove(min(idle, key=lambda i: (bool(i.reserved), i.idle_since)), now)
+        instance = _Instance(key, now, now + self.pool.warm_seconds, idle_since=now)
+        self._instances.append(instance)
+        return instance
+
+    def _rest(self, instance: _Instance, now: float) -> None:
+        """If nobody uses or awaits it, keep it as long as the pool does."""
+        if instance.users or instance.reserved:
+            return
+        self._count_idle(instance, now)
+        keep = self.pool.keep_seconds
+        if keep == 0.0:
+            self._remove(instance, now)
+        elif keep < math.inf:
+            expire = partial(self._expire, instance, now)
+            self._agenda.add(max(now, instance.ready) + keep, expire)
+
+    def _expire(self, instance: _Instance, idle_since: float, now: float) -> None:
+        unused = not instance.users and not instance.reserved and instance in self._instances
+        if unused and instance.idle_since == idle_since:
+            self._remove(instance, now)
+            self._serve(now)
+
+    def _remove(self, instance: _Instance, now: float) -> None:
+        self._instances.remove(instance)
+        self._count_idle(instance, now)
+        if not instance.used:
+            self._counts["unused"] += 1
+            self._unused += min(now, instance.ready) - instance.started
+
+    def _count_idle(self, instance: _Instance, now: float) -> None:
+        if instance.idle(now):
+            self._idle += now - max(instance.idle_since, instance.ready)
+        if not instance.users:
+            instance.idle_since = now
+
+    def _key(self, task: Task, unit: Unit) -> Key:
+        if self.pool.scope == "job":
+            return task.job.index
+        return task.job.application if self.pool.scope == "application" else unit.name

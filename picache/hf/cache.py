@@ -1,0 +1,154 @@
+"""Caches of transformers: what a sparse pass writes to, and what `generate` goes on from."""
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.hf.attention_functions import Attachment
+from picache.hf.sparse_pass import Layers, Pass
+
+
+class ScatterLayer(DynamicLayer):
+    """Whole-prompt keys and values; an update writes the recomputed rows in their places.
+
+    Args:
+        kv: keys and values of the whole prompt by layer, asked for when the layer is reached.
+        index: of this layer.
+        length: tokens of the whole prompt.
+        state: of the pass.
+    """
+
+    def __init__(self, kv: Layers, index: int, length: int, state: Pass) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.kv, self.index, self.length, self.state = kv, index, length, state
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> KV:
+        """Write the rows of the pass; keys and values of the whole prompt."""
+        keys, values = self.kv[self.index]
+        state = self.state
+        chosen = state.replaced((key_states, value_states), (keys, values))
+        places, fresh = state.positions, (key_states, value_states)
+        if chosen is not None:
+            places, fresh = places[chosen], (fresh[0][:, :, chosen], fresh[1][:, :, chosen])
+        keys.index_copy_(2, places, fresh[0])
+        values.index_copy_(2, places, fresh[1])
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens attended to, and the position of the first."""
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.length
+
+
+class LinkedLayer(DynamicLayer):
+    """One layer of a linked prompt; goes on as a `DynamicLayer`, expanding for beams by itself."""
+
+    keys: Tensor
+    values: Tensor
+
+    is_croppable = False
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, index: int, attach: Attachment | None = None
+    ) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.index, self.attach = keys, values, index, attach
+
+    def crop(self, *args: object, **kwargs: object) -> None:
+        """Refused: assisted decoding feeds the prompt again and then rolls back."""
+        _refuse_assistance()
+
+    def activate_past_recording(self) -> None:
+        """Refused, before anything is fed."""
+        _refuse_assistance()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> KV:
+        """Append; the batch may grow by a factor once, as beams and `num_return_sequences` do.
+
+        Raises:
+            PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
+                the method's attention is not attached.
+        """
+        if self.attach is not None and not self.attach.on:
+            raise PICacheError(
+                "this prompt's method changes positions and attention while decoding too: run "
+                "generate inside `with prompt.attached():`"
+            )
+        batch, held = key_states.shape[0], self.keys.shape[0]
+        if batch != held:
+            if batch % held:
+                raise PICacheError(
+                    f"the linked cache holds a batch of {held}, the model was given {batch}: "
+                    "link one prompt per row, or generate from this prompt's own input_ids"
+                )
+            self.batch_repeat_interleave(batch // held)
+        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states, value_states):
+            raise PICacheError(
+                f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
+                "some of them again: pass input_ids with at least one token more than the cache, "
+                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run; "
+                "for assisted decoding, which feeds it again, leave out assistant_model and "
+                "prompt_lookup_num_tokens"
+            )
+        return super().update(key_states, value_states)
+
+    def _holds(self, *new: Tensor) -> bool:
+        """Whether the first new tokens stand in the cache of layer 0 already, side by side.
+
+        There keys and values depend on the token and its position alone, so equal ones are tokens
+        of the prompt fed at their old positions again; the same tokens at later positions differ
+        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. Distances
+        are taken against the spread of what is held, which a large bias does not widen, and up to
+        eight tokens in a row must agree. The bound is far over the rounding of half precision.
+        """
+        count = min(new[0].shape[2], 8, self.keys.shape[2])
+        same = torch.ones_like(self.keys[:, 0, :, 0], dtype=torch.bool)
+        for held, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
+            spread = held.var(dim=2, correction=0).sum(dim=(1, 2)).clamp_min(1e-30)
+            for place in range(count):
+                distance = (held - fed[:, :, place : place + 1].float()).square().sum(dim=(1, 3))
+                same &= (distance / spread[:, None] < 0.01).roll(-place, dims=1)
+        return bool(same[:, : same.shape[1] - count + 1].any())
+
+
+def _refuse_assistance() -> None:
+    raise PICacheError(
+        "a linked cache cannot roll back, so assisted and prompt-lookup decoding and crop() are "
+        "refused: leave out assistant_model and prompt_lookup_num_tokens"
+    )
+
+
+class LinkedCache(Cache):
+    """The cache `PIC.link` hands to `generate`: every layer full, all prompt tokens but the last.
+
+    Args:
+        kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
+        attach: what attaches the method's attention; None where nothing need be attached.
+    """
+
+    def __init__(self, kv: list[KV], attach: Attachment | None = None) -> None:
+        self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
+        self._attach = attach
+        super().__init__(layers=list(self._linked))
+
+    def fork(self) -> "LinkedCache":
+        """A second cache on the same tensors, safe because layers append by concatenation."""
+        return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
+
+
+def held_by(cache: DynamicCache) -> list[KV]:
+    """Keys and values of every layer that holds some."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return [(x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]

@@ -1,0 +1,351 @@
+"""What the engine needs of a transformers model.
+
+All contact with transformers stands in the files of this folder.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+
+from picache.chunk import KV, Header
+from picache.errors import PICacheError
+from picache.hf.attention_switch import Attention
+from picache.hf.cache import ScatterLayer, held_by
+from picache.hf.fingerprint import fingerprint, middles
+from picache.hf.rope import Angles, Rotation, calibrate, frequencies
+from picache.hf.rotary_module import RotaryAngles
+from picache.hf.self_check import check
+from picache.hf.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
+_FAR = 2**16  # a length to look at where the configuration states no limit
+
+
+class HFModel:
+    """What the engine asks of a causal language model.
+
+    Raises:
+        PICacheError: when the model cannot be linked exactly; says why.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise PICacheError(
+                f"PIC needs a transformers PreTrainedModel, got {type(model).__name__}: "
+                "load it with AutoModelForCausalLM.from_pretrained"
+            )
+        name = type(model).__name__
+        if model.training:
+            raise PICacheError(f"{name} is in training mode: call model.eval() first")
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
+        if model._is_stateful:  # noqa: SLF001 - no public name for it
+            raise PICacheError(
+                f"{name} keeps a recurrent state beside keys and values, which holds the whole "
+                "prefix and cannot be linked: use a full prefill with this model"
+            )
+        self.model = model
+        decoder: Any = model.get_decoder()
+        # Some models name their output layer `decoder`.
+        self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+        self.attention = Attention(model, self.decoder)
+        self.config = model.config.get_text_config(decoder=True)
+        embedding: Any = model.get_input_embeddings()
+        self.vocab_size: int = embedding.weight.shape[0]
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        windows = [getattr(self.config, name, None) for name in _WINDOWS]
+        self.window: int | None = min((w for w in windows if w), default=None)
+        self._digest: tuple[object, str] = (None, "")
+        try:
+            self._prove()
+        except PICacheError as error:
+            if model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+                raise
+            raise PICacheError(
+                f"{name} does not state that it uses transformers' attention interface, and "
+                f"linking it was tried in vain: {error}"
+            ) from error
+
+    def _prove(self) -> None:
+        """Measure the rotations and whether frequencies follow the length, then link a prompt."""
+        self.rotary = RotaryAngles(self._find_rotary(), self.config, type(self.model).__name__)
+        self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
+        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
+        rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
+        self.rotary.watch(rotated, 2 * (self.max_length or _FAR))
+        check(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives."""
+        return self.model.device
+
+    @cached_property
+    def loading(self) -> "torch.cuda.Stream":
+        """The stream that layers are loaded in beside the model's work, on a CUDA device.
+
+        One for all links: memory that a stream has freed is used again in that stream alone.
+        """
+        return torch.cuda.Stream(self.device)
+
+    def finish(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _find_rotary(self) -> nn.Module:
+        modules = self.decoder.modules()
+        rotary = next((m for m in modules if type(m).__name__.endswith("RotaryEmbedding")), None)
+        if rotary is None:
+            raise PICacheError(
+                f"{type(self.model).__name__} has no rotary embedding module: positions that are "
+                "learned, relative or made in another way cannot be moved, use a full prefill"
+            )
+        return rotary
+
+    def prefill(self, ids: Tensor, position: int = 0) -> list[KV]:
+        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention."""
+        return self._prefill(ids, torch.arange(position, position + ids.shape[1])[None])
+
+    @torch.no_grad()
+    def _prefill(self, ids: Tensor, positions: Tensor) -> list[KV]:
+        """KV of ids ``[batch, n]`` at positions of the same shape.
+
+        A `DynamicCache` without a config keeps every key of sliding-window layers too.
+        """
+        self.attention.refuse_attached()
+        cache = DynamicCache()
+        with self.attention.turn:
+            self.rotary.settle()
+            self.decoder(
+                input_ids=ids.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return held_by(cache)
+
+    @torch.no_grad()
+    def full_prefill(self, ids: Tensor) -> tuple[Tensor, list[KV]]:
+        """Logits of the last token ``[1, vocab_size]`` and KV of ids ``[n]``, nothing reused."""
+        cache = DynamicCache()
+        with self.attention.turn:
+            out = self.model(
+                input_ids=ids[None].to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return out.logits[:, -1], held_by(cache)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
+        with self.attention.turn:
+            out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
+        return out.logits[:, -1]
+
+    def _kv_at(self, positions: Tensor, tokens: Tensor) -> list[KV]:
+        """What every layer caches of each token alone at its position; refused when not KV."""
+        name = type(self.model).__name__
+        try:
+            kv = self._prefill(tokens[:, None] % self.vocab_size, positions[:, None])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise PICacheError(
+                f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
+                f"{error}), most often since its layers keep another kind of state: use a full "
+                "prefill with this model"
+            ) from error
+        layers = self.config.num_hidden_layers
+        if len(kv) != layers or any(tensor.dim() != 4 for layer in kv for tensor in layer):
+            raise PICacheError(
+                f"{name} has {layers} layers but caches keys and values in {len(kv)}: layers that "
+                "share keys or keep another kind of state cannot be linked, use a full prefill"
+            )
+        return kv
+
+    def angles(self, layer: int, positions: Tensor) -> Angles:
+        """cos and sin at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``, fp32."""
+        rotation = self.rotations[layer]
+        if rotation is None:
+            raise PICacheError(f"layer {layer} has no rotary positions")
+        return frequencies(*self.rotary.cos_sin(layer, positions), rotation.source)
+
+    @torch.no_grad()
+    def scattered_forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        kv: Layers,
+        narrow: Narrow | None = None,
+        position_ids: Tensor | None = None,
+        parallel: tuple[slice, float] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run only the rows at `positions` through the layers; write their KV into `kv`.
+
+        Args:
+            ids: token ids of the rows, int64 ``[rows]``.
+            positions: where they stand, int64 ``[rows]``, ascending, each once, the prompt's last
+                among them.
+            kv: keys and values of the whole prompt by layer, asked for when a layer is reached and
+                overwritten in place at the rows.
+            narrow: (layer, positions of its rows, their fresh KV, their held KV) to the positions
+                whose KV is replaced in this layer and those that go on to the next, the last among
+                them; None for all.
+            position_ids: rotary positions of the rows; None where they are their positions.
+            parallel: the rows of chunks side by side and the scale of attention to them.
+
+        Returns:
+            Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
+            layer.
+        """
+        state = Pass(positions, self.device, narrow, parallel=parallel)
+        logits = self._run(ids, kv, int(positions[-1]) + 1, state, position_ids)
+        return logits[:, -1], state.entered
+
+    @torch.no_grad()
+    def attention_masses(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        kv: Layers,
+        layers: int | None = None,
+        value_norm: bool = False,
+    ) -> Tensor:
+        """How much the rows at `positions` attend to each token; writes their KV into `kv`.
+
+        Args:
+            ids: see `scattered_forward`.
+            positions: see `scattered_forward`.
+            kv: see `scattered_forward`.
+            layers: the first so many layers only; None for all.
+            value_norm: weigh attention by the length of the value it brings.
+
+        Returns:
+            Mean over heads and rows, fp32 ``[layers, tokens]``, on the CPU.
+        """
+        masses: list[Tensor] = []
+        state = Pass(
+            positions,
+            self.device,
+            observe=lambda layer, mass: masses.append(mass.cpu()),
+            value_norm=value_norm,
+            stop=layers,
+        )
+        with suppress(Stop):
+            self._run(ids, kv, int(positions[-1]) + 1, state)
+        return torch.stack(masses)
+
+    def _run(
+        self,
+        ids: Tensor,
+        kv: Layers,
+        length: int,
+        state: Pass,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        at = state.positions if position_ids is None else position_ids.to(self.device)
+        count = self.config.num_hidden_layers
+        cache = Cache(layers=[ScatterLayer(kv, index, length, state) for index in range(count)])
+        token = current.set(state)
+        hooks: list[RemovableHandle] = []
+        try:
+            with self.attention.scattered():  # hooks too are for this thread's turn
+                if state.narrow is not None or state.stop is not None:
+                    hooks += [
+                        layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
+                        for layer in self._layers()
+                    ]
+                try:
+                    return self.model(
+                        input_ids=ids[None].to(self.device),
+                        position_ids=at[None],
+                        past_key_values=cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    ).logits
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+        finally:
+            current.reset(token)
+
+    def _layers(self) -> nn.ModuleList:
+        count = self.config.num_hidden_layers
+        for module in self.decoder.children():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        raise PICacheError(
+            f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
+            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+        )
+
+    def flops(self, entered: Sequence[Tensor]) -> float:
+        """Floating-point operations of rows that go through the layers, an estimate.
+
+        Two per parameter of a layer's matrices and row (all experts of a mixture counted), four per
+        head dimension and pair of row and key, and the output matrix once.
+
+        Args:
+            entered: positions of the rows, layer by layer.
+        """
+        config = self.config
+        embedding: Any = self.model.get_input_embeddings()
+        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
+        matrices = sum(p.numel() for p in inside if p.dim() > 1)
+        # Of the cached keys, the mean over layers, which may differ (Gemma 4).
+        width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
+        rows = sum(len(positions) for positions in entered)
+        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
+        per_row = 2.0 * matrices / config.num_hidden_layers
+        attention = 4.0 * config.num_attention_heads * width * pairs
+        return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token, all layers."""
+        return sum(tensor.nbytes for layer in self._one_token for tensor in layer)
+
+    def header(self, namespace: str, storage: str) -> Header:
+        """What tells chunks of this model in such a store apart from others, text aside."""
+        return Header(
+            model=type(self.model).__name__,
+            fingerprint=self.fingerprint,
+            revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
+            dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
+            rope=repr(sorted({repr(rotation) for rotation in self.rotations})),
+            namespace=namespace,
+            storage=storage,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
+
+        Models of one configuration with other weights or another dtype do not share chunks. Made
+        again when a tensor was replaced or written to since the last time; a write through `.data`,
+        as merging an adapter does, shows in the value in the middle of each tensor. Frequencies
+        that follow the length are written to by every forward and are left out: the configuration
+        has them.
+        """
+        moving = {id(buffer) for buffer in self.rotary.moving_buffers()}
+        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
+        tensors = [*self.model.named_parameters(), *buffers]
+        versions = [
+            (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
+            for _, t in tensors
+        ]
+        state = (versions, middles([t for _, t in tensors]))
+        if state != self._digest[0]:
+            self._digest = (state, fingerprint(self.config.to_dict(), tensors))
+        return self._digest[1]

@@ -1,0 +1,127 @@
+"""What a model's rotary module says, and whether it says the same at every length."""
+
+import copy
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from picache.errors import PICacheError
+from picache.hf.rope import Angles
+
+
+class RotaryAngles:
+    """A model's rotary module, asked for cos and sin.
+
+    Frequencies of some RoPE kinds (dynamic NTK, longrope) follow the length of the text. Such a
+    module keeps its last state, so copies of it are asked about other lengths.
+
+    Args:
+        module: the model's rotary module.
+        config: of the decoder; its layer types, where frequencies differ by type.
+        name: of the model, for errors.
+    """
+
+    def __init__(self, module: nn.Module, config: Any, name: str) -> None:
+        self._module, self._name = module, name
+        types: list[str] | None = getattr(config, "layer_types", None)
+        takes = "layer_type" in inspect.signature(module.forward).parameters
+        self._types = types if types and takes else None
+        self._layers: list[int] = []  # one of each kind that is rotated
+        self._short = torch.empty(0)
+        self.stretches = False
+
+    def watch(self, rotated: Sequence[int], far: int) -> None:
+        """Measure whether the frequencies of the rotated layers follow the length, up to `far`."""
+        self._layers = list({self.kind(layer): layer for layer in rotated}.values())
+        self._short = self._in_a_text_of(2)
+        self.stretches = not torch.equal(self._short, self._in_a_text_of(far))
+
+    def kind(self, layer: int) -> str | None:
+        """The layer type whose frequencies a layer rotates by; None where all share them."""
+        return None if self._types is None else self._types[layer]
+
+    def moving_buffers(self) -> list[Tensor]:
+        """The module's buffers, if every forward may write to them."""
+        return list(self._module.buffers()) if self.stretches else []
+
+    def cos_sin(self, layer: int, positions: Tensor, module: nn.Module | None = None) -> Angles:
+        """cos and sin as the module lays them out, fp32 ``[tokens, d]``, at positions ``[tokens]``.
+
+        Raises:
+            PICacheError: when the module does not take such positions.
+        """
+        module = module or self._module
+        device = next((b.device for b in module.buffers()), positions.device)
+        # An fp32 input keeps the result in fp32.
+        arguments: list[object] = [torch.zeros(1, 1, device=device), positions[None].to(device)]
+        if self._types is not None:
+            arguments.append(self._types[layer])
+        try:
+            out = module(*arguments)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PICacheError(
+                f"the rotary module of {self._name} does not take positions of shape "
+                f"{tuple(positions[None].shape)} ({type(error).__name__}: {error}): its rotation "
+                "cannot be measured, use a full prefill with this model"
+            ) from error
+        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+        return cos[0].float(), sin[0].float()
+
+    def _in_a_text_of(self, length: int) -> Tensor:
+        """How position 1 is rotated in a text of so many tokens."""
+        module, at = copy.deepcopy(self._module), torch.tensor([1, length - 1])
+        seen = []
+        for layer in self._layers:
+            self.cos_sin(layer, torch.tensor([0]), module)  # back to the short ones, if it can
+            seen.append(torch.cat(self.cos_sin(layer, at, module), dim=1)[0])
+        return torch.cat(seen) if seen else torch.empty(0)
+
+    def settle(self) -> None:
+        """Back to the short frequencies, which a longer text in between may have replaced.
+
+        Raises:
+            PICacheError: when the module does not go back.
+        """
+        if not self.stretches:
+            return
+        for layer in self._layers:
+            self.cos_sin(layer, torch.tensor([0]))
+        if not torch.equal(self._in_a_text_of(2), self._short):
+            raise PICacheError(
+                f"{self._name} still rotates keys with the frequencies of a longer text it was "
+                "given before (a dynamic RoPE that does not go back, in some releases of "
+                "transformers): load the model again, and give it no longer text"
+            )
+
+    def check(self, compiled: Iterable[int], total: int) -> None:
+        """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
+
+        Args:
+            compiled: tokens of each chunk as compiled.
+            total: tokens of the linked prompt.
+
+        Raises:
+            PICacheError: when the frequencies follow the length and differ between the two.
+        """
+        if not self.stretches:
+            return
+        self.settle()
+        for length in sorted(set(compiled)):
+            if not torch.equal(self._in_a_text_of(length), self._in_a_text_of(total)):
+                raise PICacheError(
+                    f"{self._name} rotates keys with other frequencies in a prompt of {total} "
+                    f"tokens than in a chunk compiled with {length}: its RoPE follows the length "
+                    f"(longrope, dynamic). Link at most {self._longest(length, total)} tokens, or "
+                    "use a full prefill"
+                )
+
+    def _longest(self, same: int, other: int) -> int:
+        """The longest text with the frequencies of `same` tokens, by bisection."""
+        while other - same > 1:
+            middle = (same + other) // 2
+            alike = torch.equal(self._in_a_text_of(same), self._in_a_text_of(middle))
+            same, other = (middle, other) if alike else (same, middle)
+        return same

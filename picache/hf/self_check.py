@@ -1,0 +1,123 @@
+"""The self-check of a model: linking must reproduce the model's own prefill, or is refused.
+
+Calibration proves the rotation on single tokens. What else linking rests on is tried here, once, on
+a short random prompt: that a chunk may be moved, that attention obeys the mask of scattered rows,
+and that nothing a later token needs is kept outside the cached keys and values.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.hf.rope import difference, relative_errors, rotate
+
+if TYPE_CHECKING:
+    from picache.hf.model import HFModel
+
+# Relative error that a layer may add, and the part of the tokens that must keep to it. Rounding
+# grows from layer to layer, so a layer may double what is there; in half precision a router
+# may choose another expert for a token. A wrong mask or a lost state jumps to an error near 1.
+_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (3e-3, 0.5), torch.bfloat16: (2e-2, 0.5)}
+_FLIP = 0.25
+_TOKENS = 24
+_LONGEST_WINDOW = 256  # a window up to here is made shorter than the prompt of the check
+_CHUNK = slice(5, 12)
+_FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def check(model: "HFModel") -> None:
+    """Link a short random prompt and compare with the model's own prefill.
+
+    Costs forwards of about 75 tokens in all, more where the attention window is below 256 tokens.
+
+    Raises:
+        PICacheError: at the first layer that deviates; says by how much, and what to do.
+    """
+    window = model.window if model.window and model.window <= _LONGEST_WINDOW else 0
+    tokens = min(_TOKENS + window, model.max_length or _TOKENS + window)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocab_size, (tokens,), generator=generator)
+    if tokens >= _CHUNK.stop:
+        _check_moving(model, ids[_CHUNK])
+    _check_scattered(model, ids)
+
+
+def _check_moving(model: "HFModel", ids: Tensor) -> None:
+    """A chunk prefilled at 0 and moved equals the chunk prefilled where it is moved to."""
+    moved = []
+    old = torch.arange(len(ids))
+    for layer, (kv, rotation) in enumerate(
+        zip(model.prefill(ids[None]), model.rotations, strict=True)
+    ):
+        parts = list(kv)
+        if rotation is not None:
+            new = old + _CHUNK.start
+            turn = difference(model.angles(layer, old), model.angles(layer, new))
+            part = parts[rotation.part]
+            parts[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+        moved.append((parts[0], parts[1]))
+    there = model.prefill(ids[None], _CHUNK.start)
+    _compare(model, "a chunk moved to other positions", moved, there)
+
+
+def _check_scattered(model: "HFModel", ids: Tensor) -> None:
+    """Rows erased from a full prefill come back, and give the logits of the model without cache."""
+    tokens = len(ids)
+    at = torch.arange(tokens)
+    behind = tokens - 1 - at
+    late = (behind < _TOKENS) & ((behind % 5 == 0) | (behind % 5 == 2) | (behind % 5 == 3))
+    early = (at < _TOKENS) & (behind >= _TOKENS) & (at % 5 == 1)  # few: most are past the window
+    rows = at[early | late]  # the last row without the one before it
+    whole = model.prefill(ids[None])
+    kv = [(keys.clone(), values.clone()) for keys, values in whole]
+    for tensor in (tensor for layer in kv for tensor in layer):
+        tensor[:, :, rows] = torch.nan  # what is read before it is written shows
+    try:
+        logits, _ = model.scattered_forward(ids[rows], rows, kv)
+    except _FAILURES as error:
+        if isinstance(error, PICacheError):
+            raise
+        raise PICacheError(
+            f"self-check of {type(model.model).__name__}: its forward over scattered rows failed "
+            f"({type(error).__name__}: {error}); its attention does not go through transformers' "
+            "attention interface as others do, use a full prefill with this model"
+        ) from error
+    what = "tokens recomputed at scattered positions"
+    mine = [(keys[:, :, rows], values[:, :, rows]) for keys, values in kv]
+    own = [(keys[:, :, rows], values[:, :, rows]) for keys, values in whole]
+    _compare(model, what, mine, own)
+    last = [relative_errors(a, b, dim=-2)[-1] for a, b in zip(mine[-1], own[-1], strict=True)]
+    # The logits are of one token: what that had grown to counts, and a choice of another expert.
+    flip = 0.0 if logits.dtype == torch.float32 else _FLIP
+    grown = max(flip, float(torch.stack(last).max()))
+    _hold(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
+
+
+def _compare(model: "HFModel", what: str, actual: list[KV], expected: list[KV]) -> None:
+    """Hold every layer to the bound."""
+    grown = 0.0
+    for layer, (mine, own) in enumerate(zip(actual, expected, strict=True)):
+        errors = [
+            _hold(model, f"layer {layer}: {name} of {what}", a, b, grown)
+            for name, a, b in zip(("keys", "values"), mine, own, strict=True)
+        ]
+        grown = max(grown, *errors)
+
+
+def _hold(model: "HFModel", what: str, actual: Tensor, expected: Tensor, grown: float) -> float:
+    """The error, at most the bound and twice what the layers before had `grown` to."""
+    added, part = _TOLERANCE[expected.dtype]
+    bound = added + 2 * grown
+    errors = relative_errors(actual, expected, dim=-2).nan_to_num(torch.inf)
+    error = float(errors.quantile(part, interpolation="lower"))
+    if error > bound:
+        raise PICacheError(
+            f"self-check of {type(model.model).__name__}: {what} deviate from the model's own "
+            f"prefill by {error:.1e} relative (at most {bound:.0e} is accepted), so linking would "
+            "be silently wrong: use a full prefill with this model, or load it with "
+            "attn_implementation='eager' if its attention leaves out a softcap or sinks otherwise"
+        )
+    return error

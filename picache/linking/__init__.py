@@ -1,0 +1,1 @@
+"""From a plan to a prompt: fetch compiled chunks, place them, recompute, report."""

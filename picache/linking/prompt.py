@@ -1,0 +1,134 @@
+"""A linked prompt, as `generate` takes it: the rows of a batch, left-padded."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from picache.hf.attention_functions import Attached, Attachment
+from picache.linking.link import Linked
+from picache.linking.report import LinkReport, total
+from picache.methods.base import LinkMethod
+
+if TYPE_CHECKING:
+    from picache.hf.cache import LinkedCache
+    from picache.hf.model import HFModel
+
+
+class LinkedPrompt(Mapping[str, Any]):
+    """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
+
+    ``copy.deepcopy`` copies the tensors and stays on the same model.
+
+    Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
+    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method
+    that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
+
+    Attributes:
+        logits: of the first new token, ``[batch, vocab_size]``.
+        report: what linking did; the sums over a batch.
+        reports: the same, one per row.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        cache: "LinkedCache",
+        logits: Tensor,
+        reports: tuple[LinkReport, ...],
+        seconds: float,
+        attach: Attachment | None = None,
+    ) -> None:
+        self._inputs, self._cache, self._attach = inputs, cache, attach
+        self.logits = logits
+        self.reports = reports
+        self.report = total(reports, seconds)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The model decodes with the method's attention inside the ``with`` block.
+
+        Only methods that change attention while decoding need it (`APE`); for others it does
+        nothing. Inside the block the model is for this prompt alone.
+        """
+        return nullcontext() if self._attach is None else self._attach()
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __getitem__(self, name: str) -> Any:
+        return self._cache.fork() if name == "past_key_values" else self._inputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._inputs, "past_key_values"))
+
+    def __len__(self) -> int:
+        return len(self._inputs) + 1
+
+    def __repr__(self) -> str:
+        batch, tokens = self._inputs["input_ids"].shape
+        return f"LinkedPrompt(batch {batch}, {tokens} tokens)\n{self.report}"
+
+
+def batched(
+    model: "HFModel", rows: list[Linked], method: LinkMethod, pad_id: int, begun: float
+) -> LinkedPrompt:
+    """Left-pad the rows; the last token of each is left for `generate` to feed.
+
+    Args:
+        model: they were linked with.
+        rows: one prompt each.
+        method: they were linked by.
+        pad_id: token id of the padding.
+        begun: when linking began, by `time.perf_counter`.
+    """
+    from picache.hf.cache import LinkedCache  # transformers is loaded with the model
+
+    width, device = max(len(row.ids) for row in rows), model.device
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row.ids) :] = row.ids
+        mask[index, width - len(row.ids) :] = 1
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    attach = None
+    if method.parallel is not None:
+        inputs["position_ids"], state = _side_by_side(rows, method.parallel.scale, width, device)
+        attach = Attachment(model.attention, state)
+    kv = [
+        (_stacked([keys for keys, _ in layer], width), _stacked([v for _, v in layer], width))
+        for layer in zip(*(row.kv for row in rows), strict=True)
+    ]
+    return LinkedPrompt(
+        inputs,
+        LinkedCache(kv, attach),
+        torch.cat([row.logits for row in rows]),
+        tuple(row.report for row in rows),
+        time.perf_counter() - begun,
+        attach,
+    )
+
+
+def _side_by_side(
+    rows: list[Linked], scale: float, width: int, device: torch.device
+) -> tuple[Tensor, Attached]:
+    """Rotary positions ``[batch, width]`` and what decoding behind parallel chunks must know."""
+    positions = torch.zeros(len(rows), width, dtype=torch.int64)
+    inside = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        start, layout = width - len(row.ids), row.layout
+        positions[index, start:] = layout.parallel_positions()
+        inside[index, start + layout.prefix_length : start + layout.context_length] = True
+    lag = width - 1 - positions[:, -1]
+    return positions.to(device), Attached(inside.to(device), scale, lag.to(device))
+
+
+def _stacked(tensors: list[Tensor], width: int) -> Tensor:
+    """All tokens but the last of each row, left-padded; a view where there is one row."""
+    kept = [tensor[:, :, :-1] for tensor in tensors]
+    if len(kept) == 1:
+        return kept[0]
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(t, (0, 0, width - 1 - t.shape[2], 0)) for t in kept])

@@ -1,0 +1,66 @@
+"""The arms of a comparison, set up fairly or as the authors ran them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from picache.errors import PICacheError
+from picache.methods import CacheBlend, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
+from picache.methods.base import LinkMethod
+from picache.sinks import DummySinks, Sinks
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a comparison.
+
+    Attributes:
+        method: for `PIC.link`.
+        sinks: for `PIC(..., sinks=...)`; arms of one comparison may differ in it.
+        flops_per_byte: for `PIC`: None, so that every arm links, whatever it costs.
+    """
+
+    method: LinkMethod
+    sinks: Sinks = "drop"
+    flops_per_byte: float | None = None
+
+
+def arms(
+    preset: Literal["fair", "paper", "repo"] = "fair", k: int = 16, ratio: float = 0.15
+) -> dict[str, Arm]:
+    """EPIC's comparison: full, naive, LegoLink with and without recomputation, CacheBlend; random.
+
+    Random recomputation, which their authors did not run, stands beside each at its budget:
+    "random" draws LegoLink's k tokens a chunk, "random-ratio" CacheBlend's share of all.
+
+    - "fair": the whole query is computed in every arm, the prompt has one BOS, all arms see the
+      same tokens. CacheBlend filters gradually, as its paper describes.
+    - "paper": as EPIC (arXiv 2410.15332) and CacheBlend (arXiv 2405.16444) describe it: as "fair",
+      and LegoLink-0 compiles behind four dummies.
+    - "repo": as EPIC's code runs it: every chunk and the query begin with a BOS that stays in the
+      prompt (so that LegoLink's k counts it; full prefill runs on the same tokens), and naive reuse
+      and CacheBlend compute the query's last token only, the rest of it being compiled alone.
+      LegoLink-0's BOS is one of its four dummies (the code: three and the BOS) and is left out.
+
+    Args:
+        preset: which of the three.
+        k: LegoLink's tokens a chunk; at least 1, LegoLink-0 being an arm of its own.
+        ratio: CacheBlend's share of tokens.
+
+    Raises:
+        PICacheError: on an unknown preset, or a bad k or ratio.
+    """
+    if preset not in ("fair", "paper", "repo"):
+        raise PICacheError(f"preset must be 'fair', 'paper' or 'repo', got {preset!r}")
+    if k == 0:
+        raise PICacheError("arms(k=0): 'LegoLink-0' is an arm already: give k of at least 1")
+    repo = preset == "repo"
+    sinks: Sinks = "keep" if repo else "drop"
+    return {
+        "full": Arm(FullRecompute(), sinks),
+        "naive": Arm(NaiveReuse(force_query=not repo), sinks),
+        "random": Arm(RandomRecompute(k), sinks),
+        "random-ratio": Arm(RandomRecompute(ratio=ratio), sinks),
+        "LegoLink-0": Arm(LegoLink(0), "drop" if preset == "fair" else DummySinks(4)),
+        f"LegoLink-{k}": Arm(LegoLink(k), sinks),
+        "CacheBlend": Arm(CacheBlend.repo(ratio) if repo else CacheBlend.paper(ratio), sinks),
+    }

@@ -1,0 +1,245 @@
+"""How a model is attached: the attention and mask functions, and the hooks that reach the cache."""
+
+import inspect
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from sparsity.errors import SparsityError
+from sparsity.hf.layers import RetainedLayer
+from sparsity.retention.attention import attend
+from sparsity.retention.lazy_mask import LazyMask
+
+NAME = "kv_retention"  # of the attention function; names with "sdpa" or "flash" mean something
+KWARG = "sparse_cache"  # how the cache reaches the attention function
+_REFUSED = ("position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias")
+
+
+class ServedCache(ABC):
+    """What an attached model asks of its cache in a forward; `sparsity.SparseCache` is the one."""
+
+    layers: list[Any]
+
+    @abstractmethod
+    def begin(self, token: str, arguments: dict[str, Any]) -> None:
+        """Check one forward and plan it."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Close one forward."""
+
+    @abstractmethod
+    def attend(
+        self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
+    ) -> Tensor:
+        """Attention of one managed layer in the current forward."""
+
+    @abstractmethod
+    def give_up(self, why: str) -> NoReturn:
+        """Detach the model and raise SparsityError."""
+
+
+def retention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> LazyMask:
+    """The registered mask function: keeps the rule, makes no tensor."""
+    dense = partial(
+        sdpa_mask,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+    rule = None if mask_function is causal_mask_function else mask_function
+    return LazyMask(rule, attention_mask, use_vmap, dense)
+
+
+def retention_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    sparse_cache: ServedCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: managed layers by their policy, all others dense."""
+    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
+    if refused:
+        raise SparsityError(
+            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
+            "call detach(model) and use this model without SparseCache"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sparse_cache is not None:
+        index: int = module.layer_idx  # type: ignore[assignment]
+        layer = sparse_cache.layers[index] if index < len(sparse_cache.layers) else None
+        if isinstance(layer, RetainedLayer):
+            mask = attention_mask
+            if not isinstance(mask, LazyMask):
+                mask = LazyMask(None, None, mask is not None, lambda: None)
+            out = sparse_cache.attend(
+                layer, query, key, value, mask=mask, scaling=scaling, softcap=softcap, sinks=s_aux
+            )
+            return out, None
+        if type(layer) is not DynamicSlidingWindowLayer:
+            sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
+    mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
+    causal = module.is_causal if is_causal is None else is_causal
+    causal = bool(causal) and mask is None and query.shape[2] > 1
+    mask = None if mask is None else mask[..., : key.shape[2]].to(query.device)
+    out = attend(query, key, value, mask, scaling, causal, softcap, s_aux, dropout)
+    return out, None
+
+
+class Attachment:
+    """The two hooks on a decoder, and what it was before."""
+
+    def __init__(self, decoder: PreTrainedModel, token: str) -> None:
+        self.token = token
+        self.names = tuple(inspect.signature(decoder.forward).parameters)
+        self.previous = _implementation(decoder)
+        self.handles = (
+            decoder.register_forward_pre_hook(self.before, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True),
+        )
+
+    def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Check the call and hand the cache on to the attention function."""
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, ServedCache):
+            return None
+        cache.begin(self.token, arguments)
+        return args, {**kwargs, KWARG: cache}
+
+    def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Check that the cache got there."""
+        cache = kwargs.get(KWARG)
+        if cache is not None:
+            cache.finish()
+
+
+ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+TOKENS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # outlive a detach
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of the model that layers and hooks belong to; SparsityError when there is none."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise SparsityError(
+            f"expected a transformers model (a PreTrainedModel), got {name}; for a wrapped model "
+            "hand in the model inside"
+        )
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or model.config.is_encoder_decoder:
+        raise SparsityError(
+            f"{name} has no decoder that SparseCache can manage (decoder-only models for text "
+            "generation are supported); use it with a cache of transformers"
+        )
+    if getattr(decoder.config, "kv_lora_rank", None) is not None:
+        raise SparsityError(
+            f"{name} caches latents (multi-head latent attention), of which the keys are made only "
+            "after the cache; this is not supported, use a DynamicCache"
+        )
+    return decoder
+
+
+def _implementation(decoder: Any) -> str:
+    return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let `model` work with SparseCache; done by ``SparseCache(model, policy)`` already.
+
+    Sets one attention function and adds two hooks on the model's decoder. Nothing else of the
+    model changes, and with other caches its results stay the same. Calling it again does nothing.
+    Raises SparsityError, with the model left as it was, when the model is not supported.
+    """
+    decoder = decoder_of(model)
+    name, now = type(model).__name__, _implementation(decoder)
+    attached = decoder in ATTACHED
+    if attached and now == NAME:
+        return
+    if now == NAME:
+        raise SparsityError(
+            f"this {name} is a copy of an attached model; detach(model) before copying it"
+        )
+    AttentionInterface.register(NAME, retention_attention)
+    AttentionMaskInterface.register(NAME, retention_mask)
+    try:
+        decoder.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise SparsityError(f"{name} refuses another attention function: {error}") from error
+    if _implementation(decoder) != NAME:
+        raise SparsityError(
+            f"{name} is not written on transformers' attention interface, so its attention cannot "
+            "be reached; use it with a cache of transformers"
+        )
+    if attached:  # the implementation was set anew in between: that is what to go back to
+        ATTACHED[decoder].previous = now
+        return
+    token = TOKENS.setdefault(decoder, uuid.uuid4().hex)
+    attachment = Attachment(decoder, token)
+    attachment.previous = now
+    ATTACHED[decoder] = attachment
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: the model is as it was before. Does nothing to a model not attached."""
+    remove(decoder_of(model))
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether `attach` was done and not undone."""
+    return decoder_of(model) in ATTACHED
+
+
+@contextmanager
+def keep_attached(model: PreTrainedModel) -> Iterator[None]:
+    """Attached or not, the model is after the block what it was before."""
+    before = is_attached(model)
+    try:
+        yield
+    finally:
+        if not before:
+            detach(model)
+
+
+def remove(decoder: Any) -> None:
+    """Undo the attachment of a decoder, if there is one."""
+    attachment = ATTACHED.pop(decoder, None)
+    if attachment is None:
+        return
+    for handle in attachment.handles:
+        handle.remove()
+    if _implementation(decoder) == NAME:
+        decoder.set_attn_implementation(attachment.previous)

@@ -1,0 +1,236 @@
+"""SparseCache as transformers sees it; with the other `hf_*` files all that knows it."""
+
+import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from sparsity.errors import SparsityError
+from sparsity.hf.attach import (
+    ATTACHED,
+    TOKENS,
+    ServedCache,
+    attach,
+    decoder_of,
+    keep_attached,
+    remove,
+)
+from sparsity.hf.layers import (
+    RetainedLayer,
+    build_layers,
+    layer_bytes,
+    refuse_rollback,
+    stock_layers,
+    stock_tokens,
+)
+from sparsity.hf.rotation_proof import find_moves
+from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
+from sparsity.policies import Full
+from sparsity.policies.base import Policy
+from sparsity.retention.all_layers import CacheState
+from sparsity.retention.layer import Retention
+from sparsity.retention.report import Report
+from sparsity.retention.rotation import Move
+
+
+class SparseCache(ServedCache, Cache):
+    """A transformers cache that keeps what a policy keeps.
+
+    ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all
+    there is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are
+    what layer i holds, ``get_seq_length()`` the number of tokens seen. Layers with full attention
+    follow the policy; layers with a sliding window or linear attention stay as transformers has
+    them. Left-padded batches, beams, sampling, several turns, chunked prefill, tensor parallelism,
+    ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work; going back (assisted decoding,
+    ``crop``) is refused.
+
+    Arguments:
+        model: a transformers model for text generation on the attention interface. It is attached
+            (see `attach`) and stays so until ``detach(model)``; other caches still work with it.
+        policy: what to keep. A frozen dataclass such as ``RaaS(budget=1024)``; budget in tokens.
+        past: any transformers cache to go on from; its tensors are read, never written to. Hand
+            ``generate`` the full `input_ids`, the cached ones included, and at least one more.
+            Its tokens count as a prompt. One row may go on as many (beams, a shared prefix).
+
+    Raises SparsityError for a model that cannot be attached, or whose rotation is not proven where
+    the policy counts positions inside the cache, a `past` that does not fit, and, in a forward, for
+    a prompt that is already cached whole, another model, a batch of another size, a prompt that
+    fills a budget it is pinned in.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
+        if not isinstance(policy, Policy):
+            raise SparsityError(
+                f"SparseCache(policy={policy!r}): expected a policy such as RaaS(budget=1024)"
+            )
+        decoder = decoder_of(model)
+        layers, rows = build_layers(decoder.config, policy, past)
+        moves = _moves(model, decoder) if policy.needs.moved else {}
+        attach(model)
+        Cache.__init__(self, layers=layers)
+        managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
+        for retention in managed:
+            retention.move = moves.get(retention.layer)
+        self._state = CacheState(policy, {x.layer: x for x in managed}, rows)
+        self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
+        self._stock = stock_layers(decoder.config, policy)
+        self._model = TOKENS[decoder]
+        self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
+        self._dropped_at = _dropped_at(decoder.config)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of this cache."""
+        return self._state.policy
+
+    @property
+    def retentions(self) -> dict[int, Retention]:
+        """What each managed layer holds, by its index in the model."""
+        return dict(self._state.retentions)
+
+    def replace(self, retention: Retention) -> None:
+        """Put another retention in the place of its layer's, before the first forward."""
+        self._state.retentions[retention.layer] = retention
+        self.layers[retention.layer].retention = retention
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model's attention: count the new tokens and hand them on."""
+        if self._state.step is None:
+            raise SparsityError(
+                "a SparseCache works with an attached model only, and this one is detached (or its "
+                "decoder was called past its hooks); call attach(model) first"
+            )
+        self.layers[layer_idx].prefetch()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def begin(self, token: str, arguments: dict[str, Any]) -> None:
+        """Check one forward and plan it; nothing has changed when it raises SparsityError."""
+        if token != self._model:
+            raise SparsityError(
+                "this SparseCache was made for another model; make one for this model with "
+                "SparseCache(model, policy)"
+            )
+        positions = arguments.get("position_ids")
+        if self.policy.needs.moved and positions is not None and positions.dim() > 2:
+            raise SparsityError(
+                f"position_ids are {tuple(positions.shape)}: where positions have several axes "
+                "(images, videos) there are none to count inside the cache; use "
+                "positions='absolute' with this model"
+            )
+        step, times = self._state.plan(arguments)
+        if step.stop == self._dropped_at:
+            raise SparsityError(
+                f"this model drops its cache when a text grows past {self._dropped_at} tokens "
+                "(original_max_position_embeddings, where its rotation changes), and would go on "
+                "without the SparseCache; keep the prompt and the new tokens below that"
+            )
+        if times > 1:
+            self.batch_repeat_interleave(times)
+        self._state.open(step)
+
+    def attend(
+        self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
+    ) -> Tensor:
+        """Attention of one managed layer in the current forward."""
+        index = layer.retention.layer
+        if layer.pending != (key.shape, value.shape):
+            self.give_up(
+                f"layer {index} attends to other tensors than it gave to the cache (latent "
+                "attention, or keys shared between layers)"
+            )
+        layer.pending = None
+        layer.retention.first_head = first_head(
+            self._rank, self._heads, key.shape[1], layer.retention.policy
+        )
+        out = self._state.attend(index, query, key, value, **scores)
+        layer.show()
+        return out
+
+    def finish(self) -> None:
+        """Close one forward: every managed layer must have come through the attention function."""
+        if missed := self._state.missed():
+            self.give_up(
+                f"layers {missed} did not reach the attention function with the cache: the model "
+                "drops keyword arguments on the way, or its attention implementation was changed"
+            )
+        stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
+        self._state.close(sum(layer_bytes(layer) for layer in stock))
+
+    def give_up(self, why: str) -> NoReturn:
+        """Detach the model and raise SparsityError: it cannot be served right."""
+        for decoder, attachment in list(ATTACHED.items()):
+            if attachment.token == self._model:
+                remove(decoder)
+        raise SparsityError(f"SparseCache does not support this model: {why}. It was detached")
+
+    def report(self) -> Report:
+        """What is held now, measured from the tensors; waits for the device."""
+        managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
+        tokens = [
+            self._state.kept(i) if managed[i] else (stock_tokens(layer), 0)
+            for i, layer in enumerate(self.layers)
+        ]
+        return Report(
+            policy=self._state.policy,
+            tokens_seen=self._state.rows.seen,
+            tokens_kept=tuple(kept for kept, _ in tokens),
+            evictions=tuple(dropped for _, dropped in tokens),
+            managed=managed,
+            num_bytes=sum(layer_bytes(layer) for layer in self.layers),
+            peak_bytes=self._state.peak_bytes,
+        )
+
+    def reset(self) -> None:
+        """Forget everything: as new, `past` gone too."""
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, RetainedLayer):
+                layer.reset()
+            else:
+                self.layers[i] = copy.deepcopy(self._stock[i])
+        self._state.clear()
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Bring an offloaded layer back; a forward does so itself. `offload` is transformers'."""
+        self.layers[layer_idx].prefetch()
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""
+        super().reorder_cache(beam_idx)
+        self._state.take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`, int64 numbers or a bool mask."""
+        super().batch_select_indices(indices)
+        self._state.take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        super().batch_repeat_interleave(repeats)
+        if (batch := self._state.rows.batch) is not None:
+            self._state.take(torch.arange(batch).repeat_interleave(repeats))
+
+    def activate_past_recording(self) -> None:
+        """Refused: assisted decoding goes back."""
+        refuse_rollback()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless there is nothing to remove."""
+        if tokens_to_remove:
+            refuse_rollback()
+
+
+def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:
+    """How the keys of each layer are moved; the model stays as it is, attached or not."""
+    with keep_attached(model):
+        return find_moves(decoder, SparseCache(model, Full()))
+
+
+def _dropped_at(config: Any) -> int | None:
+    """Tokens after which `prepare_inputs_for_generation` of the Phi-3 family drops any cache."""
+    if config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
+        return None
+    return getattr(config, "original_max_position_embeddings", None)

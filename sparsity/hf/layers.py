@@ -1,0 +1,177 @@
+"""What stands in a transformers cache for one layer, and how a cache's layers are built."""
+
+import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from sparsity.errors import SparsityError
+from sparsity.policies import Full
+from sparsity.policies.base import Policy
+from sparsity.retention.batch_rows import Rows
+from sparsity.retention.layer import Retention, storage_bytes
+
+
+class RetainedLayer(DynamicLayer):
+    """A full-attention layer under a policy; `keys` and `values` are what is held."""
+
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, retention: Retention, seen: int = 0) -> None:
+        super().__init__()
+        self.retention = retention
+        self.seen = seen
+        self.pending: tuple[torch.Size, torch.Size] | None = None  # shapes given to `update`
+        self.home: torch.device | None = None  # where an offloaded layer belongs
+        self.show()
+
+    def show(self) -> None:
+        """Point `keys` and `values` at the tensors held."""
+        held = self.retention.held
+        self.keys, self.values = (None, None) if held is None else held
+        self.is_initialized = held is not None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new tokens and hand them on: the attention function stores them."""
+        self.seen += key_states.shape[-2]
+        self.pending = (key_states.shape, value_states.shape)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As if everything were kept: masks are evaluated on columns."""
+        return self.seen + query_length, 0
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Refused by the cache."""
+        refuse_rollback()
+
+    def activate_past_recording(self) -> None:
+        """Refused by the cache."""
+        refuse_rollback()
+
+    def offload(self) -> None:
+        """Move all that is held to host memory, summaries and stamps included."""
+        if self.keys is not None and self.home is None:
+            self.home = self.keys.device
+            self.retention.map(lambda t: t.to("cpu"))
+            self.show()
+
+    def prefetch(self) -> None:
+        """Move it back."""
+        if (home := self.home) is not None:
+            self.home = None
+            self.retention.map(lambda t: t.to(home))
+            self.show()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.retention.clear()
+        self.seen, self.home = 0, None
+        self.show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of `indices`, in that order."""
+        self.retention.map(lambda t: t[indices.to(t.device)])
+        self.show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same, as beam search asks for it."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        self.retention.map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.show()
+
+
+def refuse_rollback() -> NoReturn:
+    """Raise SparsityError: what was evicted cannot come back."""
+    raise SparsityError(
+        "a SparseCache cannot go back to an earlier token, so assisted and prompt-lookup decoding "
+        "and crop() are refused; generate without an assistant, or use a DynamicCache"
+    )
+
+
+def stock_tokens(layer: Any) -> int:
+    """Tokens held by a layer that transformers manages itself."""
+    held = getattr(layer, "keys", None)  # linear attention has no keys
+    return 0 if held is None or held.dim() < 2 else held.shape[-2]
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of the storage behind a layer of any kind."""
+    if isinstance(layer, RetainedLayer):
+        return layer.retention.num_bytes
+    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    return storage_bytes(held)
+
+
+def stock_layers(config: Any, policy: Policy) -> dict[int, Any]:
+    """Empty layers of the kinds that transformers manages itself, by index."""
+    layers, _ = build_layers(config, policy, None)
+    return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RetainedLayer)}
+
+
+def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], Rows]:
+    """The layers transformers would use, full attention under the policy; and where they stand."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    earlier: list[Any] = [None] * len(layers) if past is None else list(past.layers)
+    if len(earlier) != len(layers):
+        raise SparsityError(
+            f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
+            "this model filled"
+        )
+    rows = Rows()
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    for i, layer in enumerate(layers):
+        before: Any = earlier[i]
+        if before is not None and not before.is_initialized:
+            before = None
+        if type(layer) is DynamicLayer:
+            held = None if before is None else _held(before, i)
+            small = policy.at_layer(full.index(i), len(full))
+            small = small if i >= policy.dense_layers else Full(policy.page_size)
+            seen = 0 if held is None else held[0].shape[2]
+            layers[i] = RetainedLayer(Retention(small, i, held), seen)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            if type(before) is DynamicSlidingWindowLayer:
+                window: Any = copy.copy(before)
+                window.keys = window.keys.detach().to(window.device, copy=True)  # if offloaded
+                window.values = window.values.detach().to(window.device, copy=True)
+                layers[i] = window
+            elif before is not None:
+                layer.update(*_held(before, i))
+        elif isinstance(layer, CacheLayerMixin) or before is not None:
+            raise SparsityError(
+                f"layer {i} of this model keeps a {type(layer).__name__}, which SparseCache cannot "
+                "manage or take over; use this model without SparseCache"
+            )
+        if before is not None:
+            seen, batch = layers[i].get_seq_length(), before.keys.shape[0]
+            if rows.batch is not None and (rows.batch, rows.seen) != (batch, seen):
+                raise SparsityError(
+                    f"past holds {rows.batch} rows of {rows.seen} tokens in one layer and {batch} "
+                    f"of {seen} in layer {i}: hand in a cache whose layers agree"
+                )
+            rows = Rows(batch=batch, seen=seen)
+    return layers, rows
+
+
+def _held(layer: Any, index: int) -> tuple[Tensor, Tensor]:
+    held, seen = layer.keys.shape[2], layer.get_seq_length()
+    if held != seen or isinstance(layer, RetainedLayer):
+        raise SparsityError(
+            f"layer {index} of past holds {held} of the {seen} tokens it has seen (or is a "
+            "SparseCache's); go on from a cache that keeps every token, such as DynamicCache()"
+        )
+    return layer.keys.detach(), layer.values.detach()

@@ -1,0 +1,176 @@
+"""How a model rotates by position, proven on the model itself.
+
+Nothing is read from a table of model families. A token alone attends only to itself, so that its
+queries and keys at two positions differ by the rotation and by nothing else: a rotation that takes
+the ones to the others is the model's, and a model for which none does is refused.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsity.errors import SparsityError
+from sparsity.policies import Full
+from sparsity.retention.layer import Retention
+from sparsity.retention.rotation import Layout, Move, Rotation, unmoved
+
+FAR = 2**20  # beyond what models are trained on: what changes with the length changes before that
+# Tokens, and the two positions at which each is looked at.
+_TOKENS, _OLD = (5, 11, 17, 23, 29), (3, 150, 5, 91, 2)
+_NEW = (77, FAR, FAR - 40, 8, FAR - 121)
+# Relative error that a layer may add. Even a lone token depends on its position by rounding, which
+# grows from layer to layer, so that a layer may double what is there.
+_TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_REMEDY = "use positions='absolute' with this model"
+
+
+class Probed(Protocol):
+    """What is asked of a cache that is looked through; see `sparsity.hf.cache.BoundSparseCache`."""
+
+    @property
+    def retentions(self) -> dict[int, Retention]:
+        """What each managed layer holds, by its index in the model."""
+        ...
+
+    def replace(self, retention: Retention) -> None:
+        """Put another retention in the place of its layer's, before the first forward."""
+        ...
+
+
+class Lookout(Retention):
+    """A layer that remembers the queries and keys of its last forward, `[batch, heads, q, d]`."""
+
+    seen: tuple[Tensor, Tensor]
+
+    def attend(self, query: Tensor, key: Tensor, *args: Any, **scores: Any) -> Tensor:
+        """See `Retention.attend`."""
+        self.seen = query, key
+        return super().attend(query, key, *args, **scores)
+
+
+@dataclass(frozen=True)
+class Angles:
+    """What a model's rotary module says: int64 `[rows, n]` to cos and sin, float32, one a pair.
+
+    layer_type: handed to the module, where angles differ by type. written: how the module lays
+    the angles of the pairs out: "twice" f and again f, "doubled" each two times, "once".
+    """
+
+    module: nn.Module
+    layer_type: str | None = None
+    written: Literal["twice", "doubled", "once"] = "once"
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        buffers = (b for b in self.module.buffers() if not b.is_meta)
+        device = next((b.device for b in buffers), positions.device)
+        # The module answers in the dtype of its first argument.
+        arguments: list[Any] = [torch.zeros(1, 1, device=device), positions.to(device)]
+        arguments += [] if self.layer_type is None else [self.layer_type]
+        out = self.module(*arguments)
+        cos, sin = (out.real, out.imag) if isinstance(out, Tensor) else out
+        if self.written == "twice":
+            half = cos.shape[-1] // 2
+            return cos[..., :half], sin[..., :half]
+        return (cos[..., ::2], sin[..., ::2]) if self.written == "doubled" else (cos, sin)
+
+    def __deepcopy__(self, memo: object) -> "Angles":
+        """The same: a fork of a cache has no module of its own, it is the model's."""
+        return self
+
+
+def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
+    """How each managed layer's keys are moved from one position to another.
+
+    decoder: attached. cache: a new one of `Full()` for it, used up here. Five tokens go through
+    the model once. Raises SparsityError where no rotation explains what comes out.
+    """
+    layers = {layer: Lookout(Full(), layer) for layer in cache.retentions}
+    for lookout in layers.values():
+        cache.replace(lookout)
+    if not layers:
+        return {}
+    name = type(decoder).__name__
+    angles = {layer: _angles(decoder, layer, name) for layer in layers}
+    weight = decoder.get_input_embeddings().weight
+    device = torch.device("cpu") if weight.is_meta else weight.device  # hooks bring what is away
+    positions = torch.tensor([_OLD + _NEW], device=device).T
+    with torch.no_grad():
+        decoder(
+            input_ids=torch.tensor([_TOKENS * 2], device=device).T,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    old, new = positions[:, None].tensor_split(2)
+    moves: dict[int, Move] = {}
+    added, grown = 1e-4, 0.0
+    for layer, lookout in layers.items():
+        added = _TOLERANCE.get(lookout.seen[1].dtype, added)
+        candidates: list[Move] = [unmoved]
+        layouts: tuple[Layout, ...] = ("half", "interleaved")
+        if 2 * angles[layer](positions)[0].shape[-1] <= lookout.seen[1].shape[-1]:
+            candidates += [Rotation(angles[layer], layout) for layout in layouts]
+        errors = [_error(lookout.seen, move, old, new) for move in candidates]
+        if not min(errors) <= added + 2 * grown:
+            raise SparsityError(
+                f"layer {layer} of {name}: no known rotation explains how its queries and keys "
+                f"change with the position (relative error {min(errors):.1e}, at most "
+                f"{added + 2 * grown:.0e} is accepted); {_REMEDY}"
+            )
+        grown = max(grown, min(errors))
+        moves[layer] = candidates[errors.index(min(errors))]
+    if all(move is unmoved for move in moves.values()):
+        raise SparsityError(
+            f"the positions given to {name} change nothing in its layers with full attention, so "
+            f"that there are none to count inside the cache; {_REMEDY}"
+        )
+    return moves
+
+
+def _angles(decoder: Any, layer: int, name: str) -> Angles:
+    """Of a layer; SparsityError for angles that are not to be had, or follow the length."""
+    modules = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if not modules:
+        raise SparsityError(
+            f"{name} has no rotary embedding module, so its keys cannot be moved; {_REMEDY}"
+        )
+    module = modules[0]
+    types = getattr(decoder.config, "layer_types", None)
+    takes = "layer_type" in inspect.signature(module.forward).parameters
+    layer_type = types[layer] if takes and types else None
+    plain = Angles(copy.deepcopy(module), layer_type)  # it may remember a long text
+    try:
+        short = plain(torch.tensor([[1, 2]]))[0]
+        cos = plain(torch.tensor([[1, FAR]]))[0]
+        again = plain(torch.tensor([[1, 2]]))[0]
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise SparsityError(
+            f"the rotary module of {name} does not take positions [rows, n] ({error}); {_REMEDY}"
+        ) from error
+    if not torch.equal(short[:, :1], cos[:, :1]) or not torch.equal(short, again):
+        raise SparsityError(
+            f"{name} rotates by other angles in a long text than in a short one (longrope, dynamic "
+            f"NTK), so that a key does not keep its angle; {_REMEDY}"
+        )
+    half = cos.shape[-1] // 2
+    if torch.equal(cos[..., :half], cos[..., half:]):
+        return Angles(module, layer_type, "twice")
+    if torch.equal(cos[..., ::2], cos[..., 1::2]):
+        return Angles(module, layer_type, "doubled")
+    return Angles(module, layer_type, "once")
+
+
+def _error(seen: tuple[Tensor, ...], move: Move, old: Tensor, new: Tensor) -> float:
+    """Relative error of queries and keys moved from the old positions; median over the tokens."""
+    each = []
+    for states in seen:
+        before, after = states.float().tensor_split(2)
+        heads = (-1, states.shape[1], -1)
+        moved = move(before, old.expand(heads), new.expand(heads))
+        each.append((moved - after).flatten(1).norm(dim=1) / after.flatten(1).norm(dim=1))
+    return float(torch.maximum(*each).median())

@@ -1,0 +1,93 @@
+"""The knobs that evicting policies share, defined and checked once."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.policies.base import Group, PageView, Policy, check_budget, check_count, check_group
+
+
+@dataclass(frozen=True)
+class Evicting(Policy):
+    """A policy that keeps `budget` tokens: pages with the least `worth` are evicted.
+
+    A policy derives from this class, changes the defaults, and fixes the knobs that make no sense
+    for it with ``field(default=..., init=False)``.
+
+    budget: tokens kept by a KV head, everything protected or pinned included.
+    page_size: tokens that are kept or evicted together; it divides the budget.
+    sinks: first tokens of a row that are protected.
+    recent: newest tokens that are protected; None for the policy's own number.
+    pin_prompt: never evict what came in forwards of several tokens.
+    dense_layers: first layers of the model that keep everything.
+    shared_heads: one decision for all KV heads of a layer (by their mean worth).
+    group: "mean" or "max" over the query heads that share a KV head.
+    evict_every: while decoding, evict once in so many tokens: between budget and budget +
+        evict_every - 1 tokens are held. With pages of more than one token, a multiple of their
+        size (or 1: whenever a page is needed).
+    """
+
+    budget: int
+    page_size: int = 1
+    sinks: int = 0
+    recent: int | None = 0
+    pin_prompt: bool = False
+    dense_layers: int = 0
+    shared_heads: bool = False
+    group: Group = "mean"
+    evict_every: int | None = 1
+
+    def __post_init__(self) -> None:
+        name, size = type(self).__name__, self.page_size
+        check_budget(name, self.budget, size)
+        recent = self.recent_kept
+        check_count(name, "recent", recent)
+        for field in ("sinks", "dense_layers"):
+            check_count(name, field, getattr(self, field))
+        check_group(name, self.group)
+        if self.evict_every is not None:
+            check_count(name, "evict_every", self.evict_every, least=1)
+            if self.evict_every > 1 and self.evict_every % size:
+                raise SparsityError(
+                    f"{name}(evict_every={self.evict_every}, page_size={size}): whole pages are "
+                    f"evicted; use a multiple of {size}, or 1 for whenever a page is needed"
+                )
+        # Pages that the newest tokens can touch: one token lies in one page, two may lie in two.
+        touched = -(-(recent - 1) // size) + 1 if recent else 0
+        if -(-self.sinks // size) + touched >= self.budget // size:
+            raise SparsityError(
+                f"{name}(budget={self.budget}, page_size={size}, sinks={self.sinks}, "
+                f"recent={recent}): what is protected leaves no room to choose; use a budget above "
+                f"{(-(-self.sinks // size) + touched) * size}, fewer sinks, or "
+                f"recent={self.budget // 4}"
+            )
+
+    @property
+    def usual_recent(self) -> int:
+        """Newest tokens protected where the user names no number."""
+        return 0
+
+    @property
+    def recent_kept(self) -> int:
+        """Newest tokens protected."""
+        return self.usual_recent if self.recent is None else self.recent
+
+    @property
+    def evicts(self) -> bool:
+        """The pages with the least worth are dropped."""
+        return True
+
+    @abstractmethod
+    def worth(self, pages: PageView) -> Tensor:
+        """Worth of each page before protection, `[batch, kv_heads, P]`."""
+
+    def priority(self, pages: PageView) -> Tensor:
+        """The worth; sinks and the newest tokens are protected."""
+        worth = self.worth(pages)
+        if self.shared_heads:
+            worth = worth.mean(1, keepdim=True).expand_as(worth)
+        protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
+        return worth.float().masked_fill(protected, torch.inf)

@@ -1,0 +1,32 @@
+"""Random numbers without a state: a hash of what is drawn for."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsity.policies.base import PageView
+
+_LOW32 = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", int, Tensor)
+
+
+def uniform(seed: int, pages: PageView) -> Tensor:
+    """A draw for each page, one of 2**24 values in [0, 1): float32 `[batch, kv_heads, P]`.
+
+    It is a hash of (seed, layer, KV head, page, step): a row's draws depend neither on the rest of
+    its batch nor on padding, and come again after a reset; the rows of a batch share them.
+    """
+    heads = torch.arange(pages.start.shape[1], device=pages.start.device) + pages.first_head
+    draw = mix(mix(seed * 0x9E3779B1 + pages.layer) + heads[None, :, None])
+    draw = mix(draw ^ (pages.start.long() & _LOW32))
+    draw = mix(draw ^ (pages.now.long() & _LOW32))
+    return (draw >> 8).float() / 2**24
+
+
+def mix(value: _Bits) -> _Bits:
+    """Murmur3's 32-bit finaliser: every input bit changes every output bit (int64 may wrap)."""
+    value = value & _LOW32
+    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _LOW32
+    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _LOW32
+    return value ^ (value >> 16)

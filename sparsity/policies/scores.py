@@ -1,0 +1,61 @@
+"""Scores of pages and tokens that several policies share."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from sparsity.policies.base import Group, PageView
+
+
+def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tensor:
+    """Upper bound of query . key over the keys of each page (Quest, arXiv 2406.10774).
+
+    The bound is sum_i max(q_i * kmin_i, q_i * kmax_i), unscaled, computed in float32, reduced over
+    the query heads that share a KV head.
+
+    query: `[batch, query_heads, head_dim]`; kmin, kmax: `[batch, kv_heads, P, head_dim]`.
+    Returns float32 `[batch, kv_heads, P]`.
+    """
+    batch, kv_heads, _, head_dim = kmin.shape
+    grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
+    bounds = torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(min=0), kmax.float())
+    bounds = bounds + torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(max=0), kmin.float())
+    return reduce_group(bounds, group)
+
+
+def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
+    """Largest query . key of each page, unscaled, reduced over the group as `page_bounds` is.
+
+    Returns float32 `[batch, kv_heads, P]`, -inf for a page without tokens. Needs `tokens`.
+    """
+    assert pages.keys is not None
+    batch, kv_heads, _, head_dim = pages.keys.shape
+    grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
+    logits = torch.einsum("bhgd,bhnd->bhgn", grouped, pages.keys.float())
+    logits = logits.masked_fill(~pages.filled[:, :, None], -torch.inf)
+    return reduce_group(logits.unflatten(-1, (-1, pages.page_size)).amax(-1), group)
+
+
+def reduce_group(scores: Tensor, group: Group) -> Tensor:
+    """Over axis 2, the query heads that share a KV head."""
+    return scores.amax(2) if group == "max" else scores.mean(2)
+
+
+def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> Tensor:
+    """Attention of the last queries to each token, pooled over `kernel` neighbours in the text.
+
+    The mean over the queries; zero for the newest `recent` tokens, which no policy ranks. Its
+    neighbours are the tokens held next to a token by rank, zeros at the ends.
+    Returns `[batch, kv_heads, N]`. Needs a `window`.
+    """
+    assert pages.window is not None
+    rank = pages.rank
+    scores = pages.window.mean(2).masked_fill(rank > pages.now - recent, 0)
+    last = torch.iinfo(rank.dtype).max
+    order = rank.masked_fill(~pages.filled, last).argsort(dim=-1, stable=True)
+    scores = scores.gather(-1, order)
+    if pooling == "max":
+        scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+    else:
+        scores = F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+    return scores.gather(-1, order.argsort(-1)).masked_fill(~pages.filled, 0)

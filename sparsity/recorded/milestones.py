@@ -1,0 +1,165 @@
+"""Which pages of a text matter when: milestones, phoenixes, and a picture of them.
+
+The RaaS paper (arXiv 2502.11147, section 3) sorts attention maps by eye: a milestone token is
+bright for a while after it was written and then fades for good, a "water column"; a phoenix token
+is ignored for more than 128 steps and matters again, and is nearly always part of the prompt. Here
+the same is said of pages and counted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.recorded.trace import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+NAMES = ("milestone", "phoenix", "steady", "unused")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as mattering.
+
+    alpha: a page matters at a step that gives it more than this share of its attention. gap: steps
+    without mattering after which a page has faded (the paper's 128). local: newest tokens whose
+    pages always matter, and say nothing.
+    """
+
+    alpha: float = 0.05
+    gap: int = 128
+    local: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 1 or self.gap < 1 or self.local < 0:
+            raise SparsityError(
+                f"{self}: expected alpha, a share in [0, 1), a gap of at least 1 step, and local "
+                "of at least 0 tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What a dense run did with each page; bool `[kv_heads, pages]` each, and no page is two.
+
+    milestone: matters after it has left the newest tokens, and then not once in the last `gap`
+        steps, and never with a gap before. phoenix: matters again after a gap of more than `gap`
+        steps. steady: matters, and neither. unused: never matters once it has left the newest
+        tokens. Pages that are still among the newest at the end are none.
+    prompt: whether a page holds tokens of the prompt, bool `[pages]`.
+    returns: the steps at which a phoenix page comes back, bool `[kv_heads, steps, pages]`.
+    """
+
+    milestone: Tensor
+    phoenix: Tensor
+    steady: Tensor
+    unused: Tensor
+    prompt: Tensor
+    returns: Tensor
+
+    def share(self, name: str) -> float:
+        """Share of all pages that are of a kind: "milestone", "phoenix", "steady", "unused"."""
+        counts = {one: int(getattr(self, one).sum()) for one in NAMES}
+        return counts[name] / max(1, sum(counts.values()))
+
+    @property
+    def phoenixes_in_prompt(self) -> float:
+        """Share of the phoenix pages that hold tokens of the prompt; NaN when there are none."""
+        return float((self.phoenix & self.prompt).sum() / self.phoenix.sum())
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {self.share(name):.1%}" for name in NAMES)
+        return f"{shares}; {self.phoenixes_in_prompt:.1%} of the phoenix pages in the prompt"
+
+
+def classify(
+    mass: Tensor, prompt_tokens: int, page_size: int, thresholds: Thresholds | None = None
+) -> Kinds:
+    """Sort pages by when they matter.
+
+    mass: attention of each decoded token to each page, `[kv_heads, steps, pages]`, as
+    `Trace.mass` gives it.
+    """
+    limits = thresholds or Thresholds()
+    _, steps, pages = mass.shape
+    step = torch.arange(steps)[:, None]
+    last = torch.arange(pages) * page_size + page_size - 1
+    # A step is about the token of this rank; a page is local while it is among the newest.
+    apart = prompt_tokens + step - last >= limits.local
+    matters = (mass > limits.alpha) & apart
+    first_apart = torch.where(apart.any(0), apart.float().argmax(0), steps)
+    # The step at which a page last mattered before each step; where it left the newest at first.
+    when = torch.where(matters, step, -1)
+    before = torch.cat([torch.full_like(when[:, :1], -1), when.cummax(1).values[:, :-1]], 1)
+    before = torch.maximum(before, first_apart.clamp(max=steps - 1))
+    returns = matters & (step - before > limits.gap)
+    ever, phoenix = matters.any(1), returns.any(1)
+    faded = steps - 1 - when.amax(1) > limits.gap
+    known = (first_apart < steps).expand_as(ever)
+    milestone = ever & faded & ~phoenix
+    return Kinds(
+        milestone=milestone,
+        phoenix=phoenix,
+        steady=ever & ~phoenix & ~milestone,
+        unused=known & ~ever,
+        prompt=torch.arange(pages) * page_size < prompt_tokens,
+        returns=returns,
+    )
+
+
+def milestone_map(
+    trace: Trace,
+    layer: int,
+    kv_head: int = 0,
+    page_size: int = 16,
+    path: str | Path | None = None,
+) -> "Figure":
+    """A picture of one head: pages from left to right, decoded tokens from top to bottom.
+
+    A milestone is a bright column that begins on the diagonal and ends; a phoenix goes dark and
+    comes back. Needs matplotlib (extra "plots").
+
+    trace: from `record`. layer, kv_head: which. path: where to save it as an image.
+
+    Raises SparsityError for a layer or head that the trace does not hold.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    image = draw_head(axes, trace, layer, kv_head, page_size)
+    axes.set(
+        title=f"layer {layer}, KV head {kv_head}: attention by page of {page_size} tokens",
+        xlabel="token attended to (dotted: end of the prompt)",
+        ylabel="token that attends",
+    )
+    figure.colorbar(image, label="share of the attention")
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
+def draw_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: int) -> "AxesImage":
+    """Draw what `milestone_map` shows into axes of your own, without title and labels."""
+    from matplotlib.colors import LogNorm
+
+    heads = trace.at(layer).keys.shape[0]
+    if not 0 <= kv_head < heads:
+        raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")
+    mass = trace.mass(layer, page_size)[kv_head]
+    axes.axvline(trace.prompt_tokens, color="white", linewidth=0.8, linestyle=":")
+    return axes.imshow(
+        mass.clamp(min=1e-4).numpy(),
+        aspect="auto",
+        cmap="magma",
+        norm=LogNorm(1e-4, 1),
+        interpolation="nearest",
+        extent=(0, mass.shape[1] * page_size, trace.tokens, trace.prompt_tokens),
+    )

@@ -1,0 +1,141 @@
+"""Record a dense run, to be looked at and replayed without the model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.policies import Full
+from sparsity.recorded.trace import LayerTrace, Trace
+from sparsity.retention.batch_rows import Step
+from sparsity.retention.layer import Retention
+from sparsity.retention.lazy_mask import LazyMask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Meter:
+    """Bytes that a recording may still take."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.most, self.taken = max_bytes, 0
+
+    def take(self, num_bytes: int) -> None:
+        """Count them; SparsityError when they are too many."""
+        self.taken += num_bytes
+        if self.taken > self.most:
+            raise SparsityError(
+                f"the recording takes more than max_bytes={self.most:,}: record fewer layers "
+                "(layers=[...]), fewer tokens, or raise max_bytes"
+            )
+
+
+class Recording(Retention):
+    """A layer that keeps everything, and remembers what it was asked with."""
+
+    def __init__(self, layer: int, meter: Meter) -> None:
+        super().__init__(Full(), layer)
+        self.meter = meter
+        self.queries: list[Tensor] = []
+        self.forwards: list[int] = []
+        self.scores: dict[str, Any] = {}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: Step,
+        mask: LazyMask,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `Retention.attend`."""
+        if query.shape[0] != 1:
+            raise SparsityError(
+                f"record takes one text at a time, and the model was called with {query.shape[0]} "
+                "rows: leave out beams and several sequences, and give input_ids of one row"
+            )
+        if step.valid is not None and not bool(step.valid.all()):
+            raise SparsityError(
+                "record takes a text without padding, and the attention_mask leaves tokens out: "
+                "give the row alone, without its padding"
+            )
+        if mask.rule is not None:
+            raise SparsityError(
+                f"layer {self.layer} masks more than what comes later, which a trace does not "
+                "hold: leave it out of layers=[...]"
+            )
+        self.meter.take(query.nbytes + key.nbytes + value.nbytes)
+        self.queries.append(query[0].detach().cpu())
+        self.forwards.append(query.shape[2])
+        self.scores = {"scaling": scaling, "softcap": softcap}
+        self.scores["sinks"] = None if sinks is None else sinks.detach().cpu()
+        return super().attend(query, key, value, step, mask, scaling, softcap, sinks)
+
+    def trace(self) -> LayerTrace:
+        """What was recorded."""
+        assert self.held is not None
+        keys, values = (t[0, :, : sum(self.forwards)].detach().cpu().clone() for t in self.held)
+        return LayerTrace(torch.cat(self.queries, dim=1), keys, values, **self.scores)
+
+
+def record(
+    model: "PreTrainedModel",
+    layers: Sequence[int] | None = None,
+    max_bytes: int = 2**30,
+    **inputs: Any,
+) -> Trace:
+    """Run ``model.generate(**inputs)`` with dense attention and keep what attention saw.
+
+    Queries, keys and values are kept, in the model's dtype, in the CPU's memory: from them follow
+    the attention to any page at any step (`Trace.mass`) and what any policy would have kept
+    (`replay`), at a size linear in the text.
+
+    model: as for `SparseCache`; left as it was. layers: indices of those to record; None for all
+    with full attention. max_bytes: most bytes to keep. inputs: of `generate`, one row, without a
+    cache.
+
+    Raises SparsityError for more than one row, layers without full attention, a recording that
+    grows over `max_bytes`, padding, a cache or embeddings handed in, and as `SparseCache` does.
+    """
+    from sparsity.hf.attach import keep_attached
+    from sparsity.hf.cache import SparseCache
+
+    if refused := {"past_key_values", "inputs_embeds", "return_dict_in_generate"} & set(inputs):
+        raise SparsityError(
+            f"record takes no {', '.join(sorted(refused))}: give input_ids, of one row; it brings "
+            "its own cache, and returns the trace"
+        )
+    prompt = inputs.get("input_ids", inputs.get("inputs"))
+    if prompt is None:
+        raise SparsityError("record needs input_ids, int64 [1, tokens], to generate from")
+    with keep_attached(model):
+        cache = SparseCache(model, Full())
+        managed = sorted(cache.retentions)
+        wanted = managed if layers is None else list(layers)
+        if unknown := sorted(set(wanted) - set(managed)):
+            raise SparsityError(
+                f"layers={unknown} of this model have no full attention to record: choose of "
+                f"{managed}"
+            )
+        if not wanted:
+            raise SparsityError("no layer of this model has full attention: nothing to record")
+        meter = Meter(max_bytes)
+        recordings = {layer: Recording(layer, meter) for layer in wanted}
+        for recording in recordings.values():
+            cache.replace(recording)
+        generate: Any = model.generate
+        ids = generate(**inputs, past_key_values=cache, return_dict_in_generate=False)
+    first = recordings[wanted[0]]
+    return Trace(
+        ids=ids[0].cpu(),
+        prompt_tokens=prompt.shape[1],
+        forwards=tuple(first.forwards),
+        layers={layer: recording.trace() for layer, recording in recordings.items()},
+        full_layers=tuple(managed),
+    )

@@ -1,0 +1,112 @@
+"""What a dense run attended to: queries, keys and values of one text, layer by layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsity.errors import SparsityError
+from sparsity.retention.attention import attention_weights
+
+BLOCK = 128  # queries whose weights are in memory at once
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer of a dense run, rotated as its attention saw it.
+
+    queries: `[query_heads, tokens, head_dim]`. keys: `[kv_heads, tokens, head_dim]`. values:
+    `[kv_heads, tokens, value_dim]`. scaling, softcap, sinks: of its attention, see
+    `sparsity.retention.attention.attend_reference`.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def weights(self, first: int, stop: int) -> Tensor:
+        """Dense attention of the tokens `first` to `stop`, mean over the query heads of a KV head.
+
+        Returns float32 `[kv_heads, stop - first, tokens]`.
+        """
+        rows = torch.arange(first, stop)[:, None]
+        causal = torch.arange(self.keys.shape[1]) <= rows
+        weights = attention_weights(
+            self.queries[None, :, first:stop],
+            self.keys[None],
+            causal[None, None],
+            self.scaling,
+            self.softcap,
+            self.sinks,
+        )
+        return weights[0].mean(1).float()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A dense run of one text, recorded by `sparsity.record`; lies in the CPU's memory.
+
+    ids: of the text, the last token included, which was sampled and not fed, int64 `[tokens + 1]`.
+    prompt_tokens: tokens of the prompt. forwards: tokens of each forward: the prompt's, then ones.
+    layers: what was recorded, by index. full_layers: of the model, those with full attention.
+    """
+
+    ids: Tensor
+    prompt_tokens: int
+    forwards: tuple[int, ...]
+    layers: dict[int, LayerTrace]
+    full_layers: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return sum(self.forwards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors held."""
+        return sum(t.nbytes for x in self.layers.values() for t in (x.queries, x.keys, x.values))
+
+    def blocks(self, layer: int) -> Iterator[tuple[int, Tensor]]:
+        """Dense attention of the decoded tokens, some at a time: the first one's place, weights.
+
+        The weights are those of `LayerTrace.weights`. Raises SparsityError for a layer that was
+        not recorded.
+        """
+        one = self.at(layer)
+        for first in range(self.prompt_tokens, self.tokens, BLOCK):
+            yield first, one.weights(first, min(first + BLOCK, self.tokens))
+
+    def at(self, layer: int) -> LayerTrace:
+        """The layer of that index; SparsityError when it was not recorded."""
+        if layer not in self.layers:
+            raise SparsityError(
+                f"layer {layer} is not in this trace: it holds {sorted(self.layers)}; record it "
+                "with record(model, layers=[...])"
+            )
+        return self.layers[layer]
+
+    def mass(self, layer: int, page_size: int = 16) -> Tensor:
+        """Attention of each decoded token to each page of `page_size` tokens.
+
+        Returns float32 `[kv_heads, decoded tokens, pages]`; a row sums to 1 (less where the model
+        has attention sinks of its own).
+        """
+        return torch.cat([per_page(weights, page_size) for _, weights in self.blocks(layer)], 1)
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace({self.prompt_tokens} prompt and {self.tokens - self.prompt_tokens} decoded "
+            f"tokens, {len(self.layers)} of {len(self.full_layers)} layers, "
+            f"{self.num_bytes:,} bytes)"
+        )
+
+
+def per_page(tokens: Tensor, page_size: int) -> Tensor:
+    """`[..., tokens]` summed over pages of `page_size`, the last one filled up with zeros."""
+    short = -tokens.shape[-1] % page_size
+    return torch.nn.functional.pad(tokens, (0, short)).unflatten(-1, (-1, page_size)).sum(-1)

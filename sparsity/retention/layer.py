@@ -1,0 +1,245 @@
+"""One layer under one policy: what it holds, and attention over it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsity.policies.base import Policy
+from sparsity.retention.attention import attend, attention_weights
+from sparsity.retention.batch_rows import Step
+from sparsity.retention.lazy_mask import LazyMask
+from sparsity.retention.page_pool import PagePool
+from sparsity.retention.query_weights import forward_weights
+from sparsity.retention.rotation import Move
+from sparsity.retention.several_tokens import extend, marked
+
+
+class Retention:
+    """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
+
+    policy: decides what stays. layer: index in the model. first_head: see `PageView`. move: takes
+    keys to other positions, for a policy that needs it.
+    pool: the retained tokens; None before the first forward.
+    past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
+    forward takes in (only then is it known which columns are padding); never written to.
+    moved: tensors were made anew since this was last set to False. transient_bytes: the unpruned
+    keys and values of the last forward of several tokens.
+    """
+
+    def __init__(
+        self, policy: Policy, layer: int, past: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.policy = policy
+        self.layer = layer
+        self.first_head = 0
+        self.move: Move | None = None
+        self.pool: PagePool | None = None
+        self.past = past
+        self.moved = False
+        self.transient_bytes = 0
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values held now, places without a token included; None when empty."""
+        if self.pool is not None:
+            return self.pool.keys, self.pool.values
+        return self.past
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the storage behind every tensor held, summaries and stamps included."""
+        tensors = list(self.past or ())
+        if self.pool is not None:
+            tensors += self.pool.tensors().values()
+        return storage_bytes(tensors)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.pool, self.past = None, None
+        self.moved, self.transient_bytes = False, 0
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do `change` to every tensor of the state; batch is the first axis of each."""
+        if self.pool is not None:
+            self.pool = self.pool.map(change)
+        if self.past is not None:
+            self.past = (change(self.past[0]), change(self.past[1]))
+
+    def attends(self, slots: Tensor) -> None:
+        """Told what a single token attends to: columns, int32 `[batch, kv_heads, n]`, -1 for none.
+
+        For those who look on; nothing here needs it.
+        """
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: Step,
+        mask: LazyMask,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Take the new tokens in, attend, let the policy observe and evict.
+
+        query: `[batch, query_heads, q, head_dim]`; key, value: the q new tokens,
+        `[batch, kv_heads, q, head_dim]`. Returns `[batch, q, query_heads, value_dim]`.
+
+        One token: it is written first (in place of an evicted page when there is no room), then
+        attention runs over the pages selected. Several: attention runs over all that is retained
+        and all that is new, and only then is the pool pruned.
+        """
+        step = step.on(key.device)
+        if step.single:
+            return self._one(query, key, value, step, mask, scaling, softcap, sinks)
+        return self._several(query, key, value, step, mask, scaling, softcap, sinks)
+
+    def _one(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: Step,
+        mask: LazyMask,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        pool, policy = self.pool, self.policy
+        assert pool is not None
+        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
+        places = pool.start.shape[-1]
+        pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
+        self.moved = self.moved or pool.start.shape[-1] != places
+        view = pool.view(step.after - 1)
+        newest = query[:, :, -1].detach()
+        chosen = policy.select(newest, view)
+        if chosen is None:
+            tokens = pool.high * pool.size
+            keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
+            keys = self._closed_up(keys, step.after, step.longest_after)
+            slots = pool.slots[..., :tokens]
+        else:
+            keys, values = (
+                _pages_of(pool.keys, chosen, pool.size),
+                _pages_of(pool.values, chosen, pool.size),
+            )
+            slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
+        self.attends(slots)
+        full = not step.then.ragged and step.longest_after % pool.size == 0
+        full = full and pool.held == pool.high
+        allowed = None
+        if not full or mask.padding is not None or mask.rule is not None:
+            columns = torch.arange(step.stop - 1, step.stop, device=key.device)
+            allowed = mask(columns, slots)
+            if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
+                allowed = allowed | ~allowed.any(-1, keepdim=True)
+        out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
+        if policy.needs.attention is not None:
+            held = pool.slots[..., : pool.high * pool.size]
+            assert view.keys is not None
+            weights = forward_weights(
+                query.detach(), newest, view.keys, held, step, mask, policy.needs, weigh
+            )
+            view = replace(view, weights=weights)
+        observed = policy.observe(newest, view, scaling)
+        if observed is not view:
+            goes_on = (step.after > step.before)[:, None, None]
+            pool.mark(marked(observed, view, goes_on))
+        if policy.needs.window:
+            pool.remember(query.detach(), step)
+        return out
+
+    def _several(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: Step,
+        mask: LazyMask,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        batch, heads = key.shape[:2]
+        if self.past is not None:
+            key = torch.cat([self.past[0].to(key.device), key], dim=2)
+            value = torch.cat([self.past[1].to(value.device), value], dim=2)
+        slots = torch.arange(step.first, step.stop, device=key.device, dtype=torch.int32)
+        slots = slots.expand(batch, 1, -1)
+        if step.valid is not None:
+            slots = slots.masked_fill(~step.valid[:, None], -1)
+        if self.pool is not None:
+            tokens = self.pool.high * self.pool.size
+            key = torch.cat([self.pool.keys[:, :, :tokens], key], dim=2)
+            value = torch.cat([self.pool.values[:, :, :tokens], value], dim=2)
+            slots = torch.cat([self.pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
+        plain = mask.rule is None and mask.padding is None and step.valid is None
+        causal = plain and self.pool is None and key.shape[2] == step.queries
+        allowed = None
+        if not causal:
+            columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
+            allowed = mask(columns, slots)
+        keys = self._closed_up(key, step.before, step.longest_before)
+        out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
+        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
+        newest, weights = _newest(query.detach(), step), None
+        if self.policy.needs.attention is not None:
+            weights = forward_weights(
+                query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
+            )
+        self.pool = extend(
+            self.pool, key, value, slots, step, self.policy, self.layer, self.first_head,
+            query, newest, weights, scaling, weigh,
+        )  # fmt: skip
+        self.past, self.moved = None, True
+        self.transient_bytes = key.nbytes + value.nbytes
+        return out
+
+    def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
+        """The keys with their first `Needs.moved` tokens moved up to the rest of what is held.
+
+        What counts in attention is how far a key is from the query. A query and the newest tokens
+        are as far apart in the text as they are in the cache; the first tokens are further, by as
+        many tokens as were dropped.
+
+        keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on, where the first
+        tokens stay (pages are laid out oldest first, and a place is used again only once its page
+        is gone). seen: tokens so far of each row, `[batch]`; longest: upper bound of it.
+        """
+        pool, count = self.pool, self.policy.needs.moved
+        if not count or pool is None or longest <= (self.policy.budget or longest):
+            return keys
+        assert self.move is not None
+        dropped = seen[:, None] - (pool.slots >= 0).sum(-1)
+        rank = pool.start[..., :count].clamp(min=0).long()
+        moved = self.move(keys[:, :, :count], rank, rank + dropped[..., None])
+        return torch.cat([moved, keys[:, :, count:]], dim=2)
+
+
+def _newest(query: Tensor, step: Step) -> Tensor:
+    """The query of each row's newest real token, `[batch, query_heads, head_dim]`."""
+    if step.valid is None or step.order is None:
+        return query[:, :, -1]
+    last = step.order.gather(1, (step.after - step.before - 1).clamp(min=0)[:, None])
+    place = (last - (step.stop - step.first - step.queries)).clamp(min=0)
+    index = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)[:, :, 0]
+
+
+def _pages_of(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
+    """`[batch, heads, P * size, d]` to the pages of `pages`, `[batch, heads, K]`."""
+    paged = tokens.unflatten(2, (-1, size))
+    index = pages[..., None, None].expand(-1, -1, -1, *paged.shape[3:])
+    return paged.gather(2, index).flatten(2, 3)
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storage behind the tensors, counted once where they share it."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())

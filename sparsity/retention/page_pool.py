@@ -1,0 +1,206 @@
+"""The page pool of one layer: K/V in pages whose places are used again in place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity.policies.base import PageView, Policy
+from sparsity.retention.batch_rows import Step
+from sparsity.retention.query_weights import Weigh, keep_newest, window_weights
+
+
+@dataclass
+class PagePool:
+    """K/V of one layer in pages, decided for each KV head on its own.
+
+    C places for pages of `size` tokens, N = C * size places for tokens; a page lies anywhere, and
+    a new one takes the first free place. Under a policy that bounds what is held all C places are
+    there from the beginning.
+
+    layer, first_head: see `PageView`. held: pages that a row holds, at most. high: places in use
+    are below it. outside: most pages of a row that do not count against the budget.
+    keys, values: `[batch, kv_heads, N, head_dim]`. slots: the column each token stands at, int32
+    `[batch, kv_heads, N]`, -1 where empty. start, stamp, sums, kmin, kmax: see `PageView`. pinned:
+    bool `[batch, kv_heads, C]`. current: place of each row's newest page, int64
+    `[batch, kv_heads]`. queries, asked: see `keep_last`; of length 0 where no policy needs them.
+    """
+
+    size: int
+    layer: int
+    first_head: int
+    held: int
+    high: int
+    outside: int
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    start: Tensor
+    stamp: Tensor
+    sums: Tensor
+    pinned: Tensor
+    kmin: Tensor | None
+    kmax: Tensor | None
+    current: Tensor
+    queries: Tensor
+    asked: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name."""
+        return {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
+        """The pool with `change` done to every tensor; batch is the first axis of each."""
+        changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}
+        return replace(self, **changed)
+
+    def view(self, now: Tensor) -> PageView:
+        """The places in use, for a policy. now: rank of the newest tokens, `[batch]`."""
+        pages, tokens = self.high, self.high * self.size
+        return PageView(
+            start=self.start[..., :pages],
+            stamp=self.stamp[..., :pages],
+            sums=self.sums[:, :, :pages],
+            pinned=self.pinned[..., :pages],
+            filled=self.slots[..., :tokens] >= 0,
+            kmin=None if self.kmin is None else self.kmin[:, :, :pages],
+            kmax=None if self.kmax is None else self.kmax[:, :, :pages],
+            keys=self.keys[:, :, :tokens],
+            values=self.values[:, :, :tokens],
+            weights=None,
+            window=None,
+            now=now[:, None, None],
+            page_size=self.size,
+            layer=self.layer,
+            first_head=self.first_head,
+        )
+
+    def mark(self, pages: PageView) -> None:
+        """Take over stamps and sums that a policy has set."""
+        self.stamp[..., : self.high] = pages.stamp
+        self.sums[:, :, : self.high] = pages.sums
+
+    def remember(self, query: Tensor, step: Step) -> None:
+        """Take the newest query in among the last ones."""
+        keep_newest(self.queries, self.asked, query, step)
+
+    def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
+        """Write one token a row, in place, evicting pages first where there is no room.
+
+        key, value: `[batch, kv_heads, 1, head_dim]`.
+        """
+        batch, heads = self.current.shape
+        b = torch.arange(batch, device=key.device)[:, None]
+        h = torch.arange(heads, device=key.device)[None]
+        opens = step.before % self.size == 0
+        if step.valid is not None:
+            opens = opens & step.valid[:, -1]
+        opens = opens[:, None]
+        may_open = step.then.ragged or step.longest_before % self.size == 0
+        if may_open:
+            self._open(opens, b, h, step, policy, weigh)
+        page = self.current
+        place = page * self.size + (step.before % self.size)[:, None]
+        new_key, new_value, column = key[:, :, 0], value[:, :, 0], step.stop - 1
+        slot = torch.full_like(place, column, dtype=torch.int32)
+        keep_low, keep_high = new_key, new_key
+        if step.valid is not None:  # a row whose new column is padding keeps what it has
+            real = step.valid[:, -1:]
+            new_key = torch.where(real[..., None], new_key, self.keys[b, h, place])
+            new_value = torch.where(real[..., None], new_value, self.values[b, h, place])
+            slot = torch.where(real, slot, self.slots[b, h, place])
+            if self.kmin is not None and self.kmax is not None:
+                keep_low = torch.where(real[..., None], keep_low, self.kmin[b, h, page])
+                keep_high = torch.where(real[..., None], keep_high, self.kmax[b, h, page])
+        self.keys[b, h, place] = new_key
+        self.values[b, h, place] = new_value
+        self.slots[b, h, place] = slot
+        if self.kmin is not None and self.kmax is not None:
+            low, high = self.kmin[b, h, page], self.kmax[b, h, page]
+            if may_open:
+                low = torch.where(opens[..., None], keep_low, low)
+                high = torch.where(opens[..., None], keep_high, high)
+            self.kmin[b, h, page] = torch.minimum(low, keep_low)
+            self.kmax[b, h, page] = torch.maximum(high, keep_high)
+
+    def _open(
+        self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy, weigh: Weigh
+    ) -> None:
+        """Give the rows of `opens` (bool `[batch, 1]`) an empty page."""
+        most = policy.pages_held
+        ragged = step.then.ragged  # then some rows may be full before others
+        if most is not None and self.held - (0 if ragged else self.outside) >= most:
+            self._evict(opens[..., None], step, policy, most, weigh)
+        bounds = [self.held + 1, -(-step.longest_after // self.size)]
+        self.held = min(bounds if most is None else [*bounds, most + self.outside])
+        self._grow(self.held)
+        self.high = max(self.high, self.held)
+        free = (self.start[..., : self.high] < 0).to(torch.int8).argmax(-1)  # the first one
+        self.current = torch.where(opens, free, self.current)
+        page = self.current
+        rank = step.before[:, None].to(torch.int32).expand_as(page)
+        self.start[b, h, page] = torch.where(opens, rank, self.start[b, h, page])
+        self.stamp[b, h, page] = torch.where(opens, rank, self.stamp[b, h, page])
+        self.sums[b, h, page] = self.sums[b, h, page].masked_fill(opens[..., None], 0)
+        self.pinned[b, h, page] = self.pinned[b, h, page] & ~opens
+
+    def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
+        """Free places in the rows of `opens` (bool `[batch, 1, 1]`) that hold `most` pages."""
+        assert policy.pages_kept is not None
+        pages = self.view(step.before)
+        if policy.needs.window:
+            window = window_weights(
+                self.queries, self.asked, self.keys[:, :, : self.high * self.size],
+                pages.rank.masked_fill(~pages.filled, -1), policy.needs, weigh,
+            )  # fmt: skip
+            pages = replace(pages, window=window)
+        counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
+        surplus = most - policy.pages_kept + 1
+        full = counted.sum(-1, keepdim=True) >= most
+        unused = (~pages.used).sum(-1, keepdim=True)
+        place = ranking(policy.priority(pages), pages.pinned, pages.start)
+        gone = pages.used & (place < unused + surplus) & full & opens
+        self.start[..., : self.high].masked_fill_(gone, -1)
+        self.slots.unflatten(-1, (-1, self.size))[:, :, : self.high].masked_fill_(
+            gone[..., None], -1
+        )
+        if not step.then.ragged:
+            self.held -= surplus
+        elif surplus > 1:  # or the next step would try again; looking is affordable now and then
+            self.held = int((self.start[..., : self.high] >= 0).sum(-1).max())
+
+    def _grow(self, pages: int) -> None:
+        """Make places for a row of `pages`, in modest steps."""
+        have = self.start.shape[-1]
+        if pages <= have:
+            return
+        more = max(pages - have, -(-64 // self.size), have // 8)
+
+        def longer(old: Tensor, places: int, empty: int) -> Tensor:
+            shape = (*old.shape[:2], places, *old.shape[3:])
+            return torch.cat([old, old.new_full(shape, empty)], dim=2)
+
+        self.keys = longer(self.keys, more * self.size, 0)
+        self.values = longer(self.values, more * self.size, 0)
+        self.slots = longer(self.slots, more * self.size, -1)
+        self.start = longer(self.start, more, -1)
+        self.stamp = longer(self.stamp, more, -1)
+        self.sums = longer(self.sums, more, 0)
+        self.pinned = longer(self.pinned, more, 0)
+        if self.kmin is not None and self.kmax is not None:
+            self.kmin, self.kmax = longer(self.kmin, more, 0), longer(self.kmax, more, 0)
+
+
+def ranking(worth: Tensor, pinned: Tensor, start: Tensor) -> Tensor:
+    """The place of each page in the order of eviction, int64 as `start`.
+
+    Places without a page (start -1) come first, then the least worth, of equals the oldest;
+    `pinned` pages last of all.
+    """
+    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pinned, torch.inf)
+    worth = worth.masked_fill(start < 0, -torch.inf)
+    by_age = start.argsort(dim=-1, stable=True)
+    by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
+    return by_age.gather(-1, by_worth).argsort(-1)

@@ -1,0 +1,52 @@
+"""What a cache holds, measured."""
+
+from dataclasses import dataclass
+
+from sparsity.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Report:
+    """A reading of a cache. Tuples have one entry a layer of the model.
+
+    policy: the policy of the cache.
+    tokens_seen: columns that went through the model, padding included.
+    tokens_kept: tokens held for one row and KV head (the most of any).
+    evictions: tokens dropped so far, summed over rows and KV heads; 0 for layers left to
+        transformers.
+    managed: whether the policy decides in this layer; False for layers that transformers
+        manages itself (sliding windows, linear attention).
+    num_bytes: bytes of all storage held now: keys, values, positions, summaries, stamps.
+    peak_bytes: the most that was held at once: the layers at rest plus the unpruned tokens of the
+        layer that a forward of several tokens was passing through.
+    """
+
+    policy: Policy
+    tokens_seen: int
+    tokens_kept: tuple[int, ...]
+    evictions: tuple[int, ...]
+    managed: tuple[bool, ...]
+    num_bytes: int
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"{self.policy}",
+            f"{self.tokens_seen:,} tokens seen",
+            f"{self.num_bytes:,} bytes held, {self.peak_bytes:,} at the peak",
+        ]
+        if not any(self.managed):
+            lines.append("no layer has full attention: the policy decides nothing in this model")
+        runs: list[tuple[int, int, str]] = []
+        for layer, kept in enumerate(self.tokens_kept):
+            text = f"{kept:,} tokens kept, {self.evictions[layer]:,} evictions"
+            text += "" if self.managed[layer] else " (managed by transformers)"
+            if runs and runs[-1][2] == text:
+                runs[-1] = (runs[-1][0], layer, text)
+            else:
+                runs.append((layer, layer, text))
+        for first, last, text in runs:
+            name = f"layer {first}" if first == last else f"layers {first}-{last}"
+            lines.append(f"  {name}: {text}")
+        return "\n".join(lines)
