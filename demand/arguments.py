@@ -1,0 +1,38 @@
+"""What callers hand in, as the number that was meant, or refused by its name."""
+
+import operator
+from typing import SupportsFloat, cast
+
+from demand.errors import DemandError
+
+
+def whole_number(name: str, value: object, least: int | None = None) -> int:
+    """`value` as an int: an int of any kind (numpy's, a 0-d array) or a float without a fraction.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        least: the smallest number that is allowed; `None` allows all.
+
+    Raises:
+        DemandError: a bool, text, a fraction, or a number below `least`.
+    """
+    number = _as_int(value)
+    if number is None or (least is not None and number < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise DemandError(f"{name} is {value!r}; expected a whole number{bound}")
+    return number
+
+
+def _as_int(value: object) -> int | None:
+    if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # that is what is being asked
+    except TypeError:
+        pass
+    try:
+        number = float(cast(SupportsFloat, value))
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
