@@ -38,5 +38,5 @@ def test_large_floats_are_exact():
      np.timedelta64(3, "s"), 0, -1.0],
 )  # fmt: skip
 def test_what_is_no_whole_number_is_named(given):
-    with pytest.raises(DemandError, match="servers is .*; expected a whole number of at least 1"):
+    with pytest.raises(DemandError, match=r"servers is .*; expected a whole number of at least 1"):
         whole_number("servers", given, least=1)
