@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 import picache.hf.attention_functions
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 from evaluate import first_token_seconds
 from shapes import build_model

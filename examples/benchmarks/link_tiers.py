@@ -26,7 +26,7 @@ import picache.linking.link
 from picache import PIC, CacheBlend, ChunkStore, LegoLink, NaiveReuse
 from picache.linking.linked_kv import LinkedKV
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 from evaluate import first_token_seconds
 from shapes import SHAPES, build_model
