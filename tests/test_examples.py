@@ -51,3 +51,17 @@ def test_all_three(elsewhere):
     report, lookup = (float(m) for m in re.findall(r"rank ([\d.]+) s", out))
     assert lookup < report  # 4 tokens against 96
     assert re.findall(r"^(\w+) +mean completion", out, re.MULTILINE) == ["FCFS", "Gittins"]
+
+
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks"])
+def test_every_script_finds_what_it_imports(folder, elsewhere):
+    """Names of the packages that moved show here, not at the end of a long measurement."""
+    code = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"
+        "for script in sys.argv[2:]: runpy.run_path(script, run_name='imported')\n"
+    )
+    scripts = sorted(str(s) for s in (EXAMPLES / folder).glob("*.py"))
+    assert len(scripts) > 5
+    command = [sys.executable, "-c", code, str(EXAMPLES / folder), *scripts]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

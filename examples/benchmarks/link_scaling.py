@@ -31,12 +31,12 @@ class MaskWatch:
     """The largest mask that attention made while inside, in elements."""
 
     def __enter__(self) -> "MaskWatch":
-        self.most, self.before = 0, picache.attending.scattered_attention
-        picache.attending.scattered_attention = self._attend
+        self.most, self.before = 0, picache.hf.attention_functions.scattered_attention
+        picache.hf.attention_functions.scattered_attention = self._attend
         return self
 
     def __exit__(self, *error: object) -> None:
-        picache.attending.scattered_attention = self.before
+        picache.hf.attention_functions.scattered_attention = self.before
 
     def _attend(self, query, key, value, positions, mask, *rest):
         def counted(at, keys):
