@@ -212,8 +212,11 @@ def link_row(
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
             whatever it costs.
     """
+    failed = store.failures
     with store.using([form.key for form in row.chunks]):  # nobody evicts what is being read
-        return _link_row(model, store, row, method, flops_per_byte)
+        linked = _link_row(model, store, row, method, flops_per_byte)
+    seen = dict(store.failures - failed)
+    return replace(linked, report=replace(linked.report, store_failures=seen)) if seen else linked
 
 
 def _link_row(
@@ -253,7 +256,8 @@ def _link_row(
     first_token = time.perf_counter() - begun
     for key, one in found.items():
         if one.tier == "host" and one.hit:
-            store.promote(key, model.device)
+            with suppress(CorruptChunk):  # it has left for a disk meanwhile, and that fails
+                store.promote(key, model.device)
 
     report = LinkReport(
         method=repr(method),

@@ -1,5 +1,6 @@
 """What linking did and what it cost."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
@@ -27,6 +28,9 @@ class LinkReport:
             to sample from it itself). Loading ahead of need overlaps with recomputing, so that
             the parts may add up to more than the whole.
         full_prefill: why the prompt was prefilled in full instead of linked; empty when linked.
+        store_failures: what the store failed at meanwhile and how often, by kind, such as "disk
+            read: TimeoutError"; such chunks were compiled, or not written, and nothing else
+            happened.
     """
 
     method: str
@@ -38,6 +42,7 @@ class LinkReport:
     flops_full_prefill: float
     seconds: dict[str, float] = field(default_factory=dict)
     full_prefill: str = ""
+    store_failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens_recomputed(self) -> int:
@@ -84,6 +89,9 @@ class LinkReport:
         ]
         if self.full_prefill:
             lines.insert(0, ("full prefill", self.full_prefill))
+        if self.store_failures:
+            seen = (f"{kind} ({count})" for kind, count in self.store_failures.items())
+            lines.append(("store failures", ", ".join(seen)))
         return lines
 
     def __str__(self) -> str:
@@ -120,4 +128,5 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
+        store_failures=dict(sum((Counter(r.store_failures) for r in rows), Counter())),
     )

@@ -3,21 +3,26 @@
 import math
 import os
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from picache.chunk import KV, STORAGES, Header
 from picache.errors import CorruptChunk, PICacheError
+from picache.store.chunk_name import file_name
 from picache.store.disk import Disk
+from picache.store.failures import Failures
+from picache.store.folder_index import Totals
 from picache.store.in_use import Busy
 from picache.store.memory import Memory
 from picache.store.quantize import Encoded, encode
+from picache.store.remote_calls import RemoteLimits
 from picache.store.stored import StoredChunk, check_kv, human
-from picache.store.tiers import Entry, Tier
+from picache.store.tiers import Entry
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,12 @@ class TierStats:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds and has done; see the attributes of `ChunkStore`."""
+    """What a store holds and has done; see the attributes of `ChunkStore`.
+
+    Attributes:
+        failures: what tiers failed at and how often, by kind, such as "disk read: TimeoutError".
+            Each cost a miss or a write that was left out, and no more.
+    """
 
     tiers: tuple[TierStats, ...]
     hits: int
@@ -46,6 +56,7 @@ class StoreStats:
     evictions: int
     corrupt: int
     disk_failures: int
+    failures: dict[str, int] = field(default_factory=dict)
 
 
 class ChunkStore:
@@ -58,19 +69,31 @@ class ChunkStore:
     keys hold what tells them apart (`picache.chunk.chunk_key`). Methods may be called from
     several threads.
 
+    A store may lose chunks, and does not fail who asks it for them: whatever a disk, a network or
+    another process does, `get` and `in` find nothing then and `put` leaves the write out. Such
+    failures are counted in `stats().failures`, and the first of each kind is warned about.
+
     Args:
         device_bytes: most bytes of keys and values on the device; None for no bound.
         host_bytes: most bytes in host memory, page-locked where they come from a CUDA device;
             `math.inf` for no bound, None for no host tier. Chunks come here only from a device
             tier that has a bound.
         path: local folder or fsspec URL to keep chunks under; None for no disk tier. Others may
-            use it at the same time.
-        disk_bytes: most bytes of this namespace's files there, None for no bound. A file is
-            written before others leave for it: leave room for one more.
+            use it at the same time. An HTTP URL is read only: chunks of a store that is served
+            there are found, none is written.
+        disk_bytes: most bytes of this namespace's files there, temporary ones included; None for
+            no bound. Files leave before another is written. The index beside them, some 200 bytes
+            a chunk, does not count. In a local folder it holds for all processes and threads that
+            give it, at a URL for this process.
         eviction: "lru", or "cost" to keep what takes long to compile per byte; see `Tier`.
         storage: "exact", or "int8" or "fp8" to keep half the bytes of bf16 at an error; see
             `picache.store.quantize.encode`. The dtype given out is always the one put in.
         namespace: the tenant. Stores of two namespaces see nothing of each other.
+        remote_timeout: seconds that a call to the file system behind a URL may take, and one more
+            for every MiB it moves.
+        remote_retries: how often such a call is made again when it fails, 0 to 10.
+        remote_pause: seconds for which a URL is not asked after two calls in a row failed with all
+            their retries.
 
     Attributes:
         hits: chunks found.
@@ -81,7 +104,8 @@ class ChunkStore:
         disk_failures: chunks that could not be written to disk.
 
     Raises:
-        PICacheError: when a bound is not positive, a name unknown, or `path` is not a chunk store.
+        PICacheError: when a bound is not positive, a name unknown, or `path` is not a chunk store,
+            does not answer or cannot be written to.
     """
 
     def __init__(
@@ -94,27 +118,32 @@ class ChunkStore:
         eviction: Literal["lru", "cost"] = "lru",
         storage: Literal["exact", "int8", "fp8"] = "exact",
         namespace: str = "",
+        remote_timeout: float = 30.0,
+        remote_retries: int = 2,
+        remote_pause: float = 30.0,
     ) -> None:
         if storage not in STORAGES:
             raise PICacheError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
         if disk_bytes is not None and path is None:
             raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
         self.storage, self.namespace = storage, namespace
+        limits = RemoteLimits(remote_timeout, remote_retries, remote_pause)
         self._lock = threading.RLock()
-        self._busy = Busy(self._lock)
-        self._memory = Memory(device_bytes, host_bytes, eviction, self._busy)
+        self._busy, self._failures = Busy(), Failures()
+        self._memory = Memory(device_bytes, host_bytes, eviction, self._busy, self._failures)
         self._disk = (
             None
             if path is None
-            else Disk(path, disk_bytes, eviction, namespace, storage, self._busy, self._lock)
+            else Disk(path, disk_bytes, eviction, namespace, storage, self._busy, limits)
         )
+        self._hits: Counter[str] = Counter()
         self.misses = self.evictions = self._left_to_disk = 0
+        self._seen = Totals(0, 0)  # on disk, when it last said
+        if self._disk is not None:
+            with self._failures.absorbed("disk", "index", f"{self._disk.where} is not bounded yet"):
+                self._count_deleted(self._disk.look())
 
     # What is held
-
-    @property
-    def _tiers(self) -> list[Tier]:
-        return self._memory.tiers + ([] if self._disk is None else [self._disk.tier])
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +153,7 @@ class ChunkStore:
     @property
     def hits(self) -> int:
         """Chunks found, in any tier."""
-        return sum(tier.hits for tier in self._tiers)
+        return self._hits.total()
 
     @property
     def demotions(self) -> int:
@@ -139,33 +168,65 @@ class ChunkStore:
     @property
     def disk_failures(self) -> int:
         """Chunks that could not be written to disk."""
-        return 0 if self._disk is None else self._disk.failures
+        kinds = self.failures.items()
+        return sum(count for kind, count in kinds if kind.startswith("disk write:"))
+
+    @property
+    def failures(self) -> Counter[str]:
+        """What tiers failed at, and how often, by kind; see `StoreStats`."""
+        return self._failures.counts()
+
+    def _on_disk(self) -> Totals:
+        """Chunks and bytes on disk, as it says now or said last."""
+        if self._disk is not None:
+            with self._failures.absorbed("disk", "index", f"{self._disk.where} is not looked at"):
+                self._seen = self._disk.totals()
+        return self._seen
 
     def stats(self) -> StoreStats:
         """The counters and what each tier holds, at one moment."""
+        on_disk = self._on_disk()
         with self._lock:
+            tiers = [
+                TierStats(
+                    tier.name, len(tier.entries), tier.nbytes, tier.budget, self._hits[tier.name]
+                )
+                for tier in self._memory.tiers
+            ]
+            if self._disk is not None:
+                budget = self._disk.budget
+                tiers.append(TierStats("disk", *on_disk, budget, self._hits["disk"]))
             return StoreStats(
-                tuple(
-                    TierStats(tier.name, len(tier.entries), tier.nbytes, tier.budget, tier.hits)
-                    for tier in self._tiers
-                ),
+                tuple(tiers),
                 self.hits,
                 self.misses,
                 self.demotions,
                 self.evictions,
                 self.corrupt,
                 self.disk_failures,
+                dict(self.failures),
             )
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
             if key in self._memory:
                 return True
-        return self._disk is not None and key in self._disk
+        disk = self._disk
+        if disk is not None:
+            file_name(key)  # refuse a key that cannot name a file
+            with self._failures.absorbed("disk", "look-up", f"chunk {key} counts as absent"):
+                return key in disk
+        return False
 
     def __len__(self) -> int:
         with self._lock:
-            return len({key for tier in self._tiers for key in tier.entries})
+            in_memory = [key for tier in self._memory.tiers for key in tier.entries]
+        if self._disk is None:
+            return len(in_memory)
+        alone = len(in_memory)
+        with self._failures.absorbed("disk", "index", f"{self._disk.where} is not looked at"):
+            alone = self._disk.missing(in_memory)
+        return alone + self._on_disk().chunks
 
     def __repr__(self) -> str:
         stats = self.stats()
@@ -186,7 +247,7 @@ class ChunkStore:
             if found is None:
                 self.misses += 1
             else:
-                next(tier for tier in self._tiers if tier.name == found.tier).hits += 1
+                self._hits[found.tier] += 1
         return found
 
     def _find(self, key: str) -> StoredChunk | None:
@@ -202,21 +263,26 @@ class ChunkStore:
         disk = self._disk
         if disk is None:
             return None
-        file, gone = disk.open(key)
-        self._count_deleted(gone)
-        if file is None:
-            return None
+        file_name(key)  # refuse a key that cannot name a file
+        with self._failures.absorbed("disk", "read", f"chunk {key} counts as absent"):
+            found = disk.open(key)
+            if found is None:
+                return None
+            file, reading = found.file, found
 
-        def read(index: int) -> Encoded:
-            try:
-                return file.layer(index)
-            except CorruptChunk:
-                disk.damaged(key, file.version)
-                raise
-            except OSError as error:  # the disk, not the file: nothing is deleted
-                raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
+            def read(index: int) -> Encoded:
+                try:
+                    return reading.layer(index)
+                except CorruptChunk:
+                    with self._failures.absorbed("disk", "remove", f"chunk {key} is damaged"):
+                        disk.damaged(key, file.version)
+                    raise
+                except Exception as error:  # the disk, not the file: nothing is deleted
+                    self._failures.count("disk", "read", f"chunk {key} is compiled again", error)
+                    raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
 
-        return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
+            return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
+        return None
 
     # Writing
 
@@ -237,18 +303,32 @@ class ChunkStore:
         """
         header = check_kv(key, kv, header, self.namespace, self.storage)
         if self._disk is not None:
-            self._disk.name(key)  # refuse a key that cannot name a file before anything moves
+            file_name(key)  # refuse a key that cannot name a file before anything moves
         entry = _entry(header, [encode(layer, self.storage) for layer in kv])
-        written = False
-        if self._disk is not None:  # without the lock: writing takes long
-            written, gone = self._disk.write(key, header, entry.layers)
-            self._count_deleted(gone)
+        written = self._write(key, header, entry.layers)
         with self._lock:
+            if written and key in self._busy.pins and key not in self._memory:
+                return  # pinned on disk, where it stays
             level = self._memory.level_for(key, entry.nbytes)
             if level is not None:
                 self._count_out(self._memory.insert(level, key, entry))
             elif not written:
                 raise self._memory.no_room(entry.nbytes)
+
+    def _write(self, key: str, header: Header, layers: list[Encoded]) -> bool:
+        """Whether the chunk is on disk now; without the lock, writing takes long."""
+        disk = self._disk
+        if disk is None or disk.read_only:
+            return False
+        gone: list[str] = []
+        try:
+            so = f"chunk {key} is not on disk at {disk.where}, only in memory"
+            with self._failures.absorbed("disk", "write", so):
+                disk.write(key, header, layers, gone)
+                return True
+            return False
+        finally:
+            self._count_deleted(gone)
 
     def promote(self, key: str, device: torch.device | str) -> bool:
         """Bring a chunk to `device` and its tier, out of host memory or from disk.
@@ -272,9 +352,12 @@ class ChunkStore:
         layers = []
         for index in range(found.num_layers):
             parts = found.encoded(index)
-            layers.append(
-                {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-            )
+            with self._failures.absorbed("device", "write", f"chunk {key} stays where it is"):
+                layers.append(
+                    {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+                )
+            if len(layers) <= index:
+                return False
         entry = _entry(found.header, layers)
         with self._lock:
             room = self._memory.tiers[0].room_for(entry.nbytes, key, self._busy)
@@ -286,7 +369,7 @@ class ChunkStore:
     def _count_out(self, gone: list[str]) -> None:
         """Count what left memory: demoted if it is on disk, else evicted."""
         for key in gone:
-            on_disk = self._disk is not None and key in self._disk.tier.entries
+            on_disk = self._disk is not None and self._disk.holds(key)
             self._left_to_disk += on_disk
             self.evictions += not on_disk
 
@@ -301,12 +384,22 @@ class ChunkStore:
         """Keep a chunk in the tier it is in until `unpin`; pinning twice is pinning once.
 
         Raises:
-            PICacheError: when it is not in the store.
+            PICacheError: when it is not in the store, or the disk cannot say whether it is.
         """
         with self._lock:
-            if key not in self:
-                raise PICacheError(f"cannot pin {key!r}: it is not in the store; put it first")
-            self._busy.pins.add(key)
+            held = key in self._memory
+        if not held and self._disk is not None:
+            file_name(key)
+            try:
+                held = key in self._disk
+            except Exception as error:
+                raise PICacheError(
+                    f"cannot pin {key!r}: it is not in memory, and {self._disk.where} does not "
+                    f"say whether it is there: {type(error).__name__}: {error}"
+                ) from error
+        if not held:
+            raise PICacheError(f"cannot pin {key!r}: it is not in the store; put it first")
+        self._busy.pin(key)
 
     def unpin(self, key: str) -> None:
         """Let a pinned chunk leave again.
@@ -316,30 +409,46 @@ class ChunkStore:
         """
         self._busy.unpin(key)
 
-    def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
+    @contextmanager
+    def using(self, keys: Iterable[str]) -> Iterator[None]:
         """Count a reference to each chunk while a ``with`` block runs: none is evicted or demoted.
 
         Keys that are not in the store yet count too, from when they are put. `PIC.link` holds a
-        reference to the chunks of the row it is linking.
+        reference to the chunks of the row it is linking. A bound that could not be kept meanwhile
+        is kept again at the end.
         """
-        return self._busy.using(keys)
+        with self._busy.using(keys):
+            yield
+        if self._disk is not None:
+            with self._failures.absorbed("disk", "remove", f"{self._disk.where} is over its bound"):
+                self._count_deleted(self._disk.trim())
 
     def clear(self) -> None:
         """Drop every chunk, pinned ones and files on disk included; the counters stay.
 
         Raises:
-            PICacheError: when chunks are in use; the store is unchanged.
+            PICacheError: when chunks are in use, or the disk does not let its files be deleted;
+                the store is unchanged. Where it lets some be deleted, those are gone.
         """
-        with self._lock:
-            if self._busy.in_use:
+        self._refuse_in_use()
+        if self._disk is not None:  # without the lock: it may take long
+            try:
+                self._disk.clear()
+            except Exception as error:
                 raise PICacheError(
-                    f"cannot clear a store while {self._busy.in_use} chunks are in use: leave the "
-                    "block of `using` first"
-                )
+                    f"cannot clear {self._disk.where}: {type(error).__name__}: {error}; what could "
+                    "not be deleted there, and what is in memory, is still in the store"
+                ) from error
+        with self._lock:
             self._busy.pins.clear()
             self._memory.clear()
-            if self._disk is not None:
-                self._disk.clear()
+
+    def _refuse_in_use(self) -> None:
+        if self._busy.in_use:
+            raise PICacheError(
+                f"cannot clear a store while {self._busy.in_use} chunks are in use: leave the "
+                "block of `using` first"
+            )
 
 
 def _entry(header: Header, layers: list[Encoded]) -> Entry:

@@ -9,16 +9,21 @@ in a file is ever executed.
 
 import hashlib
 import json
+import math
 import os
-from dataclasses import asdict
-from pathlib import Path
+import threading
+import weakref
+from dataclasses import asdict, dataclass, fields
+from io import FileIO
+from stat import S_ISREG
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from picache.chunk import DTYPES, Header
 from picache.errors import CorruptChunk
+from picache.store.files import open_regular
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
 
 FORMAT = "picache-chunk/2"
@@ -30,6 +35,12 @@ CODES = {
     torch.int8: "I8",
     FP8: "F8_E4M3",
 }
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+KEPT_OPEN = 128  # a process may often open 1,024 files, and has others to open
+_open_files = threading.BoundedSemaphore(KEPT_OPEN)
+
+Buffer = bytearray | memoryview
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -85,17 +96,67 @@ def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
     ]
 
 
-def _copy(mapped: Tensor) -> Tensor:
-    """The tensor in memory of our own, page-locked where there is a CUDA device to copy it to."""
-    own = torch.empty_like(mapped, pin_memory=torch.cuda.is_available())
-    return own.copy_(mapped)
+def _number(value: object) -> int:
+    """A size or an offset as JSON gives it; ValueError for anything else."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stands in a file, from the file's beginning, and what it is."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _places(entries: dict[str, Any], begin: int, end: int) -> dict[str, _Place]:
+    """The tensors a safetensors header lists, which must fill the file from `begin` to `end`."""
+    found = {}
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = map(_number, entry["data_offsets"])
+        shape = tuple(map(_number, entry["shape"]))
+        found[name] = place = _Place(begin, _DTYPES[entry["dtype"]], shape)
+        if last - first != place.nbytes:
+            raise ValueError(f"{name} does not take the bytes of its shape")
+        begin += place.nbytes
+    if begin != end:
+        raise ValueError(f"its tensors end at byte {begin} of {end}")
+    return found
+
+
+def _read_header(text: str) -> Header:
+    """The chunk's `Header` out of JSON; ValueError or TypeError when a field is of another type."""
+    header = Header(**json.loads(text))
+    for field in fields(Header):
+        value = getattr(header, field.name)
+        if field.name == "tokens":
+            _number(value)
+        elif field.name == "compile_seconds":
+            if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
+                raise ValueError(f"compile_seconds is {value!r}")
+        elif not isinstance(value, str):
+            raise ValueError(f"{field.name} is {value!r}")
+    return header
 
 
 class ChunkFile:
-    """A chunk's file, mapped, with its header checked; layers are checked as they are read.
+    """A chunk's file with its header checked; layers are checked as they are read.
+
+    What is read is read into memory of our own. A mapping would do without the copy, but whoever
+    cuts a mapped file short kills every process that touches what was lost (SIGBUS), and what was
+    checked could be changed before it is used. The file stays open, so that it can be read to its
+    end after it was deleted or replaced; beyond `KEPT_OPEN` of them it is opened anew for each
+    layer, and one that is another by then is an error.
 
     Args:
-        path: local; it may be deleted or replaced afterwards.
+        file: opened for reading; it is closed with this.
         key: that the file must have been written for.
         namespace: that it must belong to.
         storage: that it must be of.
@@ -103,40 +164,71 @@ class ChunkFile:
 
     Raises:
         CorruptChunk: when the file is damaged or is not that chunk; says what was seen.
-        FileNotFoundError: when there is none.
+        OSError: when it cannot be read.
     """
 
     def __init__(
-        self, path: Path, key: str, namespace: str, storage: str, version: object = None
+        self, file: FileIO, key: str, namespace: str, storage: str, version: object = None
     ) -> None:
-        self._path, self._key, self.version = path, key, version
+        self._key, self.version = key, version
+        self._stat = os.fstat(file.fileno())
+        self._turn = threading.Lock()
+        self._file: FileIO | None = file
+        self._path = file.name if isinstance(file.name, str) else None
         try:
-            self._stat = os.stat(path)
-            self._file = safe_open(path, framework="pt")
-            metadata = self._file.metadata() or {}
-        except FileNotFoundError:
+            self._check(namespace, storage)
+        except BaseException:
+            file.close()
             raise
-        except (SafetensorError, OSError) as error:
-            raise self._corrupt(f"cannot be read: {error}") from error
+        if self._path is None:
+            weakref.finalize(self, file.close)
+        elif _open_files.acquire(blocking=False):
+            weakref.finalize(self, _let_go, file, _open_files)
+        else:
+            file.close()
+            self._file = None
+
+    def _check(self, namespace: str, storage: str) -> None:
+        if not S_ISREG(self._stat.st_mode):
+            raise self._corrupt("is no regular file")
+        self.nbytes = self._stat.st_size
+        try:
+            size = int.from_bytes(self._read(0, bytearray(8)), "little")
+            if size > min(self.nbytes, LONGEST_HEADER):
+                raise ValueError(f"its header would be {size} bytes long")
+            entries = json.loads(bytes(self._read(8, bytearray(size))))
+            metadata = entries.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its metadata are no texts")
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            if isinstance(error, CorruptChunk):
+                raise
+            raise self._corrupt(f"is no safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
             raise self._corrupt(f"is of format {metadata.get('format')!r}, not {FORMAT!r}")
         if metadata.get("checksum") != _seal(metadata):
             raise self._corrupt("has a header that fails its checksum")
         try:
-            self.header = Header(**json.loads(metadata["header"]))
+            self.header = _read_header(metadata["header"])
             self._checksums = list(json.loads(metadata["checksums"]))
             found = (metadata["key"], self.header.namespace, self.header.storage)
-        except (KeyError, TypeError, ValueError) as error:
+            self._places = _places(entries, 8 + size, self.nbytes)
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise self._corrupt(f"has a header that cannot be understood: {error}") from error
-        if found != (key, namespace, storage):
+        if found != (self._key, namespace, storage):
             raise self._corrupt(
                 f"was written for (key, namespace, storage) = {found}, not "
-                f"{(key, namespace, storage)}"
+                f"{(self._key, namespace, storage)}"
             )
-        names = {f"{i}.{part}" for i in range(len(self._checksums)) for part in PARTS[storage]}
-        if set(self._file.keys()) != names or self.header.dtype not in DTYPES:
+        layers = range(len(self._checksums))
+        names = {f"{i}.{part}" for i in layers for part in PARTS[storage]}
+        if set(self._places) != names or self.header.dtype not in DTYPES:
             raise self._corrupt("does not hold the layers that its header lists")
-        self.nbytes = self._stat.st_size
+        dtype = KEPT_AS.get(storage, DTYPES[self.header.dtype])
+        for name in (f"{i}.{part}" for i in layers for part in ("keys", "values")):
+            place = self._places[name]
+            if place.dtype != dtype or place.shape[2:3] != (self.header.tokens,):
+                raise self._corrupt(f"holds {name} of {place.dtype} and shape {place.shape}")
 
     def _corrupt(self, what: str) -> CorruptChunk:
         return CorruptChunk(f"chunk {self._key} {what}: it is not used; compile it again")
@@ -145,32 +237,49 @@ class ChunkFile:
         return len(self._checksums)
 
     def layer(self, index: int) -> Encoded:
-        """One layer, copied out of the mapping first so that what was checked is what is used.
+        """One layer, in memory of its own, page-locked where there is a CUDA device.
 
         Raises:
             CorruptChunk: when it is not what was written.
+            OSError: when it cannot be read.
         """
-        if self._shrunk():
-            raise self._corrupt("was cut short while in use")
-        try:
-            parts = {
-                part: _copy(self._file.get_tensor(f"{index}.{part}"))
-                for part in PARTS[self.header.storage]
-            }
-        except SafetensorError as error:
-            raise self._corrupt(f"has an unreadable layer {index}: {error}") from error
+        parts = {}
+        for part in PARTS[self.header.storage]:
+            place = self._places[f"{index}.{part}"]
+            parts[part] = torch.empty(
+                place.shape, dtype=place.dtype, pin_memory=torch.cuda.is_available()
+            )
+            self._read(place.begin, _bytes(parts[part]))
         if _checksum(parts) != self._checksums[index]:
             raise self._corrupt(f"fails the checksum of layer {index}")
-        dtype = KEPT_AS.get(self.header.storage, DTYPES[self.header.dtype])
-        for part in (parts["keys"], parts["values"]):
-            if part.dtype != dtype or part.dim() != 4 or part.shape[2] != self.header.tokens:
-                raise self._corrupt(f"holds {part.dtype} of shape {tuple(part.shape)}")
         return parts
 
-    def _shrunk(self) -> bool:
-        """Whether the mapped file lost its tail: touching that would kill the process (SIGBUS)."""
+    def _read(self, begin: int, into: Buffer) -> Buffer:
+        """Fill `into` from byte `begin` on; the same buffer."""
+        if self._file is not None:
+            with self._turn:  # a file has one place where it is read
+                return self._fill(self._file, begin, into)
+        assert self._path is not None
         try:
-            now = os.stat(self._path)
-        except FileNotFoundError:  # unlinked: what is mapped stays whole
-            return False
-        return now.st_ino == self._stat.st_ino and now.st_size != self._stat.st_size
+            with open_regular(self._path) as file:
+                now = os.fstat(file.fileno())
+                if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
+                    raise self._corrupt("was written again while in use")
+                return self._fill(file, begin, into)
+        except FileNotFoundError as error:
+            raise self._corrupt("was deleted while in use") from error
+
+    def _fill(self, file: FileIO, begin: int, into: Buffer) -> Buffer:
+        view = memoryview(into)
+        file.seek(begin)
+        while len(view):
+            count = file.readinto(view)
+            if not count:
+                raise self._corrupt("was cut short")
+            view = view[count:]
+        return into
+
+
+def _let_go(file: FileIO, among: threading.BoundedSemaphore) -> None:
+    file.close()
+    among.release()

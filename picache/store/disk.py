@@ -2,28 +2,28 @@
 
 import math
 import os
-import re
-import warnings
-from contextlib import suppress
-from threading import RLock
+from pathlib import Path
 from urllib.parse import quote
 
 from picache.chunk import Header
 from picache.errors import CorruptChunk, PICacheError
+from picache.store.chunk_name import file_name
 from picache.store.chunkfile import ChunkFile, pack
-from picache.store.files import SUFFIX
+from picache.store.files import Files, LocalFiles
+from picache.store.folder_index import FolderIndex, Totals
 from picache.store.in_use import Busy
+from picache.store.listed_index import ListedIndex
 from picache.store.quantize import Encoded
-from picache.store.remote import open_files
-from picache.store.tiers import Entry, Tier
+from picache.store.remote import RemoteFiles
+from picache.store.remote_calls import RemoteLimits
+from picache.store.writers import being_written
 
 
 class Disk:
     """The chunk files of one namespace and storage under a path or URL.
 
-    The directory is the index: there is no index file that a crash could tear or two writers could
-    fight over. `tier` mirrors it as last seen, for the bound and for which file to lose first. Two
-    processes that write one key both write the same chunk; the last one stays.
+    Two processes that write one key both write the same chunk; the last one stays. Every method
+    raises what the file system, the index or the network raised; `ChunkStore` makes misses of it.
 
     Args:
         path: a local folder or an fsspec URL.
@@ -32,14 +32,17 @@ class Disk:
         namespace: the tenant; each has a folder of its own.
         storage: how tensors are kept; each kind has a folder of its own.
         busy: says what must not be deleted.
-        lock: of the store; held for `tier`, not while files are written or read.
+        limits: how long a URL is waited for.
 
     Attributes:
+        where: the path or URL.
+        read_only: whether chunks can be read there, and not written.
+        budget: the bound in bytes; `math.inf` for none.
         corrupt: files that failed a check, and were removed.
-        failures: chunks that could not be written.
 
     Raises:
-        PICacheError: when `path` cannot hold a store; see `open_files`.
+        PICacheError: when `path` holds something else than a chunk store, one of another format
+            version, does not answer, or cannot be written to.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Disk:
         namespace: str,
         storage: str,
         busy: Busy,
-        lock: RLock,
+        limits: RemoteLimits,
     ) -> None:
         folder = "ns=" + quote(namespace, safe="")
         if len(folder) > 200:
@@ -58,117 +61,137 @@ class Disk:
                 f"namespace is {len(folder) - 3} characters long when quoted for a file name: "
                 "give one of at most 197"
             )
-        self.tier = Tier("disk", math.inf if disk_bytes is None else disk_bytes, eviction)
+        self.budget = math.inf if disk_bytes is None else disk_bytes
         self._namespace, self._storage = namespace, storage
-        self._busy, self._lock = busy, lock
-        self._files = open_files(path, f"{storage}/{folder}")
-        self.where = self._files.where
-        self.corrupt = self.failures = 0
-        self._warned = False
-        self.refresh()
-
-    @staticmethod
-    def name(key: str) -> str:
-        """The file of a key; PICacheError when the key cannot name one."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", key):
+        text = os.fspath(path).removeprefix("file://")
+        below = f"{storage}/{folder}"
+        self._files: Files
+        self._index: FolderIndex | ListedIndex
+        if "://" in text:
+            self._files = remote = RemoteFiles(text, below, limits)
+            self._index = ListedIndex(remote, self.budget, eviction, busy)
+        else:
+            self._files = local = LocalFiles(Path(text), below)
+            self._index = FolderIndex(local, self.budget, eviction, busy)
+        self.where, self.read_only = self._files.where, self._files.read_only
+        self.corrupt = 0
+        if self.read_only and disk_bytes is not None:
             raise PICacheError(
-                f"key {key!r} cannot name a file: give 1 to 128 letters, digits, '_' or '-', such "
-                "as picache.header.chunk_key returns"
+                f"disk_bytes={disk_bytes} cannot be kept at {self.where}, which is read only: "
+                "leave it out"
             )
-        return f"{key[:2]}/{key}{SUFFIX}"
 
     def __contains__(self, key: str) -> bool:
-        return self._files.exists(self.name(key))
+        return self._files.exists(file_name(key))
 
-    def refresh(self) -> list[str]:
-        """Look at the directory again; the keys deleted because they were over the bound."""
-        listed = sorted(self._files.listing().items(), key=lambda item: item[1].used)
-        files = {name.rpartition("/")[2].removesuffix(SUFFIX): info for name, info in listed}
-        with self._lock:
-            for key in self.tier.entries.keys() - files.keys():
-                self.tier.drop(key)
-            for key, info in files.items():
-                if key not in self.tier.entries:
-                    self.tier.add(key, Entry.of(max(info.nbytes, 1)))
-            return self._trim()
+    def look(self) -> list[str]:
+        """See what others left there; the keys deleted because they were over the bound."""
+        return self._index.open()
 
-    def _trim(self, keep: str = "") -> list[str]:
-        """Delete the files that are the cheapest to lose until the rest fits."""
-        leave = self.tier.room_for(0, "", lambda key: key == keep or self._busy(key)) or []
-        for key in leave:
-            self._files.remove(self.name(key))
-            self.tier.drop(key, evicted=True)
-        return leave
+    def holds(self, key: str) -> bool:
+        """Whether the chunk is there, without asking a network."""
+        return self._index.holds(key)
 
-    def write(self, key: str, header: Header, layers: list[Encoded]) -> tuple[bool, list[str]]:
-        """Write a chunk: whether it is on disk now, and the keys deleted to make room.
+    def totals(self) -> Totals:
+        """Chunks and bytes there, those of temporary files included."""
+        return self._index.totals()
 
-        What the disk cannot take is counted in `failures`, and warned about the first time.
+    def missing(self, keys: list[str]) -> int:
+        """How many of these are not there."""
+        return self._index.missing(keys)
+
+    def trim(self) -> list[str]:
+        """Delete the files that are the cheapest to lose until the rest fits the bound."""
+        return self._index.trim()
+
+    def write(self, key: str, header: Header, layers: list[Encoded], gone: list[str]) -> None:
+        """Write a chunk; on any error nothing of it is left.
+
+        Args:
+            key: of the chunk.
+            header: what it is.
+            layers: its tensors.
+            gone: takes up the keys deleted to make room, whatever happens next.
         """
         data = pack(key, header, layers)
         nbytes = sum(piece.nbytes for piece in data)
-        gone: list[str] = []
+        name = file_name(key)
+        temporary = self._files.temporary(name, nbytes)
+        being_written.add(temporary.rpartition("/")[2])
         try:
-            if not math.isinf(self.tier.budget):
-                gone += self.refresh()  # other processes fill the same directory
-            with self._lock:
-                fits = self.tier.room_for(nbytes, key, self._busy) is not None
-            if fits:
-                self._files.write(self.name(key), data)
-                with self._lock:
-                    self.tier.add(key, Entry.of(nbytes, header))
-                    gone += self._trim(key)
-                return True, gone
-            problem = f"its {nbytes:,} bytes do not fit disk_bytes={self.tier.budget:,}"
-        except OSError as error:
-            problem = f"{type(error).__name__}: {error}"
-        with self._lock:
-            self.failures += 1
-            warn, self._warned = not self._warned, True
-        if warn:
-            warnings.warn(
-                f"chunk {key} is not on disk at {self.where}, only in memory: {problem}. Further "
-                "failures are counted in ChunkStore.disk_failures and not warned about",
-                RuntimeWarning,
-                stacklevel=3,  # where ChunkStore.put was called
-            )
-        return False, gone
+            self._index.reserve(key, nbytes, temporary, gone)
+            try:
+                self._files.fill(temporary, data)
+                self._index.publish(key, nbytes, header, temporary)
+            except BaseException:
+                self._index.release(key, temporary)
+                raise
+        finally:
+            being_written.discard(temporary.rpartition("/")[2])
+        self._files.settle(name)
 
-    def open(self, key: str) -> tuple[ChunkFile | None, list[str]]:
-        """The chunk's file, None when absent or damaged, and the keys deleted to make room."""
-        name = self.name(key)
-        try:
-            with self._files.local(name) as (path, version):
-                try:
-                    file = ChunkFile(path, key, self._namespace, self._storage, version)
-                except CorruptChunk:
+    def open(self, key: str) -> "OpenChunk | None":
+        """The chunk's file, its header checked; None when absent or damaged."""
+        name = file_name(key)
+        for attempts_left in (1, 0) if self._files.copies else (0,):
+            try:
+                file, version = self._files.open(name)
+            except FileNotFoundError:  # never written, or evicted by another process
+                self._index.forget(key)
+                return None
+            try:
+                found = ChunkFile(file, key, self._namespace, self._storage, version)
+            except CorruptChunk:
+                if not attempts_left:
                     self.damaged(key, version)
-                    return None, []
-        except FileNotFoundError:  # never written, or evicted by another process
-            with self._lock:
-                self.tier.drop(key)
-            return None, []
-        self._files.touch(name)
-        with self._lock:
-            if self.tier.room_for(file.nbytes, key, self._busy) is None:
-                return file, []  # another process's, too large for this one's bound
-            self.tier.add(key, Entry.of(file.nbytes, file.header))
-            return file, self._trim(key)
+            else:
+                self._files.touch(name)
+                return OpenChunk(self, key, found)
+        return None
+
+    def again(self, key: str, version: object) -> ChunkFile | None:
+        """A second copy of a remote file that failed a check; None where there is no such thing."""
+        if not self._files.copies:
+            return None
+        file, seen = self._files.open(file_name(key))
+        if seen != version:  # another chunk's layers do not go with those read before
+            file.close()
+            return None
+        return ChunkFile(file, key, self._namespace, self._storage, version)
 
     def damaged(self, key: str, version: object) -> None:
         """Forget a file that failed its check, and delete it; not one written in its place."""
-        gone = True
-        with suppress(OSError):  # one that cannot be deleted is checked, and refused, every time
-            gone = self._files.remove_version(self.name(key), version)
-        with self._lock:
-            self.corrupt += 1
-            if gone:
-                self.tier.drop(key)
+        self.corrupt += 1
+        if self._files.remove_version(file_name(key), version):
+            self._index.forget(key)
 
     def clear(self) -> None:
         """Delete every file of this namespace and storage."""
-        self.refresh()
-        with self._lock:
-            for key in list(self.tier.entries):
-                self._files.remove(self.name(key))
-                self.tier.drop(key)
+        self._index.clear()
+
+
+class OpenChunk:
+    """A chunk on disk whose layers can be read.
+
+    Attributes:
+        file: what they are read from.
+    """
+
+    def __init__(self, disk: Disk, key: str, file: ChunkFile) -> None:
+        self._disk, self._key, self.file = disk, key, file
+
+    def layer(self, index: int) -> Encoded:
+        """One layer; a copy that fails its check is made a second time.
+
+        Raises:
+            CorruptChunk: when the file is damaged; it is not deleted yet.
+            Exception: whatever the file system raises when it cannot be read.
+        """
+        try:
+            return self.file.layer(index)
+        except CorruptChunk:
+            second = self._disk.again(self._key, self.file.version)
+            if second is None:
+                raise
+            self.file = second
+            return second.layer(index)

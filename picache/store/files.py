@@ -2,45 +2,50 @@
 
 import json
 import os
-import re
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from picache.errors import PICacheError
+from picache.store.writers import STALE_SECONDS, TEMPORARY, temporary_name
+
+__all__ = ["MARKED", "MARKER", "STALE_SECONDS", "SUFFIX", "Files", "LocalFiles", "check_marker"]
 
 MARKER = "picache-store.json"
 MARKED = {"format": "picache-store", "version": 2}
 SUFFIX = ".safetensors"
-TEMPORARY = re.compile(r"\..*\.tmp")
-STALE_SECONDS = 600.0  # a writer touches its file all the time; one silent for so long was killed
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """Size in bytes and when a file was last used, in seconds since the epoch."""
-
-    nbytes: int
-    used: float
 
 
 class Files(Protocol):
-    """Named files of one store; a name is ``shard/key.safetensors``."""
+    """Named files of one store; a name is ``shard/key.safetensors``.
+
+    Attributes:
+        where: the folder or URL.
+        read_only: whether nothing can be written there.
+        copies: whether a file is copied here to be read, so that the copy may be damaged.
+    """
 
     where: str
-
-    def listing(self) -> dict[str, FileInfo]:
-        """Every whole file; what killed writers left behind is not among them."""
+    read_only: bool
+    copies: bool
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now, whoever wrote it."""
 
-    def write(self, name: str, data: list[memoryview]) -> None:
-        """Make the file appear with this content at once; on any error nothing is left."""
+    def open(self, name: str) -> tuple[FileIO, object]:
+        """The file opened for reading, and its version; FileNotFoundError when there is none."""
+
+    def temporary(self, name: str, nbytes: int) -> str:
+        """The name that `fill` writes to before `publish` makes it `name`; they may be one."""
+
+    def fill(self, temporary: str, data: list[memoryview]) -> None:
+        """Write the content, down to the disk."""
+
+    def publish(self, temporary: str, name: str) -> None:
+        """Give a filled file its name, at once, in place of one that has it."""
+
+    def settle(self, name: str) -> None:
+        """Bring a published or removed name down to the disk too."""
 
     def remove(self, name: str) -> None:
         """Delete the file; one that is gone already is no error."""
@@ -50,18 +55,6 @@ class Files(Protocol):
 
     def touch(self, name: str) -> None:
         """Mark the file as used now, where the file system can."""
-
-    def local(self, name: str) -> Any:
-        """Context manager giving a local path to map and the version of the file, for as long as
-        the block runs or the file is mapped; FileNotFoundError when there is none."""
-
-
-def temporary_name(name: str) -> str:
-    """A name beside `name` that no reader and no other writer uses."""
-    parent, _, last = name.rpartition("/")
-    return (
-        f"{parent}/.{last}.{uuid.uuid4().hex}.tmp" if parent else f".{last}.{uuid.uuid4().hex}.tmp"
-    )
 
 
 def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
@@ -75,7 +68,7 @@ def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
         return False
     try:
         found = json.loads(marker)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = marker[:40]
     if found != MARKED:
         raise PICacheError(
@@ -85,12 +78,23 @@ def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
     return True
 
 
+def open_regular(path: str) -> FileIO:
+    """A file opened for reading; what is no file, such as a pipe, is opened without waiting."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return FileIO(path, "r", opener=lambda name, _: os.open(name, flags | os.O_CLOEXEC))
+
+
 class LocalFiles:
-    """Files in a folder of this machine, written to a temporary name, synced and renamed."""
+    """Files in a folder of this machine, written to a temporary name, synced and renamed.
+
+    Temporary files lie in the folder itself, above the shards.
+    """
+
+    read_only = copies = False
 
     def __init__(self, root: Path, folder: str) -> None:
         self.where = str(root)
-        self._root = root / folder
+        self.root = root / folder
         try:
             root.mkdir(parents=True, exist_ok=True)
             marker = root / MARKER
@@ -98,80 +102,64 @@ class LocalFiles:
             if not check_marker(
                 marker.read_bytes() if marker.exists() else None, others, str(root)
             ):
-                self._write(marker, [memoryview(json.dumps(MARKED).encode())])
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._clean()
-            self._probe()
+                temporary = root / temporary_name(MARKER)
+                try:
+                    _write(temporary, [memoryview(json.dumps(MARKED).encode())])
+                    os.replace(temporary, marker)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                _sync(root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.probe([self.root])
         except OSError as error:
             raise PICacheError(
                 f"cannot keep chunks in {root}: {error.strerror or error}; give a folder that "
                 "can be written to"
             ) from error
 
-    def _probe(self) -> None:
-        """Fail now rather than at the first chunk where the folder cannot be written to."""
-        probe = self._root / temporary_name("probe")
-        probe.touch()
-        probe.unlink()
-
-    def _clean(self) -> None:
-        """Remove what writers killed long ago left; a live one's file is younger."""
-        for path in self._root.rglob(".*.tmp"):  # shards, never another tenant's folder
-            try:
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    path.unlink()
-            except FileNotFoundError:  # its writer, or another cleaner, was faster
-                continue
-
-    def _write(self, path: Path, data: list[memoryview]) -> None:
-        temporary = path.parent / temporary_name(path.name)
-        try:
-            with temporary.open("xb") as file:
-                file.writelines(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if os.name == "posix":  # the new name reaches the disk with its folder
-            parent = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
-
-    def listing(self) -> dict[str, FileInfo]:
-        """Every whole file by name."""
-        found = {}
-        for path in self._root.glob(f"*/*{SUFFIX}"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # removed by another process meanwhile
-                continue
-            if not path.name.startswith("."):
-                found[f"{path.parent.name}/{path.name}"] = FileInfo(stat.st_size, stat.st_mtime)
-        return found
+    def probe(self, folders: list[Path]) -> None:
+        """Raise OSError now rather than half way where files cannot be made and deleted."""
+        for folder in folders:
+            probe = folder / temporary_name("probe")
+            probe.touch()
+            probe.unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now."""
-        return (self._root / name).is_file()
+        return os.path.isfile(self.root / name)
 
-    def write(self, name: str, data: list[memoryview]) -> None:
-        """Write, sync, rename; raises OSError with nothing left behind."""
-        path = self._root / name
+    def open(self, name: str) -> tuple[FileIO, object]:
+        """The file itself; while it is open, its inode is no other file's."""
+        file = open_regular(str(self.root / name))
+        return file, _version(os.fstat(file.fileno()))
+
+    def temporary(self, name: str, nbytes: int) -> str:
+        """A name in the folder itself."""
+        return temporary_name(name.rpartition("/")[2], nbytes)
+
+    def fill(self, temporary: str, data: list[memoryview]) -> None:
+        """Write and sync."""
+        _write(self.root / temporary, data)
+
+    def publish(self, temporary: str, name: str) -> None:
+        """Rename."""
+        path = self.root / name
         path.parent.mkdir(exist_ok=True)
-        self._write(path, data)
+        os.replace(self.root / temporary, path)
+
+    def settle(self, name: str) -> None:
+        """Sync the folder, which the name is in."""
+        _sync((self.root / name).parent)
 
     def remove(self, name: str) -> None:
         """Delete the file if it is there."""
-        (self._root / name).unlink(missing_ok=True)
+        (self.root / name).unlink(missing_ok=True)
 
     def remove_version(self, name: str, version: object) -> bool:
         """Delete the file unless a writer has put another in its place."""
-        path = self._root / name
+        path = self.root / name
         try:
-            if _version(path.stat()) != version:
+            if _version(path.lstat()) != version:
                 return False
         except FileNotFoundError:
             return True
@@ -181,23 +169,27 @@ class LocalFiles:
     def touch(self, name: str) -> None:
         """Set the file's time, which other processes and later ones read as its last use."""
         try:
-            os.utime(self._root / name)
+            os.utime(self.root / name)
         except OSError:  # evicted by another process, or another user's: nothing to mark
             return
 
-    @contextmanager
-    def local(self, name: str) -> Iterator[tuple[Path, object]]:
-        """The path itself; no version where it cannot be read, so that nothing is deleted."""
-        path = self._root / name
-        try:
-            file = path.open("rb")  # while it is open or mapped, its inode is no other file's
-        except FileNotFoundError:
-            raise
-        except OSError:
-            yield path, None
-            return
-        with file:
-            yield path, _version(os.fstat(file.fileno()))
+
+def _write(path: Path, data: list[memoryview]) -> None:
+    with path.open("xb") as file:
+        file.writelines(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """A new name reaches the disk with its folder."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:

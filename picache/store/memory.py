@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from picache.errors import StoreFull
+from picache.store.failures import Failures
 from picache.store.in_use import Busy
 from picache.store.tiers import Entry, Tier
 
@@ -26,17 +27,23 @@ class Memory:
         host_bytes: bound of the host tier; None for no such tier.
         eviction: see `Tier`.
         busy: says what must stay where it is.
+        failures: counts the moves to host memory that failed; such a chunk is lost.
     """
 
     def __init__(
-        self, device_bytes: float | None, host_bytes: float | None, eviction: str, busy: Busy
+        self,
+        device_bytes: float | None,
+        host_bytes: float | None,
+        eviction: str,
+        busy: Busy,
+        failures: Failures,
     ) -> None:
         device = Tier("device", math.inf if device_bytes is None else device_bytes, eviction)
         self.tiers = [device]
         if host_bytes is not None:
             self.tiers.append(Tier("host", host_bytes, eviction))
         self.demotions = 0  # from device to host
-        self._busy = busy
+        self._busy, self._failures = busy, failures
 
     def __contains__(self, key: str) -> bool:
         return any(key in tier.entries for tier in self.tiers)
@@ -50,9 +57,14 @@ class Memory:
         return None
 
     def level_for(self, key: str, nbytes: int) -> int | None:
-        """The fastest tier that can take `nbytes` under `key`; None if none can."""
+        """The fastest tier that can take `nbytes` under `key`; None if none can.
+
+        A pinned chunk stays in the tier it is in.
+        """
+        pinned = key in self._busy.pins and key in self
         for level, tier in enumerate(self.tiers):
-            if tier.room_for(nbytes, key, self._busy) is not None:
+            here = not pinned or key in tier.entries
+            if here and tier.room_for(nbytes, key, self._busy) is not None:
                 return level
         return None
 
@@ -81,12 +93,14 @@ class Memory:
         tier = self.tiers[level]
         entry = tier.entries[key]
         below = self.tiers[level + 1 : level + 2]
-        if not below or below[0].room_for(entry.nbytes, key, self._busy) is None:
-            tier.drop(key, evicted=True)
-            return [key]
-        tier.raise_floor(key)
-        self.demotions += 1
-        return self.insert(level + 1, key, entry)
+        if below and below[0].room_for(entry.nbytes, key, self._busy) is not None:
+            tier.raise_floor(key)
+            with self._failures.absorbed(below[0].name, "write", f"chunk {key} left memory"):
+                gone = self.insert(level + 1, key, entry)
+                self.demotions += 1
+                return gone
+        tier.drop(key, evicted=True)
+        return [key]
 
     def clear(self) -> None:
         """Drop everything."""

@@ -3,51 +3,35 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from io import FileIO
+from typing import Any
 
 from picache.errors import PICacheError
-from picache.store.files import (
-    MARKED,
-    MARKER,
-    SUFFIX,
-    TEMPORARY,
-    FileInfo,
-    Files,
-    LocalFiles,
-    check_marker,
-    temporary_name,
-)
+from picache.store.files import MARKED, MARKER, SUFFIX, check_marker
+from picache.store.remote_calls import RemoteCalls, RemoteLimits
+from picache.store.writers import TEMPORARY, temporary_name
 
 # What file systems say of a file that changes when it is written again.
 VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created", "size")
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "r2"}
-
-
-def open_files(path: str | os.PathLike[str], folder: str) -> Files:
-    """The files under `folder` of the store at `path`, made when there is none yet.
-
-    Args:
-        path: a local folder or an fsspec URL such as ``s3://bucket/chunks``.
-        folder: relative, with forward slashes.
-
-    Raises:
-        PICacheError: when `path` holds something else than a chunk store, one of another format
-            version, or cannot be written to.
-    """
-    text = os.fspath(path)
-    text = text.removeprefix("file://")
-    return RemoteFiles(text, folder) if "://" in text else LocalFiles(Path(text), folder)
+WEB = {"http", "https"}
 
 
 class RemoteFiles:
     """Files behind an fsspec URL, copied here whole to be read.
 
-    Object stores put an object at once or not at all; elsewhere a temporary name is moved.
+    Object stores put an object at once or not at all; elsewhere a temporary name is moved. The web
+    is read only: a store that is served there needs its marker, and its files have their names.
+
+    Raises:
+        PICacheError: when the URL cannot be opened, holds something else than a chunk store, or
+            does not answer; nothing is written then.
     """
 
-    def __init__(self, url: str, folder: str) -> None:
+    copies = True
+
+    def __init__(self, url: str, folder: str, limits: RemoteLimits) -> None:
         try:
             import fsspec
         except ImportError as error:
@@ -56,81 +40,133 @@ class RemoteFiles:
                 "give a local path"
             ) from error
         self.where = url
+        self._call = RemoteCalls(limits)
         try:
             self._fs, base = fsspec.core.url_to_fs(url)
-            base = base.rstrip("/")
-            self._root = f"{base}/{folder}"
-            marker = f"{base}/{MARKER}"
-            held = self._fs.cat_file(marker) if self._fs.exists(marker) else None
-            others = self._fs.ls(base, detail=False) if self._fs.exists(base) else []
-            names = (str(path).rstrip("/").rpartition("/")[2] for path in others)
-            names = (name for name in names if name and name != MARKER)
-            if not check_marker(held, sorted(n for n in names if not TEMPORARY.match(n)), url):
-                self._put(marker, json.dumps(MARKED).encode())
-        except (OSError, ImportError, NotImplementedError) as error:
-            raise PICacheError(
-                f"cannot keep chunks in {url}: {error}; give a URL that can be written to"
-            ) from error
-        except ValueError as error:
-            if isinstance(error, PICacheError):
-                raise
+        except ImportError as error:
+            raise PICacheError(f"cannot keep chunks in {url}: {error}") from error
+        except Exception as error:  # of the URL's own client, of any type
             raise PICacheError(f"{url} is no URL that fsspec can open: {error}") from error
+        base = base.rstrip("/")
+        self._root = f"{base}/{folder}"
+        protocol = self._fs.protocol
+        self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
+        self.read_only = bool(self._protocols & WEB)
+        try:
+            self._enter(base)
+        except PICacheError:
+            raise
+        except Exception as error:
+            raise PICacheError(
+                f"cannot keep chunks in {url}: {type(error).__name__}: {error}; give a URL that "
+                "answers and can be written to"
+            ) from error
+
+    def _enter(self, base: str) -> None:
+        """Find the store's marker, or leave one where nothing is."""
+        marker = f"{base}/{MARKER}"
+        held = self._ask(self._fs.cat_file, marker, none=None)
+        if self.read_only:
+            if held is None:
+                raise PICacheError(
+                    f"{self.where} is read only and has no {MARKER}: give the URL of a folder "
+                    "that a chunk store was made in"
+                )
+            check_marker(held, [], self.where)
+            return
+        others = [] if held is not None else self._ask(self._fs.ls, base, none=[], detail=False)
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in others)
+        names = (name for name in names if name and name != MARKER)
+        if not check_marker(held, sorted(n for n in names if not TEMPORARY.match(n)), self.where):
+            temporary = marker if self._at_once else temporary_name(marker)
+            try:
+                self._put(temporary, json.dumps(MARKED).encode())
+                if temporary != marker:
+                    self._call(self._fs.mv, temporary, marker)
+            except BaseException:
+                self._ask(self._fs.rm_file, temporary, none=None)
+                raise
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether a put object appears whole or not at all."""
+        return bool(self._protocols & OBJECT_STORES)
+
+    def _ask(self, call: Callable[..., Any], path: str, none: Any, **named: Any) -> Any:
+        """What the file system answers about a path, `none` where that is not there."""
+        self._fs.invalidate_cache()  # other processes write here too
+        try:
+            return self._call(call, path, **named)
+        except FileNotFoundError:
+            return none
 
     def _put(self, path: str, data: bytes) -> None:
-        protocol = self._fs.protocol
-        protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        if protocols & OBJECT_STORES:
-            self._fs.pipe_file(path, data)
-            return
-        temporary = temporary_name(path)
-        try:
-            self._fs.pipe_file(temporary, data)
-            self._fs.mv(temporary, path)
-        except BaseException:
-            if self._fs.exists(temporary):
-                self._fs.rm_file(temporary)
-            raise
+        self._call(self._fs.makedirs, path.rpartition("/")[0], exist_ok=True)
+        self._call(self._fs.pipe_file, path, data, nbytes=len(data))
 
-    def listing(self) -> dict[str, FileInfo]:
-        """Every whole file by name; the age is unknown."""
-        self._fs.invalidate_cache()  # other processes write here too
-        if not self._fs.exists(self._root):
+    def listing(self) -> dict[str, int]:
+        """Bytes of every file by name, temporary ones included; none of a read-only URL."""
+        if self.read_only:  # a web server lists nothing, and there is no bound to keep
             return {}
-        found = self._fs.find(self._root, detail=True)
-        names = {"/".join(path.rsplit("/", 2)[1:]): info for path, info in found.items()}
+        found = self._ask(self._fs.find, self._root, none={}, detail=True)
         return {
-            name: FileInfo(int(info["size"]), 0.0)
-            for name, info in names.items()
-            if name.endswith(SUFFIX)
+            "/".join(path.rsplit("/", 2)[1:]): int(info["size"] or 0)
+            for path, info in found.items()
+            if path.endswith((SUFFIX, ".tmp"))
         }
 
     def exists(self, name: str) -> bool:
         """Whether the file is there now."""
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(f"{self._root}/{name}"))
+        return bool(self._ask(self._fs.exists, f"{self._root}/{name}", none=False))
 
-    def write(self, name: str, data: list[memoryview]) -> None:
-        """Put, or put and move; raises OSError."""
-        self._put(f"{self._root}/{name}", b"".join(data))
+    def open(self, name: str) -> tuple[FileIO, object]:
+        """A copy that nobody else sees, and that is gone when it is closed."""
+        path = f"{self._root}/{name}"
+        info = self._info(name)  # before the copy: one written meanwhile is another
+        size = int(info.get("size") or 0)
+        data = self._call(self._fs.cat_file, path, nbytes=size)
+        descriptor, copy = tempfile.mkstemp(prefix="picache-")
+        file = FileIO(descriptor, "r+")
+        try:
+            os.unlink(copy)
+            view = memoryview(data)
+            while len(view):
+                view = view[file.write(view) :]
+        except BaseException:
+            file.close()
+            raise
+        return file, _version(info)
+
+    def temporary(self, name: str, nbytes: int) -> str:
+        """A name beside it; the name itself where an object appears whole."""
+        return name if self._at_once else temporary_name(name, nbytes)
+
+    def fill(self, temporary: str, data: list[memoryview]) -> None:
+        """Put."""
+        self._put(f"{self._root}/{temporary}", b"".join(data))
+
+    def publish(self, temporary: str, name: str) -> None:
+        """Move."""
+        if temporary != name:
+            self._call(self._fs.mv, f"{self._root}/{temporary}", f"{self._root}/{name}")
+
+    def settle(self, name: str) -> None:
+        """Nothing: what a remote file system has answered for, it has."""
 
     def remove(self, name: str) -> None:
         """Delete the file if it is there."""
-        try:
-            self._fs.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
+        self._ask(self._fs.rm_file, f"{self._root}/{name}", none=None)
 
-    def _version(self, name: str) -> tuple[str, ...]:
-        """As much of `VERSION` as this file system knows."""
+    def _info(self, name: str) -> dict[str, Any]:
         self._fs.invalidate_cache()
-        info = self._fs.info(f"{self._root}/{name}")
-        return tuple(str(info.get(field)) for field in VERSION)
+        return dict(self._call(self._fs.info, f"{self._root}/{name}"))
 
     def remove_version(self, name: str, version: object) -> bool:
         """Delete the file unless it was written again since, as far as the file system says."""
+        if self.read_only:
+            return False
         try:
-            if self._version(name) != version:
+            if _version(self._info(name)) != version:
                 return False
         except FileNotFoundError:
             return True
@@ -140,11 +176,7 @@ class RemoteFiles:
     def touch(self, name: str) -> None:
         """Nothing: most remote file systems cannot."""
 
-    @contextmanager
-    def local(self, name: str) -> Iterator[tuple[Path, object]]:
-        """A copy that is deleted at the end; a mapping of it stays readable."""
-        version = self._version(name)  # before the copy: one written meanwhile is another
-        with tempfile.TemporaryDirectory(prefix="picache-") as folder:
-            path = Path(folder) / "chunk"
-            path.write_bytes(self._fs.cat_file(f"{self._root}/{name}"))
-            yield path, version
+
+def _version(info: dict[str, Any]) -> tuple[str, ...]:
+    """As much of `VERSION` as this file system knows."""
+    return tuple(str(info.get(field)) for field in VERSION)

@@ -2,11 +2,11 @@
 
 import heapq
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from picache.chunk import Header
 from picache.errors import PICacheError
+from picache.store.in_use import Busy
 from picache.store.quantize import Encoded
 
 SECONDS_PER_BYTE = 30e-6 / 2**17
@@ -14,6 +14,22 @@ SECONDS_PER_BYTE = 30e-6 / 2**17
 30 microseconds and 128 KiB a token."""
 
 EVICTIONS = ("lru", "cost")
+
+
+def check_bound(name: str, budget: float, eviction: str) -> None:
+    """Refuse a bound that is not positive and an unknown rule of eviction."""
+    if not budget > 0:
+        raise PICacheError(
+            f"{name}_bytes must be positive, got {budget}: leave it out for the default"
+        )
+    if eviction not in EVICTIONS:
+        raise PICacheError(f"eviction must be one of {', '.join(EVICTIONS)}, got {eviction!r}")
+
+
+def seconds_of(nbytes: int, header: Header | None) -> float:
+    """What compiling a chunk again takes: what its header says, else what its bytes suggest."""
+    said = None if header is None else header.compile_seconds
+    return nbytes * SECONDS_PER_BYTE if said is None else said
 
 
 @dataclass
@@ -37,8 +53,7 @@ class Entry:
     @classmethod
     def of(cls, nbytes: int, header: Header | None = None) -> "Entry":
         """An entry whose cost is what its header says, else what its bytes suggest."""
-        seconds = None if header is None else header.compile_seconds
-        return cls(nbytes, nbytes * SECONDS_PER_BYTE if seconds is None else seconds, header)
+        return cls(nbytes, seconds_of(nbytes, header), header)
 
 
 class Tier:
@@ -49,6 +64,9 @@ class Tier:
     byte on top of a floor; the floor rises to the priority of what is lost, so that what is not
     used ages. With one cost per byte for all it is LRU.
 
+    A use, an entry taken in and one lost cost the logarithm of the entries held, and the entries
+    that must stay: priorities lie in a heap, where an old one stays until it comes up.
+
     Args:
         name: for reports.
         budget: bytes; `math.inf` for no bound.
@@ -56,25 +74,25 @@ class Tier:
     """
 
     def __init__(self, name: str, budget: float, eviction: str) -> None:
-        if not budget > 0:
-            raise PICacheError(
-                f"{name}_bytes must be positive, got {budget}: leave it out for the default"
-            )
-        if eviction not in EVICTIONS:
-            raise PICacheError(f"eviction must be one of {', '.join(EVICTIONS)}, got {eviction!r}")
+        check_bound(name, budget, eviction)
         self.name, self.budget, self.eviction = name, budget, eviction
         self.entries: dict[str, Entry] = {}
-        self.nbytes = self.hits = 0
+        self.nbytes = 0
         self._floor = 0.0
         self._clock = itertools.count()
+        self._order: list[tuple[tuple[float, int], str]] = []
 
     def touch(self, key: str) -> None:
         """The entry is the most recently used now."""
         entry = self.entries[key]
         value = entry.seconds / entry.nbytes if self.eviction == "cost" else 0.0
         entry.priority = (self._floor + value, next(self._clock))
+        heapq.heappush(self._order, (entry.priority, key))
+        if len(self._order) > 2 * len(self.entries) + 64:  # mostly old ones: start afresh
+            self._order = [(e.priority, k) for k, e in self.entries.items()]
+            heapq.heapify(self._order)
 
-    def room_for(self, nbytes: int, key: str, busy: Callable[[str], bool]) -> list[str] | None:
+    def room_for(self, nbytes: int, key: str, busy: Busy) -> list[str] | None:
         """What must leave for `key` to take `nbytes`, first to leave first; None if no way.
 
         Args:
@@ -86,14 +104,30 @@ class Tier:
         excess = self.nbytes - held + nbytes - self.budget
         if excess <= 0:
             return []
-        heap = [(e.priority, k) for k, e in self.entries.items() if k != key and not busy(k)]
-        heapq.heapify(heap)
-        leave = []
-        while heap and excess > 0:
-            _, victim = heapq.heappop(heap)
-            leave.append(victim)
-            excess -= self.entries[victim].nbytes
-        return leave if excess <= 0 else None
+        staying = (self.entries[k].nbytes for k in busy.held() if k in self.entries and k != key)
+        if nbytes + sum(staying) > self.budget:
+            return None
+        return self.cheapest(excess, key, busy)
+
+    def cheapest(self, excess: float, key: str, busy: Busy) -> list[str]:
+        """The cheapest to lose, `key` and what must stay left out, until `excess` bytes are found.
+
+        All that may leave, where that is less.
+        """
+        leave: list[str] = []
+        seen = []
+        while self._order and excess > 0:
+            priority, victim = heapq.heappop(self._order)
+            entry = self.entries.get(victim)
+            if entry is None or entry.priority != priority:
+                continue
+            seen.append((priority, victim))
+            if victim != key and not busy(victim):
+                leave.append(victim)
+                excess -= entry.nbytes
+        for item in seen:
+            heapq.heappush(self._order, item)
+        return leave
 
     def add(self, key: str, entry: Entry) -> None:
         """Take the entry in, in place of one under the same key; room was made before."""

@@ -56,7 +56,8 @@ class Model:
         """False when there is no room; a chunk that must leave a tier goes to the next."""
         if level == len(self.tiers):
             return False
-        if not self.fits(level, key, size):
+        elsewhere = key in self.pinned and key not in self.tiers[level]
+        if elsewhere or not self.fits(level, key, size):
             return self.put(key, size, level + 1)
         for tier in self.tiers:
             tier.pop(key, None)
@@ -121,6 +122,21 @@ def test_the_tiers_do_what_a_person_would_write_down(steps, budgets):
         assert held == [(len(tier), sum(tier.values())) for tier in model.tiers]
         assert all(tier.nbytes <= tier.budget for tier in store.stats().tiers)
         assert all(key in store for key in model.pinned)
+
+
+def test_put_leaves_a_pinned_chunk_where_it_is_pinned(tmp_path):
+    store = ChunkStore(40, 40, tmp_path)
+    for seed, key in enumerate("abc"):
+        store.put(key, entry(40, seed))
+    assert [store.get(key).tier for key in "abc"] == ["disk", "host", "device"]
+    for seed, key in enumerate("ab"):
+        store.pin(key)
+        store.put(key, entry(40, seed))
+    assert [store.get(key).tier for key in "abc"] == ["disk", "host", "device"]
+    for key in "ab":
+        store.unpin(key)
+    store.put("a", entry(40, 0))
+    assert [store.get(key).tier for key in "abc"] == ["device", "disk", "host"]
 
 
 def test_a_chunk_larger_than_the_store_changes_nothing():

@@ -1,0 +1,74 @@
+"""The one place where a tier's failure becomes a miss or a write left out.
+
+A cache may lose, but it may not fail the request: whatever a disk, a network or an allocator
+raises while a chunk is looked up, read, written or removed is counted here by tier and kind,
+warned about the first time, and gone.
+"""
+
+import os
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+class Failures:
+    """Counts what went wrong, and warns once of each tier and kind. Threads may share it.
+
+    A kind is what was being done and the error's type: "disk read: TimeoutError".
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def counts(self) -> Counter[str]:
+        """How often each kind was seen, at this moment."""
+        with self._lock:
+            return Counter(self._counts)
+
+    @contextmanager
+    def absorbed(self, tier: str, doing: str, so: str) -> Iterator[None]:
+        """Leave the block at any error, counted.
+
+        Args:
+            tier: "device", "host" or "disk".
+            doing: "read", "write", "remove", ...
+            so: what it means for the caller; the warning begins with it.
+        """
+        try:
+            yield
+        except Exception as error:  # a client library may raise anything
+            self.count(tier, doing, so, error)
+
+    def count(self, tier: str, doing: str, so: str, error: Exception) -> None:
+        """Count an error, and warn of it if it is the first of its kind."""
+        kind = f"{tier} {doing}: {type(error).__name__}"
+        with self._lock:
+            first = kind not in self._counts
+            self._counts[kind] += 1
+        if first:
+            warnings.warn(
+                f"{so}: {type(error).__name__}: {error}. Further failures of this kind are counted "
+                "in ChunkStore.stats().failures and not warned about",
+                RuntimeWarning,
+                stacklevel=_caller(),
+            )
+
+
+def _caller() -> int:
+    """The level, for `warnings.warn` in the function that asks, of the code that called picache.
+
+    That is whoever called its outermost function: between that and here may be a model's.
+    """
+    level, found, frame = 1, 2, sys._getframe(1)  # noqa: SLF001 - the documented way to a frame
+    while frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            found = level + 1
+    return found
