@@ -54,13 +54,13 @@ def verdict(family: str, seed: int = SEED) -> dict:
         "logits_relative_error": error,
         "same_tokens": same,
         "rope": rotations(pic),
-        "follows_length": pic._model.rotary.stretches,  # noqa: SLF001
+        "follows_length": pic.hf.rotary.follows_length,
     }
 
 
 def rotations(pic: PIC) -> str:
     """What calibration found: layout, rotated of all dimensions, where, and in how many layers."""
-    model = pic._model  # noqa: SLF001
+    model = pic.hf
     kinds = Counter()
     for (keys, values), rotation in zip(
         model.prefill(torch.tensor([[3]])), model.rotations, strict=True

@@ -66,19 +66,23 @@ KV = tuple[Tensor, Tensor]  # keys and values of one layer, each [1, kv_heads, t
 
 @dataclass(frozen=True)
 class Form:
-    """Tokens as they go through the model together, and which of them come into a prompt.
+    """A chunk exactly as prefilled; its first `skip` tokens, the sinks, stay out of the prompt.
+
+    One text has several forms: behind its own BOS, behind dummies, behind a shared prefix, or as
+    the first chunk of a prompt, behind nothing.
 
     Attributes:
-        ids: the token ids that are prefilled alone.
-        skip: leading tokens whose KV is left out of the prompt: a BOS, or dummies.
-        key: content key of `ids` and `header`; empty for a query, which is not stored.
-        header: what else tells this chunk's KV apart.
+        ids: the token ids that are prefilled together, the sinks included.
+        skip: how many of the first ids are sinks (a BOS, dummies or a shared prefix), which absorb
+            attention while the chunk is compiled and whose KV is left out of the prompt.
+        key: the content key of `ids` and `header`, under which a store keeps the KV.
+        header: what else the KV depends on.
     """
 
     ids: tuple[int, ...]
     skip: int
-    key: str = ""
-    header: Header | None = None
+    key: str
+    header: Header
 
 
 @dataclass(frozen=True)

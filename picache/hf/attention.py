@@ -130,14 +130,14 @@ def parallel_attention(
     allowed: Tensor,
     parallel: Tensor,
     scaling: float,
-    scale: float,
+    lse_scale: float,
     softcap: float | None = None,
 ) -> Tensor:
     """Attention whose log-sum-exp over some keys is scaled before the two parts are joined.
 
     With L_c and L_o the log-sum-exp of the scores on the parallel and on the other keys and O_c and
-    O_o the attention outputs of each alone: (e^{scale L_c} O_c + e^{L_o} O_o) / (e^{scale L_c} +
-    e^{L_o}). Written out in fp32.
+    O_o the attention outputs of each alone: (e^{s L_c} O_c + e^{L_o} O_o) / (e^{s L_c} + e^{L_o}),
+    where s is `lse_scale`. Written out in fp32.
 
     Args:
         query: ``[batch, heads, q, head_dim]``.
@@ -146,7 +146,7 @@ def parallel_attention(
         allowed: bool, broadcast to ``[batch, 1, q, n]``; each row allows a key of the others.
         parallel: bool ``[batch, n]``.
         scaling: factor on the scores.
-        scale: factor on the log-sum-exp of the parallel keys.
+        lse_scale: factor on the log-sum-exp of the parallel keys (APE's scale S).
         softcap: see `attend_reference`.
 
     Returns:
@@ -156,8 +156,8 @@ def parallel_attention(
     inside = scores.masked_fill(~parallel[:, None, None, None], -torch.inf)
     outside = scores.masked_fill(parallel[:, None, None, None], -torch.inf)
     mass = inside.logsumexp(dim=-1, keepdim=True)
-    # Scaling the log-sum-exp of a part is adding (scale - 1) times it to each of its scores.
-    shift = torch.where(mass.isinf(), 0.0, (scale - 1) * mass)
+    # Scaling the log-sum-exp of a part is adding (lse_scale - 1) times it to each of its scores.
+    shift = torch.where(mass.isinf(), 0.0, (lse_scale - 1) * mass)
     weights = torch.maximum(inside + shift, outside).softmax(dim=-1)
     out = torch.einsum("bhgqn,bhnd->bhgqd", weights, value.float())
     return rearrange(out, "b h g q d -> b (h g) q d").to(query.dtype)

@@ -5,9 +5,8 @@ them.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from picache.errors import PICacheError
 from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
 from picache.hf.sparse_pass import ScatterMask, current
-
-if TYPE_CHECKING:
-    from picache.hf.attention_switch import Attention
 
 _BLOCK_ROWS = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
@@ -33,12 +29,12 @@ class Attached:
 
     Attributes:
         inside: which of the linked keys are side by side, bool ``[batch, tokens]``.
-        scale: factor on the log-sum-exp of their scores.
+        lse_scale: factor on the log-sum-exp of their scores.
         lag: how far rotary positions lag behind the places of the tokens, int64 ``[batch]``.
     """
 
     inside: Tensor
-    scale: float
+    lse_scale: float
     lag: Tensor
 
     def repeats(self, batch: int, tokens: int) -> int:
@@ -54,39 +50,6 @@ class Attached:
                 "tokens alone: run it outside"
             )
         return batch // len(self.inside)
-
-
-class Attachment:
-    """Attaches the attention of one linked batch to its model.
-
-    A copy attaches to the same model, which is not copied; none leaves the process.
-
-    Args:
-        attention: of the model the batch was linked with.
-        state: what it must know.
-    """
-
-    def __init__(self, attention: "Attention", state: Attached) -> None:
-        self._attention, self._state = attention, state
-
-    def __call__(self) -> AbstractContextManager[None]:
-        """The model decodes behind this batch inside the ``with`` block, and nothing else."""
-        return self._attention.parallel(self._state)
-
-    @property
-    def on(self) -> bool:
-        """Whether a prompt is attached to the model now."""
-        return self._attention.key in attached
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
-        return self
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise PICacheError(
-            "a prompt whose method is attached to the model while decoding (APE) cannot be "
-            "written out, since its model is not part of it: keep the texts and a store with a "
-            "path, and link again where the prompt is needed"
-        )
 
 
 def rotary_positions(
@@ -129,10 +92,10 @@ def attend_scattered(
                 f"{type(module).__name__} changes its attention scores through {name!r}, which "
                 "linking does not know: use a full prefill with this model"
             )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     positions, known, state = attention_mask.positions, attention_mask.known, current.get()
     if state.parallel is not None:
-        rows, factor = state.parallel
+        side_by_side, lse_scale = state.parallel
         if s_aux is not None:
             raise PICacheError(
                 f"{type(module).__name__} attends with sinks, which chunks side by side (APE) do "
@@ -140,7 +103,7 @@ def attend_scattered(
             )
         everything = torch.arange(key.shape[2], device=key.device)
         inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
-        inside[:, rows] = True
+        inside[:, side_by_side] = True
         out = torch.cat(
             [
                 parallel_attention(
@@ -149,8 +112,8 @@ def attend_scattered(
                     value,
                     attention_mask(at, everything)[None, None],
                     inside,
-                    scale,
-                    factor,
+                    scaling,
+                    lse_scale,
                     softcap,
                 )
                 for some, at in zip(
@@ -161,11 +124,11 @@ def attend_scattered(
         )
         return out.transpose(1, 2).contiguous(), None
     out = scattered_attention(
-        query, key, value, positions, attention_mask, scale, softcap, s_aux, known
+        query, key, value, positions, attention_mask, scaling, softcap, s_aux, known
     )
     if state.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
-        mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)
+        mass = attention_mass(query, key, positions, attention_mask, scaling, softcap, s_aux, norms)
         state.observe(state.layer, mass)
     return out.transpose(1, 2).contiguous(), None
 
@@ -185,7 +148,7 @@ def attend_parallel(
     repeats = state.repeats(len(key), key.shape[2])  # beams, several sequences
     inside = state.inside.repeat_interleave(repeats, dim=0)
     inside = nn.functional.pad(inside, (0, key.shape[2] - inside.shape[1]))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     allowed = attention_mask == 0
-    out = parallel_attention(query, key, value, allowed, inside, scale, state.scale, softcap)
+    out = parallel_attention(query, key, value, allowed, inside, scaling, state.lse_scale, softcap)
     return out.transpose(1, 2).contiguous(), None

@@ -1,9 +1,9 @@
 """The attention of a transformers model, switched to one of ours for a while."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -25,7 +25,7 @@ _PARALLEL = "picache_parallel"
 _locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 
-class Attention:
+class AttentionSwitch:
     """What a model attends by: its own function, or for the length of a block one of ours.
 
     Args:
@@ -74,6 +74,10 @@ class Attention:
                 del attached[key]
             hook.remove()
 
+    def attachment(self, state: Attached) -> "Attachment":
+        """What attaches the attention of one linked batch to this model; see `parallel`."""
+        return Attachment(self, state)
+
     @contextmanager
     def _switched(self, name: str) -> Iterator[list[int]]:
         """Gives the ids of the configurations that name another function inside the block."""
@@ -95,3 +99,36 @@ class Attention:
             finally:
                 for config, implementation in before:
                     config._attn_implementation = implementation  # noqa: SLF001
+
+
+class Attachment:
+    """Attaches the attention of one linked batch to its model.
+
+    A copy attaches to the same model, which is not copied; none leaves the process.
+
+    Args:
+        attention: of the model the batch was linked with.
+        state: what it must know.
+    """
+
+    def __init__(self, attention: AttentionSwitch, state: Attached) -> None:
+        self._attention, self._state = attention, state
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """The model decodes behind this batch inside the ``with`` block, and nothing else."""
+        return self._attention.parallel(self._state)
+
+    @property
+    def on(self) -> bool:
+        """Whether a prompt is attached to the model now."""
+        return self._attention.key in attached
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PICacheError(
+            "a prompt whose method is attached to the model while decoding (APE) cannot be "
+            "written out, since its model is not part of it: keep the texts and a store with a "
+            "path, and link again where the prompt is needed"
+        )

@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from picache.chunk import KV
 from picache.errors import PICacheError
-from picache.hf.attention_functions import Attachment
+from picache.hf.attention_switch import Attachment
 from picache.hf.sparse_pass import Layers, Pass
 
 

@@ -3,8 +3,8 @@
 All contact with transformers stands in the files of this folder.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -19,12 +19,11 @@ from transformers import (
 
 from picache.chunk import KV, Header
 from picache.errors import PICacheError
-from picache.hf.attention_switch import Attention
+from picache.hf.attention_switch import AttentionSwitch
 from picache.hf.cache import ScatterLayer, held_by
 from picache.hf.fingerprint import fingerprint, middles
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
-from picache.hf.rotary_module import RotaryAngles
-from picache.hf.self_check import check
+from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
@@ -58,7 +57,7 @@ class HFModel:
         decoder: Any = model.get_decoder()
         # Some models name their output layer `decoder`.
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-        self.attention = Attention(model, self.decoder)
+        self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
         embedding: Any = model.get_input_embeddings()
         self.vocab_size: int = embedding.weight.shape[0]
@@ -66,24 +65,33 @@ class HFModel:
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
-        try:
-            self._prove()
-        except PICacheError as error:
-            if model._supports_attention_backend:  # noqa: SLF001 - no public name for it
-                raise
-            raise PICacheError(
-                f"{name} does not state that it uses transformers' attention interface, and "
-                f"linking it was tried in vain: {error}"
-            ) from error
+        with self.on_trial():
+            self._measure()
 
-    def _prove(self) -> None:
-        """Measure the rotations and whether frequencies follow the length, then link a prompt."""
-        self.rotary = RotaryAngles(self._find_rotary(), self.config, type(self.model).__name__)
+    def _measure(self) -> None:
+        """Measure how each layer rotates keys, and whether its frequencies follow the length."""
+        self.rotary = RotaryModule(self._find_rotary(), self.config, type(self.model).__name__)
         self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
         self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
         rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
-        self.rotary.watch(rotated, 2 * (self.max_length or _FAR))
-        check(self)
+        self.rotary.detect_length_dependence(rotated, 2 * (self.max_length or _FAR))
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Name the likely cause when a measurement or the self-check fails inside the block.
+
+        A model that does not state that it attends through transformers' attention interface is
+        measured all the same, since many do without saying so; where it fails, that is why.
+        """
+        try:
+            yield
+        except PICacheError as error:
+            if self.model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+                raise
+            raise PICacheError(
+                f"{type(self.model).__name__} does not state that it uses transformers' attention "
+                f"interface, and linking it was tried in vain: {error}"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +134,7 @@ class HFModel:
         self.attention.refuse_attached()
         cache = DynamicCache()
         with self.attention.turn:
-            self.rotary.settle()
+            self.rotary.restore_short()
             self.decoder(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),

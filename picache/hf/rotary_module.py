@@ -12,7 +12,7 @@ from picache.errors import PICacheError
 from picache.hf.rope import Angles
 
 
-class RotaryAngles:
+class RotaryModule:
     """A model's rotary module, asked for cos and sin.
 
     Frequencies of some RoPE kinds (dynamic NTK, longrope) follow the length of the text. Such a
@@ -31,13 +31,20 @@ class RotaryAngles:
         self._types = types if types and takes else None
         self._layers: list[int] = []  # one of each kind that is rotated
         self._short = torch.empty(0)
-        self.stretches = False
+        self.follows_length = False
 
-    def watch(self, rotated: Sequence[int], far: int) -> None:
-        """Measure whether the frequencies of the rotated layers follow the length, up to `far`."""
+    def detect_length_dependence(self, rotated: Sequence[int], far: int) -> None:
+        """Detect RoPE whose frequencies depend on the length of the text (dynamic NTK, longrope).
+
+        Sets `follows_length`.
+
+        Args:
+            rotated: indices of the layers that rotate what they cache.
+            far: the length, in tokens, that is compared with a text of two tokens.
+        """
         self._layers = list({self.kind(layer): layer for layer in rotated}.values())
         self._short = self._in_a_text_of(2)
-        self.stretches = not torch.equal(self._short, self._in_a_text_of(far))
+        self.follows_length = not torch.equal(self._short, self._in_a_text_of(far))
 
     def kind(self, layer: int) -> str | None:
         """The layer type whose frequencies a layer rotates by; None where all share them."""
@@ -45,7 +52,7 @@ class RotaryAngles:
 
     def moving_buffers(self) -> list[Tensor]:
         """The module's buffers, if every forward may write to them."""
-        return list(self._module.buffers()) if self.stretches else []
+        return list(self._module.buffers()) if self.follows_length else []
 
     def cos_sin(self, layer: int, positions: Tensor, module: nn.Module | None = None) -> Angles:
         """cos and sin as the module lays them out, fp32 ``[tokens, d]``, at positions ``[tokens]``.
@@ -79,13 +86,13 @@ class RotaryAngles:
             seen.append(torch.cat(self.cos_sin(layer, at, module), dim=1)[0])
         return torch.cat(seen) if seen else torch.empty(0)
 
-    def settle(self) -> None:
+    def restore_short(self) -> None:
         """Back to the short frequencies, which a longer text in between may have replaced.
 
         Raises:
             PICacheError: when the module does not go back.
         """
-        if not self.stretches:
+        if not self.follows_length:
             return
         for layer in self._layers:
             self.cos_sin(layer, torch.tensor([0]))
@@ -106,9 +113,9 @@ class RotaryAngles:
         Raises:
             PICacheError: when the frequencies follow the length and differ between the two.
         """
-        if not self.stretches:
+        if not self.follows_length:
             return
-        self.settle()
+        self.restore_short()
         for length in sorted(set(compiled)):
             if not torch.equal(self._in_a_text_of(length), self._in_a_text_of(total)):
                 raise PICacheError(

@@ -40,9 +40,10 @@ def check(model: "HFModel") -> None:
     tokens = min(_TOKENS + window, model.max_length or _TOKENS + window)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (tokens,), generator=generator)
-    if tokens >= _CHUNK.stop:
-        _check_moving(model, ids[_CHUNK])
-    _check_scattered(model, ids)
+    with model.on_trial():
+        if tokens >= _CHUNK.stop:
+            _check_moving(model, ids[_CHUNK])
+        _check_scattered(model, ids)
 
 
 def _check_moving(model: "HFModel", ids: Tensor) -> None:

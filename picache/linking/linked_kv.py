@@ -22,10 +22,10 @@ class LinkedKV:
     """Every layer of a linked prompt, made when it is first asked for.
 
     Chunks are copied to their places and their keys rotated there from where they were compiled.
-    With `ahead`, the layer after the one asked for is made meanwhile, so that loading overlaps with
-    recomputing: on a CUDA device in a stream of its own, and by a thread where that has to wait for
-    a disk (two threads of Python get in each other's way) or there is no such stream. To be used as
-    a context manager, which ends that thread.
+    With `prefetch_from`, the layer after the one asked for is made meanwhile, so that loading
+    overlaps with recomputing: on a CUDA device in a stream of its own, and by a thread where that
+    has to wait for a disk (two threads of Python get in each other's way) or there is no such
+    stream. To be used as a context manager, which ends that thread.
 
     Args:
         model: the model the chunks were compiled with.
@@ -33,7 +33,8 @@ class LinkedKV:
             the model's device; in prompt order, and after them the query's if it was compiled too.
         skips: leading tokens of each part that are left out.
         layout: where the chunks stand.
-        ahead: what the next layer is made ahead of time from: "host" memory or "disk"; None not to.
+        prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
+            "disk"; None to make each layer when it is asked for.
         parallel: for chunks side by side, whose keys are also divided by the temperature.
 
     Attributes:
@@ -47,7 +48,7 @@ class LinkedKV:
         parts: Sequence[Callable[[int], KV]],
         skips: Sequence[int],
         layout: Layout,
-        ahead: Literal["host", "disk"] | None = None,
+        prefetch_from: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
     ) -> None:
         if parallel is not None and model.window is not None:
@@ -66,13 +67,13 @@ class LinkedKV:
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
-        self._ahead, self._device = ahead is not None, model.device
+        self._prefetches, self._device = prefetch_from is not None, model.device
         self._thread: ThreadPoolExecutor | None = None
-        if ahead == "disk" or (ahead and self._device.type != "cuda"):
+        if prefetch_from == "disk" or (prefetch_from and self._device.type != "cuda"):
             self._thread = ThreadPoolExecutor(1, "picache-load")
         self._coming: dict[int, Future[KV]] = {}
         self._stream: torch.cuda.Stream | None = None
-        if ahead and self._device.type == "cuda":
+        if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading
             # What compiled the chunks may still be under way.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -107,7 +108,7 @@ class LinkedKV:
                 made = self._make(layer) if coming is None else coming.result()
                 self._made[layer] = made
                 self._hand_over(made)
-            if self._ahead and layer + 1 < len(self):
+            if self._prefetches and layer + 1 < len(self):
                 self._coming[layer + 1] = self._begin(layer + 1)
         return made
 

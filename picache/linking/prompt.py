@@ -1,6 +1,5 @@
 """A linked prompt, as `generate` takes it: the rows of a batch, left-padded."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -8,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from picache.hf.attention_functions import Attached, Attachment
-from picache.linking.link import Linked
+from picache.hf.attention_functions import Attached
+from picache.linking.link import LinkedRow
 from picache.linking.report import LinkReport, total
+from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
+    from picache.hf.attention_switch import Attachment
     from picache.hf.cache import LinkedCache
     from picache.hf.model import HFModel
 
@@ -40,7 +41,7 @@ class LinkedPrompt(Mapping[str, Any]):
         logits: Tensor,
         reports: tuple[LinkReport, ...],
         seconds: float,
-        attach: Attachment | None = None,
+        attach: "Attachment | None" = None,
     ) -> None:
         self._inputs, self._cache, self._attach = inputs, cache, attach
         self.logits = logits
@@ -73,7 +74,7 @@ class LinkedPrompt(Mapping[str, Any]):
 
 
 def batched(
-    model: "HFModel", rows: list[Linked], method: LinkMethod, pad_id: int, begun: float
+    model: "HFModel", rows: list[LinkedRow], method: LinkMethod, pad_id: int, watch: Stopwatch
 ) -> LinkedPrompt:
     """Left-pad the rows; the last token of each is left for `generate` to feed.
 
@@ -82,7 +83,7 @@ def batched(
         rows: one prompt each.
         method: they were linked by.
         pad_id: token id of the padding.
-        begun: when linking began, by `time.perf_counter`.
+        watch: started when linking began.
     """
     from picache.hf.cache import LinkedCache  # transformers is loaded with the model
 
@@ -95,8 +96,10 @@ def batched(
     inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
     attach = None
     if method.parallel is not None:
-        inputs["position_ids"], state = _side_by_side(rows, method.parallel.scale, width, device)
-        attach = Attachment(model.attention, state)
+        inputs["position_ids"], state = _side_by_side(
+            rows, method.parallel.lse_scale, width, device
+        )
+        attach = model.attention.attachment(state)
     kv = [
         (_stacked([keys for keys, _ in layer], width), _stacked([v for _, v in layer], width))
         for layer in zip(*(row.kv for row in rows), strict=True)
@@ -106,13 +109,13 @@ def batched(
         LinkedCache(kv, attach),
         torch.cat([row.logits for row in rows]),
         tuple(row.report for row in rows),
-        time.perf_counter() - begun,
+        watch.elapsed,
         attach,
     )
 
 
 def _side_by_side(
-    rows: list[Linked], scale: float, width: int, device: torch.device
+    rows: list[LinkedRow], lse_scale: float, width: int, device: torch.device
 ) -> tuple[Tensor, Attached]:
     """Rotary positions ``[batch, width]`` and what decoding behind parallel chunks must know."""
     positions = torch.zeros(len(rows), width, dtype=torch.int64)
@@ -122,7 +125,7 @@ def _side_by_side(
         positions[index, start:] = layout.parallel_positions()
         inside[index, start + layout.prefix_length : start + layout.context_length] = True
     lag = width - 1 - positions[:, -1]
-    return positions.to(device), Attached(inside.to(device), scale, lag.to(device))
+    return positions.to(device), Attached(inside.to(device), lse_scale, lag.to(device))
 
 
 def _stacked(tensors: list[Tensor], width: int) -> Tensor:

@@ -74,11 +74,11 @@ class ParallelEncoding:
 
     Attributes:
         temperature: of the attention to the chunks.
-        scale: factor on the log of the sum of exponentials of the scores on the chunks.
+        lse_scale: factor on the log-sum-exp of the attention scores on the chunks.
     """
 
     temperature: float
-    scale: float
+    lse_scale: float
 
 
 class Evidence(Protocol):
@@ -133,20 +133,21 @@ class LinkMethod(ABC):
         """
 
     def narrow(
-        self, layer: int, layout: Layout, rows: Tensor, deviation: Callable[[Metric], Tensor]
+        self, layer: int, layout: Layout, positions: Tensor, deviation: Callable[[Metric], Tensor]
     ) -> tuple[Tensor, Tensor] | None:
-        """Choose again once a layer's keys and values are made; None goes on with every row.
+        """Choose again once a layer has made its keys and values; None goes on with all tokens.
 
         Args:
             layer: index of the layer.
             layout: of the prompt.
-            rows: positions under recomputation in this layer, ascending, a forced query left out.
-            deviation: metric to the squared distance of each row's fresh keys or values (or both)
-                from the reused ones, fp32 ``[len(rows)]``.
+            positions: of the tokens recomputed in this layer, ascending; the query, or its last
+                token, is recomputed in any case and is not among them.
+            deviation: gives, for a metric, the squared distance of each token's fresh keys or
+                values (or both) from the reused ones, fp32 ``[len(positions)]``.
 
         Returns:
-            Two subsets of `rows`: whose keys and values are replaced in this layer, and which go
-            on to the next.
+            Two subsets of `positions`: the tokens whose keys and values are replaced in this layer,
+            and those that go on to the next layer.
         """
         return None
 
@@ -168,7 +169,7 @@ def top(score: Tensor, count: int) -> Tensor:
     return score.argsort(descending=True, stable=True)[:count]
 
 
-def rows_to_compute(method: LinkMethod, layout: Layout, evidence: Evidence) -> Tensor:
+def positions_to_recompute(method: LinkMethod, layout: Layout, evidence: Evidence) -> Tensor:
     """The method's positions and the query's (or its last), sorted, each once.
 
     Raises:

@@ -110,7 +110,7 @@ class CacheBlend(LinkMethod):
         return torch.arange(layout.prefix_length, layout.total_length)
 
     def narrow(
-        self, layer: int, layout: Layout, rows: Tensor, deviation: Callable[[Metric], Tensor]
+        self, layer: int, layout: Layout, positions: Tensor, deviation: Callable[[Metric], Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The share of this layer that deviates most, from the first check layer on."""
         if self.ratio == 1:
@@ -124,5 +124,6 @@ class CacheBlend(LinkMethod):
                 ratio *= 1.25 - 0.5 * (layer - first) / (last - first)
         elif layer not in self.check_layers:
             return None
-        chosen = rows[top(deviation(self.metric), layout.share(min(ratio, 1.0))).sort().values]
-        return (rows if self.layer1_kv == "fresh_all" else chosen), chosen
+        share = layout.share(min(ratio, 1.0))
+        chosen = positions[top(deviation(self.metric), share).sort().values]
+        return (positions if self.layer1_kv == "fresh_all" else chosen), chosen
