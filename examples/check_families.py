@@ -71,7 +71,7 @@ def rotations(pic: PIC) -> str:
         dim = (keys, values)[rotation.part].shape[-1]
         where = f" from {rotation.offset}" if rotation.offset else ""
         part = ", beside latents" if rotation.part else ""
-        kinds[f"{rotation.layout} {rotation.rotary_dim}/{dim}{where}{part}"] += 1
+        kinds[f"{rotation.pairing} {rotation.rotary_dim}/{dim}{where}{part}"] += 1
     if len(kinds) == 1:
         return next(iter(kinds))
     return "; ".join(f"{n} of {kinds.total()} layers {kind}" for kind, n in kinds.items())

@@ -82,7 +82,7 @@ def scattered_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    known: Tensor | None = None,
+    positions_on_cpu: Tensor | None = None,
 ) -> Tensor:
     """Attention of the rows at `positions` over keys at positions ``0..n-1``.
 
@@ -98,15 +98,16 @@ def scattered_attention(
         scaling: factor on the scores.
         softcap: see `attend_reference`.
         sinks: see `attend_reference`.
-        known: the positions on the CPU, to spare waiting for the device; None to fetch them.
+        positions_on_cpu: the same positions on the CPU, where reading them does not wait for the
+            device; None to fetch them.
 
     Returns:
         ``[batch, heads, q, value_dim]``.
     """
-    known = positions.cpu() if known is None else known
+    positions_on_cpu = positions.cpu() if positions_on_cpu is None else positions_on_cpu
     most, elements = _blocks(key.device)
     rows = max(1, min(most, elements // key.shape[2]))
-    ends = [*known[rows - 1 :: rows].tolist(), int(known[-1])]
+    ends = [*positions_on_cpu[rows - 1 :: rows].tolist(), int(positions_on_cpu[-1])]
     out = []
     for block, end in zip(range(0, len(positions), rows), ends, strict=False):
         at = positions[block : block + rows]

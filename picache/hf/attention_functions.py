@@ -71,7 +71,7 @@ def rotary_positions(
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
     """The mask of the pass under way, not made yet."""
     state = current.get()
-    return ScatterMask(mask_function, state.positions, state.known)
+    return ScatterMask(mask_function, state.positions, state.positions_on_cpu)
 
 
 def attend_scattered(
@@ -93,7 +93,7 @@ def attend_scattered(
                 "linking does not know: use a full prefill with this model"
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions, known, state = attention_mask.positions, attention_mask.known, current.get()
+    positions, state = attention_mask.positions, current.get()
     if state.parallel is not None:
         side_by_side, lse_scale = state.parallel
         if s_aux is not None:
@@ -124,7 +124,15 @@ def attend_scattered(
         )
         return out.transpose(1, 2).contiguous(), None
     out = scattered_attention(
-        query, key, value, positions, attention_mask, scaling, softcap, s_aux, known
+        query,
+        key,
+        value,
+        positions,
+        attention_mask,
+        scaling,
+        softcap,
+        s_aux,
+        attention_mask.positions_on_cpu,
     )
     if state.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.attention_switch import Attachment
-from picache.hf.sparse_pass import Layers, Pass
+from picache.hf.sparse_pass import KVByLayer, SparsePass
 
 
 class ScatterLayer(DynamicLayer):
@@ -21,7 +21,7 @@ class ScatterLayer(DynamicLayer):
         state: of the pass.
     """
 
-    def __init__(self, kv: Layers, index: int, length: int, state: Pass) -> None:
+    def __init__(self, kv: KVByLayer, index: int, length: int, state: SparsePass) -> None:
         super().__init__()
         self.is_initialized = True
         self.kv, self.index, self.length, self.state = kv, index, length, state

@@ -24,7 +24,7 @@ from picache.hf.cache import ScatterLayer, held_by
 from picache.hf.fingerprint import fingerprint, middles
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
-from picache.hf.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
+from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
 _FAR = 2**16  # a length to look at where the configuration states no limit
@@ -194,7 +194,7 @@ class HFModel:
         self,
         ids: Tensor,
         positions: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         narrow: Narrow | None = None,
         position_ids: Tensor | None = None,
         parallel: tuple[slice, float] | None = None,
@@ -217,7 +217,7 @@ class HFModel:
             Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
             layer.
         """
-        state = Pass(positions, self.device, narrow, parallel=parallel)
+        state = SparsePass(positions, self.device, narrow, parallel=parallel)
         logits = self._run(ids, kv, int(positions[-1]) + 1, state, position_ids)
         return logits[:, -1], state.entered
 
@@ -226,7 +226,7 @@ class HFModel:
         self,
         ids: Tensor,
         positions: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         layers: int | None = None,
         value_norm: bool = False,
     ) -> Tensor:
@@ -243,7 +243,7 @@ class HFModel:
             Mean over heads and rows, fp32 ``[layers, tokens]``, on the CPU.
         """
         masses: list[Tensor] = []
-        state = Pass(
+        state = SparsePass(
             positions,
             self.device,
             observe=lambda layer, mass: masses.append(mass.cpu()),
@@ -257,9 +257,9 @@ class HFModel:
     def _run(
         self,
         ids: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         length: int,
-        state: Pass,
+        state: SparsePass,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         at = state.positions if position_ids is None else position_ids.to(self.device)
@@ -331,7 +331,7 @@ class HFModel:
             fingerprint=self.fingerprint,
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
             dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
-            rope=repr(sorted({repr(rotation) for rotation in self.rotations})),
+            rope=repr(sorted({str(rotation) for rotation in self.rotations})),
             namespace=namespace,
             storage=storage,
         )
@@ -346,7 +346,7 @@ class HFModel:
         that follow the length are written to by every forward and are left out: the configuration
         has them.
         """
-        moving = {id(buffer) for buffer in self.rotary.moving_buffers()}
+        moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
         tensors = [*self.model.named_parameters(), *buffers]
         versions = [

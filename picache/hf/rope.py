@@ -17,9 +17,9 @@ from picache.errors import PICacheError
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each [tokens, rotary_dim / 2], fp32
 Source = Literal["half", "interleaved", "single"]
-Layout = Literal["half", "interleaved"]
+Pairing = Literal["half", "interleaved"]
 Part = Literal[0, 1]
-_LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
+_PAIRINGS: tuple[Pairing, ...] = ("half", "interleaved")
 _PARTS: tuple[Part, ...] = (0, 1)
 # Relative error (Frobenius) that a layer may add, of the token that is explained best. Sinks make
 # even a lone token depend on its position by rounding, which grows from layer to layer, so a
@@ -35,7 +35,7 @@ class Rotation:
     Attributes:
         source: how the model lays out cos and sin: "half" as (f, f), "interleaved" as each f twice,
             "single" as f.
-        layout: which dimensions form a pair: "half" i with i + d/2, "interleaved" 2i with 2i + 1.
+        pairing: which dimensions form a pair: "half" i with i + d/2, "interleaved" 2i with 2i + 1.
         rotary_dim: how many dimensions are rotated; the rest pass through.
         offset: the first rotated dimension; behind the others where keys are made of a part
             without a position and a rotated one (MLA expanded per head).
@@ -44,10 +44,17 @@ class Rotation:
     """
 
     source: Source
-    layout: Layout
+    pairing: Pairing
     rotary_dim: int
     offset: int = 0
     part: Part = 0
+
+    def __str__(self) -> str:
+        """The text in the keys of chunks; it must not change, or stored chunks are lost."""
+        return (
+            f"Rotation(source={self.source!r}, layout={self.pairing!r}, "
+            f"rotary_dim={self.rotary_dim}, offset={self.offset}, part={self.part})"
+        )
 
 
 def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
@@ -60,7 +67,7 @@ def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
     return cos, sin
 
 
-def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
+def rotate_(keys: Tensor, angles: Angles, pairing: Pairing, offset: int = 0) -> Tensor:
     """Rotate the dimensions from `offset` on of keys ``[..., tokens, head_dim]`` in place, in fp32.
 
     As many dimensions are rotated as there are angles for, two per angle.
@@ -68,7 +75,7 @@ def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Te
     cos, sin = angles
     half = cos.shape[-1]
     turned = keys[..., offset : offset + 2 * half]
-    if layout == "half":
+    if pairing == "half":
         a, b = turned[..., :half], turned[..., half:]
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
@@ -78,9 +85,9 @@ def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Te
     return keys
 
 
-def rotate(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
+def rotate(keys: Tensor, angles: Angles, pairing: Pairing, offset: int = 0) -> Tensor:
     """The same, of a copy."""
-    return rotate_(keys.clone(), angles, layout, offset)
+    return rotate_(keys.clone(), angles, pairing, offset)
 
 
 def relative_errors(actual: Tensor, expected: Tensor, dim: int) -> Tensor:
@@ -129,7 +136,7 @@ def calibrate(
             cos, sin = (each[:, None, None].tensor_split(2) for each in angles)
             turn = difference((cos[0], sin[0]), (cos[1], sin[1]))
             part = moved[rotation.part]
-            moved[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+            moved[rotation.part] = rotate(part, turn, rotation.pairing, rotation.offset)
         each = [relative_errors(a, b, dim=0) for a, b in zip(moved, expected, strict=True)]
         return float(torch.maximum(*each).min())
 
@@ -162,10 +169,10 @@ def _candidates(width: int, dims: tuple[int, int]) -> list[Rotation]:
         ("single", 2 * width),
     )
     return [
-        Rotation(source, layout, rotary_dim, offset, part)
+        Rotation(source, pairing, rotary_dim, offset, part)
         for part in _PARTS
         for source, rotary_dim in widths
         if rotary_dim <= dims[part]
-        for layout in _LAYOUTS
+        for pairing in _PAIRINGS
         for offset in sorted({0, dims[part] - rotary_dim})
     ]

@@ -42,15 +42,15 @@ class RotaryModule:
             rotated: indices of the layers that rotate what they cache.
             far: the length, in tokens, that is compared with a text of two tokens.
         """
-        self._layers = list({self.kind(layer): layer for layer in rotated}.values())
+        self._layers = list({self.layer_type(layer): layer for layer in rotated}.values())
         self._short = self._in_a_text_of(2)
         self.follows_length = not torch.equal(self._short, self._in_a_text_of(far))
 
-    def kind(self, layer: int) -> str | None:
+    def layer_type(self, layer: int) -> str | None:
         """The layer type whose frequencies a layer rotates by; None where all share them."""
         return None if self._types is None else self._types[layer]
 
-    def moving_buffers(self) -> list[Tensor]:
+    def length_dependent_buffers(self) -> list[Tensor]:
         """The module's buffers, if every forward may write to them."""
         return list(self._module.buffers()) if self.follows_length else []
 

@@ -58,7 +58,7 @@ def _check_moving(model: "HFModel", ids: Tensor) -> None:
             new = old + _CHUNK.start
             turn = difference(model.angles(layer, old), model.angles(layer, new))
             part = parts[rotation.part]
-            parts[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+            parts[rotation.part] = rotate(part, turn, rotation.pairing, rotation.offset)
         moved.append((parts[0], parts[1]))
     there = model.prefill(ids[None], _CHUNK.start)
     _compare(model, "a chunk moved to other positions", moved, there)

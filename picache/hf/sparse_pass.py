@@ -23,7 +23,7 @@ Narrow = Callable[[int, Tensor, KV, KV], tuple[Tensor, Tensor] | None]
 Observe = Callable[[int, Tensor], None]
 
 
-class Layers(Protocol):
+class KVByLayer(Protocol):
     """Keys and values of a whole prompt by layer."""
 
     def __getitem__(self, layer: int, /) -> KV:
@@ -38,12 +38,12 @@ class ScatterMask:
     Attributes:
         function: allowed, of (batch, head, query position, key position).
         positions: of the rows, int64 ``[rows]``, on their device.
-        known: the same, on the CPU: what is decided by them need not wait for the device.
+        positions_on_cpu: the same, on the CPU, where reading them does not wait for the device.
     """
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     positions: Tensor
-    known: Tensor
+    positions_on_cpu: Tensor
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
@@ -53,14 +53,14 @@ class ScatterMask:
 
     def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
         """Follow a layer to its device, as accelerate asks of arguments."""
-        return ScatterMask(self.function, self.positions.to(*args, **kwargs), self.known)
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs), self.positions_on_cpu)
 
 
-class Pass:
+class SparsePass:
     """What one sparse pass shares between the mask, the cache layers and the decoder layers.
 
     Args:
-        known: positions of the rows that enter, int64 ``[rows]``, ascending, on the CPU.
+        positions_on_cpu: positions of the rows that enter, int64 ``[rows]``, ascending, on the CPU.
         device: of the model.
         narrow: asked for fewer rows once a layer's KV is made; None to keep them all.
         observe: told (layer, attention mass ``[tokens]``); None when nobody asks.
@@ -70,14 +70,14 @@ class Pass:
             chunks stand one after the other.
 
     Attributes:
-        known: positions of the rows in the layer under way, on the CPU.
+        positions_on_cpu: positions of the rows in the layer under way, on the CPU.
         positions: the same on the device.
         entered: the positions that went through each layer so far, on the CPU.
     """
 
     def __init__(
         self,
-        known: Tensor,
+        positions_on_cpu: Tensor,
         device: torch.device,
         narrow: Narrow | None = None,
         observe: Observe | None = None,
@@ -85,7 +85,7 @@ class Pass:
         stop: int | None = None,
         parallel: tuple[slice, float] | None = None,
     ) -> None:
-        self.known, self.positions = known, known.to(device)
+        self.positions_on_cpu, self.positions = positions_on_cpu, positions_on_cpu.to(device)
         self.narrow, self.observe = narrow, observe
         self.value_norm, self.stop, self.parallel = value_norm, stop, parallel
         self.entered: list[Tensor] = []
@@ -104,14 +104,15 @@ class Pass:
             fresh: keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
             held: those of the whole prompt.
         """
-        self.entered.append(self.known)
+        self.entered.append(self.positions_on_cpu)
         if self.narrow is None:
             return None
         stale = (held[0][:, :, self.positions], held[1][:, :, self.positions])
-        chosen = self.narrow(self.layer, self.known, fresh, stale)
+        chosen = self.narrow(self.layer, self.positions_on_cpu, fresh, stale)
         if chosen is None:
             return None
-        kept, going_on = (torch.isin(self.known, one).nonzero().flatten() for one in chosen)
+        entered = self.positions_on_cpu
+        kept, going_on = (torch.isin(entered, one).nonzero().flatten() for one in chosen)
         self._going_on = going_on
         return kept.to(self.positions.device)
 
@@ -122,14 +123,14 @@ class Pass:
             going_on = self._going_on.to(self.positions.device)
             left["hidden_states"] = given["hidden_states"][:, going_on]
             self._left = going_on if self._left is None else self._left[going_on]
-            self.known = self.known[self._going_on]
+            self.positions_on_cpu = self.positions_on_cpu[self._going_on]
             self.positions = self.positions[going_on]
             self._going_on = None
         if self._left is None:
             return left
         for name, value in given.items():
             if isinstance(value, ScatterMask):
-                left[name] = ScatterMask(value.function, self.positions, self.known)
+                left[name] = ScatterMask(value.function, self.positions, self.positions_on_cpu)
             elif name == "position_embeddings":
                 left[name] = tuple(part[:, self._left] for part in value)
             elif name in ("position_ids", "cache_position"):
@@ -147,7 +148,7 @@ class Stop(Exception):  # noqa: N818 - not an error: the pass has gone far enoug
     """Ends a pass that needs only the first layers."""
 
 
-current: ContextVar[Pass] = ContextVar("picache_pass")
+current: ContextVar[SparsePass] = ContextVar("picache_pass")
 
 
 def enter_layer(

@@ -161,9 +161,9 @@ class LinkedKV:
         if rotation is None or not len(self._old):
             return
         # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
-        same = (rotation, self._model.rotary.kind(layer))
+        same = (rotation, self._model.rotary.layer_type(layer))
         if same not in self._turns:
             old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
             self._turns[same] = difference(old, new)
         moved = kv[rotation.part][:, :, self._rows]
-        rotate_(moved, self._turns[same], rotation.layout, rotation.offset)
+        rotate_(moved, self._turns[same], rotation.pairing, rotation.offset)

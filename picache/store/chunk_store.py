@@ -13,7 +13,7 @@ import torch
 from picache.chunk import KV, STORAGES, Header
 from picache.errors import CorruptChunk, PICacheError
 from picache.store.disk import Disk
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.memory import Memory
 from picache.store.quantize import Encoded, encode
 from picache.store.stored import StoredChunk, check_kv, human
@@ -101,12 +101,12 @@ class ChunkStore:
             raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
         self.storage, self.namespace = storage, namespace
         self._lock = threading.RLock()
-        self._busy = Busy(self._lock)
-        self._memory = Memory(device_bytes, host_bytes, eviction, self._busy)
+        self._in_use = InUse(self._lock)
+        self._memory = Memory(device_bytes, host_bytes, eviction, self._in_use)
         self._disk = (
             None
             if path is None
-            else Disk(path, disk_bytes, eviction, namespace, storage, self._busy, self._lock)
+            else Disk(path, disk_bytes, eviction, namespace, storage, self._in_use, self._lock)
         )
         self.misses = self.evictions = self._left_to_disk = 0
 
@@ -263,10 +263,10 @@ class ChunkStore:
         found = self._find(key)
         if found is None or found.tier == "device":
             return found is not None
-        if key in self._busy.pins:
+        if key in self._in_use.pins:
             return False
         with self._lock:  # see before anything is copied; of a file the size is not yet known
-            room = self._memory.tiers[0].room_for(found.nbytes, key, self._busy)
+            room = self._memory.tiers[0].room_for(found.nbytes, key, self._in_use)
         if room is None and found.tier == "host":
             return False
         layers = []
@@ -277,8 +277,8 @@ class ChunkStore:
             )
         entry = _entry(found.header, layers)
         with self._lock:
-            room = self._memory.tiers[0].room_for(entry.nbytes, key, self._busy)
-            if room is None or key in self._busy.pins:  # pinned meanwhile
+            room = self._memory.tiers[0].room_for(entry.nbytes, key, self._in_use)
+            if room is None or key in self._in_use.pins:  # pinned meanwhile
                 return False
             self._count_out(self._memory.insert(0, key, entry))
         return True
@@ -306,7 +306,7 @@ class ChunkStore:
         with self._lock:
             if key not in self:
                 raise PICacheError(f"cannot pin {key!r}: it is not in the store; put it first")
-            self._busy.pins.add(key)
+            self._in_use.pins.add(key)
 
     def unpin(self, key: str) -> None:
         """Let a pinned chunk leave again.
@@ -314,7 +314,7 @@ class ChunkStore:
         Raises:
             PICacheError: when it is not pinned.
         """
-        self._busy.unpin(key)
+        self._in_use.unpin(key)
 
     def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
         """Count a reference to each chunk while a ``with`` block runs: none is evicted or demoted.
@@ -322,7 +322,7 @@ class ChunkStore:
         Keys that are not in the store yet count too, from when they are put. `PIC.link` holds a
         reference to the chunks of the row it is linking.
         """
-        return self._busy.using(keys)
+        return self._in_use.using(keys)
 
     def clear(self) -> None:
         """Drop every chunk, pinned ones and files on disk included; the counters stay.
@@ -331,12 +331,12 @@ class ChunkStore:
             PICacheError: when chunks are in use; the store is unchanged.
         """
         with self._lock:
-            if self._busy.in_use:
+            if self._in_use.num_referenced:
                 raise PICacheError(
-                    f"cannot clear a store while {self._busy.in_use} chunks are in use: leave the "
-                    "block of `using` first"
+                    f"cannot clear a store while {self._in_use.num_referenced} chunks are in use: "
+                    "leave the block of `using` first"
                 )
-            self._busy.pins.clear()
+            self._in_use.pins.clear()
             self._memory.clear()
             if self._disk is not None:
                 self._disk.clear()

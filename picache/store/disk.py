@@ -12,7 +12,7 @@ from picache.chunk import Header
 from picache.errors import CorruptChunk, PICacheError
 from picache.store.chunkfile import ChunkFile, pack
 from picache.store.files import SUFFIX
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.quantize import Encoded
 from picache.store.remote import open_files
 from picache.store.tiers import Entry, Tier
@@ -31,7 +31,7 @@ class Disk:
         eviction: see `Tier`.
         namespace: the tenant; each has a folder of its own.
         storage: how tensors are kept; each kind has a folder of its own.
-        busy: says what must not be deleted.
+        in_use: says what must not be deleted.
         lock: of the store; held for `tier`, not while files are written or read.
 
     Attributes:
@@ -49,7 +49,7 @@ class Disk:
         eviction: str,
         namespace: str,
         storage: str,
-        busy: Busy,
+        in_use: InUse,
         lock: RLock,
     ) -> None:
         folder = "ns=" + quote(namespace, safe="")
@@ -60,7 +60,7 @@ class Disk:
             )
         self.tier = Tier("disk", math.inf if disk_bytes is None else disk_bytes, eviction)
         self._namespace, self._storage = namespace, storage
-        self._busy, self._lock = busy, lock
+        self._in_use, self._lock = in_use, lock
         self._files = open_files(path, f"{storage}/{folder}")
         self.where = self._files.where
         self.corrupt = self.failures = 0
@@ -94,7 +94,7 @@ class Disk:
 
     def _trim(self, keep: str = "") -> list[str]:
         """Delete the files that are the cheapest to lose until the rest fits."""
-        leave = self.tier.room_for(0, "", lambda key: key == keep or self._busy(key)) or []
+        leave = self.tier.room_for(0, "", lambda key: key == keep or self._in_use(key)) or []
         for key in leave:
             self._files.remove(self.name(key))
             self.tier.drop(key, evicted=True)
@@ -112,7 +112,7 @@ class Disk:
             if not math.isinf(self.tier.budget):
                 gone += self.refresh()  # other processes fill the same directory
             with self._lock:
-                fits = self.tier.room_for(nbytes, key, self._busy) is not None
+                fits = self.tier.room_for(nbytes, key, self._in_use) is not None
             if fits:
                 self._files.write(self.name(key), data)
                 with self._lock:
@@ -150,7 +150,7 @@ class Disk:
             return None, []
         self._files.touch(name)
         with self._lock:
-            if self.tier.room_for(file.nbytes, key, self._busy) is None:
+            if self.tier.room_for(file.nbytes, key, self._in_use) is None:
                 return file, []  # another process's, too large for this one's bound
             self.tier.add(key, Entry.of(file.nbytes, file.header))
             return file, self._trim(key)

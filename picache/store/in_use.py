@@ -8,7 +8,7 @@ from threading import RLock
 from picache.errors import PICacheError
 
 
-class Busy:
+class InUse:
     """Pins and reference counts by key; calling it with a key says whether that must stay."""
 
     def __init__(self, lock: RLock) -> None:
@@ -21,7 +21,7 @@ class Busy:
         return key in self.pins or self._uses[key] > 0
 
     @property
-    def in_use(self) -> int:
+    def num_referenced(self) -> int:
         """Chunks with a reference."""
         return len(self._uses)
 

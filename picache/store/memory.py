@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from picache.errors import StoreFull
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.tiers import Entry, Tier
 
 
@@ -25,18 +25,18 @@ class Memory:
         device_bytes: bound of the device tier; None for no bound.
         host_bytes: bound of the host tier; None for no such tier.
         eviction: see `Tier`.
-        busy: says what must stay where it is.
+        in_use: says what must stay where it is.
     """
 
     def __init__(
-        self, device_bytes: float | None, host_bytes: float | None, eviction: str, busy: Busy
+        self, device_bytes: float | None, host_bytes: float | None, eviction: str, in_use: InUse
     ) -> None:
         device = Tier("device", math.inf if device_bytes is None else device_bytes, eviction)
         self.tiers = [device]
         if host_bytes is not None:
             self.tiers.append(Tier("host", host_bytes, eviction))
         self.demotions = 0  # from device to host
-        self._busy = busy
+        self._in_use = in_use
 
     def __contains__(self, key: str) -> bool:
         return any(key in tier.entries for tier in self.tiers)
@@ -52,7 +52,7 @@ class Memory:
     def level_for(self, key: str, nbytes: int) -> int | None:
         """The fastest tier that can take `nbytes` under `key`; None if none can."""
         for level, tier in enumerate(self.tiers):
-            if tier.room_for(nbytes, key, self._busy) is not None:
+            if tier.room_for(nbytes, key, self._in_use) is not None:
                 return level
         return None
 
@@ -67,7 +67,7 @@ class Memory:
             entry.layers = [
                 {name: to_host(part) for name, part in layer.items()} for layer in entry.layers
             ]
-        leave = tier.room_for(entry.nbytes, key, self._busy)
+        leave = tier.room_for(entry.nbytes, key, self._in_use)
         assert leave is not None, "level_for said there is room"
         for other in self.tiers:
             if other is not tier:
@@ -81,7 +81,7 @@ class Memory:
         tier = self.tiers[level]
         entry = tier.entries[key]
         below = self.tiers[level + 1 : level + 2]
-        if not below or below[0].room_for(entry.nbytes, key, self._busy) is None:
+        if not below or below[0].room_for(entry.nbytes, key, self._in_use) is None:
             tier.drop(key, evicted=True)
             return [key]
         tier.raise_floor(key)
@@ -104,7 +104,7 @@ class Memory:
             )
         keys = [key for tier in self.tiers for key in tier.entries]
         return StoreFull(
-            f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._busy, keys))} of the "
+            f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._in_use, keys))} of the "
             f"{len(keys)} chunks in memory are pinned or in use and cannot leave; unpin some or "
             f"raise {largest.name}_bytes={largest.budget:,}"
         )

@@ -74,19 +74,19 @@ class Tier:
         value = entry.seconds / entry.nbytes if self.eviction == "cost" else 0.0
         entry.priority = (self._floor + value, next(self._clock))
 
-    def room_for(self, nbytes: int, key: str, busy: Callable[[str], bool]) -> list[str] | None:
+    def room_for(self, nbytes: int, key: str, in_use: Callable[[str], bool]) -> list[str] | None:
         """What must leave for `key` to take `nbytes`, first to leave first; None if no way.
 
         Args:
             nbytes: of the entry to come.
             key: its key; an entry it replaces counts as gone.
-            busy: says of a key that it must stay.
+            in_use: says of a key that it must stay.
         """
         held = self.entries[key].nbytes if key in self.entries else 0
         excess = self.nbytes - held + nbytes - self.budget
         if excess <= 0:
             return []
-        heap = [(e.priority, k) for k, e in self.entries.items() if k != key and not busy(k)]
+        heap = [(e.priority, k) for k, e in self.entries.items() if k != key and not in_use(k)]
         heapq.heapify(heap)
         leave = []
         while heap and excess > 0:
