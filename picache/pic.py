@@ -1,4 +1,4 @@
-"""The public face: compile chunks once, link them in any order."""
+"""`PIC`: compile chunks once, link them in any order."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,23 +26,23 @@ Document = str | Sequence[int] | Tensor
 class PIC:
     """Position-independent caching on a HuggingFace causal language model.
 
-    The first chunk of a prompt is an exact prefix and is reused untouched; the query is always
-    recomputed in full. Everything between is approximate unless it is recomputed.
+    The first chunk of a prompt is an exact prefix and is reused as it is; the query behind the last
+    chunk is recomputed in full. The chunks between are approximate unless they are recomputed.
 
     Args:
-        model: any causal LM on transformers' attention interface with rotary positions that
-            `picache.hf.rope.calibrate` can prove.
-        tokenizer: needed for text; token ids do without.
-        store: where compiled chunks live; one without a bound by default.
-        sinks: what a chunk that stands in the middle is compiled behind. "drop": its own BOS, if
-            it begins with one, left out of the prompt. "keep": the same, but left in, as EPIC's
-            code does. `DummySinks` or `SharedPrefix`: those, left out.
+        model: a causal language model on transformers' attention interface, with rotary positions
+            that `picache.hf.rope.calibrate` can measure.
+        tokenizer: needed to compile and link text; not for token ids.
+        store: where compiled chunks are kept; by default a `ChunkStore` without a bound.
+        sinks: what a chunk is compiled behind where it does not stand first. "drop": its own BOS,
+            if it begins with one, which is left out of the prompt. "keep": the same, but left in,
+            as in EPIC's code. `DummySinks` or `SharedPrefix`: those, which are left out.
         flops_per_byte: what copying and rotating a byte of compiled KV costs, in floating-point
-            operations of a prefill. Where the rows a method chose and the bytes it would load
-            cost as much as a full prefill by this estimate, the prompt is prefilled in full,
-            which is exact, and the report says so. The default is low, so that it happens only
-            where there is no doubt; KV in the device's own memory costs some 200, from further
-            away more. None links whatever it costs. Methods that choose by layer are always linked.
+            operations of a prefill. Where recomputing the chosen tokens and loading the KV would
+            cost as much as a full prefill by this estimate, the prompt is prefilled in full, which
+            is exact, and the report says so. The default is low, so that this happens only in
+            clear cases; KV in the device's own memory costs some 200, from further away more. None
+            links whatever it costs. Methods that choose again in each layer always link.
 
     Attributes:
         model: the transformers model that was handed in.
@@ -85,7 +85,7 @@ class PIC:
         self._lead = self._leading(sinks)
 
     def _leading(self, sinks: Sinks) -> tuple[int, ...]:
-        """Tokens a chunk in the middle is compiled behind, its own BOS aside."""
+        """The dummies or the prefix that chunks are compiled behind; empty for their own BOS."""
         if isinstance(sinks, SharedPrefix):
             return self._tokens(sinks.text, "the shared prefix", special=True)
         if isinstance(sinks, DummySinks):
@@ -98,13 +98,13 @@ class PIC:
         return ()
 
     def _header(self) -> Header:
-        """What tells this model's chunks in this store from others, the text aside."""
+        """What the KV of chunks in this store depends on besides the text and its sinks."""
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
     def _form(self, ids: tuple[int, ...], header: Header, first: bool = False) -> Form:
-        """How a chunk of these ids is compiled, and what of it comes into a prompt."""
+        """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
         own = 1 if ids[0] in self._bos else 0
-        sinks = ""  # what KV does not depend on stays out of its key
+        sinks = ""  # only what the KV depends on is part of the key
         if first or self.sinks == "keep":
             skip = 0
         elif self._lead:
@@ -115,7 +115,7 @@ class PIC:
         return Form(ids, skip, chunk_key(ids, header), header)
 
     def _special(self, name: str) -> tuple[int, ...]:
-        """The ids of a special token: the tokenizer's, else the model configuration's."""
+        """Ids of a special token, from the tokenizer or else from the model's configurations."""
         for source in (self.tokenizer, self.model.generation_config, self.hf.config):
             found = None if source is None else getattr(source, name, None)
             if found is not None:
@@ -123,6 +123,13 @@ class PIC:
         return ()
 
     def _tokens(self, document: Document, what: str, special: bool) -> tuple[int, ...]:
+        """Token ids of a text, or of what was given as ids; checked.
+
+        Args:
+            document: text, or token ids.
+            what: names the argument in errors.
+            special: whether the tokenizer shall add its special tokens to a text.
+        """
         if isinstance(document, str):
             if self.tokenizer is None:
                 raise PICacheError(
@@ -133,17 +140,19 @@ class PIC:
         return as_ids(document, self.hf.vocab_size, what)
 
     def compile(self, document: Document, first: bool = False) -> Chunk:
-        """Prefill one chunk alone and keep its KV; a second compile of the same tokens is a hit.
+        """Prefill one chunk alone and keep its KV; the same tokens again are found in the store.
 
         Args:
             document: text, or token ids as a list or a 1-D tensor.
-            first: whether it will stand first in prompts, where it is an exact prefix, compiled
-                behind nothing. Only `DummySinks` and `SharedPrefix` make a difference; a chunk
-                linked elsewhere than it was compiled for is compiled again there, once.
+            first: whether the chunk will stand first in prompts, where it is an exact prefix and is
+                compiled behind nothing. It makes a difference only with `DummySinks` and
+                `SharedPrefix`. A chunk that is linked in another place than it was compiled for is
+                compiled again for that place, once.
 
         Raises:
-            PICacheError: when it is empty, out of the vocabulary, longer than the model's positions
-                or larger than the store; the store is unchanged.
+            StoreFull: when the store has no room; the store is unchanged.
+            PICacheError: when the document is empty, out of the vocabulary, or longer than the
+                model's positions; the store is unchanged.
         """
         ids = self._tokens(document, "a document", special=True)
         form = self._form(ids, self._header(), first)
@@ -170,12 +179,13 @@ class PIC:
         query: Document | Sequence[Document],
         method: LinkMethod | None = None,
     ) -> LinkedPrompt:
-        """Link compiled chunks and a query into a prompt whose KV is ready.
+        """Link compiled chunks and a query into a prompt that `generate` can go on from.
 
         Args:
-            chunks: in prompt order; or a list of such lists, for a batch.
-            query: what follows the last chunk; or one query per row, for a batch.
-            method: which tokens to recompute; `LegoLink()` by default.
+            chunks: compiled chunks in prompt order; or a list of such lists, for a batch.
+            query: what follows the last chunk, as text or token ids; or a list with one query for
+                each row, for a batch.
+            method: says which tokens to recompute; `LegoLink()` by default.
 
         Raises:
             PICacheError: on an empty list, an empty query, a chunk of another model, or a prompt
@@ -223,7 +233,7 @@ class PIC:
                     f"place {index}"
                 )
             form = self._form(chunk.ids, header, first=not index)
-            # It may have been compiled for another place than this.
+            # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
                 chunk.key != self._form(chunk.ids, header, first=bool(index)).key
             ):
