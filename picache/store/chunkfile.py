@@ -1,10 +1,10 @@
-"""Compiled chunks as safetensors files that prove what they are before they are used.
+"""Compiled chunks as safetensors files, each of which is checked before it is used.
 
-One file a chunk. Its ``__metadata__`` holds the format, the key, the chunk's `Header`, a checksum
-per layer and one over all of that; a layer's checksum covers names, dtypes, shapes and bytes. They
-find damage, a file under another's name, and a file of another tenant or storage. They do not
-stop someone who can write to the folder from composing a file with checksums of its own; nothing
-in a file is ever executed.
+There is one file for each chunk. Its ``__metadata__`` holds the format, the key, the chunk's
+`Header`, a checksum for each layer, and one over all of these. The checksum of a layer covers
+names, dtypes, shapes and bytes. They find damage, a file under a wrong name, and a file of another
+tenant or storage. They do not stop somebody who can write to the folder from making a file with
+valid checksums; but nothing in a file is ever executed.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ Buffer = bytearray | memoryview
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """The memory of a contiguous tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(parts: Encoded) -> str:
-    """SHA-256 of a layer: twice the speed of BLAKE2b where the processor has SHA instructions."""
+    """SHA-256 of a layer; twice as fast as BLAKE2b where the processor has SHA instructions."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         tensor = parts[name]
@@ -59,15 +59,20 @@ def _checksum(parts: Encoded) -> str:
 
 
 def _seal(metadata: dict[str, str]) -> str:
-    """Checksum over every other field of the metadata."""
+    """SHA-256 over all fields of the metadata but the one it is kept in."""
     rest = {name: value for name, value in metadata.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
-    """A chunk as the bytes of a safetensors file, in pieces so that nothing is copied twice.
+    """The bytes of a chunk's safetensors file, in pieces so that nothing is copied twice.
 
-    `safetensors.torch.save` gives the same layout at one more copy of the whole chunk.
+    `safetensors.torch.save` writes the same bytes, but copies the whole chunk once more.
+
+    Args:
+        key: of the chunk.
+        header: of the chunk.
+        layers: as encoded for storage.
     """
     held = [{name: part.cpu().contiguous() for name, part in layer.items()} for layer in layers]
     metadata = {
@@ -78,7 +83,7 @@ def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
     }
     metadata["checksum"] = _seal(metadata)
     named = [(f"{i}.{name}", part) for i, layer in enumerate(held) for name, part in layer.items()]
-    named.sort(key=lambda pair: -pair[1].itemsize)  # each tensor aligned to its own element
+    named.sort(key=lambda pair: -pair[1].itemsize)  # so that each tensor is aligned to its elements
     entries: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, part in named:
@@ -161,6 +166,11 @@ class ChunkFile:
         namespace: that it must belong to.
         storage: that it must be of.
         version: which version of the file this is, for `Files.remove_version`.
+
+    Attributes:
+        header: of the chunk.
+        nbytes: bytes of the file.
+        version: as handed in.
 
     Raises:
         CorruptChunk: when the file is damaged or is not that chunk; says what was seen.

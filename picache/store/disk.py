@@ -1,4 +1,4 @@
-"""The disk tier: a directory of chunk files, bounded in bytes."""
+"""The disk tier of a store: a folder of chunk files, bounded in bytes."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from picache.store.chunk_name import file_name
 from picache.store.chunkfile import ChunkFile, pack
 from picache.store.files import Files, LocalFiles
 from picache.store.folder_index import FolderIndex, Totals
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.listed_index import ListedIndex
 from picache.store.quantize import Encoded
 from picache.store.remote import RemoteFiles
@@ -20,18 +20,18 @@ from picache.store.writers import being_written
 
 
 class Disk:
-    """The chunk files of one namespace and storage under a path or URL.
+    """The chunk files of one namespace and storage, under a path or URL.
 
     Two processes that write one key both write the same chunk; the last one stays. Every method
     raises what the file system, the index or the network raised; `ChunkStore` makes misses of it.
 
     Args:
         path: a local folder or an fsspec URL.
-        disk_bytes: most bytes of files; None for no bound.
+        disk_bytes: the most bytes of files; None for no bound.
         eviction: see `Tier`.
         namespace: the tenant; each has a folder of its own.
         storage: how tensors are kept; each kind has a folder of its own.
-        busy: says what must not be deleted.
+        in_use: says what must not be deleted.
         limits: how long a URL is waited for.
 
     Attributes:
@@ -52,7 +52,7 @@ class Disk:
         eviction: str,
         namespace: str,
         storage: str,
-        busy: Busy,
+        in_use: InUse,
         limits: RemoteLimits,
     ) -> None:
         folder = "ns=" + quote(namespace, safe="")
@@ -69,10 +69,10 @@ class Disk:
         self._index: FolderIndex | ListedIndex
         if "://" in text:
             self._files = remote = RemoteFiles(text, below, limits)
-            self._index = ListedIndex(remote, self.budget, eviction, busy)
+            self._index = ListedIndex(remote, self.budget, eviction, in_use)
         else:
             self._files = local = LocalFiles(Path(text), below)
-            self._index = FolderIndex(local, self.budget, eviction, busy)
+            self._index = FolderIndex(local, self.budget, eviction, in_use)
         self.where, self.read_only = self._files.where, self._files.read_only
         self.corrupt = 0
         if self.read_only and disk_bytes is not None:

@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all: what a store needs of them, and a local folder."""
+"""Files that appear whole or not at all: what a store needs of them, and a local folder's."""
 
 import json
 import os
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
+
+from typing_extensions import override
 
 from picache.errors import PICacheError
 from picache.store.writers import STALE_SECONDS, TEMPORARY, temporary_name
@@ -17,12 +19,12 @@ SUFFIX = ".safetensors"
 
 
 class Files(Protocol):
-    """Named files of one store; a name is ``shard/key.safetensors``.
+    """The files of one store by name; a name is ``shard/key.safetensors``.
 
     Attributes:
-        where: the folder or URL.
+        where: the path or URL of the store, as text.
         read_only: whether nothing can be written there.
-        copies: whether a file is copied here to be read, so that the copy may be damaged.
+        copies: whether a file is copied to this machine to be read, and the copy may be damaged.
     """
 
     where: str
@@ -30,7 +32,7 @@ class Files(Protocol):
     copies: bool
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there now, whoever wrote it."""
+        """Whether the file is there now, whichever process wrote it."""
 
     def open(self, name: str) -> tuple[FileIO, object]:
         """The file opened for reading, and its version; FileNotFoundError when there is none."""
@@ -48,17 +50,23 @@ class Files(Protocol):
         """Bring a published or removed name down to the disk too."""
 
     def remove(self, name: str) -> None:
-        """Delete the file; one that is gone already is no error."""
+        """Delete the file; it is no error if it is gone already."""
 
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file if it is still that version of it; whether none is there now."""
+        """Delete the file if it is still that version; returns whether none is there now."""
 
     def touch(self, name: str) -> None:
-        """Mark the file as used now, where the file system can."""
+        """Mark the file as used now, where the file system can do that."""
 
 
 def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
-    """Whether the store has its marker; refuses what is not a chunk store of this version."""
+    """Whether a folder is marked as a chunk store; PICacheError when it holds something else.
+
+    Args:
+        marker: content of the marker file; None when there is none.
+        others: names of what else is there.
+        where: the path or URL, for errors.
+    """
     if marker is None:
         if others:
             raise PICacheError(
@@ -84,10 +92,17 @@ def open_regular(path: str) -> FileIO:
     return FileIO(path, "r", opener=lambda name, _: os.open(name, flags | os.O_CLOEXEC))
 
 
-class LocalFiles:
-    """Files in a folder of this machine, written to a temporary name, synced and renamed.
+class LocalFiles(Files):
+    """Files in a local folder, written under a temporary name, synced and renamed.
 
     Temporary files lie in the folder itself, above the shards.
+
+    Args:
+        root: folder of the store.
+        folder: the folder below it that these files are in.
+
+    Raises:
+        PICacheError: when `root` holds something else than a chunk store, or cannot be written to.
     """
 
     read_only = copies = False
@@ -124,39 +139,42 @@ class LocalFiles:
             probe.touch()
             probe.unlink(missing_ok=True)
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the file is there now."""
         return os.path.isfile(self.root / name)
 
+    @override
     def open(self, name: str) -> tuple[FileIO, object]:
         """The file itself; while it is open, its inode is no other file's."""
         file = open_regular(str(self.root / name))
         return file, _version(os.fstat(file.fileno()))
 
+    @override
     def temporary(self, name: str, nbytes: int) -> str:
         """A name in the folder itself."""
         return temporary_name(name.rpartition("/")[2], nbytes)
 
+    @override
     def fill(self, temporary: str, data: list[memoryview]) -> None:
-        """Write and sync."""
         _write(self.root / temporary, data)
 
+    @override
     def publish(self, temporary: str, name: str) -> None:
-        """Rename."""
         path = self.root / name
         path.parent.mkdir(exist_ok=True)
         os.replace(self.root / temporary, path)
 
+    @override
     def settle(self, name: str) -> None:
         """Sync the folder, which the name is in."""
         _sync((self.root / name).parent)
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete the file if it is there."""
         (self.root / name).unlink(missing_ok=True)
 
+    @override
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file unless a writer has put another in its place."""
         path = self.root / name
         try:
             if _version(path.lstat()) != version:
@@ -166,8 +184,9 @@ class LocalFiles:
         path.unlink(missing_ok=True)
         return True
 
+    @override
     def touch(self, name: str) -> None:
-        """Set the file's time, which other processes and later ones read as its last use."""
+        """Set the file's time of modification, which every process takes for its last use."""
         try:
             os.utime(self.root / name)
         except OSError:  # evicted by another process, or another user's: nothing to mark
@@ -193,5 +212,5 @@ def _sync(folder: Path) -> None:
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
-    """What a rewritten file differs in; not its time, which readers set."""
+    """Device and inode, which change when a file is written anew; its time is set by readers."""
     return stat.st_dev, stat.st_ino

@@ -22,7 +22,7 @@ from picache.chunk import Header
 from picache.errors import StoreFull
 from picache.store.chunk_name import file_name, key_of
 from picache.store.files import LocalFiles
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.tiers import check_bound, seconds_of
 from picache.store.writers import STALE_SECONDS, TEMPORARY, abandoned, reserved_bytes
 
@@ -86,17 +86,17 @@ class FolderIndex:
         files: of the folder.
         budget: most bytes of files and temporary files; `math.inf` for no bound.
         eviction: "lru" or "cost"; see `Tier`.
-        busy: says what must not be deleted.
+        in_use: says what must not be deleted.
 
     Raises:
         OSError, sqlite3.Error: by any method, when folder or index cannot be read or written; what
             the method was asked for is then left out.
     """
 
-    def __init__(self, files: LocalFiles, budget: float, eviction: str, busy: Busy) -> None:
+    def __init__(self, files: LocalFiles, budget: float, eviction: str, in_use: InUse) -> None:
         check_bound("disk", budget, eviction)
         self.budget = budget
-        self._files, self._busy, self._by_cost = files, busy, eviction == "cost"
+        self._files, self._in_use, self._by_cost = files, in_use, eviction == "cost"
         self._path = files.root / NAME
         self._turn = threading.Lock()  # threads need not wait in SQLite, which sleeps
 
@@ -391,7 +391,7 @@ class FolderIndex:
         self._sweep(db)
         if nbytes:
             one = "SELECT coalesce(sum(nbytes), 0) FROM files WHERE key = ?"
-            staying = sum(db.execute(one, (k,)).fetchone()[0] for k in self._busy.held())
+            staying = sum(db.execute(one, (k,)).fetchone()[0] for k in self._in_use.held())
             (writing,) = db.execute("SELECT coalesce(sum(nbytes), 0) FROM writing").fetchone()
             if staying + writing + nbytes > self.budget:
                 raise StoreFull(
@@ -401,7 +401,7 @@ class FolderIndex:
                 )
         gone: list[str] = []
         refused: list[OSError] = []
-        if key and self._excess(db, nbytes) > 0 and not self._busy(key):
+        if key and self._excess(db, nbytes) > 0 and not self._in_use(key):
             row = db.execute("SELECT * FROM files WHERE key = ?", (key,)).fetchone()
             if row is not None:
                 self._delete(db, _Row(*row))
@@ -409,7 +409,7 @@ class FolderIndex:
             for row in self._cheapest_first(db):
                 if self._excess(db, nbytes) <= 0 or len(refused) >= _MOST_REFUSALS:
                     break
-                if self._busy(row.key) or (look_at_uses and self._used_since(db, row)):
+                if self._in_use(row.key) or (look_at_uses and self._used_since(db, row)):
                     continue
                 try:
                     self._delete(db, row)

@@ -12,7 +12,7 @@ from picache.chunk import Header
 from picache.errors import StoreFull
 from picache.store.chunk_name import file_name, key_of
 from picache.store.folder_index import Totals
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.remote import RemoteFiles
 from picache.store.tiers import Entry, Tier
 from picache.store.writers import abandoned, being_written, reserved_bytes
@@ -27,16 +27,16 @@ class ListedIndex:
         files: behind the URL.
         budget: most bytes of files and temporary files; `math.inf` for no bound.
         eviction: "lru" or "cost"; see `Tier`.
-        busy: says what must not be deleted.
+        in_use: says what must not be deleted.
 
     Raises:
         Exception: by any method, whatever the file system raises; what the method was asked for is
             then left out.
     """
 
-    def __init__(self, files: RemoteFiles, budget: float, eviction: str, busy: Busy) -> None:
+    def __init__(self, files: RemoteFiles, budget: float, eviction: str, in_use: InUse) -> None:
         self.budget = budget
-        self._files, self._busy = files, busy
+        self._files, self._in_use = files, in_use
         self._lock = threading.Lock()  # of the fields below; never held while the network is used
         self._tier = Tier("disk", budget, eviction)
         self._writing: dict[str, int] = {}  # bytes of temporary files by name
@@ -145,13 +145,13 @@ class ListedIndex:
         with self._lock:
             writing = sum(self._writing.values())
             excess = self._held() + nbytes - self.budget
-            room = self._tier.room_for(nbytes + writing, key, self._busy)
+            room = self._tier.room_for(nbytes + writing, key, self._in_use)
             if nbytes and room is None:
                 raise StoreFull(
                     f"its {nbytes:,} bytes do not fit disk_bytes={self.budget:,}, of which "
                     f"{writing:,} are of files being written"
                 )
-            leave = self._tier.cheapest(excess, key, self._busy)
+            leave = self._tier.cheapest(excess, key, self._in_use)
             for victim in leave:
                 self._tier.drop(victim, evicted=True)
         for victim in leave:

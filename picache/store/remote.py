@@ -7,19 +7,21 @@ from collections.abc import Callable
 from io import FileIO
 from typing import Any
 
+from typing_extensions import override
+
 from picache.errors import PICacheError
-from picache.store.files import MARKED, MARKER, SUFFIX, check_marker
+from picache.store.files import MARKED, MARKER, SUFFIX, Files, check_marker
 from picache.store.remote_calls import RemoteCalls, RemoteLimits
 from picache.store.writers import TEMPORARY, temporary_name
 
-# What file systems say of a file that changes when it is written again.
+# Fields of a file's information that change when the file is written again, on one system or other.
 VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created", "size")
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "r2"}
 WEB = {"http", "https"}
 
 
-class RemoteFiles:
-    """Files behind an fsspec URL, copied here whole to be read.
+class RemoteFiles(Files):
+    """Files behind an fsspec URL; a file is copied to this machine as a whole to be read.
 
     Object stores put an object at once or not at all; elsewhere a temporary name is moved. The web
     is read only: a store that is served there needs its marker, and its files have their names.
@@ -115,10 +117,11 @@ class RemoteFiles:
             if path.endswith((SUFFIX, ".tmp"))
         }
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the file is there now."""
         return bool(self._ask(self._fs.exists, f"{self._root}/{name}", none=False))
 
+    @override
     def open(self, name: str) -> tuple[FileIO, object]:
         """A copy that nobody else sees, and that is gone when it is closed."""
         path = f"{self._root}/{name}"
@@ -137,32 +140,34 @@ class RemoteFiles:
             raise
         return file, _version(info)
 
+    @override
     def temporary(self, name: str, nbytes: int) -> str:
         """A name beside it; the name itself where an object appears whole."""
         return name if self._at_once else temporary_name(name, nbytes)
 
+    @override
     def fill(self, temporary: str, data: list[memoryview]) -> None:
-        """Put."""
         self._put(f"{self._root}/{temporary}", b"".join(data))
 
+    @override
     def publish(self, temporary: str, name: str) -> None:
-        """Move."""
         if temporary != name:
             self._call(self._fs.mv, f"{self._root}/{temporary}", f"{self._root}/{name}")
 
+    @override
     def settle(self, name: str) -> None:
         """Nothing: what a remote file system has answered for, it has."""
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete the file if it is there."""
         self._ask(self._fs.rm_file, f"{self._root}/{name}", none=None)
 
     def _info(self, name: str) -> dict[str, Any]:
         self._fs.invalidate_cache()
         return dict(self._call(self._fs.info, f"{self._root}/{name}"))
 
+    @override
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file unless it was written again since, as far as the file system says."""
         if self.read_only:
             return False
         try:
@@ -173,8 +178,9 @@ class RemoteFiles:
         self.remove(name)
         return True
 
+    @override
     def touch(self, name: str) -> None:
-        """Nothing: most remote file systems cannot."""
+        """Does nothing: most remote file systems cannot set a time."""
 
 
 def _version(info: dict[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""One tier of a store: entries bounded in bytes, and which of them to lose first."""
+"""One tier of a store: entries up to a bound in bytes, and which of them to evict first."""
 
 import heapq
 import itertools
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from picache.chunk import Header
 from picache.errors import PICacheError
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.quantize import Encoded
 
 SECONDS_PER_BYTE = 30e-6 / 2**17
-"""Compile time of a chunk that does not say: an 8-billion-parameter Llama 3.1 in bf16 on one H200,
-30 microseconds and 128 KiB a token."""
+"""Compile time assumed for a chunk whose header does not say, in seconds per byte of KV: that of an
+8-billion-parameter Llama 3.1 in bf16 on one H200, 30 microseconds and 128 KiB a token."""
 
 EVICTIONS = ("lru", "cost")
 
@@ -37,11 +37,11 @@ class Entry:
     """A chunk in a tier.
 
     Attributes:
-        nbytes: as held in this tier.
-        seconds: to compile it again.
-        header: of the chunk; None for a file not yet opened.
-        layers: its tensors; none for a file.
-        priority: the entry of the smallest is lost first; set by the tier.
+        nbytes: bytes it takes in this tier.
+        seconds: what it costs to compile it again.
+        header: of the chunk; None for a file that was not opened yet.
+        layers: its encoded layers; empty for a file.
+        priority: set by the tier; the entry with the smallest is evicted first.
     """
 
     nbytes: int
@@ -52,25 +52,31 @@ class Entry:
 
     @classmethod
     def of(cls, nbytes: int, header: Header | None = None) -> "Entry":
-        """An entry whose cost is what its header says, else what its bytes suggest."""
+        """An entry that costs what its header says, or else an estimate from its bytes."""
         return cls(nbytes, seconds_of(nbytes, header), header)
 
 
 class Tier:
-    """Entries by key, never more bytes than the budget.
+    """Entries by key, of no more bytes in all than the budget.
 
-    "lru" loses the least recently used. "cost" is GreedyDual-Size (Cao & Irani, "Cost-Aware WWW
-    Proxy Caching Algorithms", USITS 1997): an entry's priority is its seconds to compile again per
-    byte on top of a floor; the floor rises to the priority of what is lost, so that what is not
-    used ages. With one cost per byte for all it is LRU.
+    "lru" evicts the least recently used entry. "cost" is GreedyDual-Size (Cao & Irani, "Cost-Aware
+    WWW Proxy Caching Algorithms", USITS 1997). The priority of an entry is a floor plus its seconds
+    to compile again per byte, set when it is used; the entry of the lowest priority is evicted, and
+    the floor rises to that priority. An entry that is not used falls behind in this way. Where all
+    entries cost the same per byte, it is LRU.
 
-    A use, an entry taken in and one lost cost the logarithm of the entries held, and the entries
-    that must stay: priorities lie in a heap, where an old one stays until it comes up.
+    Using, adding or evicting an entry takes time in proportion to the logarithm of the entries
+    held, and to the entries that must stay: priorities are kept in a heap, in which an outdated one
+    remains until it comes up.
 
     Args:
-        name: for reports.
-        budget: bytes; `math.inf` for no bound.
+        name: "device", "host" or "disk".
+        budget: the most bytes; `math.inf` for no bound.
         eviction: "lru" or "cost".
+
+    Attributes:
+        entries: by key.
+        nbytes: of all entries.
     """
 
     def __init__(self, name: str, budget: float, eviction: str) -> None:
@@ -83,7 +89,7 @@ class Tier:
         self._order: list[tuple[tuple[float, int], str]] = []
 
     def touch(self, key: str) -> None:
-        """The entry is the most recently used now."""
+        """Count the entry as used now, which sets its priority."""
         entry = self.entries[key]
         value = entry.seconds / entry.nbytes if self.eviction == "cost" else 0.0
         entry.priority = (self._floor + value, next(self._clock))
@@ -92,24 +98,27 @@ class Tier:
             self._order = [(e.priority, k) for k, e in self.entries.items()]
             heapq.heapify(self._order)
 
-    def room_for(self, nbytes: int, key: str, busy: Busy) -> list[str] | None:
-        """What must leave for `key` to take `nbytes`, first to leave first; None if no way.
+    def room_for(self, nbytes: int, key: str, in_use: InUse) -> list[str] | None:
+        """Which entries must leave to make room for a new one.
 
         Args:
-            nbytes: of the entry to come.
-            key: its key; an entry it replaces counts as gone.
-            busy: says of a key that it must stay.
+            nbytes: of the new entry.
+            key: of the new entry; one that it replaces counts as gone.
+            in_use: tells of a key whether it must stay.
+
+        Returns:
+            Keys, the first to leave first; None when there is no way to make room.
         """
         held = self.entries[key].nbytes if key in self.entries else 0
         excess = self.nbytes - held + nbytes - self.budget
         if excess <= 0:
             return []
-        staying = (self.entries[k].nbytes for k in busy.held() if k in self.entries and k != key)
+        staying = (self.entries[k].nbytes for k in in_use.held() if k in self.entries and k != key)
         if nbytes + sum(staying) > self.budget:
             return None
-        return self.cheapest(excess, key, busy)
+        return self.cheapest(excess, key, in_use)
 
-    def cheapest(self, excess: float, key: str, busy: Busy) -> list[str]:
+    def cheapest(self, excess: float, key: str, in_use: InUse) -> list[str]:
         """The cheapest to lose, `key` and what must stay left out, until `excess` bytes are found.
 
         All that may leave, where that is less.
@@ -122,7 +131,7 @@ class Tier:
             if entry is None or entry.priority != priority:
                 continue
             seen.append((priority, victim))
-            if victim != key and not busy(victim):
+            if victim != key and not in_use(victim):
                 leave.append(victim)
                 excess -= entry.nbytes
         for item in seen:
@@ -130,7 +139,7 @@ class Tier:
         return leave
 
     def add(self, key: str, entry: Entry) -> None:
-        """Take the entry in, in place of one under the same key; room was made before."""
+        """Add an entry, or replace the one under its key; the caller has made room."""
         if key in self.entries:
             self.nbytes -= self.entries[key].nbytes
         self.entries[key] = entry
@@ -138,12 +147,12 @@ class Tier:
         self.touch(key)
 
     def drop(self, key: str, evicted: bool = False) -> None:
-        """Take the entry out, if it is here. What was evicted raises the floor."""
+        """Remove an entry, if it is here; one that is evicted raises the floor."""
         if key in self.entries:
             if evicted:
                 self.raise_floor(key)
             self.nbytes -= self.entries.pop(key).nbytes
 
     def raise_floor(self, key: str) -> None:
-        """The entry leaves for want of room: what is used from now on outranks it."""
+        """Raise the floor to the priority of an entry that is evicted."""
         self._floor = max(self._floor, self.entries[key].priority[0])
