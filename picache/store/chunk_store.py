@@ -448,6 +448,8 @@ class ChunkStore:
         """
         self._refuse_in_use()
         if self._disk is not None:  # without the lock: it may take long
+            if self._disk.read_only:
+                raise PICacheError(f"cannot clear {self._disk.where}: it is read only")
             try:
                 self._disk.clear()
             except Exception as error:

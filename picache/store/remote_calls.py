@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from picache.errors import PICacheError
 
 SECONDS_PER_BYTE = 1 / 2**20  # what moves may take its time: 1 MiB a second
 MOST_RETRIES = 10
-_TRIPS_AT = 2  # calls that fail one after the other, all their retries included
+_TRIPS_AT = 2  # calls of one function that fail one after the other, with all their retries
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ class RemoteLimits:
     Attributes:
         timeout: seconds a call may take, and one more for every MiB it moves.
         retries: how often a call that failed is made again, 0 to 10, each after twice the wait.
-        pause: seconds a tier is left alone after two calls in a row failed with all their retries.
+        pause: seconds a tier is left alone after two calls in a row of one function failed with all
+            their retries.
 
     Raises:
         PICacheError: when one of them is out of its range.
@@ -91,7 +93,7 @@ class RemoteCalls:
     def __init__(self, limits: RemoteLimits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._failed = 0  # calls in a row
+        self._failed: Counter[str] = Counter()  # calls in a row by their function
         self._resting_until = 0.0
 
     def __call__(self, call: Callable[..., T], *args: Any, nbytes: int = 0, **named: Any) -> T:
@@ -105,6 +107,7 @@ class RemoteCalls:
         """
         limits = self._limits
         self._refuse_while_resting()
+        name = call.__name__
         for attempt in range(limits.retries + 1):
             if attempt:
                 time.sleep(min(0.1 * 2 ** (attempt - 1), limits.timeout))
@@ -113,26 +116,28 @@ class RemoteCalls:
                     limits.timeout + nbytes * SECONDS_PER_BYTE
                 )
             except _PERMANENT:  # an answer, though not the wanted one
-                self._note(failed=False)
+                self._note(name, failed=False)
                 raise
             except Exception as error:
                 last = error
             else:
-                self._note(failed=False)
+                self._note(name, failed=False)
                 return value
-        self._note(failed=True)
+        self._note(name, failed=True)
         raise last
 
-    def _note(self, failed: bool) -> None:
+    def _note(self, name: str, failed: bool) -> None:
+        """What is written may arrive while what is read does not: each is counted alone."""
         with self._lock:
-            self._failed = self._failed + 1 if failed else 0
-            if self._failed >= _TRIPS_AT:
+            self._failed[name] = self._failed[name] + 1 if failed else 0
+            if self._failed[name] >= _TRIPS_AT:
                 self._resting_until = time.monotonic() + self._limits.pause
 
     def _refuse_while_resting(self) -> None:
         with self._lock:
             if time.monotonic() < self._resting_until:
+                name, times = self._failed.most_common(1)[0]
                 raise TierResting(
-                    f"it failed {self._failed} times in a row and is not asked for "
+                    f"its {name} failed {times} times in a row, and it is not asked for "
                     f"{self._limits.pause:g} seconds"
                 )
