@@ -131,9 +131,7 @@ def test_a_dead_tier_is_left_alone_for_a_while_and_then_asked_once(monkeypatch):
         with pytest.raises(OSError, match="dead"):
             calls(fails)
     for _ in range(50):
-        with pytest.raises(
-            TierResting, match=r"fails failed 2 times in a row, .* 30 seconds"
-        ):
+        with pytest.raises(TierResting, match=r"fails failed 2 times in a row, .* 30 seconds"):
             calls(fails)
     assert len(made) == 2
     now[0] += 31
