@@ -9,5 +9,9 @@ class StoreFull(PICacheError):  # noqa: N818 - the root names the kind
     """The store has no room for a chunk: it is too large, or the others are pinned or in use."""
 
 
+class StoreUnavailable(StoreFull):
+    """A chunk has no room in memory, and the disk that should have taken it failed."""
+
+
 class CorruptChunk(PICacheError):  # noqa: N818 - the root names the kind
     """A stored chunk was found damaged and was removed from the store; compile it again."""

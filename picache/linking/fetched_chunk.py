@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from picache.chunk import KV, Form
-from picache.errors import CorruptChunk, StoreFull
+from picache.errors import CorruptChunk, StoreFull, StoreUnavailable
 from picache.linking.stopwatch import Stopwatch
 from picache.store import ChunkStore
 from picache.store.quantize import decode, encode
@@ -31,7 +31,7 @@ class FetchedChunk:
         watch: measures the time of "look_up" and "compile"; by the clock.
         must_store: whether it is an error (`StoreFull`) that a chunk was compiled and finds no room
             in the store, as when the user asks for it to be compiled. A link goes on with the KV in
-            hand.
+            hand. A disk that fails is no error for either.
 
     Attributes:
         hit: whether the store had it.
@@ -55,7 +55,7 @@ class FetchedChunk:
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         if self._stored is None:
-            with suppress(*() if must_store else (StoreFull,)):
+            with suppress(StoreUnavailable if must_store else StoreFull):
                 self._compile()
 
     def _compile(self) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from picache.chunk import KV, STORAGES, Header
-from picache.errors import CorruptChunk, PICacheError
+from picache.errors import CorruptChunk, PICacheError, StoreFull, StoreUnavailable
 from picache.store.chunk_name import file_name
 from picache.store.disk import Disk
 from picache.store.failures import Failures
@@ -309,7 +309,8 @@ class ChunkStore:
             header: what the KV depends on; its `compile_seconds` counts in eviction by cost.
 
         Raises:
-            StoreFull: when there is no room; the store is unchanged.
+            StoreFull: when there is no room; the store is unchanged. `StoreUnavailable` when there
+                is none in memory and the disk failed.
             PICacheError: when a tensor is not finite, or when shapes, dtypes and header do not go
                 together; the store is unchanged.
         """
@@ -317,7 +318,7 @@ class ChunkStore:
         if self._disk is not None:
             file_name(key)  # refuse a key that cannot name a file before anything moves
         entry = _entry(header, [encode(layer, self.storage) for layer in kv])
-        written = self._write(key, header, entry.layers)
+        written, error = self._write(key, header, entry.layers)
         with self._lock:
             if written and key in self._in_use.pins and key not in self._memory:
                 return  # pinned on disk, where it stays
@@ -325,22 +326,24 @@ class ChunkStore:
             if level is not None:
                 self._count_out(self._memory.insert(level, key, entry))
             elif not written:
-                raise self._memory.no_room(entry.nbytes)
+                full = self._memory.no_room(entry.nbytes)
+                if error is None or isinstance(error, StoreFull):
+                    raise full
+                raise StoreUnavailable(f"{full}; and the disk failed: {error}") from error
 
-    def _write(self, key: str, header: Header, layers: list[Encoded]) -> bool:
-        """Whether the chunk is on disk now; without the lock, writing takes long."""
+    def _write(
+        self, key: str, header: Header, layers: list[Encoded]
+    ) -> tuple[bool, Exception | None]:
+        """Whether the chunk is on disk now, and what went wrong; without the lock."""
         disk = self._disk
         if disk is None or disk.read_only:
-            return False
+            return False, None
         gone: list[str] = []
-        try:
-            so = f"chunk {key} is not on disk at {disk.where}, only in memory"
-            with self._failures.absorbed("disk", "write", so):
-                disk.write(key, header, layers, gone)
-                return True
-            return False
-        finally:
-            self._count_deleted(gone)
+        so = f"chunk {key} is not on disk at {disk.where}, only in memory"
+        with self._failures.absorbed("disk", "write", so) as absorbed:
+            disk.write(key, header, layers, gone)
+        self._count_deleted(gone)
+        return absorbed.error is None, absorbed.error
 
     def promote(self, key: str, device: torch.device | str) -> bool:
         """Move a chunk out of host memory, or copy it from disk, to the device tier.
@@ -368,11 +371,12 @@ class ChunkStore:
         layers = []
         for index in range(found.num_layers):
             parts = found.encoded(index)
-            with self._failures.absorbed("device", "write", f"chunk {key} stays where it is"):
+            so = f"chunk {key} stays where it is"
+            with self._failures.absorbed("device", "write", so) as absorbed:
                 layers.append(
                     {name: part.to(device, non_blocking=True) for name, part in parts.items()}
                 )
-            if len(layers) <= index:
+            if absorbed.error is not None:
                 return False
         entry = _entry(found.header, layers)
         with self._lock:

@@ -12,9 +12,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+@dataclass
+class Absorbed:
+    """The error that a block was left at, if any."""
+
+    error: Exception | None = None
 
 
 class Failures:
@@ -33,17 +41,19 @@ class Failures:
             return Counter(self._counts)
 
     @contextmanager
-    def absorbed(self, tier: str, doing: str, so: str) -> Iterator[None]:
-        """Leave the block at any error, counted.
+    def absorbed(self, tier: str, doing: str, so: str) -> Iterator[Absorbed]:
+        """Leave the block at any error, counted; what it gives knows the error afterwards.
 
         Args:
             tier: "device", "host" or "disk".
             doing: "read", "write", "remove", ...
             so: what it means for the caller; the warning begins with it.
         """
+        absorbed = Absorbed()
         try:
-            yield
+            yield absorbed
         except Exception as error:  # a client library may raise anything
+            absorbed.error = error
             self.count(tier, doing, so, error)
 
     def count(self, tier: str, doing: str, so: str, error: Exception) -> None:

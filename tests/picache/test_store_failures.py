@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from picache import PIC, ChunkStore, LegoLink, PICacheError
-from picache.errors import CorruptChunk
+from picache.errors import CorruptChunk, StoreUnavailable
 from picache.store import chunkfile, files, folder_index
 from tests.helpers import random_ids, tiny_model
 from tests.picache.test_disk import KEY, OTHER, chunk, rewrite, same, set_header
@@ -520,6 +520,25 @@ def test_a_failed_move_to_host_memory_loses_a_chunk_and_no_put(monkeypatch):
     assert ("a" in store, "b" in store, store.evictions) == (False, True, 1)
     assert store.failures == {"host write: RuntimeError": 1}
     assert store.nbytes == 128
+
+
+def test_compiling_into_a_store_with_no_room_but_a_disk_that_fails_is_no_error(
+    model, tmp_path, monkeypatch
+):
+    store = ChunkStore(device_bytes=1, path=tmp_path)
+    pic = PIC(model, store=store)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.LocalFiles, "fill", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        chunks = [pic.compile(text) for text in TEXTS]
+    assert linked(model, store, chunks).report.misses == 3
+    with pytest.raises(StoreUnavailable, match=r"does not fit .* disk failed: .*No space left"):
+        store.put(KEY, chunk())
+    with pytest.raises(PICacheError, match="does not fit a store of 1 bytes"):
+        PIC(model, store=ChunkStore(device_bytes=1)).compile(TEXTS[0])
 
 
 def test_interrupts_are_not_failures(filled, monkeypatch):
