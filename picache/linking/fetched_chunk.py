@@ -48,6 +48,7 @@ class FetchedChunk:
         must_store: bool = False,
     ) -> None:
         self._model, self._store, self._form, self._watch = model, store, form, watch
+        self._device = model.device
         self._compiled: list[KV] = []
         self._damaged = False
         with self._watch.span("look_up"):
@@ -77,7 +78,7 @@ class FetchedChunk:
         if self._stored is None:
             return self._compiled[index]
         try:
-            return self._stored.layer(index, self._model.device)
+            return self._stored.layer(index, self._device)
         except CorruptChunk:
             self._damaged = True
             raise

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -30,7 +31,7 @@ class Layout:
     query_length: int
     num_layers: int = 1
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """Position of the first token of each chunk."""
         return (0, *accumulate(self.chunk_lengths[:-1]))
@@ -40,12 +41,12 @@ class Layout:
         """Tokens of the first chunk, which is an exact prefix."""
         return self.chunk_lengths[0]
 
-    @property
+    @cached_property
     def context_length(self) -> int:
         """Tokens before the query."""
         return sum(self.chunk_lengths)
 
-    @property
+    @cached_property
     def total_length(self) -> int:
         """Tokens of the whole prompt."""
         return self.context_length + self.query_length
