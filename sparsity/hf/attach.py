@@ -146,8 +146,15 @@ class Attachment:
         if cache is not None:
             cache.finish()
 
+    def undo(self, decoder: PreTrainedModel) -> None:
+        """Take the hooks away and give the decoder its own attention function back."""
+        for handle in self.handles:
+            handle.remove()
+        if _implementation(decoder) == NAME:
+            decoder.set_attn_implementation(self.previous)
 
-ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+ATTACHED: WeakKeyDictionary[PreTrainedModel, Attachment] = WeakKeyDictionary()
 TOKENS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # outlive a detach
 
 
@@ -215,7 +222,9 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model is as it was before. Does nothing to a model not attached."""
-    remove(decoder_of(model))
+    decoder = decoder_of(model)
+    if attachment := ATTACHED.pop(decoder, None):
+        attachment.undo(decoder)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
@@ -232,14 +241,3 @@ def keep_attached(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if not before:
             detach(model)
-
-
-def remove(decoder: Any) -> None:
-    """Undo the attachment of a decoder, if there is one."""
-    attachment = ATTACHED.pop(decoder, None)
-    if attachment is None:
-        return
-    for handle in attachment.handles:
-        handle.remove()
-    if _implementation(decoder) == NAME:
-        decoder.set_attn_implementation(attachment.previous)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
-from sparsity.retention.layer import Retention
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.rotation import Layout, Move, Rotation, unmoved
 
 FAR = 2**20  # beyond what models are trained on: what changes with the length changes before that
@@ -29,25 +29,25 @@ _REMEDY = "use positions='absolute' with this model"
 
 
 class Probed(Protocol):
-    """What is asked of a cache that is looked through; see `sparsity.hf.cache.BoundSparseCache`."""
+    """What is asked of a cache that is looked through; see `sparsity.SparseCache`."""
 
     @property
-    def retentions(self) -> dict[int, Retention]:
+    def retentions(self) -> dict[int, LayerRetention]:
         """What each managed layer holds, by its index in the model."""
         ...
 
-    def replace(self, retention: Retention) -> None:
+    def replace(self, retention: LayerRetention) -> None:
         """Put another retention in the place of its layer's, before the first forward."""
         ...
 
 
-class Lookout(Retention):
+class Lookout(LayerRetention):
     """A layer that remembers the queries and keys of its last forward, `[batch, heads, q, d]`."""
 
     seen: tuple[Tensor, Tensor]
 
     def attend(self, query: Tensor, key: Tensor, *args: Any, **scores: Any) -> Tensor:
-        """See `Retention.attend`."""
+        """See `LayerRetention.attend`."""
         self.seen = query, key
         return super().attend(query, key, *args, **scores)
 

@@ -188,6 +188,11 @@ class Policy(ABC):
         return None
 
 
+def reduce_group(scores: Tensor, group: Group) -> Tensor:
+    """`[batch, kv_heads, query_heads / kv_heads, ...]` reduced over axis 2: one score a KV head."""
+    return scores.amax(2) if group == "max" else scores.mean(2)
+
+
 def check_budget(name: str, budget: int, page_size: int) -> None:
     """Raise SparsityError unless `budget` is a positive multiple of `page_size` (both tokens)."""
     check_count(name, "page_size", page_size, least=1)
