@@ -62,7 +62,7 @@ class LazyEviction(Evicting):
 
     def worth(self, pages: PageView) -> Tensor:
         """By the last recurrence and the longest interval."""
-        longest = pages.sums[..., 0]
+        longest = pages.sums[..., 0].double()  # in float32 a sigmoid depends on the vector unit
         silent = (pages.now - pages.stamp) / longest.clamp(min=1)
         worth = 2 * torch.sigmoid(-1 - silent) + 2 * torch.sigmoid(1 - longest)
         return worth.masked_fill(longest == 0, 0)

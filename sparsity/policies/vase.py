@@ -9,7 +9,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies.base import Needs, PageView, check_count
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.hashed_random import uniform
-from sparsity.policies.scores import window_scores
+from sparsity.policies.scores import window_scores, without_rounding
 from sparsity.policies.snapkv import check_kernel
 
 
@@ -19,7 +19,9 @@ class VaSE(Evicting):
 
     After "VaSE" (arXiv 2606.03928), from descriptions of it. The range of a token is the largest
     less the smallest entry of its value vector. The first `sinks` tokens, the newest `window` and
-    the `large` tokens of widest range stay (of equals the newest). The places left are drawn
+    the `large` tokens of widest range stay (of equals the newest; ranges are compared to 12
+    significant bits, as a token that comes again has in the first layer the same range but for
+    rounding). The places left are drawn
     without replacement, with chances proportional to the attention of the last `window` queries,
     averaged and pooled over `kernel` neighbours (Gumbel's trick: the tokens with the highest
     log(attention) + Gumbel noise).
@@ -81,7 +83,9 @@ class VaSE(Evicting):
     def _is_large(self, pages: PageView) -> Tensor:
         """The `large` tokens of widest range that nothing else protects."""
         assert pages.values is not None
-        span = pages.values.amax(-1).float() - pages.values.amin(-1).float()
+        dtype = torch.promote_types(pages.values.dtype, torch.float32)
+        span = pages.values.amax(-1).to(dtype) - pages.values.amin(-1).to(dtype)
+        span = without_rounding(span)
         protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
         span = span.masked_fill(protected, -1)  # unused places, with start -1, too
         by_age = pages.start.argsort(dim=-1, descending=True, stable=True)
