@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsity.policies.base import Group, Needs, PageView, check_share
+from sparsity.arguments import take_share
+from sparsity.policies.base import Group, Needs, PageView
 from sparsity.policies.evicting import Evicting
 
 
@@ -37,7 +38,7 @@ class LazyEviction(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("LazyEviction", "alpha", self.alpha)
+        take_share(self, "alpha")
 
     @property
     def usual_recent(self) -> int:

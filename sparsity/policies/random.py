@@ -37,7 +37,7 @@ class Random(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("Random", "seed", self.seed)
+        check_count(self, "seed")
 
     def worth(self, pages: PageView) -> Tensor:
         """A uniform draw in [0, 1) for each token."""

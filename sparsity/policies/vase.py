@@ -45,11 +45,12 @@ class VaSE(Evicting):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("VaSE", "window", self.window, least=1)
-        check_kernel("VaSE", self.kernel)
-        check_count("VaSE", "seed", self.seed)
+        check_count(self, "window", least=1)
+        check_kernel(self)
+        check_count(self, "seed")
+        if self.large is not None:
+            check_count(self, "large")
         super().__post_init__()
-        check_count("VaSE", "large", self.large_kept)
         protected = self.sinks + self.recent_kept + self.large_kept
         if protected >= self.budget:
             raise SparsityError(

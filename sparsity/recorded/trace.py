@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsity.arguments import whole_number
 from sparsity.errors import SparsityError
 from sparsity.retention.attention import attention_weights
 
@@ -83,6 +84,7 @@ class Trace:
 
     def at(self, layer: int) -> LayerTrace:
         """The layer of that index; SparsityError when it was not recorded."""
+        layer = whole_number("layer", layer)
         if layer not in self.layers:
             raise SparsityError(
                 f"layer {layer} is not in this trace: it holds {sorted(self.layers)}; record it "
@@ -96,6 +98,7 @@ class Trace:
         Returns float32 `[kv_heads, decoded tokens, pages]`; a row sums to 1 (less where the model
         has attention sinks of its own).
         """
+        page_size = whole_number("page_size", page_size, least=1)
         return torch.cat([per_page(weights, page_size) for _, weights in self.blocks(layer)], 1)
 
     def __repr__(self) -> str:
