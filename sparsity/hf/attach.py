@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -76,6 +77,7 @@ def retention_mask(
     return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
+@torch.compiler.disable
 def retention_attention(
     module: nn.Module,
     query: Tensor,
@@ -131,6 +133,7 @@ class Attachment:
             decoder.register_forward_hook(self.after, with_kwargs=True),
         )
 
+    @torch.compiler.disable
     def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Check the call and hand the cache on to the attention function."""
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
@@ -140,6 +143,7 @@ class Attachment:
         cache.begin(self.token, arguments)
         return args, {**kwargs, KWARG: cache}
 
+    @torch.compiler.disable
     def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Check that the cache got there."""
         cache = kwargs.get(KWARG)

@@ -95,6 +95,7 @@ class SparseCache(ServedCache, Cache):
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
