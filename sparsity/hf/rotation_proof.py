@@ -95,7 +95,6 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
     if not layers:
         return {}
     name = type(decoder).__name__
-    angles = {layer: _angles(decoder, layer, name) for layer in layers}
     weight = decoder.get_input_embeddings().weight
     device = torch.device("cpu") if weight.is_meta else weight.device  # hooks bring what is away
     positions = torch.tensor([_OLD + _NEW], device=device).T
@@ -106,6 +105,7 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
             past_key_values=cache,
             use_cache=True,
         )
+    angles = {layer: _angles(decoder, layer, name) for layer in layers}
     old, new = positions[:, None].tensor_split(2)
     moves: dict[int, Move] = {}
     added, grown = 1e-4, 0.0
