@@ -67,3 +67,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module("sparsity.hf.cache" if name == "SparseCache" else "sparsity.hf.attach")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """The public names, those not loaded yet among them."""
+    return sorted({*globals(), *__all__})

@@ -171,8 +171,16 @@ class Attachment:
         elif cache is not None:
             cache.finish()
 
+    def undo(self, decoder: PreTrainedModel) -> None:
+        """Take hooks and prompt check away; give the decoder its own attention function back."""
+        for handle in self.handles:
+            handle.remove()
+        self.unwatch()
+        if _implementation(decoder) == NAME:
+            decoder.set_attn_implementation(self.previous)
 
-ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+ATTACHED: WeakKeyDictionary[PreTrainedModel, Attachment] = WeakKeyDictionary()
 TOKENS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # outlive a detach
 
 
@@ -240,7 +248,9 @@ def attach(model: PreTrainedModel) -> None:
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: the model is as it was before. Does nothing to a model not attached."""
-    remove(decoder_of(model))
+    decoder = decoder_of(model)
+    if attachment := ATTACHED.pop(decoder, None):
+        attachment.undo(decoder)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
@@ -257,15 +267,3 @@ def keep_attached(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if not before:
             detach(model)
-
-
-def remove(decoder: Any) -> None:
-    """Undo the attachment of a decoder, if there is one."""
-    attachment = ATTACHED.pop(decoder, None)
-    if attachment is None:
-        return
-    for handle in attachment.handles:
-        handle.remove()
-    attachment.unwatch()
-    if _implementation(decoder) == NAME:
-        decoder.set_attn_implementation(attachment.previous)

@@ -1,4 +1,4 @@
-"""SparseCache as transformers sees it; with the other `hf_*` files all that knows it."""
+"""SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
 from typing import Any, NoReturn
@@ -15,7 +15,6 @@ from sparsity.hf.attach import (
     attach,
     decoder_of,
     keep_attached,
-    remove,
 )
 from sparsity.hf.forward_checks import check_states
 from sparsity.hf.layers import (
@@ -30,8 +29,8 @@ from sparsity.hf.rotation_proof import find_moves
 from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.all_layers import CacheState
-from sparsity.retention.layer import Retention
+from sparsity.retention.all_layers import AllLayers
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.report import Report
 from sparsity.retention.rotation import Move
 
@@ -74,7 +73,7 @@ class SparseCache(ServedCache, Cache):
         managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
         for retention in managed:
             retention.move = moves.get(retention.layer)
-        self._state = CacheState(policy, {x.layer: x for x in managed}, rows)
+        self._state = AllLayers(policy, {x.layer: x for x in managed}, rows)
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
@@ -87,11 +86,11 @@ class SparseCache(ServedCache, Cache):
         return self._state.policy
 
     @property
-    def retentions(self) -> dict[int, Retention]:
+    def retentions(self) -> dict[int, LayerRetention]:
         """What each managed layer holds, by its index in the model."""
         return dict(self._state.retentions)
 
-    def replace(self, retention: Retention) -> None:
+    def replace(self, retention: LayerRetention) -> None:
         """Put another retention in the place of its layer's, before the first forward."""
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
@@ -134,7 +133,7 @@ class SparseCache(ServedCache, Cache):
                 "SparseCache(model, policy)"
             )
         positions = arguments.get("position_ids")
-        if self.policy.needs.moved and positions is not None and positions.dim() > 2:
+        if positions is not None and positions.dim() > 2 and self.policy.needs.moved:
             raise SparsityError(
                 f"position_ids are {tuple(positions.shape)}: where positions have several axes "
                 "(images, videos) there are none to count inside the cache; use "
@@ -168,10 +167,14 @@ class SparseCache(ServedCache, Cache):
                 "attention, or keys shared between layers)"
             )
         layer.pending = None
-        layer.retention.first_head = first_head(
-            self._rank, self._heads, key.shape[1], layer.retention.policy
-        )
-        out = self._state.attend(index, query, key, value, **scores)
+        if self._rank is not None:
+            layer.retention.first_head = first_head(
+                self._rank, self._heads, key.shape[1], layer.retention.policy
+            )
+        state = self._state
+        state.reached.add(index)
+        assert state.step is not None
+        out = layer.retention.attend(query, key, value, state.step, **scores)
         layer.show()
         return out
 
@@ -193,7 +196,8 @@ class SparseCache(ServedCache, Cache):
         """Detach the model and raise SparsityError: it cannot be served right."""
         for decoder, attachment in list(ATTACHED.items()):
             if attachment.token == self._model:
-                remove(decoder)
+                del ATTACHED[decoder]
+                attachment.undo(decoder)
         raise SparsityError(f"SparseCache does not support this model: {why}. It was detached")
 
     def report(self) -> Report:

@@ -8,6 +8,12 @@ from transformers import PreTrainedModel
 
 from sparsity.errors import SparsityError
 
+WEIGHTS_AWAY = (
+    "the weights of this model are on the device 'meta', that is, they are not here: load them "
+    "(from_pretrained), or place the model with hooks that bring them (accelerate's cpu_offload, "
+    "disk_offload, or device_map)"
+)
+
 
 def check_call(decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
     """Raise SparsityError where the decoder, called so, cannot be served right from a cache."""
@@ -56,11 +62,7 @@ def check_attention_dropout(module: nn.Module, dropout: float) -> None:
 def check_states(layer: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Raise SparsityError unless new keys and values can stand beside those a layer holds."""
     if keys.is_meta:
-        raise SparsityError(
-            "the weights of this model are on the device 'meta', that is, they are not here: load "
-            "them (from_pretrained), or place the model with hooks that bring them "
-            "(accelerate's cpu_offload, disk_offload, or device_map)"
-        )
+        raise SparsityError(WEIGHTS_AWAY)
     for new, held in ((keys, layer.keys), (values, layer.values)):
         if held is not None and held.dtype != new.dtype:
             now = torch.is_autocast_enabled(new.device.type)

@@ -9,10 +9,10 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from sparsity.errors import SparsityError
-from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.batch_rows import Rows
-from sparsity.retention.layer import Retention, storage_bytes
+from sparsity.policies.full import policy_of_layer
+from sparsity.retention.batch_rows import BatchRows
+from sparsity.retention.layer import LayerRetention, storage_bytes
 
 
 class RetainedLayer(DynamicLayer):
@@ -21,7 +21,7 @@ class RetainedLayer(DynamicLayer):
     is_croppable = False
     is_compileable = False
 
-    def __init__(self, retention: Retention, seen: int = 0) -> None:
+    def __init__(self, retention: LayerRetention, seen: int = 0) -> None:
         super().__init__()
         self.retention = retention
         self.seen = seen
@@ -124,7 +124,7 @@ def stock_layers(config: Any, policy: Policy) -> dict[int, Any]:
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RetainedLayer)}
 
 
-def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], Rows]:
+def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], BatchRows]:
     """The layers transformers would use, full attention under the policy; and where they stand."""
     layers: list[Any] = DynamicCache(config=config).layers
     earlier: list[Any] = [None] * len(layers) if past is None else list(past.layers)
@@ -133,7 +133,7 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
             "this model filled"
         )
-    rows = Rows()
+    rows = BatchRows()
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     for i, layer in enumerate(layers):
         before: Any = earlier[i]
@@ -141,10 +141,9 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
             before = None
         if type(layer) is DynamicLayer:
             held = None if before is None else _held(before, i)
-            small = policy.at_layer(full.index(i), len(full))
-            small = small if i >= policy.dense_layers else Full(policy.page_size)
             seen = 0 if held is None else held[0].shape[2]
-            layers[i] = RetainedLayer(Retention(small, i, held), seen)
+            own = policy_of_layer(policy, i, full)
+            layers[i] = RetainedLayer(LayerRetention(own, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:
             if type(before) is DynamicSlidingWindowLayer:
                 window: Any = copy.copy(before)
@@ -165,7 +164,7 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
                     f"past holds {rows.batch} rows of {rows.seen} tokens in one layer and {batch} "
                     f"of {seen} in layer {i}: hand in a cache whose layers agree"
                 )
-            rows = Rows(batch=batch, seen=seen)
+            rows = BatchRows(batch=batch, seen=seen)
     return layers, rows
 
 

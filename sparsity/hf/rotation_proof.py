@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.errors import SparsityError
+from sparsity.hf.forward_checks import WEIGHTS_AWAY
 from sparsity.policies import Full
-from sparsity.retention.layer import Retention
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.rotation import Layout, Move, Rotation, unmoved
 
 FAR = 2**20  # beyond what models are trained on: what changes with the length changes before that
@@ -29,25 +30,25 @@ _REMEDY = "use positions='absolute' with this model"
 
 
 class Probed(Protocol):
-    """What is asked of a cache that is looked through; see `sparsity.hf.cache.BoundSparseCache`."""
+    """What is asked of a cache that is looked through; see `sparsity.SparseCache`."""
 
     @property
-    def retentions(self) -> dict[int, Retention]:
+    def retentions(self) -> dict[int, LayerRetention]:
         """What each managed layer holds, by its index in the model."""
         ...
 
-    def replace(self, retention: Retention) -> None:
+    def replace(self, retention: LayerRetention) -> None:
         """Put another retention in the place of its layer's, before the first forward."""
         ...
 
 
-class Lookout(Retention):
+class Lookout(LayerRetention):
     """A layer that remembers the queries and keys of its last forward, `[batch, heads, q, d]`."""
 
     seen: tuple[Tensor, Tensor]
 
     def attend(self, query: Tensor, key: Tensor, *args: Any, **scores: Any) -> Tensor:
-        """See `Retention.attend`."""
+        """See `LayerRetention.attend`."""
         self.seen = query, key
         return super().attend(query, key, *args, **scores)
 
@@ -95,6 +96,7 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
     if not layers:
         return {}
     name = type(decoder).__name__
+    angles = {layer: _angles(decoder, layer, name) for layer in layers}
     weight = decoder.get_input_embeddings().weight
     device = torch.device("cpu") if weight.is_meta else weight.device  # hooks bring what is away
     positions = torch.tensor([_OLD + _NEW], device=device).T
@@ -105,7 +107,6 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
             past_key_values=cache,
             use_cache=True,
         )
-    angles = {layer: _angles(decoder, layer, name) for layer in layers}
     old, new = positions[:, None].tensor_split(2)
     moves: dict[int, Move] = {}
     added, grown = 1e-4, 0.0
@@ -149,6 +150,8 @@ def _angles(decoder: Any, layer: int, name: str) -> Angles:
         cos = plain(torch.tensor([[1, FAR]]))[0]
         again = plain(torch.tensor([[1, 2]]))[0]
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if any(buffer.is_meta for buffer in module.buffers()):
+            raise SparsityError(WEIGHTS_AWAY) from error
         raise SparsityError(
             f"the rotary module of {name} does not take positions [rows, n] ({error}); {_REMEDY}"
         ) from error

@@ -22,13 +22,13 @@ def kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def first_head(rank: int | None, total: int, heads: int, policy: Policy) -> int:
+def first_head(rank: int, total: int, heads: int, policy: Policy) -> int:
     """Index in its layer, of `total` KV heads, of the first of the `heads` that are here.
 
     A decision for one KV head is the same wherever the head is; one for all heads of a layer would
     need them all here. Raises SparsityError for a policy that takes such decisions.
     """
-    if rank is None or heads == total:
+    if heads == total:
         return 0
     if getattr(policy, "shared_heads", False):
         name = type(policy).__name__

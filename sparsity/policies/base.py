@@ -189,6 +189,11 @@ class Policy(ABC):
         return None
 
 
+def reduce_group(scores: Tensor, group: Group) -> Tensor:
+    """`[batch, kv_heads, query_heads / kv_heads, ...]` reduced over axis 2: one score a KV head."""
+    return scores.amax(2) if group == "max" else scores.mean(2)
+
+
 def check_budget(policy: Policy, field: str = "budget") -> None:
     """Take the budget in `field` and the page size as ints.
 

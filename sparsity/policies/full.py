@@ -1,5 +1,6 @@
 """The full cache: the reference row of every comparison."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparsity.policies.base import Policy, check_count
@@ -24,3 +25,16 @@ class Full(Policy):
     def evicts(self) -> bool:
         """Nothing is ever evicted."""
         return False
+
+
+def policy_of_layer(policy: Policy, layer: int, full_attention: Sequence[int]) -> Policy:
+    """What decides in one layer: `Full` in the first `dense_layers`, else the policy's share.
+
+    Args:
+        policy: of the whole model.
+        layer: index of the layer in the model.
+        full_attention: indices of all layers with full attention, in order.
+    """
+    if layer < policy.dense_layers:
+        return Full(policy.page_size)
+    return policy.at_layer(full_attention.index(layer), len(full_attention))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from sparsity.policies.base import Group, PageView
+from sparsity.policies.base import Group, PageView, reduce_group
 
 
 def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tensor:
@@ -34,11 +34,6 @@ def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
     logits = torch.einsum("bhgd,bhnd->bhgn", grouped, pages.keys.float())
     logits = logits.masked_fill(~pages.filled[:, :, None], -torch.inf)
     return reduce_group(logits.unflatten(-1, (-1, pages.page_size)).amax(-1), group)
-
-
-def reduce_group(scores: Tensor, group: Group) -> Tensor:
-    """Over axis 2, the query heads that share a KV head."""
-    return scores.amax(2) if group == "max" else scores.mean(2)
 
 
 def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> Tensor:

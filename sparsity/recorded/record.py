@@ -11,7 +11,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.recorded.trace import LayerTrace, Trace
 from sparsity.retention.batch_rows import Step
-from sparsity.retention.layer import Retention
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Meter:
             )
 
 
-class Recording(Retention):
+class Recording(LayerRetention):
     """A layer that keeps everything, and remembers what it was asked with."""
 
     def __init__(self, layer: int, meter: Meter) -> None:
@@ -55,7 +55,7 @@ class Recording(Retention):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `Retention.attend`."""
+        """See `LayerRetention.attend`."""
         if query.shape[0] != 1:
             raise SparsityError(
                 f"record takes one text at a time, and the model was called with {query.shape[0]} "

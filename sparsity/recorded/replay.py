@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.arguments import whole_number, whole_numbers
 from sparsity.errors import SparsityError
-from sparsity.policies import Full
 from sparsity.policies.base import Policy
+from sparsity.policies.full import policy_of_layer
 from sparsity.recorded.milestones import Kinds, Thresholds, classify
 from sparsity.recorded.trace import Trace, per_page
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
+from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.rotation import unmoved
 
@@ -200,28 +201,26 @@ def _replay_layer(
     )
 
 
-class Watched(Retention):
+class Watched(LayerRetention):
     """A layer that remembers the columns its last token attended to, `[batch, kv_heads, n]`."""
 
     attended: Tensor | None = None
 
-    def attends(self, slots: Tensor) -> None:
-        """See `Retention.attends`."""
+    @override
+    def note_attended(self, slots: Tensor) -> None:
         self.attended = slots
 
 
 def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
     """For each decoded token: what it attends to, what is held; bool `[kv_heads, tokens]` each."""
     one = trace.at(layer)
-    dense = layer < policy.dense_layers
-    place = trace.full_layers.index(layer), len(trace.full_layers)
-    small = Full(policy.page_size) if dense else policy.at_layer(*place)
-    retention, rows, first = Watched(small, layer), Rows(), 0
+    own = policy_of_layer(policy, layer, trace.full_layers)
+    retention, rows, first = Watched(own, layer), BatchRows(), 0
     retention.move = unmoved  # what is kept does not depend on where it is said to stand
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)
-        step = plan(rows, small, 1, count, None, torch.device("cpu"))
+        step = plan(rows, own, 1, count, None, torch.device("cpu"))
         retention.attend(
             one.queries[None, :, new],
             one.keys[None, :, new],

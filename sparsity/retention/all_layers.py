@@ -8,13 +8,13 @@ from torch import Tensor
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.batch_rows import Rows, Step, check_columns, plan
-from sparsity.retention.layer import Retention
+from sparsity.retention.batch_rows import BatchRows, Step, check_columns, plan
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.one_at_a_time import OneAtATime
 from sparsity.retention.seen_tokens import SeenTokens
 
 
-class CacheState:
+class AllLayers:
     """Everything a cache knows beyond its layers' tensors; nothing here is about transformers.
 
     policy: of the cache. retentions: the managed layers by their index in the model. rows: where
@@ -23,7 +23,9 @@ class CacheState:
     else is changed; 0 once that is done. peak_bytes: most bytes held at once, see `Report`.
     """
 
-    def __init__(self, policy: Policy, retentions: dict[int, Retention], rows: Rows) -> None:
+    def __init__(
+        self, policy: Policy, retentions: dict[int, LayerRetention], rows: BatchRows
+    ) -> None:
         decides = any(layer >= policy.dense_layers for layer in retentions)
         self.policy = policy
         self.planned = policy if decides else Full(page_size=policy.page_size)
@@ -55,8 +57,8 @@ class CacheState:
         ids, positions = arguments.get("input_ids"), arguments.get("position_ids")
         if queries > 1 and ids is not None and mask is None and positions is None:
             self.tokens.check_not_again(ids, rows.seen)
-        look = queries > 1 or not self.decoding  # while decoding, never wait for the device
-        check_columns(rows.seen, queries, mask, positions if look else None)
+        checked = queries > 1 or not self.decoding  # while decoding, never wait for the device
+        check_columns(rows.seen, queries, mask, positions if checked else None)
         have = rows.batch or batch
         if batch % have:
             raise SparsityError(
@@ -82,14 +84,6 @@ class CacheState:
         self.tokens.drop_handed()
         self.turn.leave()
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **scores: Any
-    ) -> Tensor:
-        """Attention of one managed layer in this forward, see `Retention.attend`."""
-        assert self.step is not None
-        self.reached.add(layer)
-        return self.retentions[layer].attend(query, key, value, self.step, **scores)
-
     def missed(self) -> list[int]:
         """Managed layers that this forward did not reach."""
         return sorted(set(self.retentions) - self.reached)
@@ -102,12 +96,12 @@ class CacheState:
         self.turn.leave()
         self.rows, self.decoding, self.step = self.step.then, self.step.single, None
         managed = self.retentions.values()
-        if any(retention.moved for retention in managed):
+        if any(retention.reallocated for retention in managed):
             held = other_bytes + sum(retention.num_bytes for retention in managed)
             extra = max(retention.transient_bytes for retention in managed)
             self.peak_bytes = max(self.peak_bytes, held + extra)
             for retention in managed:
-                retention.moved, retention.transient_bytes = False, 0
+                retention.reallocated, retention.transient_bytes = False, 0
 
     def kept(self, layer: int) -> tuple[int, int]:
         """Tokens kept (the most of any row and head) and dropped (in all) by a managed layer."""
@@ -125,5 +119,5 @@ class CacheState:
 
     def clear(self) -> None:
         """As new; the layers are told on their own."""
-        self.rows, self.step, self.decoding, self.peak_bytes = Rows(), None, False, 0
+        self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
         self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None

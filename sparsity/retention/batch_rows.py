@@ -64,7 +64,7 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """Where each row of the batch stands, between forwards.
 
     A column is a logical position of the padded batch; a rank counts a row's real tokens only.
@@ -86,7 +86,7 @@ class Rows:
     pins: Pins | None = None
     room: int | None = None
 
-    def take(self, index: Tensor) -> "Rows":
+    def take(self, index: Tensor) -> "BatchRows":
         """The rows of `index` (int64 numbers or a bool mask), in that order."""
         if self.batch is None:
             return self
@@ -125,7 +125,7 @@ class Step:
     longest_after: int
     single: bool
     order: Tensor | None
-    then: Rows
+    then: BatchRows
 
     def on(self, device: torch.device) -> "Step":
         """The same step with its tensors on `device`."""
@@ -144,7 +144,12 @@ class Step:
 
 
 def plan(
-    rows: Rows, policy: Policy, batch: int, queries: int, mask: Tensor | None, device: torch.device
+    rows: BatchRows,
+    policy: Policy,
+    batch: int,
+    queries: int,
+    mask: Tensor | None,
+    device: torch.device,
 ) -> Step:
     """What a forward of `queries` columns does to `rows`; changes nothing.
 
@@ -189,7 +194,7 @@ def plan(
     )
 
 
-def _room_left(rows: Rows, policy: Policy) -> int | None:
+def _room_left(rows: BatchRows, policy: Policy) -> int | None:
     if rows.room is None:
         return None
     if rows.room == 0:

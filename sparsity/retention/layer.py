@@ -10,14 +10,15 @@ from torch import Tensor
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend, attention_weights
 from sparsity.retention.batch_rows import Step
+from sparsity.retention.eviction import observe
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import forward_weights
+from sparsity.retention.query_weights import forward_weights, keep_newest
 from sparsity.retention.rotation import Move
-from sparsity.retention.several_tokens import extend, marked
+from sparsity.retention.several_tokens import SeveralTokens
 
 
-class Retention:
+class LayerRetention:
     """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
 
     policy: decides what stays. layer: index in the model. first_head: see `PageView`. move: takes
@@ -25,20 +26,21 @@ class Retention:
     pool: the retained tokens; None before the first forward.
     past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
     forward takes in (only then is it known which columns are padding); never written to.
-    moved: tensors were made anew since this was last set to False. transient_bytes: the unpruned
-    keys and values of the last forward of several tokens.
+    reallocated: tensors were made anew since this was last set to False. transient_bytes: the
+    unpruned keys and values of the last forward of several tokens.
     """
 
     def __init__(
         self, policy: Policy, layer: int, past: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.policy = policy
+        self.needs = policy.needs
         self.layer = layer
         self.first_head = 0
         self.move: Move | None = None
         self.pool: PagePool | None = None
         self.past = past
-        self.moved = False
+        self.reallocated = False
         self.transient_bytes = 0
 
     @property
@@ -59,7 +61,7 @@ class Retention:
     def clear(self) -> None:
         """Forget everything."""
         self.pool, self.past = None, None
-        self.moved, self.transient_bytes = False, 0
+        self.reallocated, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Do `change` to every tensor of the state; batch is the first axis of each."""
@@ -68,10 +70,11 @@ class Retention:
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
 
-    def attends(self, slots: Tensor) -> None:
-        """Told what a single token attends to: columns, int32 `[batch, kv_heads, n]`, -1 for none.
+    def note_attended(self, slots: Tensor) -> None:
+        """Called with the columns that a single new token attends to; does nothing here.
 
-        For those who look on; nothing here needs it.
+        A subclass may record them, as `replay` does. slots: int32 `[batch, kv_heads, n]`, -1 for
+        none.
         """
 
     def attend(
@@ -115,14 +118,15 @@ class Retention:
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         places = pool.start.shape[-1]
         pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
-        self.moved = self.moved or pool.start.shape[-1] != places
+        self.reallocated = self.reallocated or pool.start.shape[-1] != places
         view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
         chosen = policy.select(newest, view)
         if chosen is None:
             tokens = pool.high * pool.size
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
-            keys = self._closed_up(keys, step.after, step.longest_after)
+            if self.needs.moved:
+                keys = self._closed_up(keys, step.after, step.longest_after)
             slots = pool.slots[..., :tokens]
         else:
             keys, values = (
@@ -130,7 +134,7 @@ class Retention:
                 _pages_of(pool.values, chosen, pool.size),
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
-        self.attends(slots)
+        self.note_attended(slots)
         full = not step.then.ragged and step.longest_after % pool.size == 0
         full = full and pool.held == pool.high
         allowed = None
@@ -140,19 +144,18 @@ class Retention:
             if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
         out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
-        if policy.needs.attention is not None:
+        if self.needs.attention is not None:
             held = pool.slots[..., : pool.high * pool.size]
             assert view.keys is not None
             weights = forward_weights(
-                query.detach(), newest, view.keys, held, step, mask, policy.needs, weigh
+                query.detach(), newest, view.keys, held, step, mask, self.needs, weigh
             )
             view = replace(view, weights=weights)
-        observed = policy.observe(newest, view, scaling)
+        observed = observe(policy, view, newest, scaling, step)
         if observed is not view:
-            goes_on = (step.after > step.before)[:, None, None]
-            pool.mark(marked(observed, view, goes_on))
-        if policy.needs.window:
-            pool.remember(query.detach(), step)
+            pool.mark(observed)
+        if self.needs.window:
+            keep_newest(pool.queries, pool.asked, query.detach(), step)
         return out
 
     def _several(
@@ -185,19 +188,31 @@ class Retention:
         if not causal:
             columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
             allowed = mask(columns, slots)
-        keys = self._closed_up(key, step.before, step.longest_before)
+        keys = key
+        if self.needs.moved:
+            keys = self._closed_up(key, step.before, step.longest_before)
         out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
-        newest, weights = _newest(query.detach(), step), None
-        if self.policy.needs.attention is not None:
-            weights = forward_weights(
-                query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
-            )
-        self.pool = extend(
-            self.pool, key, value, slots, step, self.policy, self.layer, self.first_head,
-            query, newest, weights, scaling, weigh,
-        )  # fmt: skip
-        self.past, self.moved = None, True
+        query, key, value = query.detach(), key.detach(), value.detach()
+        newest, weights = _newest(query, step), None
+        if self.needs.attention is not None:
+            weights = forward_weights(query, newest, key, slots, step, mask, self.needs, weigh)
+        pool = self.pool
+        if pool is None:
+            pool = PagePool.empty(self.policy, self.layer, self.first_head, query, key, value)
+        new = SeveralTokens(
+            step=step,
+            keys=key,
+            values=value,
+            slots=slots.expand(-1, heads, -1),
+            query=query,
+            newest=newest,
+            weights=weights,
+            scaling=scaling,
+            weigh=weigh,
+        )
+        self.pool = pool.rebuilt(new, self.policy)
+        self.past, self.reallocated = None, True
         self.transient_bytes = key.nbytes + value.nbytes
         return out
 
@@ -212,8 +227,8 @@ class Retention:
         tokens stay (pages are laid out oldest first, and a place is used again only once its page
         is gone). seen: tokens so far of each row, `[batch]`; longest: upper bound of it.
         """
-        pool, count = self.pool, self.policy.needs.moved
-        if not count or pool is None or longest <= (self.policy.budget or longest):
+        pool, count = self.pool, self.needs.moved
+        if pool is None or longest <= (self.policy.budget or longest):
             return keys
         assert self.move is not None
         dropped = seen[:, None] - (pool.slots >= 0).sum(-1)

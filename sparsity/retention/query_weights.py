@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparsity.policies.base import Needs
-from sparsity.policies.scores import reduce_group
+from sparsity.policies.base import Needs, reduce_group
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.lazy_mask import LazyMask
 

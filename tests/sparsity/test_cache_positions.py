@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import sparsity
 from sparsity import SparseCache, StreamingLLM
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
+from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids, tiny_model
@@ -84,7 +84,7 @@ def test_each_key_is_as_far_from_the_query_as_inside_the_cache(
     start = torch.zeros_like(rank)
     key = turn(bare, start.expand(-1, 2, -1), rank.expand(-1, 2, -1))
     query = turn(asked, start.expand(-1, 4, -1), rank.expand(-1, 4, -1))
-    retention, rows, first = Retention(policy, 0), Rows(), 0
+    retention, rows, first = LayerRetention(policy, 0), BatchRows(), 0
     distances = []
 
     def move(keys, old, new):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity import RaaS
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
+from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 from tests.helpers import assert_close
 from tests.sparsity.twins import Twin
@@ -55,7 +55,7 @@ def test_kept_set_and_output_equal_the_twin(policy, kind, seed, prompt, pads, la
         padding[:, prompt:] = torch.rand(2, total - prompt, generator=generator) < 0.7
     columns = [padding[b].nonzero()[:, 0].tolist() for b in range(2)]
     twins = [Twin(policy, 1, HEADS, SCALING) for _ in range(2)]
-    retention, rows, first = Retention(policy, 1), Rows(), 0
+    retention, rows, first = LayerRetention(policy, 1), BatchRows(), 0
     for width in (prompt, *later):
         stop = first + width
         query = make(kind, (2, HEADS * GROUP, width, DIM), generator)
@@ -105,7 +105,7 @@ def test_raas_by_hand():
     Tokens 13-15 do nothing. Token 16 needs a page: B 8, C 8, D 12: a tie, the older B goes.
     """
     policy = RaaS(12, page_size=4, alpha=0.4, pin_prompt=False)
-    retention, rows = Retention(policy, 0), Rows()
+    retention, rows = LayerRetention(policy, 0), BatchRows()
     lazy = LazyMask(None, None, False, lambda: None)
     keys = torch.zeros(1, 1, 20, 1)
     keys[0, 0, 4:8] = 5.0

@@ -196,7 +196,7 @@ def test_only_the_new_turn_is_refused(shallow):
     before = state(cache)
     for mask in (None, torch.ones_like(new)):
         for more in ({}, {"prefill_chunk_size": 2}):
-            with pytest.raises(SparsityError, match="seen 15.*Hand generate the full input_ids"):
+            with pytest.raises(SparsityError, match=r"seen 15.*Hand generate the full input_ids"):
                 generate(shallow, new, cache, attention_mask=mask, **more)
     with pytest.raises(SparsityError, match="called with none that is new"):
         shallow(input_ids=new[:, :0], past_key_values=cache)

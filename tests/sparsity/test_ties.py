@@ -5,7 +5,7 @@ import torch
 
 from sparsity import LazyEviction, VaSE
 from sparsity.policies.base import PageView
-from sparsity.retention.page_pool import ranking
+from sparsity.retention.eviction import eviction_order
 
 
 def pages(start, values, sums=0, stamp=None):
@@ -51,7 +51,7 @@ def test_tokens_as_silent_as_each_other_go_oldest_first(tokens):
         policy = LazyEviction(budget=64, evict_every=1, recent=0)
         start = list(range(tokens))[::-1]
         view = pages(start, torch.zeros(tokens, 1), longest, [-7] * tokens)
-        worth = policy.priority(view)
-        assert worth.unique().numel() == 1
-        order = ranking(worth, view.pinned, view.start)
+        assert policy.priority(view).unique().numel() == 1
+        none = torch.zeros(0)  # no window of queries, nothing weighed
+        order = eviction_order(policy, view, view.pinned, none, none, torch.add)
         assert order.flatten().tolist() == start
