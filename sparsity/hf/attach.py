@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsity.errors import SparsityError
+from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
+from sparsity.hf.prompt_check import watch_prompts
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
 
@@ -30,12 +33,20 @@ class ServedCache(ABC):
     layers: list[Any]
 
     @abstractmethod
+    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """Check what `generate` hands in, before it is cut down to what is new."""
+
+    @abstractmethod
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
         """Check one forward and plan it."""
 
     @abstractmethod
     def finish(self) -> None:
         """Close one forward."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Close one forward that failed."""
 
     @abstractmethod
     def attend(
@@ -76,6 +87,7 @@ def retention_mask(
     return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
+@torch.compiler.disable
 def retention_attention(
     module: nn.Module,
     query: Tensor,
@@ -102,6 +114,7 @@ def retention_attention(
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = sparse_cache.layers[index] if index < len(sparse_cache.layers) else None
         if isinstance(layer, RetainedLayer):
+            check_attention_dropout(module, dropout)
             mask = attention_mask
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
@@ -119,37 +132,50 @@ def retention_attention(
     return out, None
 
 
-class Attachment:
-    """The two hooks on a decoder, and what it was before."""
+def _show_prompt(input_ids: Tensor, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    if isinstance(cache, ServedCache):
+        cache.check_prompt(input_ids, arguments)
 
-    def __init__(self, decoder: PreTrainedModel, token: str) -> None:
+
+class Attachment:
+    """The two hooks on a decoder, the look at a model's prompts, and what it was before."""
+
+    def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, token: str) -> None:
         self.token = token
         self.names = tuple(inspect.signature(decoder.forward).parameters)
         self.previous = _implementation(decoder)
         self.handles = (
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
-            decoder.register_forward_hook(self.after, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         )
+        self.unwatch = watch_prompts(model, _show_prompt)
 
-    def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    @torch.compiler.disable
+    def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Check the call and hand the cache on to the attention function."""
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         cache = arguments.get("past_key_values")
         if not isinstance(cache, ServedCache):
             return None
+        check_call(decoder, arguments)
         cache.begin(self.token, arguments)
         return args, {**kwargs, KWARG: cache}
 
+    @torch.compiler.disable
     def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Check that the cache got there."""
+        """Check that the cache got there; called after a failure, too, without an output."""
         cache = kwargs.get(KWARG)
-        if cache is not None:
+        if cache is not None and output is None:
+            cache.abandon()
+        elif cache is not None:
             cache.finish()
 
     def undo(self, decoder: PreTrainedModel) -> None:
-        """Take the hooks away and give the decoder its own attention function back."""
+        """Take hooks and prompt check away; give the decoder its own attention function back."""
         for handle in self.handles:
             handle.remove()
+        self.unwatch()
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 
@@ -215,7 +241,7 @@ def attach(model: PreTrainedModel) -> None:
         ATTACHED[decoder].previous = now
         return
     token = TOKENS.setdefault(decoder, uuid.uuid4().hex)
-    attachment = Attachment(decoder, token)
+    attachment = Attachment(model, decoder, token)
     attachment.previous = now
     ATTACHED[decoder] = attachment
 

@@ -16,6 +16,7 @@ from sparsity.hf.attach import (
     decoder_of,
     keep_attached,
 )
+from sparsity.hf.forward_checks import check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -94,6 +95,7 @@ class SparseCache(ServedCache, Cache):
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -103,8 +105,25 @@ class SparseCache(ServedCache, Cache):
                 "a SparseCache works with an attached model only, and this one is detached (or its "
                 "decoder was called past its hooks); call attach(model) first"
             )
-        self.layers[layer_idx].prefetch()
+        layer, state = self.layers[layer_idx], self._state
+        if state.repeats:  # the first layer of a forward: nothing has changed yet
+            try:
+                check_states(layer, layer_idx, key_states, value_states)
+            except SparsityError:
+                state.withdraw()
+                raise
+            repeats, state.repeats = state.repeats, 0
+            if repeats > 1:
+                self.batch_repeat_interleave(repeats)
+        else:
+            check_states(layer, layer_idx, key_states, value_states)
+        layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """Check what `generate` hands in: it must go on from what is held here."""
+        if arguments.get("use_cache") is not False:  # refused by the forward
+            self._state.tokens.hand(input_ids, arguments, self._state.rows.seen)
 
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
         """Check one forward and plan it; nothing has changed when it raises SparsityError."""
@@ -120,16 +139,22 @@ class SparseCache(ServedCache, Cache):
                 "(images, videos) there are none to count inside the cache; use "
                 "positions='absolute' with this model"
             )
-        step, times = self._state.plan(arguments)
-        if step.stop == self._dropped_at:
+        self._state.turn.enter()
+        try:
+            step, repeats = self._state.plan(arguments)
+            self._check_length(step.stop)
+        except SparsityError:
+            self._state.abandon()
+            raise
+        self._state.open(step, repeats, arguments.get("input_ids"))
+
+    def _check_length(self, columns: int) -> None:
+        if columns == self._dropped_at:
             raise SparsityError(
                 f"this model drops its cache when a text grows past {self._dropped_at} tokens "
                 "(original_max_position_embeddings, where its rotation changes), and would go on "
                 "without the SparseCache; keep the prompt and the new tokens below that"
             )
-        if times > 1:
-            self.batch_repeat_interleave(times)
-        self._state.open(step)
 
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
@@ -162,6 +187,10 @@ class SparseCache(ServedCache, Cache):
             )
         stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
         self._state.close(sum(layer_bytes(layer) for layer in stock))
+
+    def abandon(self) -> None:
+        """Close one forward that failed: what is held is incomplete, unless it was refused."""
+        self._state.abandon()
 
     def give_up(self, why: str) -> NoReturn:
         """Detach the model and raise SparsityError: it cannot be served right."""

@@ -43,10 +43,12 @@ class RetainedLayer(DynamicLayer):
         self.pending = (key_states.shape, value_states.shape)
         return key_states, value_states
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Columns seen, padding included."""
         return self.seen
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As if everything were kept: masks are evaluated on columns."""
         return self.seen + query_length, 0

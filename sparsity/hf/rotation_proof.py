@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsity.errors import SparsityError
+from sparsity.hf.forward_checks import WEIGHTS_AWAY
 from sparsity.policies import Full
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.rotation import Move, Pairing, Rotation, unmoved
@@ -149,6 +150,8 @@ def _angles(decoder: Any, layer: int, name: str) -> Angles:
         cos = plain(torch.tensor([[1, FAR]]))[0]
         again = plain(torch.tensor([[1, 2]]))[0]
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if any(buffer.is_meta for buffer in module.buffers()):
+            raise SparsityError(WEIGHTS_AWAY) from error
         raise SparsityError(
             f"the rotary module of {name} does not take positions [rows, n] ({error}); {_REMEDY}"
         ) from error

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsity.arguments import take_whole_number
 from sparsity.errors import SparsityError
 
 Group = Literal["max", "mean"]
@@ -238,33 +239,29 @@ def reduce_group(scores: Tensor, group: Group) -> Tensor:
     return scores.amax(2) if group == "max" else scores.mean(2)
 
 
-def check_budget(name: str, budget: int, page_size: int) -> None:
-    """Raise SparsityError unless `budget` is a positive multiple of `page_size` (both tokens)."""
-    check_count(name, "page_size", page_size, least=1)
-    check_count(name, "budget", budget, least=1)
-    if budget % page_size:
+def check_budget(policy: Policy, field: str = "budget") -> None:
+    """Take the budget in `field` and the page size as ints.
+
+    Raises SparsityError unless the budget is a positive multiple of the page size (both tokens).
+    """
+    check_count(policy, "page_size", least=1)
+    check_count(policy, field, least=1)
+    budget, size = getattr(policy, field), policy.page_size
+    if budget % size:
         raise SparsityError(
-            f"{name}(budget={budget}, page_size={page_size}): the budget must be a multiple of the "
-            f"page size; use budget={max(1, round(budget / page_size)) * page_size}"
+            f"{type(policy).__name__}({field}={budget}, page_size={size}): the budget must be a "
+            f"multiple of the page size; use {field}={max(1, round(budget / size)) * size}"
         )
 
 
-def check_count(name: str, field: str, value: int, least: int = 0) -> None:
-    """Raise SparsityError unless `value` is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SparsityError(
-            f"{name}({field}={value!r}): expected a whole number of at least {least}"
-            + (" tokens" if field in ("budget", "page_size") else "")
-            + ("; Full() is the policy without a budget" if field == "budget" else "")
-        )
+def check_count(policy: Policy, field: str, least: int = 0) -> None:
+    """Take the number in `field` as an int; SparsityError unless it is whole and at least `least`.
 
-
-def check_share(name: str, field: str, value: float, above: bool = False) -> None:
-    """Raise SparsityError unless `value` is in [0, 1), or in (0, 1] with `above`."""
-    if not (0 < value <= 1 if above else 0 <= value < 1):
-        raise SparsityError(
-            f"{name}({field}={value}): expected a share in {'(0, 1]' if above else '[0, 1)'}"
-        )
+    The field then holds the int, so that equality and repr are those of the int.
+    """
+    note = " tokens" if field in ("budget", "page_size") else ""
+    note += "; Full() is the policy without a budget" if field == "budget" else ""
+    take_whole_number(policy, field, least, note)
 
 
 def check_choice(name: str, field: str, value: object, choices: tuple[object, ...]) -> None:

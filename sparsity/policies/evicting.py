@@ -45,20 +45,21 @@ class Evicting(Policy):
     evict_every: int | None = 1
 
     def __post_init__(self) -> None:
-        name, size = type(self).__name__, self.page_size
-        check_budget(name, self.budget, size)
-        recent = self.recent_kept
-        check_count(name, "recent", recent)
+        check_budget(self)
         for field in ("sinks", "dense_layers"):
-            check_count(name, field, getattr(self, field))
+            check_count(self, field)
+        if self.recent is not None:
+            check_count(self, "recent")
+        name, size = type(self).__name__, self.page_size
         check_group(name, self.group)
         if self.evict_every is not None:
-            check_count(name, "evict_every", self.evict_every, least=1)
+            check_count(self, "evict_every", least=1)
             if self.evict_every > 1 and self.evict_every % size:
                 raise SparsityError(
                     f"{name}(evict_every={self.evict_every}, page_size={size}): whole pages are "
                     f"evicted; use a multiple of {size}, or 1 for whenever a page is needed"
                 )
+        recent = self.recent_kept
         # Pages that the newest tokens can touch: one token lies in one page, two may lie in two.
         touched = -(-(recent - 1) // size) + 1 if recent else 0
         if -(-self.sinks // size) + touched >= self.budget // size:

@@ -22,7 +22,7 @@ class Full(Policy):
     pin_prompt: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        check_count("Full", "page_size", self.page_size, least=1)
+        check_count(self, "page_size", least=1)
 
     @property
     @override

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sparsity.policies.base import Group, Needs, PageView, check_share
+from sparsity.arguments import take_share
+from sparsity.policies.base import Group, Needs, PageView
 from sparsity.policies.evicting import Evicting
 
 
@@ -41,7 +42,7 @@ class LazyEviction(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("LazyEviction", "alpha", self.alpha)
+        take_share(self, "alpha")
 
     @property
     @override
@@ -66,7 +67,7 @@ class LazyEviction(Evicting):
 
     @override
     def worth(self, pages: PageView) -> Tensor:
-        longest = pages.sums[..., 0]
+        longest = pages.sums[..., 0].double()  # in float32 a sigmoid depends on the vector unit
         silent = (pages.now - pages.stamp) / longest.clamp(min=1)
         worth = 2 * torch.sigmoid(-1 - silent) + 2 * torch.sigmoid(1 - longest)
         return worth.masked_fill(longest == 0, 0)

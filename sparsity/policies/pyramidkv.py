@@ -35,7 +35,7 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("PyramidKV", "beta", self.beta, least=1)
+        check_count(self, "beta", least=1)
 
     def at_layer(self, layer: int, layers: int) -> SnapKV:
         """`SnapKV` with this layer's own budget, see `Policy.at_layer`."""

@@ -47,8 +47,8 @@ class Quest(Policy):
     pin_prompt: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        check_budget("Quest", self.budget, self.page_size)
-        check_count("Quest", "dense_layers", self.dense_layers)
+        check_budget(self)
+        check_count(self, "dense_layers")
         check_group("Quest", self.group)
 
     @property

@@ -42,7 +42,7 @@ class QuestRaaS(RaaS):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget("QuestRaaS", self.prompt_budget, self.page_size)
+        check_budget(self, "prompt_budget")
         if self.evict_every is None:
             raise SparsityError(
                 "QuestRaaS(evict_every=None): decoded tokens are what it evicts; use 1, or a "

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sparsity.arguments import take_share
 from sparsity.errors import SparsityError
-from sparsity.policies.base import Group, Needs, PageView, check_choice, check_share
+from sparsity.policies.base import Group, Needs, PageView, check_choice
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import page_bounds, page_logits
 
@@ -67,9 +68,9 @@ class RaaS(Evicting):
                 "they are two ways to choose the pages to refresh"
             )
         if self.alpha is not None:
-            check_share(name, "alpha", self.alpha)
+            take_share(self, "alpha")
         if self.top_ratio is not None:
-            check_share(name, "top_ratio", self.top_ratio, above=True)
+            take_share(self, "top_ratio", above=True)
         check_choice(name, "score", self.score, ("bound", "exact"))
         check_choice(name, "attend", self.attend, ("all", "top"))
 

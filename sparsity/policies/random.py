@@ -41,7 +41,7 @@ class Random(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("Random", "seed", self.seed)
+        check_count(self, "seed")
 
     @override
     def worth(self, pages: PageView) -> Tensor:

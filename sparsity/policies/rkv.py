@@ -7,7 +7,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from sparsity.policies.base import Group, Needs, PageView, check_count, check_share
+from sparsity.arguments import take_share
+from sparsity.policies.base import Group, Needs, PageView, check_count
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import window_scores
 from sparsity.policies.snapkv import check_kernel
@@ -55,10 +56,10 @@ class RKV(Evicting):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        check_count("RKV", "window", self.window, least=1)
-        check_kernel("RKV", self.kernel)
-        check_share("RKV", "mix", self.mix, above=True)
-        check_share("RKV", "threshold", self.threshold)
+        check_count(self, "window", least=1)
+        check_kernel(self)
+        take_share(self, "mix", above=True)
+        take_share(self, "threshold")
         super().__post_init__()
 
     @property

@@ -74,3 +74,13 @@ def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> 
     else:
         scores = F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     return scores.gather(-1, order.argsort(-1)).masked_fill(~pages.filled, 0)
+
+
+def without_rounding(scores: Tensor) -> Tensor:
+    """Scores to 12 significant bits, so that those that differ by rounding alone are equal.
+
+    The values of a token that comes again are in the first layer those it had before, but computed
+    in another forward they differ in the last bits, and then rounding would choose between them.
+    """
+    mantissa, exponent = scores.frexp()
+    return ((mantissa * 2**12).round() / 2**12).ldexp(exponent)

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sparsity.errors import SparsityError
-from sparsity.policies.base import Group, Needs, PageView, check_choice, check_count
+from sparsity.policies.base import Group, Needs, PageView, Policy, check_choice, check_count
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import window_scores
 
@@ -46,8 +46,8 @@ class SnapKV(Evicting):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_count(name, "window", self.window, least=1)
-        check_kernel(name, self.kernel)
+        check_count(self, "window", least=1)
+        check_kernel(self)
         check_choice(name, "pooling", self.pooling, ("mean", "max"))
         super().__post_init__()
 
@@ -66,11 +66,12 @@ class SnapKV(Evicting):
         return pages.total(window_scores(pages, self.recent_kept, self.kernel, self.pooling))
 
 
-def check_kernel(name: str, kernel: int) -> None:
-    """Raise SparsityError unless `kernel` is a positive odd number."""
-    check_count(name, "kernel", kernel, least=1)
+def check_kernel(policy: Policy, field: str = "kernel") -> None:
+    """Take the pooling kernel in `field` as an int; SparsityError unless it is positive and odd."""
+    check_count(policy, field, least=1)
+    kernel = getattr(policy, field)
     if kernel % 2 == 0:
         raise SparsityError(
-            f"{name}(kernel={kernel}): a token stands in the middle of its neighbours; use an odd "
-            f"number such as {kernel + 1}"
+            f"{type(policy).__name__}({field}={kernel}): a token stands in the middle of its "
+            f"neighbours; use an odd number such as {kernel + 1}"
         )

@@ -10,7 +10,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies.base import Needs, PageView, check_count
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.hashed_random import uniform
-from sparsity.policies.scores import window_scores
+from sparsity.policies.scores import window_scores, without_rounding
 from sparsity.policies.snapkv import check_kernel
 
 
@@ -20,10 +20,11 @@ class VaSE(Evicting):
 
     After "VaSE" (arXiv 2606.03928), from descriptions of it. The range of a token is the largest
     less the smallest entry of its value vector. The first `sinks` tokens, the newest `window` and
-    the `large` tokens of widest range are kept (of equals the newest). The rest of the budget is
-    drawn without replacement, with probabilities proportional to the attention of the last `window`
-    queries, averaged and pooled over `kernel` neighbours (by Gumbel's trick: the tokens with the
-    highest log(attention) + Gumbel noise).
+    the `large` tokens of widest range are kept (of equals the newest; ranges are compared to 12
+    significant bits, since in the first layer a token that comes again has the same range but for
+    rounding). The rest of the budget is drawn without replacement, with probabilities proportional
+    to the attention of the last `window` queries, averaged and pooled over `kernel` neighbours (by
+    Gumbel's trick: the tokens with the highest log(attention) + Gumbel noise).
 
     Departures from the paper: each KV head decides on its own. Random numbers are a hash, as in
     `Random`. The interval between evictions is ours. What the authors do about heads and
@@ -52,11 +53,12 @@ class VaSE(Evicting):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("VaSE", "window", self.window, least=1)
-        check_kernel("VaSE", self.kernel)
-        check_count("VaSE", "seed", self.seed)
+        check_count(self, "window", least=1)
+        check_kernel(self)
+        check_count(self, "seed")
+        if self.large is not None:
+            check_count(self, "large")
         super().__post_init__()
-        check_count("VaSE", "large", self.large_kept)
         protected = self.sinks + self.recent_kept + self.large_kept
         if protected >= self.budget:
             raise SparsityError(
@@ -90,7 +92,9 @@ class VaSE(Evicting):
     def _is_large(self, pages: PageView) -> Tensor:
         """True for the `large` tokens of widest range that nothing else protects."""
         assert pages.values is not None
-        span = pages.values.amax(-1).float() - pages.values.amin(-1).float()
+        dtype = torch.promote_types(pages.values.dtype, torch.float32)
+        span = pages.values.amax(-1).to(dtype) - pages.values.amin(-1).to(dtype)
+        span = without_rounding(span)
         protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
         span = span.masked_fill(protected, -1)  # unused places, with start -1, too
         by_age = pages.start.argsort(dim=-1, descending=True, stable=True)

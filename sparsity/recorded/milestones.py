@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsity.arguments import take_share, take_whole_number, whole_number
 from sparsity.errors import SparsityError
 from sparsity.recorded.trace import Trace
 
@@ -42,11 +43,9 @@ class Thresholds:
     local: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 1 or self.gap < 1 or self.local < 0:
-            raise SparsityError(
-                f"{self}: expected alpha, a share in [0, 1), a gap of at least 1 step, and local "
-                "of at least 0 tokens"
-            )
+        take_share(self, "alpha")
+        take_whole_number(self, "gap", least=1, note=" step")
+        take_whole_number(self, "local", least=0, note=" tokens")
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,8 @@ def plot_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: i
     """
     from matplotlib.colors import LogNorm
 
+    layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
+    page_size = whole_number("page_size", page_size, least=1)
     heads = trace.at(layer).keys.shape[0]
     if not 0 <= kv_head < heads:
         raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sparsity.arguments import whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.recorded.trace import LayerTrace, Trace
@@ -116,13 +117,14 @@ def record(
             f"record takes no {', '.join(sorted(refused))}: give input_ids, of one row; it brings "
             "its own cache, and returns the trace"
         )
+    max_bytes = whole_number("max_bytes", max_bytes, least=0)
     prompt = inputs.get("input_ids", inputs.get("inputs"))
     if prompt is None:
         raise SparsityError("record needs input_ids, int64 [1, tokens], to generate from")
     with keep_attached(model):
         cache = SparseCache(model, Full())
         managed = sorted(cache.retentions)
-        wanted = managed if layers is None else list(layers)
+        wanted = managed if layers is None else whole_numbers("layers", layers)
         if unknown := sorted(set(wanted) - set(managed)):
             raise SparsityError(
                 f"layers={unknown} of this model have no full attention to record: choose of "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sparsity.arguments import whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
@@ -143,13 +144,16 @@ def replay(
     """
     from tqdm import tqdm  # comes with transformers
 
-    wanted = sorted(trace.layers) if layers is None else list(layers)
+    wanted = sorted(trace.layers) if layers is None else whole_numbers("layers", layers)
+    page_size = whole_number("page_size", page_size, least=1)
     for layer in wanted:
         trace.at(layer)
     if trace.tokens == trace.prompt_tokens:
         raise SparsityError("this trace has no decoded tokens: record with max_new_tokens above 1")
     if top_tokens is None:
         top_tokens = policy.budget or trace.tokens // 4
+    else:
+        top_tokens = whole_number("top_tokens", top_tokens, least=1)
     pages = max(1, top_tokens // page_size)
     thresholds = thresholds or Thresholds()
     return Replay(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsity.arguments import whole_number
 from sparsity.errors import SparsityError
 from sparsity.retention.attention import attention_weights
 
@@ -104,6 +105,7 @@ class Trace:
 
     def at(self, layer: int) -> LayerTrace:
         """The layer of that index in the model; SparsityError when it was not recorded."""
+        layer = whole_number("layer", layer)
         if layer not in self.layers:
             raise SparsityError(
                 f"layer {layer} is not in this trace: it holds {sorted(self.layers)}; record it "
@@ -125,6 +127,7 @@ class Trace:
         Raises:
             SparsityError: for a layer that was not recorded.
         """
+        page_size = whole_number("page_size", page_size, least=1)
         return torch.cat([per_page(weights, page_size) for _, weights in self.blocks(layer)], 1)
 
     def __repr__(self) -> str:

@@ -10,14 +10,17 @@ from sparsity.policies import Full
 from sparsity.policies.base import Policy
 from sparsity.retention.batch_rows import BatchRows, Step, check_columns, plan
 from sparsity.retention.layer import LayerRetention
+from sparsity.retention.one_at_a_time import OneAtATime
+from sparsity.retention.seen_tokens import SeenTokens
 
 
 class AllLayers:
     """Everything a cache knows beyond its layers' tensors; nothing here is about transformers.
 
     policy: of the cache. retentions: the managed layers by their index in the model. rows: where
-    the batch stands. step: the forward under way, None between forwards. peak_bytes: most bytes
-    held at once, see `Report`.
+    the batch stands. tokens: the ids seen. turn: the thread that is in a forward. step: the forward
+    under way, None between forwards. repeats: how often it repeats each row held, before anything
+    else is changed; 0 once that is done. peak_bytes: most bytes held at once, see `Report`.
     """
 
     def __init__(
@@ -28,7 +31,11 @@ class AllLayers:
         self.planned = policy if decides else Full(page_size=policy.page_size)
         self.retentions = retentions
         self.rows = rows
+        self.tokens = SeenTokens()
+        self.turn = OneAtATime()
         self.step: Step | None = None
+        self.repeats = 0
+        self.new_ids: Tensor | None = None
         self.reached: set[int] = set()
         self.decoding = False
         self.peak_bytes = 0
@@ -47,8 +54,11 @@ class AllLayers:
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         batch, queries = tokens.shape[:2]
         rows, mask = self.rows, arguments.get("attention_mask")
+        ids, positions = arguments.get("input_ids"), arguments.get("position_ids")
+        if queries > 1 and ids is not None and mask is None and positions is None:
+            self.tokens.check_not_again(ids, rows.seen)
         checked = queries > 1 or not self.decoding  # while decoding, never wait for the device
-        check_columns(rows.seen, queries, mask, arguments.get("position_ids") if checked else None)
+        check_columns(rows.seen, queries, mask, positions if checked else None)
         have = rows.batch or batch
         if batch % have:
             raise SparsityError(
@@ -60,9 +70,19 @@ class AllLayers:
             rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
         return plan(rows, self.planned, batch, queries, mask, tokens.device), batch // have
 
-    def open(self, step: Step) -> None:
+    def open(self, step: Step, repeats: int, new_ids: Tensor | None) -> None:
         """Start the planned forward."""
-        self.step, self.reached = step, set()
+        self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
+
+    def withdraw(self) -> None:
+        """The forward is refused before it has changed anything: as if it had not been started."""
+        self.step, self.repeats, self.new_ids = None, 0, None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The forward, or the attempt at one, is over; `step` stays if it has changed something."""
+        self.tokens.drop_handed()
+        self.turn.leave()
 
     def missed(self) -> list[int]:
         """Managed layers that this forward did not reach."""
@@ -71,6 +91,9 @@ class AllLayers:
     def close(self, other_bytes: int) -> None:
         """End the forward. other_bytes: held by layers that are not managed."""
         assert self.step is not None
+        self.tokens.feed(self.new_ids, self.rows.seen, self.step.stop)
+        self.new_ids = None
+        self.turn.leave()
         self.rows, self.decoding, self.step = self.step.then, self.step.single, None
         managed = self.retentions.values()
         if any(retention.reallocated for retention in managed):
@@ -92,7 +115,9 @@ class AllLayers:
     def take(self, index: Tensor) -> None:
         """Keep the rows of `index` in that order; the layers are told on their own."""
         self.rows = self.rows.take(index)
+        self.tokens.take(index)
 
     def clear(self) -> None:
         """As new; the layers are told on their own."""
         self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
+        self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None

@@ -8,6 +8,12 @@ from torch import Tensor
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 
+FULL_PROMPT = (
+    "Hand generate the full input_ids (and attention_mask) of the conversation, with at least one "
+    "token more than the cache has seen: generate feeds a prompt that is cached whole once again "
+    "from its start. Or call cache.reset()"
+)
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -216,13 +222,15 @@ def check_columns(seen: int, queries: int, mask: object, positions: Tensor | Non
     given = None
     if isinstance(mask, Tensor):
         given = mask.shape[1]
-    elif seen and positions is not None and positions.dim() == 2:
+    elif seen and queries and positions is not None and positions.dim() == 2:
         given = min(int(positions.max()) + 1, expected)
+    if queries == 0:
+        raise SparsityError(
+            f"the cache has seen {seen} tokens, and the model is called with none that is new. "
+            f"{FULL_PROMPT}"
+        )
     if given is not None and given != expected:
         raise SparsityError(
             f"the cache has seen {seen} tokens and the model is called with {queries} more, but "
-            f"the call is for {given} tokens in all. Hand generate the full input_ids (and "
-            "attention_mask) of the conversation, with at least one token more than the cache has "
-            "seen: generate feeds a prompt that is cached whole once again from its start. Or call "
-            "cache.reset()"
+            f"the call is for {given} tokens in all. {FULL_PROMPT}"
         )

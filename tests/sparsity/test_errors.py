@@ -58,7 +58,7 @@ def is_plain(model):
         (lambda: RaaS(64, attend="some"), "'all' or 'top'"),
         (lambda: RaaS(64, evict_every=24), "multiple of 16"),
         (lambda: RaaS(48, sinks=4, recent=17), "above 48"),
-        (lambda: QuestRaaS(64, prompt_budget=100), "use budget=96"),
+        (lambda: QuestRaaS(64, prompt_budget=100), "use prompt_budget=96"),
         (lambda: H2O(64, evict_every=0), "evict_every=0"),
         (lambda: H2O(64, sinks=32), "fewer sinks"),
         (lambda: H2O(64, normalise="length"), "'none' or 'age'"),
