@@ -1,4 +1,4 @@
-"""What callers hand in, as the number that was meant, or refused by its name."""
+"""Numbers that callers hand in: converted to what was meant, or refused by the argument's name."""
 
 import math
 from collections.abc import Iterable
@@ -15,10 +15,15 @@ def whole_number(
 ) -> int:
     """`value` as an int: an int of any kind (numpy's, a 0-d tensor) or a float without a fraction.
 
-    name: of the argument, for the error. least: the smallest number allowed; None allows all.
-    note: what the error adds about the number. of: the class the argument belongs to.
+    Args:
+        name: of the argument, for the error.
+        value: what was handed in.
+        least: the smallest number allowed; None allows all.
+        note: what the error adds about the number.
+        of: the class that the argument belongs to, for the error.
 
-    Raises SparsityError for a bool, text, a fraction, or a number below `least`.
+    Raises:
+        SparsityError: for a bool, text, a fraction, and a number below `least`.
     """
     number = _real(value)
     whole = None
@@ -31,7 +36,11 @@ def whole_number(
 
 
 def whole_numbers(name: str, values: Iterable[object], least: int | None = None) -> list[int]:
-    """Each of `values` as `whole_number` has it; SparsityError, too, for what is no sequence."""
+    """Each of `values` as an int, see `whole_number`.
+
+    Raises:
+        SparsityError: as `whole_number` does, and for what is no sequence.
+    """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise SparsityError(f"{name}={values!r}: expected a list of whole numbers, such as [0, 3]")
     return [whole_number(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
@@ -40,7 +49,14 @@ def whole_numbers(name: str, values: Iterable[object], least: int | None = None)
 def share(name: str, value: object, above: bool = False, of: str = "") -> float:
     """`value`, a number of any kind, as a float in [0, 1), or in (0, 1] with `above`.
 
-    Raises SparsityError for a bool, text, and a number outside.
+    Args:
+        name: of the argument, for the error.
+        value: what was handed in.
+        above: whether 1 is allowed, and 0 is not.
+        of: the class that the argument belongs to, for the error.
+
+    Raises:
+        SparsityError: for a bool, text, and a number outside.
     """
     number = _real(value)
     if number is None or not (0 < number <= 1 if above else 0 <= number < 1):
@@ -51,24 +67,24 @@ def share(name: str, value: object, above: bool = False, of: str = "") -> float:
 
 
 def take_whole_number(config: object, field: str, least: int | None = None, note: str = "") -> None:
-    """Put the int in the place of the whole number in `field` of a frozen dataclass."""
+    """Put the int that was meant into `field` of a frozen dataclass, see `whole_number`."""
     number = whole_number(field, getattr(config, field), least, note, of=type(config).__name__)
     object.__setattr__(config, field, number)
 
 
 def take_share(config: object, field: str, above: bool = False) -> None:
-    """Put the float in the place of the share in `field` of a frozen dataclass."""
+    """Put the float that was meant into `field` of a frozen dataclass, see `share`."""
     number = share(field, getattr(config, field), above, of=type(config).__name__)
     object.__setattr__(config, field, number)
 
 
 def _said(name: str, value: object, of: str) -> str:
-    """The argument as a call would have it."""
+    """The argument as a call writes it."""
     return f"{of}({name}={value!r})" if of else f"{name}={value!r}"
 
 
 def _real(value: object) -> int | float | None:
-    """The number that stands alone in `value`; None for a bool and for what is no number."""
+    """The number in `value`; None for a bool and for what is no number."""
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
