@@ -104,7 +104,7 @@ class AllLayers:
         self.abandon()
 
     def abandon(self) -> None:
-        """End a forward that failed; if it was started, `step` stays and the next one is refused."""
+        """End a forward that failed; if it was started, `step` stays, so the next is refused."""
         self.tokens.drop_handed()
         self.turn.leave()
 
