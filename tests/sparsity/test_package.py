@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import sparsity
 from sparsity import SparseCache
 from tests.helpers import files_importing
@@ -73,6 +75,7 @@ def test_help_shows_what_a_cache_is_made_of():
     assert sparsity.SparseCache is SparseCache
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_names_that_are_loaded_late(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
