@@ -59,12 +59,27 @@ def one_of_seconds(name: str, value: object) -> float:
     Raises:
         DemandError: as `as_seconds`, and several numbers in place of one.
     """
+    return _read_one(name, value, durations=True)
+
+
+def one_number(name: str, value: object) -> float:
+    """A single plain number, as `as_numbers` reads an array of them.
+
+    Raises:
+        DemandError: as `as_numbers`, and several numbers in place of one.
+    """
+    return _read_one(name, value, durations=False)
+
+
+def _read_one(name: str, value: object, durations: bool) -> float:
     if type(value) is float:
         return value
-    seconds = as_seconds(name, value)
-    if seconds.ndim:
-        raise DemandError(f"{name} has shape {seconds.shape}; expected a single number of seconds")
-    return float(seconds)
+    if type(value) is int and value.bit_length() < 64:
+        return float(value)
+    read = _read(name, value, durations)
+    if read.ndim:
+        raise DemandError(f"{name} has shape {read.shape}; expected a single number")
+    return float(read)
 
 
 def _read(name: str, values: object, durations: bool) -> Floats:
