@@ -232,7 +232,7 @@ class PDGraph:
                 arrays = given_arrays(*self._given, self.cost, parallel_calls)
             else:
                 arrays = WalkArrays.of_runs(self.columns(), parallel_calls, self.half_life_runs)
-            stuck = arrays.without_exit()
+            stuck = arrays.without_end()
             if stuck:
                 raise DemandError(
                     f"from {', '.join(stuck)} of graph {self.name!r} the end cannot be reached; "

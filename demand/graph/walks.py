@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from demand.distribution.atoms import beyond_samples
 from demand.errors import DemandError
+from demand.flow import without_end
 from demand.graph.run_columns import Ints, RunColumns, decayed
 from demand.seconds import Floats
 from demand.units import END, START, ParallelCalls, Progress
@@ -115,14 +116,15 @@ class WalkArrays:
             weights,
         )
 
-    def without_exit(self) -> list[str]:
+    def without_end(self) -> list[str]:
         """Names of the nodes from which the end is not reached by any path."""
-        source = np.repeat(np.arange(len(self.nodes)), np.diff(self.offsets))
-        reached = np.zeros(len(self.nodes), dtype=bool)
-        reached[0] = True
-        for _ in self.nodes:
-            reached[source[reached[self.successors]]] = True
-        return [name for name, node in self.nodes.items() if not reached[node]]
+        names = list(self.nodes)
+        source = np.repeat(np.arange(len(names)), np.diff(self.offsets))
+        following: dict[str, list[str]] = {name: [] for name in names if name != END}
+        for branch in np.unique(source * len(names) + self.successors).tolist():
+            at, to = divmod(branch, len(names))
+            following[names[at]].append(names[to])
+        return without_end(following)
 
     def node(self, name: str) -> int:
         """Number of a node.

@@ -10,6 +10,7 @@ import numpy as np
 from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.plotting import axes
 from demand.seconds import Floats
 from demand.units import CostModel, Execution, ParallelCalls, Progress
 
@@ -112,8 +113,6 @@ class CalibrationReport:
         Raises:
             DemandError: matplotlib is not installed.
         """
-        from demand.graph.drawing import axes
-
         ax = axes(ax, (4.0, 3.0))
         edges = np.linspace(0.0, 1.0, bins + 1)
         ax.stairs(self.pit_histogram(bins), edges, fill=True, alpha=0.6)
