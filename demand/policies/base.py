@@ -118,6 +118,8 @@ class Job:
         attained = self.known_at + age
         while attained - self.known_at < age:  # the sum was rounded down
             attained = math.nextafter(attained, math.inf)
+        while (below := math.nextafter(attained, 0.0)) - self.known_at >= age:  # or up
+            attained = below
         return attained
 
 
@@ -176,6 +178,10 @@ class Policy(ABC):
         service at which the rank exceeds `threshold`; an earlier one costs a simulator an event
         that changes nothing, a later one is wrong. Infinity if it never does, as for all ranks
         that do not rise with service. This default asks the table, if there is one.
+
+        Where service is counted in whole quanta, the answer is the end of a quantum, though the
+        rank rises up to `exact_thresholds.ROUNDING` of a quantum before it: what simulators make
+        of the answer allows for that.
         """
         if job.table is None:
             return math.inf
