@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import final
 
 from demand.distribution.atoms import check_age
-from demand.policies.base import Job, Rank, number
+from demand.policies.base import Rank, number
 from demand.policies.exact_thresholds import check_positive
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
 
 
