@@ -37,6 +37,7 @@ from demand import (
     ClassMean,
     Gittins,
     Hysteresis,
+    Job,
     LeastSlack,
     Policy,
     PriorityClasses,
