@@ -143,6 +143,15 @@ def test_a_stream_without_its_closing_mark_is_complete_once_every_choice_has_fin
     asyncio.run(unmarked())
 
 
+def test_a_stream_with_its_closing_mark_is_complete_whatever_its_choices_say() -> None:
+    async def marked() -> None:
+        async with FakeServer() as server, controller_of(server) as controller:
+            call = await controller.start("short").submit("completions", {**body("a"), "n": 2})
+            assert await call.text() == "a.0 a.1 a.2 "  # of one choice
+
+    asyncio.run(marked())
+
+
 def test_shed_load_pauses_every_call_as_long_as_the_server_asks() -> None:
     async def shed() -> None:
         script = Script(lambda r: Answer(status=429) if r.body["prompt"] == "a" else Answer(("x",)))

@@ -2,7 +2,7 @@
 
 `AdmissionController` stands in front of any OpenAI-compatible server and decides which call is
 sent next. `make_scheduler` makes a scheduler class that vLLM runs inside its engine, which may
-also take the place of a running request. The first needs httpx2, the second vLLM.
+also take the place of a running request. The first needs openai, the second vLLM.
 """
 
 from demand.integrations.vllm.admission import AdmissionController, Counts

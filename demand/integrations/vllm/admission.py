@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, final
 
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
@@ -16,9 +16,12 @@ from demand.integrations.job_ledger import Ledger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
 from demand.integrations.vllm.failures import AttemptError, Retry
 from demand.integrations.vllm.run import Run
-from demand.integrations.vllm.server import Client, Server
+from demand.integrations.vllm.server import Server
 from demand.policies.base import Policy, Rank
 from demand.units import CostModel
+
+if TYPE_CHECKING:
+    from demand.integrations.vllm.client import Client
 
 
 @final
@@ -68,7 +71,7 @@ class AdmissionController:
         seed: of the policy's lottery and of the backoff.
 
     Raises:
-        DemandError: no places, or fewer held than in flight; httpx2 not installed.
+        DemandError: no places, or fewer held than in flight; openai not installed.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class AdmissionController:
                 f"in_flight is {in_flight} and capacity is {capacity}; "
                 "expected 1 <= in_flight <= capacity"
             )
-        self._client = Client(server)
+        self._client = _client_of(server)
         self._ledger = Ledger(policy, distributions, seed)
         self._places = in_flight
         self._room = asyncio.Semaphore(capacity)
@@ -140,7 +143,8 @@ class AdmissionController:
         for call in (*self._waiting, *self._in_flight):
             self._cancel(call)
         await self._idle.wait()
-        await self._client.__aexit__()
+        if self._entered:
+            await self._client.__aexit__()
 
     @property
     def counts(self) -> Counts:
@@ -282,3 +286,15 @@ class AdmissionController:
         if self._waiting and len(self._in_flight) < self._places:
             due = max(self._shed_until, min(call.not_before for call in self._waiting))
             self._timer = asyncio.get_running_loop().call_later(due - now, self._dispatch)
+
+
+def _client_of(server: Server) -> "Client":
+    try:
+        import openai  # noqa: F401  # what the module below stands on
+    except ImportError as error:
+        raise DemandError(
+            "calls over HTTP need openai; pip install 'picache[integrations]'"
+        ) from error
+    from demand.integrations.vllm.client import Client
+
+    return Client(server)
