@@ -8,10 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from demand.distribution.atoms import (
-    Floats,
     beyond_samples,
-    check_age,
-    check_numbers,
+    check_weights,
     clean_atoms,
     compress_atoms,
     sum_atoms,
@@ -19,6 +17,7 @@ from demand.distribution.atoms import (
 from demand.distribution.grid import check_step, default_step, round_up
 from demand.distribution.rank_variants import check_variant, mean_remaining, rank_at
 from demand.errors import DemandError
+from demand.seconds import Floats, check_age
 
 
 @final
@@ -150,7 +149,7 @@ class Distribution:
         if not distributions:
             raise DemandError("a mixture of no distributions; expected at least one")
         n = len(distributions)
-        odds = np.ones(n) if weights is None else check_numbers("weights", weights)
+        odds = np.ones(n) if weights is None else check_weights(weights)
         if odds.size != n:
             raise DemandError(
                 f"weights has {odds.size} entries for {n} distributions; give one for each"

@@ -14,8 +14,8 @@ from typing import overload
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
+from demand.seconds import Floats
 
 MOST_STEPS = 2.0**40
 """Steps from 0 to the largest atom: far from where float64 cannot tell two of them apart."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
+from demand.seconds import Floats
 
 Ints = NDArray[np.int64]
 

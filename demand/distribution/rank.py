@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats, beyond_samples, check_age, check_seconds, clean_atoms
+from demand.distribution.atoms import beyond_samples, clean_atoms
+from demand.seconds import Floats, check_age, check_seconds
 
 
 def gittins_rank(

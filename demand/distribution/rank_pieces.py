@@ -7,9 +7,9 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.hull import Tails, tangent_walks
 from demand.distribution.rank_variants import BUCKETS, bucket_entries
+from demand.seconds import Floats
 
 
 @final

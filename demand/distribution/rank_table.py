@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import RESOLUTION_SECONDS, Floats, beyond_samples, check_age
+from demand.distribution.atoms import RESOLUTION_SECONDS, beyond_samples
 from demand.distribution.distribution import Distribution
 from demand.distribution.grid import default_step, round_down
 from demand.distribution.hull import Tails
@@ -22,6 +22,7 @@ from demand.distribution.rank_pieces import (
 from demand.distribution.rank_variants import RankOptions, check_variant
 from demand.distribution.rank_with_costs import CostedRanks
 from demand.errors import DemandError
+from demand.seconds import Floats, check_age
 
 
 class RanksByAge(Protocol):

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats, beyond_samples, check_seconds, clean_atoms
+from demand.distribution.atoms import beyond_samples, clean_atoms
 from demand.distribution.grid import default_step, round_down, round_up
 from demand.distribution.rank import rank_of_sorted
 from demand.errors import DemandError
+from demand.seconds import Floats, check_seconds
 
 BUCKETS = 10
 """Equal-width stops of the bucketed ranks: the default of the Hermes artifact."""

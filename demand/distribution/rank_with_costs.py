@@ -8,8 +8,8 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
 from demand.distribution.hull import Ints, Tails, tangent_walks
+from demand.seconds import Floats
 
 
 @final

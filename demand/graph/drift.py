@@ -7,9 +7,9 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.seconds import Floats
 from demand.units import Demand, check_demand
 
 

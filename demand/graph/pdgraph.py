@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
 from demand.graph.given_units import GivenUnit, check_given, given_arrays
 from demand.graph.run_columns import RunColumns, decayed
 from demand.graph.walks import MAX_UNITS, WalkArrays
+from demand.seconds import Floats
 from demand.units import CostModel, Demand, Execution, Progress, Unit, check_demand
 
 if TYPE_CHECKING:

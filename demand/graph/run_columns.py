@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
+from demand.seconds import Floats
 from demand.units import DEMANDS, CostModel, Demand, Execution, Unit
 
 Ints = NDArray[np.int64]

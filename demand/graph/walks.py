@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats, beyond_samples
+from demand.distribution.atoms import beyond_samples
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints, RunColumns, decayed
+from demand.seconds import Floats
 from demand.units import END, START, Demand, Progress
 
 MAX_UNITS = 10_000

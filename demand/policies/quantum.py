@@ -5,10 +5,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution.atoms import check_age
 from demand.policies.base import Job, Rank, number
 from demand.policies.exact_thresholds import check_positive
 from demand.policies.wrapper import Wrapper, check_by_number
+from demand.seconds import check_age
 
 
 @final

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.seconds import Floats
 from demand.units import CostModel, Demand, Execution, Progress
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints, RunColumns
+from demand.seconds import Floats
 from demand.units import CostModel, Demand, Execution, Progress
 
 RECENT = 4

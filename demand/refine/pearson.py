@@ -6,13 +6,13 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import ATTRIBUTES, Ints, RunColumns
 from demand.graph.walks import MAX_UNITS, WalkArrays, check_over
 from demand.refine.base import Refined, Refinement
+from demand.seconds import Floats
 from demand.units import CostModel, Demand, Execution, Progress
 
 

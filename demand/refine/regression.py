@@ -5,12 +5,12 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
+from demand.seconds import Floats
 from demand.units import Demand, Progress
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
+from demand.seconds import Floats
 from demand.workloads.workload import Workload
 
 

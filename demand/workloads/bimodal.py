@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.graph.pdgraph import PDGraph
+from demand.seconds import Floats
 from demand.units import Execution, Unit
 from demand.workloads.workload import Application, Workload, poisson_workload
 

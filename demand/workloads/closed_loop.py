@@ -7,8 +7,8 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
+from demand.seconds import Floats
 from demand.workloads.workload import Application, Workload, poisson_workload
 
 

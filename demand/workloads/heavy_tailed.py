@@ -5,9 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.seconds import Floats
 from demand.workloads.workload import Application, Sampler, Workload, poisson_workload
 
 Tail = Literal["lognormal", "pareto"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.graph.flow import without_end
+from demand.seconds import Floats
 from demand.units import END, CostModel, Execution, Kind, Unit
 
 

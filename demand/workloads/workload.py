@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.seconds import Floats
 from demand.units import CostModel, Execution
 
 T = TypeVar("T")
