@@ -78,7 +78,7 @@ def test_streams_give_tokens_as_they_come(model, shared):
     first = next(stream)
     assert shared.result(other, SECONDS).generated_tokens == generated(prompt(5), 8)
     assert [first, *stream] == generated(prompt(9), 40)
-    with pytest.raises(DemandError, match="not waited for"):
+    with pytest.raises(DemandError, match="has no result to wait for"):
         next(shared.stream(one))
 
 
@@ -106,9 +106,9 @@ def test_cancelling_frees_the_engine(model):
         short = batching.submit(prompt(6), "short", max_new_tokens=4)
         batching.cancel(long)
         assert batching.result(short, SECONDS).generated_tokens == generated(prompt(6), 4)
-        with pytest.raises(DemandError, match="not waited for"):
+        with pytest.raises(DemandError, match="has no result to wait for"):
             batching.result(long)
-        with pytest.raises(DemandError, match="not waited for"):
+        with pytest.raises(DemandError, match="has no result to wait for"):
             batching.cancel(long)
 
 

@@ -213,6 +213,8 @@ def test_delays_double_up_to_their_bound_and_respect_the_server() -> None:
         Retry(attempts=1.5)  # type: ignore[arg-type]
     with pytest.raises(DemandError, match="attempts is 0"):
         Retry(attempts=0)
+    with pytest.raises(DemandError, match="longest_seconds holds text"):
+        Retry(longest_seconds="30")  # type: ignore[arg-type]
     with pytest.raises(DemandError, match="first_seconds is 2"):
         Retry(first_seconds=2.0, longest_seconds=1.0)
 
@@ -299,7 +301,7 @@ class TestStreamsThatBreakWhileTheyAreRead:
         async def test() -> None:
             script = Script(FAULTS["dropped in the stream"], lambda r: Answer(other))
             async with FakeServer(script) as server:
-                with pytest.raises(StreamBrokenError, match="tells another text"):
+                with pytest.raises(StreamBrokenError, match="differs from what was handed over"):
                     await self.read(server, "skip", texts)
 
         asyncio.run(test())

@@ -55,6 +55,8 @@ def test_only_plain_http_urls_are_taken(url: str, said: str) -> None:
     assert "secret" not in str(refused.value)
     with pytest.raises(DemandError, match="silence_seconds is 0"):
         Server("http://127.0.0.1", silence_seconds=0)
+    with pytest.raises(DemandError, match="connect_seconds holds text"):
+        Server("http://127.0.0.1", connect_seconds="5")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,11 @@ class Client:
                     yield chunk
         except openai.APIConnectionError as error:
             seen = error.__cause__ or error
-            failure = AttemptError(self._told(f"{type(seen).__name__}: {seen}"), again=True)
+            failure = AttemptError(self._quoted(f"{type(seen).__name__}: {seen}"), again=True)
         except openai.APIError as error:
-            failure = self._refusal_in_stream(error.body)
+            failure = self._error_in_stream(error.body)
         except json.JSONDecodeError as error:
-            failure = AttemptError(f"the stream is not JSON: {self._told(error.doc)}", again=True)
+            failure = AttemptError(f"the stream is not JSON: {self._quoted(error.doc)}", again=True)
         except UnicodeDecodeError:
             failure = AttemptError("the stream is not JSON: it is not UTF-8", again=True)
         else:
@@ -138,22 +138,22 @@ class Client:
     def _with_choices(self, event: object) -> Chunk:
         choices = event.get("choices") if isinstance(event, dict) else None
         if not isinstance(choices, list) or not all(isinstance(c, dict) for c in choices):
-            raise AttemptError(f"the stream has no choices: {self._told(event)}", again=True)
+            raise AttemptError(f"the stream has no choices: {self._quoted(event)}", again=True)
         assert isinstance(event, dict)
         return event
 
-    def _refusal_in_stream(self, told: object) -> AttemptError:
-        code = told.get("code") if isinstance(told, dict) else None
+    def _error_in_stream(self, error: object) -> AttemptError:
+        code = error.get("code") if isinstance(error, dict) else None
         # vLLM puts the status into `code`; without one the fault is taken to be the server's.
         again = not isinstance(code, int) or code >= 500 or code in _AGAIN
-        return AttemptError(f"the stream says {self._told(told)}", again=again)
+        return AttemptError(f"the stream says {self._quoted(error)}", again=again)
 
     async def _check_answer(self, response: httpx2.Response) -> None:
         if response.status_code != 200:
             raise await self._refusal(response)
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "text/event-stream":
-            reason = f"the answer is of type {self._told(kind)!r}, expected text/event-stream"
+            reason = f"the answer is of type {self._quoted(kind)!r}, expected text/event-stream"
             raise AttemptError(reason, again=True)
 
     async def _refusal(self, response: httpx2.Response) -> AttemptError:
@@ -168,7 +168,7 @@ class Client:
         text = self._without_key(seen.decode(errors="replace"))
         if not whole:  # the end may be the beginning of the key
             text = text[: len(text) - len(key)]
-        reason = f"status {status}: {self._told(text)}"
+        reason = f"status {status}: {self._quoted(text)}"
         if 300 <= status < 400:
             reason = f"status {status}, a redirect, which is not followed: set the final URL"
         header = response.headers.get("retry-after")
@@ -179,8 +179,8 @@ class Client:
             retry_after_seconds=retry_after_seconds(header, time.time()),
         )
 
-    def _told(self, said: object) -> str:
-        """What a server said, short, and without the key that it may have repeated."""
+    def _quoted(self, said: object) -> str:
+        """What a server said, cut short, and without the key that it may have repeated."""
         text = self._without_key(str(said))
         return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
 

@@ -6,24 +6,28 @@ from typing import final
 from urllib.parse import SplitResult, urlsplit
 
 from demand.errors import DemandError
+from demand.seconds import one_of_seconds
 
 
 @final
 @dataclass(frozen=True)
 class Server:
-    """Where calls go. Redirects are not followed, and TLS certificates are verified.
+    """A server that speaks the OpenAI protocol: where it is, the key, and how long to wait for it.
+
+    Redirects are not followed, and TLS certificates are verified.
 
     Args:
         url: base URL of the API, such as "http://127.0.0.1:8000/v1".
-        api_key: sent as a bearer token; never printed, logged or put into an error.
-        connect_seconds: given to a connection to come up.
-        silence_seconds: longest wait for the next bytes, the first included: it covers the time
-            that the server keeps a request in its own queue.
+        api_key: sent as a bearer token; never printed, logged or put into an error. `None` sends
+            no key, whatever the environment has.
+        connect_seconds: longest time until a connection is established.
+        silence_seconds: longest wait for the next bytes of an answer, also for its first ones, so
+            that it has to cover the time a request spends in the server's own queue.
         attempt_seconds: longest duration of one attempt in all.
 
     Raises:
         DemandError: a URL that is not plain http or https, a key that is not printable ASCII, or
-            a time that is not positive.
+            a time that is no positive number of seconds.
     """
 
     url: str
@@ -68,8 +72,10 @@ class Server:
                 "send no key"
             )
         for name in ("connect_seconds", "silence_seconds", "attempt_seconds"):
-            if not getattr(self, name) > 0.0:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected a positive number")
+            seconds = one_of_seconds(name, getattr(self, name))
+            if not seconds > 0.0:
+                raise DemandError(f"{name} is {seconds}; expected a positive number")
+            object.__setattr__(self, name, seconds)
 
 
 def _is_printable_ascii(key: object) -> bool:
