@@ -1,12 +1,16 @@
-"""A small OpenAI-compatible server on 127.0.0.1 that fails in every way it is told to."""
+"""A small OpenAI-compatible server on 127.0.0.1 that fails in every way it is told to.
+
+Beside it what the tests of calls to a server share.
+"""
 
 import asyncio
 import json
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Literal
 
 Fault = Literal["", "hang", "cut", "close", "reset", "garbage", "not an object", "error", "no done"]
@@ -39,6 +43,21 @@ class Received:
     headers: dict[str, str]
     body: dict[str, Any]
     second: float
+
+
+def run_async(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test is a coroutine that must be over in a few seconds."""
+
+    @wraps(test)
+    def wrapped(**given: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**given), 20.0))
+
+    return wrapped
+
+
+def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
+    """Of a request for a completion of so many tokens."""
+    return {"prompt": prompt, "max_tokens": tokens}
 
 
 def echo(request: Received) -> Answer:

@@ -26,22 +26,8 @@ from demand.integrations.transformers import (
     continuous_batching,
     install,
 )
-from tests.demand.continuous import KNOWN, config
-from tests.demand.serving import SECONDS, generated, prompt, serve
-from tests.helpers import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def shared(model):
-    """One engine for the tests that leave it as they found it."""
-    with serve(model, config=config(max_queue_size=0)) as batching:
-        yield batching
-
+from tests.demand.continuous import KNOWN, config, manager_of, prompt
+from tests.demand.serving import SECONDS, generated, serve
 
 # What it is for.
 
@@ -136,10 +122,7 @@ def test_graphs_give_the_distributions(model):
 def test_a_manager_of_ones_own(model):
     jobs = JobTable(ClassMean(), KNOWN)
     with install(jobs) as name:
-        manager = model.init_continuous_batching(
-            transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
-            config(width=1, scheduler_type=name),
-        )
+        manager = manager_of(model, width=1, scheduler_type=name)
         for number, application in enumerate(("long", "short")):
             job = jobs.open(application)
             jobs.announce(job, application)
@@ -156,10 +139,7 @@ def test_a_manager_that_is_kept_starts_anew(model):
     """What was in it when it was stopped is over; the scheduler and the table go on."""
     jobs = JobTable(FCFS(), KNOWN)
     with install(jobs) as name:
-        manager = model.init_continuous_batching(
-            transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
-            config(width=1, scheduler_type=name),
-        )
+        manager = manager_of(model, width=1, scheduler_type=name)
         manager.start()
         scheduler = check_installed(manager, jobs)
     old = jobs.open("long")

@@ -32,21 +32,9 @@ from demand.integrations.transformers import (
 from demand.integrations.transformers.compat import check_features, check_version
 from demand.policies import LAS, Job, Policy
 from sparsity import RaaS, SparseCache, detach
-from tests.demand.continuous import KNOWN, config
-from tests.demand.serving import SECONDS, generated, prompt, serve
+from tests.demand.continuous import KNOWN, config, manager_of, prompt
+from tests.demand.serving import SECONDS, generated, serve
 from tests.helpers import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def shared(model):
-    """One engine for the tests that leave it as they found it."""
-    with serve(model, config=config(max_queue_size=0)) as batching:
-        yield batching
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.19.0", "6.0.0", "nonsense"])
@@ -197,9 +185,7 @@ def test_an_attention_function_that_was_replaced_is_refused(model, monkeypatch):
 def test_a_manager_that_fell_back_to_fifo(model):
     """transformers only warns of an unknown scheduler."""
     jobs = JobTable(FCFS())
-    manager = model.init_continuous_batching(
-        transformers.GenerationConfig(eos_token_id=-1), config(scheduler_type="demand")
-    )
+    manager = manager_of(model, scheduler_type="demand")
     with pytest.raises(DemandError, match="not running"):
         check_installed(manager, jobs)
     manager.start()

@@ -1,7 +1,6 @@
 """The admission controller against a real HTTP server on this machine: order, service, the end."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from demand.integrations.vllm import (
     Server,
     millisecond_priority,
 )
-from tests.demand.openai_server import Answer, FakeServer, tokens_of
+from tests.demand.openai_server import Answer, FakeServer, body, run_async, tokens_of
 
 COST = CostModel(prefill_seconds_per_token=0.01, decode_seconds_per_token=1.0)
 KNOWN = {
@@ -41,16 +40,6 @@ KNOWN = {
     "bimodal": Distribution([1.0, 100.0], [0.9, 0.1]),
     "middle": Distribution([5.0, 9.0]),
 }
-
-
-def run_async(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """A test is a coroutine that must be over in a few seconds."""
-
-    def wrapped() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20.0))
-
-    wrapped.__name__ = test.__name__
-    return wrapped
 
 
 def controller_of(
@@ -65,10 +54,6 @@ def controller_of(
         retry=options.pop("retry", Retry(first_seconds=0.001, longest_seconds=0.5)),
         **options,
     )
-
-
-def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens}
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ import pytest
 
 from demand import FCFS, DemandError, Distribution
 from demand.integrations.vllm import AdmissionController, CallError, Retry, Server
-from tests.demand.openai_server import Answer, FakeServer
+from tests.demand.openai_server import Answer, FakeServer, body, run_async
 
 KNOWN = {"short": Distribution([2.0])}
-BODY = {"prompt": "a", "max_tokens": 3}
 
 
 async def failure_at(server: Server) -> CallError:
@@ -25,7 +24,7 @@ async def failure_at(server: Server) -> CallError:
     async with AdmissionController(
         server, FCFS(), KNOWN, in_flight=1, retry=Retry(attempts=1)
     ) as controller:
-        call = await controller.start("short").submit("completions", BODY)
+        call = await controller.start("short").submit("completions", body("a"))
         with pytest.raises(CallError) as error:
             await call.text()
         return error.value
@@ -117,7 +116,7 @@ def test_nothing_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
             for key in (None, "sk-mine"):
                 server = Server(fake.url, api_key=key)
                 async with AdmissionController(server, FCFS(), KNOWN, in_flight=1) as controller:
-                    await (await controller.start("short").submit("completions", BODY)).text()
+                    await (await controller.start("short").submit("completions", body("a"))).text()
             return [request.headers for request in fake.received]
 
     without, with_key = asyncio.run(sent())
@@ -154,16 +153,14 @@ def test_a_key_that_was_read_in_part_is_not_shown() -> None:
     assert "sk-very" not in shown
 
 
-def test_redirects_are_not_followed() -> None:
-    async def redirected() -> None:
-        async with FakeServer() as other:
-            location = (("Location", other.url + "/completions"),)
-            async with FakeServer(lambda r: Answer(status=307, headers=location)) as server:
-                failed = await failure_at(Server(server.url))
-            assert "307, a redirect, which is not followed" in str(failed)
-            assert not other.received
-
-    asyncio.run(redirected())
+@run_async
+async def test_redirects_are_not_followed() -> None:
+    async with FakeServer() as other:
+        location = (("Location", other.url + "/completions"),)
+        async with FakeServer(lambda r: Answer(status=307, headers=location)) as server:
+            failed = await failure_at(Server(server.url))
+        assert "307, a redirect, which is not followed" in str(failed)
+        assert not other.received
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
