@@ -1,9 +1,48 @@
 """What callers hand in, as what was meant, or refused by its name."""
 
 import operator
-from typing import SupportsFloat, cast
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, SupportsFloat, TypeVar, cast
 
 from demand.errors import DemandError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kinds: a class or several; abstract ones are allowed.
+        expected: what to say was expected, such as "a policy, such as Gittins()".
+
+    Raises:
+        DemandError: anything else; of a class it is said that an instance of it was meant.
+    """
+    if isinstance(value, kinds):
+        return
+    if isinstance(value, type):
+        call = f"; make one: {value.__name__}(...)" if issubclass(value, kinds) else ""
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
+    raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def check_callable(name: str, value: object, expected: str) -> None:
+    """Raise `DemandError` unless `value` can be called and is not a class.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        expected: what to say was expected.
+    """
+    if isinstance(value, type):
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
+    if not callable(value):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
 
 
 def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
@@ -70,3 +109,25 @@ def _as_int(value: object) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number.is_integer() else None
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
+    """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                name = function.__qualname__
+                if new in kwargs:
+                    raise DemandError(
+                        f"{name} is given {new}= and {old}=, its old name; drop {old}="
+                    )
+                message = f"{old}= of {name} is now {new}=; the old name goes with the next release"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate

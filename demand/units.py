@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from demand.arguments import renamed_keyword
 from demand.errors import DemandError
 
 Kind = Literal["llm", "tool", "container", "model", "search", "human"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-Demand = Literal["sum", "critical_path"]
-DEMANDS: tuple[Demand, ...] = get_args(Demand)
-"""Two ways to count the seconds of parallel calls: their sum, which is what a server has to
-serve, and the longest, which is what a deadline sees when all are served side by side."""
+ParallelCalls = Literal["sum", "critical_path"]
+PARALLEL_CALLS: tuple[ParallelCalls, ...] = get_args(ParallelCalls)
+"""Two ways to count the seconds of calls that a unit makes in parallel: their sum, which is what a
+server has to serve, and the longest, which is what a deadline sees if all are served side by side.
+"""
 
 START = "start"
 END = "end"
@@ -203,20 +205,21 @@ class CostModel:
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
-    def seconds(self, execution: Execution, demand: Demand = "sum") -> float:
+    @renamed_keyword("demand", "parallel_calls")
+    def seconds(self, execution: Execution, parallel_calls: ParallelCalls = "sum") -> float:
         """Seconds of `execution`: over all its calls, or of its longest ("critical_path").
 
         Of an llm that is costed by tokens, the longest call has the mean input and
         `longest_output_tokens`.
 
         Raises:
-            DemandError: an unknown `demand`.
+            DemandError: an unknown `parallel_calls`.
         """
-        if demand == "sum":
+        if parallel_calls == "sum":
             return execution.parallelism * self._call_seconds(
                 execution, execution.seconds, execution.output_tokens
             )
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         tokens, seconds = execution.longest_output_tokens, execution.longest_seconds
         return self._call_seconds(
             execution,
@@ -224,9 +227,10 @@ class CostModel:
             execution.output_tokens if tokens is None else tokens,
         )
 
-    def run_seconds(self, run: Sequence[Execution], demand: Demand = "sum") -> float:
+    @renamed_keyword("demand", "parallel_calls")
+    def run_seconds(self, run: Sequence[Execution], parallel_calls: ParallelCalls = "sum") -> float:
         """Total seconds of a run: its demand. Units follow each other on either count."""
-        return sum(self.seconds(execution, demand) for execution in run)
+        return sum(self.seconds(execution, parallel_calls) for execution in run)
 
     def _call_seconds(
         self, execution: Execution, seconds: float | None, output_tokens: float
@@ -239,10 +243,12 @@ class CostModel:
         )
 
 
-def check_demand(demand: str) -> None:
+def check_parallel_calls(parallel_calls: str) -> None:
     """Raise `DemandError` for what is not a way to count parallel calls."""
-    if demand not in DEMANDS:
-        raise DemandError(f"demand is {demand!r}; expected one of {', '.join(DEMANDS)}")
+    if parallel_calls not in PARALLEL_CALLS:
+        raise DemandError(
+            f"parallel_calls is {parallel_calls!r}; expected one of {', '.join(PARALLEL_CALLS)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,20 +285,21 @@ class Progress:
                     "name the unit being executed in `current`"
                 )
 
-    def current_seconds(self, demand: Demand = "sum") -> float:
-        """Seconds that the current unit has received, as `demand` counts.
+    @renamed_keyword("demand", "parallel_calls")
+    def current_seconds(self, parallel_calls: ParallelCalls = "sum") -> float:
+        """Seconds that the current unit has received, counted as `parallel_calls` says.
 
         Raises:
             DemandError: only the other count is given.
         """
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         asked, other = "attained_seconds", "elapsed_seconds"
-        if demand == "critical_path":
+        if parallel_calls == "critical_path":
             asked, other = other, asked
         seconds: float = getattr(self, asked)
         if seconds == 0.0 and getattr(self, other) > 0.0:
             raise DemandError(
-                f"the {demand} needs {asked}, which is 0 while {other} is {getattr(self, other)}; "
-                "give both"
+                f"the {parallel_calls} needs {asked}, which is 0 while {other} is "
+                f"{getattr(self, other)}; give both"
             )
         return seconds

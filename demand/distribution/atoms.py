@@ -1,5 +1,7 @@
 """Weighted atoms: validation, and the stated rule beyond the largest sample."""
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -103,8 +105,9 @@ def beyond_samples(largest: float, ages: ArrayLike) -> Floats:
         float64 seconds of the same shape, positive.
     """
     base = max(float(largest), RESOLUTION_SECONDS)
-    ratio = np.maximum(np.asarray(ages, dtype=np.float64) / base, 1.0)
-    return np.ldexp(base, np.frexp(ratio)[1] - 1)
+    mantissa, power = np.frexp(np.maximum(ages, base))
+    base_mantissa, base_power = math.frexp(base)
+    return np.ldexp(base, power - base_power - (mantissa < base_mantissa))
 
 
 def check_weights(weights: ArrayLike) -> Floats:

@@ -19,6 +19,12 @@ from demand.distribution.rank_variants import check_variant, mean_remaining, ran
 from demand.errors import DemandError
 from demand.seconds import Floats, check_age
 
+SLACK = 1e-12
+"""Relative error that sums of many weights may have."""
+
+EPSILON = 2.0**-52
+"""Relative distance of two neighbouring floats: how well 1 - q is known for a q just below 1."""
+
 
 @final
 class Distribution:
@@ -92,10 +98,17 @@ class Distribution:
         first = self._first_above(age)
         if first == self._values.size:
             return float(beyond_samples(self._values[-1], age))
-        cumulative = np.cumsum(self._weights[first:])
-        # The slack keeps a quantile that falls on a step from being lost to rounding in the sum.
-        at = int(np.searchsorted(cumulative, (q - 1e-12) * cumulative[-1]))
-        return float(self._values[first + at] - age)
+        weights = self._weights[first:]
+        # Sums from the nearer end, since a sum from the far one would lose a thin tail to rounding;
+        # the slack keeps a quantile that falls on a step from being lost to it.
+        if q < 0.5:
+            below = np.cumsum(weights)
+            at = np.searchsorted(below, (1.0 - SLACK) * q * below[-1])
+        else:
+            beyond = np.cumsum(weights[::-1])  # mass of the last one, two, ... atoms
+            above = (1.0 - q) * (1.0 + SLACK) + (EPSILON if q < 1.0 else 0.0)
+            at = weights.size - 1 - np.searchsorted(beyond, above * beyond[-1], side="right")
+        return float(self._values[first + max(int(at), 0)] - age)
 
     def condition(self, age: float) -> "Distribution":
         """Distribution of the remaining seconds X - age of a job that has X > age.

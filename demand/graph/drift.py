@@ -7,10 +7,11 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
+from demand.arguments import renamed_keyword
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.seconds import Floats
-from demand.units import Demand, check_demand
+from demand.units import ParallelCalls, check_parallel_calls
 
 
 def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
@@ -101,12 +102,13 @@ class DriftReport:
         return "\n".join([title, head, *rows])
 
 
+@renamed_keyword("demand", "parallel_calls")
 def drift(
     graph: PDGraph,
     recent: int = 100,
     *,
     false_alarm_rate: float = 0.01,
-    demand: Demand = "sum",
+    parallel_calls: ParallelCalls = "sum",
 ) -> DriftReport:
     """Compare the `recent` newest runs that a graph remembers with all older ones.
 
@@ -119,12 +121,12 @@ def drift(
         graph: with enough runs in its window.
         recent: newest runs that are compared with the rest.
         false_alarm_rate: chance of any alarm where nothing has changed.
-        demand: how parallel calls count.
+        parallel_calls: how parallel calls count.
 
     Raises:
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
     """
-    check_demand(demand)
+    check_parallel_calls(parallel_calls)
     columns = graph.columns()
     older = len(graph.runs) - recent
     if older < 1 or recent < 1:
@@ -135,7 +137,9 @@ def drift(
     if not 0.0 < false_alarm_rate < 1.0:
         raise DemandError(f"false_alarm_rate is {false_alarm_rate}; expected 0 < rate < 1")
     names = ["run", *(unit.name for unit in columns.units)]
-    table = np.column_stack([columns.run_seconds(demand), columns.unit_seconds(demand)])
+    table = np.column_stack(
+        [columns.run_seconds(parallel_calls), columns.unit_seconds(parallel_calls)]
+    )
     pairs = [kolmogorov_smirnov(column[:older], column[older:]) for column in table.T]
     alarms = _holm(np.array([p for _, p in pairs]), false_alarm_rate)
     means = table[:older].mean(axis=0), table[older:].mean(axis=0)

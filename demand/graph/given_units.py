@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from demand.errors import DemandError
 from demand.graph.walks import WalkArrays
-from demand.units import END, START, CostModel, Demand, Execution, Unit
+from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ def check_given(units: Sequence[GivenUnit], entries: Mapping[str, float]) -> Non
 
 
 def given_arrays(
-    units: Sequence[GivenUnit], entries: Mapping[str, float], cost: CostModel, demand: Demand
+    units: Sequence[GivenUnit],
+    entries: Mapping[str, float],
+    cost: CostModel,
+    parallel_calls: ParallelCalls,
 ) -> WalkArrays:
     """Walk arrays in which every execution of a unit meets every successor, by its probability.
 
@@ -89,7 +92,7 @@ def given_arrays(
     samples = [(1, 0.0, number[name], p) for name, p in entries.items() if p > 0.0]
     for given in units:
         node = number[given.unit.name]
-        each = [cost.seconds(execution, demand) for execution in given.executions]
+        each = [cost.seconds(execution, parallel_calls) for execution in given.executions]
         samples += [
             (node, seconds, number[name], p)
             for name, p in given.successors.items()

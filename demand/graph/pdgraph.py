@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
@@ -15,7 +16,7 @@ from demand.graph.given_units import GivenUnit, check_given, given_arrays
 from demand.graph.run_columns import RunColumns, decayed
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats
-from demand.units import CostModel, Demand, Execution, Progress, Unit, check_demand
+from demand.units import CostModel, Execution, ParallelCalls, Progress, Unit, check_parallel_calls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +75,7 @@ class PDGraph:
         self._kinds: dict[str, Unit] = {}  # every unit ever seen
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
         self._columns: RunColumns | None = None  # laid out at the first need after a change
-        self._arrays: dict[Demand, WalkArrays] = {}
+        self._arrays: dict[ParallelCalls, WalkArrays] = {}
 
     @classmethod
     def fit(
@@ -218,32 +219,34 @@ class PDGraph:
             return np.ones(ages.size)
         return decayed(ages, self.half_life_runs)
 
-    def walk_arrays(self, demand: Demand = "sum") -> WalkArrays:
+    @renamed_keyword("demand", "parallel_calls")
+    def walk_arrays(self, parallel_calls: ParallelCalls = "sum") -> WalkArrays:
         """The samples as random walks draw them.
 
         Raises:
             DemandError: a graph without runs, or from which the end cannot be reached.
         """
-        check_demand(demand)
-        if demand not in self._arrays:
+        check_parallel_calls(parallel_calls)
+        if parallel_calls not in self._arrays:
             if self._given is not None:
-                arrays = given_arrays(*self._given, self.cost, demand)
+                arrays = given_arrays(*self._given, self.cost, parallel_calls)
             else:
-                arrays = WalkArrays.of_runs(self.columns(), demand, self.half_life_runs)
-            stuck = arrays.without_exit()
+                arrays = WalkArrays.of_runs(self.columns(), parallel_calls, self.half_life_runs)
+            stuck = arrays.without_end()
             if stuck:
                 raise DemandError(
                     f"from {', '.join(stuck)} of graph {self.name!r} the end cannot be reached; "
                     "every loop needs a way out"
                 )
-            self._arrays[demand] = arrays
-        return self._arrays[demand]
+            self._arrays[parallel_calls] = arrays
+        return self._arrays[parallel_calls]
 
+    @renamed_keyword("demand", "parallel_calls")
     def remaining(
         self,
         progress: Progress | None = None,
         *,
-        demand: Demand = "sum",
+        parallel_calls: ParallelCalls = "sum",
         walks: int = 1000,
         seed: int = 0,
         max_units: int = MAX_UNITS,
@@ -255,8 +258,8 @@ class PDGraph:
                 unit is conditioned on exceeding what was received; when no sample does, the rest
                 of that unit follows the doubling rule of `beyond_samples`. Between
                 two units the walk starts with the branch after the last one.
-            demand: "sum" over parallel calls, which is what is to be served; or "critical_path",
-                the longest of parallel calls, which is what a deadline sees at best.
+            parallel_calls: "sum" counts all calls of a unit, which is what is to be served;
+                "critical_path" the longest alone, which is what a deadline sees at best.
             walks: number of random walks (1000 in the paper).
             seed: of the walks; the same seed gives the same distribution.
             max_units: executions after which a walk is given up.
@@ -267,8 +270,8 @@ class PDGraph:
         """
         if walks < 1:
             raise DemandError(f"walks is {walks}; at least one random walk is needed")
-        arrays = self.walk_arrays(demand)
-        first = arrays.first_draws(progress or Progress(), demand)
+        arrays = self.walk_arrays(parallel_calls)
+        first = arrays.first_draws(progress or Progress(), parallel_calls)
         return Distribution(arrays.walk(first, np.random.default_rng(seed), walks, max_units))
 
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.plotting import axes
 from demand.seconds import Floats
-from demand.units import CostModel, Demand, Execution, Progress
+from demand.units import CostModel, Execution, ParallelCalls, Progress
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,8 +113,6 @@ class CalibrationReport:
         Raises:
             DemandError: matplotlib is not installed.
         """
-        from demand.graph.drawing import axes
-
         ax = axes(ax, (4.0, 3.0))
         edges = np.linspace(0.0, 1.0, bins + 1)
         ax.stairs(self.pit_histogram(bins), edges, fill=True, alpha=0.6)
@@ -121,13 +121,14 @@ class CalibrationReport:
         return ax
 
 
+@renamed_keyword("demand", "parallel_calls")
 def calibrate(
     predict: Callable[[Progress], Distribution],
     runs: Sequence[Sequence[Execution]],
     after_units: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     *,
     cost: CostModel | None = None,
-    demand: Demand = "sum",
+    parallel_calls: ParallelCalls = "sum",
     seed: int = 0,
 ) -> CalibrationReport:
     """Ask for the remaining seconds of held-out runs, and compare with what they took.
@@ -140,7 +141,7 @@ def calibrate(
             not over by then, as a scheduler asks only about what is there; so an atom at 0 of
             the prediction does not count either.
         cost: seconds of an execution, as in the graph.
-        demand: how parallel calls count, as in the refinement.
+        parallel_calls: how parallel calls count, as in the refinement.
         seed: of the randomised PIT.
 
     Raises:
@@ -156,7 +157,7 @@ def calibrate(
         rows = []
         for run in runs:
             if len(run) > units:
-                left = cost.run_seconds(run[units:], demand)
+                left = cost.run_seconds(run[units:], parallel_calls)
                 predicted = predict(Progress(executed=run[:units])).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:

@@ -5,6 +5,7 @@ from typing import final
 
 import numpy as np
 
+from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -12,7 +13,7 @@ from demand.graph.run_columns import Ints
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
 from demand.seconds import Floats
-from demand.units import Demand, Progress
+from demand.units import ParallelCalls, Progress
 
 
 @final
@@ -37,11 +38,14 @@ class NearestRuns(Refinement):
         if self.k < 1:
             raise DemandError(f"k is {self.k}; expected at least 1")
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Standardise the features of every boundary."""
         columns = graph.columns()
         features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+            {unit.name: number for number, unit in enumerate(columns.units)},
+            graph.cost,
+            parallel_calls,
         )
         seen = features.of_columns(columns)
         deviation = seen.features.std(axis=0)
@@ -93,5 +97,5 @@ class Neighbours(Refined):
         nearest = np.argsort(closest, kind="stable")[: self.k]
         chosen = [starts[r] + distance[starts[r] : starts[r + 1]].argmin() for r in nearest]
         at_boundary = Distribution(self.left[chosen], self.weights[nearest])
-        received = progress.current_seconds(self.features.demand)
+        received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary
