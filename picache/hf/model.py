@@ -327,7 +327,7 @@ class HFModel:
                 return module
         raise PICacheError(
             f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
-            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+            "drops tokens between layers needs: choose one that keeps them, such as LegoLink"
         )
 
     def flops(self, entered: Sequence[Tensor]) -> float:

@@ -145,8 +145,8 @@ class SparsePass:
                 left[name] = value[..., self._left]
             elif isinstance(value, Tensor) and name != "hidden_states":
                 raise PICacheError(
-                    f"{type(module).__name__} is given {name!r} row by row, which a method that "
-                    "drops rows between layers does not know: choose one that keeps its rows, "
+                    f"{type(module).__name__} is given {name!r} token by token, which a method "
+                    "that drops tokens between layers does not know: choose one that keeps them, "
                     "such as LegoLink"
                 )
         return left

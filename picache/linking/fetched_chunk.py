@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
-    """KV of a chunk prefilled alone, positions from 0 (EPIC, arXiv 2410.15332, section 3)."""
+    """Prefill a chunk alone, at positions from 0 (EPIC, arXiv 2410.15332, section 3)."""
     return model.prefill(torch.tensor([ids]))
 
 
@@ -60,7 +60,7 @@ class FetchedChunk:
                 self._compile()
 
     def _compile(self) -> None:
-        """Prefill the chunk and store it; raises `StoreFull`, with the KV in hand all the same."""
+        """Prefill the chunk and store it; on `StoreFull` the KV is in hand all the same."""
         with self._watch.span("compile"):
             own = Stopwatch()
             computed = compile_chunk(self._model, self._form.ids)
@@ -84,7 +84,7 @@ class FetchedChunk:
             raise
 
     def mend(self) -> None:
-        """Compile the chunk again if it was found damaged; no pass may be under way."""
+        """Compile the chunk again if it was found damaged; not while the model runs a pass."""
         if self._damaged:
             self._damaged, self._stored, self.hit = False, None, False
             with suppress(StoreFull):
