@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from picache.errors import PICacheError
 from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
-from picache.hf.sparse_pass import ScatterMask, current
+from picache.hf.sparse_pass import ScatterMask, under_way
 
 _BLOCK_ROWS = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
@@ -70,7 +70,7 @@ def rotary_positions(
 
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
     """The mask of the pass under way, not made yet."""
-    state = current.get()
+    state = under_way()
     return ScatterMask(mask_function, state.positions, state.known)
 
 
@@ -86,6 +86,7 @@ def attend_scattered(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The rows of the pass under way over the whole prompt's keys, causal by position."""
+    state = under_way()
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise PICacheError(
@@ -93,7 +94,7 @@ def attend_scattered(
                 "linking does not know: use a full prefill with this model"
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions, known, state = attention_mask.positions, attention_mask.known, current.get()
+    positions, known = attention_mask.positions, attention_mask.known
     if state.parallel is not None:
         side_by_side, lse_scale = state.parallel
         if s_aux is not None:

@@ -24,7 +24,7 @@ _PARTS: tuple[Part, ...] = (0, 1)
 # Relative error (Frobenius) that a layer may add, of the token that is explained best. Sinks make
 # even a lone token depend on its position by rounding, which grows from layer to layer, so a
 # layer may double what is there; a router may choose another expert, but hardly for all tokens.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _PROBES = ((3, 77, 17), (150, 11, 29), (5, 40, 43), (91, 8, 61), (2, 120, 97))  # positions, token
 
 

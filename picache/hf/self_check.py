@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 # Relative error that a layer may add, and the part of the tokens that must keep to it. Rounding
 # grows from layer to layer, so a layer may double what is there; in half precision a router
 # may choose another expert for a token. A wrong mask or a lost state jumps to an error near 1.
-_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (3e-3, 0.5), torch.bfloat16: (2e-2, 0.5)}
+_TOLERANCE = {
+    torch.float64: (1e-4, 1.0),
+    torch.float32: (1e-4, 1.0),
+    torch.float16: (3e-3, 0.5),
+    torch.bfloat16: (2e-2, 0.5),
+}
 _FLIP = 0.25
 _TOKENS = 24
 _LONGEST_WINDOW = 256  # a window up to here is made shorter than the prompt of the check
@@ -92,7 +97,7 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
     _compare(model, what, mine, own)
     last = [relative_errors(a, b, dim=-2)[-1] for a, b in zip(mine[-1], own[-1], strict=True)]
     # The logits are of one token: what that had grown to counts, and a choice of another expert.
-    flip = 0.0 if logits.dtype == torch.float32 else _FLIP
+    flip = _FLIP if logits.dtype in (torch.float16, torch.bfloat16) else 0.0
     grown = max(flip, float(torch.stack(last).max()))
     _hold(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
 

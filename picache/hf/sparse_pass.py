@@ -150,11 +150,27 @@ class Stop(Exception):  # noqa: N818 - not an error: the pass has gone far enoug
 current: ContextVar[Pass] = ContextVar("picache_pass")
 
 
+def under_way() -> Pass:
+    """The pass that this thread runs.
+
+    Raises:
+        PICacheError: when the model's attention is switched for a pass of another thread.
+    """
+    state = current.get(None)
+    if state is None:
+        raise PICacheError(
+            "another thread links or compiles with this model, and its attention is switched "
+            "meanwhile: a forward or generate of the same model object must wait. Share a lock "
+            "between the two, or give each thread a model of its own (copy.deepcopy(model))"
+        )
+    return state
+
+
 def enter_layer(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of every decoder layer in a pass that may drop rows or end early."""
-    state = current.get()
+    state = under_way()
     if state.stop == state.layer + 1:
         raise Stop
     names = list(inspect.signature(module.forward).parameters)

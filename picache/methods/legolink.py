@@ -34,7 +34,7 @@ class LegoLink(LinkMethod):
     k: int = 16
 
     def __post_init__(self) -> None:
-        check_tokens("LegoLink", self.k)
+        object.__setattr__(self, "k", check_tokens("LegoLink", self.k))
 
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """The first min(k, length) positions of every chunk but the first; all firsts first."""

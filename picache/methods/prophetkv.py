@@ -31,7 +31,7 @@ class ProphetKV(LinkMethod):
     value_norm: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio("ProphetKV", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("ProphetKV", self.ratio))
 
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
         """The share of tokens of the largest attention."""

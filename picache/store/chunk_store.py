@@ -63,8 +63,8 @@ class ChunkStore:
         host_bytes: most bytes in host memory, page-locked where they come from a CUDA device;
             `math.inf` for no bound, None for no host tier. Chunks come here only from a device
             tier that has a bound.
-        path: local folder or fsspec URL to keep chunks under; None for no disk tier. Others may
-            use it at the same time.
+        path: local folder (``~`` is the home folder) or fsspec URL to keep chunks under; None for
+            no disk tier. Others may use it at the same time.
         disk_bytes: most bytes of this namespace's files there, None for no bound. A file is
             written before others leave for it: leave room for one more.
         eviction: "lru", or "cost" to keep what takes long to compile per byte; see `Tier`.
@@ -97,6 +97,8 @@ class ChunkStore:
     ) -> None:
         if storage not in STORAGES:
             raise PICacheError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        if not isinstance(namespace, str):
+            raise PICacheError(f"namespace must be a text, got {namespace!r}")
         if disk_bytes is not None and path is None:
             raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
         self.storage, self.namespace = storage, namespace

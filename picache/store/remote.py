@@ -29,16 +29,29 @@ def open_files(path: str | os.PathLike[str], folder: str) -> Files:
     """The files under `folder` of the store at `path`, made when there is none yet.
 
     Args:
-        path: a local folder or an fsspec URL such as ``s3://bucket/chunks``.
+        path: a local folder, ``~`` for the home folder, or an fsspec URL such as
+            ``s3://bucket/chunks``.
         folder: relative, with forward slashes.
 
     Raises:
         PICacheError: when `path` holds something else than a chunk store, one of another format
             version, or cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise PICacheError(
+            f"path must be a local folder or an fsspec URL, got {type(path).__name__}: give "
+            "path='~/chunks' or path='s3://bucket/chunks'"
+        )
     text = os.fspath(path)
     text = text.removeprefix("file://")
-    return RemoteFiles(text, folder) if "://" in text else LocalFiles(Path(text), folder)
+    if "://" in text:
+        return RemoteFiles(text, folder)
+    try:
+        return LocalFiles(Path(text).expanduser(), folder)
+    except RuntimeError as error:
+        raise PICacheError(
+            f"cannot keep chunks in {text}: {error}; give an absolute path"
+        ) from error
 
 
 class RemoteFiles:
