@@ -1,4 +1,4 @@
-"""The public face: compile chunks once, link them in any order."""
+"""`PIC`: compile chunks once, link them in any order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,23 +28,23 @@ Document = str | Sequence[int] | Tensor | Mapping[str, Any]
 class PIC:
     """Position-independent caching on a HuggingFace causal language model.
 
-    The first chunk of a prompt is an exact prefix and is reused untouched; the query is always
-    recomputed in full. Everything between is approximate unless it is recomputed.
+    The first chunk of a prompt is an exact prefix and is reused as it is; the query behind the last
+    chunk is recomputed in full. The chunks between are approximate unless they are recomputed.
 
     Args:
-        model: any causal LM on transformers' attention interface with rotary positions that
-            `picache.hf.rope.calibrate` can prove.
-        tokenizer: needed for text; token ids do without.
-        store: where compiled chunks live; one without a bound by default.
-        sinks: what a chunk that stands in the middle is compiled behind. "drop": its own BOS, if
-            it begins with one, left out of the prompt. "keep": the same, but left in, as EPIC's
-            code does. `DummySinks` or `SharedPrefix`: those, left out.
+        model: a causal language model on transformers' attention interface, with rotary positions
+            that `picache.hf.rope.calibrate` can measure.
+        tokenizer: needed to compile and link text; not for token ids.
+        store: where compiled chunks are kept; by default a `ChunkStore` without a bound.
+        sinks: what a chunk is compiled behind where it does not stand first. "drop": its own BOS,
+            if it begins with one, which is left out of the prompt. "keep": the same, but left in,
+            as in EPIC's code. `DummySinks` or `SharedPrefix`: those, which are left out.
         flops_per_byte: what copying and rotating a byte of compiled KV costs, in floating-point
-            operations of a prefill. Where the rows a method chose and the bytes it would load
-            cost as much as a full prefill by this estimate, the prompt is prefilled in full,
-            which is exact, and the report says so. The default is low, so that it happens only
-            where there is no doubt; KV in the device's own memory costs some 200, from further
-            away more. None links whatever it costs. Methods that choose by layer are always linked.
+            operations of a prefill. Where recomputing the chosen tokens and loading the KV would
+            cost as much as a full prefill by this estimate, the prompt is prefilled in full, which
+            is exact, and the report says so. The default is low, so that this happens only in
+            clear cases; KV in the device's own memory costs some 200, from further away more. None
+            links whatever it costs. Methods that choose again in each layer always link.
 
     Attributes:
         model: the transformers model that was handed in.
@@ -88,7 +88,7 @@ class PIC:
         )
 
     def _leading(self, sinks: Sinks) -> tuple[int, ...]:
-        """Tokens a chunk in the middle is compiled behind, its own BOS aside."""
+        """The dummies or the prefix that chunks are compiled behind; empty for their own BOS."""
         if isinstance(sinks, SharedPrefix):
             return self._text_ids(sinks.text, "the shared prefix").ids
         if isinstance(sinks, DummySinks):
@@ -101,14 +101,13 @@ class PIC:
         return ()
 
     def _header(self) -> Header:
-        """What tells this model's chunks in this store from others, the text aside."""
+        """What the KV of chunks in this store depends on besides the text and its sinks."""
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
     def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:
-        """How a chunk of this text is compiled, and what of it comes into a prompt."""
+        """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
         ids, lead, dropped = text.ids, text.lead, text.dropped
-        sinks = ""  # what KV does not depend on stays out of its key
-        skip = 0
+        skip, sinks = 0, ""  # only what the KV depends on is part of the key
         if not first and self.sinks != "keep":
             skip, dropped = lead, (*ids[:lead], *dropped)
             if self._lead:
@@ -117,7 +116,7 @@ class PIC:
         return Form(ids, skip, chunk_key(ids, header), header, dropped)
 
     def _special(self, name: str) -> tuple[int, ...]:
-        """The ids of a special token: the tokenizer's, else the model configuration's."""
+        """Ids of a special token, from the tokenizer or else from the model's configurations."""
         for source in (self.tokenizer, self.model.generation_config, self.hf.config):
             found = None if source is None else getattr(source, name, None)
             if found is not None:
@@ -125,27 +124,29 @@ class PIC:
         return ()
 
     def _text_ids(self, document: object, what: str) -> TextIds:
-        """The token ids of a text, or token ids as they were given."""
+        """Token ids of a text, or what was given as ids; `what` names the argument in errors."""
         size = self.hf.vocab_size
         if isinstance(document, str):
             return ids_of_text(document, self.tokenizer, size, what)
         return ids_as_given(document, self.tokenizer, self._bos, size, what)
 
     def compile(self, document: Document, first: bool = False) -> Chunk:
-        """Prefill one chunk alone and keep its KV; a second compile of the same tokens is a hit.
+        """Prefill one chunk alone and keep its KV; the same tokens again are found in the store.
 
         Args:
-            document: text, or token ids: a list, an array, a 1-D or ``[1, n]`` tensor, or what
-                the tokenizer returned for one text. Special tokens that the tokenizer adds to a
-                text are the chunk's own sink, as is a BOS (what the tokenizer adds, if there is
-                one) that token ids begin with. What the text itself contains always stays.
-            first: whether it will stand first in prompts, where it is an exact prefix, compiled
-                behind nothing. Only `DummySinks` and `SharedPrefix` make a difference; a chunk
-                linked elsewhere than it was compiled for is compiled again there, once.
+            document: text, or token ids: a list, an array, a 1-D or ``[1, tokens]`` tensor, or
+                what the tokenizer returned for one text. Special tokens that the tokenizer adds to
+                a text are the chunk's own sink, as is a BOS that token ids begin with (what the
+                tokenizer adds, where there is one). What the text itself contains always stays.
+            first: whether the chunk will stand first in prompts, where it is an exact prefix and is
+                compiled behind nothing. It makes a difference only with `DummySinks` and
+                `SharedPrefix`. A chunk that is linked in another place than it was compiled for is
+                compiled again for that place, once.
 
         Raises:
-            PICacheError: when it is empty, out of the vocabulary, longer than the model's positions
-                or larger than the store; the store is unchanged.
+            StoreFull: when the store has no room; the store is unchanged.
+            PICacheError: when the document is empty, out of the vocabulary, or longer than the
+                model's positions; the store is unchanged.
         """
         self.hf.refuse_ambient()
         text = self._text_ids(document, "a document")
@@ -174,13 +175,13 @@ class PIC:
         query: Document | Sequence[Document],
         method: LinkMethod | None = None,
     ) -> LinkedPrompt:
-        """Link compiled chunks and a query into a prompt whose KV is ready.
+        """Link compiled chunks and a query into a prompt that `generate` can go on from.
 
         Args:
-            chunks: in prompt order; or a list of such lists, for a batch.
-            query: what follows the last chunk, text or token ids as for `compile`; or a list of
-                one query per row, for a batch.
-            method: which tokens to recompute; `LegoLink()` by default.
+            chunks: compiled chunks in prompt order; or a list of such lists, for a batch.
+            query: what follows the last chunk, text or token ids as for `compile`; or a list with
+                one query for each row, for a batch.
+            method: says which tokens to recompute; `LegoLink()` by default.
 
         Raises:
             PICacheError: on an empty list, an empty query, a chunk of another model, or a prompt
@@ -234,7 +235,7 @@ class PIC:
                     f"place {index}: compile the document first; a batch is a list of lists"
                 )
             form = self._form(chunk, header, first=not index)
-            # It may have been compiled for another place than this.
+            # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
                 chunk.key != self._form(chunk, header, first=bool(index)).key
             ):

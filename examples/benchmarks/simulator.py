@@ -225,7 +225,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         # Only here: it loads torch, whose memory is none of the simulator's.
-        sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+        sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
         from environment import environment
 
         configuration = {k: v for k, v in vars(arguments).items() if k != "out"}

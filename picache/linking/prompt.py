@@ -1,4 +1,4 @@
-"""A linked prompt, as `generate` takes it: the rows of a batch, left-padded."""
+"""A linked prompt as `generate` takes it: a batch of rows, padded on the left."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 
 
 class LinkedPrompt(Mapping[str, Any]):
-    """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
+    """Keyword arguments for ``model.generate(**prompt)``, which may be used any number of times.
 
+    The keys are ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, padded on the
+    left, and ``past_key_values``, a fresh cache at each access that holds every token but the last.
+    A method that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
+    The first three are attributes too, as of a `BatchEncoding`.
     ``copy.deepcopy`` copies the tensors and stays on the same model.
-
-    Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
-    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method
-    that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``. The first
-    three are attributes too, as of a `BatchEncoding`.
 
     Attributes:
         logits: of the first new token, ``[batch, vocab_size]``.
-        report: what linking did; the sums over a batch.
-        reports: the same, one per row.
+        report: what linking did and what it cost; the sums over the rows of a batch.
+        reports: the same, one for each row.
     """
 
     def __init__(
@@ -51,10 +50,10 @@ class LinkedPrompt(Mapping[str, Any]):
         self.report = total(reports, seconds)
 
     def attached(self) -> AbstractContextManager[None]:
-        """The model decodes with the method's attention inside the ``with`` block.
+        """A context manager: inside its block the model decodes with the link method's attention.
 
         Only methods that change attention while decoding need it (`APE`); for others it does
-        nothing. Inside the block the model is for this prompt alone.
+        nothing. Inside the block the model serves this prompt alone.
         """
         return nullcontext() if self._attach is None else self._attach()
 
@@ -111,12 +110,12 @@ class LinkedPrompt(Mapping[str, Any]):
 def batched(
     model: "HFModel", rows: list[LinkedRow], method: LinkMethod, pad_id: int, watch: Stopwatch
 ) -> LinkedPrompt:
-    """Left-pad the rows; the last token of each is left for `generate` to feed.
+    """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
 
     Args:
-        model: they were linked with.
-        rows: one prompt each.
-        method: they were linked by.
+        model: the model the rows were linked with.
+        rows: one linked prompt each.
+        method: the method the rows were linked by.
         pad_id: token id of the padding.
         watch: started when linking began.
     """
@@ -152,7 +151,7 @@ def batched(
 def _side_by_side(
     rows: list[LinkedRow], lse_scale: float, width: int, device: torch.device
 ) -> tuple[Tensor, Attached]:
-    """Rotary positions ``[batch, width]`` and what decoding behind parallel chunks must know."""
+    """Rotary positions ``[batch, width]``, and what decoding behind these rows must know."""
     positions = torch.zeros(len(rows), width, dtype=torch.int64)
     inside = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
@@ -164,7 +163,10 @@ def _side_by_side(
 
 
 def _stacked(tensors: list[Tensor], width: int) -> Tensor:
-    """All tokens but the last of each row, left-padded; a view where there is one row."""
+    """The KV of all tokens but the last of each row, padded on the left to ``width - 1`` tokens.
+
+    A view where there is a single row.
+    """
     kept = [tensor[:, :, :-1] for tensor in tensors]
     if len(kept) == 1:
         return kept[0]

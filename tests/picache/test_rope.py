@@ -71,7 +71,7 @@ def test_other_rotary_kinds_link_exactly(kind):
     config, rotation = SUPPORTED[kind]
     pic = PIC(random_model(config), flops_per_byte=None)
     found = pic.hf.rotations[0]
-    assert (found.layout, found.rotary_dim) == (rotation.layout, rotation.rotary_dim)
+    assert (found.pairing, found.rotary_dim) == (rotation.pairing, rotation.rotary_dim)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
     prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
@@ -269,3 +269,13 @@ def test_moves_compose(p, q, r, layout, scale):
     fresh = rotate(keys, at_q, layout)
     assert_close("fresh", rotate(rotated, difference(at_p, at_q), layout), fresh)
     assert torch.equal(moved[..., 6:], keys[..., 6:])
+
+
+def test_the_text_of_a_rotation_in_chunk_keys_does_not_change():
+    """Chunks that an earlier release wrote to disk are found under the same keys."""
+    rotation = Rotation("half", "interleaved", 8, offset=4, part=1)
+    text = "Rotation(source='half', layout='interleaved', rotary_dim=8, offset=4, part=1)"
+    assert str(rotation) == text
+    pic = PIC(tiny_model("llama"))
+    llama = "Rotation(source='half', layout='half', rotary_dim=16, offset=0, part=0)"
+    assert pic.hf.header("", "exact").rope == repr([llama])

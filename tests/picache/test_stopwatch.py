@@ -39,7 +39,7 @@ def test_time_inside_other_work_can_be_taken_off():
             time.sleep(0.02)
     with watch.span("wait"):
         time.sleep(0.05)
-    assert 0.07 <= watch.seconds("choose")
+    assert watch.seconds("choose") >= 0.07
     assert 0.02 <= watch.seconds("choose", without="wait") <= watch.seconds("choose") - 0.05
     assert watch.seconds("choose") <= watch.elapsed
 

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from tests.helpers import random_ids
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples" / "experiments"))
 import families  # noqa: E402 - the examples are scripts, not a package
 
 # Halves or neighbours as pairs, some of the dimensions, angles written once, twice or doubled,

@@ -1,7 +1,7 @@
 """What every retention policy would have kept of a dense run, without running the model again.
 
-    python examples/replay_policies.py --out docs/results
-    python examples/replay_policies.py --out out --model NAME_OR_PATH --prompt "Solve ..."
+    python examples/experiments/replay_policies.py --out docs/results
+    python examples/experiments/replay_policies.py --out out --model NAME_OR_PATH --prompt "..."
 
 Records dense runs (the reference model's chains of thought, or one prompt on any HF model), replays
 every policy over them, and draws where attention goes. Writes `replay.json` and `replay.png`.
