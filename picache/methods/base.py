@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from picache.arguments import real_number, whole_number
 from picache.errors import PICacheError
 
 Metric = Literal["K", "V", "KV"]
@@ -167,16 +168,15 @@ class LinkMethod(ABC):
         return None
 
 
-def check_tokens(name: str, k: int) -> None:
-    """Raise PICacheError unless `k` is a whole number of at least 0."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise PICacheError(f"{name} needs a whole number k >= 0 of tokens per chunk, got {k!r}")
+def check_tokens(name: str, k: object) -> int:
+    """Tokens per chunk as an int; PICacheError unless a whole number of at least 0."""
+    return whole_number(f"{name} needs a whole number k >= 0 of tokens per chunk", k, least=0)
 
 
-def check_ratio(name: str, ratio: float) -> None:
-    """Raise PICacheError unless `ratio` lies in [0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise PICacheError(f"{name} needs a ratio of tokens between 0 and 1, got {ratio!r}")
+def check_ratio(name: str, ratio: object) -> float:
+    """A share of the tokens as a float of Python; PICacheError unless in [0, 1]."""
+    needs = f"{name} needs a ratio of tokens between 0 and 1"
+    return real_number(needs, ratio, lambda share: 0 <= share <= 1)
 
 
 def top(score: Tensor, count: int) -> Tensor:

@@ -38,7 +38,7 @@ class LegoLink(LinkMethod):
     k: int = 16
 
     def __post_init__(self) -> None:
-        check_tokens("LegoLink", self.k)
+        object.__setattr__(self, "k", check_tokens("LegoLink", self.k))
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

@@ -179,6 +179,7 @@ def test_import_loads_no_transformers_and_no_sibling():
 
 def test_transformers_is_touched_in_files_that_say_so():
     assert files_importing("transformers", picache) == {
+        "hf/ambient.py",
         "hf/attention_switch.py",
         "hf/cache.py",
         "hf/model.py",
