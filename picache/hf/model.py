@@ -45,7 +45,6 @@ class HFModel:
         decoder: the part of it that holds the layers.
         attention: switches the model's attention function.
         config: configuration of the decoder.
-        vocab_size: entries of the vocabulary.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
@@ -114,12 +113,15 @@ class HFModel:
             ) from error
 
     def refuse_ambient(self) -> None:
-        """Raise PICacheError where KV made now would not be what its key says; see `ambient`."""
+        """Raise PICacheError where KV made now would not be what its key stands for.
+
+        See `picache.hf.ambient`.
+        """
         refuse_ambient(self.model, self._made)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding matrix, which may grow or shrink."""
+        """Entries of the vocabulary: of the embedding matrix, which a user may resize."""
         embedding: Any = self.model.get_input_embeddings()
         return embedding.weight.shape[0]
 

@@ -161,10 +161,11 @@ current: ContextVar[SparsePass] = ContextVar("picache_pass")
 
 
 def under_way() -> SparsePass:
-    """The pass that this thread runs.
+    """The sparse pass that this thread runs.
 
     Raises:
-        PICacheError: when the model's attention is switched for a pass of another thread.
+        PICacheError: when there is none, since the model's attention is switched for the pass of
+            another thread.
     """
     running = current.get(None)
     if running is None:

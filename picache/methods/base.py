@@ -169,12 +169,12 @@ class LinkMethod(ABC):
 
 
 def check_tokens(name: str, k: object) -> int:
-    """Tokens per chunk as an int; PICacheError unless a whole number of at least 0."""
+    """The argument `k`, tokens per chunk, as an int; PICacheError unless it is at least 0."""
     return whole_number(f"{name} needs a whole number k >= 0 of tokens per chunk", k, least=0)
 
 
 def check_ratio(name: str, ratio: object) -> float:
-    """A share of the tokens as a float of Python; PICacheError unless in [0, 1]."""
+    """The argument `ratio`, a share of the tokens, as a float; PICacheError unless in [0, 1]."""
     needs = f"{name} needs a ratio of tokens between 0 and 1"
     return real_number(needs, ratio, lambda share: 0 <= share <= 1)
 
