@@ -39,6 +39,9 @@ class LinkReport:
         store_failures: what the store failed at meanwhile and how often, by kind, such as "disk
             read: TimeoutError". Such a chunk was compiled, or was not written; nothing else
             happened.
+        dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
+            that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
+            In a batch, row after row.
     """
 
     method: str
@@ -51,6 +54,7 @@ class LinkReport:
     seconds: dict[str, float] = field(default_factory=dict)
     full_prefill: str = ""
     store_failures: dict[str, int] = field(default_factory=dict)
+    dropped: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens_recomputed(self) -> int:
@@ -96,6 +100,11 @@ class LinkReport:
             ("compute", f"{self.flops:.2e} floating-point operations, {share}"),
             ("milliseconds", "  ".join(f"{n} {1e3 * s:.1f}" for n, s in self.seconds.items())),
         ]
+        left_out = [str(token) for tokens in self.dropped for token in tokens]
+        if left_out:
+            entries.insert(
+                1, ("left out", f"{len(left_out)} special tokens ({', '.join(left_out)})")
+            )
         if self.full_prefill:
             entries.insert(0, ("full prefill", self.full_prefill))
         if self.store_failures:
@@ -141,6 +150,7 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         flops_full_prefill=sum(r.flops_full_prefill for r in rows),
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
+        dropped=tuple(tokens for r in rows for tokens in r.dropped),
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
         store_failures=dict(sum((Counter(r.store_failures) for r in rows), Counter())),
     )

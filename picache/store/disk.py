@@ -19,6 +19,22 @@ from picache.store.remote_calls import RemoteLimits
 from picache.store.writers import being_written
 
 
+def _text_of(path: str | os.PathLike[str]) -> str:
+    """A URL, or the path of a local folder, in which ``~`` is the home folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise PICacheError(
+            f"path must be a local folder or an fsspec URL, got {type(path).__name__}: give "
+            "path='~/chunks' or path='s3://bucket/chunks'"
+        )
+    text = os.fspath(path).removeprefix("file://")
+    try:
+        return text if "://" in text else os.fspath(Path(text).expanduser())
+    except RuntimeError as error:
+        raise PICacheError(
+            f"cannot keep chunks in {text}: {error}; give an absolute path"
+        ) from error
+
+
 class Disk:
     """The chunk files of one namespace and storage, under a path or URL.
 
@@ -61,18 +77,19 @@ class Disk:
                 f"namespace is {len(folder) - 3} characters long when quoted for a file name: "
                 "give one of at most 197"
             )
-        self.budget = math.inf if disk_bytes is None else disk_bytes
+        budget = math.inf if disk_bytes is None else disk_bytes
         self._namespace, self._storage = namespace, storage
-        text = os.fspath(path).removeprefix("file://")
+        text = _text_of(path)
         below = f"{storage}/{folder}"
         self._files: Files
         self._index: FolderIndex | ListedIndex
         if "://" in text:
             self._files = remote = RemoteFiles(text, below, limits)
-            self._index = ListedIndex(remote, self.budget, eviction, in_use)
+            self._index = ListedIndex(remote, budget, eviction, in_use)
         else:
             self._files = local = LocalFiles(Path(text), below)
-            self._index = FolderIndex(local, self.budget, eviction, in_use)
+            self._index = FolderIndex(local, budget, eviction, in_use)
+        self.budget = self._index.budget
         self.where, self.read_only = self._files.where, self._files.read_only
         self.corrupt = 0
         if self.read_only and disk_bytes is not None:

@@ -23,7 +23,7 @@ from picache.errors import StoreFull
 from picache.store.chunk_name import file_name, key_of
 from picache.store.files import LocalFiles
 from picache.store.in_use import InUse
-from picache.store.tiers import check_bound, seconds_of
+from picache.store.tiers import bound_of, seconds_of
 from picache.store.writers import STALE_SECONDS, TEMPORARY, abandoned, reserved_bytes
 
 NAME = "index.sqlite3"
@@ -94,8 +94,7 @@ class FolderIndex:
     """
 
     def __init__(self, files: LocalFiles, budget: float, eviction: str, in_use: InUse) -> None:
-        check_bound("disk", budget, eviction)
-        self.budget = budget
+        self.budget = bound_of("disk", budget, eviction)
         self._files, self._in_use, self._by_cost = files, in_use, eviction == "cost"
         self._path = files.root / NAME
         self._turn = threading.Lock()  # threads need not wait in SQLite, which sleeps

@@ -35,10 +35,10 @@ class ListedIndex:
     """
 
     def __init__(self, files: RemoteFiles, budget: float, eviction: str, in_use: InUse) -> None:
-        self.budget = budget
         self._files, self._in_use = files, in_use
         self._lock = threading.Lock()  # of the fields below; never held while the network is used
         self._tier = Tier("disk", budget, eviction)
+        self.budget = self._tier.budget
         self._writing: dict[str, int] = {}  # bytes of temporary files by name
         self._first_seen: dict[str, float] = {}
         self._listed = -math.inf

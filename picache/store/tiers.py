@@ -2,8 +2,10 @@
 
 import heapq
 import itertools
+import math
 from dataclasses import dataclass, field
 
+from picache.arguments import real_number
 from picache.chunk import Header
 from picache.errors import PICacheError
 from picache.store.in_use import InUse
@@ -16,14 +18,16 @@ SECONDS_PER_BYTE = 30e-6 / 2**17
 EVICTIONS = ("lru", "cost")
 
 
-def check_bound(name: str, budget: float, eviction: str) -> None:
-    """Refuse a bound that is not positive and an unknown rule of eviction."""
-    if not budget > 0:
-        raise PICacheError(
-            f"{name}_bytes must be positive, got {budget}: leave it out for the default"
-        )
+def bound_of(name: str, budget: float, eviction: str) -> float:
+    """A bound in whole bytes, or `math.inf`; PICacheError for another, or an unknown eviction."""
+    needs, remedy = (
+        f"{name}_bytes must be positive",
+        "give a number of bytes such as 4e9, or leave it out for the default",
+    )
+    number = real_number(needs, budget, lambda nbytes: nbytes >= 1, remedy)
     if eviction not in EVICTIONS:
         raise PICacheError(f"eviction must be one of {', '.join(EVICTIONS)}, got {eviction!r}")
+    return number if math.isinf(number) else int(number)
 
 
 def seconds_of(nbytes: int, header: Header | None) -> float:
@@ -80,8 +84,8 @@ class Tier:
     """
 
     def __init__(self, name: str, budget: float, eviction: str) -> None:
-        check_bound(name, budget, eviction)
-        self.name, self.budget, self.eviction = name, budget, eviction
+        self.name, self.budget = name, bound_of(name, budget, eviction)
+        self.eviction = eviction
         self.entries: dict[str, Entry] = {}
         self.nbytes = 0
         self._floor = 0.0

@@ -18,7 +18,8 @@ from picache import ChunkStore, PICacheError
 from picache.chunk import Header
 from picache.store import folder_index, writers
 from picache.store.chunk_name import file_name, key_of
-from tests.picache.test_disk import chunk, files, leftovers, same
+from tests.picache.helpers import same_kv
+from tests.picache.test_disk import chunk, files, leftovers
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"{i:02}abcdef" for i in range(100)]  # keys of one length, in shards of their own
@@ -121,7 +122,7 @@ def test_a_missing_or_damaged_index_is_made_anew(tmp_path, damage, opened_before
         store = ChunkStore(device_bytes=1, path=path, disk_bytes=6 * size)
     assert tier(store) == (5, 5 * size)
     for seed, key in enumerate(NAMES[:5]):
-        assert same(store.get(key), chunk(seed))
+        assert same_kv(store.get(key), chunk(seed))
     for seed in range(5, 9):
         store.put(NAMES[seed], chunk(seed))
     assert tier(store) == (6, 6 * size)
@@ -135,7 +136,7 @@ def test_an_index_that_cannot_be_made_costs_writes_and_no_reads(tmp_path):
     a_folder(folder_of(path) / folder_index.NAME)
     with pytest.warns(RuntimeWarning, match="unable to open database file"):
         store = ChunkStore(path=path, disk_bytes=10**6)
-    assert same(store.get(NAMES[1]), chunk(1))
+    assert same_kv(store.get(NAMES[1]), chunk(1))
     with pytest.warns(RuntimeWarning, match="is not on disk"):
         store.put(NAMES[2], chunk(2))
     assert store.disk_failures == 1
@@ -215,6 +216,7 @@ KILLED_WHILE_WRITING = """
     import os, sys
     sys.path.insert(0, {root!r})
     from tests.picache.test_disk import chunk
+from tests.picache.helpers import same_kv
     from picache import ChunkStore
     from picache.store import files, folder_index
     store = ChunkStore(path={path!r}, disk_bytes={bound})
@@ -395,6 +397,7 @@ PUTTER = """
     import sys
     sys.path.insert(0, {root!r})
     from tests.picache.test_disk import chunk
+from tests.picache.helpers import same_kv
     from tests.picache.test_folder_index import NAMES
     from picache import ChunkStore
     import warnings
@@ -458,7 +461,7 @@ def test_a_key_put_again_needs_no_room_but_its_own(tmp_path):
     for seed in range(3):
         store.put(NAMES[0], chunk(seed))
         assert bytes_there(path) == size
-        assert same(ChunkStore(path=path).get(NAMES[0]), chunk(seed))
+        assert same_kv(ChunkStore(path=path).get(NAMES[0]), chunk(seed))
     assert store.failures == {}
 
 

@@ -16,7 +16,8 @@ from picache.errors import CorruptChunk
 from picache.store import listed_index, remote_calls, writers
 from picache.store.remote_calls import RemoteCalls, RemoteLimits, TierResting
 from tests.helpers import random_ids, tiny_model
-from tests.picache.test_disk import KEY, OTHER, chunk, same
+from tests.picache.helpers import same_kv
+from tests.picache.test_disk import KEY, OTHER, chunk
 
 fsspec = pytest.importorskip("fsspec")
 FAST = dict(remote_timeout=0.3, remote_retries=1, remote_pause=60.0)
@@ -269,7 +270,7 @@ def served(tmp_path):
 def test_a_served_folder_can_be_read_and_is_not_written(served):
     store = ChunkStore(path=f"{served.url}/chunks", **FAST)
     assert KEY in store
-    assert same(store.get(KEY), chunk())
+    assert same_kv(store.get(KEY), chunk())
     assert OTHER not in store
     assert store.get(OTHER) is None
     store.put(OTHER, chunk(1))
@@ -282,7 +283,7 @@ def test_a_served_folder_can_be_read_and_is_not_written(served):
     assert OTHER in store
     again = ChunkStore(path=f"{served.url}/chunks")
     assert again.get(OTHER) is None
-    assert same(again.get(KEY), chunk())
+    assert same_kv(again.get(KEY), chunk())
 
 
 def test_a_served_folder_that_is_no_store_is_refused_by_name(served, tmp_path):
@@ -306,7 +307,7 @@ def test_a_server_in_any_mood_gives_the_chunk_or_nothing(served, tmp_path, quiet
             found.load()
     assert store.get(OTHER) is None
     served.mood = "well"
-    assert same(store.get(KEY), chunk())
+    assert same_kv(store.get(KEY), chunk())
     assert list((tmp_path / "chunks").rglob("*.safetensors")), "nothing was deleted"
 
 
@@ -342,7 +343,7 @@ def test_one_damaged_download_deletes_no_good_object(url, memory, monkeypatch, h
 
     store = ChunkStore(device_bytes=1, path=url)
     monkeypatch.setattr(memory, "cat_file", once)
-    assert same(store.get(KEY), chunk())
+    assert same_kv(store.get(KEY), chunk())
     assert len(spoilt) == 1
     assert store.corrupt == 0
     assert len(objects(url)) == 1
@@ -363,7 +364,7 @@ def test_what_is_damaged_on_a_second_read_too_is_dropped(url, how):
     assert objects(url) == []
     assert store.get(KEY) is None
     store.put(KEY, chunk())
-    assert same(ChunkStore(path=url).get(KEY), chunk())
+    assert same_kv(ChunkStore(path=url).get(KEY), chunk())
 
 
 # Bounds behind a URL

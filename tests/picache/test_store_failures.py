@@ -18,7 +18,8 @@ from picache import PIC, ChunkStore, LegoLink, PICacheError
 from picache.errors import CorruptChunk, StoreUnavailable
 from picache.store import chunkfile, files, folder_index
 from tests.helpers import random_ids, tiny_model
-from tests.picache.test_disk import KEY, OTHER, chunk, rewrite, same, set_header
+from tests.picache.helpers import same_kv
+from tests.picache.test_disk import KEY, OTHER, chunk, rewrite, set_header
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (9, 30, 21)
@@ -148,7 +149,7 @@ def test_a_file_cut_short_by_others_while_it_is_read_kills_nobody(tmp_path):
                 refused += 1
                 continue
             try:
-                assert same(found, kv)
+                assert same_kv(found, kv)
                 right += 1
             except CorruptChunk:
                 refused += 1
@@ -490,7 +491,7 @@ def test_a_link_goes_on_with_a_dead_remote_tier(model, expected, url, monkeypatc
             assert KEY not in fresh
             assert len(fresh) == 3
             fresh.put(KEY, chunk())
-            assert same(fresh.get(KEY), chunk())
+            assert same_kv(fresh.get(KEY), chunk())
             assert "disk write" in str(fresh.stats().failures)
         with pytest.raises(PICacheError, match="cannot pin"):
             fresh.pin(OTHER)

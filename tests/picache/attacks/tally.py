@@ -10,6 +10,7 @@ import torch
 
 from picache import ChunkStore, PICacheError
 from picache.errors import CorruptChunk, StoreFull
+from tests.picache.helpers import same_kv
 
 KEYS = [f"{i:02}-attacked" for i in range(24)]
 
@@ -23,14 +24,6 @@ def chunk(key, tokens=64, layers=4):
         (torch.randn(shape, generator=made), torch.randn(shape, generator=made))
         for _ in range(layers)
     ]
-
-
-def equal(found, expected):
-    return all(
-        torch.equal(mine, theirs)
-        for ours, given in zip(found, expected, strict=True)
-        for mine, theirs in zip(ours, given, strict=True)
-    )
 
 
 @dataclass
@@ -88,7 +81,7 @@ class Tally:
 
         kv = self.run(look)
         if kv is not None:
-            right = equal(kv, chunk(key))
+            right = same_kv(kv, chunk(key))
             self.hits += right
             self.wrong += not right
 
