@@ -75,6 +75,7 @@ class PIC:
         from picache.hf.self_check import check
 
         self.hf = HFModel(model)
+        self._check = check
         check(self.hf)
         self.model = model
         self._bos = self._special("bos_token_id")
@@ -101,7 +102,13 @@ class PIC:
         return ()
 
     def _header(self) -> Header:
-        """What the KV of chunks in this store depends on besides the text and its sinks."""
+        """What the KV of chunks in this store depends on besides the text and its sinks.
+
+        A model whose configuration was changed is measured and checked anew: its chunks have other
+        keys, and whether it can be linked exactly is not known any more.
+        """
+        if self.hf.measure_if_changed():
+            self._check(self.hf)
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
     def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:

@@ -1,28 +1,32 @@
 """A hash of a model's weights and configuration, to tell one model's chunks from another's."""
 
-import copy
 import hashlib
 import json
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 _WIDTH = 4099  # a prime, so that no dimension of a weight is a multiple of it
 # Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
 
 
+def settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of a configuration that keys and values may depend on; a copy."""
+    return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+
+
 @torch.no_grad()
-def fingerprint(config: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> str:
-    """SHA-256 over a configuration and, for every tensor, the sums of its bits in two directions.
+def fingerprint(kept: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> str:
+    """SHA-256 over settings and, for every tensor, the sums of its bits in two directions.
 
     The bits of a tensor are written into a matrix whose width is a prime. The sums of its rows and
     of its columns change when a value changes, and when values are exchanged with each other (as
     when two vocabulary entries, heads or experts are swapped). It takes two passes over the memory.
     It tells different weights apart; it does not protect against weights made to collide.
     """
-    kept = {k: v for k, v in copy.deepcopy(config).items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, tensor in tensors:
         bits = tensor.detach().contiguous().flatten().view(torch.uint8)

@@ -22,7 +22,7 @@ from picache.hf.ambient import Made, refuse_ambient, refuse_other_objects, refus
 from picache.hf.attention_switch import AttentionSwitch
 from picache.hf.cache import PrefillCache, ScatterLayer, held_by
 from picache.hf.compiled import never_compiled
-from picache.hf.fingerprint import fingerprint, middles
+from picache.hf.fingerprint import fingerprint, middles, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
@@ -73,15 +73,25 @@ class HFModel:
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
         self._made = Made.of(model)
-        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
-        windows = [getattr(self.config, name, None) for name in _WINDOWS]
-        self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
+        self._settings: dict[str, Any] = {}
+        self.measure_if_changed()
+
+    def measure_if_changed(self) -> bool:
+        """Measure the model if its configuration was changed since; whether it was."""
+        now = settings(self.config)
+        if now == self._settings:
+            return False
         with self.on_trial():
             self._measure()
+        self._settings = now
+        return True
 
     def _measure(self) -> None:
         """Measure how each layer rotates keys, and whether its frequencies follow the length."""
+        self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
+        windows = [getattr(self.config, name, None) for name in _WINDOWS]
+        self.window: int | None = min((w for w in windows if w), default=None)
         self.rotary = RotaryModule(self._find_rotary(), self.config, type(self.model).__name__)
         self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
         self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
@@ -403,7 +413,8 @@ class HFModel:
         """A hash of the configuration and of every parameter and buffer.
 
         Models of one configuration with different weights or dtypes do not share chunks. The hash
-        is made again when a tensor was replaced or written to since the last time. Merging an
+        is made again when a setting was changed (`measure_if_changed` has seen it), or a tensor was
+        replaced or written to since the last time. Merging an
         adapter writes through ``.data``, which PyTorch does not count as a write; it shows in the
         value in the middle of each tensor. Rotary frequencies that depend on the length of the text
         are left out, since every forward may overwrite them; the configuration determines them.
@@ -415,7 +426,7 @@ class HFModel:
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
         ]
-        seen = (versions, middles([t for _, t in tensors]))
+        seen = (versions, middles([t for _, t in tensors]), self._settings)
         if seen != self._digest[0]:
-            self._digest = (seen, fingerprint(self.config.to_dict(), tensors))
+            self._digest = (seen, fingerprint(self._settings, tensors))
         return self._digest[1]
