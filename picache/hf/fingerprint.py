@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 _WIDTH = 4099  # a prime, so that no dimension of a weight is a multiple of it
 # Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
 
 
-def settings(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of a configuration that keys and values may depend on; a copy."""
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a transformers configuration that keys and values may depend on; a copy."""
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
 
 
