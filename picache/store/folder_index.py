@@ -97,15 +97,16 @@ class FolderIndex:
         self.budget = bound_of("disk", budget, eviction)
         self._files, self._in_use, self._by_cost = files, in_use, eviction == "cost"
         self._path = files.root / NAME
+        self._looked = False
         self._turn = threading.Lock()  # threads need not wait in SQLite, which sleeps
 
     # What others ask
 
     def open(self) -> list[str]:
-        """Look at what changed since the index was written; the keys deleted to keep the bound."""
+        """Delete what was left long ago, and what is over the bound; the keys deleted."""
 
         def work(db: sqlite3.Connection) -> list[str]:
-            self._look(db)
+            self._adopt(db, "")
             self._sweep(db, only_stale=True)
             return self._make_room(db, 0, "")
 
@@ -113,7 +114,12 @@ class FolderIndex:
 
     def totals(self) -> Totals:
         """Chunks and bytes there now, as far as the index knows."""
-        return self._run(self._totals)
+
+        def work(db: sqlite3.Connection) -> Totals:
+            self._look_once(db)
+            return self._totals(db)
+
+        return self._run(work)
 
     def holds(self, key: str) -> bool:
         """Whether the file is there now."""
@@ -139,6 +145,8 @@ class FolderIndex:
         """
 
         def work(db: sqlite3.Connection) -> list[str]:
+            if not math.isinf(self.budget):
+                self._look_once(db)
             left = self._make_room(db, nbytes, key)
             db.execute(
                 "INSERT INTO writing VALUES (?, ?, ?, ?)", (temporary, key, nbytes, time.time())
@@ -261,35 +269,42 @@ class FolderIndex:
         (floor,) = db.execute("SELECT floor FROM totals").fetchone()
         return floor + seconds / max(nbytes, 1)
 
-    def _shards(self) -> Iterator[str]:
+    def _shards(self) -> dict[str, int]:
+        """The shards there are, and the time of each one's last change."""
         with os.scandir(self._files.root) as entries:
-            for entry in entries:
-                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                    yield entry.name
+            return {
+                entry.name: entry.stat(follow_symlinks=False).st_mtime_ns
+                for entry in entries
+                if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)
+            }
 
     def _changed(self, shard: str) -> int | None:
         """The time of a shard's last change, None where there is no such shard."""
         try:
-            return (self._files.root / shard).stat().st_mtime_ns
+            return os.stat(self._files.root / shard).st_mtime_ns
         except FileNotFoundError:
             return None
 
+    def _look_once(self, db: sqlite3.Connection) -> None:
+        """See what happened to the folder without the index before this store was opened."""
+        if not self._looked:
+            self._look(db)
+
     def _look(self, db: sqlite3.Connection) -> None:
         """List again the shards that changed behind the index's back, and the temporary files."""
-        known = dict(db.execute("SELECT name, changed FROM shards"))
-        for shard in known.keys() | set(self._shards()):
-            if self._changed(shard) != known.get(shard):
-                self._list(db, shard)
+        known = dict(db.execute("SELECT name, changed FROM shards WHERE changed IS NOT NULL"))
+        there = self._shards()
+        for shard in {shard for shard, _ in known.items() ^ there.items()}:
+            self._list(db, shard)
         self._adopt(db, "")
+        self._looked = True
 
     def _adopt(self, db: sqlite3.Connection, shard: str) -> None:
         """Count temporary files that the index does not know."""
         folder = self._files.root / shard
-        with os.scandir(folder) as entries:
-            found = [entry.name for entry in entries if TEMPORARY.match(entry.name)]
-        for name in found:
+        for name in filter(TEMPORARY.match, os.listdir(folder)):
             with suppress(FileNotFoundError):  # written to its end meanwhile
-                stat = (folder / name).lstat()
+                stat = os.lstat(folder / name)
                 nbytes = max(stat.st_size, reserved_bytes(name))
                 temporary = f"{shard}/{name}" if shard else name
                 db.execute(

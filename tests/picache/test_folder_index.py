@@ -155,7 +155,9 @@ def test_what_comes_and_goes_behind_the_indexs_back_counts(tmp_path):
         target = folder_of(path) / file_name(key)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes((folder_of(tmp_path / "other") / file_name(key)).read_bytes())
-    again = ChunkStore(path=path, disk_bytes=6 * size)
+    again = ChunkStore(device_bytes=1, path=path, disk_bytes=6 * size)
+    assert tier(again) == (8, 8 * size)
+    again.put(NAMES[9], chunk(9))
     assert tier(again) == (6, 6 * size)
     assert len(files(path)) == 6
     assert len(other) == 8
@@ -216,7 +218,6 @@ KILLED_WHILE_WRITING = """
     import os, sys
     sys.path.insert(0, {root!r})
     from tests.picache.test_disk import chunk
-from tests.picache.helpers import same_kv
     from picache import ChunkStore
     from picache.store import files, folder_index
     store = ChunkStore(path={path!r}, disk_bytes={bound})
@@ -397,7 +398,6 @@ PUTTER = """
     import sys
     sys.path.insert(0, {root!r})
     from tests.picache.test_disk import chunk
-from tests.picache.helpers import same_kv
     from tests.picache.test_folder_index import NAMES
     from picache import ChunkStore
     import warnings
