@@ -5,7 +5,7 @@
 
 Chunks are small, so that what is timed is the bookkeeping. In memory: a hit, and a put for which
 another chunk leaves. On disk, in a folder that is full to its bound: opening it, a hit, a put for
-which files leave, and the counters. The folder is filled by writing files without a sync; the first look,
+which files leave, and the counters. The folder is filled without a sync; the first look,
 which makes the index from them, is timed once. Medians of `--repeats`. A second row says
 how many times the smallest store's time that is. Writes `store.json`.
 """
