@@ -345,6 +345,25 @@ def test_a_pickle_under_the_name_of_a_chunk_is_not_opened(folder):
     assert read(folder) is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_reading_does_not_add_up_to_memory(folder):
+    """safetensors 0.8.0 loses 64 bytes with every tensor that `get_tensor` gives."""
+
+    def reads(count):
+        for _ in range(count):
+            found.load()
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    store = ChunkStore(path=folder)
+    found = store.get(KEY)
+    reads(1000)
+    before = resident()
+    reads(5000)  # 30,000 tensors
+    assert resident() - before < 500_000
+
+
 # What is no chunk store
 
 
