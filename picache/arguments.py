@@ -1,4 +1,4 @@
-"""What callers hand in, as the number that was meant, or refused by its name."""
+"""Numbers that callers hand in, converted to Python's or refused by the argument's name."""
 
 import operator
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from picache.errors import PICacheError
 
 
 def whole_number(needs: str, value: object, least: int | None = None, remedy: str = "") -> int:
-    """`value` as an int: an int of any kind (numpy's, a 0-d tensor) or a float without a fraction.
+    """Convert an argument to an int.
 
     Args:
-        needs: what the error says is needed, such as "LegoLink needs a whole number k >= 0".
-        value: what was given.
-        least: the smallest number that is allowed; None allows all.
-        remedy: what the error advises.
+        needs: begins the error, such as "LegoLink needs a whole number k >= 0".
+        value: the argument: an int, one of numpy, a 0-d tensor, or a float without a fraction.
+        least: the smallest number that is allowed; None for no bound.
+        remedy: ends the error.
 
     Raises:
         PICacheError: on a bool, text, a fraction, or a number below `least`.
@@ -28,13 +28,13 @@ def whole_number(needs: str, value: object, least: int | None = None, remedy: st
 def real_number(
     needs: str, value: object, allowed: Callable[[float], bool], remedy: str = ""
 ) -> float:
-    """`value` as a float of Python; an int stays an int.
+    """Convert an argument to a Python float; an int stays an int.
 
     Args:
-        needs: what the error says is needed, such as "A3 needs a ratio of tokens between 0 and 1".
-        value: what was given: a Python number, numpy's, or a 0-d array or tensor.
-        allowed: whether a number is; never asked about NaN.
-        remedy: what the error advises.
+        needs: begins the error, such as "A3 needs a ratio of tokens between 0 and 1".
+        value: the argument: a Python number, one of numpy, or a 0-d array or tensor.
+        allowed: tells whether a number is allowed; it is never called with NaN.
+        remedy: ends the error.
 
     Raises:
         PICacheError: on a bool, text, NaN, or a number that is not allowed.
@@ -53,7 +53,7 @@ def _as_int(value: object) -> int | None:
 
 
 def _as_number(value: object) -> float | None:
-    """An int where `value` is one, else a float; None where it is no number."""
+    """The value as an int if it is one, else as a float; None when it is no number."""
     if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:

@@ -77,8 +77,7 @@ class Form:
             attention while the chunk is compiled and whose KV is left out of the prompt.
         key: the content key of `ids` and `header`, under which a store keeps the KV.
         header: what else the KV depends on.
-        dropped: ids that the tokenizer added to the text, or a BOS that its ids began with, and
-            that the prompt has not.
+        dropped: ids of special tokens that came with the text and are not in the prompt.
     """
 
     ids: tuple[int, ...]
@@ -99,10 +98,10 @@ class Chunk:
         key: the key of its KV in the store, made of its ids and a `picache.chunk.Header`.
         ids: token ids of the text, a leading BOS included.
         nbytes: bytes of its keys and values, all layers.
-        lead: how many of the ids the tokenizer put in front of the text, such as a BOS; they are
-            the chunk's own sink, and left out where it stands in the middle of a prompt.
-        dropped: ids that the tokenizer added and no prompt has: an EOS behind the text, or a BOS in
-            front of a text that begins with one already.
+        lead: how many of the ids are special tokens in front of the text, such as a BOS. They are
+            the chunk's own sink, and are left out where it does not stand first in a prompt.
+        dropped: ids of special tokens that the tokenizer added and that no prompt contains: an EOS
+            behind the text, or a second BOS in front of a text that begins with one.
     """
 
     key: str

@@ -1,4 +1,4 @@
-"""What `PIC` is given, or an error that names what was expected and what to write."""
+"""The arguments of `PIC`, checked; an error names what was expected and what to write instead."""
 
 import os
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from picache.store import ChunkStore
 
 
 def spelled(given: object) -> str:
-    """How an error names what was given: a class as one, anything else by its type."""
+    """How an error names an argument: a class as a class, a text as it is, the rest by type."""
     if isinstance(given, type):
         return f"the class {given.__name__}"
     return f"the text {given!r}" if isinstance(given, str) else type(given).__name__
 
 
 def as_store(given: object) -> ChunkStore:
-    """The store; one without a bound for None."""
+    """The store that was given; a new one without a bound for None."""
     if given is None:
         return ChunkStore()
     if isinstance(given, ChunkStore):
@@ -30,7 +30,7 @@ def as_store(given: object) -> ChunkStore:
 
 
 def as_tokenizer(given: object) -> Callable[..., Any] | None:
-    """The tokenizer, which is called with a text; None where there is none."""
+    """The tokenizer that was given, or None; PICacheError when it cannot be called with a text."""
     if given is None:
         return None
     if isinstance(given, str):
@@ -48,7 +48,7 @@ def as_tokenizer(given: object) -> Callable[..., Any] | None:
 
 
 def as_sinks(given: object) -> Sinks:
-    """What chunks are compiled behind."""
+    """What chunks are compiled behind; PICacheError when it is none of the four kinds."""
     if isinstance(given, DummySinks | SharedPrefix):
         return given
     if isinstance(given, str) and given in ("drop", "keep"):
@@ -59,7 +59,7 @@ def as_sinks(given: object) -> Sinks:
 
 
 def as_flops_per_byte(given: object) -> float | None:
-    """The price of moving a byte; None to link whatever it costs."""
+    """What moving a byte of KV costs, in floating-point operations; None where that is ignored."""
     if given is None:
         return None
     needs = "flops_per_byte must be at least 0 or None"

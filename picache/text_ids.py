@@ -1,7 +1,7 @@
-"""Token ids of what is compiled or asked, and which of them only the tokenizer put there.
+"""The token ids of chunks and queries, and which of them the tokenizer added to the text.
 
-A special token is left out of a prompt because the tokenizer added it, never because of its id: a
-text may begin with the same token, as a chat turn begins with the BOS of SmolLM2.
+A special token is left out of a prompt because the tokenizer added it, never because of its id. The
+text itself may begin with the same token: a chat turn of SmolLM2 begins with its BOS.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ class TextIds:
     """A chunk or a query as token ids.
 
     Attributes:
-        ids: what the tokenizer added in front, then the text.
-        lead: how many of them were added in front, such as a BOS.
-        dropped: what the tokenizer added besides and no prompt has: an EOS behind the text, or in
-            front of it what the text begins with already.
+        ids: the special tokens in front of the text, and the text.
+        lead: how many of the ids are special tokens in front, such as a BOS.
+        dropped: special tokens that the tokenizer added and that no prompt contains: an EOS behind
+            the text, or a second BOS in front of a text that begins with one.
     """
 
     ids: tuple[int, ...]
@@ -34,7 +34,13 @@ class TextIds:
 def ids_of_text(
     text: str, tokenizer: Callable[..., Any] | None, vocab_size: int, what: str
 ) -> TextIds:
-    """Tokenize a text; what was added is found by tokenizing it without special tokens too.
+    """Tokenize a text, once with and once without special tokens, which tells what was added.
+
+    Args:
+        text: of a chunk or a query.
+        tokenizer: of the model; None where there is none.
+        vocab_size: entries of the model's vocabulary.
+        what: names the argument in errors.
 
     Raises:
         PICacheError: without a tokenizer, on an empty text, on ids out of the vocabulary, or when
@@ -59,17 +65,17 @@ def ids_as_given(
     vocab_size: int,
     what: str,
 ) -> TextIds:
-    """Take token ids; nobody knows where they come from, so a leading BOS is taken as added.
+    """Take token ids as they are; a BOS that they begin with counts as added by a tokenizer.
 
-    A leading BOS is what the tokenizer puts in front of texts, where there is one: ids that begin
-    with a token that this tokenizer never adds begin with text. Nothing is taken off the end.
+    Where there is a tokenizer, a BOS is what it puts in front of every text; ids that begin with
+    another token begin with text. Nothing is taken off the end.
 
     Args:
         tokens: a list, an array, a 1-D or ``[1, n]`` tensor, or a `BatchEncoding` of one text.
-        tokenizer: of the model; None where ids are all there is.
-        bos: ids of the model's BOS, for want of a tokenizer.
-        vocab_size: of the model.
-        what: for errors.
+        tokenizer: of the model; None where there is none.
+        bos: ids of the model's BOS, which count where there is no tokenizer.
+        vocab_size: entries of the model's vocabulary.
+        what: names the argument in errors.
     """
     ids = as_ids(tokens, vocab_size, what)
     if tokenizer is None:
@@ -81,7 +87,7 @@ def ids_as_given(
 def _parts(
     text: str, tokenizer: Callable[..., Any], what: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """What the tokenizer adds in front, the text's own tokens, and what it adds behind."""
+    """The tokens that are added in front of a text, the text's own, and those added behind it."""
     try:
         whole, bare = (
             tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -92,7 +98,7 @@ def _parts(
             f"the tokenizer {type(tokenizer).__name__} cannot be called as transformers' are, "
             f"tokenizer(text, add_special_tokens=True)['input_ids']: {error}"
         ) from error
-    if not bare:  # nothing tells front from back but the name of the EOS
+    if not bare:  # an empty text: only the EOS tells what is added in front and what behind
         end = getattr(tokenizer, "eos_token_id", None)
         behind = tuple(token for token in whole[1:] if token == end)
         return whole[: len(whole) - len(behind)], (), behind
@@ -106,7 +112,12 @@ def _parts(
 
 
 def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
-    """Token ids as a tuple: of a list, an array, a 1-D or ``[1, n]`` tensor or a `BatchEncoding`.
+    """Token ids as a tuple.
+
+    Args:
+        tokens: a list, an array, a 1-D or ``[1, n]`` tensor, or a `BatchEncoding` of one text.
+        vocab_size: entries of the model's vocabulary.
+        what: names the argument in errors.
 
     Raises:
         PICacheError: when they are empty, of several texts, padded, no integers, or out of the

@@ -16,16 +16,16 @@ from picache.hf.sparse_pass import KVByLayer, SparsePass
 
 
 class PrefillCache(DynamicCache):
-    """What a chunk is prefilled into; refuses a forward that computes in another dtype.
+    """The cache that a chunk is prefilled into; it refuses a forward under autocast.
 
-    Without a configuration it keeps every key of sliding-window layers too.
+    Without a configuration it keeps every key, those of sliding-window layers too.
     """
 
     @override
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append, unless autocast is on inside the forward."""
+        """Append keys and values; PICacheError when autocast is on inside the forward."""
         refuse_autocast(key_states.device.type)
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -138,7 +138,7 @@ class LinkedLayer(DynamicLayer):
 
     @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens attended to, and the position of the first; asked before a forward's layers.
+        """How many tokens are attended to, and from which on; called before a forward's layers.
 
         Raises:
             PICacheError: when the forward has no tokens.
@@ -153,10 +153,10 @@ class LinkedLayer(DynamicLayer):
         return super().get_mask_sizes(query_length)
 
     def _refuse_fed_again(self, *new: Tensor) -> None:
-        """Raise PICacheError where keys and values of layer 0 are of tokens held already."""
+        """Raise PICacheError where new keys and values of layer 0 are of tokens held already."""
         fed, held = new[0].shape[2], self.keys.shape[2]
-        same_places = fed > 1 and self._holds(*new)
-        if fed > held and not same_places and self._repeats(*new):
+        same_positions = fed > 1 and self._holds(*new)
+        if fed > held and not same_positions and self._repeats(*new):
             raise PICacheError(
                 f"the cache already holds {held} tokens and the model was given the whole text "
                 f"again behind them, in one forward of {fed}: model.generate(**prompt) feeds the "
@@ -165,7 +165,7 @@ class LinkedLayer(DynamicLayer):
                 "[:, -1:], attention_mask=prompt.attention_mask, "
                 "past_key_values=prompt.past_key_values)"
             )
-        if not same_places:
+        if not same_positions:
             return
         if fed > held:
             raise PICacheError(
@@ -182,19 +182,19 @@ class LinkedLayer(DynamicLayer):
         )
 
     def _repeats(self, *new: Tensor) -> bool:
-        """Whether the first new tokens are all that is held, in order, at any positions.
+        """Whether the new tokens begin with all tokens of the cache, in order, at any positions.
 
-        In layer 0 what is cached of a token without its position, the values or, where keys are
-        latents (MLA), the keys, depends on the token alone.
+        In layer 0 the values, or the keys where those are latents (MLA), depend on the token alone
+        and not on its position.
         """
         held = self.keys.shape[2]
         for old, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
             spread = old.var(dim=2, correction=0).sum(dim=(1, 2))
-            if held == 1:  # nothing to spread
+            if held == 1:  # a single token has no variance
                 spread = 0.01 * old.square().sum(dim=(1, 2, 3))
             distance = (old - fed[:, :, :held].float()).square().sum(dim=(1, 3))
             same = distance / spread.clamp_min(1e-30)[:, None] < 0.01
-            if bool(same.all(dim=1).any()):  # a row that is padded differs in its padding
+            if bool(same.all(dim=1).any()):  # one row is enough: others may differ by padding
                 return True
         return False
 
@@ -219,6 +219,7 @@ class LinkedLayer(DynamicLayer):
 
 
 def _refuse_dtype(fed: KV, held: KV, holder: str) -> None:
+    """Raise PICacheError where a forward makes keys or values in another dtype than is held."""
     for name, new, old in zip(("keys", "values"), fed, held, strict=True):
         if new.dtype != old.dtype:
             raise PICacheError(
@@ -253,7 +254,7 @@ class LinkedCache(Cache):
         return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
 
     def on(self, device: torch.device) -> "LinkedCache":
-        """A second cache with its tensors on a device."""
+        """Another cache with copies of the tensors on a device."""
         # Not named `to`: accelerate moves whatever has that between devices, layer by layer.
         moved = [(layer.keys.to(device), layer.values.to(device)) for layer in self._linked]
         return LinkedCache(moved, self._attach)

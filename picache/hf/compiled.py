@@ -1,4 +1,4 @@
-"""Models whose forward goes through torch.compile: the package's own forwards run without it."""
+"""Models compiled with torch.compile: forwards of this package run them without compilation."""
 
 import sys
 import threading
@@ -9,11 +9,11 @@ import torch
 
 
 class _NeverCompiled:
-    """A context inside which what torch.compile has wrapped runs as plain Python.
+    """Inside its ``with`` block, functions that torch.compile has wrapped run as plain Python.
 
-    A pass over scattered rows has another shape every time and writes into tensors it is handed, so
-    that nothing is won by compiling it. torch's switch is one for the whole process: the first
-    thread to enter turns it, the last to leave turns it back.
+    A sparse pass has another shape every time and writes into tensors that it is given, so that
+    compiling it gains nothing. The switch of torch holds for the whole process: the first thread
+    that enters turns it, and the last one that leaves turns it back.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class _NeverCompiled:
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
-            # Nothing is compiled where the compiler was never loaded, which takes a second.
+            # Where the compiler was never loaded nothing is compiled; loading it takes a second.
             if self._stance is None and "torch._dynamo" in sys.modules:
                 self._stance = torch.compiler.set_stance("force_eager")
                 self._stance.__enter__()

@@ -45,7 +45,6 @@ class HFModel:
         decoder: the part of it that holds the layers.
         attention: switches the model's attention function.
         config: configuration of the decoder.
-        vocab_size: entries of the vocabulary.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
@@ -112,12 +111,15 @@ class HFModel:
             ) from error
 
     def refuse_ambient(self) -> None:
-        """Raise PICacheError where KV made now would not be what its key says; see `ambient`."""
+        """Raise PICacheError where KV made now would not be what its key stands for.
+
+        See `picache.hf.ambient`.
+        """
         refuse_ambient(self.model, self._made)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding matrix, which may grow or shrink."""
+        """Entries of the vocabulary: of the embedding matrix, which a user may resize."""
         embedding: Any = self.model.get_input_embeddings()
         return embedding.weight.shape[0]
 
@@ -347,7 +349,7 @@ class HFModel:
                 return module
         raise PICacheError(
             f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
-            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+            "drops tokens between layers needs: choose one that keeps them, such as LegoLink"
         )
 
     def flops(self, entered: Sequence[Tensor]) -> float:

@@ -145,8 +145,8 @@ class SparsePass:
                 left[name] = value[..., self._left]
             elif isinstance(value, Tensor) and name != "hidden_states":
                 raise PICacheError(
-                    f"{type(module).__name__} is given {name!r} row by row, which a method that "
-                    "drops rows between layers does not know: choose one that keeps its rows, "
+                    f"{type(module).__name__} is given {name!r} token by token, which a method "
+                    "that drops tokens between layers does not know: choose one that keeps them, "
                     "such as LegoLink"
                 )
         return left
@@ -161,10 +161,11 @@ current: ContextVar[SparsePass] = ContextVar("picache_pass")
 
 
 def under_way() -> SparsePass:
-    """The pass that this thread runs.
+    """The sparse pass that this thread runs.
 
     Raises:
-        PICacheError: when the model's attention is switched for a pass of another thread.
+        PICacheError: when there is none, since the model's attention is switched for the pass of
+            another thread.
     """
     running = current.get(None)
     if running is None:

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         chunks: as they are prefilled; the first is an exact prefix of the prompt.
         query: token ids of what follows the last chunk.
-        query_dropped: special tokens that came with the query and that the prompt has not.
+        query_dropped: ids of special tokens that came with the query and are not in the prompt.
     """
 
     chunks: tuple[Form, ...]

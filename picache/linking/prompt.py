@@ -59,7 +59,7 @@ class LinkedPrompt(Mapping[str, Any]):
 
     @property
     def input_ids(self) -> Tensor:
-        """Token ids, int64 ``[batch, tokens]``, left-padded."""
+        """Token ids, int64 ``[batch, tokens]``, padded on the left."""
         return self._inputs["input_ids"]
 
     @property
@@ -69,11 +69,14 @@ class LinkedPrompt(Mapping[str, Any]):
 
     @property
     def past_key_values(self) -> "LinkedCache":
-        """A fresh cache at each access, holding every token but the last."""
+        """A fresh cache at each access that holds every token but the last."""
         return self._cache.fork()
 
     def to(self, device: torch.device | str | int) -> "LinkedPrompt":
-        """Move the tensors to a device, in place as `BatchEncoding.to` does; the prompt itself.
+        """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
+
+        Args:
+            device: where to move them.
 
         Raises:
             PICacheError: when the method must be attached to the model (`APE`), whose tensors stay

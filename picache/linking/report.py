@@ -35,9 +35,9 @@ class LinkReport:
             up to more than the whole.
         full_prefill: why the prompt was prefilled in full instead of linked; empty when it was
             linked.
-        dropped: for each chunk in prompt order, and last for the query, the ids of the special
-            tokens that came with it and that the prompt has not: a BOS in the middle, an EOS, a BOS
-            in front of a text that begins with one. In a batch, row after row.
+        dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
+            that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
+            In a batch, row after row.
     """
 
     method: str

@@ -42,7 +42,7 @@ class LegoLink(LinkMethod):
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """The first tokens of every chunk but the first; all chunks' first ones come first."""
+        """The first `k` positions of each chunk but the first: offset 0 of all, then 1, ..."""
         starts = torch.tensor(layout.starts[1:], dtype=torch.int64)
         lengths = torch.tensor(layout.chunk_lengths[1:], dtype=torch.int64)
         offsets = torch.arange(min(self.k, max(layout.chunk_lengths)))[:, None]
