@@ -31,7 +31,8 @@ class Evicting(Policy):
             budget + evict_every - 1 tokens are held. A multiple of `page_size`, or 1 to evict
             whenever a page is needed.
 
-    Raises SparsityError for arguments out of range, and where what is protected fills the budget.
+    Raises:
+        SparsityError: for arguments out of range, and where what is protected fills the budget.
     """
 
     budget: int

@@ -28,9 +28,10 @@ class Then(Policy):
         prompt: `SnapKV`, or `PyramidKV` (whose pages have one token), without `evict_every`.
         decode: any policy but `Then`.
 
-    Raises SparsityError for two policies that do not fit together: page sizes, dense layers, groups
-    or windows that differ, a `prompt` that leaves more than `decode` has room for, and positions
-    inside the cache (`StreamingLLM`).
+    Raises:
+        SparsityError: for two policies that do not fit together: page sizes, dense layers, groups
+            or windows that differ, a `prompt` that leaves more than `decode` has room for, and
+            positions inside the cache (`StreamingLLM`).
     """
 
     prompt: SnapKV

@@ -38,8 +38,8 @@ class PagePool:
         outside: pages of a row that do not count against the budget, the most of any.
         keys: `[batch, kv_heads, N, head_dim]`.
         values: `[batch, kv_heads, N, value_dim]`.
-        slots: the column of the token in each place, -1 where there is none; int32 `[batch,
-            kv_heads, N]`.
+        slots: the column of the token in each place, -1 where there is none; int32
+            `[batch, kv_heads, N]`.
         start: see `PageView`; of C pages, and so are the next five.
         stamp: see `PageView`.
         sums: see `PageView`.
