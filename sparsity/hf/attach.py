@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsity.errors import SparsityError
+from sparsity.hf.autocast import autocast_dtype, lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.prompt_check import watch_prompts
@@ -118,10 +119,13 @@ def retention_attention(
             mask = attention_mask
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
-            out = sparse_cache.attend(
-                layer, query, key, value, mask=mask, scaling=scaling, softcap=softcap, sinks=s_aux
-            )
-            return out, None
+            scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+            dtype = autocast_dtype(query.device)
+            if dtype is None:
+                return sparse_cache.attend(layer, query, key, value, **scores), None
+            with torch.autocast(query.device.type, enabled=False):  # keys and values are lowered
+                query = lowered(query, dtype)
+                return sparse_cache.attend(layer, query, key, value, **scores), None
         if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask

@@ -16,7 +16,8 @@ from sparsity.hf.attach import (
     decoder_of,
     keep_attached,
 )
-from sparsity.hf.forward_checks import check_states
+from sparsity.hf.autocast import autocast_dtype, lowered
+from sparsity.hf.forward_checks import check_autocast, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -79,6 +80,7 @@ class SparseCache(ServedCache, Cache):
         self._model = TOKENS[decoder]
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
+        self._autocast: torch.dtype | None = None  # of the forwards so far
 
     @property
     def policy(self) -> Policy:
@@ -106,6 +108,10 @@ class SparseCache(ServedCache, Cache):
                 "decoder was called past its hooks); call attach(model) first"
             )
         layer, state = self.layers[layer_idx], self._state
+        if (dtype := autocast_dtype(key_states.device)) is not None and isinstance(
+            layer, RetainedLayer
+        ):
+            key_states, value_states = lowered(key_states, dtype), lowered(value_states, dtype)
         if state.repeats:  # the first layer of a forward: nothing has changed yet
             try:
                 check_states(layer, layer_idx, key_states, value_states)
@@ -141,12 +147,22 @@ class SparseCache(ServedCache, Cache):
             )
         self._state.turn.enter()
         try:
+            autocast = self._check_autocast(arguments)
             step, repeats = self._state.plan(arguments)
             self._check_length(step.stop)
         except SparsityError:
             self._state.abandon()
             raise
+        self._autocast = autocast
         self._state.open(step, repeats, arguments.get("input_ids"))
+
+    def _check_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        autocast = autocast_dtype(tokens.device)
+        if self._state.rows.real is not None:  # there was a forward before
+            check_autocast(autocast, self._autocast)
+        return autocast
 
     def _check_length(self, columns: int) -> None:
         if columns == self._dropped_at:
