@@ -17,7 +17,7 @@ from sparsity.errors import SparsityError
 from sparsity.hf.forward_checks import WEIGHTS_AWAY
 from sparsity.policies import Full
 from sparsity.retention.layer import LayerRetention
-from sparsity.retention.rotation import Layout, Move, Rotation, unmoved
+from sparsity.retention.rotation import Move, Pairing, Rotation, unmoved
 
 FAR = 2**20  # beyond what models are trained on: what changes with the length changes before that
 # Tokens, and the two positions at which each is looked at.
@@ -113,9 +113,9 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
     for layer, lookout in layers.items():
         added = _TOLERANCE.get(lookout.seen[1].dtype, added)
         candidates: list[Move] = [unmoved]
-        layouts: tuple[Layout, ...] = ("half", "interleaved")
+        pairings: tuple[Pairing, ...] = ("half", "interleaved")
         if 2 * angles[layer](positions)[0].shape[-1] <= lookout.seen[1].shape[-1]:
-            candidates += [Rotation(angles[layer], layout) for layout in layouts]
+            candidates += [Rotation(angles[layer], pairing) for pairing in pairings]
         errors = [_error(lookout.seen, move, old, new) for move in candidates]
         if not min(errors) <= added + 2 * grown:
             raise SparsityError(

@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from sparsity.policies.base import Policy, check_count
 
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """Keep everything, attend to everything: equal to dense attention.
+    """Keep everything and attend to everything: the same as dense attention.
 
-    page_size: tokens that memory grows by; it has no influence on results.
+    Args:
+        page_size: tokens that memory grows by; has no influence on results.
     """
 
     page_size: int = 16
@@ -22,13 +25,13 @@ class Full(Policy):
         check_count(self, "page_size", least=1)
 
     @property
+    @override
     def evicts(self) -> bool:
-        """Nothing is ever evicted."""
         return False
 
 
 def policy_of_layer(policy: Policy, layer: int, full_attention: Sequence[int]) -> Policy:
-    """What decides in one layer: `Full` in the first `dense_layers`, else the policy's share.
+    """The policy that decides in one layer: `Full` in the first `dense_layers`, else `at_layer`.
 
     Args:
         policy: of the whole model.

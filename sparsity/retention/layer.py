@@ -19,15 +19,21 @@ from sparsity.retention.several_tokens import SeveralTokens
 
 
 class LayerRetention:
-    """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
+    """What one layer holds under its policy, and attention over it.
 
-    policy: decides what stays. layer: index in the model. first_head: see `PageView`. move: takes
-    keys to other positions, for a policy that needs it.
-    pool: the retained tokens; None before the first forward.
-    past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
-    forward takes in (only then is it known which columns are padding); never written to.
-    reallocated: tensors were made anew since this was last set to False. transient_bytes: the
-    unpruned keys and values of the last forward of several tokens.
+    Attributes:
+        policy: decides which tokens are kept.
+        needs: of the policy.
+        layer: index of the layer in the model.
+        first_head: see `PageView`.
+        move: rotates keys to other positions, for a policy that needs it.
+        pool: the tokens held; None before the first forward.
+        past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
+            first forward takes in (only then is it known which columns are padding); never written
+            to.
+        reallocated: whether tensors were allocated since this was last set to False.
+        transient_bytes: bytes of the keys and values of the last forward of several tokens, before
+            it was pruned.
     """
 
     def __init__(
@@ -45,14 +51,14 @@ class LayerRetention:
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values held now, places without a token included; None when empty."""
+        """Keys and values held, unused places included; None when there are none."""
         if self.pool is not None:
             return self.pool.keys, self.pool.values
         return self.past
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the storage behind every tensor held, summaries and stamps included."""
+        """Bytes of every tensor held, those that the policy needs included."""
         tensors = list(self.past or ())
         if self.pool is not None:
             tensors += self.pool.tensors().values()
@@ -64,7 +70,7 @@ class LayerRetention:
         self.reallocated, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do `change` to every tensor of the state; batch is the first axis of each."""
+        """Apply `change` to every tensor held; the first dimension of each is the batch."""
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
@@ -73,8 +79,10 @@ class LayerRetention:
     def note_attended(self, slots: Tensor) -> None:
         """Called with the columns that a single new token attends to; does nothing here.
 
-        A subclass may record them, as `replay` does. slots: int32 `[batch, kv_heads, n]`, -1 for
-        none.
+        A subclass may record them, as `replay` does.
+
+        Args:
+            slots: int32 `[batch, kv_heads, n]`, -1 for none.
         """
 
     def attend(
@@ -88,14 +96,24 @@ class LayerRetention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Take the new tokens in, attend, let the policy observe and evict.
+        """Store the new tokens, attend, and let the policy observe and evict.
 
-        query: `[batch, query_heads, q, head_dim]`; key, value: the q new tokens,
-        `[batch, kv_heads, q, head_dim]`. Returns `[batch, q, query_heads, value_dim]`.
+        A single token is stored first (in place of an evicted page when there is no room), and then
+        attends to the pages that the policy selects. Several tokens attend to all that is held and
+        all that is new, and only then is the pool pruned.
 
-        One token: it is written first (in place of an evicted page when there is no room), then
-        attention runs over the pages selected. Several: attention runs over all that is retained
-        and all that is new, and only then is the pool pruned.
+        Args:
+            query: `[batch, query_heads, q, head_dim]`.
+            key: of the q new tokens, `[batch, kv_heads, q, head_dim]`.
+            value: of the q new tokens, `[batch, kv_heads, q, value_dim]`.
+            step: the forward.
+            mask: of the forward.
+            scaling: factor on a query-key product before the softmax.
+            softcap: see `sparsity.retention.attention.attend_reference`.
+            sinks: see `sparsity.retention.attention.attend_reference`.
+
+        Returns:
+            `[batch, q, query_heads, value_dim]`.
         """
         step = step.on(key.device)
         if step.single:
@@ -113,6 +131,7 @@ class LayerRetention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        """`attend` for a single token."""
         pool, policy = self.pool, self.policy
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
@@ -169,6 +188,7 @@ class LayerRetention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        """`attend` for several tokens, those of a `past` cache among them."""
         batch, heads = key.shape[:2]
         if self.past is not None:
             key = torch.cat([self.past[0].to(key.device), key], dim=2)
@@ -217,15 +237,18 @@ class LayerRetention:
         return out
 
     def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
-        """The keys with their first `Needs.moved` tokens moved up to the rest of what is held.
+        """The keys, the first `Needs.moved` of them rotated to stand right before the others held.
 
-        What counts in attention is how far a key is from the query. A query and the newest tokens
-        are as far apart in the text as they are in the cache; the first tokens are further, by as
-        many tokens as were dropped.
+        Attention with rotary positions depends on the distance between query and key alone. The
+        query is as far from the newest tokens in the text as inside the cache; from the first
+        tokens it is further in the text, by the number of tokens evicted.
 
-        keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on, where the first
-        tokens stay (pages are laid out oldest first, and a place is used again only once its page
-        is gone). seen: tokens so far of each row, `[batch]`; longest: upper bound of it.
+        Args:
+            keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on. The first tokens
+                lie there: pages are laid out oldest first, and a place is used again only once its
+                page is evicted.
+            seen: tokens of each row so far, `[batch]`.
+            longest: upper bound of `seen`.
         """
         pool, count = self.pool, self.needs.moved
         if pool is None or longest <= (self.policy.budget or longest):
@@ -248,13 +271,13 @@ def _newest(query: Tensor, step: Step) -> Tensor:
 
 
 def _pages_of(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
-    """`[batch, heads, P * size, d]` to the pages of `pages`, `[batch, heads, K]`."""
+    """`tokens` `[batch, kv_heads, P * size, d]` of the pages at `pages` `[batch, kv_heads, K]`."""
     paged = tokens.unflatten(2, (-1, size))
     index = pages[..., None, None].expand(-1, -1, -1, *paged.shape[3:])
     return paged.gather(2, index).flatten(2, 3)
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storage behind the tensors, counted once where they share it."""
+    """Bytes of the storage behind tensors, counted once where they share it."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())

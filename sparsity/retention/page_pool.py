@@ -1,4 +1,4 @@
-"""The page pool of one layer: K/V in pages whose places are used again in place."""
+"""The page pool of one layer: keys and values in pages whose places are used again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,18 +23,32 @@ from sparsity.retention.several_tokens import (
 
 @dataclass
 class PagePool:
-    """K/V of one layer in pages, decided for each KV head on its own.
+    """Keys and values of one layer in pages of `size` tokens; each KV head has pages of its own.
 
-    C places for pages of `size` tokens, N = C * size places for tokens; a page lies anywhere, and
-    a new one takes the first free place. Under a policy that bounds what is held all C places are
-    there from the beginning.
+    There are C places for pages, and N = C * size for tokens. A page may lie in any place, and a
+    new one takes the first free place. Under a policy that bounds the pages held, all C places are
+    there after the first forward, and decoding allocates nothing.
 
-    layer, first_head: see `PageView`. held: pages that a row holds, at most. high: places in use
-    are below it. outside: most pages of a row that do not count against the budget.
-    keys, values: `[batch, kv_heads, N, head_dim]`. slots: the column each token stands at, int32
-    `[batch, kv_heads, N]`, -1 where empty. start, stamp, sums, kmin, kmax: see `PageView`. pinned:
-    bool `[batch, kv_heads, C]`. current: place of each row's newest page, int64
-    `[batch, kv_heads]`. queries, asked: see `keep_last`; of length 0 where no policy needs them.
+    Attributes:
+        size: tokens a page.
+        layer: index of the layer in the model.
+        first_head: see `PageView`.
+        held: pages that a row holds, the most of any.
+        high: high-water mark: places from it on were never used.
+        outside: pages of a row that do not count against the budget, the most of any.
+        keys: `[batch, kv_heads, N, head_dim]`.
+        values: `[batch, kv_heads, N, value_dim]`.
+        slots: the column of the token in each place, -1 where there is none; int32 `[batch,
+            kv_heads, N]`.
+        start: see `PageView`; of C pages, and so are the next five.
+        stamp: see `PageView`.
+        sums: see `PageView`.
+        pinned: see `PageView`.
+        kmin: see `PageView`; None where the policy needs no summaries.
+        kmax: see `PageView`; None where the policy needs no summaries.
+        current: place of each row's newest page, int64 `[batch, kv_heads]`.
+        queries: see `keep_last`; of length 0 where the policy needs no window.
+        asked: see `keep_last`.
     """
 
     size: int
@@ -96,16 +110,20 @@ class PagePool:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by name."""
+        """Every tensor of the pool, by name."""
         return {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
-        """The pool with `change` done to every tensor; batch is the first axis of each."""
+        """The pool with `change` applied to every tensor; dimension 0 of each is the batch."""
         changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}
         return replace(self, **changed)
 
     def view(self, now: Tensor) -> PageView:
-        """The places in use, for a policy. now: rank of the newest tokens, `[batch]`."""
+        """The places below the high-water mark, as a policy sees them.
+
+        Args:
+            now: rank of each row's newest token, int64 `[batch]`.
+        """
         pages, tokens = self.high, self.high * self.size
         return PageView(
             start=self.start[..., :pages],
@@ -126,14 +144,19 @@ class PagePool:
         )
 
     def mark(self, pages: PageView) -> None:
-        """Take over stamps and sums that a policy has set."""
+        """Store the stamps and sums that a policy has set."""
         self.stamp[..., : self.high] = pages.stamp
         self.sums[:, :, : self.high] = pages.sums
 
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
-        """Write one token a row, in place, evicting pages first where there is no room.
+        """Write one token for each row, in place; evict pages first where there is no room.
 
-        key, value: `[batch, kv_heads, 1, head_dim]`.
+        Args:
+            key: `[batch, kv_heads, 1, head_dim]`.
+            value: `[batch, kv_heads, 1, value_dim]`.
+            step: the forward.
+            policy: the one that evicts while decoding.
+            weigh: the layer's own attention weights.
         """
         batch, heads = self.current.shape
         b = torch.arange(batch, device=key.device)[:, None]
@@ -217,7 +240,7 @@ class PagePool:
     def _open(
         self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy, weigh: Weigh
     ) -> None:
-        """Give the rows of `opens` (bool `[batch, 1]`) an empty page."""
+        """Give an empty page to the rows of `opens`, bool `[batch, 1]`."""
         most = policy.pages_held
         ragged = step.then.ragged  # then some rows may be full before others
         if most is not None and self.held - (0 if ragged else self.outside) >= most:
@@ -236,7 +259,7 @@ class PagePool:
         self.pinned[b, h, page] = self.pinned[b, h, page] & ~opens
 
     def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
-        """Free places in the rows of `opens` (bool `[batch, 1, 1]`) that hold `most` pages."""
+        """Free places in those rows of `opens`, bool `[batch, 1, 1]`, that hold `most` pages."""
         assert policy.pages_kept is not None
         pages = self.view(step.before)
         counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
@@ -255,7 +278,7 @@ class PagePool:
             self.held = int((self.start[..., : self.high] >= 0).sum(-1).max())
 
     def _grow(self, pages: int) -> None:
-        """Make places for a row of `pages`, in modest steps."""
+        """Allocate places for a row of `pages` pages, and some more, so that it happens rarely."""
         have = self.start.shape[-1]
         if pages <= have:
             return

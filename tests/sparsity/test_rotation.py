@@ -22,9 +22,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(layout):
-    move = Rotation(angles, layout)
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(pairing):
+    move = Rotation(angles, pairing)
     keys = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     at = [
         torch.randint(0, 99, (2, 3, 5), generator=torch.Generator().manual_seed(s)) for s in (1, 2)
@@ -33,7 +33,7 @@ def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(layout):
     assert_close("back", move(there, *reversed(at)), keys, 1e-12)
     assert torch.equal(there[..., 6:], keys[..., 6:])
     assert_close("length", there.norm(dim=-1), keys.norm(dim=-1), 1e-12)
-    first, second = (0, 3) if layout == "half" else (0, 1)  # the pair with frequency 1
+    first, second = (0, 3) if pairing == "half" else (0, 1)  # the pair with frequency 1
     by = at[1][0, 0, 0] - at[0][0, 0, 0]
     a, b = keys[0, 0, 0, first], keys[0, 0, 0, second]
     assert_close("by hand", there[0, 0, 0, first], a * by.cos() - b * by.sin(), 1e-6)
@@ -45,7 +45,7 @@ def test_a_rotation_is_found_on_the_model_itself(family, dtype):
     model = build(family).to(dtype)
     moves = [x.move for x in SparseCache(model, StreamingLLM(8)).retentions.values()]
     sparsity.detach(model)
-    found = {(m.layout, m.angles.written) for m in moves if isinstance(m, Rotation)}
+    found = {(m.pairing, m.angles.written) for m in moves if isinstance(m, Rotation)}
     assert found == {ROTATED[family]}
     assert sum(not isinstance(m, Rotation) for m in moves) == (family == "SmolLM3")
 
