@@ -1,4 +1,4 @@
-"""What callers hand in, as the number that was meant, or refused by its name."""
+"""What callers hand in: the number that was meant, the kind of object, or refused by its name."""
 
 import math
 from collections.abc import Iterable
@@ -15,10 +15,15 @@ def whole_number(
 ) -> int:
     """`value` as an int: an int of any kind (numpy's, a 0-d tensor) or a float without a fraction.
 
-    name: of the argument, for the error. least: the smallest number allowed; None allows all.
-    note: what the error adds about the number. of: the class the argument belongs to.
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        least: the smallest number that is allowed; None allows all.
+        note: what the error adds about the number.
+        of: the class the argument belongs to, for the error.
 
-    Raises SparsityError for a bool, text, a fraction, or a number below `least`.
+    Raises:
+        SparsityError: for a bool, text, a fraction, or a number below `least`.
     """
     number = _real(value)
     whole = None
@@ -31,7 +36,11 @@ def whole_number(
 
 
 def whole_numbers(name: str, values: Iterable[object], least: int | None = None) -> list[int]:
-    """Each of `values` as `whole_number` has it; SparsityError, too, for what is no sequence."""
+    """Each of `values` as `whole_number` has it.
+
+    Raises:
+        SparsityError: as `whole_number` does, and for what is no list of any kind.
+    """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise SparsityError(f"{name}={values!r}: expected a list of whole numbers, such as [0, 3]")
     return [whole_number(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
@@ -40,7 +49,8 @@ def whole_numbers(name: str, values: Iterable[object], least: int | None = None)
 def share(name: str, value: object, above: bool = False, of: str = "") -> float:
     """`value`, a number of any kind, as a float in [0, 1), or in (0, 1] with `above`.
 
-    Raises SparsityError for a bool, text, and a number outside.
+    Raises:
+        SparsityError: for a bool, text, and a number outside.
     """
     number = _real(value)
     if number is None or not (0 < number <= 1 if above else 0 <= number < 1):
@@ -48,6 +58,31 @@ def share(name: str, value: object, above: bool = False, of: str = "") -> float:
             f"{_said(name, value, of)}: expected a share in {'(0, 1]' if above else '[0, 1)'}"
         )
     return float(number)
+
+
+def check_instance(name: str, value: object, kind: type, expected: str, note: str = "") -> None:
+    """Check that an argument is an object of its kind.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kind: the class whose instances are taken.
+        expected: in words, with an example to write.
+        note: what to do with what was given, where that is known.
+
+    Raises:
+        SparsityError: for anything else, for a class in the place of its instance, too.
+    """
+    if not isinstance(value, kind):
+        raise SparsityError(f"{name} is {described(value)}: expected {expected}{note}")
+
+
+def described(value: object) -> str:
+    """What a value is, short enough for an error."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, and not an object of it"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"of type {type(value).__name__}"
 
 
 def take_whole_number(config: object, field: str, least: int | None = None, note: str = "") -> None:

@@ -1,12 +1,14 @@
 """SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.hf.attach import (
     ATTACHED,
@@ -62,11 +64,10 @@ class SparseCache(ServedCache, Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
-        if not isinstance(policy, Policy):
-            raise SparsityError(
-                f"SparseCache(policy={policy!r}): expected a policy such as RaaS(budget=1024)"
-            )
         decoder = decoder_of(model)
+        check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+        if past is not None:
+            _check_past(past)
         layers, rows = build_layers(decoder.config, policy, past)
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
@@ -248,16 +249,19 @@ class SparseCache(ServedCache, Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""
+        beam_idx = torch.as_tensor(beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices`, int64 numbers or a bool mask."""
+        indices = torch.as_tensor(indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
+        repeats = whole_number("repeats", repeats, least=1)
         super().batch_repeat_interleave(repeats)
         if (batch := self._state.rows.batch) is not None:
             self._state.take(torch.arange(batch).repeat_interleave(repeats))
@@ -270,6 +274,15 @@ class SparseCache(ServedCache, Cache):
         """Refused, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
+
+
+def _check_past(past: object) -> None:
+    note = ""
+    if isinstance(past, Mapping):
+        note = "; hand in what stands in it: past=given['past_key_values']"
+    elif isinstance(past, tuple | list):
+        note = "; put keys and values into one: DynamicCache().update(keys, values, layer)"
+    check_instance("past", past, Cache, "a transformers cache, such as a filled DynamicCache", note)
 
 
 def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:

@@ -127,7 +127,9 @@ def stock_layers(config: Any, policy: Policy) -> dict[int, Any]:
 def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], BatchRows]:
     """The layers transformers would use, full attention under the policy; and where they stand."""
     layers: list[Any] = DynamicCache(config=config).layers
-    earlier: list[Any] = [None] * len(layers) if past is None else list(past.layers)
+    earlier: list[Any] = (
+        list(past.layers) if past is not None and past.layers else [None] * len(layers)
+    )
     if len(earlier) != len(layers):
         raise SparsityError(
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
