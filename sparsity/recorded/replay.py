@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sparsity.arguments import whole_number, whole_numbers
+from sparsity.arguments import check_instance, whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
 from sparsity.recorded.milestones import Kinds, Thresholds, classify
-from sparsity.recorded.trace import Trace, per_page
+from sparsity.recorded.trace import Trace, check_trace, per_page
 from sparsity.retention.batch_rows import BatchRows, plan
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
@@ -144,6 +144,10 @@ def replay(
     """
     from tqdm import tqdm  # comes with transformers
 
+    check_trace(trace)
+    check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+    thresholds = Thresholds() if thresholds is None else thresholds
+    check_instance("thresholds", thresholds, Thresholds, "Thresholds(alpha=0.05)")
     wanted = sorted(trace.layers) if layers is None else whole_numbers("layers", layers)
     page_size = whole_number("page_size", page_size, least=1)
     for layer in wanted:
@@ -155,7 +159,6 @@ def replay(
     else:
         top_tokens = whole_number("top_tokens", top_tokens, least=1)
     pages = max(1, top_tokens // page_size)
-    thresholds = thresholds or Thresholds()
     return Replay(
         policy,
         {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.arguments import whole_number
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.retention.attention import attention_weights
 
@@ -136,6 +136,11 @@ class Trace:
             f"tokens, {len(self.layers)} of {len(self.full_layers)} layers, "
             f"{self.num_bytes:,} bytes)"
         )
+
+
+def check_trace(trace: object) -> None:
+    """Raise SparsityError for what is no trace."""
+    check_instance("trace", trace, Trace, "what record(model, input_ids=...) returns")
 
 
 def per_page(tokens: Tensor, page_size: int) -> Tensor:
