@@ -93,6 +93,7 @@ class Evicting(Policy):
         Sinks, recent tokens and pinned pages are protected whatever their worth.
         """
 
+    @override
     def priority(self, pages: PageView) -> Tensor:
         """The worth, with sinks and recent tokens protected; see `Policy.priority`."""
         worth = self.worth(pages)

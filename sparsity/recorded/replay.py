@@ -63,6 +63,7 @@ class Replay:
     layers: dict[int, LayerReplay]
 
     def _mean(self, name: str) -> float:
+        """Mean over layers, KV heads and decoded tokens, without NaN."""
         values = torch.cat([getattr(one, name).flatten() for one in self.layers.values()])
         return float(values.nanmean()) if values.numel() else float("nan")
 
