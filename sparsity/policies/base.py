@@ -178,9 +178,10 @@ class Policy(ABC):
     @property
     def pages_held(self) -> int | None:
         """Most pages that a KV head holds while decoding, before an eviction; None for no bound."""
-        if self.pages_kept is None or self.evict_every is None:
+        kept = self.pages_kept
+        if kept is None or self.evict_every is None:
             return None
-        return self.pages_kept + -(-self.evict_every // self.page_size) - 1
+        return kept + -(-self.evict_every // self.page_size) - 1
 
     @property
     def decoding(self) -> "Policy":
