@@ -17,13 +17,13 @@ def whole_number(
 
     Args:
         name: of the argument, for the error.
-        value: what was given.
-        least: the smallest number that is allowed; None allows all.
+        value: what was handed in.
+        least: the smallest number allowed; None allows all.
         note: what the error adds about the number.
-        of: the class the argument belongs to, for the error.
+        of: the class that the argument belongs to, for the error.
 
     Raises:
-        SparsityError: for a bool, text, a fraction, or a number below `least`.
+        SparsityError: for a bool, text, a fraction, and a number below `least`.
     """
     number = _real(value)
     whole = None
@@ -36,10 +36,10 @@ def whole_number(
 
 
 def whole_numbers(name: str, values: Iterable[object], least: int | None = None) -> list[int]:
-    """Each of `values` as `whole_number` has it.
+    """Each of `values` as an int, see `whole_number`.
 
     Raises:
-        SparsityError: as `whole_number` does, and for what is no list of any kind.
+        SparsityError: as `whole_number` does, and for what is no sequence.
     """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise SparsityError(f"{name}={values!r}: expected a list of whole numbers, such as [0, 3]")
@@ -48,6 +48,12 @@ def whole_numbers(name: str, values: Iterable[object], least: int | None = None)
 
 def share(name: str, value: object, above: bool = False, of: str = "") -> float:
     """`value`, a number of any kind, as a float in [0, 1), or in (0, 1] with `above`.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was handed in.
+        above: whether 1 is allowed, and 0 is not.
+        of: the class that the argument belongs to, for the error.
 
     Raises:
         SparsityError: for a bool, text, and a number outside.
@@ -86,24 +92,24 @@ def described(value: object) -> str:
 
 
 def take_whole_number(config: object, field: str, least: int | None = None, note: str = "") -> None:
-    """Put the int in the place of the whole number in `field` of a frozen dataclass."""
+    """Put the int that was meant into `field` of a frozen dataclass, see `whole_number`."""
     number = whole_number(field, getattr(config, field), least, note, of=type(config).__name__)
     object.__setattr__(config, field, number)
 
 
 def take_share(config: object, field: str, above: bool = False) -> None:
-    """Put the float in the place of the share in `field` of a frozen dataclass."""
+    """Put the float that was meant into `field` of a frozen dataclass, see `share`."""
     number = share(field, getattr(config, field), above, of=type(config).__name__)
     object.__setattr__(config, field, number)
 
 
 def _said(name: str, value: object, of: str) -> str:
-    """The argument as a call would have it."""
+    """The argument as a call writes it."""
     return f"{of}({name}={value!r})" if of else f"{name}={value!r}"
 
 
 def _real(value: object) -> int | float | None:
-    """The number that stands alone in `value`; None for a bool and for what is no number."""
+    """The number in `value`; None for a bool and for what is no number."""
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):

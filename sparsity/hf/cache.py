@@ -41,26 +41,29 @@ from sparsity.retention.rotation import Move
 class SparseCache(ServedCache, Cache):
     """A transformers cache that keeps what a policy keeps.
 
-    ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all
-    there is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are
-    what layer i holds, ``get_seq_length()`` the number of tokens seen. Layers with full attention
+    ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all there
+    is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are what
+    layer i holds, ``get_seq_length()`` is the number of tokens seen. Layers with full attention
     follow the policy; layers with a sliding window or linear attention stay as transformers has
     them. Left-padded batches, beams, sampling, several turns, chunked prefill, tensor parallelism,
     ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work; going back (assisted decoding,
     ``crop``) is refused.
 
-    Arguments:
-        model: a transformers model for text generation on the attention interface. It is attached
-            (see `attach`) and stays so until ``detach(model)``; other caches still work with it.
-        policy: what to keep. A frozen dataclass such as ``RaaS(budget=1024)``; budget in tokens.
+    Args:
+        model: a transformers model for text generation, written on the attention interface. It is
+            attached (see `attach`) and stays so until ``detach(model)``; it still works with other
+            caches.
+        policy: which tokens to keep, such as ``RaaS(budget=1024)``; budgets are in tokens.
         past: any transformers cache to go on from; its tensors are read, never written to. Hand
-            ``generate`` the full `input_ids`, the cached ones included, and at least one more.
-            Its tokens count as a prompt. One row may go on as many (beams, a shared prefix).
+            ``generate`` the full `input_ids`, the cached ones included, and at least one more. Its
+            tokens count as a prompt. One row may become many (beams, a shared prefix).
 
-    Raises SparsityError for a model that cannot be attached, or whose rotation is not proven where
-    the policy counts positions inside the cache, a `past` that does not fit, and, in a forward, for
-    a prompt that is already cached whole, another model, a batch of another size, a prompt that
-    fills a budget it is pinned in.
+    Raises:
+        SparsityError: for a model that cannot be attached, or whose rotary embedding cannot be
+            verified where the policy counts positions inside the cache, and for a `past` that does
+            not fit; in a forward, for a prompt that is already cached whole or does not go on from
+            what is held, another model, a batch of another size, and a prompt that fills the budget
+            it is pinned in.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
@@ -90,11 +93,11 @@ class SparseCache(ServedCache, Cache):
 
     @property
     def retentions(self) -> dict[int, LayerRetention]:
-        """What each managed layer holds, by its index in the model."""
+        """What each managed layer holds, by the layer's index in the model."""
         return dict(self._state.retentions)
 
     def replace(self, retention: LayerRetention) -> None:
-        """Put another retention in the place of its layer's, before the first forward."""
+        """Use another retention for its layer; before the first forward."""
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
 
@@ -102,7 +105,7 @@ class SparseCache(ServedCache, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: count the new tokens and hand them on."""
+        """Called by the model's attention: check and count the new tokens, and hand them on."""
         if self._state.step is None:
             raise SparsityError(
                 "a SparseCache works with an attached model only, and this one is detached (or its "
@@ -128,12 +131,12 @@ class SparseCache(ServedCache, Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
-        """Check what `generate` hands in: it must go on from what is held here."""
+        """Check the text that `generate` is at: it must go on from what is held."""
         if arguments.get("use_cache") is not False:  # refused by the forward
             self._state.tokens.hand(input_ids, arguments, self._state.rows.seen)
 
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
-        """Check one forward and plan it; nothing has changed when it raises SparsityError."""
+        """Check and plan a forward; nothing has changed when it raises SparsityError."""
         if token != self._model:
             raise SparsityError(
                 "this SparseCache was made for another model; make one for this model with "
@@ -176,7 +179,7 @@ class SparseCache(ServedCache, Cache):
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
     ) -> Tensor:
-        """Attention of one managed layer in the current forward."""
+        """Attention of one managed layer in the forward under way."""
         index = layer.retention.layer
         if layer.pending != (key.shape, value.shape):
             self.give_up(
@@ -196,7 +199,7 @@ class SparseCache(ServedCache, Cache):
         return out
 
     def finish(self) -> None:
-        """Close one forward: every managed layer must have come through the attention function."""
+        """Close a forward: all managed layers must have come through the attention function."""
         if missed := self._state.missed():
             self.give_up(
                 f"layers {missed} did not reach the attention function with the cache: the model "
@@ -206,11 +209,11 @@ class SparseCache(ServedCache, Cache):
         self._state.close(sum(layer_bytes(layer) for layer in stock))
 
     def abandon(self) -> None:
-        """Close one forward that failed: what is held is incomplete, unless it was refused."""
+        """Close a forward that failed; unless it was refused, what is held is incomplete."""
         self._state.abandon()
 
     def give_up(self, why: str) -> NoReturn:
-        """Detach the model and raise SparsityError: it cannot be served right."""
+        """Detach the model, which cannot be served right, and raise SparsityError."""
         for decoder, attachment in list(ATTACHED.items()):
             if attachment.token == self._model:
                 del ATTACHED[decoder]
@@ -218,7 +221,7 @@ class SparseCache(ServedCache, Cache):
         raise SparsityError(f"SparseCache does not support this model: {why}. It was detached")
 
     def report(self) -> Report:
-        """What is held now, measured from the tensors; waits for the device."""
+        """Measure what is held, from the tensors themselves; waits for the device."""
         managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
         tokens = [
             self._state.kept(i) if managed[i] else (stock_tokens(layer), 0)
@@ -235,7 +238,7 @@ class SparseCache(ServedCache, Cache):
         )
 
     def reset(self) -> None:
-        """Forget everything: as new, `past` gone too."""
+        """Forget everything, a `past` included: the cache is as new."""
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RetainedLayer):
                 layer.reset()
@@ -244,34 +247,34 @@ class SparseCache(ServedCache, Cache):
         self._state.clear()
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Bring an offloaded layer back; a forward does so itself. `offload` is transformers'."""
+        """Bring a layer back that `offload` has moved away; a forward does so by itself."""
         self.layers[layer_idx].prefetch()
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""
+        """Take the rows of `beam_idx`, int64 `[rows]`, in that order, as beam search does."""
         beam_idx = torch.as_tensor(beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of `indices`, int64 numbers or a bool mask."""
+        """Keep the rows of `indices` (int64 numbers or a bool mask), in that order."""
         indices = torch.as_tensor(indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row."""
+        """Repeat each row `repeats` times, copies next to each other."""
         repeats = whole_number("repeats", repeats, least=1)
         super().batch_repeat_interleave(repeats)
         if (batch := self._state.rows.batch) is not None:
             self._state.take(torch.arange(batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Refused: assisted decoding goes back."""
+        """Refused with SparsityError: assisted decoding would go back."""
         refuse_rollback()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, unless there is nothing to remove."""
+        """Refused with SparsityError, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
 
@@ -286,13 +289,13 @@ def _check_past(past: object) -> None:
 
 
 def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:
-    """How the keys of each layer are moved; the model stays as it is, attached or not."""
+    """How to move each layer's keys between positions; the model is left as it was."""
     with keep_attached(model):
         return find_moves(decoder, SparseCache(model, Full()))
 
 
 def _dropped_at(config: Any) -> int | None:
-    """Tokens after which `prepare_inputs_for_generation` of the Phi-3 family drops any cache."""
+    """Columns at which the Phi-3 family's `prepare_inputs_for_generation` drops any cache."""
     if config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
         return None
     return getattr(config, "original_max_position_embeddings", None)

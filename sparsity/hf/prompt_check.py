@@ -1,4 +1,4 @@
-"""How a cache comes to see the whole prompt: `generate` hands a model only what is new in it."""
+"""How the whole prompt of `generate` reaches a cache: a forward is given only what is new in it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,40 +8,50 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 _METHOD = "prepare_inputs_for_generation"
-Look = Callable[[Tensor, dict[str, Any]], None]
+Check = Callable[[Tensor, dict[str, Any]], None]
 
 
 class PromptCheck:
-    """In the place of a model's `prepare_inputs_for_generation`: looks at its arguments first."""
+    """Stands for a model's `prepare_inputs_for_generation`, and checks its arguments first.
 
-    def __init__(self, model: GenerationMixin, look: Look) -> None:
+    Attributes:
+        own: what the model had under that name beside its class's method; None for nothing.
+        check: called with `input_ids` and the other arguments.
+    """
+
+    def __init__(self, model: GenerationMixin, check: Check) -> None:
         self.own = vars(model).get(_METHOD)  # what the object had beside its class
         self.__wrapped__: Any = getattr(model, _METHOD)  # for those who ask for its signature
-        self.look = look
+        self.check = check
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The look, then the inputs that the model prepares."""
-        self.look(input_ids, kwargs)
+        """Check the arguments, then prepare the inputs as the model does."""
+        self.check(input_ids, kwargs)
         return self.__wrapped__(input_ids, *args, **kwargs)
 
 
-def watch_prompts(model: PreTrainedModel, look: Look) -> Callable[[], None]:
-    """Have `look` called in each step of `generate`; returns what undoes it.
+def watch_prompts(model: PreTrainedModel, check: Check) -> Callable[[], None]:
+    """Call `check` in each step of `generate`.
 
-    It is given the whole `input_ids` so far, where a forward has the new ones only, and the other
-    arguments of the step.
+    Args:
+        model: without `generate`, nothing is done.
+        check: called with the whole `input_ids` so far, where a forward has the new ones only, and
+            the other arguments of the step.
+
+    Returns:
+        A function that undoes it.
     """
     if not isinstance(model, GenerationMixin):
         return lambda: None
-    setattr(model, _METHOD, PromptCheck(model, look))
+    setattr(model, _METHOD, PromptCheck(model, check))
     weak = ref(model)  # what undoes it is kept for as long as the model is there
 
     def undo() -> None:
         watched = weak()
-        check = None if watched is None else vars(watched).get(_METHOD)
-        if isinstance(check, PromptCheck):
+        found = None if watched is None else vars(watched).get(_METHOD)
+        if isinstance(found, PromptCheck):
             delattr(watched, _METHOD)
-            if check.own is not None:
-                setattr(watched, _METHOD, check.own)
+            if found.own is not None:
+                setattr(watched, _METHOD, found.own)
 
     return undo

@@ -240,9 +240,10 @@ def reduce_group(scores: Tensor, group: Group) -> Tensor:
 
 
 def check_budget(policy: Policy, field: str = "budget") -> None:
-    """Take the budget in `field` and the page size as ints.
+    """Convert the budget in `field` and the page size to ints (both in tokens).
 
-    Raises SparsityError unless the budget is a positive multiple of the page size (both tokens).
+    Raises:
+        SparsityError: unless the budget is a positive multiple of the page size.
     """
     check_count(policy, "page_size", least=1)
     check_count(policy, field, least=1)
@@ -255,9 +256,10 @@ def check_budget(policy: Policy, field: str = "budget") -> None:
 
 
 def check_count(policy: Policy, field: str, least: int = 0) -> None:
-    """Take the number in `field` as an int; SparsityError unless it is whole and at least `least`.
+    """Convert the number in `field` to an int, so that equality and repr are those of the int.
 
-    The field then holds the int, so that equality and repr are those of the int.
+    Raises:
+        SparsityError: unless it is a whole number of at least `least`.
     """
     note = " tokens" if field in ("budget", "page_size") else ""
     note += "; Full() is the policy without a budget" if field == "budget" else ""

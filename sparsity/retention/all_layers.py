@@ -1,4 +1,4 @@
-"""The state of one cache across its layers: checks a forward, plans it, closes it."""
+"""One cache across all of its layers: checks a forward, plans it, and closes it."""
 
 from typing import Any
 
@@ -15,12 +15,23 @@ from sparsity.retention.seen_tokens import SeenTokens
 
 
 class AllLayers:
-    """Everything a cache knows beyond its layers' tensors; nothing here is about transformers.
+    """The managed layers of one cache, and what they have in common; knows nothing of transformers.
 
-    policy: of the cache. retentions: the managed layers by their index in the model. rows: where
-    the batch stands. tokens: the ids seen. turn: the thread that is in a forward. step: the forward
-    under way, None between forwards. repeats: how often it repeats each row held, before anything
-    else is changed; 0 once that is done. peak_bytes: most bytes held at once, see `Report`.
+    Attributes:
+        policy: of the cache.
+        planned: the policy by whose pins a forward is planned: that of the cache, or `Full` where
+            all managed layers are dense.
+        retentions: the managed layers, by their index in the model.
+        rows: which columns of the batch are real tokens, after the last forward.
+        tokens: the token ids seen.
+        turn: the thread that is in a forward.
+        step: the forward under way; None between forwards.
+        repeats: how often the forward repeats each row held, before it changes anything else; 0
+            once that is done.
+        new_ids: token ids of the forward under way; None where there are none.
+        reached: indices of the managed layers that the forward has reached so far.
+        decoding: whether the last forward brought one token.
+        peak_bytes: see `Report`.
     """
 
     def __init__(
@@ -41,9 +52,16 @@ class AllLayers:
         self.peak_bytes = 0
 
     def plan(self, arguments: dict[str, Any]) -> tuple[Step, int]:
-        """What a forward of the decoder with these arguments does, and nothing done yet.
+        """What a forward of the decoder does to the batch; changes nothing.
 
-        The number says how often each row held must be repeated first. Raises SparsityError.
+        Args:
+            arguments: those that the decoder is called with, by name.
+
+        Returns:
+            The forward, and how often each row held must be repeated before it.
+
+        Raises:
+            SparsityError: for a forward that does not go on from what is held.
         """
         if self.step is not None:
             raise SparsityError(
@@ -71,25 +89,35 @@ class AllLayers:
         return plan(rows, self.planned, batch, queries, mask, tokens.device), batch // have
 
     def open(self, step: Step, repeats: int, new_ids: Tensor | None) -> None:
-        """Start the planned forward."""
+        """Start a planned forward.
+
+        Args:
+            step: the forward.
+            repeats: how often each row held is repeated before it.
+            new_ids: its token ids, int64 `[batch, tokens]`; None where there are none.
+        """
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
 
     def withdraw(self) -> None:
-        """The forward is refused before it has changed anything: as if it had not been started."""
+        """Undo `open`, for a forward that is refused before it has changed anything."""
         self.step, self.repeats, self.new_ids = None, 0, None
         self.abandon()
 
     def abandon(self) -> None:
-        """The forward, or the attempt at one, is over; `step` stays if it has changed something."""
+        """End a forward that failed; if it was started, `step` stays, so the next is refused."""
         self.tokens.drop_handed()
         self.turn.leave()
 
     def missed(self) -> list[int]:
-        """Managed layers that this forward did not reach."""
+        """Indices of the managed layers that this forward did not reach."""
         return sorted(set(self.retentions) - self.reached)
 
     def close(self, other_bytes: int) -> None:
-        """End the forward. other_bytes: held by layers that are not managed."""
+        """End the forward, and measure what is held.
+
+        Args:
+            other_bytes: bytes held by layers that are not managed.
+        """
         assert self.step is not None
         self.tokens.feed(self.new_ids, self.rows.seen, self.step.stop)
         self.new_ids = None
@@ -104,7 +132,7 @@ class AllLayers:
                 retention.reallocated, retention.transient_bytes = False, 0
 
     def kept(self, layer: int) -> tuple[int, int]:
-        """Tokens kept (the most of any row and head) and dropped (in all) by a managed layer."""
+        """Tokens kept by a managed layer (the most of any row and head) and evicted (in all)."""
         retention = self.retentions[layer]
         if retention.pool is None or self.rows.real is None:
             return (0 if retention.past is None else retention.past[0].shape[2]), 0
@@ -113,11 +141,11 @@ class AllLayers:
         return int(tokens.max()), seen - int(tokens.sum())
 
     def take(self, index: Tensor) -> None:
-        """Keep the rows of `index` in that order; the layers are told on their own."""
+        """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""
         self.rows = self.rows.take(index)
         self.tokens.take(index)
 
     def clear(self) -> None:
-        """As new; the layers are told on their own."""
+        """As new; the layers' tensors are not changed here."""
         self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
         self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None

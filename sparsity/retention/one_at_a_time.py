@@ -1,4 +1,4 @@
-"""One forward at a time with a cache, whatever threads they come from."""
+"""One forward at a time with a cache, from whatever thread."""
 
 import threading
 
@@ -8,9 +8,10 @@ _CLAIM = threading.Lock()  # one for all, so that a cache can be copied and pick
 
 
 class OneAtATime:
-    """Who is in a forward with a cache.
+    """Which thread is in a forward with a cache.
 
-    thread: the identifier of the thread that is, None for nobody.
+    Attributes:
+        thread: its identifier; None for no thread.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,6 @@ class OneAtATime:
             self.thread = me
 
     def leave(self) -> None:
-        """Give the cache up, where this thread has it."""
+        """Give the cache back, if this thread has claimed it."""
         if self.thread == threading.get_ident():
             self.thread = None

@@ -10,13 +10,14 @@ from sparsity.retention.batch_rows import FULL_PROMPT
 
 
 class SeenTokens:
-    """What tells a conversation that goes on from another text.
+    """What tells whether a text goes on from what a cache has seen.
 
     The whole text that `generate` is at is kept by reference, so that a decoded token costs
-    nothing. Of forwards that are not `generate`'s only those of several tokens are kept, and only
-    until a single token comes. Ids of embeddings, or of a `past`, are not known.
+    nothing. Of forwards outside `generate` the ids are kept while they bring several tokens, and no
+    longer once a single token comes. The ids behind embeddings, or of a `past`, are not known.
 
-    ids: of the first columns, int64 `[batch, columns]`; None while none are known.
+    Attributes:
+        ids: of the first columns, int64 `[batch, columns]`; None while none are known.
     """
 
     def __init__(self) -> None:
@@ -25,12 +26,17 @@ class SeenTokens:
         self._handed: Tensor | None = None  # to `generate`; what is new in it is about to be fed
 
     def hand(self, ids: Tensor, arguments: dict[str, Any], seen: int) -> None:
-        """Note the text that `generate` is at, int64 `[batch, tokens]`, before it is fed.
+        """Note the text that `generate` is at, before what is new in it is fed to the model.
 
-        arguments: the others of this step of `generate`. seen: columns that were fed so far.
+        When `generate` begins, the text is compared with what was fed; while it decodes, it is not.
 
-        Raises SparsityError unless the text begins with what was fed. That is looked at when
-        `generate` begins, and not while it decodes.
+        Args:
+            ids: the text, int64 `[batch, tokens]`.
+            arguments: the other arguments of this step of `generate`.
+            seen: columns that were fed so far.
+
+        Raises:
+            SparsityError: unless the text begins with what was fed.
         """
         self._handed = None
         if arguments.get("inputs_embeds") is not None or ids.dim() != 2:
@@ -43,7 +49,13 @@ class SeenTokens:
         self._handed = ids.clone() if begins else ids
 
     def feed(self, new: Tensor | None, seen: int, stop: int) -> None:
-        """Note what a forward brought, int64 `[batch, tokens]`: the columns `seen` to `stop`."""
+        """Note what a forward brought.
+
+        Args:
+            new: its ids, int64 `[batch, tokens]`; None where there are none.
+            seen: its first column.
+            stop: column after its last.
+        """
         handed, self._handed = self._handed, None
         known = None if new is None or self.ids is None else self._known(new, seen)
         if handed is not None and handed.shape[1] == stop:
@@ -54,18 +66,25 @@ class SeenTokens:
             self._set(torch.cat([known, new.to(known.device)], dim=1))
 
     def drop_handed(self) -> None:
-        """The text that `generate` is at was not fed."""
+        """Forget the text noted by `hand`, since it was not fed."""
         self._handed = None
 
     def take(self, index: Tensor) -> None:
-        """The rows of `index` (numbers or a bool mask), in that order; done when it is needed."""
+        """Keep the rows of `index` (numbers or a bool mask), in that order; done when needed."""
         if self.ids is not None:
             self._taken.append(index)
 
     def check_not_again(self, new: Tensor, seen: int) -> None:
-        """Raise SparsityError when new tokens begin with all that was seen, two tokens or more.
+        """Refuse a forward whose new tokens begin with all that was seen, two tokens or more.
 
         Waits for the device.
+
+        Args:
+            new: its ids, int64 `[batch, tokens]`.
+            seen: columns so far.
+
+        Raises:
+            SparsityError: for tokens that are fed again.
         """
         known = self._known(new, seen)
         if known is None or known.shape[1] < 2 or new.shape[1] < seen:
@@ -113,9 +132,12 @@ class SeenTokens:
 
 
 def _first_difference(known: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[int, int] | None:
-    """Row and column of the first id that is another one; what stands at padding is not compared.
+    """Row and column of the first id that differs; ids at padding are not compared.
 
-    known: `[batch, columns]`; ids, and mask (nonzero for real tokens): `[batch, columns or more]`.
+    Args:
+        known: `[batch, columns]`.
+        ids: `[batch, columns or more]`.
+        mask: nonzero for real tokens, as `ids`; None when all are real.
     """
     width = known.shape[1]
     other = known != ids[:, :width].to(known.device)
