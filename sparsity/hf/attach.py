@@ -244,8 +244,10 @@ def _implementation(decoder: Any) -> str:
 def attach(model: PreTrainedModel) -> None:
     """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
-    Sets the model's attention function and adds hooks to its decoder. Nothing else of the model
-    changes, and its results with other caches stay the same. Calling it again does nothing.
+    Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
+    before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
+    of the model changes, and its results with other caches stay the same. Calling it again does
+    nothing.
 
     Args:
         model: a transformers model for text generation, written on the attention interface.
