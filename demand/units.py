@@ -5,15 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from demand.arguments import instance_of, instances_of, renamed_keyword, whole_number
 from demand.errors import DemandError
+from demand.seconds import as_numbers, as_seconds, one_number, one_of_seconds
 
 Kind = Literal["llm", "tool", "container", "model", "search", "human"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-Demand = Literal["sum", "critical_path"]
-DEMANDS: tuple[Demand, ...] = get_args(Demand)
-"""Two ways to count the seconds of parallel calls: their sum, which is what a server has to
-serve, and the longest, which is what a deadline sees when all are served side by side."""
+ParallelCalls = Literal["sum", "critical_path"]
+PARALLEL_CALLS: tuple[ParallelCalls, ...] = get_args(ParallelCalls)
+"""Two ways to count the seconds of calls that a unit makes in parallel: their sum, which is what a
+server has to serve, and the longest, which is what a deadline sees if all are served side by side.
+"""
 
 START = "start"
 END = "end"
@@ -36,6 +39,8 @@ class Unit:
     kind: Kind
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise DemandError(f"unit name is {self.name!r}; expected a string")
         if not self.name or self.name in (START, END):
             raise DemandError(
                 f"unit name is {self.name!r}; choose any name but the empty one, "
@@ -98,6 +103,11 @@ class Execution:
         Raises:
             DemandError: no calls, lists of different lengths, or as the class.
         """
+        instance_of("unit of an execution", unit, Unit)
+        what = f"of the calls of unit {unit.name!r}"
+        input_tokens = as_numbers(f"input_tokens {what}", input_tokens).tolist()
+        output_tokens = as_numbers(f"output_tokens {what}", output_tokens).tolist()
+        seconds = as_seconds(f"seconds {what}", seconds).tolist()
         given = [calls for calls in (input_tokens, output_tokens, seconds) if len(calls)]
         lengths = {len(calls) for calls in given}
         if len(lengths) != 1:
@@ -124,8 +134,8 @@ class Execution:
         )
 
     def __post_init__(self) -> None:
-        name = self.unit.name
-        self._to_python_numbers()
+        name = instance_of("unit of an execution", self.unit, Unit).name
+        self._read_numbers()
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
             if value is not None and not 0.0 <= value < math.inf:
@@ -133,12 +143,8 @@ class Execution:
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        if self.parallelism < 1 or self.parallelism % 1:
-            raise DemandError(
-                f"parallelism of unit {name!r} is {self.parallelism}; expected a whole number of "
-                "at least 1: leave out units that made no call"
-            )
-        object.__setattr__(self, "parallelism", int(self.parallelism))
+        calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
+        object.__setattr__(self, "parallelism", calls)
         if self.seconds is None:
             if self.unit.kind != "llm":
                 raise DemandError(
@@ -169,21 +175,21 @@ class Execution:
                 f"mean {mean}; the longest call lies between the mean and the sum"
             )
 
-    def _to_python_numbers(self) -> None:
-        """Measurements often are numpy scalars, which JSON does not take."""
+    def _read_numbers(self) -> None:
+        """Measurements often are numpy scalars, which JSON does not take, or timedeltas."""
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
-            if value is not None:
-                object.__setattr__(self, attribute, float(value))
+            if value is None and attribute not in _TOKENS:
+                continue
+            read = one_of_seconds if attribute in _SECONDS else one_number
+            if type(value) is not float:
+                what = f"{attribute} of unit {self.unit.name!r}"
+                object.__setattr__(self, attribute, read(what, value))
 
 
-_ATTRIBUTES = (
-    "input_tokens",
-    "output_tokens",
-    "seconds",
-    "longest_output_tokens",
-    "longest_seconds",
-)
+_TOKENS = ("input_tokens", "output_tokens")
+_SECONDS = ("seconds", "longest_seconds")
+_ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,24 +205,27 @@ class CostModel:
     decode_seconds_per_token: float = 0.06
 
     def __post_init__(self) -> None:
-        for rate in (self.prefill_seconds_per_token, self.decode_seconds_per_token):
+        for name in ("prefill_seconds_per_token", "decode_seconds_per_token"):
+            rate = one_of_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, rate)
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
-    def seconds(self, execution: Execution, demand: Demand = "sum") -> float:
+    @renamed_keyword("demand", "parallel_calls")
+    def seconds(self, execution: Execution, parallel_calls: ParallelCalls = "sum") -> float:
         """Seconds of `execution`: over all its calls, or of its longest ("critical_path").
 
         Of an llm that is costed by tokens, the longest call has the mean input and
         `longest_output_tokens`.
 
         Raises:
-            DemandError: an unknown `demand`.
+            DemandError: an unknown `parallel_calls`.
         """
-        if demand == "sum":
+        if parallel_calls == "sum":
             return execution.parallelism * self._call_seconds(
                 execution, execution.seconds, execution.output_tokens
             )
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         tokens, seconds = execution.longest_output_tokens, execution.longest_seconds
         return self._call_seconds(
             execution,
@@ -224,9 +233,10 @@ class CostModel:
             execution.output_tokens if tokens is None else tokens,
         )
 
-    def run_seconds(self, run: Sequence[Execution], demand: Demand = "sum") -> float:
+    @renamed_keyword("demand", "parallel_calls")
+    def run_seconds(self, run: Sequence[Execution], parallel_calls: ParallelCalls = "sum") -> float:
         """Total seconds of a run: its demand. Units follow each other on either count."""
-        return sum(self.seconds(execution, demand) for execution in run)
+        return sum(self.seconds(execution, parallel_calls) for execution in run)
 
     def _call_seconds(
         self, execution: Execution, seconds: float | None, output_tokens: float
@@ -239,10 +249,27 @@ class CostModel:
         )
 
 
-def check_demand(demand: str) -> None:
+def check_run(name: str, run: object) -> tuple[Execution, ...]:
+    """`run` as a tuple of executions in the order in which they ran.
+
+    Raises:
+        DemandError: anything else, such as a single execution or a `Session` of a trace.
+    """
+    if isinstance(run, Execution):
+        raise DemandError(
+            f"{name} is a single execution, of {run.unit}; expected a list of executions"
+        )
+    if isinstance(run, list | tuple) and all(type(each) is Execution for each in run):
+        return tuple(run)  # as it nearly always is, at no cost of a name for each
+    return instances_of(name, run, Execution)
+
+
+def check_parallel_calls(parallel_calls: str) -> None:
     """Raise `DemandError` for what is not a way to count parallel calls."""
-    if demand not in DEMANDS:
-        raise DemandError(f"demand is {demand!r}; expected one of {', '.join(DEMANDS)}")
+    if parallel_calls not in PARALLEL_CALLS:
+        raise DemandError(
+            f"parallel_calls is {parallel_calls!r}; expected one of {', '.join(PARALLEL_CALLS)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +293,10 @@ class Progress:
     elapsed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "executed", check_run("executed", self.executed))
         for name in ("attained_seconds", "elapsed_seconds"):
-            value = getattr(self, name)
+            value = one_of_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{name} is {value}; expected finite seconds of at "
@@ -279,20 +308,21 @@ class Progress:
                     "name the unit being executed in `current`"
                 )
 
-    def current_seconds(self, demand: Demand = "sum") -> float:
-        """Seconds that the current unit has received, as `demand` counts.
+    @renamed_keyword("demand", "parallel_calls")
+    def current_seconds(self, parallel_calls: ParallelCalls = "sum") -> float:
+        """Seconds that the current unit has received, counted as `parallel_calls` says.
 
         Raises:
             DemandError: only the other count is given.
         """
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         asked, other = "attained_seconds", "elapsed_seconds"
-        if demand == "critical_path":
+        if parallel_calls == "critical_path":
             asked, other = other, asked
         seconds: float = getattr(self, asked)
         if seconds == 0.0 and getattr(self, other) > 0.0:
             raise DemandError(
-                f"the {demand} needs {asked}, which is 0 while {other} is {getattr(self, other)}; "
-                "give both"
+                f"the {parallel_calls} needs {asked}, which is 0 while {other} is "
+                f"{getattr(self, other)}; give both"
             )
         return seconds

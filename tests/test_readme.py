@@ -46,7 +46,7 @@ def test_every_block_is_run():
 def test_ci_runs_the_command_of_the_readme():
     commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
     assert [c.rsplit("python ", 1)[1] for c in commands] == [
-        "examples/quickstart.py",
+        "examples/experiments/quickstart.py",
         "-m pytest -n auto",
     ]
     assert "README.md" in (ROOT / ".ci" / "run").read_text()
@@ -54,7 +54,7 @@ def test_ci_runs_the_command_of_the_readme():
 
 @pytest.fixture
 def render_tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "experiments"))
     import render_tables
 
     return render_tables
@@ -99,7 +99,12 @@ def test_the_quickstart_links_own_files_on_any_model(tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text(" ".join(f"w{i}" for i in range(5, 40)))
     (tmp_path / "b.txt").write_text(" ".join(f"w{i}" for i in range(60, 90)))
-    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "experiments" / "quickstart.py"),
+        "--out",
+        str(tmp_path),
+    ]
     command += ["--model", str(tmp_path / "model"), "--question", "w7 w8", "--new-tokens", "4"]
     files = ["--documents", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,11 +1,12 @@
 """Weighted atoms: validation, and the stated rule beyond the largest sample."""
 
+import math
+
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from demand.errors import DemandError
-
-Floats = NDArray[np.float64]
+from demand.seconds import Floats, as_numbers, as_seconds
 
 MOST_OUTCOMES = 1 << 24
 """Pairs of atoms that one convolution may form: some 400 MB while it runs."""
@@ -69,8 +70,8 @@ def clean_atoms(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[Fl
         DemandError: no samples, a NaN, an infinity, a negative number, shapes that differ, or
             weights that sum to 0.
     """
-    x = check_numbers("values", values)
-    w = np.ones_like(x) if weights is None else check_numbers("weights", weights)
+    x = check_samples("values", as_seconds("values", values))
+    w = np.ones_like(x) if weights is None else check_weights(weights)
     if w.shape != x.shape:
         raise DemandError(
             f"weights has {w.size} entries for {x.size} values; give one weight for each value"
@@ -85,25 +86,6 @@ def clean_atoms(values: ArrayLike, weights: ArrayLike | None = None) -> tuple[Fl
     merged /= merged.sum()
     kept = merged > 0.0
     return distinct[kept], merged[kept]
-
-
-def check_age(age: float) -> float:
-    """Return `age` in seconds as a float, or raise `DemandError` if negative or not finite."""
-    age = float(age)
-    if not 0.0 <= age < np.inf:
-        raise DemandError(
-            f"age is {age}; it is attained service in seconds, finite and at least 0: "
-            "pass the time the job has been served, not a clock difference that can go backwards"
-        )
-    return age
-
-
-def check_seconds(name: str, seconds: float) -> float:
-    """Return `seconds` as a float, or raise `DemandError` if negative or not finite."""
-    seconds = float(seconds)
-    if not 0.0 <= seconds < np.inf:
-        raise DemandError(f"{name} is {seconds}; expected finite seconds of at least 0: 0 for none")
-    return seconds
 
 
 def beyond_samples(largest: float, ages: ArrayLike) -> Floats:
@@ -123,27 +105,28 @@ def beyond_samples(largest: float, ages: ArrayLike) -> Floats:
         float64 seconds of the same shape, positive.
     """
     base = max(float(largest), RESOLUTION_SECONDS)
-    ratio = np.maximum(np.asarray(ages, dtype=np.float64) / base, 1.0)
-    return np.ldexp(base, np.frexp(ratio)[1] - 1)
+    mantissa, power = np.frexp(np.maximum(ages, base))
+    base_mantissa, base_power = math.frexp(base)
+    return np.ldexp(base, power - base_power - (mantissa < base_mantissa))
 
 
-def check_numbers(name: str, numbers: ArrayLike) -> Floats:
-    """Return a float64 copy `[n]`, or raise `DemandError` if empty, negative or not finite."""
-    try:
-        vector = np.array(numbers, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        message = f"{name} is not a list of numbers ({error}); pass one number for each sample"
-        raise DemandError(message) from error
-    if vector.ndim != 1 or vector.size == 0:
+def check_weights(weights: ArrayLike) -> Floats:
+    """`weights` as float64 `[n]`, or `DemandError` as for `check_samples`."""
+    return check_samples("weights", as_numbers("weights", weights))
+
+
+def check_samples(name: str, numbers: Floats) -> Floats:
+    """Return `numbers`, or raise `DemandError` unless `[n]`, n at least 1, finite, not negative."""
+    if numbers.ndim != 1 or numbers.size == 0:
         raise DemandError(
-            f"{name} has shape {vector.shape}; expected a non-empty one-dimensional list: "
+            f"{name} has shape {numbers.shape}; expected a non-empty one-dimensional list: "
             "observe at least one run before asking for a distribution"
         )
-    bad = ~(np.isfinite(vector) & (vector >= 0.0))
+    bad = ~(np.isfinite(numbers) & (numbers >= 0.0))
     if bad.any():
         at = int(np.argmax(bad))
         raise DemandError(
-            f"{name}[{at}] is {vector[at]}; expected finite numbers of at least 0: "
+            f"{name}[{at}] is {numbers[at]}; expected finite numbers of at least 0: "
             "drop or repair the broken measurement"
         )
-    return vector
+    return numbers

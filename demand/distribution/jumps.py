@@ -6,7 +6,7 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.seconds import Floats
 
 
 @final

@@ -6,29 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from demand.errors import DemandError
 from demand.graph.drawing_layout import BOX, Branches, lay_out
+from demand.graph.readable import ReadableGraph
+from demand.plotting import axes
 from demand.units import END, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from demand.graph.pdgraph import PDGraph
-
-
-def axes(ax: "Axes | None", inches: tuple[float, float]) -> "Axes":
-    """`ax`, or the axes of a new figure of the given size.
-
-    Raises:
-        DemandError: matplotlib is not installed.
-    """
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DemandError('a picture needs matplotlib: pip install "picache[plots]"') from error
-    return Figure(figsize=inches, layout="constrained").add_subplot()
 
 
 COLOURS = {
@@ -49,7 +33,9 @@ PORT = 0.12
 Point = tuple[float, float]
 
 
-def draw_graph(graph: "PDGraph", ax: "Axes | None" = None, min_probability: float = 0.01) -> "Axes":
+def draw_graph(
+    graph: ReadableGraph, ax: "Axes | None" = None, min_probability: float = 0.01
+) -> "Axes":
     """Draw units as boxes (colour by kind, mean seconds), branches as arrows with probabilities.
 
     Branches ahead are grey; those that lead back or to the same unit, the loops, are red. Seconds

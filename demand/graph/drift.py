@@ -7,10 +7,11 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.units import Demand, check_demand
+from demand.seconds import Floats, as_numbers
+from demand.units import ParallelCalls, check_parallel_calls
 
 
 def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
@@ -27,7 +28,7 @@ def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, floa
     Raises:
         DemandError: an empty sample, or a NaN.
     """
-    x, y = np.sort(np.asarray(first, np.float64)), np.sort(np.asarray(second, np.float64))
+    x, y = np.sort(as_numbers("first", first)), np.sort(as_numbers("second", second))
     if not x.size or not y.size or math.isnan(x[-1]) or math.isnan(y[-1]):
         raise DemandError(
             f"the samples have {x.size} and {y.size} entries; expected at least one number each"
@@ -101,12 +102,13 @@ class DriftReport:
         return "\n".join([title, head, *rows])
 
 
+@renamed_keyword("demand", "parallel_calls")
 def drift(
     graph: PDGraph,
     recent: int = 100,
     *,
     false_alarm_rate: float = 0.01,
-    demand: Demand = "sum",
+    parallel_calls: ParallelCalls = "sum",
 ) -> DriftReport:
     """Compare the `recent` newest runs that a graph remembers with all older ones.
 
@@ -119,13 +121,14 @@ def drift(
         graph: with enough runs in its window.
         recent: newest runs that are compared with the rest.
         false_alarm_rate: chance of any alarm where nothing has changed.
-        demand: how parallel calls count.
+        parallel_calls: how parallel calls count.
 
     Raises:
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
     """
-    check_demand(demand)
-    columns = graph.columns()
+    check_parallel_calls(parallel_calls)
+    columns = instance_of("graph", graph, PDGraph).columns()
+    recent = whole_number("recent", recent)
     older = len(graph.runs) - recent
     if older < 1 or recent < 1:
         raise DemandError(
@@ -135,7 +138,9 @@ def drift(
     if not 0.0 < false_alarm_rate < 1.0:
         raise DemandError(f"false_alarm_rate is {false_alarm_rate}; expected 0 < rate < 1")
     names = ["run", *(unit.name for unit in columns.units)]
-    table = np.column_stack([columns.run_seconds(demand), columns.unit_seconds(demand)])
+    table = np.column_stack(
+        [columns.run_seconds(parallel_calls), columns.unit_seconds(parallel_calls)]
+    )
     pairs = [kolmogorov_smirnov(column[:older], column[older:]) for column in table.T]
     alarms = _holm(np.array([p for _, p in pairs]), false_alarm_rate)
     means = table[:older].mean(axis=0), table[older:].mean(axis=0)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats, beyond_samples
+from demand.distribution.atoms import beyond_samples
 from demand.errors import DemandError
+from demand.flow import without_end
 from demand.graph.run_columns import Ints, RunColumns, decayed
-from demand.units import END, START, Demand, Progress
+from demand.seconds import Floats
+from demand.units import END, START, ParallelCalls, Progress
 
 MAX_UNITS = 10_000
 """Executions after which a walk is given up, unless said otherwise."""
@@ -89,7 +91,7 @@ class WalkArrays:
 
     @classmethod
     def of_runs(
-        cls, columns: RunColumns, demand: Demand, half_life_runs: float | None = None
+        cls, columns: RunColumns, parallel_calls: ParallelCalls, half_life_runs: float | None = None
     ) -> "WalkArrays":
         """Samples of the remembered runs, those of a run weighed by 2^(-age / half-life).
 
@@ -107,19 +109,22 @@ class WalkArrays:
         return cls.of(
             {unit.name: unit for unit in columns.units},
             node,
-            np.concatenate([np.zeros(columns.starts.size - 1), columns.seconds[demand]]),
+            np.concatenate(
+                [np.zeros(columns.starts.size - 1), columns.execution_seconds(parallel_calls)]
+            ),
             np.concatenate([columns.unit[columns.starts[:-1]] + 2, following]),
             weights,
         )
 
-    def without_exit(self) -> list[str]:
+    def without_end(self) -> list[str]:
         """Names of the nodes from which the end is not reached by any path."""
-        source = np.repeat(np.arange(len(self.nodes)), np.diff(self.offsets))
-        reached = np.zeros(len(self.nodes), dtype=bool)
-        reached[0] = True
-        for _ in self.nodes:
-            reached[source[reached[self.successors]]] = True
-        return [name for name, node in self.nodes.items() if not reached[node]]
+        names = list(self.nodes)
+        source = np.repeat(np.arange(len(names)), np.diff(self.offsets))
+        following: dict[str, list[str]] = {name: [] for name in names if name != END}
+        for branch in np.unique(source * len(names) + self.successors).tolist():
+            at, to = divmod(branch, len(names))
+            following[names[at]].append(names[to])
+        return without_end(following)
 
     def node(self, name: str) -> int:
         """Number of a node.
@@ -161,7 +166,7 @@ class WalkArrays:
             weights=weights,
         )
 
-    def first_draws(self, progress: Progress, demand: Demand) -> Draws:
+    def first_draws(self, progress: Progress, parallel_calls: ParallelCalls) -> Draws:
         """What a walk from `progress` first draws from.
 
         Raises:
@@ -173,7 +178,9 @@ class WalkArrays:
             self.node(at)
         if progress.current is None:
             return self.finished(self.node(at))
-        return self.unfinished(self.node(progress.current), progress.current_seconds(demand))
+        return self.unfinished(
+            self.node(progress.current), progress.current_seconds(parallel_calls)
+        )
 
     def unfinished(self, node: int, received_seconds: float) -> Draws:
         """Samples (seconds left, successor) of a node that has been served for a while.

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution.atoms import check_age
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
+from demand.seconds import check_age
 
 
 @final

@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 
+from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
-from demand.units import CostModel, Demand, Progress
+from demand.units import CostModel, ParallelCalls, Progress
 
 
 class Refined(ABC):
@@ -30,20 +31,28 @@ class Refinement(ABC):
     """
 
     @abstractmethod
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Prepare for one graph, and for one way to count parallel calls.
 
         Raises:
             DemandError: a graph without runs.
         """
 
+    @renamed_keyword("demand", "parallel_calls")
     def remaining(
-        self, graph: PDGraph, progress: Progress | None = None, demand: Demand = "sum"
+        self,
+        graph: PDGraph,
+        progress: Progress | None = None,
+        parallel_calls: ParallelCalls = "sum",
     ) -> Distribution:
-        """`fit(graph, demand).remaining(progress)`, for a single question."""
-        return self.fit(graph, demand).remaining(progress or Progress())
+        """`fit(graph, parallel_calls).remaining(progress)`, for a single question."""
+        progress = Progress() if progress is None else progress
+        return self.fit(graph, parallel_calls).remaining(progress)
 
 
-def seconds_so_far(cost: CostModel, progress: Progress, demand: Demand) -> float:
+def seconds_so_far(cost: CostModel, progress: Progress, parallel_calls: ParallelCalls) -> float:
     """Seconds received since the application started."""
-    return cost.run_seconds(progress.executed, demand) + progress.current_seconds(demand)
+    return cost.run_seconds(progress.executed, parallel_calls) + progress.current_seconds(
+        parallel_calls
+    )

@@ -6,11 +6,12 @@ from typing import final
 
 import numpy as np
 
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.walks import MAX_UNITS, Draws, WalkArrays
 from demand.refine.base import Refined, Refinement
-from demand.units import END, START, Demand, Progress
+from demand.units import END, START, ParallelCalls, Progress
 
 
 @final
@@ -31,15 +32,20 @@ class CurrentUnit(Refinement):
     walks: int = 1000
     seed: int = 0
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    def __post_init__(self) -> None:
+        set_whole_numbers(self, "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
+
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk from the boundary after each unit."""
-        arrays = graph.walk_arrays(demand)
+        arrays = graph.walk_arrays(parallel_calls)
         after = {
             name: self.walk(arrays, arrays.finished(node))
             for name, node in arrays.nodes.items()
             if name != END
         }
-        return _Walks(self, arrays, after, demand)
+        return _Walks(self, arrays, after, parallel_calls)
 
     def walk(self, arrays: WalkArrays, first: Draws) -> Distribution:
         """Walks over `arrays` whose first step draws from `first`."""
@@ -53,10 +59,10 @@ class _Walks(Refined):
     config: CurrentUnit
     arrays: WalkArrays
     after: Mapping[str, Distribution]
-    demand: Demand
+    parallel_calls: ParallelCalls
 
     def remaining(self, progress: Progress) -> Distribution:
-        first = self.arrays.first_draws(progress, self.demand)
+        first = self.arrays.first_draws(progress, self.parallel_calls)
         if progress.current is None:
             return self.after[progress.executed[-1].unit.name if progress.executed else START]
         return self.config.walk(self.arrays, first)

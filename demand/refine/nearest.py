@@ -5,14 +5,14 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
-from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.units import Demand, Progress
+from demand.seconds import Floats
+from demand.units import ParallelCalls, Progress
 
 
 @final
@@ -34,14 +34,16 @@ class NearestRuns(Refinement):
     k: int = 50
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise DemandError(f"k is {self.k}; expected at least 1")
+        set_whole_numbers(self, "k", least=1)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Standardise the features of every boundary."""
         columns = graph.columns()
         features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+            {unit.name: number for number, unit in enumerate(columns.units)},
+            graph.cost,
+            parallel_calls,
         )
         seen = features.of_columns(columns)
         deviation = seen.features.std(axis=0)
@@ -93,5 +95,5 @@ class Neighbours(Refined):
         nearest = np.argsort(closest, kind="stable")[: self.k]
         chosen = [starts[r] + distance[starts[r] : starts[r + 1]].argmin() for r in nearest]
         at_boundary = Distribution(self.left[chosen], self.weights[nearest])
-        received = progress.current_seconds(self.features.demand)
+        received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import final
 
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
-from demand.units import CostModel, Demand, Progress
+from demand.units import CostModel, ParallelCalls, Progress
 
 
 @final
@@ -25,10 +26,15 @@ class NoRefinement(Refinement):
     walks: int = 1000
     seed: int = 0
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    def __post_init__(self) -> None:
+        set_whole_numbers(self, "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
+
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk the graph once from its start."""
-        whole = graph.remaining(demand=demand, walks=self.walks, seed=self.seed)
-        return AgedDistribution(whole, graph.cost, demand)
+        whole = graph.remaining(parallel_calls=parallel_calls, walks=self.walks, seed=self.seed)
+        return AgedDistribution(whole, graph.cost, parallel_calls)
 
 
 @final
@@ -38,8 +44,8 @@ class AgedDistribution(Refined):
 
     total: Distribution
     cost: CostModel
-    demand: Demand
+    parallel_calls: ParallelCalls
 
     def remaining(self, progress: Progress) -> Distribution:
         """The total less what was received; beyond all samples the doubling rule."""
-        return self.total.condition(seconds_so_far(self.cost, progress, self.demand))
+        return self.total.condition(seconds_so_far(self.cost, progress, self.parallel_calls))

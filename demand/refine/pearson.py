@@ -6,14 +6,15 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import ATTRIBUTES, Ints, RunColumns
 from demand.graph.walks import MAX_UNITS, WalkArrays, check_over
 from demand.refine.base import Refined, Refinement
-from demand.units import CostModel, Demand, Execution, Progress
+from demand.seconds import Floats
+from demand.units import CostModel, Execution, ParallelCalls, Progress
 
 
 @final
@@ -57,14 +58,14 @@ class PearsonFilter(Refinement):
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold < 1.0:
             raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
-        for name in ("buckets", "minimum", "walks"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Correlate every unit with those before it, O(units * executions), and walk from each."""
         columns = graph.columns()
-        arrays = graph.walk_arrays(demand)
+        arrays = graph.walk_arrays(parallel_calls)
         filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}
         for number, upstream in enumerate(columns.units):
             before = _last_before(columns, number)
@@ -78,7 +79,7 @@ class PearsonFilter(Refinement):
         rest = np.zeros((len(arrays.nodes), self.walks))
         for node in filters:
             rest[node] = arrays.walk(arrays.unfinished(node, 0.0), rng, self.walks, MAX_UNITS)
-        return FilteredWalks(self, graph.cost, arrays, rest, filters, demand)
+        return FilteredWalks(self, graph.cost, arrays, rest, filters, parallel_calls)
 
     def _filters(
         self, columns: RunColumns, upstream: str, before: Ints, rows: Ints
@@ -126,7 +127,7 @@ class FilteredWalks(Refined):
             has no filter ahead of it takes its own of these instead of walking on; so answers
             differ by what was seen, and not by chance.
         filters: of each node, strongest first.
-        demand: how parallel calls count.
+        parallel_calls: how parallel calls count.
     """
 
     config: PearsonFilter
@@ -134,7 +135,7 @@ class FilteredWalks(Refined):
     arrays: WalkArrays
     rest: Floats
     filters: Mapping[int, list[Filter]]
-    demand: Demand
+    parallel_calls: ParallelCalls
 
     def kept(self, progress: Progress) -> dict[int, Ints]:
         """Positions of the samples kept, for each node where a filter applies."""
@@ -160,7 +161,7 @@ class FilteredWalks(Refined):
         rng = np.random.default_rng(config.seed)
         # Filters are for what comes: a unit that has finished only says what follows it.
         begins = self.arrays if progress.current is None else near
-        total, at = begins.first_draws(progress, self.demand).draw(rng, config.walks)
+        total, at = begins.first_draws(progress, self.parallel_calls).draw(rng, config.walks)
         ahead = np.zeros((config.walks, len(self.arrays.nodes)), dtype=bool)  # filters that hold
         ahead[:, list(kept)] = True
         if progress.current is not None:

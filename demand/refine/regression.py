@@ -5,13 +5,14 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.units import Demand, Progress
+from demand.seconds import Floats
+from demand.units import ParallelCalls, Progress
 
 
 @final
@@ -47,20 +48,21 @@ class ProgressRegression(Refinement):
                 f"ridge is {self.ridge}; expected a positive finite number: features that are "
                 "alike in all runs have no solution without one"
             )
-        for name in ("atoms", "groups", "folds"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Solve the least squares, once for all runs and once without each fold."""
         columns = graph.columns()
         features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+            {unit.name: number for number, unit in enumerate(columns.units)},
+            graph.cost,
+            parallel_calls,
         )
         seen = features.of_columns(columns)
         weights = graph.run_weights()[seen.run]
         # A run that ends in units of no cost has nothing left there, of which there is no log.
-        floor = max(1e-3 * columns.run_seconds(demand).mean(), 1e-9)
+        floor = max(1e-3 * columns.run_seconds(parallel_calls).mean(), 1e-9)
         y = np.log(np.maximum(seen.remaining, floor))
         line = self._line(seen.features, y, weights)
         predicted = line(seen.features)
@@ -134,7 +136,7 @@ class Regressed(Refined):
         predicted = float(np.clip(self.line(self.features.of_progress(progress)), *self.span))
         group = int(np.searchsorted(self.edges, predicted, side="right"))
         at_boundary = Distribution(np.exp(predicted + self.residuals[group]))
-        received = progress.current_seconds(self.features.demand)
+        received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import final
 
+from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.no_refinement import AgedDistribution
-from demand.units import Demand
+from demand.units import ParallelCalls
 
 
 @final
@@ -20,8 +21,9 @@ class WholeRuns(Refinement):
     difference out and their totals vary less than those of real runs.
     """
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Add up each remembered run."""
         columns = graph.columns()
-        total = Distribution(columns.run_seconds(demand), graph.run_weights())
-        return AgedDistribution(total, graph.cost, demand)
+        total = Distribution(columns.run_seconds(parallel_calls), graph.run_weights())
+        return AgedDistribution(total, graph.cost, parallel_calls)

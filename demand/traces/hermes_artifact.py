@@ -3,8 +3,9 @@
 import os
 from collections.abc import Mapping
 
+from demand.flow import flow_fault
 from demand.traces.fields import Fields
-from demand.traces.profiles import ApplicationProfile, StageProfile, flow_fault, is_count
+from demand.traces.profiles import ApplicationProfile, StageProfile, is_count
 from demand.traces.sources import json_members
 from demand.traces.trace import OneByOne, OnError, Trace
 from demand.units import END, START, Kind
@@ -41,7 +42,7 @@ def _profile(member: Fields) -> ApplicationProfile:
         entries = tuple(stages)[:1]
     fault = flow_fault(entries, {name: stage.successors for name, stage in stages.items()})
     if fault:
-        raise record.malformed(f"{fault.stage}.next_stages", fault.problem, fault.seen)
+        raise record.malformed(f"{fault.unit}.next_stages", fault.problem, fault.seen)
     return ApplicationProfile(application, entries, stages)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
-from demand.graph.flow import without_end
+from demand.flow import visits, without_end
+from demand.seconds import Floats
 from demand.units import END, CostModel, Execution, Kind, Unit
 
 
@@ -82,16 +82,9 @@ class RunGenerator:
     def run(self, rng: np.random.Generator) -> list[Execution]:
         """One run."""
         executed = []
-        name = next(iter(self.stages))
-        while name != END:
+        for name in visits(next(iter(self.stages)), lambda name: self._following(name, rng)):
             stage = self.stages[name]
             executed.append(self._execute(Unit(name, stage.kind), stage, rng))
-            choices = iter(stage.then.items())
-            name, at = next(choices)
-            draw = rng.random()
-            while draw >= at:
-                name, more = next(choices, (name, math.inf))
-                at += more
         return executed
 
     def runs(self, rng: np.random.Generator, n: int) -> list[list[Execution]]:
@@ -122,6 +115,15 @@ class RunGenerator:
             for stage in self.stages.values()
         ]
         return self.scale * float(visits @ each)
+
+    def _following(self, name: str, rng: np.random.Generator) -> str:
+        choices = iter(self.stages[name].then.items())
+        name, at = next(choices)
+        draw = rng.random()
+        while draw >= at:
+            name, more = next(choices, (name, math.inf))
+            at += more
+        return name
 
     def _execute(self, unit: Unit, stage: Stage, rng: np.random.Generator) -> Execution:
         calls = _around(stage.calls, self.call_spread, rng) if stage.calls > 1.0 else 1.0

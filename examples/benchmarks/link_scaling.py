@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 import picache.hf.attention_functions
 from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 from evaluate import first_token_seconds
 from shapes import build_model
@@ -31,12 +31,12 @@ class MaskWatch:
     """The largest mask that attention made while inside, in elements."""
 
     def __enter__(self) -> "MaskWatch":
-        self.most, self.before = 0, picache.attending.scattered_attention
-        picache.attending.scattered_attention = self._attend
+        self.most, self.before = 0, picache.hf.attention_functions.scattered_attention
+        picache.hf.attention_functions.scattered_attention = self._attend
         return self
 
     def __exit__(self, *error: object) -> None:
-        picache.attending.scattered_attention = self.before
+        picache.hf.attention_functions.scattered_attention = self.before
 
     def _attend(self, query, key, value, positions, mask, *rest):
         def counted(at, keys):

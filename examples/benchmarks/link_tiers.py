@@ -26,7 +26,7 @@ import picache.linking.link
 from picache import PIC, CacheBlend, ChunkStore, LegoLink, NaiveReuse
 from picache.linking.linked_kv import LinkedKV
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 from evaluate import first_token_seconds
 from shapes import SHAPES, build_model
@@ -39,13 +39,13 @@ def one_at_a_time(model, parts, skips, layout, ahead, parallel):
 
 def timed_link(pic, chunks, query, method, overlap=True) -> tuple[float, dict[str, float]]:
     """Seconds of one link, and its parts."""
-    picache.engine.LinkedKV = LinkedKV if overlap else one_at_a_time
+    picache.linking.link.LinkedKV = LinkedKV if overlap else one_at_a_time
     try:
         begun = time.perf_counter()
         report = pic.link(chunks, query, method).report
         return time.perf_counter() - begun, report.seconds
     finally:
-        picache.engine.LinkedKV = LinkedKV
+        picache.linking.link.LinkedKV = LinkedKV
 
 
 def measure(model, length: int, args: argparse.Namespace, folder: Path) -> list[dict]:

@@ -23,7 +23,7 @@ from tqdm import trange
 from demand import Distribution, RankTable
 from demand.distribution.rank_table import rank_many
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 
 

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from sparsity import Quest, RaaS, SnapKV, SparseCache, StreamingLLM
 from sparsity.policies.base import Policy
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
 from render_tables import steps_table
 from shapes import SHAPES, build_model

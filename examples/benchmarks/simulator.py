@@ -37,6 +37,7 @@ from demand import (
     ClassMean,
     Gittins,
     Hysteresis,
+    Job,
     LeastSlack,
     Policy,
     PriorityClasses,
@@ -81,7 +82,7 @@ def resorting(workload: Workload, policy: Policy) -> np.ndarray:
     That is at every arrival, every completion and, where ranks depend on age, every atom of the
     running job.
     """
-    maker = JobMaker(workload, policy)
+    maker = JobMaker(workload, policy, Job)
     atoms = {
         name: known.values.tolist() if policy.table(known) else []
         for name, known in workload.distributions.items()
@@ -225,7 +226,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         # Only here: it loads torch, whose memory is none of the simulator's.
-        sys.path.insert(0, str(Path(__file__).parents[1]))  # the examples' own folder
+        sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
         from environment import environment
 
         configuration = {k: v for k, v in vars(arguments).items() if k != "out"}

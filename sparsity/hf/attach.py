@@ -28,7 +28,7 @@ from sparsity.retention.lazy_mask import LazyMask
 
 NAME = "kv_retention"  # of the attention function; names with "sdpa" or "flash" mean something
 KWARG = "sparse_cache"  # how the cache reaches the attention function
-_REFUSED = ("position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias")
+_REFUSED = {"position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias"}
 
 
 class ServedCache(ABC):
@@ -102,6 +102,15 @@ def retention_mask(
     return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
+def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    refused = sorted(name for name in _REFUSED if kwargs.get(name) is not None)
+    if refused:
+        raise SparsityError(
+            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
+            "call detach(model) and use this model without SparseCache"
+        )
+
+
 @torch.compiler.disable
 def retention_attention(
     module: nn.Module,
@@ -118,12 +127,8 @@ def retention_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function for transformers: managed layers by their policy, others densely."""
-    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
-    if refused:
-        raise SparsityError(
-            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
-            "call detach(model) and use this model without SparseCache"
-        )
+    if not _REFUSED.isdisjoint(kwargs):
+        _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sparse_cache is not None:
         index: int = module.layer_idx  # type: ignore[assignment]

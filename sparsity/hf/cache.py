@@ -202,8 +202,11 @@ class SparseCache(ServedCache, Cache):
                 f"layers {missed} did not reach the attention function with the cache: the model "
                 "drops keyword arguments on the way, or its attention implementation was changed"
             )
+        self._state.close(self._stock_bytes)
+
+    def _stock_bytes(self) -> int:
         stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
-        self._state.close(sum(layer_bytes(layer) for layer in stock))
+        return sum(layer_bytes(layer) for layer in stock)
 
     def abandon(self) -> None:
         """Close a forward that failed; unless it was refused, what is held is incomplete."""

@@ -93,8 +93,8 @@ def classify(
     """The kind of each page, by the steps at which it matters.
 
     Args:
-        mass: share of its attention that each decoded token gives to each page, `[kv_heads, steps,
-            pages]`, as from `Trace.mass`.
+        mass: share of its attention that each decoded token gives to each page,
+            `[kv_heads, steps, pages]`, as from `Trace.mass`.
         prompt_tokens: tokens of the prompt.
         page_size: tokens a page.
         thresholds: when a page matters; None for the defaults.

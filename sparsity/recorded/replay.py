@@ -63,6 +63,7 @@ class Replay:
     layers: dict[int, LayerReplay]
 
     def _mean(self, name: str) -> float:
+        """Mean over layers, KV heads and decoded tokens, without NaN."""
         values = torch.cat([getattr(one, name).flatten() for one in self.layers.values()])
         return float(values.nanmean()) if values.numel() else float("nan")
 
@@ -229,7 +230,7 @@ def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor
     one = trace.at(layer)
     own = policy_of_layer(policy, layer, trace.full_layers)
     retention, rows, first = Watched(own, layer), BatchRows(), 0
-    retention.move = unmoved  # what is kept does not depend on where it is said to stand
+    retention.move = unmoved  # what is kept does not depend on positions
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)

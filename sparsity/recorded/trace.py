@@ -41,8 +41,8 @@ class LayerTrace:
             stop: rank after the last.
 
         Returns:
-            Mean over the query heads that share a KV head, float32 `[kv_heads, stop - first,
-            tokens]`.
+            Mean over the query heads that share a KV head, float32
+            `[kv_heads, stop - first, tokens]`.
         """
         ranks = torch.arange(first, stop)[:, None]
         causal = torch.arange(self.keys.shape[1]) <= ranks
@@ -59,7 +59,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A dense run of one text, as `sparsity.record` recorded it; lies in the CPU's memory.
+    """A dense run of one text, as `sparsity.record` recorded it, in the CPU's memory.
 
     Attributes:
         ids: token ids of the text, int64 `[tokens + 1]`; the last one was sampled and not fed to

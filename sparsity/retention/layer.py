@@ -65,7 +65,7 @@ class LayerRetention:
         return storage_bytes(tensors)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything; as new."""
         self.pool, self.past = None, None
         self.reallocated, self.transient_bytes = False, 0
 
@@ -154,6 +154,7 @@ class LayerRetention:
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
         self.note_attended(slots)
+        # Without a mask only where every place that is read holds a token.
         full = not step.then.ragged and step.longest_after % pool.size == 0
         full = full and pool.held == pool.high
         allowed = None
@@ -189,19 +190,7 @@ class LayerRetention:
         sinks: Tensor | None,
     ) -> Tensor:
         """`attend` for several tokens, those of a `past` cache among them."""
-        batch, heads = key.shape[:2]
-        if self.past is not None:
-            key = torch.cat([self.past[0].to(key.device), key], dim=2)
-            value = torch.cat([self.past[1].to(value.device), value], dim=2)
-        slots = torch.arange(step.first, step.stop, device=key.device, dtype=torch.int32)
-        slots = slots.expand(batch, 1, -1)
-        if step.valid is not None:
-            slots = slots.masked_fill(~step.valid[:, None], -1)
-        if self.pool is not None:
-            tokens = self.pool.high * self.pool.size
-            key = torch.cat([self.pool.keys[:, :, :tokens], key], dim=2)
-            value = torch.cat([self.pool.values[:, :, :tokens], value], dim=2)
-            slots = torch.cat([self.pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
+        key, value, slots = self._joined(key, value, step)
         plain = mask.rule is None and mask.padding is None and step.valid is None
         causal = plain and self.pool is None and key.shape[2] == step.queries
         allowed = None
@@ -224,7 +213,7 @@ class LayerRetention:
             step=step,
             keys=key,
             values=value,
-            slots=slots.expand(-1, heads, -1),
+            slots=slots.expand(-1, key.shape[1], -1),
             query=query,
             newest=newest,
             weights=weights,
@@ -235,6 +224,26 @@ class LayerRetention:
         self.past, self.reallocated = None, True
         self.transient_bytes = key.nbytes + value.nbytes
         return out
+
+    def _joined(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and columns of all that is held, and then of all that is new.
+
+        The columns are int32 `[batch, kv_heads or 1, n]`, -1 for none.
+        """
+        batch, heads = key.shape[:2]
+        if self.past is not None:
+            key = torch.cat([self.past[0].to(key.device), key], dim=2)
+            value = torch.cat([self.past[1].to(value.device), value], dim=2)
+        slots = torch.arange(step.first, step.stop, device=key.device, dtype=torch.int32)
+        slots = slots.expand(batch, 1, -1)
+        if step.valid is not None:
+            slots = slots.masked_fill(~step.valid[:, None], -1)
+        if (pool := self.pool) is not None:
+            tokens = pool.high * pool.size
+            key = torch.cat([pool.keys[:, :, :tokens], key], dim=2)
+            value = torch.cat([pool.values[:, :, :tokens], value], dim=2)
+            slots = torch.cat([pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
+        return key, value, slots
 
     def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
         """The keys, the first `Needs.moved` of them rotated to stand right before the others held.
@@ -254,9 +263,9 @@ class LayerRetention:
         if pool is None or longest <= (self.policy.budget or longest):
             return keys
         assert self.move is not None
-        dropped = seen[:, None] - (pool.slots >= 0).sum(-1)
+        evicted = seen[:, None] - (pool.slots >= 0).sum(-1)
         rank = pool.start[..., :count].clamp(min=0).long()
-        moved = self.move(keys[:, :, :count], rank, rank + dropped[..., None])
+        moved = self.move(keys[:, :, :count], rank, rank + evicted[..., None])
         return torch.cat([moved, keys[:, :, count:]], dim=2)
 
 
@@ -265,8 +274,8 @@ def _newest(query: Tensor, step: Step) -> Tensor:
     if step.valid is None or step.order is None:
         return query[:, :, -1]
     last = step.order.gather(1, (step.after - step.before - 1).clamp(min=0)[:, None])
-    place = (last - (step.stop - step.first - step.queries)).clamp(min=0)
-    index = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    asked = (last - (step.stop - step.first - step.queries)).clamp(min=0)
+    index = asked[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, index)[:, :, 0]
 
 

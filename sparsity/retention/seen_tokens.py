@@ -106,9 +106,9 @@ class SeenTokens:
                 f"them is new. {FULL_PROMPT}"
             )
         known = self._known(ids, seen)
-        place = None if known is None else _first_difference(known, ids, mask)
-        if known is not None and place is not None:
-            row, column = place
+        first = None if known is None else _first_difference(known, ids, mask)
+        if known is not None and first is not None:
+            row, column = first
             raise SparsityError(
                 f"the cache holds another text than generate was given: at token {column} of row "
                 f"{row} it has seen {int(known[row, column])} and was given "

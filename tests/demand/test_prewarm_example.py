@@ -1,4 +1,4 @@
-"""The harnesses of examples/prewarming.py and examples/engine.py, on a few jobs."""
+"""The harnesses of prewarming.py and engine.py in examples/experiments, on a few jobs."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 from demand import hermes_applications
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "experiments"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The harness of examples/schedule.py, on a few jobs."""
+"""The harness of examples/experiments/schedule.py, on a few jobs."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "experiments"
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    path = ROOT / "examples" / "vllm_admission.py"
+    path = ROOT / "examples" / "experiments" / "vllm_admission.py"
     spec = importlib.util.spec_from_file_location("vllm_admission", path)
     assert spec is not None
     assert spec.loader is not None

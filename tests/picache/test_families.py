@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from picache import PIC, LegoLink, PICacheError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples" / "experiments"))
 import check_families  # noqa: E402 - the examples are scripts, not a package
 import families  # noqa: E402
 

@@ -10,10 +10,9 @@ from sparsity.policies import rkv
 from sparsity.policies.base import Needs
 from sparsity.retention.attention import attention_weights
 from sparsity.retention.batch_rows import BatchRows, plan
-from sparsity.retention.layer import LayerRetention
-from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.query_weights import BLOCK, forward_weights, keep_last, keep_newest
 from tests.helpers import assert_close
+from tests.sparsity.helpers import DrivenLayer, causal_mask
 
 
 @pytest.mark.parametrize("group", ["mean", "max"])
@@ -29,7 +28,7 @@ def test_sums_in_blocks_equal_the_whole_matrix(length, group):
     sinks = torch.randn(4, generator=g)
     weigh = partial(attention_weights, scaling=0.3, softcap=2.0, sinks=sinks)
     needs = Needs(attention="all", group=group)
-    lazy = LazyMask(None, padding, False, lambda: None)
+    lazy = causal_mask(padding)
     got = forward_weights(query, query[:, :, -1], keys, slots, step, lazy, needs, weigh)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & padding[:, None, None]
     whole = weigh(query, keys, allowed)
@@ -67,11 +66,9 @@ def test_no_statistic_of_a_prompt_is_quadratic(policy):
                 return out
 
         query, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
-        step = plan(BatchRows(), policy, 1, length, None, query.device)
+        layer = DrivenLayer(policy, 0, 0.5)
         with Watch():
-            LayerRetention(policy, 0).attend(
-                query, key, key, step, LazyMask(None, None, False, lambda: None), 0.5
-            )
+            layer.forward(query, key, key)
         largest.append(seen[0])
     assert largest[1] <= 2.1 * largest[0]
 

@@ -1,10 +1,13 @@
 """What importing the package does, and what it exports."""
 
+import importlib
 import inspect
 import pydoc
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import sparsity
 from sparsity import SparseCache
@@ -53,6 +56,7 @@ def test_public_names():
         "StreamingLLM",
         "TOVA",
         "Then",
+        "Thresholds",
         "Trace",
         "VaSE",
         "attach",
@@ -66,6 +70,23 @@ def test_public_names():
         assert name in dir(sparsity)
 
 
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("sparsity.knobs", ["Evicting"]),
+        ("sparsity.policy", ["Needs", "PageView", "Policy"]),
+        ("sparsity.milestones", ["Thresholds"]),
+    ],
+)
+def test_the_paths_that_the_docs_had_still_work_and_warn(path, names):
+    module = importlib.import_module(path)
+    for name in names:
+        with pytest.warns(DeprecationWarning, match=rf"{path}.{name} is now sparsity.{name}"):
+            assert getattr(module, name) is getattr(sparsity, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
+        module.Unknown  # noqa: B018
+
+
 def test_help_shows_what_a_cache_is_made_of():
     """One class, however late it is loaded: its own signature and docstring."""
     assert list(inspect.signature(sparsity.SparseCache).parameters) == ["model", "policy", "past"]
@@ -73,6 +94,7 @@ def test_help_shows_what_a_cache_is_made_of():
     assert sparsity.SparseCache is SparseCache
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_names_that_are_loaded_late(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

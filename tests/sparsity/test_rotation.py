@@ -10,6 +10,7 @@ from sparsity import RaaS, SnapKV, SparseCache, SparsityError, StreamingLLM, The
 from sparsity.policies.base import Needs
 from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids
+from tests.sparsity.helpers import left_as_it_was
 from tests.sparsity.naive_positions import ROTATED, angles, build
 
 REFUSED = {
@@ -53,11 +54,11 @@ def test_a_rotation_is_found_on_the_model_itself(family, dtype):
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_model_without_a_proven_rotation_is_refused_and_left_as_it_was(family):
     model = build(family)
-    before = model.config._attn_implementation
-    with pytest.raises(SparsityError, match=rf"{REFUSED[family]}.*positions='absolute'"):
+    with (
+        left_as_it_was(model),
+        pytest.raises(SparsityError, match=rf"{REFUSED[family]}.*positions='absolute'"),
+    ):
         SparseCache(model, StreamingLLM(8))
-    assert model.config._attn_implementation == before
-    assert not model.get_decoder()._forward_pre_hooks
     cache = SparseCache(model, StreamingLLM(8, positions="absolute"))
     ids = random_ids(12, 1).clamp(max=117)
     model.generate(ids, past_key_values=cache, max_new_tokens=4)

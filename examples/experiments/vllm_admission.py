@@ -1,7 +1,7 @@
 """Applications in front of an OpenAI-compatible server, under FCFS and under Gittins.
 
     vllm serve MODEL --max-num-seqs 4
-    python examples/vllm_admission.py --url http://127.0.0.1:8000/v1 --model MODEL
+    python examples/experiments/vllm_admission.py --url http://127.0.0.1:8000/v1 --model MODEL
 
 Half of the applications ("report") make 8 calls each; of the other half ("answer") most are done
 after one call and some make 30. The controller knows only these distributions. The key, if the

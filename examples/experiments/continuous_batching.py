@@ -1,6 +1,6 @@
 """Policies inside transformers' continuous batching, against what the engine simulator predicts.
 
-    python examples/continuous_batching.py --out docs/results
+    python examples/experiments/continuous_batching.py --out docs/results
 
 A seeded mix of short and long applications arrives at a tiny random model that serves 4 requests at
 once: `answer` makes one call, mostly short; `report` makes three calls side by side and one over
@@ -42,7 +42,7 @@ from demand.integrations.transformers import JobTable, RankScheduler, install
 from demand.policies import RequestFCFS
 from demand.simulation.engine import Engine, simulate_engine
 
-sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import demand_tables
 from environment import environment
 

@@ -1,6 +1,6 @@
 """What warming backends ahead saves, and what it holds for nothing.
 
-    python examples/prewarming.py --out docs/results
+    python examples/experiments/prewarming.py --out docs/results
 
 Serves the applications of Hermes (arXiv 2506.14851) on a simulated engine with continuous batching.
 Two scenarios: *tools*, where each job's container and one of eight models (`hugginggpt` picks one,
@@ -49,7 +49,7 @@ from demand.prewarm import (
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.workloads.hermes import hermes_generator
 
-sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 from environment import environment
 from prewarming_figure import figure
 

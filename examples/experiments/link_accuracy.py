@@ -1,6 +1,6 @@
 """Answer accuracy and distance from full prefill against recomputed tokens, for every link method.
 
-    python examples/link_accuracy.py --out docs/results
+    python examples/experiments/link_accuracy.py --out docs/results
 
 Lookups on the reference model, every arm on the same questions. Writes `link_accuracy.json`,
 `link_accuracy.png`, and with --out docs/results the page docs/linking.md. Intervals are paired

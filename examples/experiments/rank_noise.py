@@ -1,6 +1,6 @@
 """How far Gittins ranks of samples are from those of the demand they were drawn from.
 
-    python examples/rank_noise.py --out docs/results
+    python examples/experiments/rank_noise.py --out docs/results
 
 The raw rank, the one on a grid ("shifted") and that of ten stops ("bucketed"), at ages from the
 least demand to the upper quartile, over seeds, on demands whose rank is known in closed form.
@@ -18,7 +18,7 @@ import numpy as np
 
 from demand import Distribution, RankTable
 
-sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 from environment import environment
 
 RANKS = ("gittins", "shifted", "bucketed")

@@ -28,7 +28,7 @@ import demand
 from picache import PIC, FullRecompute, LegoLink, LinkMethod, NaiveReuse, RandomRecompute
 from sparsity import Full, Quest, RaaS, Random, SparseCache, StreamingLLM, detach
 
-REFERENCE_MODEL = Path(__file__).parent / "reference_model"
+REFERENCE_MODEL = Path(__file__).parents[1] / "reference_model"
 Row = dict[str, float | int | str | list[float]]
 
 

@@ -1,6 +1,6 @@
 """Loss on a text longer than a model was trained for, under positions inside the cache and not.
 
-    python examples/past_trained_length.py --out docs/results
+    python examples/experiments/past_trained_length.py --out docs/results
 
 After StreamingLLM (arXiv 2309.17453, sections 3.2 and 4.1): stories260K was trained on 512 tokens.
 It writes stories of 200 tokens, one after another, and reads them as one text, `--chunk` tokens a
@@ -39,7 +39,7 @@ ARMS: dict[str, Callable[[PreTrainedModel, int], Cache | SparseCache]] = {
 
 def checkpoint() -> PreTrainedModel:
     """The model, by the loader of the tests."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     from stories260k import FOLDER, load_model
 
     if not FOLDER.is_dir():

@@ -1,7 +1,7 @@
 """Answer accuracy, decoded length and loops against the KV budget, for every retention policy.
 
-    python examples/retention_accuracy.py --out docs/results
-    python examples/retention_accuracy.py --out docs/results --add --arms full random NEW
+    python examples/experiments/retention_accuracy.py --out docs/results
+    python examples/experiments/retention_accuracy.py --out docs/results --add --arms full NEW
 
 Chains of thought of the reference model, every policy on the same problems. Writes
 `retention_accuracy.json` and `.png`. Intervals are bootstraps over problems; differences from full

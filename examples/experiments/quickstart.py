@@ -1,7 +1,8 @@
 """Three papers measured on a small trained model, in about three minutes on two CPU cores.
 
-    python examples/quickstart.py
-    python examples/quickstart.py --model NAME_OR_PATH --documents a.txt b.txt --question "..."
+    python examples/experiments/quickstart.py
+    python examples/experiments/quickstart.py --model NAME_OR_PATH --documents a.txt b.txt \
+        --question "..."
 
 The first form writes `quickstart.json` and `quickstart.png` into --out. The second links your own
 files in front of your own question on any HuggingFace model.

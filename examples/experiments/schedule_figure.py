@@ -1,6 +1,6 @@
 """The picture of `scheduling.json`, which schedule.py writes.
 
-python examples/schedule_figure.py docs/results/scheduling.json
+python examples/experiments/schedule_figure.py docs/results/scheduling.json
 """
 
 import argparse

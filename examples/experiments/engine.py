@@ -1,6 +1,6 @@
 """Policies on a simulated engine with continuous batching, and how fast the simulator is.
 
-    python examples/engine.py --out docs/results
+    python examples/experiments/engine.py --out docs/results
 
 Serves the applications of Hermes (arXiv 2506.14851), runs and all, on an engine of the profile in
 its artifact: every policy with ample KV, then every way to preempt with scarce KV. All serve the
@@ -36,7 +36,7 @@ from demand import (
 from demand.policies import LAS, RequestFCFS
 from demand.simulation.engine import Engine, EngineResult, simulate_engine
 
-sys.path.insert(0, str(Path(__file__).parent))  # the examples' own folder
+sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import demand_tables
 from environment import environment
 

@@ -1,6 +1,6 @@
 """Train the reference model from scratch, on one GPU or on a few CPU cores.
 
-    python examples/train_reference_model.py --out examples/reference_model
+    python examples/experiments/train_reference_model.py --out examples/reference_model
 
 Writes weights (bf16 safetensors), tokenizer, `training.json` (command, seed, steps, wall time,
 hardware, curve, measured accuracies) and the model card. The accuracies are measured on the saved
@@ -347,7 +347,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer, problems: int) -> dict:
 CARD = """# The reference model
 
 A Llama-architecture model of {parameters:.2f} million parameters ({megabytes:.1f} MB in bf16), trained from
-scratch by this project on two generated tasks in templated English (`examples/reference_tasks.py`).
+scratch by this project on two generated tasks in templated English (`examples/experiments/reference_tasks.py`).
 It exists so that the quickstart and the accuracy tests measure a trained model without a download.
 It knows nothing else.
 

@@ -1,6 +1,6 @@
 """What does progress tell? Every refinement on real agent runs: calibration, and what it buys.
 
-    python examples/refinement.py --out docs/results
+    python examples/experiments/refinement.py --out docs/results
 
 Per data set and seed, runs are split in two halves; a demand graph is learned from one, and the
 other is predicted (CRPS, coverage) and served: jobs drawn from it arrive at one preemptive server
@@ -277,7 +277,7 @@ def picture(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     parser.add_argument("--data", type=Path, default=root.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, help="folder for refinement.json and .png")
     parser.add_argument("--seeds", type=int, default=6)

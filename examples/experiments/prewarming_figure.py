@@ -1,6 +1,6 @@
 """The picture of `prewarming.json`, which prewarming.py writes.
 
-python examples/prewarming_figure.py docs/results/prewarming.json
+python examples/experiments/prewarming_figure.py docs/results/prewarming.json
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Every scheduling policy on every workload, with paired seeds and bootstrap intervals.
 
-    python examples/schedule.py --out docs/results
-    python examples/schedule.py --out out --traces FOLDER --seeds 40
+    python examples/experiments/schedule.py --out docs/results
+    python examples/experiments/schedule.py --out out --traces FOLDER --seeds 40
 
 Serves the applications of Hermes (arXiv 2506.14851), mixes on which knowing the distribution pays
 or does not, and recorded coding-agent sessions: one server that serves whole jobs and preempts at

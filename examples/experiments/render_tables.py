@@ -1,7 +1,7 @@
 """Write the tables of docs/results/*.json into README.md and the pages of docs.
 
-    python examples/quickstart.py --out docs/results
-    python examples/render_tables.py
+    python examples/experiments/quickstart.py --out docs/results
+    python examples/experiments/render_tables.py
 
 Any other script of `examples` that writes into docs/results stands for the first. A block begins
 with the comment "tables of docs/results/X.json", and all of it is written here.
@@ -21,7 +21,7 @@ import retention_accuracy
 import schedule
 from quickstart import LINKING, RETENTION, SCHEDULING, prepare
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
 
 
