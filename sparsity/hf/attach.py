@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
-from sparsity.hf.autocast import autocast_dtype, lowered
+from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.prompt_check import watch_prompts
@@ -32,9 +32,15 @@ _REFUSED = {"position_bias", "indices", "block_mask", "score_mod", "alibi", "att
 
 
 class ServedCache(ABC):
-    """What an attached model asks of its cache in a forward; implemented by `SparseCache`."""
+    """What an attached model asks of its cache in a forward; implemented by `SparseCache`.
+
+    Attributes:
+        layers: of the cache, by index in the model.
+        autocast: the dtype of `torch.autocast` in this forward; None where it is off.
+    """
 
     layers: list[Any]
+    autocast: torch.dtype | None
 
     @abstractmethod
     def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
@@ -133,7 +139,7 @@ def retention_attention(
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
             scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
-            dtype = autocast_dtype(query.device)
+            dtype = sparse_cache.autocast
             if dtype is None:
                 return sparse_cache.attend(layer, query, key, value, **scores), None
             with torch.autocast(query.device.type, enabled=False):  # keys and values are lowered
@@ -243,8 +249,10 @@ def _implementation(decoder: Any) -> str:
 def attach(model: PreTrainedModel) -> None:
     """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
-    Sets the model's attention function and adds hooks to its decoder. Nothing else of the model
-    changes, and its results with other caches stay the same. Calling it again does nothing.
+    Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
+    before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
+    of the model changes, and its results with other caches stay the same. Calling it again does
+    nothing.
 
     Args:
         model: a transformers model for text generation, written on the attention interface.

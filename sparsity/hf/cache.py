@@ -84,7 +84,7 @@ class SparseCache(ServedCache, Cache):
         self._model = TOKENS[decoder]
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
-        self._autocast: torch.dtype | None = None  # of the forwards so far
+        self.autocast = None
 
     @property
     def policy(self) -> Policy:
@@ -112,10 +112,9 @@ class SparseCache(ServedCache, Cache):
                 "decoder was called past its hooks); call attach(model) first"
             )
         layer, state = self.layers[layer_idx], self._state
-        if (dtype := autocast_dtype(key_states.device)) is not None and isinstance(
-            layer, RetainedLayer
-        ):
-            key_states, value_states = lowered(key_states, dtype), lowered(value_states, dtype)
+        if self.autocast is not None and isinstance(layer, RetainedLayer):
+            key_states = lowered(key_states, self.autocast)
+            value_states = lowered(value_states, self.autocast)
         if state.repeats:  # the first layer of a forward: nothing has changed yet
             try:
                 check_states(layer, layer_idx, key_states, value_states)
@@ -125,8 +124,6 @@ class SparseCache(ServedCache, Cache):
             repeats, state.repeats = state.repeats, 0
             if repeats > 1:
                 self.batch_repeat_interleave(repeats)
-        else:
-            check_states(layer, layer_idx, key_states, value_states)
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -151,21 +148,21 @@ class SparseCache(ServedCache, Cache):
             )
         self._state.turn.enter()
         try:
-            autocast = self._check_autocast(arguments)
+            autocast = self._checked_autocast(arguments)
             step, repeats = self._state.plan(arguments)
             self._check_length(step.stop)
-        except SparsityError:
+        except Exception:
             self._state.abandon()
             raise
-        self._autocast = autocast
+        self.autocast = autocast
         self._state.open(step, repeats, arguments.get("input_ids"))
 
-    def _check_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
+    def _checked_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         autocast = autocast_dtype(tokens.device)
         if self._state.rows.real is not None:  # there was a forward before
-            check_autocast(autocast, self._autocast)
+            check_autocast(autocast, self.autocast)
         return autocast
 
     def _check_length(self, columns: int) -> None:
