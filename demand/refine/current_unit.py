@@ -1,4 +1,4 @@
-"""Walks from where the application stands."""
+"""A prediction from the unit at which the application stands, and nothing before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class CurrentUnit(Refinement):
     what the units before have shown. In a loop that makes it forget how often it went round.
 
     Args:
-        walks: random walks for each answer (1000 in the paper); one answer for all who stand
-            after the same unit.
+        walks: random walks for each answer (1000 in the paper). Applications that have just
+            finished the same unit share one answer, which `fit` computes.
         seed: of the walks.
     """
 
@@ -38,7 +38,7 @@ class CurrentUnit(Refinement):
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
-        """Walk from the boundary after each unit."""
+        """Walk from the start and from the end of each unit."""
         arrays = graph.walk_arrays(parallel_calls)
         after = {
             name: self.walk(arrays, arrays.finished(node))
@@ -48,7 +48,7 @@ class CurrentUnit(Refinement):
         return _Walks(self, arrays, after, parallel_calls)
 
     def walk(self, arrays: WalkArrays, first: Draws) -> Distribution:
-        """Walks over `arrays` whose first step draws from `first`."""
+        """Seconds to the end by random walks over `arrays` whose first step draws from `first`."""
         rng = np.random.default_rng(self.seed)
         return Distribution(arrays.walk(first, rng, self.walks, MAX_UNITS))
 

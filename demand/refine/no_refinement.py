@@ -1,4 +1,4 @@
-"""No refinement."""
+"""The baseline of all refinements: progress counts by its seconds alone."""
 
 from dataclasses import dataclass
 from typing import final
@@ -13,10 +13,10 @@ from demand.units import CostModel, ParallelCalls, Progress
 @final
 @dataclass(frozen=True)
 class NoRefinement(Refinement):
-    """The whole application's distribution, given the seconds received and nothing else.
+    """Predicts from the seconds received alone, out of random walks over the whole application.
 
-    What the public artifact of Hermes (arXiv 2506.14851) ranks by: the units that have run do
-    not matter, only their seconds. The baseline of every refinement.
+    What the public artifact of Hermes (arXiv 2506.14851) ranks by: which units have run does not
+    matter, only their seconds. The baseline of every refinement.
 
     Args:
         walks: random walks that the distribution is made of (1000 in the paper).
@@ -40,12 +40,15 @@ class NoRefinement(Refinement):
 @final
 @dataclass(frozen=True)
 class AgedDistribution(Refined):
-    """A distribution of the total seconds, conditioned on the seconds received."""
+    """The distribution of an application's total seconds, conditioned on the seconds received."""
 
     total: Distribution
     cost: CostModel
     parallel_calls: ParallelCalls
 
     def remaining(self, progress: Progress) -> Distribution:
-        """The total less what was received; beyond all samples the doubling rule."""
+        """The total, given that it exceeds what was received, less that.
+
+        Beyond the largest sample it is `extrapolated`, by the doubling rule.
+        """
         return self.total.condition(seconds_so_far(self.cost, progress, self.parallel_calls))

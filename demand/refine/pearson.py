@@ -20,7 +20,7 @@ from demand.units import CostModel, Execution, ParallelCalls, Progress
 @final
 @dataclass(frozen=True)
 class PearsonFilter(Refinement):
-    """Keeps, at each unit ahead, the samples whose upstream units looked like what was seen.
+    """Predicts by random walks that draw, at each unit ahead, from similar past runs only.
 
     Hermes (arXiv 2506.14851, on cross-unit correlation): where an attribute of a unit upstream
     (input tokens, output tokens, parallelism, seconds) correlates with one downstream by more
@@ -99,7 +99,7 @@ class PearsonFilter(Refinement):
 
 
 class Filter(NamedTuple):
-    """An attribute upstream that tells of a unit downstream.
+    """An attribute of a unit upstream that correlates with attributes of a unit downstream.
 
     Attributes:
         upstream: name of the unit.
@@ -117,7 +117,7 @@ class Filter(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class FilteredWalks(Refined):
-    """Walk arrays, with the filters of each node.
+    """Random walks over a graph, with the filters that progress puts on the samples of its nodes.
 
     Attributes:
         config: the refinement.
@@ -154,7 +154,7 @@ class FilteredWalks(Refined):
         return kept
 
     def remaining(self, progress: Progress) -> Distribution:
-        """Random walks over the samples kept."""
+        """Seconds to the end by random walks that draw from the samples kept."""
         config = self.config
         kept = self.kept(progress)
         near = self.arrays.keeping(kept)

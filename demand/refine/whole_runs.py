@@ -1,4 +1,4 @@
-"""Whole runs instead of walks."""
+"""A prediction from the totals of whole remembered runs, without random walks."""
 
 from dataclasses import dataclass
 from typing import final
@@ -14,11 +14,11 @@ from demand.units import ParallelCalls
 @final
 @dataclass(frozen=True)
 class WholeRuns(Refinement):
-    """The totals of the remembered runs, given the seconds received and nothing else.
+    """Predicts from the seconds received alone, out of the totals of the remembered runs.
 
-    Like `NoRefinement`, but a run is kept whole. A random walk draws each unit anew; where runs
-    differ from each other (one task is long throughout, another short), walks average the
-    difference out and their totals vary less than those of real runs.
+    Ours, not from a paper. Like `NoRefinement`, but a run is kept whole. A random walk draws each
+    unit anew; where runs differ from each other (one task is long throughout, another short),
+    walks average the difference out and their totals vary less than those of real runs.
     """
 
     @renamed_keyword("demand", "parallel_calls")

@@ -35,7 +35,8 @@ from demand.refine import (
 )
 from demand.refine.calibration import CalibrationReport, calibrate
 from demand.refine.estimator import DemandEstimator
-from demand.simulation.queue.simulate import Refine, simulate
+from demand.refine import Refine
+from demand.simulation.queue.simulate import simulate
 from demand.traces import Session, read_agent_sessions, read_fireact, read_tau_bench
 from demand.units import Execution, Progress
 from demand.workloads import Workload, poisson_workload
