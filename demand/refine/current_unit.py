@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
 from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
@@ -36,6 +37,7 @@ class CurrentUnit(Refinement):
         set_whole_numbers(self, "walks", least=1)
         set_whole_numbers(self, "seed", least=0)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk from the start and from the end of each unit."""
@@ -61,6 +63,7 @@ class _Walks(Refined):
     after: Mapping[str, Distribution]
     parallel_calls: ParallelCalls
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         first = self.arrays.first_draws(progress, self.parallel_calls)
         if progress.current is None:

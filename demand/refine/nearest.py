@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
 from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
@@ -37,6 +38,7 @@ class NearestRuns(Refinement):
     def __post_init__(self) -> None:
         set_whole_numbers(self, "k", least=1)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Standardise the features of every boundary."""
@@ -87,6 +89,7 @@ class Neighbours(Refined):
     weights: Floats
     k: int
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """What remained to the nearest runs, conditioned on the current unit's seconds."""
         known = self.features.of_progress(progress) * self.scale

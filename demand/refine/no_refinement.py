@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
@@ -30,6 +32,7 @@ class NoRefinement(Refinement):
         set_whole_numbers(self, "walks", least=1)
         set_whole_numbers(self, "seed", least=0)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk the graph once from its start."""
@@ -46,6 +49,7 @@ class AgedDistribution(Refined):
     cost: CostModel
     parallel_calls: ParallelCalls
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """The total, given that it exceeds what was received, less that.
 

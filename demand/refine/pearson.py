@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import numpy as np
+from typing_extensions import override
 
 from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
@@ -61,6 +62,7 @@ class PearsonFilter(Refinement):
         set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
         set_whole_numbers(self, "seed", least=0)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Correlate every unit with those before it, O(units * executions), and walk from each."""
@@ -153,6 +155,7 @@ class FilteredWalks(Refined):
                 kept[node] = chosen
         return kept
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """Seconds to the end by random walks that draw from the samples kept."""
         config = self.config

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
 from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
@@ -50,6 +51,7 @@ class ProgressRegression(Refinement):
             )
         set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Solve the least squares once for all runs, and once without each fold."""
@@ -131,6 +133,7 @@ class Regressed(Refined):
     edges: Floats
     residuals: Floats
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """Prediction times residual factors, conditioned on the current unit's seconds."""
         predicted = float(np.clip(self.fitted(self.features.of_progress(progress)), *self.span))

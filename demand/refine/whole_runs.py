@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
@@ -21,6 +23,7 @@ class WholeRuns(Refinement):
     walks average the difference out and their totals vary less than those of real runs.
     """
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Add up each remembered run."""

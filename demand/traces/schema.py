@@ -69,12 +69,12 @@ class Span:
 
     @property
     def start_seconds(self) -> float | None:
-        """When it began, from the start of the session."""
+        """When its service began, in seconds from the start of the session; `None` if unknown."""
         return None if self.submit_seconds is None else self.submit_seconds + self.queued_seconds
 
     @property
     def end_seconds(self) -> float | None:
-        """When it ended, from the start of the session."""
+        """When it ended, in seconds from the start of the session; `None` if unknown."""
         start = self.start_seconds
         return None if start is None or self.seconds is None else start + self.seconds
 
