@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.units import CostModel, ParallelCalls, Progress
@@ -58,7 +58,7 @@ class Refinement(ABC):
         parallel_calls: ParallelCalls = "sum",
     ) -> Distribution:
         """`fit(graph, parallel_calls).remaining(progress)`, for a single question."""
-        progress = Progress() if progress is None else progress
+        progress = Progress() if progress is None else instance_of("progress", progress, Progress)
         return self.fit(graph, parallel_calls).remaining(progress)
 
 

@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.walks import MAX_UNITS, Draws, WalkArrays
@@ -41,6 +41,7 @@ class CurrentUnit(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk from the start and from the end of each unit."""
+        instance_of("graph", graph, PDGraph)
         arrays = graph.walk_arrays(parallel_calls)
         after = {
             name: self.walk(arrays, arrays.finished(node))

@@ -6,7 +6,7 @@ from typing import final
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints
@@ -42,6 +42,7 @@ class NearestRuns(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Standardise the features of every boundary."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         features = ProgressFeatures(
             {unit.name: number for number, unit in enumerate(columns.units)},

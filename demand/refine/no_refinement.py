@@ -5,7 +5,7 @@ from typing import final
 
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
@@ -36,6 +36,7 @@ class NoRefinement(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Walk the graph once from its start."""
+        instance_of("graph", graph, PDGraph)
         whole = graph.remaining(parallel_calls=parallel_calls, walks=self.walks, seed=self.seed)
         return AgedDistribution(whole, graph.cost, parallel_calls)
 

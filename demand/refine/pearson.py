@@ -7,7 +7,7 @@ from typing import NamedTuple, final
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -66,6 +66,7 @@ class PearsonFilter(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Correlate every unit with those before it, O(units * executions), and walk from each."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         arrays = graph.walk_arrays(parallel_calls)
         filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}

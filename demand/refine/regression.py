@@ -6,7 +6,7 @@ from typing import final
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -55,6 +55,7 @@ class ProgressRegression(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Solve the least squares once for all runs, and once without each fold."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         features = ProgressFeatures(
             {unit.name: number for number, unit in enumerate(columns.units)},

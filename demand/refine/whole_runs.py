@@ -5,7 +5,7 @@ from typing import final
 
 from typing_extensions import override
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
@@ -27,6 +27,7 @@ class WholeRuns(Refinement):
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Add up each remembered run."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         total = Distribution(columns.run_seconds(parallel_calls), graph.run_weights())
         return AgedDistribution(total, graph.cost, parallel_calls)

@@ -35,7 +35,7 @@ from demand import (
     with_deadlines,
 )
 from demand.refine.calibration import crps
-from demand.traces import read_opentelemetry
+from demand.traces import Span, read_opentelemetry
 
 LLM, TOOL = Unit("plan", "llm"), Unit("search", "tool")
 RUN = [Execution(LLM, 10, 5), Execution(TOOL, seconds=2.0)]
@@ -81,6 +81,16 @@ MASKED = np.ma.MaskedArray([1.0, 2.0], [False, True])
         ),
         (lambda: DemandEstimator({"a": GRAPH})("a", RUN), "progress is .* expected a Progress"),
         (lambda: calibrate(lambda p: KNOWN["a"], RUN), r"runs\[0\] is a single execution"),
+        *(
+            (lambda refinement=refinement: refinement.fit([RUN]), "graph is .* expected a PDGraph")
+            for refinement in (
+                *(CurrentUnit(), NearestRuns(), NoRefinement(), WholeRuns()),
+                *(PearsonFilter(), ProgressRegression()),
+            )
+        ),
+        (lambda: WholeRuns().remaining(GRAPH, RUN), "progress is .* expected a Progress"),
+        (lambda: Span("a", "tool", seconds="1"), "seconds of span 'a' holds text"),
+        (lambda: Span("a", "llm", input_tokens=None), "input_tokens of span 'a' is None"),
         (lambda: drift([RUN, RUN], 1), "graph is .* expected a PDGraph"),
         (lambda: RankTable([1.0, 2.0]), "distribution is .* expected a Distribution"),
         (lambda: RankTable(KNOWN["a"], variant=["mean"]), r"variant is \['mean'\]"),
