@@ -1,4 +1,4 @@
-"""What callers hand in, as the number that was meant, or refused by its name."""
+"""What callers hand in, as what was meant, or refused by its name."""
 
 import operator
 import warnings
@@ -10,6 +10,40 @@ from demand.errors import DemandError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Instance = TypeVar("Instance")
+
+
+def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kinds: a class or several; abstract ones are allowed.
+        expected: what to say was expected, such as "a policy, such as Gittins()".
+
+    Raises:
+        DemandError: anything else; of a class it is said that an instance of it was meant.
+    """
+    if isinstance(value, kinds):
+        return
+    if isinstance(value, type):
+        call = f"; make one: {value.__name__}(...)" if issubclass(value, kinds) else ""
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
+    raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def check_callable(name: str, value: object, expected: str) -> None:
+    """Raise `DemandError` unless `value` can be called and is not a class.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        expected: what to say was expected.
+    """
+    if isinstance(value, type):
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
+    if not callable(value):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:

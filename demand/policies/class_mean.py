@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Policy, Rank, number
+from demand.policies.base import Policy, Rank, number
+from demand.policies.job import Job
 from demand.policies.unknown import mean_demand, next_mean_above
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 from demand.distribution.distribution import Distribution
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank, check_policy
+from demand.policies.job import Job
 from demand.policies.priority_classes import classed, next_above_in_class
-from demand.policies.wrapper import ByClass, check_policy
+from demand.policies.wrapper import ByClass
 
 
 @final

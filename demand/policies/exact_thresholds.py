@@ -77,12 +77,14 @@ def greatest_within(function: Callable[[float], float], threshold: float, guess:
             high = middle
 
 
-_SLACK = 1e-9  # of a quantum: a sum of pieces of service counts as the whole it was meant to be
+ROUNDING = 1e-9
+"""A sum of pieces of service that falls this share of a quantum short of a whole number of quanta
+counts as that number: 0.1 + 0.2 + ... is what it was meant to be."""
 
 
 def whole_quanta(seconds: float, quantum: float) -> int:
-    """How many quanta of `quantum` seconds are complete within `seconds`."""
-    return math.floor(seconds / quantum + _SLACK)
+    """How many quanta of `quantum` seconds are complete within `seconds`, up to `ROUNDING`."""
+    return math.floor(seconds / quantum + ROUNDING)
 
 
 def next_end(seconds: float, quantum: float, threshold: float) -> float:

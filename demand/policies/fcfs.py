@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import final
 
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
 from demand.seconds import check_age
 
 

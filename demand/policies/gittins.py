@@ -5,7 +5,8 @@ from typing import final
 
 from demand.distribution.distribution import Distribution
 from demand.distribution.rank_table import RankTable
-from demand.policies.base import Job, Policy, table_of
+from demand.policies.base import Policy, table_of
+from demand.policies.job import Job
 
 
 @final

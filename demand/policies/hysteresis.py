@@ -4,8 +4,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Rank, number
+from demand.policies.base import Rank, number
 from demand.policies.exact_thresholds import check_positive, greatest_addend
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
 
 

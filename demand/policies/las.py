@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Policy, Rank, number
+from demand.policies.base import Policy, Rank, number
 from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
+from demand.policies.job import Job
 from demand.seconds import check_age
 
 

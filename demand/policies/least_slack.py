@@ -10,8 +10,9 @@ import numpy as np
 from demand.distribution.atoms import beyond_samples
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number, table_of
+from demand.policies.base import Policy, Rank, number, table_of
 from demand.policies.exact_thresholds import check_positive, greatest_addend, whole_quanta
+from demand.policies.job import Job
 from demand.seconds import check_age
 
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank
+from demand.policies.job import Job
 from demand.policies.wrapper import ByClass, Wrapper
 
 

@@ -5,8 +5,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Rank, number
+from demand.policies.base import Rank, number
 from demand.policies.exact_thresholds import check_positive
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
 from demand.seconds import check_age
 

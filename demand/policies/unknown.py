@@ -5,7 +5,7 @@ import math
 from demand.distribution.atoms import RESOLUTION_SECONDS
 from demand.distribution.never_seen import NEVER_SEEN
 from demand.distribution.rank_table import RankTable
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 _BY_ATTAINED_SERVICE = RankTable(NEVER_SEEN)
 

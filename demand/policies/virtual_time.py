@@ -6,8 +6,9 @@ from heapq import heappop, heappush
 from typing import final
 
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number
+from demand.policies.base import Policy, Rank, number
 from demand.policies.exact_thresholds import check_positive, greatest_within
+from demand.policies.job import Job
 from demand.policies.unknown import has_mean, mean_demand, next_mean_above
 
 

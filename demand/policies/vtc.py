@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import final
 
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number
+from demand.policies.base import Policy, Rank, number
 from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
+from demand.policies.job import Job
 
 
 @final

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy, check_policy
+from demand.policies.job import Job
 
 
 class ByClass(Policy, ABC):
@@ -62,12 +63,6 @@ class Wrapper(Policy, ABC):
     def departed(self, job: Job, now: float) -> None:
         """Passed on."""
         self.policy.departed(job, now)
-
-
-def check_policy(name: str, policy: object) -> None:
-    """Raise `DemandError` unless `policy` is one."""
-    if not isinstance(policy, Policy):
-        raise DemandError(f"{name} is {policy!r}; expected a policy, such as Gittins()")
 
 
 def check_by_number(outer: Policy, policy: object) -> None:

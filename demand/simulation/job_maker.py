@@ -3,18 +3,21 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import final
+from typing import Generic, TypeVar, final
 
 import numpy as np
 
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
 from demand.units import CostModel
 from demand.workloads.workload import Workload
 
+J = TypeVar("J", bound=Job)
+
 
 @final
-class JobMaker:
+class JobMaker(Generic[J]):
     """Makes the `Job` of each entry of a workload, under one policy and with one state.
 
     Jobs are made as they arrive, so that only those present take memory. The table of an
@@ -23,11 +26,13 @@ class JobMaker:
     Args:
         workload: the entries.
         policy: whose tables and state the jobs carry.
+        kind: class of the jobs: `Job`, or what a simulator makes of it.
         seed: of the lottery.
     """
 
-    def __init__(self, workload: Workload, policy: Policy, seed: int = 0) -> None:
+    def __init__(self, workload: Workload, policy: Policy, kind: type[J], seed: int = 0) -> None:
         self._workload = workload
+        self._kind = kind
         self._state = policy.new_state()
         self._known = {
             name: (known, policy.table(known)) for name, known in workload.distributions.items()
@@ -37,7 +42,7 @@ class JobMaker:
         self._demands: list[float] = workload.demands.tolist()
         self._deadlines: list[float] = workload.deadlines.tolist()
 
-    def make(self, entry: int, index: int | None = None, arrival: float | None = None) -> Job:
+    def make(self, entry: int, index: int | None = None, arrival: float | None = None) -> J:
         """The job of `entry`.
 
         Args:
@@ -51,7 +56,7 @@ class JobMaker:
             arrival = nominal
         application, tenant = workload.applications[entry], workload.tenants[entry]
         known, table = self._known[application]
-        job = Job(
+        job = self._kind(
             entry if index is None else index,
             application,
             arrival,

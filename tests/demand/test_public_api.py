@@ -115,7 +115,7 @@ def test_everything_public_is_documented(name):
 
 
 def test_import_loads_only_numpy():
-    heavy = "torch transformers scipy networkx matplotlib httpx2 picache sparsity"
+    heavy = "torch transformers scipy networkx matplotlib httpx2 openai picache sparsity"
     check = (
         f"import sys, demand; found = set('{heavy}'.split()) & set(sys.modules); assert not found"
     )

@@ -4,7 +4,7 @@ from typing import final
 
 from demand.simulation.engine.blocks import Blocks
 from demand.simulation.engine.engine import Engine
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 
 
 @final
@@ -60,25 +60,25 @@ class Batch:
             calls.formed = self.formed
             self.prefilling.append((calls, tokens))
             return
-        step, task = self.step, calls.task
+        step, job = self.step, calls.job
         calls.over = step + calls.output_tokens - calls.generated
-        if task.since != step:
-            task.generated, task.since = task.produced(step), step
-        task.decoding += calls.count
-        task.look = 0
+        if job.since_step != step:
+            job.generated, job.since_step = job.produced(step), step
+        job.decoding += calls.count
+        job.check_step = 0
         self.blocks.enter(calls, step)
         self.decoding += calls.count
         self._context += calls.computed * calls.count
 
-    def stop(self, task: Task) -> None:
-        """Take out the calls of `task` that decode, before the batch is open."""
-        self._stop(task, ahead=False)
+    def stop(self, job: JobOnEngine) -> None:
+        """Take out the calls of `job` that decode, before the batch is open."""
+        self._stop(job, ahead=False)
 
-    def displace(self, task: Task) -> None:
-        """Take out the calls of `task` that decode, to make room for others."""
-        self.room += task.decoding
-        self.budget += task.decoding
-        self._stop(task, ahead=True)
+    def displace(self, job: JobOnEngine) -> None:
+        """Take out the calls of `job` that decode, to make room for others."""
+        self.room += job.decoding
+        self.budget += job.decoding
+        self._stop(job, ahead=True)
 
     def close(self) -> None:
         """Count what the step takes."""
@@ -112,34 +112,34 @@ class Batch:
         for calls, tokens in self.prefilling:
             _compute(calls, tokens)
 
-    def finish(self, task: Task) -> bool:
-        """Take out the calls of `task` that are over; whether that ends its unit."""
+    def finish(self, job: JobOnEngine) -> bool:
+        """Take out the calls of `job` that are over; whether that ends its unit."""
         over = [
             calls
-            for calls in task.calls
+            for calls in job.calls
             if calls.over == self.step or calls.generated == calls.output_tokens
         ]
         if not over:
             return False
-        task.generated, task.since = task.produced(self.step), self.step
-        task.look = 0
+        job.generated, job.since_step = job.produced(self.step), self.step
+        job.check_step = 0
         for calls in over:
             if calls.over:
                 self._leave(calls, ahead=False)
-                task.decoding -= calls.count
+                job.decoding -= calls.count
             self.blocks.release(calls)
-            task.calls.remove(calls)
-            task.requests -= calls.count
-        if not task.calls:
-            self.blocks.forget(task)
-        return not task.calls
+            job.calls.remove(calls)
+            job.requests -= calls.count
+        if not job.calls:
+            self.blocks.forget(job)
+        return not job.calls
 
-    def _stop(self, task: Task, ahead: bool) -> None:
-        for calls in task.calls:
+    def _stop(self, job: JobOnEngine, ahead: bool) -> None:
+        for calls in job.calls:
             if calls.over:
                 self._leave(calls, ahead)
                 calls.formed = self.formed - 1
-        task.generated, task.since, task.decoding = task.produced(self.step), self.step, 0
+        job.generated, job.since_step, job.decoding = job.produced(self.step), self.step, 0
 
     def _leave(self, calls: Calls, ahead: bool) -> None:
         """Bring calls that decode up to date, and take them out."""
@@ -153,12 +153,12 @@ class Batch:
 
 def _compute(calls: Calls, tokens: int) -> None:
     """Rule 4: the scheduled tokens get KV, and with none pending one more is produced."""
-    task, count = calls.task, calls.count
+    job, count = calls.job, calls.count
     calls.computed += tokens
     new = min(calls.computed, calls.input_tokens) - calls.prefilled
     if new > 0:
         calls.prefilled += new
-        task.prefilled += new * count
+        job.prefilled += new * count
     if calls.pending == 0:
         calls.generated += 1
-        task.generated += count
+        job.generated += count

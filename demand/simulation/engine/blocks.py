@@ -3,7 +3,7 @@
 from typing import final
 
 from demand.simulation.engine.engine import Engine
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 
 
 @final
@@ -28,7 +28,7 @@ class Blocks:
         self.swapped = 0
         self.prefilled_again = 0
         self.block_tokens = engine.block_tokens  # looked up less often
-        self._tasks: dict[Task, None] = {}  # that may hold blocks
+        self._jobs: dict[JobOnEngine, None] = {}  # that may hold blocks
         self._holders = 0  # calls that do
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
         self._phases = [0] * engine.block_tokens
@@ -42,9 +42,9 @@ class Blocks:
 
         As many get them as can, and are parted from the rest.
         """
-        needed, task = self.needed(calls, tokens), calls.task
+        needed, job = self.needed(calls, tokens), calls.job
         if needed * calls.count > self.free:
-            task.split(calls, max(self.free // needed, 1))
+            job.split(calls, max(self.free // needed, 1))
             if needed > self.free and not self._make_room(calls, needed):
                 return False
         self.give(calls, needed)
@@ -54,7 +54,7 @@ class Blocks:
         """Give each of `calls` the blocks needed, which must be free, and what it has swapped."""
         if needed:
             if not calls.blocks:
-                self._tasks[calls.task] = None
+                self._jobs[calls.job] = None
                 self._holders += calls.count
             self.free -= needed * calls.count
             calls.blocks += needed
@@ -107,9 +107,9 @@ class Blocks:
         self._holders -= calls.count
         calls.blocks = 0
 
-    def forget(self, task: Task) -> None:
-        """Take out a task whose calls are all over."""
-        del self._tasks[task]
+    def forget(self, job: JobOnEngine) -> None:
+        """Take out a job whose calls are all over."""
+        del self._jobs[job]
 
     def trim(self) -> None:
         """Let no more than `max_requests` requests hold KV, where the engine does not pause."""
@@ -124,7 +124,7 @@ class Blocks:
         return moved
 
     def _all(self) -> list[Calls]:
-        return [calls for task in self._tasks for calls in task.calls if calls.blocks]
+        return [calls for job in self._jobs for calls in job.calls if calls.blocks]
 
     def _make_room(self, calls: Calls, needed: int) -> bool:
         """Free blocks of calls that come after `calls`, last first, if that is enough."""
@@ -141,9 +141,9 @@ class Blocks:
     def _take(self, victims: Calls, most: int) -> None:
         """Take the blocks of the last of `victims`, `most` of them if they are more."""
         if most < victims.count:
-            task, at = victims.task, victims.task.calls.index(victims)
-            task.split(victims, victims.count - most)
-            victims = task.calls[at + 1]
+            job, at = victims.job, victims.job.calls.index(victims)
+            job.split(victims, victims.count - most)
+            victims = job.calls[at + 1]
         self.free += victims.blocks * victims.count
         self._holders -= victims.count
         if self.engine.preemption == "swap":

@@ -56,18 +56,24 @@ def _steps_of_blocks(batcher: Batcher, most: int) -> int:
 def _steps_of_order(batcher: Batcher, now: float, most: int) -> int:
     """Number of steps after which another call may come before one of the batch.
 
-    Bounds hold until a task is to be looked at. Only the task that is served in part is followed
+    Bounds hold until a job is to be looked at. Only the job that is served in part is followed
     from step to step: it must stay behind all others and before those that wait.
     """
     order, partial, step = batcher.order, batcher.partial, batcher.batch.step
     if partial is None or not order.preemptive:
         return most
     best = order.best_waiting
-    worst = max([task.bound for task in order.running if task is not partial], default=FIRST)
+    worst = FIRST
+    for job in order.running:
+        if job is not partial:
+            if job.bound is None:
+                return 1
+            worst = max(worst, job.bound)
     steps = 0
     while steps < most and worst < partial.place < best:
         steps += 1
-        partial.job.attained_service = partial.attained(step + steps)
+        partial.attained_service = partial.attained(step + steps)
         order.place(partial, now)
-    partial.job.attained_service = partial.attained(step)
+        partial.exact = False  # that is where it will stand
+    partial.attained_service = partial.attained(step)
     return max(steps, 1)

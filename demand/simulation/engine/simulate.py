@@ -18,7 +18,7 @@ from demand.simulation.engine.batcher import Batcher
 from demand.simulation.engine.calls import call_groups, check_run, execution_seconds
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.identical_steps import identical_steps
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
 from demand.simulation.job_maker import JobMaker
@@ -76,8 +76,8 @@ def simulate_engine(
             policy that ranks NaN, a pool for an unknown unit, or a prewarmer that needs graphs
             where there are none.
     """
-    jobs = workload.jobs if isinstance(workload, ClosedLoop) else workload
-    if jobs.runs is None:
+    entries = workload.jobs if isinstance(workload, ClosedLoop) else workload
+    if entries.runs is None:
         raise DemandError(
             "the workload has no runs, and an engine serves requests, not seconds; give "
             "Workload(runs=...), the executions of each job"
@@ -85,16 +85,16 @@ def simulate_engine(
     engine = Engine() if engine is None else engine
     prewarm = NoPrewarm() if prewarm is None else prewarm
     pools = {} if backends is None else dict(backends)
-    for entry, run in enumerate(jobs.runs):
+    for entry, run in enumerate(entries.runs):
         check_run(entry, run, engine)
-    check_pools(pools, prewarm, jobs, jobs.runs)
-    costs = {name: cost or _cost(jobs, name) for name in jobs.distributions}
-    simulation = _Simulation(workload, jobs, jobs.runs, policy, engine, costs, seed, refine)
+    check_pools(pools, prewarm, entries, entries.runs)
+    costs = {name: cost or _cost(entries, name) for name in entries.distributions}
+    simulation = _Simulation(workload, entries, entries.runs, policy, engine, costs, seed, refine)
     simulation.backends = Backends(
         pools,
         prewarm,
         pace or cost or CostModel(),
-        jobs.graphs,
+        entries.graphs,
         simulation.agenda,
         simulation.place,
     )
@@ -107,7 +107,7 @@ class _Simulation:
     def __init__(
         self,
         workload: Workload | ClosedLoop,
-        jobs: Workload,
+        entries: Workload,
         runs: Sequence[Sequence[Execution]],
         policy: Policy,
         engine: Engine,
@@ -121,7 +121,7 @@ class _Simulation:
         self.costs = costs
         self.refine = refine
         self.arrivals = arrivals_of(workload)
-        self.jobs = JobMaker(jobs, policy, seed)
+        self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
         self.batcher = Batcher(engine, policy)
         self.entries: list[int] = []  # in order of arrival
@@ -136,8 +136,8 @@ class _Simulation:
         self.alarms = 0
 
     def run(self) -> EngineResult:
-        now, order, jobs = 0.0, self.batcher.order, len(self.workload)
-        while self.finished < jobs:
+        now, order, count = 0.0, self.batcher.order, len(self.workload)
+        while self.finished < count:
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
@@ -163,12 +163,12 @@ class _Simulation:
         if upcoming <= now:
             self.happen(now)
         ended, alarmed = batcher.advance(steps, now)
-        for task in ended:
-            self.end_unit(task, now)
-        for task in alarmed:
-            while task.alarms and task.alarms[-1][0] <= task.produced(batcher.batch.step):
+        for job in ended:
+            self.end_unit(job, now)
+        for job in alarmed:
+            while job.alarms and job.alarms[-1][0] <= job.produced(batcher.batch.step):
                 self.alarms += 1
-                task.alarms.pop()[1](now)
+                job.alarms.pop()[1](now)
         return now
 
     def next_second(self) -> float:
@@ -189,87 +189,80 @@ class _Simulation:
     def arrive(self, now: float) -> None:
         entry = self.arrivals.take()
         job = self.jobs.make(entry, len(self.entries), now)
-        run, cost = self.runs[entry], self.costs[job.application]
-        unit_seconds = [execution_seconds(execution, cost) for execution in run]
-        job.demand = sum(unit_seconds)
+        cost = self.costs[job.application]
+        job.entry, job.run, job.arrived_step = entry, self.runs[entry], self.steps
+        job.prefill_seconds_per_token = cost.prefill_seconds_per_token
+        job.decode_seconds_per_token = cost.decode_seconds_per_token
+        job.unit_seconds = [execution_seconds(execution, cost) for execution in job.run]
+        job.demand = sum(job.unit_seconds)
         self.entries.append(entry)
         self.arrived_at.append(now)
         self.policy.arrived(job, now)
-        task = Task(
-            job,
-            entry,
-            run,
-            cost.prefill_seconds_per_token,
-            cost.decode_seconds_per_token,
-            unit_seconds,
-            arrived_step=self.steps,
-        )
-        self.start_unit(task, now)
+        self.start_unit(job, now)
 
-    def start_unit(self, task: Task, now: float) -> None:
-        task.at += 1
-        task.job.requested = now
-        later = self.backends.plan(task, now)
-        if task.execution.unit.kind != "llm":
-            if self.backends.acquire(task, now, partial(self.begin, task, later)):
-                self.begin(task, later, now)
+    def start_unit(self, job: JobOnEngine, now: float) -> None:
+        job.position += 1
+        job.requested = now
+        later = self.backends.plan(job, now)
+        if job.execution.unit.kind != "llm":
+            if self.backends.acquire(job, now, partial(self.begin, job, later)):
+                self.begin(job, later, now)
             return
-        task.prefilled = task.generated = 0
+        job.prefilled = job.generated = 0
         number = 0
-        for count, given, made in call_groups(task.execution):
-            task.calls.append(Calls(task, number, count, given, made))
+        for count, given, made in call_groups(job.execution):
+            job.calls.append(Calls(job, number, count, given, made))
             number += count
-        task.requests = number
+        job.requests = number
         self.requests += number
-        self.backends.alarms(task, later)
-        task.cold = self.backends.waits_for_its_turn(task)
-        if task.cold or self.warm(task, now):
-            self.submit(task, now)
+        self.backends.alarms(job, later)
+        job.cold = self.backends.waits_for_its_turn(job)
+        if job.cold or self.warm(job, now):
+            self.submit(job, now)
 
-    def warm(self, task: Task, now: float) -> bool:
+    def warm(self, job: JobOnEngine, now: float) -> bool:
         """Whether the backend of an llm unit is warm; else it is submitted once it is."""
-        return self.backends.acquire(task, now, partial(self.submit, task))
+        return self.backends.acquire(job, now, partial(self.submit, job))
 
-    def submit(self, task: Task, now: float) -> None:
+    def submit(self, job: JobOnEngine, now: float) -> None:
         """The requests of an llm unit wait for their turn."""
-        self.batcher.order.add(task, now)
+        self.batcher.order.add(job, now)
 
-    def begin(self, task: Task, later: Sequence[tuple[float, Action]], now: float) -> None:
+    def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
         """A unit outside of the engine begins."""
-        seconds = task.execution.seconds
+        seconds = job.execution.seconds
         assert seconds is not None
         for after, action in later:
             self.agenda.add(now + after, action)
-        self.agenda.add(now + seconds, partial(self.end_unit, task))
+        self.agenda.add(now + seconds, partial(self.end_unit, job))
 
-    def end_unit(self, task: Task, now: float) -> None:
-        job, execution = task.job, task.execution
-        task.settled_seconds += task.unit_seconds[task.at]
-        task.prefilled = task.generated = 0
-        seconds = task.settled_seconds - job.attained_service
-        job.attained_service = task.settled_seconds
+    def end_unit(self, job: JobOnEngine, now: float) -> None:
+        execution = job.execution
+        job.finished_seconds += job.unit_seconds[job.position]
+        job.prefilled = job.generated = 0
+        seconds = job.finished_seconds - job.attained_service
+        job.attained_service = job.finished_seconds
         if execution.unit.kind != "llm" and seconds > 0.0:
             self.policy.served(job, seconds, now)
-        self.backends.release(task, now)
-        if task.at + 1 == len(task.run):
-            self.finish(task, now)
+        self.backends.release(job, now)
+        if job.position + 1 == len(job.run):
+            self.finish(job, now)
             return
         if self.refine is not None:
-            remaining = self.refine(job.application, Progress(task.run[: task.at + 1]))
+            remaining = self.refine(job.application, Progress(job.run[: job.position + 1]))
             job.learn(remaining, self.policy.table(remaining))
-        self.start_unit(task, now)
+        self.start_unit(job, now)
 
-    def finish(self, task: Task, now: float) -> None:
-        job = task.job
+    def finish(self, job: JobOnEngine, now: float) -> None:
         self.finished += 1
         self.completion_times[job.index] = now - job.arrival
-        self.completion_steps[job.index] = self.steps - task.arrived_step
+        self.completion_steps[job.index] = self.steps - job.arrived_step
         self.policy.departed(job, now)
-        self.arrivals.finished(task.entry, now)
+        self.arrivals.finished(job.entry, now)
 
-    def place(self, task: Task, now: float) -> tuple[Rank, int]:
-        """Order of tasks that wait for a backend."""
-        return self.policy.rank(task.job, now), task.job.index
+    def place(self, job: JobOnEngine, now: float) -> tuple[Rank, int]:
+        """Order of jobs that wait for a backend."""
+        return self.policy.rank(job, now), job.index
 
     def events(self) -> int:
         """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""

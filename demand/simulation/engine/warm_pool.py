@@ -8,12 +8,12 @@ from typing import final
 
 from demand.policies.base import Rank
 from demand.simulation.engine.agenda import Action, Agenda
-from demand.simulation.engine.job_on_engine import Task
+from demand.simulation.engine.job_on_engine import JobOnEngine
 from demand.simulation.engine.pools import Pool, PoolReport
 from demand.units import Unit
 
 Key = int | str
-PlaceOf = Callable[[Task, float], tuple[Rank, int]]
+PlaceOf = Callable[[JobOnEngine, float], tuple[Rank, int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class _Instance:
     ready: float  # second at which it ends
     users: int = 0
     used: bool = False
-    reserved: set[Task] = field(default_factory=set)
+    reserved: set[JobOnEngine] = field(default_factory=set)
     idle_since: float = 0.0
 
     def idle(self, now: float) -> bool:
@@ -32,7 +32,7 @@ class _Instance:
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    task: Task
+    job: JobOnEngine
     key: Key
     since: float
     begin: Action
@@ -47,54 +47,54 @@ class WarmPool:
         self._agenda = agenda
         self._place = place
         self._instances: list[_Instance] = []
-        self._held: dict[Task, _Instance] = {}
+        self._held: dict[JobOnEngine, _Instance] = {}
         self._waiting: list[_Waiting] = []
         self._counts = {"warm": 0, "late": 0, "cold": 0, "unused": 0}
         self._wait = self._idle = self._unused = 0.0
 
-    def acquire(self, task: Task, unit: Unit, now: float, begin: Action) -> bool:
-        """Give `task` an instance for `unit`: whether one is warm; else `begin` is called later."""
-        self._waiting.append(_Waiting(task, self._key(task, unit), now, begin))
-        return self._serve(now, newcomer=task)
+    def acquire(self, job: JobOnEngine, unit: Unit, now: float, begin: Action) -> bool:
+        """Give `job` an instance for `unit`: whether one is warm; else `begin` is called later."""
+        self._waiting.append(_Waiting(job, self._key(job, unit), now, begin))
+        return self._serve(now, newcomer=job)
 
-    def release(self, task: Task, following: Unit | None, now: float) -> None:
-        """The unit of `task` is over; its instance stays if the unit `following` can use it."""
-        instance = self._held.pop(task)
+    def release(self, job: JobOnEngine, following: Unit | None, now: float) -> None:
+        """The unit of `job` is over; its instance stays if the unit `following` can use it."""
+        instance = self._held.pop(job)
         instance.users -= 1
         if not instance.users:
             instance.idle_since = now
-        if following is not None and instance.key == self._key(task, following):
-            instance.reserved.add(task)
+        if following is not None and instance.key == self._key(job, following):
+            instance.reserved.add(job)
         self._rest(instance, now)
         self._serve(now)
 
-    def prewarm(self, task: Task, unit: Unit, now: float) -> None:
-        """Have an instance warm for `task`, as far as slots allow, and keep it until `lapse`."""
-        key = self._key(task, unit)
-        instance = self._usable(task, key, now)
+    def prewarm(self, job: JobOnEngine, unit: Unit, now: float) -> None:
+        """Have an instance warm for `job`, as far as slots allow, and keep it until `lapse`."""
+        key = self._key(job, unit)
+        instance = self._usable(job, key, now)
         if instance is None:
             instance = self._start(key, now, demanded=False)
             if instance is None:
                 return
             self._agenda.add(instance.ready, self._look)
-        instance.reserved.add(task)
+        instance.reserved.add(job)
 
-    def lapse(self, task: Task, following: Unit | None, now: float) -> None:
+    def lapse(self, job: JobOnEngine, following: Unit | None, now: float) -> None:
         """Give up what was reserved for a unit that does not follow."""
-        key = self._key(task, following) if following is not None else None
+        key = self._key(job, following) if following is not None else None
         freed = False
-        for instance in [i for i in self._instances if task in i.reserved and i.key != key]:
-            instance.reserved.remove(task)
+        for instance in [i for i in self._instances if job in i.reserved and i.key != key]:
+            instance.reserved.remove(job)
             self._rest(instance, now)
             freed = True
         if freed:
             self._serve(now)
 
-    def depart(self, task: Task, now: float) -> None:
+    def depart(self, job: JobOnEngine, now: float) -> None:
         """The job is over, and what only it could use."""
-        self.lapse(task, None, now)
+        self.lapse(job, None, now)
         if self.pool.scope == "job":
-            for instance in [i for i in self._instances if i.key == task.job.index]:
+            for instance in [i for i in self._instances if i.key == job.index]:
                 self._remove(instance, now)
             self._serve(now)
 
@@ -120,21 +120,21 @@ class WarmPool:
             self._unused,
         )
 
-    def _serve(self, now: float, newcomer: Task | None = None) -> bool:
+    def _serve(self, now: float, newcomer: JobOnEngine | None = None) -> bool:
         """Let waiting units have instances, best rank first, until one finds no slot.
 
         Those whose instance is warm begin, but for the `newcomer`: whether it can.
         """
         at_once = False
         while self._waiting:
-            waiting = min(self._waiting, key=lambda w: self._place(w.task, now))
+            waiting = min(self._waiting, key=lambda w: self._place(w.job, now))
             ready = self._give(waiting, now)
             if ready == math.inf:
                 break
             self._waiting.remove(waiting)
             if ready > now:
                 self._agenda.add(ready, waiting.begin)
-            elif waiting.task is newcomer:
+            elif waiting.job is newcomer:
                 at_once = True
             else:
                 waiting.begin(now)
@@ -142,8 +142,8 @@ class WarmPool:
 
     def _give(self, waiting: _Waiting, now: float) -> float:
         """Give an instance, if there is a slot; second at which it is warm."""
-        task = waiting.task
-        instance, how = self._usable(task, waiting.key, now), "cold"
+        job = waiting.job
+        instance, how = self._usable(job, waiting.key, now), "cold"
         if instance is None:
             instance = self._start(waiting.key, now, demanded=True)
             if instance is None:
@@ -152,10 +152,10 @@ class WarmPool:
             how = "warm" if instance.ready <= now else "late"
         self._counts[how] += 1
         self._count_idle(instance, now)
-        instance.reserved.discard(task)
+        instance.reserved.discard(job)
         instance.users += 1
         instance.used = True
-        self._held[task] = instance
+        self._held[job] = instance
         ready = max(now, instance.ready)
         self._wait += ready - waiting.since
         return ready
@@ -163,14 +163,14 @@ class WarmPool:
     def _look(self, now: float) -> None:
         self._serve(now)
 
-    def _usable(self, task: Task, key: Key, now: float) -> _Instance | None:
-        """An instance of `key` that `task` may have: its own, else the one warm soonest."""
+    def _usable(self, job: JobOnEngine, key: Key, now: float) -> _Instance | None:
+        """An instance of `key` that `job` may have: its own, else the one warm soonest."""
         found = [
             i
             for i in self._instances
-            if i.key == key and (self.pool.shared or (not i.users and i.reserved <= {task}))
+            if i.key == key and (self.pool.shared or (not i.users and i.reserved <= {job}))
         ]
-        return min(found, key=lambda i: (task not in i.reserved, i.ready), default=None)
+        return min(found, key=lambda i: (job not in i.reserved, i.ready), default=None)
 
     def _start(self, key: Key, now: float, demanded: bool) -> _Instance | None:
         if len(self._instances) == self.pool.slots:
@@ -213,7 +213,7 @@ class WarmPool:
         if not instance.users:
             instance.idle_since = now
 
-    def _key(self, task: Task, unit: Unit) -> Key:
+    def _key(self, job: JobOnEngine, unit: Unit) -> Key:
         if self.pool.scope == "job":
-            return task.job.index
-        return task.job.application if self.pool.scope == "application" else unit.name
+            return job.index
+        return job.application if self.pool.scope == "application" else unit.name

@@ -13,7 +13,7 @@ from demand.refine.base import Refine
 from demand.simulation.arrivals import arrivals_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
-from demand.simulation.queue.job_in_service import Task
+from demand.simulation.queue.job_in_service import JobInService
 from demand.simulation.result import Result
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
@@ -109,7 +109,7 @@ class _Simulation:
         self.refine = refine
         self.runs = entries.runs if refine is not None or policy.by_request else None
         self.arrivals = arrivals_of(workload)
-        self.jobs = JobMaker(entries, policy, seed)
+        self.jobs = JobMaker(entries, policy, JobInService, seed)
         self.server_count = servers
         self.servers = servers_for(policy, servers)
         self.arrived, self.departed = hook(policy, "arrived"), hook(policy, "departed")
@@ -123,21 +123,21 @@ class _Simulation:
         reranks = self.policy.reranks
         while True:
             now = arrivals.next
-            stopped: list[Task] = []
-            for task in running:
-                if task.stop < now:
-                    now, stopped = task.stop, [task]
-                elif task.stop == now:
-                    stopped.append(task)
+            stopped: list[JobInService] = []
+            for job in running:
+                if job.stop < now:
+                    now, stopped = job.stop, [job]
+                elif job.stop == now:
+                    stopped.append(job)
             if now == math.inf:
                 return self.result()
             if stopped or reranks:
                 servers.serve(stopped, now)
-                for task in stopped:
-                    if task.stop_age == task.ends[task.at]:
+                for job in stopped:
+                    if job.stop_attained == job.ends[job.units_finished]:
                         self.events += 1
-                        self.reach(task, now)
-                    elif servers.look(task, now):
+                        self.end_unit(job, now)
+                    elif servers.stop_within_unit(job, now):
                         self.events += 1
             while arrivals.next == now:
                 self.events += 1
@@ -147,31 +147,32 @@ class _Simulation:
     def arrive(self, now: float) -> None:
         entry = self.arrivals.take()
         job = self.jobs.make(entry, len(self.entries), now)
+        job.entry = entry
         self.entries.append(entry)
         self.arrived_at.append(now)
         if self.arrived is not None:
             self.arrived(job, now)
-        ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
-        self.servers.add(Task(job, entry, ends))
+        job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
+        self.servers.add(job)
 
-    def reach(self, task: Task, now: float) -> None:
-        """A task is at the end of a unit, or at its own."""
-        job, ends, at = task.job, task.ends, task.at
-        while at < len(ends) and ends[at] <= job.attained_service:
-            at += 1
-        if at == len(ends):
-            self.servers.leave(task)
+    def end_unit(self, job: JobInService, now: float) -> None:
+        """A job is at the end of a unit, its last one perhaps."""
+        ends, finished = job.ends, job.units_finished
+        while finished < len(ends) and ends[finished] <= job.attained_service:
+            finished += 1
+        if finished == len(ends):
+            self.servers.leave(job)
             self.completion_times[job.index] = now - job.arrival
             if self.departed is not None:
                 self.departed(job, now)
-            self.arrivals.finished(task.entry, now)
+            self.arrivals.finished(job.entry, now)
             return
-        self.servers.end_unit(task)
-        task.at = at
+        self.servers.end_unit(job)
+        job.units_finished = finished
         job.requested = now
         if self.refine is not None and self.runs is not None:
-            run = self.runs[task.entry]
-            remaining = self.refine(job.application, Progress(run[:at]))
+            run = self.runs[job.entry]
+            remaining = self.refine(job.application, Progress(run[:finished]))
             job.learn(remaining, self.policy.table(remaining))
 
     def result(self) -> SimulationResult:
