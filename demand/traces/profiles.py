@@ -40,9 +40,11 @@ class StageProfile:
     def __post_init__(self) -> None:
         Unit("stage", self.kind)  # refuses an unknown kind
         for name in ("input_tokens", "output_tokens", "seconds", "parallelism"):
-            samples = getattr(self, name)
             read = as_seconds if name == "seconds" else as_numbers
-            for at, value in enumerate(read(f"{name} of a stage", samples)):
+            samples = read(f"{name} of a stage", getattr(self, name)).tolist()
+            if name == "seconds":
+                object.__setattr__(self, name, tuple(samples))
+            for at, value in enumerate(samples):
                 if not 0.0 <= value < math.inf:
                     raise DemandError(
                         f"{name}[{at}] of a stage is {value}; expected a finite number of at "
