@@ -90,25 +90,16 @@ def set_whole_numbers(configuration: object, *names: str, least: int) -> None:
 
 
 def instance_of(name: str, value: object, expected: type[Instance]) -> Instance:
-    """`value`, or `DemandError` unless it is an instance of `expected`; a class is none."""
-    if isinstance(value, expected):
-        return value
+    """`value`, which is an instance of `expected`, or `DemandError` as `check_instance`."""
     what = expected.__name__
-    if isinstance(value, type):
-        raise DemandError(
-            f"{name} is the class {value.__name__}; expected an instance of {what}, such as "
-            f"{value.__name__}(...)"
-        )
-    raise DemandError(f"{name} is {value!r:.80} ({type(value).__name__}); expected a {what}")
+    check_instance(name, value, expected, f"{'an' if what[0] in 'AEIO' else 'a'} {what}")
+    return cast(Instance, value)
 
 
 def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[Instance, ...]:
     """`values` as a tuple, or `DemandError` unless it is a list of instances of `expected`."""
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise DemandError(
-            f"{name} is {values!r:.80} ({type(values).__name__}); expected a list of "
-            f"{expected.__name__}"
-        )
+        raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
     return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
 
 

@@ -10,6 +10,7 @@ from demand.errors import DemandError
 from demand.policies.base import Policy, Rank
 from demand.prewarm.base import Prewarmer
 from demand.prewarm.baselines import NoPrewarm
+from demand.refine.base import Refine
 from demand.simulation.arrivals import arrivals_of
 from demand.simulation.engine.agenda import Action, Agenda
 from demand.simulation.engine.backends import Backends, check_pools
@@ -21,7 +22,6 @@ from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
 from demand.simulation.job_maker import JobMaker
-from demand.simulation.queue.simulate import Refine
 from demand.units import CostModel, Execution, Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload

@@ -1,16 +1,15 @@
 """Preemptive-resume queue with one or more servers, simulated event by event."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 
-from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.policies.wrapper import hook
+from demand.refine.base import Refine
 from demand.simulation.arrivals import arrivals_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
@@ -19,9 +18,6 @@ from demand.simulation.result import Result
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
-
-Refine = Callable[[str, Progress], Distribution]
-"""(application, progress) to the distribution of the seconds it still needs."""
 
 
 @final
