@@ -25,7 +25,7 @@ class Ledger:
         policy: ranks the jobs.
         distributions: what is known of the total demand, in seconds, by application name. A job
             of another application is ranked by attained service, and a warning names it once
-            (`demand.policies.unknown`).
+            (`demand.known_of`).
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
