@@ -1,11 +1,16 @@
 """What every refinement is: a configuration, and what it makes of one graph."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from demand.arguments import renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.units import CostModel, ParallelCalls, Progress
+
+Refine = Callable[[str, Progress], Distribution]
+"""What a scheduler asks at the end of a unit: (application, progress) to the distribution of the
+seconds that it still needs. A `DemandEstimator` is one."""
 
 
 class Refined(ABC):
