@@ -13,24 +13,23 @@ from demand.seconds import one_number, one_of_seconds
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
+def check_instance(name: str, value: object, kind: type, expected: str) -> None:
+    """Raise `DemandError` unless `value` is an instance of `kind`.
 
     Args:
         name: of the argument, for the error.
         value: what was given.
-        kinds: a class or several; abstract ones are allowed.
+        kind: a class, abstract or a protocol if you like.
         expected: what to say was expected, such as "a policy, such as Gittins()".
 
     Raises:
         DemandError: anything else; of a class it is said that an instance of it was meant.
     """
-    if isinstance(value, kinds):
-        return
     if isinstance(value, type):
-        call = f"; make one: {value.__name__}(...)" if issubclass(value, kinds) else ""
+        call = f"; make one: {value.__name__}(...)" if kind in value.__mro__ else ""
         raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
-    raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+    if not isinstance(value, kind):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
 
 
 def check_callable(name: str, value: object, expected: str) -> None:
