@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, SupportsFloat, TypeVar, cast
 
@@ -11,24 +11,26 @@ from demand.errors import DemandError
 from demand.seconds import one_number, one_of_seconds
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Instance = TypeVar("Instance")
 
 
-def check_instance(name: str, value: object, kind: type, expected: str) -> None:
-    """Raise `DemandError` unless `value` is an instance of `kind`.
+def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
 
     Args:
         name: of the argument, for the error.
         value: what was given.
-        kind: a class, abstract or a protocol if you like.
+        kinds: a class or several; abstract ones and protocols are allowed.
         expected: what to say was expected, such as "a policy, such as Gittins()".
 
     Raises:
         DemandError: anything else; of a class it is said that an instance of it was meant.
     """
     if isinstance(value, type):
-        call = f"; make one: {value.__name__}(...)" if kind in value.__mro__ else ""
+        meant = kinds if isinstance(kinds, tuple) else (kinds,)
+        call = f"; make one: {value.__name__}(...)" if set(meant) & set(value.__mro__) else ""
         raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
-    if not isinstance(value, kind):
+    if not isinstance(value, kinds):
         raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
 
 
@@ -103,6 +105,31 @@ def _as_int(value: object) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number.is_integer() else None
+
+
+def set_whole_numbers(configuration: object, *names: str, least: int) -> None:
+    """Replace fields of a frozen dataclass by the ints that they mean, or refuse them.
+
+    Raises:
+        DemandError: as `whole_number`.
+    """
+    for name in names:
+        value = whole_number(name, getattr(configuration, name), least)
+        object.__setattr__(configuration, name, value)
+
+
+def instance_of(name: str, value: object, expected: type[Instance]) -> Instance:
+    """`value`, which is an instance of `expected`, or `DemandError` as `check_instance`."""
+    what = expected.__name__
+    check_instance(name, value, expected, f"{'an' if what[0] in 'AEIO' else 'a'} {what}")
+    return cast(Instance, value)
+
+
+def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[Instance, ...]:
+    """`values` as a tuple, or `DemandError` unless it is a list of instances of `expected`."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
+    return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:

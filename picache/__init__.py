@@ -1,4 +1,4 @@
-"""Position-independent caching: compile each text chunk's KV once, link chunks in any order.
+"""Position-independent caching: compile the KV of each text chunk once, link chunks in any order.
 
     pic = PIC(model, tokenizer)
     chunks = [pic.compile(document) for document in documents]
@@ -9,7 +9,7 @@ After EPIC (arXiv 2410.15332).
 """
 
 from picache.chunk import Chunk
-from picache.errors import CorruptChunk, PICacheError
+from picache.errors import CorruptChunk, PICacheError, StoreFull
 from picache.linking.prompt import LinkedPrompt
 from picache.linking.report import LinkReport
 from picache.methods import (
@@ -52,5 +52,6 @@ __all__ = [
     "ProphetKV",
     "RandomRecompute",
     "SharedPrefix",
+    "StoreFull",
     "StoredChunk",
 ]

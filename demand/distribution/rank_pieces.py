@@ -1,4 +1,7 @@
-"""Functions of age that fall within pieces and may jump up between them."""
+"""Ranks of all ages as piecewise linear functions: the mean, the exact rank and the bucketed ones.
+
+Between two ages at which the best time to give up changes, a rank is a falling line.
+"""
 
 import math
 from array import array
@@ -15,7 +18,7 @@ from demand.seconds import Floats
 
 @final
 class Pieces:
-    """A piecewise linear function of age; within a piece it falls.
+    """A piecewise linear function of age: within a piece it falls, between pieces it may jump up.
 
     A piece is kept by its end: value(age) = end_value + rate * (end - age), a sum of terms that
     are not negative, so that no rank is rounded below 0.
@@ -40,7 +43,7 @@ class Pieces:
         return self._ends.size
 
     def __call__(self, ages: Floats) -> Floats:
-        """Values at `ages`, any shape, from 0 to below the last end."""
+        """Values at `ages` in seconds, any shape, from 0 to below the last end."""
         at = self._ends.searchsorted(ages, side="right")
         return self._end_values[at] + self._rates[at] * (self._ends[at] - ages)
 

@@ -61,9 +61,9 @@ def test_beams_find_the_same_sequences_as_alone(family, method):
     pic = pic_of(family)
     batch, alone = linked(pic, method)
     options = dict(max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=False)
-    together = pic._model.model.generate(**batch, **options)[:, -8:]
+    together = pic.model.generate(**batch, **options)[:, -8:]
     for index, prompt in enumerate(alone):
-        single = pic._model.model.generate(**prompt, **options)[:, -8:]
+        single = pic.model.generate(**prompt, **options)[:, -8:]
         assert together[2 * index : 2 * index + 2].tolist() == single.tolist()
 
 
@@ -71,7 +71,7 @@ def test_beams_find_the_same_sequences_as_alone(family, method):
 def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
     """Two samples a row; the logits behind every drawn token are those of the row fed the same."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, LegoLink(3))
     torch.manual_seed(3)
     out = model.generate(
@@ -97,7 +97,7 @@ def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
 def test_a_sampled_batch_is_the_dense_one_of_the_same_seed(family):
     """Everything recomputed, so that the left-padded prompts fed as they are must agree."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, FullRecompute())
     options = dict(max_new_tokens=10, do_sample=True)
     for prompt in (batch, *alone):
@@ -113,15 +113,15 @@ def test_a_choice_of_one_is_greedy_in_every_row(family):
     pic = pic_of(family)
     batch, alone = linked(pic, LegoLink(3))
     options = dict(max_new_tokens=8, do_sample=True, top_k=1)
-    together = pic._model.model.generate(**batch, **options)[:, -8:]
+    together = pic.model.generate(**batch, **options)[:, -8:]
     for row, prompt in zip(together, alone, strict=True):
-        greedy = pic._model.model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        greedy = pic.model.generate(**prompt, max_new_tokens=8, do_sample=False)
         assert row.tolist() == greedy[0, -8:].tolist()
 
 
 def chat(pic, prompt, turns, tokens=5):
     """Answers to the prompt and to each turn after it, on one cache; new tokens only."""
-    model, held = pic._model.model, prompt["past_key_values"]
+    model, held = pic.model, prompt["past_key_values"]
     ids, mask, said = prompt["input_ids"], prompt["attention_mask"], []
     for turn in (None, *turns):
         if turn is not None:
@@ -153,7 +153,7 @@ def test_chat_goes_on_behind_a_link_as_in_each_row_alone(family):
 def test_chat_reads_what_was_linked_and_not_a_full_prefill():
     """Against a decode by hand, token by token, on the layers that the link made."""
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, LegoLink(3))
     turn = random_ids(6, 3, seed=77)
     together = chat(pic, batch, [turn])
@@ -188,7 +188,7 @@ def test_chat_goes_on_behind_chunks_side_by_side(family):
 
 def answered(pic, prompt, **options):
     with prompt.attached():
-        out = pic._model.model.generate(**prompt, max_new_tokens=6, do_sample=False, **options)
+        out = pic.model.generate(**prompt, max_new_tokens=6, do_sample=False, **options)
     return out[:, -6:].tolist()
 
 
@@ -222,7 +222,7 @@ def test_a_deep_copy_of_the_cache_is_for_one_more_run():
         for held in (first, second):
             before = held.get_seq_length()
             runs.append(
-                pic._model.model.generate(
+                pic.model.generate(
                     **inputs, past_key_values=held, max_new_tokens=6, do_sample=False
                 )
             )
@@ -272,7 +272,7 @@ def test_every_method_is_among_the_arms():
 def one_step(pic, prompt):
     """Logits of the first token that generate makes."""
     with prompt.attached():
-        out = pic._model.model.generate(
+        out = pic.model.generate(
             **prompt, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
     return out.logits[0]

@@ -61,7 +61,7 @@ def test_a_mask_without_the_window_is_refused(window, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [0, 3])
-@pytest.mark.parametrize("wrong", [dict(layout="interleaved"), dict(source="interleaved"), None])
+@pytest.mark.parametrize("wrong", [dict(pairing="interleaved"), dict(source="interleaved"), None])
 def test_a_wrong_rotation_is_refused(layer, wrong, dtype):
     model = HFModel(tiny_model("llama", dtype=dtype))
     model.rotations[layer] = wrong and replace(model.rotations[layer], **wrong)

@@ -51,7 +51,7 @@ def test_recompute_all_is_a_full_prefill(family):
     pic = pic_of(family, "cuda")
     logits = linked(pic, FullRecompute()).logits
     assert logits.is_cuda
-    assert_close("logits", logits, full_logits(pic._model.model))
+    assert_close("logits", logits, full_logits(pic.model))
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_generating_goes_on_from_a_batch():
     queries = [random_ids(5, seed=1), random_ids(11, seed=2)]
     rows = [chunks, chunks[:2]]
     both = pic.link(rows, queries, LegoLink(4))
-    out = pic._model.model.generate(**both, max_new_tokens=12, do_sample=False)
+    out = pic.model.generate(**both, max_new_tokens=12, do_sample=False)
     for row, (some, query) in enumerate(zip(rows, queries, strict=True)):
         alone = pic.link(some, query, LegoLink(4))
-        one = pic._model.model.generate(**alone, max_new_tokens=12, do_sample=False)
+        one = pic.model.generate(**alone, max_new_tokens=12, do_sample=False)
         assert out[row, -12:].tolist() == one[0, -12:].tolist()
 
 
@@ -146,7 +146,7 @@ def test_the_next_layer_is_copied_while_this_one_is_computed(monkeypatch):
     *documents, query = [random_ids(n, seed=i) for i, n in enumerate((*LENGTHS, 9))]
     chunks = [pic.compile(document) for document in documents]
     monkeypatch.setattr(LinkedKV, "_make", watched)
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(long)
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(long)
     try:
         report = pic.link(chunks, query, LegoLink(3)).report
     finally:

@@ -36,14 +36,14 @@ def prefill(model, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recompute_all_is_a_full_prefill(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])
     chunks = [pic.compile(d) for d in documents]
     prompt = pic.link(chunks, query, FullRecompute())
     logits, _ = prefill(model, ids)
     assert_close("logits", prompt.logits, logits)
-    oracle = pic._model.prefill(ids[None])
+    oracle = pic.hf.prefill(ids[None])
     for layer, (keys, values) in zip(prompt["past_key_values"].layers, oracle, strict=True):
         assert_close("keys", layer.keys, keys[:, :, :-1])
         assert_close("values", layer.values, values[:, :, :-1])
@@ -55,7 +55,7 @@ def test_recompute_all_is_a_full_prefill(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_chunk_and_a_query_is_a_full_prefill(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     (document,), query = prompt_parts((23,), query=5)
     ids = torch.cat([document, query])
     prompt = pic.link([pic.compile(document)], query, NaiveReuse())
@@ -72,7 +72,7 @@ def test_a_k_as_long_as_the_longest_chunk_is_a_full_prefill(family):
     documents, query = prompt_parts()
     chunks = [pic.compile(d) for d in documents]
     prompt = pic.link(chunks, query, LegoLink(max(LENGTHS)))
-    logits, _ = prefill(pic._model.model, torch.cat([*documents, query]))
+    logits, _ = prefill(pic.model, torch.cat([*documents, query]))
     assert_close("logits", prompt.logits, logits)
 
 
@@ -84,7 +84,7 @@ def test_k_zero_is_naive_and_naive_is_not_full(family):
     zero = pic.link(chunks, query, LegoLink(0))
     naive = pic.link(chunks, query, NaiveReuse())
     assert torch.equal(zero.logits, naive.logits)
-    logits, _ = prefill(pic._model.model, torch.cat([*documents, query]))
+    logits, _ = prefill(pic.model, torch.cat([*documents, query]))
     assert (naive.logits - logits).norm() > 0.01 * logits.norm(), "the test would see no error"
 
 
@@ -114,7 +114,7 @@ class Overridden(DynamicLayer):
 def test_scattered_rows_equal_an_independent_oracle(family):
     """A dense forward over the whole prompt with stale keys and values put in by hand."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])
     rows = torch.tensor([7, 8, 9, 30, 41, 59, 60, 61, *range(len(ids) - len(query), len(ids))])
@@ -141,7 +141,7 @@ def test_scattered_rows_equal_an_independent_oracle(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_ragged_batch_equals_its_rows(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     rows = [prompt_parts(), prompt_parts((5, 40), query=3, seed=1), prompt_parts((1,), 1, seed=2)]
     chunks = [[pic.compile(d) for d in documents] for documents, _ in rows]
     queries = [query for _, query in rows]
@@ -158,7 +158,7 @@ def test_a_ragged_batch_equals_its_rows(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_and_samples_start_from_one_linked_prompt(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])[None]
     prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
@@ -173,7 +173,7 @@ def test_beams_and_samples_start_from_one_linked_prompt(family):
 
 def test_generate_equals_a_manual_decode_on_the_linked_cache():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     prompt = pic.link([pic.compile(d) for d in documents], query, LegoLink(2))
     out = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, -8:].tolist()
@@ -201,7 +201,7 @@ def test_the_first_chunk_is_a_prefix_cache_hit_to_the_bit():
 
 def test_chat_goes_on_after_a_link():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])[None]
     prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
@@ -216,9 +216,7 @@ def test_a_prompt_can_be_used_again():
     pic = pic_of("llama")
     documents, query = prompt_parts()
     prompt = pic.link([pic.compile(d) for d in documents], query)
-    runs = [
-        pic._model.model.generate(**prompt, max_new_tokens=6, do_sample=False) for _ in range(2)
-    ]
+    runs = [pic.model.generate(**prompt, max_new_tokens=6, do_sample=False) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -244,7 +242,7 @@ def test_any_layout_links(lengths, query, k, seed, data):
     assert prompt.report.tokens_recomputed == recomputed
     assert prompt.report.tokens_reused == len(ids) - recomputed
     if k >= max((len(d) for d in documents[1:]), default=0):
-        assert_close("logits", prompt.logits, prefill(pic._model.model, ids)[0])
+        assert_close("logits", prompt.logits, prefill(pic.model, ids)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +254,7 @@ def test_only_the_chosen_rows_go_through_the_layers(family):
     rows: set[int] = set()
     hooks = [
         module.register_forward_pre_hook(lambda m, inputs: rows.add(inputs[0].shape[1]))
-        for layer in pic._model.decoder.layers
+        for layer in pic.hf.decoder.layers
         for module in layer.modules()
         if isinstance(module, torch.nn.Linear)
     ]
@@ -271,7 +269,7 @@ def test_a_chunk_may_stand_in_two_places():
     (document,), query = prompt_parts((13,))
     chunk = pic.compile(document)
     prompt = pic.link([chunk, chunk, chunk], query, LegoLink(13))
-    expected, _ = prefill(pic._model.model, torch.cat([document] * 3 + [query]))
+    expected, _ = prefill(pic.model, torch.cat([document] * 3 + [query]))
     assert_close("logits", prompt.logits, expected)
 
 

@@ -33,7 +33,7 @@ def expected(model):
 
 
 def test_every_tier_links_to_the_bit(model, expected, tmp_path):
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     host = ChunkStore(device_bytes=one, host_bytes=math.inf)
     disk = ChunkStore(device_bytes=one, path=tmp_path)
     for store in (host, disk):
@@ -144,7 +144,7 @@ def test_the_next_layer_is_loaded_while_this_one_is_computed(model, monkeypatch,
         assert loaded.wait(30), "layer 1 is not loaded until layer 0 is done"
 
     monkeypatch.setattr(LinkedKV, "_make", watched)
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(forward_hook)
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(forward_hook)
     try:
         pic.link(chunks, query, LegoLink(3))
     finally:
@@ -182,7 +182,7 @@ def full(model):
 
 
 def test_a_hot_chunk_comes_back_to_the_device(model):
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     store = ChunkStore(device_bytes=one, host_bytes=math.inf)
     pic = PIC(model, store=store)
     texts, query = documents()
@@ -211,7 +211,7 @@ def in_another_thread(work):
 def while_linking(pic, chunks, query, work):
     """Link, `work` going on in another thread between layers 0 and 1; its error, and the prompt."""
     errors = []
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(
         lambda *_: errors.append(in_another_thread(work))
     )
     try:
@@ -224,7 +224,7 @@ def while_linking(pic, chunks, query, work):
 
 def test_nobody_evicts_a_chunk_that_a_link_is_reading(model, expected):
     texts, query = documents()
-    room = PIC(model)._model.bytes_per_token * sum(LENGTHS)
+    room = PIC(model).hf.bytes_per_token * sum(LENGTHS)
     pic = PIC(model, store=ChunkStore(device_bytes=room))
     chunks = [pic.compile(text) for text in texts]
     other = [(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))]
@@ -257,7 +257,7 @@ def test_nobody_deletes_a_file_that_a_link_is_reading(model, expected, tmp_path)
 
 def test_a_link_brings_up_what_fits_beside_what_it_reads(model):
     """Chunks of one link do not push each other down, link after link; others make room."""
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     store = ChunkStore(device_bytes=one, host_bytes=math.inf)
     pic = PIC(model, store=store)
     texts, query = documents()

@@ -64,7 +64,7 @@ def linked(pic, method, lengths=LENGTHS, query=9, seed=0):
 
 def full_logits(pic, ids):
     with torch.no_grad():
-        return pic._model.model(ids[None]).logits[:, -1]
+        return pic.model(ids[None]).logits[:, -1]
 
 
 class OneLayer(DynamicLayer):
@@ -106,7 +106,7 @@ def dense_with(pic, ids, stale, written):
     """The model's own dense forward with linked KV put in by hand, layer by layer."""
     layers = [OneLayer(kv, rows) for kv, rows in zip(stale, written, strict=True)]
     with torch.no_grad():
-        logits = pic._model.model(ids[None], past_key_values=Cache(layers=layers)).logits[:, -1]
+        logits = pic.model(ids[None], past_key_values=Cache(layers=layers)).logits[:, -1]
     return logits, layers
 
 
@@ -184,7 +184,7 @@ def test_naive_reuse_of_the_query_computes_one_row(family):
 
 def eager_attention(pic, ids, stale, layer):
     """The model's own attention weights from query rows over stale context, mean of all."""
-    model = pic._model.model
+    model = pic.model
     rows = torch.arange(sum(LENGTHS), len(ids))
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -235,7 +235,7 @@ def test_value_norm_weighs_by_the_values():
     pic = pic_of("llama")
     stale = stale_kv(pic)
     _, ids = linked(pic, NaiveReuse())
-    model = pic._model.model
+    model = pic.model
     rows = torch.arange(sum(LENGTHS), len(ids))
     model.set_attn_implementation("eager")
     layers = [OneLayer(kv, rows) for kv in stale]
@@ -262,7 +262,7 @@ def test_true_deviation_and_the_oracle(family):
     _, ids = linked(pic, NaiveReuse())
     cache = DynamicCache()
     with torch.no_grad():
-        pic._model.model(ids[None], past_key_values=cache)
+        pic.model(ids[None], past_key_values=cache)
     expected = torch.stack(
         [
             (layer.keys - keys).square().sum((0, 1, 3)) + (layer.values - v).square().sum((0, 1, 3))
@@ -292,7 +292,7 @@ def test_a_ragged_batch_equals_its_rows(method):
     batch = pic.link(chunks, [query for _, query in rows], method)
     alone = [pic.link(c, q, method) for c, (_, q) in zip(chunks, rows, strict=True)]
     assert torch.equal(batch.logits, torch.cat([one.logits for one in alone]))
-    model = pic._model.model
+    model = pic.model
     out = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, -6:]
     singles = [model.generate(**one, max_new_tokens=6, do_sample=False)[0, -6:] for one in alone]
     assert out.tolist() == [one.tolist() for one in singles]

@@ -21,7 +21,7 @@ def pic():
 @pytest.mark.parametrize("lengths", [(12,), (7, 20, 33)])
 def test_the_whole_prompt_fed_again_is_refused(dtype, lengths):
     pic = PIC(tiny_model("llama", dtype=dtype))
-    model = pic._model.model
+    model = pic.model
     documents = [random_ids(n, seed=n) for n in lengths]
     prompt = pic.link([pic.compile(d) for d in documents], random_ids(5, seed=2))
     covered, cache = prompt["input_ids"][:, :-1], prompt["past_key_values"]
@@ -42,17 +42,13 @@ def test_a_covered_padded_batch_is_refused(pic):
     prompt = pic.link(rows, [random_ids(3), random_ids(4)])
     covered = {name: prompt[name][:, :-1] for name in ("input_ids", "attention_mask")}
     with pytest.raises(PICacheError, match="already holds 25 tokens"):
-        pic._model.model.generate(
-            **covered, past_key_values=prompt["past_key_values"], max_new_tokens=2
-        )
+        pic.model.generate(**covered, past_key_values=prompt["past_key_values"], max_new_tokens=2)
 
 
 def test_assisted_decoding_is_refused(pic):
     prompt = pic.link([pic.compile(random_ids(n)) for n in (7, 12)], random_ids(5))
     with pytest.raises(PICacheError, match="leave out assistant_model and prompt_lookup"):
-        pic._model.model.generate(
-            **prompt, prompt_lookup_num_tokens=3, max_new_tokens=5, eos_token_id=2
-        )
+        pic.model.generate(**prompt, prompt_lookup_num_tokens=3, max_new_tokens=5, eos_token_id=2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +95,7 @@ def test_bad_links(pic):
     with pytest.raises(PICacheError, match="compiled with another model"):
         PIC(tiny_model("llama", seed=3)).link([chunk], random_ids(3))
     with torch.no_grad():
-        pic._model.model.model.layers[1].mlp.down_proj.weight[10:] += 1
+        pic.model.model.layers[1].mlp.down_proj.weight[10:] += 1
     with pytest.raises(PICacheError, match="compiled with another model"):
         pic.link([chunk], random_ids(3))
 
@@ -149,7 +145,7 @@ def test_unknown_models_are_refused():
 
 
 def test_an_error_inside_the_pass_leaves_nothing_attached(pic):
-    model = pic._model.model
+    model = pic.model
     chunks = [pic.compile(random_ids(n, seed=n)) for n in (5, 6)]
     implementation = model.config._attn_implementation
     broken = model.model.layers[2].mlp.register_forward_pre_hook(lambda m, a: 1 / 0)
@@ -164,7 +160,7 @@ def test_an_error_inside_the_pass_leaves_nothing_attached(pic):
 
 
 def test_a_batch_that_does_not_fit_the_cache(pic):
-    model = pic._model.model
+    model = pic.model
     row = [pic.compile(random_ids(5))]
     prompt = pic.link([row, row], [random_ids(3)] * 2)
     with pytest.raises(PICacheError, match="batch of 2, the model was given 3"):

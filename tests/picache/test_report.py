@@ -38,7 +38,7 @@ def test_flops_are_those_of_the_matrices_and_the_pairs():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.set_attn_implementation("eager")
         model(ids, logits_to_keep=1)
-    estimated = pic._model.flops([torch.arange(64)] * 4)
+    estimated = pic.hf.flops([torch.arange(64)] * 4)
     # The counter sees the whole square of scores, the estimate what causality leaves of it.
     square = 4 * 4 * 4 * 16 * (64 * 64 - 64 * 65 / 2)
     assert abs(estimated + square - counter.get_total_flops()) < 0.01 * estimated

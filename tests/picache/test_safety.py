@@ -88,7 +88,7 @@ def test_a_link_goes_on_when_the_store_has_no_room():
     texts = [random_ids(20, seed=s) for s in (1, 2)]
     roomy = PIC(model)
     expected = roomy.link([roomy.compile(t) for t in texts], random_ids(3)).logits
-    store = ChunkStore(device_bytes=roomy._model.bytes_per_token * 20)
+    store = ChunkStore(device_bytes=roomy.hf.bytes_per_token * 20)
     pic = PIC(model, store=store)
     chunks = [pic.compile(text) for text in texts]
     store.pin(chunks[1].key)
@@ -216,7 +216,7 @@ def test_bytes_are_those_that_were_copied():
     pic = PIC(tiny_model("llama"), sinks=DummySinks(4))
     chunks = [pic.compile(random_ids(9), first=True), pic.compile(random_ids(30, seed=2))]
     report = pic.link(chunks, random_ids(3), LegoLink(2)).report
-    assert report.bytes_loaded == pic._model.bytes_per_token * 39
+    assert report.bytes_loaded == pic.hf.bytes_per_token * 39
 
 
 def test_prompts_compare_by_identity():

@@ -39,13 +39,13 @@ def test_what_is_linked_is_what_follows_the_sinks(name, family):
     start = 13
     layers = prompt["past_key_values"].layers
     for body in bodies[1:]:
-        by_hand = pic._model.prefill(torch.cat([lead, body])[None], start - len(lead))
+        by_hand = pic.hf.prefill(torch.cat([lead, body])[None], start - len(lead))
         for layer, (keys, values) in zip(layers, by_hand, strict=True):
             here = slice(start, start + len(body))
             assert_close("keys", layer.keys[:, :, here], keys[:, :, len(lead) :], 1e-4)
             assert_close("values", layer.values[:, :, here], values[:, :, len(lead) :])
         start += len(body)
-    first = pic._model.prefill(text[None, :13])
+    first = pic.hf.prefill(text[None, :13])
     for layer, (keys, _) in zip(layers, first, strict=True):
         assert_close("the exact prefix", layer.keys[:, :, :13], keys)
 

@@ -9,6 +9,7 @@ from transformers.masking_utils import sdpa_mask
 import sparsity
 from sparsity import RaaS, SparseCache
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
+from tests.sparsity import helpers
 from tests.sparsity.twins import Twin
 from tests.sparsity.zoo import AMPLE, TIGHT
 
@@ -58,33 +59,18 @@ class Oracle:
 ORACLE = "retention_test_oracle"
 
 
-def run(model, cache, ids, padding, between=None):
+def run(model, cache, ids, padding):
     """Logits of every forward: the prompt, then the rest one token at a time."""
-    logits = []
-    for first, stop in [(0, PROMPT)] + [(i, i + 1) for i in range(PROMPT, ids.shape[1])]:
-        mask = padding[:, :stop].long()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:]
-        with torch.no_grad():
-            out = model(
-                input_ids=ids[:, first:stop],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-            )
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1)
+    return helpers.run(model, cache, ids, padding, [PROMPT, *[1] * STEPS])
 
 
-def batch(rows=2):
-    ids = random_ids(PROMPT + STEPS, rows)
-    padding = torch.ones_like(ids, dtype=torch.bool)
-    padding[0, :PADS] = False
-    return ids, padding
+def batch(*pads):
+    return helpers.padded_ids(PROMPT + STEPS, *pads)
 
 
 @pytest.mark.parametrize(("family", "policy"), CASES, ids=str)
 def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
-    ids, padding = batch()
+    ids, padding = batch(PADS, 0)
     model = tiny_model(family)
     cache = SparseCache(model, policy)
     sparse = run(model, cache, ids, padding)
@@ -101,8 +87,7 @@ def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
 
 @pytest.mark.parametrize("policy", TIGHT, ids=str)
 def test_a_padded_row_equals_its_run_alone(policy, shallow):
-    ids, padding = batch(3)
-    padding[1, :9] = False
+    ids, padding = batch(PADS, 9, 0)
     together = run(shallow, SparseCache(shallow, policy), ids, padding)
     for b, pads in ((0, PADS), (1, 9), (2, 0)):
         cache, logits = SparseCache(shallow, policy), []
@@ -115,7 +100,7 @@ def test_a_padded_row_equals_its_run_alone(policy, shallow):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
-    ids, padding = batch()
+    ids, padding = batch(PADS, 0)
     model = tiny_model(family)
     config, hooks = model.config.to_dict(), len(model.get_decoder()._forward_hooks)
     implementation = model.config._attn_implementation
@@ -138,7 +123,7 @@ def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
 
 def test_bfloat16_runs(llama):
     model = llama.to(torch.bfloat16)
-    ids, padding = batch()
+    ids, padding = batch(PADS, 0)
     assert run(model, SparseCache(model, TIGHT[6]), ids, padding).isfinite().all()
 
 
@@ -168,7 +153,7 @@ def test_softcap_and_sinks_through_the_model(name):
     config = getattr(transformers, f"{name}Config")(**SHAPE | SCORES[name], head_dim=16)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval()
-    ids, padding = batch()
+    ids, padding = batch(PADS, 0)
     dense = run(model, DynamicCache(config=model.config), ids, padding)
     for policy in AMPLE:
         assert_close(

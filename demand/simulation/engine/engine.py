@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
-from demand.arguments import whole_number
+from demand.arguments import set_whole_numbers
 from demand.errors import DemandError
 from demand.seconds import check_seconds
 
@@ -77,8 +77,7 @@ class Engine:
     swap_seconds_per_block: float = 2e-4
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "token_budget", "blocks", "block_tokens"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        set_whole_numbers(self, "max_requests", "token_budget", "blocks", "block_tokens", least=1)
         for name in (
             "base_seconds",
             "prefill_seconds_per_token",

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
-from demand.arguments import positive_number, whole_number
+from demand.arguments import positive_number, set_whole_numbers
 from demand.errors import DemandError
 from demand.prewarm.base import check_warm_seconds
 from demand.seconds import one_of_seconds
@@ -45,7 +45,7 @@ class Pool:
     footprint: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", whole_number("slots", self.slots, least=1))
+        set_whole_numbers(self, "slots", least=1)
         object.__setattr__(self, "warm_seconds", check_warm_seconds(self.warm_seconds))
         object.__setattr__(self, "keep_seconds", one_of_seconds("keep_seconds", self.keep_seconds))
         object.__setattr__(self, "footprint", positive_number("footprint", self.footprint))
