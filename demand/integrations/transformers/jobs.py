@@ -11,7 +11,8 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails, JobLedger
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank
+from demand.policies.job import Job
 from demand.seconds import check_seconds
 from demand.units import CostModel
 

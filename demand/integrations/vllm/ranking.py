@@ -11,7 +11,7 @@ from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
-from demand.policies.base import Job
+from demand.policies.job import Job
 from demand.units import CostModel
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.vllm.call import Call, Restart
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 _PATHS = ("chat/completions", "completions")
 _OWN_FIELDS = ("priority", "stream")
