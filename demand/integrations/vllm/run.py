@@ -16,6 +16,7 @@ _OWN_FIELDS = ("priority", "stream")
 _USAGE = {"stream_options": {"include_usage": True}}
 
 Submit = Callable[["Run", str, Mapping[str, Any], Restart], Awaitable[Call]]
+"""How a run hands a path, a body and `restart` to its controller."""
 
 
 @final
