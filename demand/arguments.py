@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, SupportsFloat, TypeVar, cast
 
@@ -11,40 +11,7 @@ from demand.errors import DemandError
 from demand.seconds import one_number, one_of_seconds
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
-
-    Args:
-        name: of the argument, for the error.
-        value: what was given.
-        kinds: a class or several; abstract ones are allowed.
-        expected: what to say was expected, such as "a policy, such as Gittins()".
-
-    Raises:
-        DemandError: anything else; of a class it is said that an instance of it was meant.
-    """
-    if isinstance(value, kinds):
-        return
-    if isinstance(value, type):
-        call = f"; make one: {value.__name__}(...)" if issubclass(value, kinds) else ""
-        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
-    raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
-
-
-def check_callable(name: str, value: object, expected: str) -> None:
-    """Raise `DemandError` unless `value` can be called and is not a class.
-
-    Args:
-        name: of the argument, for the error.
-        value: what was given.
-        expected: what to say was expected.
-    """
-    if isinstance(value, type):
-        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
-    if not callable(value):
-        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+Instance = TypeVar("Instance")
 
 
 def positive_number(name: str, value: object) -> float:
@@ -104,6 +71,40 @@ def _as_int(value: object) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number.is_integer() else None
+
+
+def set_whole_numbers(configuration: object, *names: str, least: int) -> None:
+    """Replace fields of a frozen dataclass by the ints that they mean, or refuse them.
+
+    Raises:
+        DemandError: as `whole_number`.
+    """
+    for name in names:
+        value = whole_number(name, getattr(configuration, name), least)
+        object.__setattr__(configuration, name, value)
+
+
+def instance_of(name: str, value: object, expected: type[Instance]) -> Instance:
+    """`value`, or `DemandError` unless it is an instance of `expected`; a class is none."""
+    if isinstance(value, expected):
+        return value
+    what = expected.__name__
+    if isinstance(value, type):
+        raise DemandError(
+            f"{name} is the class {value.__name__}; expected an instance of {what}, such as "
+            f"{value.__name__}(...)"
+        )
+    raise DemandError(f"{name} is {value!r:.80} ({type(value).__name__}); expected a {what}")
+
+
+def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[Instance, ...]:
+    """`values` as a tuple, or `DemandError` unless it is a list of instances of `expected`."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise DemandError(
+            f"{name} is {values!r:.80} ({type(values).__name__}); expected a list of "
+            f"{expected.__name__}"
+        )
+    return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, instances_of, renamed_keyword, whole_number
 from demand.errors import DemandError
+from demand.seconds import as_numbers, as_seconds, one_number, one_of_seconds
 
 Kind = Literal["llm", "tool", "container", "model", "search", "human"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -38,6 +39,8 @@ class Unit:
     kind: Kind
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise DemandError(f"unit name is {self.name!r}; expected a string")
         if not self.name or self.name in (START, END):
             raise DemandError(
                 f"unit name is {self.name!r}; choose any name but the empty one, "
@@ -100,6 +103,11 @@ class Execution:
         Raises:
             DemandError: no calls, lists of different lengths, or as the class.
         """
+        instance_of("unit of an execution", unit, Unit)
+        what = f"of the calls of unit {unit.name!r}"
+        input_tokens = as_numbers(f"input_tokens {what}", input_tokens).tolist()
+        output_tokens = as_numbers(f"output_tokens {what}", output_tokens).tolist()
+        seconds = as_seconds(f"seconds {what}", seconds).tolist()
         given = [calls for calls in (input_tokens, output_tokens, seconds) if len(calls)]
         lengths = {len(calls) for calls in given}
         if len(lengths) != 1:
@@ -126,8 +134,8 @@ class Execution:
         )
 
     def __post_init__(self) -> None:
-        name = self.unit.name
-        self._to_python_numbers()
+        name = instance_of("unit of an execution", self.unit, Unit).name
+        self._read_numbers()
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
             if value is not None and not 0.0 <= value < math.inf:
@@ -135,12 +143,8 @@ class Execution:
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        if self.parallelism < 1 or self.parallelism % 1:
-            raise DemandError(
-                f"parallelism of unit {name!r} is {self.parallelism}; expected a whole number of "
-                "at least 1: leave out units that made no call"
-            )
-        object.__setattr__(self, "parallelism", int(self.parallelism))
+        calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
+        object.__setattr__(self, "parallelism", calls)
         if self.seconds is None:
             if self.unit.kind != "llm":
                 raise DemandError(
@@ -171,21 +175,21 @@ class Execution:
                 f"mean {mean}; the longest call lies between the mean and the sum"
             )
 
-    def _to_python_numbers(self) -> None:
-        """Measurements often are numpy scalars, which JSON does not take."""
+    def _read_numbers(self) -> None:
+        """Measurements often are numpy scalars, which JSON does not take, or timedeltas."""
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
-            if value is not None:
-                object.__setattr__(self, attribute, float(value))
+            if value is None and attribute not in _TOKENS:
+                continue
+            read = one_of_seconds if attribute in _SECONDS else one_number
+            if type(value) is not float:
+                what = f"{attribute} of unit {self.unit.name!r}"
+                object.__setattr__(self, attribute, read(what, value))
 
 
-_ATTRIBUTES = (
-    "input_tokens",
-    "output_tokens",
-    "seconds",
-    "longest_output_tokens",
-    "longest_seconds",
-)
+_TOKENS = ("input_tokens", "output_tokens")
+_SECONDS = ("seconds", "longest_seconds")
+_ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +205,9 @@ class CostModel:
     decode_seconds_per_token: float = 0.06
 
     def __post_init__(self) -> None:
-        for rate in (self.prefill_seconds_per_token, self.decode_seconds_per_token):
+        for name in ("prefill_seconds_per_token", "decode_seconds_per_token"):
+            rate = one_of_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, rate)
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
@@ -243,6 +249,21 @@ class CostModel:
         )
 
 
+def check_run(name: str, run: object) -> tuple[Execution, ...]:
+    """`run` as a tuple of executions in the order in which they ran.
+
+    Raises:
+        DemandError: anything else, such as a single execution or a `Session` of a trace.
+    """
+    if isinstance(run, Execution):
+        raise DemandError(
+            f"{name} is a single execution, of {run.unit}; expected a list of executions"
+        )
+    if isinstance(run, list | tuple) and all(type(each) is Execution for each in run):
+        return tuple(run)  # as it nearly always is, at no cost of a name for each
+    return instances_of(name, run, Execution)
+
+
 def check_parallel_calls(parallel_calls: str) -> None:
     """Raise `DemandError` for what is not a way to count parallel calls."""
     if parallel_calls not in PARALLEL_CALLS:
@@ -272,8 +293,10 @@ class Progress:
     elapsed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "executed", check_run("executed", self.executed))
         for name in ("attained_seconds", "elapsed_seconds"):
-            value = getattr(self, name)
+            value = one_of_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, value)
             if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{name} is {value}; expected finite seconds of at "

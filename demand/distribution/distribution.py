@@ -7,6 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
+from demand.arguments import instance_of, instances_of, whole_number
 from demand.distribution.atoms import (
     beyond_samples,
     check_weights,
@@ -17,7 +18,7 @@ from demand.distribution.atoms import (
 from demand.distribution.grid import check_step, default_step, round_up
 from demand.distribution.rank_variants import check_variant, mean_remaining, rank_at
 from demand.errors import DemandError
-from demand.seconds import Floats, check_age
+from demand.seconds import Floats, check_age, one_number, one_of_seconds
 
 SLACK = 1e-12
 """Relative error that sums of many weights may have."""
@@ -92,6 +93,7 @@ class Distribution:
         Raises:
             DemandError: q outside [0, 1], or a bad age.
         """
+        q = one_number("q", q)
         if not 0.0 <= q <= 1.0:
             raise DemandError(f"q is {q}; a quantile needs 0 <= q <= 1, such as 0.95")
         age = check_age(age)
@@ -159,6 +161,7 @@ class Distribution:
         Raises:
             DemandError: no distributions, or weights that do not fit them or sum to 0.
         """
+        distributions = instances_of("distributions", distributions, Distribution)
         if not distributions:
             raise DemandError("a mixture of no distributions; expected at least one")
         n = len(distributions)
@@ -178,6 +181,7 @@ class Distribution:
         Raises:
             DemandError: fewer than 2 atoms, or more than 2**24 pairs of atoms.
         """
+        instance_of("other", other, Distribution)
         pairs = sum_atoms((self._values, self._weights), (other.values, other.weights))
         return Distribution(*pairs).compress(atoms)
 
@@ -191,6 +195,7 @@ class Distribution:
         Raises:
             DemandError: fewer than 2 atoms.
         """
+        atoms = whole_number("atoms", atoms)
         if 2 <= atoms >= len(self):
             return self
         return Distribution(*compress_atoms(self._values, self._weights, atoms))
@@ -201,6 +206,7 @@ class Distribution:
         Raises:
             DemandError: a factor that is not positive and finite.
         """
+        factor = one_number("factor", factor)
         if not 0.0 < factor < math.inf:
             raise DemandError(f"factor is {factor}; expected a positive finite number, such as 2.0")
         return Distribution(self._values * factor, self._weights)
@@ -211,6 +217,7 @@ class Distribution:
         Raises:
             DemandError: seconds that are not finite, or would make an atom negative.
         """
+        seconds = one_of_seconds("seconds", seconds)
         if not -self._values[0] <= seconds < math.inf:
             raise DemandError(
                 f"seconds is {seconds}; expected finite seconds of at least minus the smallest "

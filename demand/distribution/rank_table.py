@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, final
 import numpy as np
 from numpy.typing import ArrayLike
 
+from demand.arguments import instance_of, instances_of
 from demand.distribution.atoms import RESOLUTION_SECONDS, beyond_samples
 from demand.distribution.distribution import Distribution
 from demand.distribution.grid import default_step, round_down
@@ -22,7 +23,7 @@ from demand.distribution.rank_pieces import (
 from demand.distribution.rank_variants import RankOptions, check_variant
 from demand.distribution.rank_with_costs import CostedRanks
 from demand.errors import DemandError
-from demand.seconds import Floats, check_age
+from demand.seconds import Floats, as_seconds, check_age
 
 
 class RanksByAge(Protocol):
@@ -88,6 +89,7 @@ class RankTable:
         quantum: float = 0.0,
         preemption_cost: float = 0.0,
     ) -> None:
+        instance_of("distribution", distribution, Distribution)
         self._options = check_variant(variant, quantum, preemption_cost)
         self._atoms = len(distribution)
         self._ranks, jump_ages, jump_ranks, self._largest = _BUILDERS[variant](
@@ -106,7 +108,7 @@ class RankTable:
         Raises:
             DemandError: an age that is negative or not finite.
         """
-        age = np.asarray(ages, dtype=np.float64)
+        age = as_seconds("ages", ages)
         if not age.size:
             return np.empty(age.shape)
         oldest = age.max()
@@ -234,7 +236,8 @@ def rank_many(tables: Sequence[RankTable], applications: ArrayLike, ages: ArrayL
     Raises:
         DemandError: shapes that differ, a number that names no table, or a bad age.
     """
-    which, age = np.asarray(applications), np.asarray(ages, dtype=np.float64)
+    tables = instances_of("tables", tables, RankTable)
+    which, age = np.asarray(applications), as_seconds("ages", ages)
     if which.ndim != 1 or which.shape != age.shape:
         raise DemandError(
             f"applications has shape {which.shape} and ages {age.shape}; expected one of each for "

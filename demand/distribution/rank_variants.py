@@ -32,7 +32,7 @@ def check_variant(variant: str, quantum: float, preemption_cost: float) -> RankO
         DemandError: an unknown name, a quantum or cost that is negative or not finite, or one
             that is not 0 for a variant that has none.
     """
-    if variant not in RANKS:
+    if not isinstance(variant, str) or variant not in RANKS:
         raise DemandError(f"variant is {variant!r}; expected one of {', '.join(RANKS)}")
     options = RankOptions(
         variant,

@@ -7,10 +7,10 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.seconds import Floats
+from demand.seconds import Floats, as_numbers
 from demand.units import ParallelCalls, check_parallel_calls
 
 
@@ -28,7 +28,7 @@ def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, floa
     Raises:
         DemandError: an empty sample, or a NaN.
     """
-    x, y = np.sort(np.asarray(first, np.float64)), np.sort(np.asarray(second, np.float64))
+    x, y = np.sort(as_numbers("first", first)), np.sort(as_numbers("second", second))
     if not x.size or not y.size or math.isnan(x[-1]) or math.isnan(y[-1]):
         raise DemandError(
             f"the samples have {x.size} and {y.size} entries; expected at least one number each"
@@ -127,7 +127,8 @@ def drift(
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
     """
     check_parallel_calls(parallel_calls)
-    columns = graph.columns()
+    columns = instance_of("graph", graph, PDGraph).columns()
+    recent = whole_number("recent", recent)
     older = len(graph.runs) - recent
     if older < 1 or recent < 1:
         raise DemandError(

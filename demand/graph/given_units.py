@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from demand.arguments import instance_of, instances_of
 from demand.errors import DemandError
 from demand.graph.walks import WalkArrays
-from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit
+from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit, check_run
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class GivenUnit:
     successors: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "executions", tuple(self.executions))
+        instance_of("unit", self.unit, Unit)
+        object.__setattr__(self, "executions", check_run("executions", self.executions))
         object.__setattr__(self, "successors", dict(self.successors))
         name = self.unit.name
         if not self.executions:
@@ -63,7 +65,7 @@ def check_given(units: Sequence[GivenUnit], entries: Mapping[str, float]) -> Non
 
     That is: distinct names, entries of sum 1, every successor a unit or "end".
     """
-    names = [given.unit.name for given in units]
+    names = [given.unit.name for given in instances_of("units", units, GivenUnit)]
     if len(set(names)) < len(names) or not names:
         raise DemandError(f"units are {names}; expected distinct names, at least one")
     check_probabilities("entries", entries)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
@@ -16,7 +16,15 @@ from demand.graph.given_units import GivenUnit, check_given, given_arrays
 from demand.graph.run_columns import RunColumns, decayed
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats
-from demand.units import CostModel, Execution, ParallelCalls, Progress, Unit, check_parallel_calls
+from demand.units import (
+    CostModel,
+    Execution,
+    ParallelCalls,
+    Progress,
+    Unit,
+    check_parallel_calls,
+    check_run,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,18 +68,16 @@ class PDGraph:
         cost: CostModel | None = None,
         half_life_runs: float | None = None,
     ) -> None:
-        if window < 1:
-            raise DemandError(f"window is {window}; a graph remembers at least one run")
         if half_life_runs is not None and not 0.0 < half_life_runs < math.inf:
             raise DemandError(
                 f"half_life_runs is {half_life_runs}; expected a positive number of runs, or None "
                 "to weigh all remembered runs alike"
             )
         self.name = name
-        self.window = window
-        self.cost = CostModel() if cost is None else cost
+        self.window = whole_number("window", window, least=1)
+        self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.half_life_runs = half_life_runs
-        self._runs: deque[Run] = deque(maxlen=window)
+        self._runs: deque[Run] = deque(maxlen=self.window)
         self._kinds: dict[str, Unit] = {}  # every unit ever seen
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
         self._columns: RunColumns | None = None  # laid out at the first need after a change
@@ -93,7 +99,8 @@ class PDGraph:
         off must not be among them: its last unit would count as one after which runs end.
 
         Raises:
-            DemandError: no runs, an empty run, or a unit name with two kinds.
+            DemandError: no runs, an empty run, what is no run (a run is a list of executions), or
+                a unit name with two kinds.
         """
         graph = cls(name, window, cost, half_life_runs)
         for run in runs:
@@ -136,18 +143,19 @@ class PDGraph:
         """Learn from one finished run; where the window is full the oldest is forgotten.
 
         Raises:
-            DemandError: an empty run, a unit name with two kinds, or a graph of given
-                probabilities. The graph is then unchanged.
+            DemandError: an empty run, what is no list of executions, a unit name with two kinds,
+                or a graph of given probabilities. The graph is then unchanged.
         """
         if self._given is not None:
             raise DemandError(
                 f"graph {self.name!r} was given its probabilities and does not learn; fit a new "
                 "one to `draw_runs` of it, and let that observe"
             )
-        if not run:
+        executed = check_run("run", run)
+        if not executed:
             raise DemandError("the run is empty; pass the units it executed, in order")
         kinds = dict(self._kinds)
-        for execution in run:
+        for execution in executed:
             unit = execution.unit
             if kinds.setdefault(unit.name, unit) != unit:
                 raise DemandError(
@@ -155,7 +163,7 @@ class PDGraph:
                     f"{kinds[unit.name].kind!r} before; give the two different names"
                 )
         self._kinds = kinds
-        self._runs.append(tuple(run))
+        self._runs.append(executed)
         self._columns = None
         self._arrays = {}
 
@@ -268,11 +276,13 @@ class PDGraph:
             DemandError: a graph without runs, a unit the graph does not know, or a walk longer
                 than `max_units`.
         """
-        if walks < 1:
-            raise DemandError(f"walks is {walks}; at least one random walk is needed")
+        progress = Progress() if progress is None else instance_of("progress", progress, Progress)
+        walks = whole_number("walks", walks, least=1)
+        rng = np.random.default_rng(whole_number("seed", seed, least=0))
         arrays = self.walk_arrays(parallel_calls)
-        first = arrays.first_draws(progress or Progress(), parallel_calls)
-        return Distribution(arrays.walk(first, np.random.default_rng(seed), walks, max_units))
+        first = arrays.first_draws(progress, parallel_calls)
+        most = whole_number("max_units", max_units, least=0)
+        return Distribution(arrays.walk(first, rng, walks, most))
 
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
         """Draw `n` runs by random walks over the samples, for workloads and tests.
@@ -282,7 +292,8 @@ class PDGraph:
         """
         arrays = self.walk_arrays()
         executions = [self.samples(unit.name) for unit in self.units]
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(whole_number("seed", seed, least=0))
+        n, max_units = whole_number("n", n, least=0), whole_number("max_units", max_units, least=0)
         return [
             [executions[node - 2][drawn % len(executions[node - 2])] for node, drawn in path]
             for path in (arrays.path(rng, max_units) for _ in range(n))

@@ -46,8 +46,9 @@ class Refinement(ABC):
         progress: Progress | None = None,
         parallel_calls: ParallelCalls = "sum",
     ) -> Distribution:
-        """`fit(graph, demand).remaining(progress)`, for a single question."""
-        return self.fit(graph, parallel_calls).remaining(progress or Progress())
+        """`fit(graph, parallel_calls).remaining(progress)`, for a single question."""
+        progress = Progress() if progress is None else progress
+        return self.fit(graph, parallel_calls).remaining(progress)
 
 
 def seconds_so_far(cost: CostModel, progress: Progress, parallel_calls: ParallelCalls) -> float:

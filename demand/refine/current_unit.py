@@ -6,7 +6,7 @@ from typing import final
 
 import numpy as np
 
-from demand.arguments import renamed_keyword
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.walks import MAX_UNITS, Draws, WalkArrays
@@ -31,6 +31,10 @@ class CurrentUnit(Refinement):
 
     walks: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        set_whole_numbers(self, "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:

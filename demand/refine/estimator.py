@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from demand.arguments import renamed_keyword
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import unseen
 from demand.graph.pdgraph import PDGraph
@@ -38,7 +38,8 @@ class DemandEstimator:
         cost: seconds of an execution, for applications without a graph.
 
     Raises:
-        DemandError: an unknown way to count parallel calls.
+        DemandError: an unknown way to count parallel calls, or what is no graph, refinement (a
+            class in place of an instance of it, for one) or cost model.
 
     Attributes:
         fallbacks: questions answered by a fallback, by (application, reason); the reason is
@@ -54,10 +55,17 @@ class DemandEstimator:
         cost: CostModel | None = None,
     ) -> None:
         check_parallel_calls(parallel_calls)
-        self.graphs = dict(graphs)
-        self.refinement = NoRefinement() if refinement is None else refinement
+        self.graphs = {
+            name: instance_of(f"graph of {name!r}", graph, PDGraph)
+            for name, graph in graphs.items()
+        }
+        self.refinement = (
+            NoRefinement()
+            if refinement is None
+            else instance_of("refinement", refinement, Refinement)  # type: ignore[type-abstract]
+        )
         self.parallel_calls = parallel_calls
-        self.cost = CostModel() if cost is None else cost
+        self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self._refined: dict[tuple[str, Refinement], Refined] = {}
 
@@ -74,7 +82,7 @@ class DemandEstimator:
         Raises:
             DemandError: a progress that contradicts itself.
         """
-        progress = Progress() if progress is None else progress
+        progress = Progress() if progress is None else instance_of("progress", progress, Progress)
         graph = self.graphs.get(application)
         if graph is None or not graph.units:
             self.fallbacks[application, "application"] += 1

@@ -5,9 +5,8 @@ from typing import final
 
 import numpy as np
 
-from demand.arguments import renamed_keyword
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
-from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints
 from demand.refine.base import Refined, Refinement
@@ -35,8 +34,7 @@ class NearestRuns(Refinement):
     k: int = 50
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise DemandError(f"k is {self.k}; expected at least 1")
+        set_whole_numbers(self, "k", least=1)
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.arguments import renamed_keyword
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
@@ -25,6 +25,10 @@ class NoRefinement(Refinement):
 
     walks: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        set_whole_numbers(self, "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:

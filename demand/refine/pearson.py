@@ -6,7 +6,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from demand.arguments import renamed_keyword
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -58,9 +58,8 @@ class PearsonFilter(Refinement):
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold < 1.0:
             raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
-        for name in ("buckets", "minimum", "walks"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:

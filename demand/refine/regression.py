@@ -5,7 +5,7 @@ from typing import final
 
 import numpy as np
 
-from demand.arguments import renamed_keyword
+from demand.arguments import renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -48,9 +48,7 @@ class ProgressRegression(Refinement):
                 f"ridge is {self.ridge}; expected a positive finite number: features that are "
                 "alike in all runs have no solution without one"
             )
-        for name in ("atoms", "groups", "folds"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:

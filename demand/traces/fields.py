@@ -8,6 +8,9 @@ from typing import Any
 
 from demand.errors import DemandError
 
+LONGEST_QUOTE = 240
+"""Characters of what was seen that an error repeats: a field may be megabytes long."""
+
 
 class MalformedRecordError(DemandError):
     """A record that does not hold what its format says.
@@ -21,7 +24,7 @@ class MalformedRecordError(DemandError):
         self.field = field
         self.problem = problem
         place = f"{file}, line {line}" + (f", field {field!r}" if field else "")
-        super().__init__(f"{place}: {problem}" + (f" ({seen})" if seen else ""))
+        super().__init__(f"{place}: {problem}" + (f" ({seen:.{LONGEST_QUOTE}})" if seen else ""))
 
 
 class TwoClocksError(DemandError):
@@ -107,7 +110,7 @@ class Fields:
         except (ValueError, OverflowError):
             raise self.malformed(name, "expected a number", f"seen: {value!r:.60}") from None
         if not 0.0 <= number < math.inf:
-            raise self.malformed(name, "expected at least 0 and finite", f"seen: {value}")
+            raise self.malformed(name, "expected at least 0 and finite", f"seen: {value!r:.60}")
         return number
 
     def tokens(self, name: str) -> int:
@@ -135,7 +138,9 @@ class Fields:
         try:
             moment = datetime.fromisoformat(value)
         except ValueError:
-            raise self.malformed(name, "expected an ISO 8601 time", f"seen: {value!r}") from None
+            raise self.malformed(
+                name, "expected an ISO 8601 time", f"seen: {value!r:.60}"
+            ) from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
     def arrival(self, name: str, seconds: float) -> float:
@@ -147,7 +152,7 @@ class Fields:
         """
         elapsed = self._clock.elapsed(seconds, self.file)
         if elapsed is None:
-            raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r}")
+            raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r:.60}")
         return elapsed
 
     def text(self, name: str) -> str:

@@ -7,8 +7,9 @@ from typing import final
 
 import numpy as np
 
+from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
-from demand.seconds import Floats
+from demand.seconds import Floats, as_seconds, one_of_seconds
 from demand.workloads.workload import Application, Workload, poisson_workload
 
 
@@ -36,7 +37,8 @@ class ClosedLoop:
     think_seconds: Floats = field(repr=False)
 
     def __post_init__(self) -> None:
-        thinks = np.array(self.think_seconds, dtype=np.float64)
+        instance_of("jobs", self.jobs, Workload)
+        thinks = as_seconds("think_seconds", self.think_seconds)
         thinks.setflags(write=False)
         object.__setattr__(self, "think_seconds", thinks)
         object.__setattr__(self, "users", tuple(self.users))
@@ -86,6 +88,9 @@ def closed_loop(
         DemandError: no users, more users than jobs, a think time that is negative or not finite,
             or as `poisson_workload`.
     """
+    seed = whole_number("seed", seed, least=0)
+    users, jobs = whole_number("users", users), whole_number("jobs", jobs, least=1)
+    think_seconds = one_of_seconds("think_seconds", think_seconds)
     if not 1 <= users <= jobs:
         raise DemandError(f"users is {users} for {jobs} jobs; expected from 1 to as many as jobs")
     if not 0.0 <= think_seconds < np.inf:

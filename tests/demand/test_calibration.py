@@ -134,5 +134,7 @@ def test_what_cannot_be_scored_is_refused():
         with pytest.raises(DemandError, match="expected the finite seconds"):
             score()
     run = [Execution(Unit("a", "tool"), seconds=1.0)]
-    with pytest.raises(DemandError, match="after_units holds -1"):
+    with pytest.raises(
+        DemandError, match="after_units is -1; expected a whole number of at least 0"
+    ):
         calibrate(lambda progress: known, [run], after_units=(-1,))

@@ -266,3 +266,30 @@ def test_a_bad_application_costs_itself_alone(tmp_path):
     assert trace.skipped["record: expected a JSON object"] == 1
     with pytest.raises(DemandError, match="no record that can be read; 1 lines were skipped"):
         list(read_hermes_artifact(tmp_path / "q.json", on_error="skip"))
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (f"{DIGITS},1,1", "field 'arrived_at': expected at least 0 and finite"),
+        (f"0,{DIGITS},1", "field 'num_prefill_tokens': expected at least 0 and finite"),
+        (f"0,-{DIGITS},1", "field 'num_prefill_tokens': expected at least 0 and finite"),
+        (f"0,{DIGITS}x,1", "field 'num_prefill_tokens': expected a number"),
+        (f"0,5.{'0' * 9}{DIGITS},1", "field 'num_prefill_tokens': expected whole tokens"),
+    ],
+)
+def test_a_field_of_thousands_of_digits_is_quoted_short(tmp_path, row, says):
+    path = table(tmp_path / "t.csv", VIDUR, row)
+    with pytest.raises(MalformedRecordError, match=says) as caught:
+        list(read_vidur(path))
+    assert len(str(caught.value)) < len(str(path)) + 250
+
+
+def test_a_header_of_megabytes_is_quoted_short(tmp_path):
+    path = table(tmp_path / "t.csv", "x" * 100_000, "1")
+    with pytest.raises(DemandError, match=r"columns are xxx.*; expected arrived_at") as caught:
+        list(read_vidur(path))
+    assert len(str(caught.value)) < len(str(path)) + 500
