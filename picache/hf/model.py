@@ -18,11 +18,11 @@ from transformers import (
 
 from picache.chunk import KV, Header
 from picache.errors import PICacheError
-from picache.hf.ambient import Made, refuse_ambient, refuse_other_objects, refuse_packed
+from picache.hf.ambient import refuse_ambient, refuse_other_objects
 from picache.hf.attention_switch import AttentionSwitch
 from picache.hf.cache import PrefillCache, ScatterLayer, held_by
 from picache.hf.compiled import never_compiled
-from picache.hf.fingerprint import fingerprint, middles
+from picache.hf.fingerprint import fingerprint, middles, plain
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
@@ -57,8 +57,7 @@ class HFModel:
     def __init__(self, model: PreTrainedModel) -> None:
         refuse_other_objects(model)
         name = type(model).__name__
-        refuse_ambient(model)
-        refuse_packed(model)
+        self._made = refuse_ambient(model)
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if model._is_stateful:  # noqa: SLF001 - no public name for it
@@ -72,7 +71,6 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
-        self._made = Made.of(model)
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
@@ -414,7 +412,9 @@ class HFModel:
         """
         moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
-        tensors = [*self.model.named_parameters(), *buffers]
+        tensors = [
+            one for name, t in (*self.model.named_parameters(), *buffers) for one in plain(name, t)
+        ]
         versions = [
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
