@@ -76,7 +76,7 @@ class PIC:
 
         self.hf = HFModel(model)
         self._check = check
-        check(self.hf)
+        self._prove()
         self.model = model
         self._bos = self._special("bos_token_id")
         self._lead = self._leading(sinks)
@@ -101,14 +101,20 @@ class PIC:
             return as_ids(list(token * sinks.count), self.hf.vocab_size, "DummySinks")
         return ()
 
+    def _prove(self) -> None:
+        """Link a prompt to see that the model reproduces its own prefill; PICacheError if not."""
+        self._check(self.hf)
+        self._proven = self.hf.settings
+
     def _header(self) -> Header:
         """What the KV of chunks in this store depends on besides the text and its sinks.
 
         A model whose configuration was changed is measured and checked anew: its chunks have other
         keys, and whether it can be linked exactly is not known any more.
         """
-        if self.hf.measure_if_changed():
-            self._check(self.hf)
+        if self.hf.settings_now() != self._proven:
+            self.hf.measure()
+            self._prove()
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
     def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:

@@ -1,8 +1,8 @@
-"""What must hold of a model and around its forwards while keys and values are made.
+"""Conditions under which a model would make keys and values that a chunk's key does not stand for.
 
-Dropout, autocast, weights that are elsewhere or another dtype change what a layer caches without
-changing the weights that a chunk's key is made of. Each is refused by its own name, when `PIC` is
-made, at every compile and link before anything is looked up, and inside the forward itself.
+Dropout, autocast, offloaded weights or another dtype change what a layer caches, but not the hash
+of the weights that is part of a chunk's key. Each is refused by its own name: when `PIC` is made,
+at every compile and link before the store is asked, and inside the forward itself.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from picache.errors import PICacheError
 
-_SAME_IN_BOTH = (nn.Linear, nn.Embedding)
+_SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
+_PACKING = "torch.ao.nn.quantized"  # modules with weights in no parameter or buffer
 
 
 def refuse_other_objects(model: object) -> None:
@@ -37,72 +38,108 @@ def refuse_other_objects(model: object) -> None:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a model was when `PIC` measured it, and must still be when chunks are compiled.
+class ModelState:
+    """What a model's keys and values depend on, besides the values of its weights.
 
     Attributes:
         dtype: of its weights.
-        quantised: what its weights are quantised by; empty where they are not.
+        quantised: names what its weights are quantised by; empty where they are not.
+        packed: the first module whose weights are neither parameters nor buffers; empty for none.
+        training: the first module in training mode; None where all are in evaluation mode.
+        tensors: how many parameters and buffers it has.
+        away: the names of those that are not in memory.
+        devices: the kinds of device the others are on.
     """
 
     dtype: torch.dtype
     quantised: str
+    packed: str
+    training: str | None
+    tensors: int
+    away: tuple[str, ...]
+    devices: frozenset[str]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Made":
-        """What the model is now."""
-        return cls(model.dtype, quantised_by(model))
+    def of(cls, model: PreTrainedModel) -> "ModelState":
+        """The state the model is in now."""
+        quantised, packed, training = "", "", None
+        for where, module in model.named_modules():
+            # Linear layers and embeddings do the same in both modes, and
+            # resize_token_embeddings makes new ones in training mode.
+            if training is None and module.training and type(module) not in _SAME_IN_TRAINING:
+                training = where
+            if not packed and type(module).__module__.startswith(_PACKING):
+                packed, quantised = where, f"{type(module).__name__} ({where})"
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        devices = {tensor.device.type for _, tensor in tensors}
+        away = tuple(name for name, tensor in tensors if tensor.device.type == "meta")
+        quantised = next(filter(None, (_fewer_bits(*one) for one in tensors)), quantised)
+        quantizer = getattr(model, "hf_quantizer", None)  # set by transformers where it quantised
+        if quantizer is not None:
+            quantised = type(quantizer).__name__
+        kinds = frozenset(devices - {"meta"})
+        return cls(model.dtype, quantised, packed, training, len(tensors), away, kinds)
 
 
-def refuse_ambient(model: PreTrainedModel, made: Made | None = None) -> None:
-    """Raise PICacheError where keys and values made now would be others than the key says.
+def _fewer_bits(name: str, tensor: Tensor) -> str:
+    """Names the type of a quantised weight; empty for one that is not."""
+    if is_traceable_wrapper_subclass(tensor):
+        return f"{type(tensor).__name__} ({name})"
+    small = tensor.dim() > 1 and tensor.itemsize == 1 and tensor.dtype != torch.bool
+    return f"{tensor.dtype} ({name})" if small else ""
+
+
+def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> ModelState:
+    """Raise PICacheError where keys and values made now would not be those the key stands for.
 
     Args:
-        model: about to prefill or link.
-        made: what it was when `PIC` was made; None when that is under way.
+        model: the model that is about to prefill or link.
+        made: its state when `PIC` was made; None while `PIC` is being made.
+
+    Returns:
+        The state it is in now.
     """
-    name = type(model).__name__
-    _refuse_training(model, name)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    away = [where for where, tensor in tensors.items() if tensor.device.type == "meta"]
-    if away:
+    name, now = type(model).__name__, ModelState.of(model)
+    if now.training is not None:
+        what = f"module {now.training!r} of {name}" if now.training else name
+        checkpointed = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
+        also = ", and gradient checkpointing leaves out the cache" if checkpointed else ""
         raise PICacheError(
-            f"{len(away)} of the {len(tensors)} weights of {name} are not in memory (the first is "
-            f"{away[0]!r}): they were offloaded to disk or to the CPU (device_map, accelerate's "
-            "cpu_offload), or never loaded. What is not here cannot be told from other weights: "
-            "load the whole model, on several devices if it fits none"
+            f"{what} is in training mode, where dropout changes keys and values{also}: call "
+            "model.eval() first"
         )
-    for kind in sorted({tensor.device.type for tensor in tensors.values()}):
+    if now.away:
+        raise PICacheError(
+            f"{len(now.away)} of the {now.tensors} weights of {name} are not in memory (the first "
+            f"is {now.away[0]!r}): they were offloaded to disk or to the CPU (device_map, "
+            "accelerate's cpu_offload), or never loaded. What is not here cannot be told from "
+            "other weights: load the whole model, on several devices if it fits none"
+        )
+    for kind in sorted(now.devices):
         refuse_autocast(kind)
-    if made is None:
-        return
-    now = Made.of(model)
-    if now.dtype != made.dtype:
+    if now.packed:
+        raise PICacheError(
+            f"{name} keeps the weights of {now.packed!r} packed in a "
+            f"{type(model.get_submodule(now.packed)).__name__} quantised by torch, where they "
+            "cannot be told from other weights, and most often quantises activations too, so that "
+            "a token's keys depend on the tokens computed with it: load the model without "
+            "quantisation, or quantise the weights alone"
+        )
+    if made is not None and now.dtype != made.dtype:
         raise PICacheError(
             f"{name} had weights in {made.dtype} when PIC was made of it and has {now.dtype} now: "
             "make a new PIC(model); chunks of the two are kept apart"
         )
-    if now.quantised != made.quantised:
-        raise PICacheError(
-            f"{name} was {_quantised(made.quantised)} when PIC was made of it and is "
-            f"{_quantised(now.quantised)} now: make a new PIC(model); chunks of the two are kept "
-            "apart"
+    if made is not None and now.quantised != made.quantised:
+        before, after = (
+            f"quantised by {one}" if one else "not quantised"
+            for one in (made.quantised, now.quantised)
         )
-
-
-def _refuse_training(model: PreTrainedModel, name: str) -> None:
-    # Matrices, which resize_token_embeddings makes anew in training mode, are the same in both.
-    modules = ((w, one) for w, one in model.named_modules() if type(one) not in _SAME_IN_BOTH)
-    training = next((where for where, one in modules if one.training), None)
-    if training is None:
-        return
-    what = f"module {training!r} of {name}" if training else name
-    checkpointed = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
-    also = ", and gradient checkpointing leaves out the cache" if checkpointed else ""
-    raise PICacheError(
-        f"{what} is in training mode, where dropout changes keys and values{also}: call "
-        "model.eval() first"
-    )
+        raise PICacheError(
+            f"{name} was {before} when PIC was made of it and is {after} now: make a new "
+            "PIC(model); chunks of the two are kept apart"
+        )
+    return now
 
 
 def refuse_autocast(kind: str) -> None:
@@ -116,43 +153,3 @@ def refuse_autocast(kind: str) -> None:
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False)). To have the model in "
             f"that dtype, load it with dtype={torch.get_autocast_dtype(kind)}"
         )
-
-
-def quantised_by(model: PreTrainedModel) -> str:
-    """What keeps a model's weights in fewer bits, as text; empty where nothing does."""
-    quantizer = getattr(model, "hf_quantizer", None)  # set by transformers where it quantised
-    if quantizer is not None:
-        return type(quantizer).__name__
-    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for where, tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
-            return f"{type(tensor).__name__} ({where})"
-        if tensor.dim() > 1 and tensor.itemsize == 1 and tensor.dtype != torch.bool:
-            return f"{tensor.dtype} ({where})"
-    packed = packed_weights(model)
-    return f"{type(model.get_submodule(packed)).__name__} ({packed})" if packed else ""
-
-
-def packed_weights(model: PreTrainedModel) -> str:
-    """The first module that keeps its weights packed away from parameters and buffers."""
-    for where, module in model.named_modules():
-        if type(module).__module__.startswith("torch.ao.nn.quantized"):
-            return where
-    return ""
-
-
-def refuse_packed(model: PreTrainedModel) -> None:
-    """Raise PICacheError where weights are no tensors that a fingerprint sees."""
-    packed = packed_weights(model)
-    if packed:
-        raise PICacheError(
-            f"{type(model).__name__} keeps the weights of {packed!r} packed in a "
-            f"{type(model.get_submodule(packed)).__name__} of {quantised_by(model)!r}, where they "
-            "cannot be told from other weights, and most often quantises activations too, so that "
-            "a token's keys depend on the tokens computed with it: load the model without "
-            "quantisation, or quantise the weights alone"
-        )
-
-
-def _quantised(by: str) -> str:
-    return f"quantised by {by}" if by else "not quantised"

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_WIDTH = 4099  # a prime, so that no dimension of a weight is a multiple of it
+_WIDTH = 4099  # a prime: rows of a weight that are exchanged fall into other columns
 # Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
 
@@ -15,6 +16,17 @@ _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
 def settings(config: Any) -> dict[str, Any]:
     """The fields of a transformers configuration that keys and values may depend on; a copy."""
     return {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+
+
+def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The plain tensors, by name, of a parameter: itself, or the parts of a tensor subclass.
+
+    Quantised weights are often a tensor subclass, made of integers and scales.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner = tensor.__tensor_flatten__()[0]
+    return [one for part in inner for one in plain(f"{name}.{part}", getattr(tensor, part))]
 
 
 @torch.no_grad()

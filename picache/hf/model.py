@@ -18,11 +18,11 @@ from transformers import (
 
 from picache.chunk import KV, Header
 from picache.errors import PICacheError
-from picache.hf.ambient import Made, refuse_ambient, refuse_other_objects, refuse_packed
+from picache.hf.ambient import refuse_ambient, refuse_other_objects
 from picache.hf.attention_switch import AttentionSwitch
 from picache.hf.cache import PrefillCache, ScatterLayer, held_by
 from picache.hf.compiled import never_compiled
-from picache.hf.fingerprint import fingerprint, middles, settings
+from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
@@ -45,6 +45,7 @@ class HFModel:
         decoder: the part of it that holds the layers.
         attention: switches the model's attention function.
         config: configuration of the decoder.
+        settings: the fields of it that KV may depend on, when the model was measured.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
@@ -57,8 +58,7 @@ class HFModel:
     def __init__(self, model: PreTrainedModel) -> None:
         refuse_other_objects(model)
         name = type(model).__name__
-        refuse_ambient(model)
-        refuse_packed(model)
+        self._made = refuse_ambient(model)
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if model._is_stateful:  # noqa: SLF001 - no public name for it
@@ -72,23 +72,24 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
-        self._made = Made.of(model)
         self._digest: tuple[object, str] = (None, "")
-        self._settings: dict[str, Any] = {}
-        self.measure_if_changed()
+        self.measure()
 
-    def measure_if_changed(self) -> bool:
-        """Measure the model if its configuration was changed since; whether it was."""
-        now = settings(self.config)
-        if now == self._settings:
-            return False
+    def measure(self) -> None:
+        """Measure how each layer rotates keys, and whether its frequencies follow the length.
+
+        Raises:
+            PICacheError: when the model cannot be linked exactly; says why.
+        """
+        self.settings = self.settings_now()
         with self.on_trial():
             self._measure()
-        self._settings = now
-        return True
+
+    def settings_now(self) -> dict[str, Any]:
+        """Fields of the configuration that KV may depend on, as they are now."""
+        return settings(self.config)
 
     def _measure(self) -> None:
-        """Measure how each layer rotates keys, and whether its frequencies follow the length."""
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
@@ -375,16 +376,20 @@ class HFModel:
             entered: positions of the tokens that go through a layer, one entry per layer.
         """
         config = self.config
-        embedding: Any = self.model.get_input_embeddings()
-        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
-        matrices = sum(p.numel() for p in inside if p.dim() > 1)
         # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
         width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
         tokens = sum(len(positions) for positions in entered)
         pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
-        per_token = 2.0 * matrices / config.num_hidden_layers
+        per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size
+
+    @cached_property
+    def _matrix_parameters(self) -> int:
+        """Parameters of the layers' matrices; counted once, without adapters that come later."""
+        embedding: Any = self.model.get_input_embeddings()
+        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
+        return sum(p.numel() for p in inside if p.dim() > 1)
 
     @property
     def bytes_per_token(self) -> int:
@@ -413,20 +418,22 @@ class HFModel:
         """A hash of the configuration and of every parameter and buffer.
 
         Models of one configuration with different weights or dtypes do not share chunks. The hash
-        is made again when a setting was changed (`measure_if_changed` has seen it), or a tensor was
-        replaced or written to since the last time. Merging an
-        adapter writes through ``.data``, which PyTorch does not count as a write; it shows in the
-        value in the middle of each tensor. Rotary frequencies that depend on the length of the text
-        are left out, since every forward may overwrite them; the configuration determines them.
+        is made again when the model was measured with other settings, or a tensor was replaced or
+        written to since the last time. Merging an adapter writes through ``.data``, which PyTorch
+        does not count as a write; it shows in the value in the middle of each tensor. Rotary
+        frequencies that depend on the length of the text are left out, since every forward may
+        overwrite them; the configuration determines them.
         """
         moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
-        tensors = [*self.model.named_parameters(), *buffers]
+        tensors = [
+            one for name, t in (*self.model.named_parameters(), *buffers) for one in plain(name, t)
+        ]
         versions = [
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
         ]
-        seen = (versions, middles([t for _, t in tensors]), self._settings)
+        seen = (versions, middles([t for _, t in tensors]), self.settings)
         if seen != self._digest[0]:
-            self._digest = (seen, fingerprint(self._settings, tensors))
+            self._digest = (seen, fingerprint(self.settings, tensors))
         return self._digest[1]

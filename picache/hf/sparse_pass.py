@@ -170,7 +170,7 @@ def under_way() -> SparsePass:
     running = current.get(None)
     if running is None:
         raise PICacheError(
-            "another thread links or compiles with this model, and its attention is switched "
+            "another thread links a prompt with this model, and its attention is switched "
             "meanwhile: a forward or generate of the same model object must wait. Share a lock "
             "between the two, or give each thread a model of its own (copy.deepcopy(model))"
         )

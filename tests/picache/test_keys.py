@@ -63,21 +63,31 @@ def test_what_is_linked_after_a_setting_was_changed_is_what_a_new_pic_links(mode
         assert_close("full", whole, model(torch.cat([*texts, query])[None]).logits[:, -1], 1e-4)
 
 
-def test_a_setting_changed_to_what_cannot_be_linked_is_refused(model, monkeypatch):
-    """The proof that was made with other settings is made again."""
+@pytest.mark.parametrize("where", ["measure", "check"])
+def test_a_setting_changed_to_what_cannot_be_linked_is_refused(model, monkeypatch, where):
+    """The proof that was made with other settings is made again, until it holds."""
     from picache.hf.model import HFModel
 
     pic = PIC(model)
+    refusing = [True]
+    original = HFModel._measure
 
-    def refuses(self):
-        raise PICacheError("no longer")
+    def refuses(*args):
+        if refusing[0]:
+            raise PICacheError("no longer")
+        return original(*args) if where == "measure" else None
 
-    monkeypatch.setattr(HFModel, "_measure", refuses)
+    if where == "measure":
+        monkeypatch.setattr(HFModel, "_measure", refuses)
+    else:
+        monkeypatch.setattr(pic, "_check", refuses)
     pic.compile(IDS)
     model.config.sliding_window = 6
     for _ in range(2):
         with pytest.raises(PICacheError, match="no longer"):
             pic.compile(IDS)
+    refusing[0] = False
+    assert pic.compile(IDS).key == key(model)
 
 
 def change_weight(model):
