@@ -154,7 +154,7 @@ class Disk:
             try:
                 file, version = self._files.open(name)
             except FileNotFoundError:  # never written, or evicted by another process
-                self._index.forget(key)
+                self._index.missed(key)
                 return None
             try:
                 found = ChunkFile(file, key, self._namespace, self._storage, version)

@@ -89,7 +89,7 @@ def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
 def open_regular(path: str) -> FileIO:
     """A file opened for reading; what is no file, such as a pipe, is opened without waiting."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    return FileIO(path, "r", opener=lambda name, _: os.open(name, flags | os.O_CLOEXEC))
+    return FileIO(path, "r", opener=lambda name, _: os.open(name, flags))
 
 
 class LocalFiles(Files):

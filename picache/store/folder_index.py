@@ -23,11 +23,13 @@ from picache.errors import StoreFull
 from picache.store.chunk_name import file_name, key_of
 from picache.store.files import LocalFiles
 from picache.store.in_use import InUse
+from picache.store.remote_calls import TierResting
 from picache.store.tiers import bound_of, seconds_of
 from picache.store.writers import STALE_SECONDS, TEMPORARY, abandoned, reserved_bytes
 
 NAME = "index.sqlite3"
-WAIT_SECONDS = 10.0  # for other processes, each of which takes milliseconds
+WAIT_SECONDS = 5.0  # for other processes, each of which takes milliseconds
+REST_SECONDS = 30.0  # before one that was stopped in a transaction is waited for again
 _VERSION = 1
 _TABLES = f"""
     CREATE TABLE files (
@@ -98,6 +100,7 @@ class FolderIndex:
         self._files, self._in_use, self._by_cost = files, in_use, eviction == "cost"
         self._path = files.root / NAME
         self._looked = False
+        self._resting_until = 0.0
         self._turn = threading.Lock()  # threads need not wait in SQLite, which sleeps
 
     # What others ask
@@ -176,8 +179,11 @@ class FolderIndex:
         """Delete a file that was not written to its end, and give its room back."""
         self._run(lambda db: self._give_up(db, key, temporary))
 
+    def missed(self, key: str) -> None:
+        """A file was looked for in vain: if the index has it, its shard's time will tell."""
+
     def forget(self, key: str) -> None:
-        """A file was found gone."""
+        """A file was deleted."""
         name = file_name(key)
 
         def work(db: sqlite3.Connection) -> None:
@@ -225,10 +231,17 @@ class FolderIndex:
         that was deleted or replaced meanwhile is noticed.
         """
         with self._turn:
+            if time.monotonic() < self._resting_until:
+                raise TierResting(
+                    f"its index was locked for {WAIT_SECONDS:g} seconds, and is not asked for "
+                    f"{REST_SECONDS:g}"
+                )
             try:
                 return self._once(work)
             except sqlite3.DatabaseError as error:
                 code = getattr(error, "sqlite_errorcode", 0)
+                if code == sqlite3.SQLITE_BUSY:
+                    self._resting_until = time.monotonic() + REST_SECONDS
                 if code not in _DAMAGED and code & 0xFF not in _DAMAGED:
                     raise
                 Path(f"{self._path}-journal").unlink(missing_ok=True)  # or it is rolled back into

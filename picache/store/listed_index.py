@@ -92,8 +92,12 @@ class ListedIndex:
         with self._lock:
             self._writing.pop(temporary, None)
 
+    def missed(self, key: str) -> None:
+        """A file was looked for in vain."""
+        self.forget(key)
+
     def forget(self, key: str) -> None:
-        """A file was found gone."""
+        """A file was deleted."""
         with self._lock:
             self._tier.drop(key)
 

@@ -163,12 +163,37 @@ def test_what_comes_and_goes_behind_the_indexs_back_counts(tmp_path):
     assert len(other) == 8
 
 
-def test_a_file_deleted_by_hand_gives_its_room_back_when_it_is_missed(tmp_path):
+def test_a_file_deleted_by_hand_gives_its_room_back_when_somebody_looks(tmp_path):
     path = tmp_path / "chunks"
     store = filled(path, 3)
     (folder_of(path) / file_name(NAMES[1])).unlink()
     assert store.get(NAMES[1]) is None
+    assert tier(ChunkStore(path=path))[0] == 2
     assert tier(store)[0] == 2
+
+
+def test_a_process_stopped_in_the_index_holds_others_up_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_index, "WAIT_SECONDS", 0.3)
+    path = tmp_path / "chunks"
+    store = filled(path, 3)
+    with closing(sqlite3.connect(folder_of(path) / folder_index.NAME)) as db:
+        db.isolation_level = None
+        db.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        with pytest.warns(RuntimeWarning, match="database is locked"):
+            roomy = ChunkStore(path=path)
+        with pytest.warns(RuntimeWarning, match=r"was locked for 0\.3 seconds, and is not asked"):
+            roomy.put(NAMES[3], chunk(3))
+        for seed in range(4, 40):
+            roomy.put(NAMES[seed], chunk(seed))
+            assert roomy.get(NAMES[50]) is None
+        assert time.monotonic() - begun < 5
+        assert same_kv(roomy.get(NAMES[1]), chunk(1))
+        assert same_kv(store.get(NAMES[1]), chunk(1))
+        assert roomy.disk_failures == 37
+    monkeypatch.setattr(roomy._disk._index, "_resting_until", 0.0)
+    roomy.put(NAMES[3], chunk(3))
+    assert tier(roomy)[0] == 4
 
 
 def test_the_last_use_in_any_process_counts(tmp_path):
