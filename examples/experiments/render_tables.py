@@ -120,6 +120,26 @@ def tiers_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def store_table(record: dict) -> str:
+    """Of store.json: milliseconds of each operation by the chunks a store holds."""
+    columns = {
+        "chunks": "{chunks:,}",
+        "memory: hit": "{milliseconds[memory_get]:.4f}",
+        "put, one leaves": "{milliseconds[memory_put_evicting]:.3f}",
+        "disk: open": "{milliseconds[disk_open]:.2f}",
+        "hit, read": "{milliseconds[disk_get]:.2f}",
+        "put, others leave": "{milliseconds[disk_put_evicting]:.2f}",
+        "counters": "{milliseconds[disk_stats]:.2f}",
+        "index made anew": "{milliseconds[disk_first_look]:,.0f}",
+    }
+    configuration, where = record["configuration"], record["environment"]
+    beneath = (
+        f"Milliseconds, medians of {configuration['repeats']}; files in {configuration['folder']}; "
+        f"{where['hardware']}."
+    )
+    return f"{markdown(record['rows'], columns)}\n\n{beneath}"
+
+
 CAP = """# Where each method stands: context, accuracy, performance
 
 The CAP principle (arXiv 2405.11299): serving context (C), accuracy (A) and performance (P) trade
@@ -173,6 +193,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_scaling": [scaling_table],
         "link_tiers_cuda": [tiers_table],
     },
+    "docs/picache.md": {"store": [store_table]},
     "docs/retention.md": {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
