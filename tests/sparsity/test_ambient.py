@@ -76,7 +76,7 @@ def test_another_dtype_than_that_of_a_past_is_refused():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])  # one dtype, and norms in float32
 def test_a_whole_run_under_autocast_is_the_dense_one(family):
-    model, (ids, padding) = shallow_model(family), batch()
+    model, (ids, padding) = shallow_model(family), batch(4, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = run(model, DynamicCache(config=model.config), ids, padding)
         for policy in AMPLE:
