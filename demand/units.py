@@ -24,7 +24,7 @@ END = "end"
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A functional unit of an application, a node of its demand graph (arXiv 2506.14851).
+    """A functional unit of an application: a node of its demand graph (arXiv 2506.14851).
 
     Args:
         name: unique within the application; "start" and "end" are taken by the graph.
@@ -60,7 +60,7 @@ class Execution:
     the sum over the calls is exact. `of_calls` makes one from the calls themselves.
 
     Args:
-        unit: what was executed.
+        unit: the unit that was executed.
         input_tokens: prompt tokens per call; needed for an "llm" without seconds.
         output_tokens: generated tokens per call; needed for an "llm" without seconds.
         parallelism: number of calls made side by side.
@@ -160,7 +160,7 @@ class Execution:
             self._check_longest("longest_seconds", self.seconds, "longest_output_tokens")
 
     def _check_longest(self, used: str, mean: float, unused: str) -> None:
-        """`used` must fit the mean per call; `unused` would be silently ignored."""
+        """Refuse a longest call that does not fit the mean, or one in units that do not count."""
         if getattr(self, unused) is not None:
             raise DemandError(
                 f"{unused} of unit {self.unit.name!r} is given, but its calls are costed by "
@@ -194,11 +194,18 @@ _ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens")
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of an execution, over its parallel calls.
+    """What an execution costs in seconds.
 
-    A call takes the seconds measured; an llm call without a measurement takes
+    A call takes the seconds that were measured; an llm call without a measurement takes
     input_tokens * prefill + output_tokens * decode seconds, with the profiled defaults of the
     Hermes artifact.
+
+    Args:
+        prefill_seconds_per_token: seconds for each prompt token.
+        decode_seconds_per_token: seconds for each generated token.
+
+    Raises:
+        DemandError: a rate that is negative or not finite.
     """
 
     prefill_seconds_per_token: float = 1e-4
@@ -310,7 +317,7 @@ class Progress:
 
     @renamed_keyword("demand", "parallel_calls")
     def current_seconds(self, parallel_calls: ParallelCalls = "sum") -> float:
-        """Seconds that the current unit has received, counted as `parallel_calls` says.
+        """Seconds of service that the current unit has received, counted as `parallel_calls` says.
 
         Raises:
             DemandError: only the other count is given.

@@ -46,8 +46,10 @@ class Distribution:
     Attributes:
         values: `[n]` float64 seconds, ascending, distinct, read-only.
         weights: `[n]` float64, positive, of sum 1, read-only.
-        extrapolated: whether it is what `condition` gives beyond all samples: the doubling rule at
-            one age, which is no knowledge. Ask the distribution it came from about other ages.
+        extrapolated: whether no sample stands behind it. `condition(age)` beyond the largest sample
+            has nothing to go by; it gives one atom, the remaining seconds that the doubling rule
+            assumes at that age, and marks it so. A scheduler should not learn from it (`Job.learn`
+            does not), and for other ages ask the distribution that it was made from.
 
     Raises:
         DemandError: no samples, NaN, infinity, a negative number, or weights that sum to 0.
@@ -74,11 +76,11 @@ class Distribution:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether it stands for an age beyond all samples."""
+        """Whether `condition` made it for an age beyond the largest sample: a rule, not samples."""
         return self._extrapolated
 
     def survival(self, age: float) -> float:
-        """P(X > age) over the atoms."""
+        """P(X > age), the share of the samples that are longer; 0 beyond the largest."""
         return float(self._weights[self._first_above(check_age(age)) :].sum())
 
     def mean(self, age: float = 0.0) -> float:
@@ -115,8 +117,9 @@ class Distribution:
     def condition(self, age: float) -> "Distribution":
         """Distribution of the remaining seconds X - age of a job that has X > age.
 
-        Up to the largest sample its answers at age b are those of this one at `age` + b. Beyond, it
-        is the doubling rule at `age` alone, and `extrapolated`.
+        Up to the largest sample its answers at age b are those of this one at `age` + b. Beyond the
+        largest sample it is a single atom, what the doubling rule assumes at `age`, and
+        `extrapolated`.
         """
         age = check_age(age)
         first = self._first_above(age)
@@ -138,9 +141,9 @@ class Distribution:
 
         Args:
             age: attained service in seconds.
-            variant: `"gittins"` (`gittins_rank` has the equation), or one of
-                `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"`, see
-                `demand.distribution.rank_variants`.
+            variant: `"gittins"`, the exact rank (`gittins_rank` has the equation), or one of
+                `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"` (`RankTable` says what
+                each is).
             quantum: least seconds of service between two decisions.
             preemption_cost: seconds lost by switching the job in.
 
@@ -188,9 +191,8 @@ class Distribution:
     def compress(self, atoms: int) -> "Distribution":
         """At most `atoms` atoms of the same mean, the largest kept, by merging neighbours.
 
-        No mass moves by more than (max - min) / (atoms // 2) seconds; `compress_atoms` has
-        the rule.
-        With that many or fewer atoms already, nothing changes.
+        No probability moves by more than (max - min) / (atoms // 2) seconds; `compress_atoms` has
+        the rule. With that many or fewer atoms already, nothing changes.
 
         Raises:
             DemandError: fewer than 2 atoms.
@@ -228,8 +230,9 @@ class Distribution:
     def on_grid(self, step_seconds: float | None = None) -> "Distribution":
         """Every atom rounded up to a multiple of `step_seconds`, against noise in the rank.
 
-        `grid.py` says why, and has the default: half the interquartile range over the
-        cube root of the effective number of samples.
+        Between two samples the Gittins rank of raw samples falls as if jobs ended at the next
+        sample's age; `demand.distribution.grid` has the reason and the source. The default step
+        is half the interquartile range over the cube root of the effective number of samples.
 
         Raises:
             DemandError: a step that is not positive and finite, or too small to be told apart.

@@ -1,4 +1,4 @@
-"""Ranks for all ages at once, exact at every age."""
+"""Ranks for all ages at once, exact at every age, and for jobs of several applications."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class RanksByAge(Protocol):
 
 
 class _Curve(NamedTuple):
-    """Ranks below the largest atom, where they jump, and the atom."""
+    """What a table is made of: ranks below the largest atom, where they jump up, and the atom."""
 
     ranks: RanksByAge
     jump_ages: Floats
@@ -54,12 +54,12 @@ class RankTable:
 
     Args:
         distribution: total demand of the job in seconds.
-        variant: `"gittins"`, exact (see `gittins_rank`); `"shifted"`, exact on
-            samples rounded up to a grid (`shifted_rank`); `"mean"`, the mean
-            remaining demand E[X - age | X > age], which is what SERPT serves by; and for
-            comparison `"bucketed"`, ten equal-width stops, and `"hermes_artifact"`, what the
-            public artifact computes, rank 0 beyond the samples included. The last is not to be
-            used.
+        variant: `"gittins"`, the exact rank (`gittins_rank`); `"shifted"`, the exact rank of the
+            samples rounded up to a grid (`shifted_rank`); `"mean"`, the mean remaining demand
+            E[X - age | X > age], which is what SERPT serves by; and for comparison `"bucketed"`,
+            which tries ten equally spaced times to give up, and `"hermes_artifact"`, what the
+            public artifact of Hermes computes, rank 0 beyond the samples included. Do not
+            schedule by the last.
         quantum: least seconds of service between two decisions; of `"gittins"` and `"shifted"`.
         preemption_cost: seconds lost by switching the job in; of the same two. Without both a
             table is fastest.
@@ -172,7 +172,7 @@ class RankTable:
 
 
 class _OnGrid:
-    """Ranks that stand still within a cell of a grid."""
+    """Ranks of samples on a grid: an age is rounded down to the grid, as samples are rounded up."""
 
     def __init__(self, ranks: RanksByAge, step_seconds: float) -> None:
         self._ranks, self._step = ranks, step_seconds

@@ -18,7 +18,7 @@ BUCKETS = 10
 
 
 class RankOptions(NamedTuple):
-    """Which variant of the rank is meant, checked."""
+    """Which variant of the rank is meant, with its quantum and preemption cost in seconds."""
 
     variant: str
     quantum: float
@@ -48,7 +48,7 @@ def check_variant(variant: str, quantum: float, preemption_cost: float) -> RankO
 
 
 def rank_at(values: Floats, weights: Floats, age: float, options: RankOptions) -> float:
-    """The rank that `options` name, of a job of one age, for clean atoms and a checked age."""
+    """The rank that `options` name, of a job of one age; atoms and age must be checked already."""
     costs = options[1:] if options.variant in COSTED_RANKS else ()
     return RANKS[options.variant](values, weights, age, *costs)
 

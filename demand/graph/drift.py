@@ -1,4 +1,4 @@
-"""Has the application changed? Recent runs against older ones."""
+"""Has the application changed? A statistical test of its recent runs against the older ones."""
 
 import math
 from dataclasses import dataclass
@@ -50,9 +50,9 @@ class DriftTest:
 
     Attributes:
         what: "run" for total seconds of a run, or the name of a unit for a run's seconds in it.
-        older_mean: seconds.
-        recent_mean: seconds.
-        statistic: Kolmogorov-Smirnov distance.
+        older_mean: mean seconds of the older runs.
+        recent_mean: mean seconds of the recent runs.
+        statistic: Kolmogorov-Smirnov statistic, the largest distance of the two empirical CDFs.
         p: chance of such a distance if nothing changed.
         drifted: whether p is below the false-alarm rate shared among all tests (Holm).
     """
@@ -71,8 +71,8 @@ class DriftReport:
     """What changed between the older and the recent runs of a graph.
 
     Attributes:
-        older: number of runs.
-        recent: number of runs.
+        older: number of older runs.
+        recent: number of recent runs.
         false_alarm_rate: chance that anything is said to have drifted though nothing has.
         tests: of the whole run first, then of each unit.
     """
@@ -112,16 +112,17 @@ def drift(
 ) -> DriftReport:
     """Compare the `recent` newest runs that a graph remembers with all older ones.
 
-    Each run gives one number to each test, its seconds in a unit (0 where the unit did not run)
-    or its total, so that samples are independent if runs are. The rate holds for one look over
-    all tests together (Holm's method); whoever looks after every run looks many times, and should
-    divide the rate by the number of looks, or look every `recent` runs.
+    Two-sample Kolmogorov-Smirnov tests, one for the total seconds of a run and one for its seconds
+    in each unit (0 where the unit did not run). Each run gives one number to each test, so that
+    samples are independent if runs are. The rate holds for all tests of one call together (Holm's
+    method). Whoever calls this after every run should divide the rate by the number of calls, or
+    call it once every `recent` runs.
 
     Args:
         graph: with enough runs in its window.
         recent: newest runs that are compared with the rest.
         false_alarm_rate: chance of any alarm where nothing has changed.
-        parallel_calls: how parallel calls count.
+        parallel_calls: whether parallel calls count by their "sum" or by the longest of them.
 
     Raises:
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
@@ -154,7 +155,7 @@ def drift(
 
 
 def _holm(p: Floats, rate: float) -> np.ndarray:
-    """Which hypotheses fall at a family-wise error rate (Holm 1979)."""
+    """Which null hypotheses are rejected at a family-wise error rate (Holm 1979)."""
     order = np.argsort(p)
     passed = np.cumprod(p[order] <= rate / np.arange(p.size, 0, -1)).astype(bool)
     alarms = np.empty(p.size, dtype=bool)

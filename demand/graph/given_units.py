@@ -1,4 +1,4 @@
-"""Units of a demand graph whose probabilities are given, not learned."""
+"""Demand graphs whose probabilities are given instead of learned, such as published profiles."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit, 
 
 @dataclass(frozen=True)
 class GivenUnit:
-    """What is known of one unit without any run: executions of it, and what follows.
+    """A unit of a published profile: executions of it, and how likely each unit is to follow.
 
     The two are drawn independently of each other, as from the stage lists of the Hermes artifact,
     which keep no joint samples.
 
     Args:
-        unit: which.
-        executions: equally likely.
+        unit: the unit that this is about.
+        executions: possible executions of it, equally likely.
         successors: probability of each following unit, or "end", by name; of sum 1.
 
     Raises:

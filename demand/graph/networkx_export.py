@@ -1,4 +1,4 @@
-"""A demand graph for networkx."""
+"""A demand graph as a graph of networkx."""
 
 from typing import TYPE_CHECKING
 

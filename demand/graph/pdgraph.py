@@ -35,12 +35,12 @@ Run = tuple[Execution, ...]
 
 @final
 class PDGraph:
-    """Probabilistic demand graph (Hermes, arXiv 2506.14851).
+    """Probabilistic demand graph of one application (PDGraph of Hermes, arXiv 2506.14851).
 
-    A node is a unit with the samples of its executions; an edge is weighted by how often one unit
+    A node is a unit, with the samples of its executions; an edge is weighted by how often one unit
     followed another; loops are edges that lead back. The remaining demand of an application is
-    found by random walks from where it stands to the end. What the units before have shown is
-    left to `demand.refine`: a walk step depends on the current unit alone.
+    found by random walks from the unit at which it stands to the end. A step of a walk depends on
+    the unit it is at alone; to use what the units before have shown is left to `demand.refine`.
 
     Departures from the paper's artifact: a sample keeps tokens, parallelism, seconds and successor
     together, where the artifact draws each on its own; walks have no silent cap of 50 units; the
@@ -80,7 +80,7 @@ class PDGraph:
         self._runs: deque[Run] = deque(maxlen=self.window)
         self._kinds: dict[str, Unit] = {}  # every unit ever seen
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
-        self._columns: RunColumns | None = None  # laid out at the first need after a change
+        self._columns: RunColumns | None = None  # made at the first need after a change
         self._arrays: dict[ParallelCalls, WalkArrays] = {}
 
     @classmethod
@@ -200,7 +200,7 @@ class PDGraph:
         return arrays.branches(arrays.node(unit))
 
     def columns(self) -> RunColumns:
-        """The remembered runs as columns, for refinements and tests.
+        """The remembered runs as arrays, for refinements and tests of drift.
 
         Raises:
             DemandError: a graph without runs.
@@ -229,7 +229,7 @@ class PDGraph:
 
     @renamed_keyword("demand", "parallel_calls")
     def walk_arrays(self, parallel_calls: ParallelCalls = "sum") -> WalkArrays:
-        """The samples as random walks draw them.
+        """The samples as arrays, from which random walks draw.
 
         Raises:
             DemandError: a graph without runs, or from which the end cannot be reached.

@@ -7,7 +7,7 @@ from demand.units import CostModel, Execution, Unit
 
 
 class ReadableGraph(Protocol):
-    """A demand graph to those who only look at it, which `PDGraph` is.
+    """A demand graph to those who read it and do not change it; `PDGraph` is one.
 
     Attributes:
         name: of the application.

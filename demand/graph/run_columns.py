@@ -1,4 +1,4 @@
-"""The runs that a graph remembers, as columns: what walks, refinements and tests read."""
+"""The runs that a graph remembers, as arrays: what walks, refinements and drift tests read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ calls as the cost model counts them."""
 
 
 def decayed(ages: Ints, half_life_runs: float) -> Floats:
-    """2^(-age / half-life), never 0, so that what is left of a choice always has weight."""
+    """Weights 2^(-age / half-life), ages in runs; never 0, so that old runs can still be drawn."""
     return np.exp2(-np.minimum(ages / half_life_runs, 1000.0))
 
 
@@ -37,7 +37,7 @@ class RunColumns:
         unit: `[n]` position in `units` of each execution.
         starts: `[runs + 1]`; run r is the executions `starts[r]` up to `starts[r + 1]`.
         attributes: `[n, 4]`, by `ATTRIBUTES`.
-        seconds: `[n]` of each execution, by the way to count parallel calls.
+        seconds: `[n]` of each execution, for "sum" and for "critical_path".
     """
 
     units: tuple[Unit, ...]
@@ -48,7 +48,7 @@ class RunColumns:
 
     @classmethod
     def of(cls, runs: Sequence[Sequence[Execution]], cost: CostModel) -> "RunColumns":
-        """Lay out `runs`, each of at least one execution."""
+        """The columns of `runs`, each of at least one execution."""
         flat = [execution for run in runs for execution in run]
         units = dict.fromkeys(execution.unit for execution in flat)
         number = {unit: position for position, unit in enumerate(units)}

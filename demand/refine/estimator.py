@@ -1,4 +1,4 @@
-"""What a scheduler asks: the remaining demand of any application, known or not."""
+"""What a scheduler asks for the remaining demand of any application, known to it or not."""
 
 import warnings
 from collections import Counter

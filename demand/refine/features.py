@@ -1,4 +1,4 @@
-"""What a run has shown at each boundary between its units, as numbers."""
+"""What a run has shown at each boundary between its units, as features for statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class ProgressFeatures:
-    """Features of a progress, the same for learning and for asking.
+    """Turns how far a run has come into features, alike for learning and for prediction.
 
     Units finished, seconds so far, seconds of the last unit, mean seconds of the recent ones and
     tokens of the last one, each as log(1 + x); how often each unit ran, likewise; and which unit

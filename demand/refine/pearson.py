@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import numpy as np
+from typing_extensions import override
 
-from demand.arguments import renamed_keyword, set_whole_numbers
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -20,7 +21,7 @@ from demand.units import CostModel, Execution, ParallelCalls, Progress
 @final
 @dataclass(frozen=True)
 class PearsonFilter(Refinement):
-    """Keeps, at each unit ahead, the samples whose upstream units looked like what was seen.
+    """Predicts by random walks that draw, at each unit ahead, from similar past runs only.
 
     Hermes (arXiv 2506.14851, on cross-unit correlation): where an attribute of a unit upstream
     (input tokens, output tokens, parallelism, seconds) correlates with one downstream by more
@@ -61,9 +62,11 @@ class PearsonFilter(Refinement):
         set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
         set_whole_numbers(self, "seed", least=0)
 
+    @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Correlate every unit with those before it, O(units * executions), and walk from each."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         arrays = graph.walk_arrays(parallel_calls)
         filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}
@@ -99,7 +102,7 @@ class PearsonFilter(Refinement):
 
 
 class Filter(NamedTuple):
-    """An attribute upstream that tells of a unit downstream.
+    """An attribute of a unit upstream that correlates with attributes of a unit downstream.
 
     Attributes:
         upstream: name of the unit.
@@ -117,7 +120,7 @@ class Filter(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class FilteredWalks(Refined):
-    """Walk arrays, with the filters of each node.
+    """Random walks over a graph, with the filters that progress puts on the samples of its nodes.
 
     Attributes:
         config: the refinement.
@@ -153,8 +156,9 @@ class FilteredWalks(Refined):
                 kept[node] = chosen
         return kept
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
-        """Random walks over the samples kept."""
+        """Seconds to the end by random walks that draw from the samples kept."""
         config = self.config
         kept = self.kept(progress)
         near = self.arrays.keeping(kept)

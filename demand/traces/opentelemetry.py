@@ -40,6 +40,8 @@ def read_opentelemetry(
     Spans are exported as they end, children before parents, and several traces at a time. A
     session is complete `wait_lines` lines after its root span, or at the end; a span that comes
     later is malformed. That many lines' spans are kept in memory.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     wait_lines = whole_number("wait_lines", wait_lines, least=0)
     return Trace(path, json_lines, partial(_Traces, wait_lines), on_error)

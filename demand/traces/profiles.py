@@ -8,6 +8,7 @@ import numpy as np
 
 from demand.errors import DemandError
 from demand.flow import flow_fault, visits
+from demand.seconds import as_numbers, as_seconds
 from demand.traces.schema import Session, Span
 from demand.units import Kind, Unit
 
@@ -39,7 +40,11 @@ class StageProfile:
     def __post_init__(self) -> None:
         Unit("stage", self.kind)  # refuses an unknown kind
         for name in ("input_tokens", "output_tokens", "seconds", "parallelism"):
-            for at, value in enumerate(getattr(self, name)):
+            read = as_seconds if name == "seconds" else as_numbers
+            samples = read(f"{name} of a stage", getattr(self, name)).tolist()
+            if name == "seconds":
+                object.__setattr__(self, name, tuple(samples))
+            for at, value in enumerate(samples):
                 if not 0.0 <= value < math.inf:
                     raise DemandError(
                         f"{name}[{at}] of a stage is {value}; expected a finite number of at "

@@ -1,4 +1,4 @@
-"""Two applications on which knowing the distribution beats knowing the mean."""
+"""Two applications on which a policy that knows the distribution beats one that knows the mean."""
 
 from collections.abc import Callable
 from functools import partial

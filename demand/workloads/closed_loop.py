@@ -18,13 +18,13 @@ from demand.workloads.workload import Application, Workload, poisson_workload
 class ClosedLoop:
     """Jobs of users, each of whom has one job at a time.
 
-    The first job of a user arrives at its entry in `jobs.arrivals`; each later one, in order of
-    the entries, `think_seconds` of its own after the user's last has finished, whatever its entry
-    says. A deadline keeps its distance from the arrival. Random numbers are common: under every
-    policy a user submits the same jobs after the same times of thought.
+    The first job of a user arrives at its second in `jobs.arrivals`. Each later one arrives when
+    its own `think_seconds` have passed since the user's job before it finished, whatever
+    `jobs.arrivals` says; a deadline keeps its distance from the arrival. Random numbers are common:
+    under every policy a user submits the same jobs after the same times of thought.
 
     Args:
-        jobs: the entries.
+        jobs: the jobs of all users, in the order in which each user submits them.
         users: `[n]` who submits each.
         think_seconds: `[n]` between the finish of a user's job and the arrival of the next.
 

@@ -1,4 +1,4 @@
-"""Applications most of whose work is in few jobs."""
+"""Applications of a heavy tail: most of the work is in few jobs."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Applications out of recorded runs: one half to learn from, the other to serve."""
+"""Applications made of recorded runs: one half to learn from, the other half to serve."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

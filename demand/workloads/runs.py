@@ -1,4 +1,4 @@
-"""Generators of runs: applications described stage by stage, executed at random."""
+"""Random runs of an application that is described stage by stage, by means and probabilities."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from demand.units import END, CostModel, Execution, Kind, Unit
 
 @dataclass(frozen=True)
 class Stage:
-    """One unit of a generated application, by its means.
+    """One unit of a generated application, described by the means of what it takes.
 
     Args:
         kind: of the unit.
@@ -42,7 +42,7 @@ class RunGenerator:
         stages: by unit name.
         scale: multiplies all tokens and seconds.
         spread: coefficient of variation of tokens and of seconds per call.
-        call_spread: the same for the number of calls.
+        call_spread: coefficient of variation of the number of parallel calls.
 
     Raises:
         DemandError: no stages, next stages that are none, probabilities that are negative or do
@@ -80,7 +80,7 @@ class RunGenerator:
             )
 
     def run(self, rng: np.random.Generator) -> list[Execution]:
-        """One run."""
+        """Draw one run, from the first stage to "end"."""
         executed = []
         for name in visits(next(iter(self.stages)), lambda name: self._following(name, rng)):
             stage = self.stages[name]
@@ -88,11 +88,11 @@ class RunGenerator:
         return executed
 
     def runs(self, rng: np.random.Generator, n: int) -> list[list[Execution]]:
-        """`[n]` runs."""
+        """Draw `n` runs."""
         return [self.run(rng) for _ in range(n)]
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
-        """Total seconds of `[n]` runs under the default cost model."""
+        """Draw `n` runs, and give their total seconds `[n]` under the default cost model."""
         return np.array([CostModel().run_seconds(run) for run in self.runs(rng, n)], np.float64)
 
     def mean_seconds(self) -> float:

@@ -73,17 +73,17 @@ class Application:
 
     @property
     def true_mean_seconds(self) -> float:
-        """Mean of the demands that `demands` draws."""
+        """True mean demand in seconds: `mean_seconds`, or the plain mean of `distribution`."""
         if self.mean_seconds is not None:
             return self.mean_seconds
         return float(self.distribution.values @ self.distribution.weights)
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
-        """Draw `[n]` true demands in seconds."""
+        """Draw the true demands of `n` jobs, `[n]` seconds."""
         return self.draw(rng, n).demands
 
     def draw(self, rng: np.random.Generator, n: int) -> "Drawn":
-        """Draw `[n]` jobs."""
+        """Draw `n` jobs: their demands, and what each executes where the application says."""
         if self.sample_runs is not None:
             runs = self.sample_runs(rng, n)
             return Drawn(np.array([self.cost.run_seconds(run) for run in runs], float), runs)
@@ -108,7 +108,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Jobs in order of arrival.
+    """The jobs of a simulation, in order of arrival, with what is known of them and what is true.
 
     Args:
         arrivals: `[n]` seconds, ascending.
@@ -117,7 +117,8 @@ class Workload:
         distributions: what the scheduler knows, by application name.
         load: offered load per server that it was drawn for; NaN if unknown.
         deadlines: `[n]` seconds on the clock of the arrivals, infinity for none; `None` for none.
-        tenants: `[n]` names of who pays; `None` makes every application a tenant.
+        tenants: `[n]` who each job belongs to, such as a customer: what fair policies share
+            between; `None` makes every application a tenant.
         weights: share of a tenant relative to the others, 1 for those not named.
         priorities: `[n]` classes, smaller first; `None` puts all jobs into class 0.
         runs: `[n]` what each job truly executes, for simulators that serve units and for

@@ -228,6 +228,8 @@ STAGE = {"input_len": [1], "output_len": [1], "next_stages": ["end"]}
         ),
         ({}, r"app\.start\.next_stages': an application without stages"),
         ({"start": {"next_stages": ["end"]}, "a": STAGE}, r"start.next_stages': expected names"),
+        ({"a": STAGE | {"next": ["a"]}}, r"app\.a\.next': end cannot be reached"),
+        ({"stage_list": ["a"], "a": STAGE}, r"app\.stage_list': a profile of task_models"),
         ({"a": STAGE | {"parallelism": [1, 0]}}, r"parallelism\[1\]': expected a whole number of"),
         ({"a": STAGE | {"parallelism": [1.5]}}, r"parallelism\[0\]': expected a whole number of"),
     ],
