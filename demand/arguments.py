@@ -1,5 +1,6 @@
 """What callers hand in, as what was meant, or refused by its name."""
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterable
@@ -7,6 +8,7 @@ from functools import wraps
 from typing import Any, SupportsFloat, TypeVar, cast
 
 from demand.errors import DemandError
+from demand.seconds import one_number, one_of_seconds
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Instance = TypeVar("Instance")
@@ -18,18 +20,18 @@ def check_instance(name: str, value: object, kinds: type | tuple[type, ...], exp
     Args:
         name: of the argument, for the error.
         value: what was given.
-        kinds: a class or several; abstract ones are allowed.
+        kinds: a class or several; abstract ones and protocols are allowed.
         expected: what to say was expected, such as "a policy, such as Gittins()".
 
     Raises:
         DemandError: anything else; of a class it is said that an instance of it was meant.
     """
-    if isinstance(value, kinds):
-        return
     if isinstance(value, type):
-        call = f"; make one: {value.__name__}(...)" if issubclass(value, kinds) else ""
+        meant = kinds if isinstance(kinds, tuple) else (kinds,)
+        call = f"; make one: {value.__name__}(...)" if set(meant) & set(value.__mro__) else ""
         raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
-    raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+    if not isinstance(value, kinds):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
 
 
 def check_callable(name: str, value: object, expected: str) -> None:
@@ -44,6 +46,33 @@ def check_callable(name: str, value: object, expected: str) -> None:
         raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
     if not callable(value):
         raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def positive_number(name: str, value: object) -> float:
+    """`value` as a float, or `DemandError` unless it is a positive finite number."""
+    return _positive(name, one_number(name, value))
+
+
+def positive_seconds(name: str, value: object) -> float:
+    """`value` in seconds as a float, or `DemandError` unless it is positive and finite.
+
+    A duration (`timedelta`, `timedelta64`) is converted by its unit.
+    """
+    return _positive(name, one_of_seconds(name, value))
+
+
+def share(name: str, value: object) -> float:
+    """`value` as a float, or `DemandError` unless it is a number from 0 to 1."""
+    number = one_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise DemandError(f"{name} is {value}; expected a share from 0 to 1, such as 0.95")
+    return number
+
+
+def _positive(name: str, number: float) -> float:
+    if not 0.0 < number < math.inf:
+        raise DemandError(f"{name} is {number}; expected a positive finite number")
+    return number
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.job import Job
+from demand.seconds import one_number
 
 Rank = float | tuple[float, ...]
 """Smaller is served first. Tuples compare entry by entry: a class, then a rank within it. All
@@ -114,22 +115,13 @@ def rank_of(job: Job, policy: Policy, now: float) -> Rank:
         DemandError: a rank that is neither a number nor a tuple of numbers, or is NaN.
     """
     rank = policy.rank(job, now)
-    if type(rank) is float:  # nearly all are: the rest may take longer
-        if rank == rank:
-            return rank
-    elif _orders(rank):
+    if type(rank) is float and rank == rank:  # nearly all are: the rest may take longer
         return rank
-    entries = rank if isinstance(rank, tuple) else (rank,)
-    if all(map(_is_number, entries)):
-        raise DemandError(f"{policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered")
-    raise DemandError(
-        f"{policy!r} ranked job {job.index} {rank!r:.200}; expected a number or a tuple of "
-        "numbers, of which the smallest goes first: have `rank` return one for every job"
-    )
+    return _checked(rank, job, policy)
 
 
 def number(rank: Rank, policy: Policy) -> float:
-    """`rank` where `policy` can do with a single number only.
+    """`rank`, which `policy` got from the policy within, where it takes a single number only.
 
     Raises:
         DemandError: a tuple, or what is no number.
@@ -141,9 +133,10 @@ def number(rank: Rank, policy: Policy) -> float:
             f"{policy!r} got the rank {rank}; it takes policies that rank by one number: put "
             "PriorityClasses or DeadlineMix around it, not inside"
         )
-    if not _is_number(rank):
-        raise DemandError(f"{policy!r} got the rank {rank!r} from within; expected a number")
-    return rank
+    found = _number(rank)
+    if found is None:
+        raise DemandError(f"{policy!r} got the rank {rank!r:.200} from within; expected a number")
+    return found
 
 
 def table_of(job: Job) -> Any:
@@ -160,16 +153,32 @@ def table_of(job: Job) -> Any:
     return job.table
 
 
-def _orders(rank: object) -> bool:
-    """Whether `rank` is a number or a tuple of numbers, without NaN."""
-    if not isinstance(rank, tuple):
-        return _is_number(rank) and rank == rank
-    for entry in rank:  # a generator would cost as much as the rank
-        kind = type(entry)
-        if entry != entry or not (kind is float or kind is int or _is_number(entry)):
-            return False
-    return True
+def _checked(rank: object, job: Job, policy: Policy) -> Rank:
+    """`rank`, of which nothing is known yet; 0-d arrays and tensors as the float they hold."""
+    if isinstance(rank, tuple):
+        for entry in rank:  # a generator would cost as much as the rank
+            kind = type(entry)
+            if not ((kind is float or kind is int) and entry == entry):
+                break
+        else:
+            return rank
+    entries = rank if isinstance(rank, tuple) else (rank,)
+    numbers = [found for entry in entries if (found := _number(entry)) is not None]
+    if len(numbers) < len(entries):
+        raise DemandError(
+            f"{policy!r} ranked job {job.index} {rank!r:.200}; expected a number or a tuple of "
+            "numbers, of which the smallest goes first: have `rank` return one for every job"
+        )
+    if any(each != each for each in numbers):
+        raise DemandError(f"{policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered")
+    return tuple(numbers) if isinstance(rank, tuple) else numbers[0]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, np.timedelta64)
+def _number(value: Any) -> float | None:
+    """`value` if it is a number, the float that a 0-d array or tensor holds, or `None`."""
+    if isinstance(value, Real) and not isinstance(value, np.timedelta64):
+        return cast(float, value)
+    try:
+        return one_number("rank", value)
+    except DemandError:
+        return None

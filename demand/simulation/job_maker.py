@@ -7,6 +7,7 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.policies.job import Job
@@ -28,6 +29,9 @@ class JobMaker(Generic[J]):
         policy: whose tables and state the jobs carry.
         kind: class of the jobs: `Job`, or what a simulator makes of it.
         seed: of the lottery.
+
+    Raises:
+        DemandError: a seed that is not a whole number of at least 0.
     """
 
     def __init__(self, workload: Workload, policy: Policy, kind: type[J], seed: int = 0) -> None:
@@ -37,7 +41,8 @@ class JobMaker(Generic[J]):
         self._known = {
             name: (known, policy.table(known)) for name, known in workload.distributions.items()
         }
-        self._lottery = np.random.default_rng(seed).random(len(workload)).tolist()
+        generator = np.random.default_rng(whole_number("seed", seed, least=0))
+        self._lottery: list[float] = generator.random(len(workload)).tolist()
         self._nominal: list[float] = workload.arrivals.tolist()
         self._demands: list[float] = workload.demands.tolist()
         self._deadlines: list[float] = workload.deadlines.tolist()

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import final
+from typing import cast, final
 
+from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -147,6 +148,21 @@ class Backends:
             for e in following
             if (pool := backend_of(self._configured, e.unit)) is not None
         ]
+
+
+def checked_pools(backends: object) -> dict[str, Pool]:
+    """The pools that a caller gives, by name.
+
+    Raises:
+        DemandError: no mapping, a name that is no text, or something that is no pool.
+    """
+    expected = 'pools by name of a unit or kind, such as {"container": Pool.containers(8, 5.0)}'
+    check_instance("backends", backends, Mapping, expected)
+    pools = dict(cast(Mapping[str, Pool], backends))
+    for name, pool in pools.items():
+        check_instance("a name in backends", name, str, "the name of a unit or kind")
+        check_instance(f"backends[{name!r}]", pool, Pool, "a Pool, such as Pool.models(2, 4.0)")
+    return pools
 
 
 def check_pools(

@@ -6,14 +6,15 @@ from functools import partial
 
 import numpy as np
 
+from demand.arguments import check_instance, renamed_keyword
 from demand.errors import DemandError
-from demand.policies.base import Policy, Rank
-from demand.prewarm.base import Prewarmer
+from demand.policies.base import Policy, Rank, check_policy, rank_of
+from demand.prewarm.base import Prewarmer, check_prewarmer
 from demand.prewarm.baselines import NoPrewarm
 from demand.refine.base import Refine
-from demand.simulation.arrivals import arrivals_of
+from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.engine.agenda import Action, Agenda
-from demand.simulation.engine.backends import Backends, check_pools
+from demand.simulation.engine.backends import Backends, check_pools, checked_pools
 from demand.simulation.engine.batcher import Batcher
 from demand.simulation.engine.calls import call_groups, check_run, execution_seconds
 from demand.simulation.engine.engine import Engine
@@ -22,11 +23,13 @@ from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
 from demand.simulation.job_maker import JobMaker
+from demand.simulation.refining import check_refine, learn
 from demand.units import CostModel, Execution, Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
+@renamed_keyword("cost", "service_cost")
 def simulate_engine(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -36,7 +39,7 @@ def simulate_engine(
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
     refine: Refine | None = None,
-    cost: CostModel | None = None,
+    service_cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
@@ -54,8 +57,8 @@ def simulate_engine(
     while a step is in progress is taken in when it ends, in order of time; of one moment, ends of
     units go before arrivals.
 
-    Between two looks the same step is repeated: its end, an arrival, the last block or the age at
-    which a rank crosses another are found by search.
+    Between two decisions the same step is repeated: the end of a request, an arrival, the last
+    block and the age at which a rank crosses another are found by search.
 
     Args:
         workload: with `runs`; the result of a closed loop has the jobs as they arrived.
@@ -64,36 +67,45 @@ def simulate_engine(
         backends: by name of a unit, or by kind for all other units of the kind.
         prewarm: warms backends ahead; `None` for `NoPrewarm`.
         pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
-            over; `None` for `cost`.
+            over; `None` for `service_cost`.
         refine: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
-        cost: seconds of service of tokens, on the scale of the distributions of `workload`;
-            `None` for that of the application's graph, or the default where it has none.
+        service_cost: seconds of attained service that a token counts for, on the scale of the
+            distributions of `workload`; not what it takes on the engine. `None` for the cost model
+            of the application's graph, or the default where it has none. Up to the last release
+            it was named `cost`.
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
-        DemandError: a workload without runs, an empty run, a request larger than all blocks, a
-            policy that ranks NaN, a pool for an unknown unit, or a prewarmer that needs graphs
-            where there are none.
+        DemandError: an argument of the wrong kind, a workload without runs, an empty run, a
+            request larger than all blocks, a policy whose rank is no number, a pool for an unknown
+            unit, or a prewarmer that needs graphs where there are none.
     """
-    entries = workload.jobs if isinstance(workload, ClosedLoop) else workload
+    entries = entries_of(workload)
+    check_policy("policy", policy)
     if entries.runs is None:
         raise DemandError(
             "the workload has no runs, and an engine serves requests, not seconds; give "
             "Workload(runs=...), the executions of each job"
         )
+    check_refine(refine, entries)
     engine = Engine() if engine is None else engine
     prewarm = NoPrewarm() if prewarm is None else prewarm
-    pools = {} if backends is None else dict(backends)
+    check_instance("engine", engine, Engine, "an engine, such as Engine(max_requests=64)")
+    check_prewarmer("prewarm", prewarm)
+    for name, model in (("pace", pace), ("service_cost", service_cost)):
+        if model is not None:
+            check_instance(name, model, CostModel, "a CostModel, or None")
+    pools = {} if backends is None else checked_pools(backends)
     for entry, run in enumerate(entries.runs):
         check_run(entry, run, engine)
     check_pools(pools, prewarm, entries, entries.runs)
-    costs = {name: cost or _cost(entries, name) for name in entries.distributions}
+    costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
     simulation = _Simulation(workload, entries, entries.runs, policy, engine, costs, seed, refine)
     simulation.backends = Backends(
         pools,
         prewarm,
-        pace or cost or CostModel(),
+        pace or service_cost or CostModel(),
         entries.graphs,
         simulation.agenda,
         simulation.place,
@@ -249,8 +261,7 @@ class _Simulation:
             self.finish(job, now)
             return
         if self.refine is not None:
-            remaining = self.refine(job.application, Progress(job.run[: job.position + 1]))
-            job.learn(remaining, self.policy.table(remaining))
+            learn(job, Progress(job.run[: job.position + 1]), self.refine, self.policy)
         self.start_unit(job, now)
 
     def finish(self, job: JobOnEngine, now: float) -> None:
@@ -262,7 +273,7 @@ class _Simulation:
 
     def place(self, job: JobOnEngine, now: float) -> tuple[Rank, int]:
         """Order of jobs that wait for a backend."""
-        return self.policy.rank(job, now), job.index
+        return rank_of(job, self.policy, now), job.index
 
     def events(self) -> int:
         """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""

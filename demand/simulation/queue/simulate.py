@@ -6,14 +6,15 @@ from typing import final
 
 import numpy as np
 
-from demand.errors import DemandError
-from demand.policies.base import Policy
+from demand.arguments import whole_number
+from demand.policies.base import Policy, check_policy
 from demand.policies.wrapper import hook
 from demand.refine.base import Refine
-from demand.simulation.arrivals import arrivals_of
+from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
 from demand.simulation.queue.job_in_service import JobInService
+from demand.simulation.refining import check_refine, learn
 from demand.simulation.result import Result
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
@@ -58,14 +59,14 @@ def simulate(
     one waiting, an age the policy gives (`Policy.next_above`). The simulated events are therefore
     arrivals, completions, ends of units and these crossings; there is no time step.
     With several servers a running job is ranked only where a bound on its rank does not tell
-    whether it comes after another; it is looked at once more at its bound, which is no event.
+    whether it comes after another; reaching its bound is no event.
     O(events * (log n + servers)), and for a policy that `reranks`, O(events * jobs present), or
     of lines present where it names them (`Policy.line`).
     Crossings add little as a rule; but where ranks rise with every atom (falling hazard under
     Gittins, or SERPT on two far modes) jobs of near-equal rank take turns, up to once per atom
     and job.
 
-    Ends of units are looked at if `refine` is given or the policy ranks by request: the next unit
+    Ends of units are events if `refine` is given or the policy ranks by request: the next unit
     is then a new request (`Job.requested`), and what `refine` says of the units finished so far is
     what the scheduler knows from there on. The seconds of a unit are those of the cost model of
     the application's graph (`workload.graphs`), or of the default one.
@@ -79,19 +80,16 @@ def simulate(
         refine: a `DemandEstimator`, or any other answer to how much is left.
 
     Raises:
-        DemandError: servers that are not a whole number of at least 1; a policy that ranks NaN or
-            contradicts itself; where ends of units matter, a workload without runs, or a
-            run whose units do not add up to its demand.
+        DemandError: a workload, policy or refine that is none; servers that are not a whole number
+            of at least 1; a policy whose rank is no number, or that contradicts itself; where ends
+            of units matter, a workload without runs, or a run whose units do not add up to its
+            demand.
     """
-    entries = workload.jobs if isinstance(workload, ClosedLoop) else workload
-    if servers < 1 or servers % 1:
-        raise DemandError(f"servers is {servers}; expected a whole number of at least 1")
-    if refine is not None and entries.runs is None:
-        raise DemandError(
-            "refine is asked at the end of every unit, and the workload has no runs; give "
-            "Workload(runs=...), the executions of each job"
-        )
-    return _Simulation(workload, entries, policy, int(servers), seed, refine).run()
+    entries = entries_of(workload)
+    check_policy("policy", policy)
+    check_refine(refine, entries)
+    servers = whole_number("servers", servers, least=1)
+    return _Simulation(workload, entries, policy, servers, seed, refine).run()
 
 
 class _Simulation:
@@ -171,9 +169,8 @@ class _Simulation:
         job.units_finished = finished
         job.requested = now
         if self.refine is not None and self.runs is not None:
-            run = self.runs[job.entry]
-            remaining = self.refine(job.application, Progress(run[:finished]))
-            job.learn(remaining, self.policy.table(remaining))
+            progress = Progress(self.runs[job.entry][:finished])
+            learn(job, progress, self.refine, self.policy)
 
     def result(self) -> SimulationResult:
         workload = self.workload

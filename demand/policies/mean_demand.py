@@ -1,4 +1,4 @@
-"""Applications never seen before: they are ranked by attained service, and a warning says so."""
+"""Mean demand as a rank, also of applications never seen before: their attained service."""
 
 import math
 
@@ -11,7 +11,7 @@ _BY_ATTAINED_SERVICE = RankTable(NEVER_SEEN)
 
 
 def has_mean(job: Job) -> bool:
-    """Whether the application of `job` was seen, so that `mean_demand` stands still."""
+    """Whether the application of `job` was seen before: `mean_demand` then stands still."""
     return job.prior.mean() > RESOLUTION_SECONDS
 
 
