@@ -25,6 +25,7 @@ from picache.methods import (
     RandomRecompute,
 )
 from picache.methods.base import Evidence, Layout, LinkMethod
+from picache.methods.presets import Arm, arms
 from picache.pic import PIC
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk
@@ -33,6 +34,7 @@ __all__ = [
     "A3",
     "APE",
     "PIC",
+    "Arm",
     "CacheBlend",
     "Chunk",
     "ChunkStore",
@@ -54,4 +56,5 @@ __all__ = [
     "SharedPrefix",
     "StoreFull",
     "StoredChunk",
+    "arms",
 ]

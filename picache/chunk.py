@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from picache.errors import PICacheError
-
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -79,12 +77,14 @@ class Form:
             attention while the chunk is compiled and whose KV is left out of the prompt.
         key: the content key of `ids` and `header`, under which a store keeps the KV.
         header: what else the KV depends on.
+        dropped: ids of special tokens that came with the text and are not in the prompt.
     """
 
     ids: tuple[int, ...]
     skip: int
     key: str
     header: Header
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,52 +98,25 @@ class Chunk:
         key: the key of its KV in the store, made of its ids and a `picache.chunk.Header`.
         ids: token ids of the text, a leading BOS included.
         nbytes: bytes of its keys and values, all layers.
+        lead: how many of the ids are special tokens in front of the text, such as a BOS. They are
+            the chunk's own sink, and are left out where it does not stand first in a prompt.
+        dropped: ids of special tokens that the tokenizer added and that no prompt contains: an EOS
+            behind the text, or a second BOS in front of a text that begins with one.
     """
 
     key: str
     ids: tuple[int, ...]
     nbytes: int
+    lead: int = 0
+    dropped: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the text, a leading BOS included."""
         return len(self.ids)
 
+    def __len__(self) -> int:
+        return self.num_tokens
+
     def __repr__(self) -> str:
         return f"Chunk({self.num_tokens} tokens, {self.nbytes:,} bytes, key={self.key[:12]})"
-
-
-def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
-    """Token ids, given as a list or a 1-D tensor, as a tuple.
-
-    Args:
-        tokens: the ids.
-        vocab_size: entries of the model's vocabulary.
-        what: names the argument in errors.
-
-    Raises:
-        PICacheError: when it is empty, not one-dimensional integers, or out of the vocabulary.
-    """
-    try:
-        tensor = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PICacheError(
-            f"{what} must be a text, a list of token ids or a 1-D integer tensor, got "
-            f"{type(tokens).__name__}"
-        ) from error
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        if tensor.numel() == 0:
-            raise PICacheError(f"{what} is empty: give at least one token")
-        raise PICacheError(
-            f"{what} must be a text, a list of token ids or a 1-D integer tensor, "
-            f"got shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        )
-    if tensor.numel() == 0:
-        raise PICacheError(f"{what} is empty: give at least one token")
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < 0 or high >= vocab_size:
-        raise PICacheError(
-            f"{what} holds token id {low if low < 0 else high}, the model's vocabulary is "
-            f"0..{vocab_size - 1}: tokenize with this model's tokenizer"
-        )
-    return tuple(tensor.tolist())

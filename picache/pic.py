@@ -1,12 +1,13 @@
 """`PIC`: compile chunks once, link them in any order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from picache.chunk import Chunk, Form, Header, as_ids, chunk_key
+from picache.chunk import Chunk, Form, Header, chunk_key
+from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
 from picache.linking.link import Row, link_row
@@ -16,11 +17,12 @@ from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
+from picache.text_ids import TextIds, as_ids, ids_as_given, ids_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Document = str | Sequence[int] | Tensor
+Document = str | Sequence[int] | Tensor | Mapping[str, Any]
 
 
 class PIC:
@@ -65,29 +67,30 @@ class PIC:
         sinks: Sinks = "drop",
         flops_per_byte: float | None = 25.0,
     ) -> None:
-        if sinks not in ("drop", "keep") and not isinstance(sinks, DummySinks | SharedPrefix):
-            raise PICacheError(
-                f"sinks must be 'drop', 'keep', DummySinks(...) or SharedPrefix(...), got {sinks!r}"
-            )
-        if flops_per_byte is not None and not flops_per_byte >= 0:
-            raise PICacheError(f"flops_per_byte must be at least 0 or None, got {flops_per_byte!r}")
+        self.tokenizer = as_tokenizer(tokenizer)
+        self.store = as_store(store)
+        self.sinks = as_sinks(sinks)
+        self.flops_per_byte = as_flops_per_byte(flops_per_byte)
         from picache.hf.model import HFModel  # transformers is loaded when a model is handed in
         from picache.hf.self_check import check
 
         self.hf = HFModel(model)
         check(self.hf)
         self.model = model
-        self.tokenizer = tokenizer
-        self.store = ChunkStore() if store is None else store
-        self.sinks = sinks
-        self.flops_per_byte = flops_per_byte
         self._bos = self._special("bos_token_id")
         self._lead = self._leading(sinks)
+
+    def __repr__(self) -> str:
+        tokenizer = "no tokenizer" if self.tokenizer is None else type(self.tokenizer).__name__
+        return (
+            f"PIC({type(self.model).__name__}, {len(self.hf.rotations)} layers, "
+            f"{self.model.dtype}, {tokenizer}, sinks={self.sinks!r}, {self.store!r})"
+        )
 
     def _leading(self, sinks: Sinks) -> tuple[int, ...]:
         """The dummies or the prefix that chunks are compiled behind; empty for their own BOS."""
         if isinstance(sinks, SharedPrefix):
-            return self._tokens(sinks.text, "the shared prefix", special=True)
+            return self._text_ids(sinks.text, "the shared prefix").ids
         if isinstance(sinks, DummySinks):
             token = (sinks.token,) if sinks.token is not None else self._bos[:1]
             if not token:
@@ -101,18 +104,16 @@ class PIC:
         """What the KV of chunks in this store depends on besides the text and its sinks."""
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
-    def _form(self, ids: tuple[int, ...], header: Header, first: bool = False) -> Form:
+    def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:
         """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
-        own = 1 if ids[0] in self._bos else 0
-        sinks = ""  # only what the KV depends on is part of the key
-        if first or self.sinks == "keep":
-            skip = 0
-        elif self._lead:
-            ids, skip, sinks = (*self._lead, *ids[own:]), len(self._lead), repr(self.sinks)
-        else:
-            skip = own
+        ids, lead, dropped = text.ids, text.lead, text.dropped
+        skip, sinks = 0, ""  # only what the KV depends on is part of the key
+        if not first and self.sinks != "keep":
+            skip, dropped = lead, (*ids[:lead], *dropped)
+            if self._lead:
+                ids, skip, sinks = (*self._lead, *ids[lead:]), len(self._lead), repr(self.sinks)
         header = replace(header, sinks=sinks, tokens=len(ids))
-        return Form(ids, skip, chunk_key(ids, header), header)
+        return Form(ids, skip, chunk_key(ids, header), header, dropped)
 
     def _special(self, name: str) -> tuple[int, ...]:
         """Ids of a special token, from the tokenizer or else from the model's configurations."""
@@ -122,28 +123,21 @@ class PIC:
                 return tuple(found) if isinstance(found, list | tuple) else (found,)
         return ()
 
-    def _tokens(self, document: Document, what: str, special: bool) -> tuple[int, ...]:
-        """Token ids of a text, or of what was given as ids; checked.
-
-        Args:
-            document: text, or token ids.
-            what: names the argument in errors.
-            special: whether the tokenizer shall add its special tokens to a text.
-        """
+    def _text_ids(self, document: object, what: str) -> TextIds:
+        """Token ids of a text, or what was given as ids; `what` names the argument in errors."""
+        size = self.hf.vocab_size
         if isinstance(document, str):
-            if self.tokenizer is None:
-                raise PICacheError(
-                    f"{what} is text but PIC has no tokenizer: PIC(model, tokenizer=...), or give "
-                    "token ids"
-                )
-            document = self.tokenizer(document, add_special_tokens=special)["input_ids"]
-        return as_ids(document, self.hf.vocab_size, what)
+            return ids_of_text(document, self.tokenizer, size, what)
+        return ids_as_given(document, self.tokenizer, self._bos, size, what)
 
     def compile(self, document: Document, first: bool = False) -> Chunk:
         """Prefill one chunk alone and keep its KV; the same tokens again are found in the store.
 
         Args:
-            document: text, or token ids as a list or a 1-D tensor.
+            document: text, or token ids: a list, an array, a 1-D or ``[1, tokens]`` tensor, or
+                what the tokenizer returned for one text. Special tokens that the tokenizer adds to
+                a text are the chunk's own sink, as is a BOS that token ids begin with (what the
+                tokenizer adds, where there is one). What the text itself contains always stays.
             first: whether the chunk will stand first in prompts, where it is an exact prefix and is
                 compiled behind nothing. It makes a difference only with `DummySinks` and
                 `SharedPrefix`. A chunk that is linked in another place than it was compiled for is
@@ -154,8 +148,9 @@ class PIC:
             PICacheError: when the document is empty, out of the vocabulary, or longer than the
                 model's positions; the store is unchanged.
         """
-        ids = self._tokens(document, "a document", special=True)
-        form = self._form(ids, self._header(), first)
+        self.hf.refuse_ambient()
+        text = self._text_ids(document, "a document")
+        form = self._form(text, self._header(), first)
         limit = self.hf.max_length
         if limit is not None and len(form.ids) > limit:
             raise PICacheError(
@@ -167,7 +162,8 @@ class PIC:
                 self.store.promote(form.key, self.hf.device)
             except CorruptChunk:  # the store has dropped it
                 self._fetch(form)
-        return Chunk(form.key, ids, self.hf.bytes_per_token * len(form.ids))
+        nbytes = self.hf.bytes_per_token * len(form.ids)
+        return Chunk(form.key, text.ids, nbytes, text.lead, text.dropped)
 
     def _fetch(self, form: Form) -> FetchedChunk:
         """Find a chunk in the store or compile it; `StoreFull` when the store has no room."""
@@ -183,8 +179,8 @@ class PIC:
 
         Args:
             chunks: compiled chunks in prompt order; or a list of such lists, for a batch.
-            query: what follows the last chunk, as text or token ids; or a list with one query for
-                each row, for a batch.
+            query: what follows the last chunk, text or token ids as for `compile`; or a list with
+                one query for each row, for a batch.
             method: says which tokens to recompute; `LegoLink()` by default.
 
         Raises:
@@ -193,6 +189,7 @@ class PIC:
         """
         watch = Stopwatch()
         method = _as_method(method)
+        self.hf.refuse_ambient()
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]
@@ -223,6 +220,11 @@ class PIC:
 
     def _as_row(self, chunks: Any, query: Any, header: Header) -> Row:
         """One row of a batch, every chunk in the form that its place in the prompt asks for."""
+        if isinstance(chunks, Chunk) or not isinstance(chunks, list | tuple):
+            raise PICacheError(
+                "a batch is a list of lists of chunks, one list a prompt; got a list in which one "
+                f"entry is a list and another is {spelled(chunks)}: give [[a, b], [c]]"
+            )
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         forms = []
@@ -230,12 +232,12 @@ class PIC:
             if not isinstance(chunk, Chunk):
                 raise PICacheError(
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
-                    f"place {index}"
+                    f"place {index}: compile the document first; a batch is a list of lists"
                 )
-            form = self._form(chunk.ids, header, first=not index)
+            form = self._form(chunk, header, first=not index)
             # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
-                chunk.key != self._form(chunk.ids, header, first=bool(index)).key
+                chunk.key != self._form(chunk, header, first=bool(index)).key
             ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
@@ -247,12 +249,11 @@ class PIC:
                     "leaves out"
                 )
             forms.append(form)
-        tokens = self._tokens(query, "the query", special=self.sinks == "keep")
-        if self.sinks != "keep" and tokens[0] in self._bos:
-            tokens = tokens[1:]
-        if not tokens:
+        asked = self._text_ids(query, "the query")
+        skip = 0 if self.sinks == "keep" else asked.lead
+        if len(asked.ids) == skip:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
-        return Row(tuple(forms), tokens)
+        return Row(tuple(forms), asked.ids[skip:], (*asked.ids[:skip], *asked.dropped))
 
     def _refuse_too_long(self, rows: list[Row]) -> None:
         """Raise PICacheError for a row that needs more positions than the model has."""

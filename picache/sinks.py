@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 
 
@@ -18,18 +19,23 @@ class DummySinks:
         token: token id of the dummy; None for the BOS.
 
     Raises:
-        PICacheError: when `count` is not a whole number of at least 1.
+        PICacheError: when `count` is not a whole number of at least 1, or `token` no token id.
     """
 
     count: int = 4
     token: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
-            raise PICacheError(
-                f"DummySinks needs a whole number of at least 1 dummies, got {self.count!r}: "
-                "sinks='drop' compiles a chunk behind its own BOS alone"
-            )
+        count = whole_number(
+            "DummySinks needs a whole number of at least 1 dummies",
+            self.count,
+            least=1,
+            remedy="sinks='drop' compiles a chunk behind its own BOS alone",
+        )
+        object.__setattr__(self, "count", count)
+        if self.token is not None:
+            needs = "DummySinks needs the id of a token, a whole number of at least 0"
+            object.__setattr__(self, "token", whole_number(needs, self.token, least=0))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sparsity.policies import (
 )
 from sparsity.policies.base import Needs, PageView, Policy
 from sparsity.policies.evicting import Evicting
-from sparsity.recorded.milestones import milestone_map
+from sparsity.recorded.milestones import Thresholds, milestone_map
 from sparsity.recorded.record import record
 from sparsity.recorded.replay import Replay, replay
 from sparsity.recorded.trace import Trace
@@ -59,6 +59,7 @@ __all__ = [
     "SparsityError",
     "StreamingLLM",
     "Then",
+    "Thresholds",
     "Trace",
     "VaSE",
     "attach",

@@ -1,4 +1,4 @@
-"""Numbers that callers hand in: converted to what was meant, or refused by the argument's name."""
+"""What callers hand in: the number that was meant, the kind of object, or refused by its name."""
 
 import math
 from collections.abc import Iterable
@@ -64,6 +64,31 @@ def share(name: str, value: object, above: bool = False, of: str = "") -> float:
             f"{_said(name, value, of)}: expected a share in {'(0, 1]' if above else '[0, 1)'}"
         )
     return float(number)
+
+
+def check_instance(name: str, value: object, kind: type, expected: str, note: str = "") -> None:
+    """Check that an argument is an object of its kind.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kind: the class whose instances are taken.
+        expected: in words, with an example to write.
+        note: what to do with what was given, where that is known.
+
+    Raises:
+        SparsityError: for anything else, for a class in the place of its instance, too.
+    """
+    if not isinstance(value, kind):
+        raise SparsityError(f"{name} is {described(value)}: expected {expected}{note}")
+
+
+def described(value: object) -> str:
+    """What a value is, short enough for an error."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}, and not an object of it"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"of type {type(value).__name__}"
 
 
 def take_whole_number(config: object, field: str, least: int | None = None, note: str = "") -> None:

@@ -89,16 +89,17 @@ def gittins_pieces(tails: Tails) -> Pieces:
     beyond = np.concatenate([served + hull.served[point], np.zeros(own.size)])[order]
     mass = np.concatenate([finished + hull.finished[point], weights])[order]
     ends = stops - np.concatenate([up, np.zeros(own.size)])[order] / alive
-    ends = np.clip(ends, starts, stops)
+    ends = np.maximum(ends, starts)
+    ends = np.minimum(ends, stops)
     # Where an end is rounded down, the line that ends there is still the lower one at that age.
     here = (beyond + (stops - ends) * alive) / mass
     behind = (beyond[1:] + (stops[1:] - ends[:-1]) * alive[1:]) / mass[1:]
     lower = np.flatnonzero((here[:-1] < behind * (1.0 - 1e-12)) & (ends[:-1] < stops[:-1]))
     ends[lower] = np.nextafter(ends[lower], math.inf)
     ends = np.minimum.accumulate(ends[::-1])[::-1]  # against rounding
-    kept = np.flatnonzero(np.diff(ends, prepend=0.0) > 0.0)  # pieces without length are dropped
-    stops, ends, beyond, mass, alive = (c[kept] for c in (stops, ends, beyond, mass, alive))
-    return Pieces(ends, (beyond + (stops - ends) * alive) / mass, alive / mass)
+    ranks, rates = (beyond + (stops - ends) * alive) / mass, alive / mass
+    kept = np.flatnonzero(ends > np.append(0.0, ends[:-1]))  # pieces without length are dropped
+    return Pieces(ends[kept], ranks[kept], rates[kept])
 
 
 def bucketed_pieces(tails: Tails) -> Pieces:

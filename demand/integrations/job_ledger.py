@@ -10,8 +10,8 @@ from demand.arguments import check_instance, whole_number
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import known_of
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, rank_of
-from demand.policies.wrapper import check_policy
+from demand.policies.base import Policy, Rank, check_policy, rank_of
+from demand.policies.job import Job
 from demand.seconds import check_seconds, one_number, one_of_seconds
 from demand.units import CostModel
 

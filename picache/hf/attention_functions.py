@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from picache.errors import PICacheError
 from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
-from picache.hf.sparse_pass import ScatterMask, current
+from picache.hf.sparse_pass import ScatterMask, under_way
 
 _BLOCK_QUERIES = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
@@ -78,7 +78,7 @@ def rotary_positions(
 
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
     """The attention mask of the sparse pass that is running, as a function of positions."""
-    running = current.get()
+    running = under_way()
     return ScatterMask(mask_function, running.positions, running.positions_on_cpu)
 
 
@@ -94,6 +94,7 @@ def attend_scattered(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of the recomputed tokens over the whole prompt's keys, causal by position."""
+    mask, running = attention_mask, under_way()
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise PICacheError(
@@ -101,7 +102,6 @@ def attend_scattered(
                 "linking does not know: use a full prefill with this model"
             )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask, running = attention_mask, current.get()
     if running.parallel is not None:
         if s_aux is not None:
             raise PICacheError(

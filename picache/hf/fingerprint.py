@@ -7,10 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _WIDTH = 4099  # a prime, so that no dimension of a weight is a multiple of it
 # Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
+
+
+def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The tensor itself; of one that is made of others, as quantised weights may be, those."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner = tensor.__tensor_flatten__()[0]
+    return [one for part in inner for one in plain(f"{name}.{part}", getattr(tensor, part))]
 
 
 @torch.no_grad()

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     Cache,
-    DynamicCache,
     PreTrainedModel,
 )
 
 from picache.chunk import KV, Header
 from picache.errors import PICacheError
+from picache.hf.ambient import refuse_ambient, refuse_other_objects
 from picache.hf.attention_switch import AttentionSwitch
-from picache.hf.cache import ScatterLayer, held_by
-from picache.hf.fingerprint import fingerprint, middles
+from picache.hf.cache import PrefillCache, ScatterLayer, held_by
+from picache.hf.compiled import never_compiled
+from picache.hf.fingerprint import fingerprint, middles, plain
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
@@ -44,7 +45,6 @@ class HFModel:
         decoder: the part of it that holds the layers.
         attention: switches the model's attention function.
         config: configuration of the decoder.
-        vocab_size: entries of the vocabulary.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
@@ -55,14 +55,9 @@ class HFModel:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise PICacheError(
-                f"PIC needs a transformers PreTrainedModel, got {type(model).__name__}: "
-                "load it with AutoModelForCausalLM.from_pretrained"
-            )
+        refuse_other_objects(model)
         name = type(model).__name__
-        if model.training:
-            raise PICacheError(f"{name} is in training mode: call model.eval() first")
+        self._made = refuse_ambient(model)
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if model._is_stateful:  # noqa: SLF001 - no public name for it
@@ -76,8 +71,6 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
-        embedding: Any = model.get_input_embeddings()
-        self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
@@ -103,12 +96,32 @@ class HFModel:
         try:
             yield
         except PICacheError as error:
+            if self._made.quantised:
+                raise PICacheError(
+                    f"{type(self.model).__name__} is quantised by {self._made.quantised}, and "
+                    "with that it does not reproduce its own prefill: activations quantised by "
+                    "what else is in the batch make a token's keys depend on it. Load the model "
+                    f"with its weights quantised alone, or not at all ({error})"
+                ) from error
             if self.model._supports_attention_backend:  # noqa: SLF001 - no public name for it
                 raise
             raise PICacheError(
                 f"{type(self.model).__name__} does not state that it uses transformers' attention "
                 f"interface, and linking it was tried in vain: {error}"
             ) from error
+
+    def refuse_ambient(self) -> None:
+        """Raise PICacheError where KV made now would not be what its key stands for.
+
+        See `picache.hf.ambient`.
+        """
+        refuse_ambient(self.model, self._made)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary: of the embedding matrix, which a user may resize."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -151,8 +164,8 @@ class HFModel:
     def _prefill(self, ids: Tensor, positions: Tensor) -> list[KV]:
         """Keys and values, by layer, of ids ``[batch, tokens]`` at positions of the same shape."""
         self.attention.refuse_attached()
-        cache = DynamicCache()  # without a configuration, sliding-window layers keep every key too
-        with self.attention.turn:
+        cache = PrefillCache()
+        with self.attention.turn, never_compiled:
             self.rotary.restore_short()
             self.decoder(
                 input_ids=ids.to(self.device),
@@ -172,8 +185,8 @@ class HFModel:
         Returns:
             Logits of the first new token, ``[1, vocab_size]``, and keys and values by layer.
         """
-        cache = DynamicCache()
-        with self.attention.turn:
+        cache = PrefillCache()
+        with self.attention.turn, never_compiled:
             out = self.model(
                 input_ids=ids[None].to(self.device),
                 past_key_values=cache,
@@ -185,7 +198,7 @@ class HFModel:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits ``[1, vocab_size]`` behind ids ``[1, tokens]``, from the model without a cache."""
-        with self.attention.turn:
+        with self.attention.turn, never_compiled:
             out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         return out.logits[:, -1]
 
@@ -198,6 +211,8 @@ class HFModel:
         name = type(self.model).__name__
         try:
             kv = self._prefill(tokens[:, None] % self.vocab_size, positions[:, None])
+        except PICacheError:
+            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise PICacheError(
                 f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
@@ -213,11 +228,17 @@ class HFModel:
         return kv
 
     def angles(self, layer: int, positions: Tensor) -> Angles:
-        """cos and sin of a layer at positions ``[tokens]``, fp32 ``[tokens, rotary_dim / 2]``."""
+        """cos and sin of a layer at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``.
+
+        In fp32; of a float64 model in fp64.
+        """
         rotation = self.rotations[layer]
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
-        return frequencies(*self.rotary.cos_sin(layer, positions), rotation.source)
+        cos, sin = self.rotary.cos_sin(layer, positions)
+        if self._one_token[layer][rotation.part].dtype == torch.float64:
+            cos, sin = cos.double(), sin.double()  # the model's own fp32 angles, multiplied in fp64
+        return frequencies(cos, sin, rotation.source)
 
     @torch.no_grad()
     def scattered_forward(
@@ -299,7 +320,8 @@ class HFModel:
         outside = current.set(running)
         hooks: list[RemovableHandle] = []
         try:
-            with self.attention.scattered():  # hooks too are set while this thread has the lock
+            # Hooks too are set while this thread has the lock.
+            with self.attention.scattered(), never_compiled:
                 if running.narrow is not None or running.stop is not None:
                     hooks += [
                         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
@@ -327,7 +349,7 @@ class HFModel:
                 return module
         raise PICacheError(
             f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
-            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+            "drops tokens between layers needs: choose one that keeps them, such as LegoLink"
         )
 
     def flops(self, entered: Sequence[Tensor]) -> float:
@@ -386,7 +408,9 @@ class HFModel:
         """
         moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
-        tensors = [*self.model.named_parameters(), *buffers]
+        tensors = [
+            one for name, t in (*self.model.named_parameters(), *buffers) for one in plain(name, t)
+        ]
         versions = [
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors

@@ -25,7 +25,7 @@ _PARTS: tuple[Part, ...] = (0, 1)
 # rounding, attention sinks make even a token alone depend on its position, and rounding grows from
 # layer to layer: a layer may double the error of the layers before it. In a mixture of experts a
 # token may reach another expert at another position, but hardly all tokens do.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _PROBES = ((3, 77, 17), (150, 11, 29), (5, 40, 43), (91, 8, 61), (2, 120, 97))  # positions, token
 
 

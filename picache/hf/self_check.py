@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 # Rounding grows from layer to layer: a layer may double the error of the layers before it. In half
 # precision a token may reach another expert of a mixture. A wrong mask or a lost state gives an
 # error near 1.
-_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (3e-3, 0.5), torch.bfloat16: (2e-2, 0.5)}
+_TOLERANCE = {
+    torch.float64: (1e-4, 1.0),
+    torch.float32: (1e-4, 1.0),
+    torch.float16: (3e-3, 0.5),
+    torch.bfloat16: (2e-2, 0.5),
+}
 _FLIP = 0.25  # error of half-precision logits when the last token reaches another expert
 _TOKENS = 24
 _LONGEST_WINDOW = 256  # a window up to here is made shorter than the prompt of the check
@@ -100,7 +105,7 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
     last_layers = zip(recomputed[-1], prefilled[-1], strict=True)
     last = [relative_errors(a, b, dim=-2)[-1] for a, b in last_layers]
     # The logits belong to the last token: the error it has grown to counts, and a change of expert.
-    flip = 0.0 if logits.dtype == torch.float32 else _FLIP
+    flip = _FLIP if logits.dtype in (torch.float16, torch.bfloat16) else 0.0
     grown = max(flip, float(torch.stack(last).max()))
     _refuse_deviation(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
 

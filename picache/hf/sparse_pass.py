@@ -145,8 +145,8 @@ class SparsePass:
                 left[name] = value[..., self._left]
             elif isinstance(value, Tensor) and name != "hidden_states":
                 raise PICacheError(
-                    f"{type(module).__name__} is given {name!r} row by row, which a method that "
-                    "drops rows between layers does not know: choose one that keeps its rows, "
+                    f"{type(module).__name__} is given {name!r} token by token, which a method "
+                    "that drops tokens between layers does not know: choose one that keeps them, "
                     "such as LegoLink"
                 )
         return left
@@ -160,11 +160,28 @@ current: ContextVar[SparsePass] = ContextVar("picache_pass")
 """The pass that is running in this thread."""
 
 
+def under_way() -> SparsePass:
+    """The sparse pass that this thread runs.
+
+    Raises:
+        PICacheError: when there is none, since the model's attention is switched for the pass of
+            another thread.
+    """
+    running = current.get(None)
+    if running is None:
+        raise PICacheError(
+            "another thread links a prompt with this model, and its attention is switched "
+            "meanwhile: a forward or generate of the same model object must wait. Share a lock "
+            "between the two, or give each thread a model of its own (copy.deepcopy(model))"
+        )
+    return running
+
+
 def enter_layer(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of every decoder layer in a pass that may drop tokens or end early."""
-    running = current.get()
+    running = under_way()
     if running.stop == running.layer + 1:
         raise Stop
     names = list(inspect.signature(module.forward).parameters)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
-    """KV of a chunk prefilled alone, positions from 0 (EPIC, arXiv 2410.15332, section 3)."""
+    """Prefill a chunk alone, at positions from 0 (EPIC, arXiv 2410.15332, section 3)."""
     return model.prefill(torch.tensor([ids]))
 
 
@@ -48,6 +48,7 @@ class FetchedChunk:
         must_store: bool = False,
     ) -> None:
         self._model, self._store, self._form, self._watch = model, store, form, watch
+        self._device = model.device
         self._compiled: list[KV] = []
         self._damaged = False
         with self._watch.span("look_up"):
@@ -59,7 +60,7 @@ class FetchedChunk:
                 self._compile()
 
     def _compile(self) -> None:
-        """Prefill the chunk and store it; raises `StoreFull`, with the KV in hand all the same."""
+        """Prefill the chunk and store it; on `StoreFull` the KV is in hand all the same."""
         with self._watch.span("compile"):
             own = Stopwatch()
             computed = compile_chunk(self._model, self._form.ids)
@@ -77,13 +78,13 @@ class FetchedChunk:
         if self._stored is None:
             return self._compiled[index]
         try:
-            return self._stored.layer(index, self._model.device)
+            return self._stored.layer(index, self._device)
         except CorruptChunk:
             self._damaged = True
             raise
 
     def mend(self) -> None:
-        """Compile the chunk again if it was found damaged; no pass may be under way."""
+        """Compile the chunk again if it was found damaged; not while the model runs a pass."""
         if self._damaged:
             self._damaged, self._stored, self.hit = False, None, False
             with suppress(StoreFull):

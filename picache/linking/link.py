@@ -28,10 +28,12 @@ class Row:
     Attributes:
         chunks: as they are prefilled; the first is an exact prefix of the prompt.
         query: token ids of what follows the last chunk.
+        query_dropped: ids of special tokens that came with the query and are not in the prompt.
     """
 
     chunks: tuple[Form, ...]
     query: tuple[int, ...]
+    query_dropped: tuple[int, ...] = ()
 
     @property
     def ids(self) -> Tensor:
@@ -141,6 +143,7 @@ def link_row(
             "first_token": first_token,
         },
         full_prefill=done.full_prefill,
+        dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
     )
     return LinkedRow(ids, layout, done.kv, done.logits, report)
 

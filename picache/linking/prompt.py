@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
 from picache.linking.link import LinkedRow
 from picache.linking.report import LinkReport, total
@@ -25,6 +26,7 @@ class LinkedPrompt(Mapping[str, Any]):
     The keys are ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, padded on the
     left, and ``past_key_values``, a fresh cache at each access that holds every token but the last.
     A method that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
+    The first three are attributes too, as of a `BatchEncoding`.
     ``copy.deepcopy`` copies the tensors and stays on the same model.
 
     Attributes:
@@ -55,11 +57,47 @@ class LinkedPrompt(Mapping[str, Any]):
         """
         return nullcontext() if self._attach is None else self._attach()
 
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, int64 ``[batch, tokens]``, padded on the left."""
+        return self._inputs["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for tokens and 0 for padding, int64 ``[batch, tokens]``."""
+        return self._inputs["attention_mask"]
+
+    @property
+    def past_key_values(self) -> "LinkedCache":
+        """A fresh cache at each access that holds every token but the last."""
+        return self._cache.fork()
+
+    def to(self, device: torch.device | str | int) -> "LinkedPrompt":
+        """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
+
+        Args:
+            device: where to move them.
+
+        Raises:
+            PICacheError: when the method must be attached to the model (`APE`), whose tensors stay
+                with it.
+        """
+        there = torch.empty(0, device=device).device
+        if self._attach is not None and there != self.logits.device:
+            raise PICacheError(
+                f"this prompt's method is attached to the model while decoding (APE), on "
+                f"{self.logits.device}: move the model, make a new PIC and link there"
+            )
+        self._inputs = {name: tensor.to(there) for name, tensor in self._inputs.items()}
+        self._cache = self._cache.on(there)
+        self.logits = self.logits.to(there)
+        return self
+
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __getitem__(self, name: str) -> Any:
-        return self._cache.fork() if name == "past_key_values" else self._inputs[name]
+        return self.past_key_values if name == "past_key_values" else self._inputs[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._inputs, "past_key_values"))

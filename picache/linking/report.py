@@ -35,6 +35,9 @@ class LinkReport:
             up to more than the whole.
         full_prefill: why the prompt was prefilled in full instead of linked; empty when it was
             linked.
+        dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
+            that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
+            In a batch, row after row.
     """
 
     method: str
@@ -46,6 +49,7 @@ class LinkReport:
     flops_full_prefill: float
     seconds: dict[str, float] = field(default_factory=dict)
     full_prefill: str = ""
+    dropped: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens_recomputed(self) -> int:
@@ -91,6 +95,11 @@ class LinkReport:
             ("compute", f"{self.flops:.2e} floating-point operations, {share}"),
             ("milliseconds", "  ".join(f"{n} {1e3 * s:.1f}" for n, s in self.seconds.items())),
         ]
+        left_out = [str(token) for tokens in self.dropped for token in tokens]
+        if left_out:
+            entries.insert(
+                1, ("left out", f"{len(left_out)} special tokens ({', '.join(left_out)})")
+            )
         if self.full_prefill:
             entries.insert(0, ("full prefill", self.full_prefill))
         return entries
@@ -133,5 +142,6 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         flops_full_prefill=sum(r.flops_full_prefill for r in rows),
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
+        dropped=tuple(tokens for r in rows for tokens in r.dropped),
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
     )

@@ -1,10 +1,12 @@
 """Seconds by name, without making a device wait for the clock."""
 
+import operator
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,32 +35,28 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device if device is not None and device.type == "cuda" else None
         self._spans: list[_Span] = []
         self._open = threading.local()
         self._made = time.perf_counter()
+        self._stamp: Callable[[], Any] = time.perf_counter
+        self._between: Callable[[Any, Any], float] = operator.sub
+        if device is not None and device.type == "cuda":
+            self._stamp, self._between = partial(_event, device), _seconds_between
 
     @property
     def elapsed(self) -> float:
         """Seconds since this stopwatch was made, by the clock."""
         return time.perf_counter() - self._made
 
-    def _now(self) -> Any:
-        if self._device is None:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Count what runs inside the ``with`` block under `name`."""
         outer = getattr(self._open, "span", None)
-        span = self._open.span = _Span(name, self._now())
+        span = self._open.span = _Span(name, self._stamp())
         try:
             yield
         finally:
-            span.ended = self._now()
+            span.ended = self._stamp()
             self._open.span = outer
             self._spans.append(span)
             if outer is not None:
@@ -73,12 +71,20 @@ class Stopwatch:
                 taken off.
         """
         spans = [span for span in tuple(self._spans) if span.name == name]
-        inner = [one for span in spans for one in span.inside if one.name == without]
-        return sum(map(self._length, spans)) - sum(map(self._length, inner))
+        inside = [one for span in spans for one in span.inside if one.name == without]
+        return sum(self._between(one.ended, one.begun) for one in spans) - sum(
+            self._between(one.ended, one.begun) for one in inside
+        )
 
-    def _length(self, span: _Span) -> float:
-        """Seconds from the beginning to the end of one block."""
-        if self._device is None:
-            return float(span.ended - span.begun)
-        span.ended.synchronize()
-        return float(span.begun.elapsed_time(span.ended) / 1e3)
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    """An event in the CUDA stream that is current on the device."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds_between(ended: torch.cuda.Event, begun: torch.cuda.Event) -> float:
+    """Seconds from one event to a later one, once the device has reached it."""
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1e3

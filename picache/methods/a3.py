@@ -27,7 +27,7 @@ class A3(LinkMethod):
     ratio: float = 0.15
 
     def __post_init__(self) -> None:
-        check_ratio("A3", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("A3", self.ratio))
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

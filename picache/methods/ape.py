@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from picache.errors import PICacheError
+from picache.arguments import real_number
 from picache.methods.base import Evidence, Layout, LinkMethod, ParallelEncoding
 
 
@@ -38,9 +38,9 @@ class APE(LinkMethod):
 
     def __post_init__(self) -> None:
         for name in ("temperature", "scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise PICacheError(f"APE needs a {name} over 0 and up to 1, got {value!r}")
+            needs = f"APE needs a {name} over 0 and up to 1"
+            value = real_number(needs, getattr(self, name), lambda number: 0 < number <= 1)
+            object.__setattr__(self, name, value)
 
     @property
     @override

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from picache.arguments import real_number, whole_number
 from picache.errors import PICacheError
 
 Metric = Literal["K", "V", "KV"]
@@ -30,7 +32,7 @@ class Layout:
     query_length: int
     num_layers: int = 1
 
-    @property
+    @cached_property
     def starts(self) -> tuple[int, ...]:
         """Position of the first token of each chunk."""
         return (0, *accumulate(self.chunk_lengths[:-1]))
@@ -40,12 +42,12 @@ class Layout:
         """Tokens of the first chunk, which is an exact prefix."""
         return self.chunk_lengths[0]
 
-    @property
+    @cached_property
     def context_length(self) -> int:
         """Tokens before the query."""
         return sum(self.chunk_lengths)
 
-    @property
+    @cached_property
     def total_length(self) -> int:
         """Tokens of the whole prompt."""
         return self.context_length + self.query_length
@@ -166,16 +168,15 @@ class LinkMethod(ABC):
         return None
 
 
-def check_tokens(name: str, k: int) -> None:
-    """Raise PICacheError unless `k` is a whole number of at least 0."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise PICacheError(f"{name} needs a whole number k >= 0 of tokens per chunk, got {k!r}")
+def check_tokens(name: str, k: object) -> int:
+    """The argument `k`, tokens per chunk, as an int; PICacheError unless it is at least 0."""
+    return whole_number(f"{name} needs a whole number k >= 0 of tokens per chunk", k, least=0)
 
 
-def check_ratio(name: str, ratio: float) -> None:
-    """Raise PICacheError unless `ratio` lies in [0, 1]."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
-        raise PICacheError(f"{name} needs a ratio of tokens between 0 and 1, got {ratio!r}")
+def check_ratio(name: str, ratio: object) -> float:
+    """The argument `ratio`, a share of the tokens, as a float; PICacheError unless in [0, 1]."""
+    needs = f"{name} needs a ratio of tokens between 0 and 1"
+    return real_number(needs, ratio, lambda share: 0 <= share <= 1)
 
 
 def top(score: Tensor, count: int) -> Tensor:

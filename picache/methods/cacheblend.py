@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 from picache.methods.base import Evidence, Layout, LinkMethod, Metric, check_ratio, top
 
@@ -57,7 +58,7 @@ class CacheBlend(LinkMethod):
     layer1_kv: Literal["fresh_all", "selected_only"] = "fresh_all"
 
     def __post_init__(self) -> None:
-        check_ratio("CacheBlend", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("CacheBlend", self.ratio))
         options = {
             "metric": ("K", "V", "KV"),
             "schedule": ("single", "gradual"),
@@ -72,11 +73,13 @@ class CacheBlend(LinkMethod):
         layers = self.check_layers
         if not isinstance(self.force_query, bool):
             raise PICacheError(f"CacheBlend: force_query is a bool, got {self.force_query!r}")
-        indices = isinstance(layers, tuple) and all(type(index) is int for index in layers)
-        if not indices or not layers:
+        if not isinstance(layers, tuple) or not layers:
             raise PICacheError(
                 f"CacheBlend: check_layers must be a tuple of layer indices, got {layers!r}"
             )
+        needs = "CacheBlend: check_layers must be a tuple of layer indices"
+        layers = tuple(whole_number(needs, index) for index in layers)
+        object.__setattr__(self, "check_layers", layers)
         if min(layers) < 1 or list(layers) != sorted(set(layers)):
             raise PICacheError(
                 f"CacheBlend: check_layers must ascend from at least 1, got {layers!r}: in layer 0 "

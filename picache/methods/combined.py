@@ -30,7 +30,7 @@ class Combined(LinkMethod):
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ratio("Combined", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("Combined", self.ratio))
         if not isinstance(self.methods, tuple) or not self.methods:
             raise PICacheError(f"Combined needs a tuple of link methods, got {self.methods!r}")
         for method in self.methods:

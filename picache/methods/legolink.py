@@ -38,11 +38,11 @@ class LegoLink(LinkMethod):
     k: int = 16
 
     def __post_init__(self) -> None:
-        check_tokens("LegoLink", self.k)
+        object.__setattr__(self, "k", check_tokens("LegoLink", self.k))
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """The first tokens of every chunk but the first; all chunks' first ones come first."""
+        """The first `k` positions of each chunk but the first: offset 0 of all, then 1, ..."""
         starts = torch.tensor(layout.starts[1:], dtype=torch.int64)
         lengths = torch.tensor(layout.chunk_lengths[1:], dtype=torch.int64)
         offsets = torch.arange(min(self.k, max(layout.chunk_lengths)))[:, None]

@@ -30,7 +30,7 @@ class OracleDeviation(LinkMethod):
     metric: Metric = "KV"
 
     def __post_init__(self) -> None:
-        check_ratio("OracleDeviation", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("OracleDeviation", self.ratio))
         if self.metric not in ("K", "V", "KV"):
             raise PICacheError(f"OracleDeviation: metric must be K, V or KV, got {self.metric!r}")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 from picache.methods import CacheBlend, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
 from picache.methods.base import LinkMethod
@@ -52,6 +53,7 @@ def arms(
     """
     if preset not in ("fair", "paper", "repo"):
         raise PICacheError(f"preset must be 'fair', 'paper' or 'repo', got {preset!r}")
+    k = whole_number("arms needs a whole number k of tokens per chunk", k, least=0)
     if k == 0:
         raise PICacheError("arms(k=0): 'LegoLink-0' is an arm already: give k of at least 1")
     repo = preset == "repo"

@@ -33,7 +33,7 @@ class ProphetKV(LinkMethod):
     value_norm: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio("ProphetKV", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("ProphetKV", self.ratio))
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, check_tokens
 
@@ -24,7 +25,7 @@ class RandomRecompute(LinkMethod):
 
     Raises:
         PICacheError: unless exactly one of `k` and `ratio` is given, `k` a whole number of at least
-            0, `ratio` in [0, 1].
+            0, `ratio` in [0, 1], and `seed` a whole number.
     """
 
     k: int | None = None
@@ -38,9 +39,11 @@ class RandomRecompute(LinkMethod):
                 "give k=16 for tokens per chunk, or ratio=0.15 for a share of all"
             )
         if self.k is not None:
-            check_tokens("RandomRecompute", self.k)
+            object.__setattr__(self, "k", check_tokens("RandomRecompute", self.k))
         if self.ratio is not None:
-            check_ratio("RandomRecompute", self.ratio)
+            object.__setattr__(self, "ratio", check_ratio("RandomRecompute", self.ratio))
+        seed = whole_number("RandomRecompute needs a whole number as its seed", self.seed)
+        object.__setattr__(self, "seed", seed)
 
     @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:

@@ -106,6 +106,8 @@ class ChunkStore:
     ) -> None:
         if storage not in STORAGES:
             raise PICacheError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        if not isinstance(namespace, str):
+            raise PICacheError(f"namespace must be a text, got {namespace!r}")
         if disk_bytes is not None and path is None:
             raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
         self.storage, self.namespace = storage, namespace

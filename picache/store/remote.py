@@ -38,9 +38,21 @@ def open_files(path: str | os.PathLike[str], folder: str) -> Files:
         PICacheError: when `path` holds something else than a chunk store, one of another format
             version, or cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise PICacheError(
+            f"path must be a local folder or an fsspec URL, got {type(path).__name__}: give "
+            "path='~/chunks' or path='s3://bucket/chunks'"
+        )
     text = os.fspath(path)
     text = text.removeprefix("file://")
-    return RemoteFiles(text, folder) if "://" in text else LocalFiles(Path(text), folder)
+    if "://" in text:
+        return RemoteFiles(text, folder)
+    try:
+        return LocalFiles(Path(text).expanduser(), folder)
+    except RuntimeError as error:
+        raise PICacheError(
+            f"cannot keep chunks in {text}: {error}; give an absolute path"
+        ) from error
 
 
 class RemoteFiles(Files):

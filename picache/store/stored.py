@@ -1,6 +1,6 @@
 """A chunk as a store takes it in, checked, and as it gives it out again, layer by layer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -8,11 +8,6 @@ import torch
 from picache.chunk import DTYPES, KV, Header
 from picache.errors import PICacheError
 from picache.store.quantize import Encoded, decode
-
-
-def kv_bytes(kv: Iterable[KV]) -> int:
-    """Bytes of the keys and values of one chunk, all layers."""
-    return sum(tensor.nbytes for layer in kv for tensor in layer)
 
 
 def human(nbytes: float) -> str:

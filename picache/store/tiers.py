@@ -2,9 +2,11 @@
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from picache.arguments import real_number
 from picache.chunk import Header
 from picache.errors import PICacheError
 from picache.store.quantize import Encoded
@@ -62,13 +64,15 @@ class Tier:
     """
 
     def __init__(self, name: str, budget: float, eviction: str) -> None:
-        if not budget > 0:
-            raise PICacheError(
-                f"{name}_bytes must be positive, got {budget}: leave it out for the default"
-            )
+        needs, remedy = (
+            f"{name}_bytes must be positive",
+            "give a number of bytes such as 4e9, or leave it out for the default",
+        )
+        number = real_number(needs, budget, lambda nbytes: nbytes >= 1, remedy)
+        self.budget = number if math.isinf(number) else int(number)
         if eviction not in EVICTIONS:
             raise PICacheError(f"eviction must be one of {', '.join(EVICTIONS)}, got {eviction!r}")
-        self.name, self.budget, self.eviction = name, budget, eviction
+        self.name, self.eviction = name, eviction
         self.entries: dict[str, Entry] = {}
         self.nbytes = self.hits = 0
         self._floor = 0.0

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -15,22 +16,31 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
+from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.prompt_check import watch_prompts
+from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
 
 NAME = "kv_retention"  # of the attention function; names with "sdpa" or "flash" mean something
 KWARG = "sparse_cache"  # how the cache reaches the attention function
-_REFUSED = ("position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias")
+_REFUSED = {"position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias"}
 
 
 class ServedCache(ABC):
-    """What an attached model asks of its cache in a forward; implemented by `SparseCache`."""
+    """What an attached model asks of its cache in a forward; implemented by `SparseCache`.
+
+    Attributes:
+        layers: of the cache, by index in the model.
+        autocast: the dtype of `torch.autocast` in this forward; None where it is off.
+    """
 
     layers: list[Any]
+    autocast: torch.dtype | None
 
     @abstractmethod
     def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
@@ -92,6 +102,15 @@ def retention_mask(
     return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
+def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    refused = sorted(name for name in _REFUSED if kwargs.get(name) is not None)
+    if refused:
+        raise SparsityError(
+            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
+            "call detach(model) and use this model without SparseCache"
+        )
+
+
 @torch.compiler.disable
 def retention_attention(
     module: nn.Module,
@@ -108,12 +127,8 @@ def retention_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function for transformers: managed layers by their policy, others densely."""
-    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
-    if refused:
-        raise SparsityError(
-            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
-            "call detach(model) and use this model without SparseCache"
-        )
+    if not _REFUSED.isdisjoint(kwargs):
+        _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sparse_cache is not None:
         index: int = module.layer_idx  # type: ignore[assignment]
@@ -123,10 +138,13 @@ def retention_attention(
             mask = attention_mask
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
-            out = sparse_cache.attend(
-                layer, query, key, value, mask=mask, scaling=scaling, softcap=softcap, sinks=s_aux
-            )
-            return out, None
+            scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+            dtype = sparse_cache.autocast
+            if dtype is None:
+                return sparse_cache.attend(layer, query, key, value, **scores), None
+            with torch.autocast(query.device.type, enabled=False):  # keys and values are lowered
+                query = lowered(query, dtype)
+                return sparse_cache.attend(layer, query, key, value, **scores), None
         if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
@@ -196,11 +214,9 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
         SparsityError: for a model that `SparseCache` cannot manage.
     """
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise SparsityError(
-            f"expected a transformers model (a PreTrainedModel), got {name}; for a wrapped model "
-            "hand in the model inside"
-        )
+    check_instance(
+        "model", model, PreTrainedModel, "a transformers model (a PreTrainedModel)", _remedy(model)
+    )
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or model.config.is_encoder_decoder:
         raise SparsityError(
@@ -215,6 +231,17 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def _remedy(given: object) -> str:
+    """What to do with what was handed in for a model."""
+    if isinstance(given, str | PurePath):
+        return f"; load it: AutoModelForCausalLM.from_pretrained({str(given)!r})"
+    if isinstance(given, type):
+        return f"; load one: {given.__name__}.from_pretrained(...)"
+    if isinstance(given, Policy):
+        return "; the model comes first: SparseCache(model, policy)"
+    return "; for a wrapped model hand in the model inside" if isinstance(given, nn.Module) else ""
+
+
 def _implementation(decoder: Any) -> str:
     return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
 
@@ -222,8 +249,10 @@ def _implementation(decoder: Any) -> str:
 def attach(model: PreTrainedModel) -> None:
     """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
-    Sets the model's attention function and adds hooks to its decoder. Nothing else of the model
-    changes, and its results with other caches stay the same. Calling it again does nothing.
+    Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
+    before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
+    of the model changes, and its results with other caches stay the same. Calling it again does
+    nothing.
 
     Args:
         model: a transformers model for text generation, written on the attention interface.

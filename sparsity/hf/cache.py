@@ -1,12 +1,14 @@
 """SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.hf.attach import (
     ATTACHED,
@@ -16,7 +18,8 @@ from sparsity.hf.attach import (
     decoder_of,
     keep_attached,
 )
-from sparsity.hf.forward_checks import check_states
+from sparsity.hf.autocast import autocast_dtype, lowered
+from sparsity.hf.forward_checks import check_autocast, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -64,11 +67,10 @@ class SparseCache(ServedCache, Cache):
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
-        if not isinstance(policy, Policy):
-            raise SparsityError(
-                f"SparseCache(policy={policy!r}): expected a policy such as RaaS(budget=1024)"
-            )
         decoder = decoder_of(model)
+        check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+        if past is not None:
+            _check_past(past)
         layers, rows = build_layers(decoder.config, policy, past)
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
@@ -82,6 +84,7 @@ class SparseCache(ServedCache, Cache):
         self._model = TOKENS[decoder]
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
+        self.autocast = None
 
     @property
     def policy(self) -> Policy:
@@ -109,6 +112,9 @@ class SparseCache(ServedCache, Cache):
                 "decoder was called past its hooks); call attach(model) first"
             )
         layer, state = self.layers[layer_idx], self._state
+        if self.autocast is not None and isinstance(layer, RetainedLayer):
+            key_states = lowered(key_states, self.autocast)
+            value_states = lowered(value_states, self.autocast)
         if state.repeats:  # the first layer of a forward: nothing has changed yet
             try:
                 check_states(layer, layer_idx, key_states, value_states)
@@ -118,8 +124,6 @@ class SparseCache(ServedCache, Cache):
             repeats, state.repeats = state.repeats, 0
             if repeats > 1:
                 self.batch_repeat_interleave(repeats)
-        else:
-            check_states(layer, layer_idx, key_states, value_states)
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -144,12 +148,22 @@ class SparseCache(ServedCache, Cache):
             )
         self._state.turn.enter()
         try:
+            autocast = self._checked_autocast(arguments)
             step, repeats = self._state.plan(arguments)
             self._check_length(step.stop)
-        except SparsityError:
+        except Exception:
             self._state.abandon()
             raise
+        self.autocast = autocast
         self._state.open(step, repeats, arguments.get("input_ids"))
+
+    def _checked_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        autocast = autocast_dtype(tokens.device)
+        if self._state.rows.real is not None:  # there was a forward before
+            check_autocast(autocast, self.autocast)
+        return autocast
 
     def _check_length(self, columns: int) -> None:
         if columns == self._dropped_at:
@@ -188,8 +202,11 @@ class SparseCache(ServedCache, Cache):
                 f"layers {missed} did not reach the attention function with the cache: the model "
                 "drops keyword arguments on the way, or its attention implementation was changed"
             )
+        self._state.close(self._stock_bytes)
+
+    def _stock_bytes(self) -> int:
         stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
-        self._state.close(sum(layer_bytes(layer) for layer in stock))
+        return sum(layer_bytes(layer) for layer in stock)
 
     def abandon(self) -> None:
         """Close a forward that failed; unless it was refused, what is held is incomplete."""
@@ -235,16 +252,19 @@ class SparseCache(ServedCache, Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows of `beam_idx`, int64 `[rows]`, in that order, as beam search does."""
+        beam_idx = torch.as_tensor(beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices` (int64 numbers or a bool mask), in that order."""
+        indices = torch.as_tensor(indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, copies next to each other."""
+        repeats = whole_number("repeats", repeats, least=1)
         super().batch_repeat_interleave(repeats)
         if (batch := self._state.rows.batch) is not None:
             self._state.take(torch.arange(batch).repeat_interleave(repeats))
@@ -257,6 +277,15 @@ class SparseCache(ServedCache, Cache):
         """Refused with SparsityError, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
+
+
+def _check_past(past: object) -> None:
+    note = ""
+    if isinstance(past, Mapping):
+        note = "; hand in what stands in it: past=given['past_key_values']"
+    elif isinstance(past, tuple | list):
+        note = "; put keys and values into one: DynamicCache().update(keys, values, layer)"
+    check_instance("past", past, Cache, "a transformers cache, such as a filled DynamicCache", note)
 
 
 def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsity.errors import SparsityError
+from sparsity.hf.layers import RetainedLayer
 
 WEIGHTS_AWAY = (
     "the weights of this model are on the device 'meta', that is, they are not here: load them "
     "(from_pretrained), or place the model with hooks that bring them (accelerate's cpu_offload, "
     "disk_offload, or device_map)"
 )
+
+_ONE_DTYPE = "Run every forward of a text in the same dtype, or call cache.reset()"
 
 
 def check_call(decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
@@ -23,13 +26,16 @@ def check_call(decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
             "cache generate feeds the whole text again at each step. Leave out use_cache=False "
             "(of the call, or of model.generation_config), or leave out the cache"
         )
+    tokens = [arguments.get(name) for name in ("input_ids", "inputs_embeds")]
+    if any(given is not None and given.is_meta for given in tokens):
+        raise SparsityError(WEIGHTS_AWAY)
     if decoder.training:
         _check_training(decoder)
 
 
 def _check_training(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
-    if decoder.is_gradient_checkpointing:
+    if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise SparsityError(
             f"gradient checkpointing is on and {name} is in training mode, where transformers "
             "leaves out every cache; call model.eval(), or "
@@ -59,21 +65,28 @@ def check_attention_dropout(module: nn.Module, dropout: float) -> None:
         )
 
 
+def check_autocast(now: torch.dtype | None, before: torch.dtype | None) -> None:
+    """Raise SparsityError unless a forward is under the autocast dtype of those before it."""
+    if now != before:
+        said = ["off" if dtype is None else f"on, to {dtype}" for dtype in (now, before)]
+        raise SparsityError(
+            f"torch.autocast is {said[0]} now and was {said[1]} in the forwards that filled this "
+            f"SparseCache. {_ONE_DTYPE}"
+        )
+
+
 def check_states(layer: Any, index: int, keys: Tensor, values: Tensor) -> None:
     """Raise SparsityError unless new keys and values can stand beside those a layer holds."""
     if keys.is_meta:
         raise SparsityError(WEIGHTS_AWAY)
-    for new, held in ((keys, layer.keys), (values, layer.values)):
+    pairs = [(keys, layer.keys), (values, layer.values)]
+    if not isinstance(layer, RetainedLayer):
+        pairs.pop()  # transformers' own layers may widen their values
+    for new, held in pairs:
         if held is not None and held.dtype != new.dtype:
-            now = torch.is_autocast_enabled(new.device.type)
             raise SparsityError(
                 f"layer {index} of this SparseCache holds {held.dtype}, and this forward brings "
-                f"{new.dtype}: "
-                + (
-                    "torch.autocast is on now, and was not on in the same way before"
-                    if now
-                    else "the model was converted since (model.bfloat16(), model.to(dtype)), or "
-                    "torch.autocast was on before and is off now"
-                )
-                + ". Run every forward of a text in the same dtype, or call cache.reset()"
+                f"{new.dtype}: the model was converted since (model.bfloat16(), "
+                "model.to(dtype)), or what was handed in as past was made in another dtype. "
+                f"{_ONE_DTYPE}"
             )

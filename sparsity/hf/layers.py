@@ -147,7 +147,9 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
         SparsityError: for a layer of a kind that cannot be managed, and a `past` that does not fit.
     """
     layers: list[Any] = DynamicCache(config=config).layers
-    earlier: list[Any] = [None] * len(layers) if past is None else list(past.layers)
+    earlier: list[Any] = (
+        list(past.layers) if past is not None and past.layers else [None] * len(layers)
+    )
     if len(earlier) != len(layers):
         raise SparsityError(
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "

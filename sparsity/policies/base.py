@@ -34,8 +34,9 @@ class Needs:
             (StreamingLLM, arXiv 2309.17453, section 3.2). Such a policy never evicts them and has
             pages of one token. All other tokens keep their position in the text.
 
-    Raises SparsityError for `moved` together with `attention`, `window` or `summaries`, which are
-    computed from keys at their position in the text.
+    Raises:
+        SparsityError: for `moved` together with `attention`, `window` or `summaries`, which are
+            computed from keys at their position in the text.
     """
 
     summaries: bool = False
@@ -49,8 +50,8 @@ class Needs:
     def __post_init__(self) -> None:
         if self.moved and (self.attention or self.window or self.summaries):
             raise SparsityError(
-                f"{self}: attention weights and page summaries are those of keys at their place in "
-                "the text, and moved keys are attended to at another; a policy cannot need both"
+                f"{self}: attention weights and page summaries are those of keys at their position "
+                "in the text, and moved keys are attended to at another; a policy cannot need both"
             )
 
 
@@ -64,8 +65,8 @@ class PageView:
     row, padding not counted; the first is 0. What the policy's `Needs` do not ask for is None.
 
     Attributes:
-        start: rank of each page's first token, -1 where the place is unused; int32 `[batch,
-            kv_heads, P]`.
+        start: rank of each page's first token, -1 where the place is unused; int32
+            `[batch, kv_heads, P]`.
         stamp: a rank that `Policy.observe` may set, at first that of the page's first token; int32
             `[batch, kv_heads, P]`.
         sums: the policy's own numbers, float32 or wider, `[batch, kv_heads, P, Needs.sums]`.
@@ -177,9 +178,10 @@ class Policy(ABC):
     @property
     def pages_held(self) -> int | None:
         """Most pages that a KV head holds while decoding, before an eviction; None for no bound."""
-        if self.pages_kept is None or self.evict_every is None:
+        kept = self.pages_kept
+        if kept is None or self.evict_every is None:
             return None
-        return self.pages_kept + -(-self.evict_every // self.page_size) - 1
+        return kept + -(-self.evict_every // self.page_size) - 1
 
     @property
     def decoding(self) -> "Policy":

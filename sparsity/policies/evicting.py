@@ -31,7 +31,8 @@ class Evicting(Policy):
             budget + evict_every - 1 tokens are held. A multiple of `page_size`, or 1 to evict
             whenever a page is needed.
 
-    Raises SparsityError for arguments out of range, and where what is protected fills the budget.
+    Raises:
+        SparsityError: for arguments out of range, and where what is protected fills the budget.
     """
 
     budget: int
@@ -92,6 +93,7 @@ class Evicting(Policy):
         Sinks, recent tokens and pinned pages are protected whatever their worth.
         """
 
+    @override
     def priority(self, pages: PageView) -> Tensor:
         """The worth, with sinks and recent tokens protected; see `Policy.priority`."""
         worth = self.worth(pages)

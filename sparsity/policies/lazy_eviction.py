@@ -54,6 +54,7 @@ class LazyEviction(Evicting):
     def needs(self) -> Needs:
         return Needs(attention="newest", sums=1, group=self.group)
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """The longest interval between recurrences as the sum, the last recurrence as the stamp."""
         assert pages.weights is not None

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
+from typing_extensions import override
+
 from sparsity.policies.base import check_count
 from sparsity.policies.snapkv import SnapKV
 
@@ -37,6 +39,7 @@ class PyramidKV(SnapKV):
         super().__post_init__()
         check_count(self, "beta", least=1)
 
+    @override
     def at_layer(self, layer: int, layers: int) -> SnapKV:
         """`SnapKV` with this layer's own budget, see `Policy.at_layer`."""
         fixed = self.sinks + self.recent_kept

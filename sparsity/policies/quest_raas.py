@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
 from sparsity.policies.base import PageView, check_budget
@@ -49,6 +50,7 @@ class QuestRaaS(RaaS):
                 f"multiple of page_size={self.page_size}"
             )
 
+    @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
         """The newest page, all decoded pages, and the best pages of the prompt."""
         assert self.pages_held is not None

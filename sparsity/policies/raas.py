@@ -88,6 +88,7 @@ class RaaS(Evicting):
     def worth(self, pages: PageView) -> Tensor:
         return pages.stamp.float()
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """Stamp the pages that matter to this query with the rank of the newest token."""
         scores = self.scores(query, pages) * scaling
@@ -98,6 +99,7 @@ class RaaS(Evicting):
         stamp = torch.where(refresh & pages.used, pages.now.to(pages.stamp.dtype), pages.stamp)
         return replace(pages, stamp=stamp)
 
+    @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
         """All pages, or with attend="top" the newest page and those with the highest score."""
         count = max(1, math.floor(self.budget // self.page_size * (self.top_ratio or 0.5)))

@@ -97,14 +97,14 @@ def redundancies(keys: Tensor, start: Tensor, threshold: float) -> Tensor:
     unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
     unit = unit.masked_fill(~used[..., None], 0)
     total = torch.zeros_like(unit[..., 0])
-    place = torch.arange(start.shape[-1], device=keys.device)
+    index = torch.arange(start.shape[-1], device=keys.device)
     for first in range(0, start.shape[-1], BLOCK):
-        own = place[first : first + BLOCK, None]
+        own = index[first : first + BLOCK, None]
         similar = unit[:, :, first : first + BLOCK] @ unit.mT
-        similar = similar.masked_fill(own == place, 0)
+        similar = similar.masked_fill(own == index, 0)
         close = (similar > threshold) & used[:, :, None]
         newest = start[:, :, None].masked_fill(~close, -1).max(-1, keepdim=True)
-        spared = (newest.values >= 0) & (place == newest.indices)
+        spared = (newest.values >= 0) & (index == newest.indices)
         total = total + similar.masked_fill(spared, 0).sum(2)
     count = used.sum(-1, keepdim=True).clamp(min=1)
     return (total / count).masked_fill(~used, -torch.inf).softmax(-1)

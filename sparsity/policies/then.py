@@ -28,9 +28,10 @@ class Then(Policy):
         prompt: `SnapKV`, or `PyramidKV` (whose pages have one token), without `evict_every`.
         decode: any policy but `Then`.
 
-    Raises SparsityError for two policies that do not fit together: page sizes, dense layers, groups
-    or windows that differ, a `prompt` that leaves more than `decode` has room for, and positions
-    inside the cache (`StreamingLLM`).
+    Raises:
+        SparsityError: for two policies that do not fit together: page sizes, dense layers, groups
+            or windows that differ, a `prompt` that leaves more than `decode` has room for, and
+            positions inside the cache (`StreamingLLM`).
     """
 
     prompt: SnapKV
@@ -132,10 +133,12 @@ class Then(Policy):
         prompt: Any = self.prompt.at_layer(layer, layers)
         return replace(self, prompt=prompt, decode=self.decode.at_layer(layer, layers))
 
+    @override
     def priority(self, pages: PageView) -> Tensor:
         """That of `prompt`: this policy evicts at the end of a prompt, `decoding` later."""
         return self.prompt.priority(pages)
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """That of `decode`, in forwards of several tokens too."""
         return self.decode.observe(query, pages, scaling)

@@ -82,6 +82,7 @@ class VaSE(Evicting):
     def needs(self) -> Needs:
         return Needs(window=self.window, tokens=True, group=self.group)
 
+    @override
     def worth(self, pages: PageView) -> Tensor:
         """Infinite for the widest ranges, else log(attention) plus Gumbel noise."""
         chance = window_scores(pages, self.recent_kept, self.kernel, "mean").double()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsity.arguments import take_share, take_whole_number, whole_number
 from sparsity.errors import SparsityError
-from sparsity.recorded.trace import Trace
+from sparsity.recorded.trace import Trace, check_trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,8 +93,8 @@ def classify(
     """The kind of each page, by the steps at which it matters.
 
     Args:
-        mass: share of its attention that each decoded token gives to each page, `[kv_heads, steps,
-            pages]`, as from `Trace.mass`.
+        mass: share of its attention that each decoded token gives to each page,
+            `[kv_heads, steps, pages]`, as from `Trace.mass`.
         prompt_tokens: tokens of the prompt.
         page_size: tokens a page.
         thresholds: when a page matters; None for the defaults.
@@ -150,6 +150,7 @@ def milestone_map(
     """
     from matplotlib.figure import Figure
 
+    layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     image = plot_head(axes, trace, layer, kv_head, page_size)
@@ -179,8 +180,8 @@ def plot_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: i
     """
     from matplotlib.colors import LogNorm
 
-    layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
-    page_size = whole_number("page_size", page_size, least=1)
+    check_trace(trace)
+    kv_head, page_size = whole_number("kv_head", kv_head), whole_number("page_size", page_size, 1)
     heads = trace.at(layer).keys.shape[0]
     if not 0 <= kv_head < heads:
         raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sparsity.arguments import whole_number, whole_numbers
+from sparsity.arguments import check_instance, whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
 from sparsity.recorded.milestones import Kinds, Thresholds, classify
-from sparsity.recorded.trace import Trace, per_page
+from sparsity.recorded.trace import Trace, check_trace, per_page
 from sparsity.retention.batch_rows import BatchRows, plan
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
@@ -63,6 +63,7 @@ class Replay:
     layers: dict[int, LayerReplay]
 
     def _mean(self, name: str) -> float:
+        """Mean over layers, KV heads and decoded tokens, without NaN."""
         values = torch.cat([getattr(one, name).flatten() for one in self.layers.values()])
         return float(values.nanmean()) if values.numel() else float("nan")
 
@@ -144,6 +145,10 @@ def replay(
     """
     from tqdm import tqdm  # comes with transformers
 
+    check_trace(trace)
+    check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+    thresholds = Thresholds() if thresholds is None else thresholds
+    check_instance("thresholds", thresholds, Thresholds, "Thresholds(alpha=0.05)")
     wanted = sorted(trace.layers) if layers is None else whole_numbers("layers", layers)
     page_size = whole_number("page_size", page_size, least=1)
     for layer in wanted:
@@ -155,7 +160,6 @@ def replay(
     else:
         top_tokens = whole_number("top_tokens", top_tokens, least=1)
     pages = max(1, top_tokens // page_size)
-    thresholds = thresholds or Thresholds()
     return Replay(
         policy,
         {
@@ -226,7 +230,7 @@ def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor
     one = trace.at(layer)
     own = policy_of_layer(policy, layer, trace.full_layers)
     retention, rows, first = Watched(own, layer), BatchRows(), 0
-    retention.move = unmoved  # what is kept does not depend on where it is said to stand
+    retention.move = unmoved  # what is kept does not depend on positions
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)

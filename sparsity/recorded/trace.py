@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsity.arguments import whole_number
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.retention.attention import attention_weights
 
@@ -41,8 +41,8 @@ class LayerTrace:
             stop: rank after the last.
 
         Returns:
-            Mean over the query heads that share a KV head, float32 `[kv_heads, stop - first,
-            tokens]`.
+            Mean over the query heads that share a KV head, float32
+            `[kv_heads, stop - first, tokens]`.
         """
         ranks = torch.arange(first, stop)[:, None]
         causal = torch.arange(self.keys.shape[1]) <= ranks
@@ -59,7 +59,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A dense run of one text, as `sparsity.record` recorded it; lies in the CPU's memory.
+    """A dense run of one text, as `sparsity.record` recorded it, in the CPU's memory.
 
     Attributes:
         ids: token ids of the text, int64 `[tokens + 1]`; the last one was sampled and not fed to
@@ -136,6 +136,11 @@ class Trace:
             f"tokens, {len(self.layers)} of {len(self.full_layers)} layers, "
             f"{self.num_bytes:,} bytes)"
         )
+
+
+def check_trace(trace: object) -> None:
+    """Raise SparsityError for what is no trace."""
+    check_instance("trace", trace, Trace, "what record(model, input_ids=...) returns")
 
 
 def per_page(tokens: Tensor, page_size: int) -> Tensor:

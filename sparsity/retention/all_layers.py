@@ -1,5 +1,6 @@
 """One cache across all of its layers: checks a forward, plans it, and closes it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,11 +113,11 @@ class AllLayers:
         """Indices of the managed layers that this forward did not reach."""
         return sorted(set(self.retentions) - self.reached)
 
-    def close(self, other_bytes: int) -> None:
+    def close(self, other_bytes: Callable[[], int]) -> None:
         """End the forward, and measure what is held.
 
         Args:
-            other_bytes: bytes held by layers that are not managed.
+            other_bytes: counts the bytes held by layers that are not managed.
         """
         assert self.step is not None
         self.tokens.feed(self.new_ids, self.rows.seen, self.step.stop)
@@ -125,7 +126,7 @@ class AllLayers:
         self.rows, self.decoding, self.step = self.step.then, self.step.single, None
         managed = self.retentions.values()
         if any(retention.reallocated for retention in managed):
-            held = other_bytes + sum(retention.num_bytes for retention in managed)
+            held = other_bytes() + sum(retention.num_bytes for retention in managed)
             extra = max(retention.transient_bytes for retention in managed)
             self.peak_bytes = max(self.peak_bytes, held + extra)
             for retention in managed:

@@ -21,8 +21,8 @@ def attend_reference(
         query: `[batch, query_heads, q, head_dim]`.
         key: `[batch, kv_heads, n, head_dim]`.
         value: `[batch, kv_heads, n, value_dim]`.
-        mask: bool (True where a query attends) or additive float, `[batch or 1, kv_heads or 1, q,
-            n]`; None for no mask.
+        mask: bool (True where a query attends) or additive float,
+            `[batch or 1, kv_heads or 1, q, n]`; None for no mask.
         scaling: factor on a query-key product before the softmax.
         softcap: scores become softcap * tanh(score / softcap); None for no cap.
         sinks: one logit for each query head that takes part in the softmax and has no value,

@@ -231,6 +231,7 @@ def plan(
 
 
 def _room_left(rows: BatchRows, policy: Policy) -> int | None:
+    """The room after one more token; SparsityError when there is none."""
     if rows.room is None:
         return None
     if rows.room == 0:

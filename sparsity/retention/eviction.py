@@ -62,7 +62,7 @@ def eviction_order(
         pages = replace(pages, window=window)
     worth = policy.priority(pages)
     worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(spared, torch.inf)
-    worth = worth.masked_fill(~pages.used, -torch.inf)
+    worth = worth.masked_fill(pages.start < 0, -torch.inf)
     by_age = pages.start.argsort(dim=-1, stable=True)
     by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
     return by_age.gather(-1, by_worth).argsort(-1)

@@ -65,7 +65,7 @@ class LayerRetention:
         return storage_bytes(tensors)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything; as new."""
         self.pool, self.past = None, None
         self.reallocated, self.transient_bytes = False, 0
 

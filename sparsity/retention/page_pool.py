@@ -38,8 +38,8 @@ class PagePool:
         outside: pages of a row that do not count against the budget, the most of any.
         keys: `[batch, kv_heads, N, head_dim]`.
         values: `[batch, kv_heads, N, value_dim]`.
-        slots: the column of the token in each place, -1 where there is none; int32 `[batch,
-            kv_heads, N]`.
+        slots: the column of the token in each place, -1 where there is none; int32
+            `[batch, kv_heads, N]`.
         start: see `PageView`; of C pages, and so are the next five.
         stamp: see `PageView`.
         sums: see `PageView`.
@@ -260,14 +260,14 @@ class PagePool:
 
     def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
         """Free places in those rows of `opens`, bool `[batch, 1, 1]`, that hold `most` pages."""
-        assert policy.pages_kept is not None
-        pages = self.view(step.before)
-        counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
-        surplus = most - policy.pages_kept + 1
+        kept, pages = policy.pages_kept, self.view(step.before)
+        assert kept is not None
+        used, surplus = pages.used, most - kept + 1
+        counted = used if policy.pins_count else used & ~pages.pinned
         full = counted.sum(-1, keepdim=True) >= most
-        unused = (~pages.used).sum(-1, keepdim=True)
+        unused = (~used).sum(-1, keepdim=True)
         order = eviction_order(policy, pages, pages.pinned, self.queries, self.asked, weigh)
-        gone = pages.used & (order < unused + surplus) & full & opens
+        gone = used & (order < unused + surplus) & full & opens
         self.start[..., : self.high].masked_fill_(gone, -1)
         self.slots.unflatten(-1, (-1, self.size))[:, :, : self.high].masked_fill_(
             gone[..., None], -1

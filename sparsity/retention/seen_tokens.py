@@ -57,13 +57,14 @@ class SeenTokens:
             stop: column after its last.
         """
         handed, self._handed = self._handed, None
-        known = None if new is None or self.ids is None else self._known(new, seen)
         if handed is not None and handed.shape[1] == stop:
             self._set(handed)
         elif new is not None and seen == 0:
             self._set(new.clone())
-        elif new is not None and new.shape[1] > 1 and known is not None and known.shape[1] == seen:
-            self._set(torch.cat([known, new.to(known.device)], dim=1))
+        elif new is not None and new.shape[1] > 1:
+            known = self._known(new, seen)
+            if known is not None and known.shape[1] == seen:
+                self._set(torch.cat([known, new.to(known.device)], dim=1))
 
     def drop_handed(self) -> None:
         """Forget the text noted by `hand`, since it was not fed."""
@@ -105,9 +106,9 @@ class SeenTokens:
                 f"them is new. {FULL_PROMPT}"
             )
         known = self._known(ids, seen)
-        place = None if known is None else _first_difference(known, ids, mask)
-        if known is not None and place is not None:
-            row, column = place
+        first = None if known is None else _first_difference(known, ids, mask)
+        if known is not None and first is not None:
+            row, column = first
             raise SparsityError(
                 f"the cache holds another text than generate was given: at token {column} of row "
                 f"{row} it has seen {int(known[row, column])} and was given "

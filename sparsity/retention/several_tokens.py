@@ -169,10 +169,11 @@ def take_pages(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
 
 
 def _starts(old: Tensor, step: Step, size: int) -> tuple[Tensor, Tensor]:
-    """Rank of the first token of the `old` pages and then of each row's new ones, -1 for none.
+    """Rank of the first token of each page, of the `old` pages and then of each row's new ones.
 
-    Returns int32 `[batch, kv_heads, P]`, and bool of the same shape, True for each row's newest
-    page.
+    Returns:
+        int32 `[batch, kv_heads, P]`, -1 for none; and bool of the same shape, True for each row's
+        newest page.
     """
     before, after = step.before[:, None, None], step.after[:, None, None]
     known, total = -(-before // size), -(-after // size)
@@ -183,9 +184,10 @@ def _starts(old: Tensor, step: Step, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _source(start: Tensor, step: Step, size: int, old: int) -> tuple[Tensor, Tensor]:
-    """Where each place's token comes from among `old` old places and then the new columns.
+    """Where each place's token comes from: among the `old` places for tokens, then the new columns.
 
-    Returns int64 and bool `[batch, kv_heads, P * size]`; the second is False for no token.
+    Returns:
+        int64 `[batch, kv_heads, P * size]`, 0 for no token; and bool, False for no token.
     """
     assert step.order is not None
     before, after = step.before[:, None, None], step.after[:, None, None]

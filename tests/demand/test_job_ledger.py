@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from demand import DemandError, Distribution, Job, Policy, RequestFCFS, VirtualTime
@@ -61,6 +62,32 @@ def test_a_rank_of_nan_is_refused_with_the_job(within: bool) -> None:
     ledger = JobLedger(Unordered(within), KNOWN)
     with pytest.raises(DemandError, match=r"Unordered\(.*\) ranked job 0 NaN"):
         ledger.open("short", 0.0)
+
+
+@dataclass(frozen=True)
+class Gives(Policy):
+    """Gives one rank to all jobs, whatever it is."""
+
+    given: Any
+
+    def rank(self, job: Job, now: float) -> Any:
+        return self.given
+
+
+NO_RANKS = [None, "first", b"1", [1.0], {}, (1.0, None), ("a", 2.0), 1j, np.timedelta64(1, "s")]
+
+
+@pytest.mark.parametrize("given", NO_RANKS, ids=repr)
+def test_a_rank_that_is_no_number_is_refused_by_the_policys_name(given: Any) -> None:
+    ledger = JobLedger(Gives(given), KNOWN)
+    with pytest.raises(DemandError, match=r"Gives\(.*\) ranked job 0 .*; expected a number or"):
+        ledger.open("short", 0.0)
+
+
+@pytest.mark.parametrize("given", [0, 1.5, True, np.float32(2), np.int64(3), (1, 2.0), math.inf])
+def test_a_rank_is_a_number_of_any_kind_or_a_tuple_of_them(given: Any) -> None:
+    ledger = JobLedger(Gives(given), KNOWN)
+    assert ledger.rank(ledger.open("short", 0.0), 1.0) == given
 
 
 @pytest.mark.parametrize("policy", ["fcfs", None, VirtualTime])

@@ -103,7 +103,7 @@ def test_a_name_that_is_taken():
         ({"clock": 5.0}, r"clock is 5\.0; expected a function that gives seconds"),
         ({"seed": "x"}, "seed is 'x'; expected a whole number"),
         ({"policy": "fcfs"}, r"policy is 'fcfs'; expected a policy, such as Gittins\(\)"),
-        ({"policy": FCFS}, r"policy is <class .*FCFS'>; expected a policy"),
+        ({"policy": FCFS}, "policy is the class FCFS; expected a policy"),
         ({"model": "llama"}, "model is 'llama'; expected a model of transformers .* load it first"),
         ({"model": torch.nn.Linear(2, 2)}, r"model is Linear\(.*expected a model .* wrapper"),
     ],
@@ -303,6 +303,25 @@ class Breaks(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         return 0.0 if job.attained_service < 0.5 else math.nan
+
+
+@dataclass(frozen=True)
+class Speechless(Policy):
+    """Forgets to give a rank once a job had half a second of service."""
+
+    def rank(self, job: Job, now: float) -> float:
+        return 0.0 if job.attained_service < 0.5 else None
+
+
+def test_a_rank_that_is_no_number_stops_the_engine_by_the_policys_name(model):
+    def serve_to_the_end():
+        with serve(model, Speechless()) as batching:
+            one = batching.submit(prompt(5), "long", max_new_tokens=900)
+            batching.result(one, SECONDS)
+
+    said = r"failed in the engine: .*Speechless\(\) ranked job 0 None; expected a number"
+    with pytest.raises(DemandError, match=said):
+        serve_to_the_end()
 
 
 def test_an_engine_that_fails_says_so(model):

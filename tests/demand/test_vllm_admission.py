@@ -389,7 +389,7 @@ def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
     [
         ({"server": "http://127.0.0.1"}, r"server is 'http.*; expected a server, Server\("),
         ({"server": Server}, "server is the class Server; expected a server"),
-        ({"policy": Gittins}, "policy is .*Gittins.*; expected a policy"),
+        ({"policy": Gittins}, "policy is the class Gittins; expected a policy"),
         ({"distributions": Distribution([1.0])}, "distributions is .*; expected a mapping"),
         ({"distributions": {"a": 3.0}}, r"distribution of 'a' is 3\.0; expected a distribution"),
         ({"distributions": {1: Distribution([3.0])}}, "application in distributions is 1; expec"),
@@ -417,6 +417,22 @@ async def test_whole_numbers_of_any_kind_are_taken() -> None:
         async with controller_of(server, retry=retry, **numbers) as controller:  # type: ignore[arg-type]
             assert await (await controller.start("short").submit("completions", body("a"))).text()
     assert (retry.attempts, type(retry.attempts)) == (2, int)
+
+
+@run_async
+async def test_a_rank_that_is_no_number_is_reported_by_the_policys_name() -> None:
+    @dataclass(frozen=True)
+    class Speechless(Policy):
+        def rank(self, job: Job, now: float) -> Any:
+            return 0.0 if job.attained_service == 0.0 else None
+
+    async with FakeServer() as server, controller_of(server, Speechless()) as controller:
+        run = controller.start("short")
+        await (await run.submit("completions", body("a"))).text()
+        call = await run.submit("completions", body("b"))
+        with pytest.raises(CallError, match=r"Speechless\(\) ranked job 0 None; expected a number"):
+            await call.text()
+    assert controller.counts == Counts(2, 0, 0, 1, 1, 0)
 
 
 @run_async

@@ -131,25 +131,37 @@ def test_a_controller_that_was_never_entered_can_be_closed() -> None:
     assert controller.counts.submitted == 0
 
 
-def test_a_key_that_was_read_in_part_is_not_shown() -> None:
-    key = "sk-very-secret"
+async def failure_at_one_that_says(said: bytes, **server: Any) -> str:
+    """How a call fails whose answer is `said`, then silence."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 400 Bad\r\nConnection: close\r\n\r\n")
-        writer.write((key * 40 + key[:13]).encode())  # a piece long enough to be the last read
+        writer.write(said)
         await writer.drain()
         await reader.read()
         writer.close()
 
-    async def refused() -> str:
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
-            port = listening.sockets[0].getsockname()[1]
-            server = Server(f"http://127.0.0.1:{port}", api_key=key, silence_seconds=0.3)
-            return str(await failure_at(server))
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        return str(await failure_at(Server(f"http://127.0.0.1:{port}", **server)))
 
-    shown = asyncio.run(refused())
+
+@run_async
+async def test_a_key_that_was_read_in_part_is_not_shown() -> None:
+    key = "sk-very-secret"
+    page = key * 40 + key[:13]  # long enough to be the last piece that is read
+    said = f"HTTP/1.1 400 Bad\r\nConnection: close\r\n\r\n{page}".encode()
+    shown = await failure_at_one_that_says(said, api_key=key, silence_seconds=0.3)
     assert "status 400: ***" in shown
+    assert "sk-very" not in shown
+
+
+@run_async
+async def test_a_status_holds_though_its_page_never_ends() -> None:
+    key = "sk-very-secret"
+    said = f"HTTP/1.1 404 X\r\nContent-Length: 99\r\n\r\nno such model {key[:10]}".encode()
+    shown = await failure_at_one_that_says(said, api_key=key, silence_seconds=0.3)
+    assert "status 404: no such" in shown
     assert "sk-very" not in shown
 
 

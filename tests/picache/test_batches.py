@@ -3,7 +3,6 @@
 import copy
 import pickle
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import picache.methods
 from picache import (
     A3,
     APE,
-    PIC,
     CacheBlend,
     Combined,
     FullRecompute,
@@ -26,36 +24,27 @@ from picache import (
     RandomRecompute,
 )
 from picache.methods.presets import Arm, arms
-from picache.sinks import Sinks
-from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
+from tests.helpers import CONFIGS, assert_close, random_ids
+from tests.picache.helpers import compiled, pic_of, prompt_parts
 
-FAMILIES = tuple(CONFIGS)
 LENGTHS = ((7, 20, 33, 1, 18), (5, 40), (1,))  # of the chunks of each row
 QUERIES = (9, 3, 1)
 
 
-@cache
-def pic_of(family: str, sinks: Sinks = "drop") -> PIC:
-    return PIC(tiny_model(family), sinks=sinks, flops_per_byte=None)
-
-
 def texts():
     """Chunks and query of each row, as ids."""
-    rows = [
-        [random_ids(n, seed=100 * row + i) for i, n in enumerate((*lengths, query))]
-        for row, (lengths, query) in enumerate(zip(LENGTHS, QUERIES, strict=True))
-    ]
-    return [(parts[:-1], parts[-1]) for parts in rows]
+    rows = enumerate(zip(LENGTHS, QUERIES, strict=True))
+    return [prompt_parts(lengths, query, seed) for seed, (lengths, query) in rows]
 
 
 def linked(pic, method):
     """The batch, and each of its rows alone."""
-    rows = [([pic.compile(text) for text in chunks], query) for chunks, query in texts()]
+    rows = [(compiled(pic, chunks), query) for chunks, query in texts()]
     batch = pic.link([chunks for chunks, _ in rows], [query for _, query in rows], method)
     return batch, [pic.link(chunks, query, method) for chunks, query in rows]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3)], ids=repr)
 def test_beams_find_the_same_sequences_as_alone(family, method):
     pic = pic_of(family)
@@ -67,7 +56,7 @@ def test_beams_find_the_same_sequences_as_alone(family, method):
         assert together[2 * index : 2 * index + 2].tolist() == single.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
     """Two samples a row; the logits behind every drawn token are those of the row fed the same."""
     pic = pic_of(family)
@@ -93,7 +82,7 @@ def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
             assert_close("logits", seen[sample], torch.cat(steps, dim=1)[0], 1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_sampled_batch_is_the_dense_one_of_the_same_seed(family):
     """Everything recomputed, so that the left-padded prompts fed as they are must agree."""
     pic = pic_of(family)
@@ -108,7 +97,7 @@ def test_a_sampled_batch_is_the_dense_one_of_the_same_seed(family):
         assert model.generate(**prompt, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_choice_of_one_is_greedy_in_every_row(family):
     pic = pic_of(family)
     batch, alone = linked(pic, LegoLink(3))
@@ -139,7 +128,7 @@ def chat(pic, prompt, turns, tokens=5):
     return torch.cat(said, dim=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_chat_goes_on_behind_a_link_as_in_each_row_alone(family):
     pic = pic_of(family)
     batch, alone = linked(pic, LegoLink(3))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from picache import PIC, FullRecompute, PICacheError
 from picache.hf.rope import Rotation, calibrate, difference, frequencies, rotate
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled
 
 THETA = dict(rope_theta=10000.0)
 
@@ -74,7 +75,7 @@ def test_other_rotary_kinds_link_exactly(kind):
     assert (found.pairing, found.rotary_dim) == (rotation.pairing, rotation.rotary_dim)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
-    prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), query, FullRecompute())
     with torch.no_grad():
         expected = pic.model(torch.cat([*documents, query])[None]).logits[:, -1]
     assert_close("logits", prompt.logits, expected)
@@ -88,7 +89,7 @@ def test_layer_zero_keys_moved_are_the_keys_of_full_prefill(family):
     pic = PIC(tiny_model(family), flops_per_byte=None)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
-    linked = pic.link([pic.compile(d) for d in documents], query, NaiveReuse())
+    linked = pic.link(compiled(pic, documents), query, NaiveReuse())
     full = pic.hf.prefill(torch.cat([*documents, query])[None])
     layer = linked["past_key_values"].layers[0]
     assert_close("keys", layer.keys, full[0][0][:, :, :-1])
@@ -125,7 +126,7 @@ def dynamic():
 def links_exactly(pic, lengths, query=5):
     documents = [random_ids(n, seed=n) for n in lengths]
     question = random_ids(query, seed=5)
-    prompt = pic.link([pic.compile(d) for d in documents], question, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), question, FullRecompute())
     ids = torch.cat([*documents, question])[None]
     with torch.no_grad():
         expected = pic.model(ids).logits[:, -1]
@@ -137,7 +138,7 @@ def test_longrope_links_up_to_the_length_its_frequencies_hold_for():
     pic = PIC(random_model(longrope()))
     links_exactly(pic, (9, 21, 14))
     links_exactly(pic, (40, 60, 23))  # 128 tokens, the last with the short frequencies
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (40, 60, 24)]
+    chunks = chunks_of(pic, 40, 60, 24)
     with pytest.raises(PICacheError, match=r"prompt of 129 tokens.*with 24.*at most 128 tokens"):
         pic.link(chunks, random_ids(5))
     links_exactly(pic, (200, 5)[:1])  # one chunk beyond: compiled with the long frequencies

@@ -5,6 +5,7 @@ import torch
 
 from picache import PIC, DummySinks, FullRecompute, LegoLink, PICacheError, SharedPrefix
 from tests.helpers import assert_close, random_ids, tiny_model
+from tests.picache.helpers import compiled
 
 BOS = 1
 SINKS = {
@@ -56,7 +57,7 @@ def test_recomputing_everything_is_exact_behind_any_sinks(sinks):
     pic = PIC(model, sinks=sinks, flops_per_byte=None)
     bos = torch.tensor([BOS])
     documents = [torch.cat([bos, random_ids(n, seed=n)]) for n in (5, 17, 8)]
-    prompt = pic.link([pic.compile(d) for d in documents], random_ids(3), FullRecompute())
+    prompt = pic.link(compiled(pic, documents), random_ids(3), FullRecompute())
     with torch.no_grad():
         logits = model(prompt["input_ids"]).logits[:, -1]
     assert_close("logits", prompt.logits, logits)

@@ -64,13 +64,13 @@ def run(model, cache, ids, padding):
     return helpers.run(model, cache, ids, padding, [PROMPT, *[1] * STEPS])
 
 
-def batch(*pads):
+def batch(pads=(PADS, 0)):
     return helpers.padded_ids(PROMPT + STEPS, *pads)
 
 
 @pytest.mark.parametrize(("family", "policy"), CASES, ids=str)
 def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
-    ids, padding = batch(PADS, 0)
+    ids, padding = batch()
     model = tiny_model(family)
     cache = SparseCache(model, policy)
     sparse = run(model, cache, ids, padding)
@@ -87,7 +87,7 @@ def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
 
 @pytest.mark.parametrize("policy", TIGHT, ids=str)
 def test_a_padded_row_equals_its_run_alone(policy, shallow):
-    ids, padding = batch(PADS, 9, 0)
+    ids, padding = batch((PADS, 9, 0))
     together = run(shallow, SparseCache(shallow, policy), ids, padding)
     for b, pads in ((0, PADS), (1, 9), (2, 0)):
         cache, logits = SparseCache(shallow, policy), []
@@ -100,7 +100,7 @@ def test_a_padded_row_equals_its_run_alone(policy, shallow):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
-    ids, padding = batch(PADS, 0)
+    ids, padding = batch()
     model = tiny_model(family)
     config, hooks = model.config.to_dict(), len(model.get_decoder()._forward_hooks)
     implementation = model.config._attn_implementation
@@ -123,7 +123,7 @@ def test_attached_with_a_plain_cache_equals_dense_and_detach_restores(family):
 
 def test_bfloat16_runs(llama):
     model = llama.to(torch.bfloat16)
-    ids, padding = batch(PADS, 0)
+    ids, padding = batch()
     assert run(model, SparseCache(model, TIGHT[6]), ids, padding).isfinite().all()
 
 
@@ -153,7 +153,7 @@ def test_softcap_and_sinks_through_the_model(name):
     config = getattr(transformers, f"{name}Config")(**SHAPE | SCORES[name], head_dim=16)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval()
-    ids, padding = batch(PADS, 0)
+    ids, padding = batch()
     dense = run(model, DynamicCache(config=model.config), ids, padding)
     for policy in AMPLE:
         assert_close(

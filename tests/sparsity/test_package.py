@@ -1,5 +1,6 @@
 """What importing the package does, and what it exports."""
 
+import importlib
 import inspect
 import pydoc
 import subprocess
@@ -55,6 +56,7 @@ def test_public_names():
         "StreamingLLM",
         "TOVA",
         "Then",
+        "Thresholds",
         "Trace",
         "VaSE",
         "attach",
@@ -66,6 +68,23 @@ def test_public_names():
     for name in sparsity.__all__:
         assert getattr(sparsity, name).__doc__
         assert name in dir(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("sparsity.knobs", ["Evicting"]),
+        ("sparsity.policy", ["Needs", "PageView", "Policy"]),
+        ("sparsity.milestones", ["Thresholds"]),
+    ],
+)
+def test_the_paths_that_the_docs_had_still_work_and_warn(path, names):
+    module = importlib.import_module(path)
+    for name in names:
+        with pytest.warns(DeprecationWarning, match=rf"{path}.{name} is now sparsity.{name}"):
+            assert getattr(module, name) is getattr(sparsity, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
+        module.Unknown  # noqa: B018
 
 
 def test_help_shows_what_a_cache_is_made_of():

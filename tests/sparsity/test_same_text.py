@@ -4,13 +4,16 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import sparsity
 from sparsity import H2O, Full, RaaS, SparseCache, SparsityError, StreamingLLM
+from sparsity.retention.seen_tokens import SeenTokens
 from tests.helpers import random_ids
 from tests.sparsity.zoo import shallow_model
 
@@ -247,6 +250,30 @@ def test_a_past_is_not_known_and_what_comes_after_is(shallow):
         generate(shallow, OTHER, cache)
     turn = torch.cat([out, OTHER], 1)
     assert torch.equal(generate(shallow, turn, cache), generate(shallow, turn, None))
+
+
+def test_a_decoded_token_costs_no_tensor_work():
+    """What is known of a text follows `generate` by reference: no kernel, nothing waited for."""
+
+    class Operations(TorchDispatchMode):
+        seen: ClassVar[list] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    tokens = SeenTokens()
+    tokens.hand(PROMPT, {"is_first_iteration": True}, seen=0)
+    tokens.feed(PROMPT, seen=0, stop=12)
+    longer = [OTHER[:, :stop].clone() for stop in range(13, 30)]
+    new = PROMPT[:, :1]
+    with Operations():
+        for ids in longer:
+            stop = ids.shape[1]
+            tokens.hand(ids, {"next_sequence_length": 1}, seen=stop - 1)
+            tokens.feed(new, seen=stop - 1, stop=stop)
+    assert tokens.ids is longer[-1]
+    assert Operations.seen == []
 
 
 def test_detaching_leaves_the_model_as_it_was(shallow):

@@ -26,7 +26,8 @@ from demand.integrations.job_ledger import JobDetails
 from demand.integrations.transformers.attention import check_attention
 from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
 from demand.units import CostModel
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

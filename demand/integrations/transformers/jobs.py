@@ -11,7 +11,8 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails, JobLedger
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank
+from demand.policies.job import Job
 from demand.seconds import check_seconds
 from demand.units import CostModel
 
@@ -83,14 +84,15 @@ class JobTable:
         known, graphs = {**(distributions or {})}, {**(graphs or {})}
         for application, graph in graphs.items():
             check_instance(f"graph of {application!r}", graph, PDGraph, "a graph of PDGraph.fit")
-        check_instance("cost", cost or CostModel(), CostModel, "a CostModel, or None")
+        if cost is not None:
+            check_instance("cost", cost, CostModel, "a CostModel, or None")
         check_callable("clock", clock, "a function that gives seconds, such as time.monotonic")
         seed = whole_number("seed", seed)
         if twice := sorted(known.keys() & graphs.keys()):
             raise DemandError(
                 f"applications {twice} have a distribution and a graph; give one of them"
             )
-        costs = {graph.cost for graph in graphs.values()} | ({cost} if cost else set())
+        costs = {graph.cost for graph in graphs.values()} | (set() if cost is None else {cost})
         if len(costs) > 1:
             raise DemandError(
                 f"cost models differ: {sorted(map(repr, costs))}; attained service and demand must "

@@ -185,11 +185,7 @@ class AdmissionController:
             self._over["cancelled"],
         )
 
-    def start(
-        self,
-        application: str,
-        **details: Unpack[JobDetails],
-    ) -> Run:
+    def start(self, application: str, **details: Unpack[JobDetails]) -> Run:
         """Start a run of `application`: the job that is ranked, of which calls are submitted.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, final
 from demand.integrations.job_ledger import TokenMeter
 from demand.integrations.vllm.chunks import Chunk, Repetition, TokenCount, text_of
 from demand.integrations.vllm.failures import CallError, StreamBrokenError
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 Status = Literal["waiting", "in flight", "finished", "failed", "cancelled"]
 Restart = Literal["raise", "skip"]

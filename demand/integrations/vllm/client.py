@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Self, final
 
 import httpx2
@@ -159,12 +159,14 @@ class Client:
     async def _refusal(self, response: httpx2.Response) -> AttemptError:
         status = response.status_code
         key = self._server.api_key or ""
-        seen, whole = b"", True
-        async for piece in response.aiter_bytes():
-            seen += piece
-            if len(seen) > _SHOWN_CHARACTERS + len(key):
-                whole = False
-                break
+        seen, whole = b"", False
+        with suppress(httpx2.TransportError):  # the status holds, whatever becomes of the page
+            async for piece in response.aiter_bytes():
+                seen += piece
+                if len(seen) > _SHOWN_CHARACTERS + len(key):
+                    break
+            else:
+                whole = True
         text = self._without_key(seen.decode(errors="replace"))
         if not whole:  # the end may be the beginning of the key
             text = text[: len(text) - len(key)]

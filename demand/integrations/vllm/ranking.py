@@ -11,7 +11,7 @@ from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
-from demand.policies.base import Job
+from demand.policies.job import Job
 from demand.units import CostModel
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,17 @@ RunName = tuple[str, str]
 
 @dataclass(slots=True)
 class _Run:
+    """A run with requests in the engine, or remembered from those it had.
+
+    Attributes:
+        job: what the policy sees of it.
+        requests: ids of its requests in the engine.
+        last: whether its last request has come.
+    """
+
     job: Job
-    requests: set[str] = field(default_factory=set)  # ids of those in the engine
-    last: bool = False  # whether the last request of the run has come
+    requests: set[str] = field(default_factory=set)
+    last: bool = False
 
 
 @dataclass(slots=True)

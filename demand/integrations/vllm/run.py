@@ -9,13 +9,14 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.vllm.call import Call, Restart
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 _PATHS = ("chat/completions", "completions")
 _OWN_FIELDS = ("priority", "stream")
 _USAGE = {"stream_options": {"include_usage": True}}
 
 Submit = Callable[["Run", str, Mapping[str, Any], Restart], Awaitable[Call]]
+"""How a run hands a path, a body and `restart` to its controller."""
 
 
 @final

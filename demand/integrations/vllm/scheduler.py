@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
@@ -110,6 +112,7 @@ class RankedScheduling(AsyncScheduler):
         self._ranking: Ranking = self.make_ranking()
         self.displacements = 0
 
+    @override
     def add_request(self, request: Any) -> None:
         """Rank a request, then let vLLM queue it."""
         if request.request_id not in self.requests:  # else it continues a streaming session
@@ -118,12 +121,14 @@ class RankedScheduling(AsyncScheduler):
             request.priority = self._ranking.add(request.request_id, fields, time.monotonic())
         super().add_request(request)
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Rank anew, preempt for better requests, then let vLLM fill the step."""
         self._rank_anew(time.monotonic())
         self._displace()
         return super().schedule(*args, **kwargs)
 
+    @override
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Forget a request; vLLM comes here with every one that finishes or is aborted."""
         self._ranking.finish(*_progress(request), time.monotonic())
