@@ -38,6 +38,8 @@ def as_tokenizer(given: object) -> Callable[..., Any] | None:
             f"tokenizer must be a tokenizer of transformers, got {spelled(given)}: load it with "
             f"AutoTokenizer.from_pretrained({given!r})"
         )
+    if isinstance(given, ChunkStore):
+        raise PICacheError("tokenizer is a ChunkStore: write PIC(model, store=...)")
     if isinstance(given, type) or not callable(given):
         raise PICacheError(
             f"tokenizer must be a tokenizer of transformers, got {spelled(given)}: load it with "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from picache.errors import PICacheError
@@ -131,6 +132,8 @@ def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
         if mask is not None and not bool(torch.as_tensor(mask).all()):
             raise PICacheError(f"{what} is padded: tokenize it without padding")
         tokens = tokens["input_ids"]
+    if np.ma.is_masked(tokens):
+        raise PICacheError(f"{what} has masked entries: give the ids without them")
     try:
         tensor = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -139,7 +142,8 @@ def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
         tensor = tensor[0]
     if tensor.numel() == 0:
         raise PICacheError(f"{what} is empty: give at least one token")
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
+    no_integers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    if tensor.dim() != 1 or no_integers:
         raise PICacheError(f"{expected}, got shape {tuple(tensor.shape)} and dtype {tensor.dtype}")
     tensor = tensor.to(torch.int64)
     low, high = int(tensor.min()), int(tensor.max())

@@ -1,8 +1,8 @@
-"""What must hold of a model and around its forwards while keys and values are made.
+"""Conditions under which a model would make keys and values that a chunk's key does not stand for.
 
-Dropout, autocast, weights that are elsewhere or another dtype change what a layer caches without
-changing the weights that a chunk's key is made of. Each is refused by its own name, when `PIC` is
-made, at every compile and link before anything is looked up, and inside the forward itself.
+Dropout, autocast, offloaded weights or another dtype change what a layer caches, but not the hash
+of the weights that is part of a chunk's key. Each is refused by its own name: when `PIC` is made,
+at every compile and link before the store is asked, and inside the forward itself.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from picache.errors import PICacheError
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
-_PACKING = "torch.ao.nn.quantized"  # modules whose weights are no tensors that a fingerprint sees
+_PACKING = "torch.ao.nn.quantized"  # modules with weights in no parameter or buffer
 
 
 def refuse_other_objects(model: object) -> None:
@@ -39,11 +39,11 @@ def refuse_other_objects(model: object) -> None:
 
 @dataclass(frozen=True)
 class ModelState:
-    """What of a model, its weights' values aside, the keys and values it makes depend on.
+    """What a model's keys and values depend on, besides the values of its weights.
 
     Attributes:
         dtype: of its weights.
-        quantised: what keeps its weights in fewer bits; empty where nothing does.
+        quantised: names what its weights are quantised by; empty where they are not.
         packed: the first module whose weights are neither parameters nor buffers; empty for none.
         training: the first module in training mode; None where all are in evaluation mode.
         tensors: how many parameters and buffers it has.
@@ -61,10 +61,11 @@ class ModelState:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelState":
-        """What the model is now."""
+        """The state the model is in now."""
         quantised, packed, training = "", "", None
         for where, module in model.named_modules():
-            # Matrices, which resize_token_embeddings makes in training mode, are alike in both.
+            # Linear layers and embeddings do the same in both modes, and
+            # resize_token_embeddings makes new ones in training mode.
             if training is None and module.training and type(module) not in _SAME_IN_TRAINING:
                 training = where
             if not packed and type(module).__module__.startswith(_PACKING):
@@ -81,6 +82,7 @@ class ModelState:
 
 
 def _fewer_bits(name: str, tensor: Tensor) -> str:
+    """Names the type of a quantised weight; empty for one that is not."""
     if is_traceable_wrapper_subclass(tensor):
         return f"{type(tensor).__name__} ({name})"
     small = tensor.dim() > 1 and tensor.itemsize == 1 and tensor.dtype != torch.bool
@@ -88,14 +90,14 @@ def _fewer_bits(name: str, tensor: Tensor) -> str:
 
 
 def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> ModelState:
-    """Raise PICacheError where keys and values made now would be others than the key says.
+    """Raise PICacheError where keys and values made now would not be those the key stands for.
 
     Args:
-        model: about to prefill or link.
-        made: what it was when `PIC` was made; None when that is under way.
+        model: the model that is about to prefill or link.
+        made: its state when `PIC` was made; None while `PIC` is being made.
 
     Returns:
-        What it is now.
+        The state it is in now.
     """
     name, now = type(model).__name__, ModelState.of(model)
     if now.training is not None:

@@ -125,15 +125,16 @@ class LinkedLayer(DynamicLayer):
         held_kv = (self.keys, self.values)
         _refuse_dtype((key_states, value_states), held_kv, "the linked cache holds")
         batch, held = key_states.shape[0], self.keys.shape[0]
-        if batch != held:
-            if batch % held:
-                raise PICacheError(
-                    f"the linked cache holds a batch of {held}, the model was given {batch}: "
-                    "link one prompt per row, or generate from this prompt's own input_ids"
-                )
-            self.batch_repeat_interleave(batch // held)
+        if batch % held:
+            raise PICacheError(
+                f"the linked cache holds a batch of {held}, the model was given {batch}: "
+                "link one prompt per row, or generate from this prompt's own input_ids"
+            )
+        beams = batch // held
         if self.index == 0:
-            self._refuse_fed_again(key_states, value_states)
+            self._refuse_fed_again(key_states[::beams], value_states[::beams])
+        if beams > 1:
+            self.batch_repeat_interleave(beams)
         return super().update(key_states, value_states)
 
     @override

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_WIDTH = 4099  # a prime, so that no dimension of a weight is a multiple of it
+_WIDTH = 4099  # a prime: rows of a weight that are exchanged fall into other columns
 # Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
 
 
 def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The tensor itself; of one that is made of others, as quantised weights may be, those."""
+    """The plain tensors, by name, of a parameter: itself, or the parts of a tensor subclass.
+
+    Quantised weights are often a tensor subclass, made of integers and scales.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return [(name, tensor)]
     inner = tensor.__tensor_flatten__()[0]

@@ -363,16 +363,20 @@ class HFModel:
             entered: positions of the tokens that go through a layer, one entry per layer.
         """
         config = self.config
-        embedding: Any = self.model.get_input_embeddings()
-        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
-        matrices = sum(p.numel() for p in inside if p.dim() > 1)
         # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
         width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
         tokens = sum(len(positions) for positions in entered)
         pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
-        per_token = 2.0 * matrices / config.num_hidden_layers
+        per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size
+
+    @cached_property
+    def _matrix_parameters(self) -> int:
+        """Parameters of the layers' matrices; counted once, without adapters that come later."""
+        embedding: Any = self.model.get_input_embeddings()
+        inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
+        return sum(p.numel() for p in inside if p.dim() > 1)
 
     @property
     def bytes_per_token(self) -> int:

@@ -21,7 +21,7 @@ from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
-from sparsity.hf.prompt_check import watch_prompts
+from sparsity.hf.prompt_check import unwatch_prompts, watch_prompts
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
@@ -172,7 +172,7 @@ class Attachment:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         )
-        self.unwatch = watch_prompts(model, _show_prompt)
+        watch_prompts(decoder, model, _show_prompt)
 
     @torch.compiler.disable
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -198,7 +198,7 @@ class Attachment:
         """Remove hooks and prompt check, and restore the decoder's own attention function."""
         for handle in self.handles:
             handle.remove()
-        self.unwatch()
+        unwatch_prompts(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 

@@ -278,18 +278,17 @@ def compile_model(model):
     model.compile(backend="eager")
 
 
-def compile_layers(model):
-    for layer in model.model.layers:
-        layer.compile(backend="aot_eager")
+def compile_a_layer(model):
+    model.model.layers[2].compile(backend="aot_eager")
 
 
-@pytest.mark.parametrize("how", [compile_forward, compile_model, compile_layers])
+@pytest.mark.parametrize("how", [compile_forward, compile_model, compile_a_layer])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_model_links_and_generates_as_it_does_without(how, when):
     plain = PIC(tiny_model("llama"))
     method = CacheBlend(0.3)
     prompt = plain.link(compiled(plain), QUERY, method)
-    expected = plain.model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    expected = plain.model.generate(**prompt, max_new_tokens=2, do_sample=False)
     model = tiny_model("llama")
     if when == "before":
         how(model)
@@ -298,7 +297,7 @@ def test_a_compiled_model_links_and_generates_as_it_does_without(how, when):
         how(model)
     mine = pic.link(compiled(pic), QUERY, method)
     assert torch.equal(mine.logits, prompt.logits)
-    assert torch.equal(model.generate(**mine, max_new_tokens=4, do_sample=False), expected)
+    assert torch.equal(model.generate(**mine, max_new_tokens=2, do_sample=False), expected)
     torch._dynamo.reset()
 
 

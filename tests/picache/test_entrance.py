@@ -27,6 +27,7 @@ def pic():
         ({"store": {}}, "store must be a ChunkStore, got dict"),
         ({"sinks": DummySinks}, r"sinks must be 'drop', .*got <class"),
         ({"sinks": ["drop"]}, r"sinks must be 'drop', .*got \['drop'\]"),
+        ({"tokenizer": ChunkStore()}, r"tokenizer is a ChunkStore: write PIC\(model, store="),
         ({"tokenizer": "gpt2"}, r"AutoTokenizer.from_pretrained\('gpt2'\)"),
         ({"tokenizer": transformers.AutoTokenizer}, "got the class AutoTokenizer"),
         ({"tokenizer": Tokenizer(models.BPE())}, r"got Tokenizer: .*tokenizer_object="),

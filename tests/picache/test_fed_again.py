@@ -105,6 +105,19 @@ def test_use_cache_false_is_named():
         model.generate(**prompt, use_cache=False, max_new_tokens=3)
 
 
+def test_a_cache_that_refuses_beams_is_as_it_was():
+    model, prompt = linked(rows=2)
+    cache = prompt.past_key_values
+    before = held(cache)
+    rows = {
+        name: prompt[name].repeat_interleave(3, dim=0) for name in ("input_ids", "attention_mask")
+    }
+    with pytest.raises(PICacheError, match="whole text again"):
+        model(**rows, past_key_values=cache)
+    assert unchanged(cache, before)
+    assert model.generate(**prompt, num_beams=3, max_new_tokens=3).shape == (2, 27)
+
+
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("turn", ["first", "second"])
 def test_another_dtype_than_the_prompt_was_linked_in_is_refused(how, turn):

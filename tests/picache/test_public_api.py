@@ -83,3 +83,9 @@ def test_the_model_is_the_one_that_was_handed_in():
     pic = picache.PIC(model)
     assert pic.model is model
     assert pic.hf.model is model
+
+
+def test_a_full_store_raises_the_error_that_the_page_names():
+    pic = picache.PIC(tiny_model("llama"), store=picache.ChunkStore(device_bytes=8))
+    with pytest.raises(picache.StoreFull, match="does not fit a store of 8 bytes"):
+        pic.compile([3, 4, 5])

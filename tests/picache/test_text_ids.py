@@ -1,5 +1,6 @@
 """Texts are linked as the tokenizer gives the whole text: only what it added is left out."""
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -149,6 +150,11 @@ def test_without_a_tokenizer_a_leading_bos_of_ids_is_taken_as_added(model):
         (torch.zeros(1, 0, dtype=torch.int64), "is empty"),
         (torch.zeros(1, 2, 2, dtype=torch.int64), r"got shape \(1, 2, 2\)"),
         ("", "is empty"),
+        (np.ma.array([3, 4, 5], mask=[0, 1, 0]), "has masked entries"),
+        (np.array([3, 4], dtype=complex), "dtype torch.complex128"),
+        (np.array([3, 4], dtype="timedelta64[s]"), "must be a text, a list of token ids"),
+        (np.array([3, "a"], dtype=object), "must be a text, a list of token ids"),
+        ([2**70], "must be a text, a list of token ids"),
     ],
 )
 def test_what_is_no_single_text_is_refused(model, given, says):
