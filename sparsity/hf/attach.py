@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
@@ -246,6 +247,26 @@ def _implementation(decoder: Any) -> str:
     return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
 
 
+def _refuse_foreign(decoder: PreTrainedModel) -> None:
+    """Refuse a model that attends by a function that neither transformers nor we have brought.
+
+    To replace it would change the model's results, or those of what has put it there for a while,
+    such as a prompt that another thread links.
+    """
+    name = _implementation(decoder)
+    if name in ("eager", NAME) or "/" in name:  # the model's own, ours, a kernel of the Hub
+        return
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    module = inspect.getmodule(function)
+    if module is not None and module.__name__.split(".")[0] != "transformers":
+        raise SparsityError(
+            f"{type(decoder).__name__} attends by {name!r}, which {module.__name__} registered: "
+            "it would be replaced. If another thread put it there, as picache does while it links "
+            "a prompt, share a lock between the two; else set one of transformers' own first, "
+            'model.set_attn_implementation("sdpa")'
+        )
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
@@ -262,6 +283,7 @@ def attach(model: PreTrainedModel) -> None:
     """
     decoder = decoder_of(model)
     name, now = type(model).__name__, _implementation(decoder)
+    _refuse_foreign(decoder)
     attached = decoder in ATTACHED
     if attached and now == NAME:
         return
@@ -290,8 +312,15 @@ def attach(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model is as it was. Does nothing to a model that is not attached."""
+    """Undo `attach`: the model is as it was. Does nothing to a model that is not attached.
+
+    Raises:
+        SparsityError: while the model attends by a function of somebody else, as when another
+            thread links a prompt.
+    """
     decoder = decoder_of(model)
+    if decoder in ATTACHED:
+        _refuse_foreign(decoder)
     if attachment := ATTACHED.pop(decoder, None):
         attachment.undo(decoder)
 
