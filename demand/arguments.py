@@ -132,6 +132,12 @@ def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[I
     return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
 
 
+def warn_renamed(function: str, old: str, new: str) -> None:
+    """Say to who called `function` that its keyword `old=` is now `new=`."""
+    message = f"{old}= of {function} is now {new}=; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
 def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
     """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning."""
 
@@ -144,8 +150,7 @@ def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
                     raise DemandError(
                         f"{name} is given {new}= and {old}=, its old name; drop {old}="
                     )
-                message = f"{old}= of {name} is now {new}=; the old name goes with the next release"
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                warn_renamed(name, old, new)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 

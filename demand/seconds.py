@@ -83,6 +83,8 @@ def _read_one(name: str, value: object, durations: bool) -> float:
 
 
 def _read(name: str, values: object, durations: bool) -> Floats:
+    if type(values) is np.ndarray and values.dtype == np.float64:
+        return values.copy()
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise DemandError(
             f"{name} has {np.ma.count_masked(values)} masked entries, which have no value; "

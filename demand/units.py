@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from demand.arguments import instance_of, instances_of, renamed_keyword, whole_number
+from demand.arguments import (
+    instance_of,
+    instances_of,
+    renamed_keyword,
+    warn_renamed,
+    whole_number,
+)
 from demand.errors import DemandError
 from demand.seconds import as_numbers, as_seconds, one_number, one_of_seconds
 
@@ -134,17 +140,23 @@ class Execution:
         )
 
     def __post_init__(self) -> None:
-        name = instance_of("unit of an execution", self.unit, Unit).name
-        self._read_numbers()
+        if type(self.unit) is not Unit:
+            instance_of("unit of an execution", self.unit, Unit)
+        name = self.unit.name
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
-            if value is not None and not 0.0 <= value < math.inf:
+            if type(value) is not float:
+                if value is None and attribute not in _TOKENS:
+                    continue
+                value = self._read_number(attribute, value)
+            if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
-        object.__setattr__(self, "parallelism", calls)
+        if type(self.parallelism) is not int or self.parallelism < 1:
+            calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
+            object.__setattr__(self, "parallelism", calls)
         if self.seconds is None:
             if self.unit.kind != "llm":
                 raise DemandError(
@@ -175,16 +187,15 @@ class Execution:
                 f"mean {mean}; the longest call lies between the mean and the sum"
             )
 
-    def _read_numbers(self) -> None:
+    def _read_number(self, attribute: str, value: object) -> float:
         """Measurements often are numpy scalars, which JSON does not take, or timedeltas."""
-        for attribute in _ATTRIBUTES:
-            value = getattr(self, attribute)
-            if value is None and attribute not in _TOKENS:
-                continue
+        if type(value) is int and value.bit_length() < 64:
+            number = float(value)
+        else:
             read = one_of_seconds if attribute in _SECONDS else one_number
-            if type(value) is not float:
-                what = f"{attribute} of unit {self.unit.name!r}"
-                object.__setattr__(self, attribute, read(what, value))
+            number = read(f"{attribute} of unit {self.unit.name!r}", value)
+        object.__setattr__(self, attribute, number)
+        return number
 
 
 _TOKENS = ("input_tokens", "output_tokens")
@@ -218,8 +229,13 @@ class CostModel:
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
-    @renamed_keyword("demand", "parallel_calls")
-    def seconds(self, execution: Execution, parallel_calls: ParallelCalls = "sum") -> float:
+    def seconds(
+        self,
+        execution: Execution,
+        parallel_calls: ParallelCalls = "sum",
+        *,
+        demand: ParallelCalls | None = None,
+    ) -> float:
         """Seconds of `execution`: over all its calls, or of its longest ("critical_path").
 
         Of an llm that is costed by tokens, the longest call has the mean input and
@@ -228,6 +244,11 @@ class CostModel:
         Raises:
             DemandError: an unknown `parallel_calls`.
         """
+        if demand is not None:  # not by the decorator, which would take as long as the rest
+            if parallel_calls != "sum":
+                raise DemandError("seconds is given parallel_calls= and its old name; drop demand=")
+            warn_renamed("CostModel.seconds", "demand", "parallel_calls")
+            parallel_calls = demand
         if parallel_calls == "sum":
             return execution.parallelism * self._call_seconds(
                 execution, execution.seconds, execution.output_tokens
@@ -266,7 +287,7 @@ def check_run(name: str, run: object) -> tuple[Execution, ...]:
         raise DemandError(
             f"{name} is a single execution, of {run.unit}; expected a list of executions"
         )
-    if isinstance(run, list | tuple) and all(type(each) is Execution for each in run):
+    if isinstance(run, list | tuple) and set(map(type, run)) <= {Execution}:
         return tuple(run)  # as it nearly always is, at no cost of a name for each
     return instances_of(name, run, Execution)
 
@@ -302,8 +323,10 @@ class Progress:
     def __post_init__(self) -> None:
         object.__setattr__(self, "executed", check_run("executed", self.executed))
         for name in ("attained_seconds", "elapsed_seconds"):
-            value = one_of_seconds(name, getattr(self, name))
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            if type(value) is not float:
+                value = one_of_seconds(name, value)
+                object.__setattr__(self, name, value)
             if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{name} is {value}; expected finite seconds of at "

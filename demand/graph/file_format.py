@@ -83,7 +83,7 @@ def read_graph(path: str | os.PathLike[str]) -> GraphRecord:
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # too deep, too long an integer, not UTF-8
         message = f"{path} is not JSON ({error}); expected a file that PDGraph.save wrote"
         raise DemandError(message) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -18,6 +18,8 @@ Rank = float | tuple[float, ...]
 """Smaller is served first. Tuples compare entry by entry: a class, then a rank within it. All
 ranks that one policy gives are of one form, and none is NaN."""
 
+_INFINITY = math.inf
+
 
 class Policy(ABC):
     """Ranks jobs; the job of the smallest rank is served first, ties in order of arrival.
@@ -115,8 +117,18 @@ def rank_of(job: Job, policy: Policy, now: float) -> Rank:
         DemandError: a rank that is neither a number nor a tuple of numbers, or is NaN.
     """
     rank = policy.rank(job, now)
-    if type(rank) is float and rank == rank:  # nearly all are: the rest may take longer
-        return rank
+    if type(rank) is float:  # nearly all are: the rest may take longer
+        if rank == rank:
+            return rank
+    elif type(rank) is tuple:
+        try:
+            for entry in rank:  # a generator would cost as much as the rank
+                if not entry <= _INFINITY:  # NaN is not; what is no number cannot be asked
+                    break
+            else:
+                return rank
+        except (TypeError, ValueError):
+            pass
     return _checked(rank, job, policy)
 
 
@@ -154,14 +166,7 @@ def table_of(job: Job) -> Any:
 
 
 def _checked(rank: object, job: Job, policy: Policy) -> Rank:
-    """`rank`, of which nothing is known yet; 0-d arrays and tensors as the float they hold."""
-    if isinstance(rank, tuple):
-        for entry in rank:  # a generator would cost as much as the rank
-            kind = type(entry)
-            if not ((kind is float or kind is int) and entry == entry):
-                break
-        else:
-            return rank
+    """`rank` if it is one or several numbers; 0-d arrays and tensors as the float they hold."""
     entries = rank if isinstance(rank, tuple) else (rank,)
     numbers = [found for entry in entries if (found := _number(entry)) is not None]
     if len(numbers) < len(entries):

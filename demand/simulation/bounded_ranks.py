@@ -9,9 +9,10 @@ from demand.policies.exact_thresholds import half_way, just_below
 
 
 class Bounded(Protocol):
-    """A running job of which a simulator knows where it can stand at most.
+    """A running job of which a simulator keeps a bound.
 
-    Places are tuples that end with rank and order of arrival, and compare as jobs are served.
+    Its place is where it stands in the order of service: a tuple that ends with its rank and its
+    order of arrival. The smaller place is served first.
 
     Attributes:
         place: where it stood when it was last ranked.
@@ -31,13 +32,13 @@ J = TypeVar("J", bound=Bounded)
 class BoundedRanks(Generic[J]):
     """Finds the running job that goes last, and ranks only those that it may be.
 
-    Whenever a job wants what others have (a server, a request of the batch), the last of those must
-    be found, and their ranks move as they are served. To rank all of them each time costs most of
-    a simulation. So each running job keeps a bound: a place half-way between its own and that of
-    the best job waiting (`threshold`), and the attained service up to which it stays within
-    (`Policy.next_above`). A job whose bound goes before the one that wants a place need not be
-    ranked; and half-way leaves room on both sides, so that the bound need not be found anew each
-    time that the best job waiting is another.
+    Whenever a job wants what others have (a server, room in the batch), the last of those must be
+    found, and their ranks move as they are served. To rank all of them each time would cost more
+    than all the rest of a simulation. So a bound is kept of each running job: half-way between its
+    own place and that of the best job waiting (`threshold`), with the attained service up to which
+    it stays within (`Policy.next_above`). A job whose bound goes before the one that wants to be
+    served is not ranked. Half-way leaves room on both sides: the bound need not be found anew each
+    time that another job is the best one waiting.
 
     Bounds hold where serving one job leaves the ranks of the others alone: not under a policy that
     `reranks`.
@@ -74,14 +75,14 @@ class BoundedRanks(Generic[J]):
 
 
 def threshold(rank: Rank, index: int, best: Rank, best_index: int, halfway: bool) -> Rank:
-    """The greatest rank, of those a running job may come to, at which it surely keeps its place.
+    """The greatest rank at which a running job still goes before the best job waiting.
 
     Args:
         rank: of the running job, no greater than `best`.
         index: its order of arrival: at equal rank the earlier goes first.
         best: rank of the best job waiting.
         best_index: its order of arrival.
-        halfway: whether to stay half-way between the two.
+        halfway: whether to give the rank half-way between the two instead.
     """
     highest = half_way(rank, best) if halfway else best
     return just_below(highest) if index > best_index and highest == best else highest

@@ -1,4 +1,4 @@
-"""The jobs of a workload, as the scheduler that owns them makes them."""
+"""The jobs of a workload, made one by one as they arrive."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from demand.arguments import whole_number
+from demand.arguments import instances_of, whole_number
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.policies.job import Job
-from demand.units import CostModel
+from demand.units import CostModel, Execution
 from demand.workloads.workload import Workload
 
 J = TypeVar("J", bound=Job)
@@ -22,7 +22,8 @@ class JobMaker(Generic[J]):
     """Makes the `Job` of each entry of a workload, under one policy and with one state.
 
     Jobs are made as they arrive, so that only those present take memory. The table of an
-    application is computed once; a `Job.lottery` belongs to the entry, whenever it is made.
+    application is computed once. `Job.lottery` is drawn for each entry beforehand, so that it is
+    the same under every policy.
 
     Args:
         workload: the entries.
@@ -84,7 +85,8 @@ class JobMaker(Generic[J]):
         Seconds are those of the cost model of the application's graph, or of the default one.
 
         Raises:
-            DemandError: no runs, or units that do not add up to the demand.
+            DemandError: no runs, a run that is no list of executions, or units that do not add up
+                to the demand.
         """
         workload = self._workload
         if workload.runs is None:
@@ -92,7 +94,8 @@ class JobMaker(Generic[J]):
         graph = workload.graphs.get(workload.applications[entry])
         cost = CostModel() if graph is None else graph.cost
         demand = self._demands[entry]
-        ends = list(accumulate(map(cost.seconds, workload.runs[entry])))
+        run = instances_of(f"the run of job {entry}", workload.runs[entry], Execution)
+        ends = list(accumulate(map(cost.seconds, run)))
         if not ends or not math.isclose(ends[-1], demand, rel_tol=1e-6, abs_tol=1e-9):
             raise DemandError(
                 f"the units of job {entry} take {ends[-1] if ends else 0.0} s and its demand is "

@@ -15,11 +15,11 @@ from demand.workloads.workload import Workload
 
 @dataclass(frozen=True, eq=False)
 class Result(ABC):
-    """Jobs with their completion times; the simulators add what is theirs.
+    """What became of each job of a workload; each simulator adds figures of its own.
 
     Attributes:
-        policy: the policy that ran.
-        workload: what it served.
+        policy: what ranked the jobs.
+        workload: what was served, in order of arrival.
         completion_times: `[n]` seconds from arrival to finish, in order of arrival.
         events: what happened; each kind of result says what it counts.
         preemptions: times a running job was put back to wait.

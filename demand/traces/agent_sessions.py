@@ -6,13 +6,13 @@ from demand.traces.agent_calls import APPLICATION, AgentSpans, Form
 from demand.traces.fields import Fields
 from demand.traces.schema import Session
 from demand.traces.sources import json_lines
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 
 _FORM = Form(api="api_s", think="think_s", subagent="subagent", own_clock=True)
 
 
 def read_agent_sessions(
-    path: str | os.PathLike[str], *, on_error: OnError = "raise"
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
 ) -> Trace[Session]:
     """Sessions of {session, calls}, where calls lists {t, in, out, api_s, think_s}.
 
@@ -25,7 +25,7 @@ def read_agent_sessions(
     counting both counts that time twice. Seconds are unknown where they are null (9 % of the
     calls of the published traces); cached tokens are unknown everywhere.
     """
-    return Trace(path, json_lines, lambda: OneByOne(_session), on_error)
+    return Trace(path, json_lines, lambda: OneByOne(_session), on_error, line_limit)
 
 
 def _session(record: Fields) -> Session:

@@ -6,13 +6,15 @@ from typing import final
 from demand.traces.fields import Fields
 from demand.traces.schema import Request
 from demand.traces.sources import json_lines
-from demand.traces.trace import OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OnError, Trace
 
 BLOCK_TOKENS = 16
 NO_PARENT = "-1"
 
 
-def read_bailian(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Request]:
+def read_bailian(
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
+) -> Trace[Request]:
     """Requests of `qwen_*_blksz_16.jsonl`: chat_id, parent_chat_id (-1 for none), timestamp in
     seconds, input_length, output_length, type, and hash_ids of the prompt's blocks of 16 tokens.
 
@@ -21,7 +23,7 @@ def read_bailian(path: str | os.PathLike[str], *, on_error: OnError = "raise") -
 
     Never run on a real file: written from the published columns, and tried on small files of them.
     """
-    return Trace(path, json_lines, _Chats, on_error)
+    return Trace(path, json_lines, _Chats, on_error, line_limit)
 
 
 @final

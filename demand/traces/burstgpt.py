@@ -5,12 +5,14 @@ import os
 from demand.traces.fields import Fields
 from demand.traces.schema import Request
 from demand.traces.sources import csv_rows
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 
 _COLUMNS = ("Timestamp", "Model", "Request tokens", "Response tokens")
 
 
-def read_burstgpt(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Request]:
+def read_burstgpt(
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
+) -> Trace[Request]:
     """Requests of `BurstGPT_*.csv`: Timestamp in seconds, Model, Request tokens, Response tokens.
 
     Session ID is taken where the file has that column (files of the first release do not). A
@@ -19,7 +21,7 @@ def read_burstgpt(path: str | os.PathLike[str], *, on_error: OnError = "raise") 
 
     Never run on a real file: written from the published columns, and tried on small files of them.
     """
-    return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
+    return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error, line_limit)
 
 
 def _request(row: Fields) -> Request:

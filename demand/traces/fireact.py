@@ -11,7 +11,7 @@ from demand.traces.conversation import Conversation, check_characters_per_token
 from demand.traces.fields import Fields
 from demand.traces.schema import Session
 from demand.traces.sources import json_lines
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 from demand.units import Kind
 
 APPLICATION = "react"
@@ -24,6 +24,7 @@ def read_fireact(
     *,
     characters_per_token: float = 4.0,
     on_error: OnError = "raise",
+    line_limit: int = LINE_LIMIT,
 ) -> Trace[Session]:
     """Sessions of {idx, reward, traj}, one trajectory a line.
 
@@ -39,7 +40,7 @@ def read_fireact(
     """
     check_characters_per_token(characters_per_token)
     parse = partial(_session, characters_per_token)
-    return Trace(path, json_lines, lambda: OneByOne(parse), on_error)
+    return Trace(path, json_lines, lambda: OneByOne(parse), on_error, line_limit)
 
 
 def _session(characters_per_token: float, record: Fields) -> Session:

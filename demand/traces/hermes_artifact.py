@@ -7,7 +7,7 @@ from demand.flow import flow_fault
 from demand.traces.fields import Fields
 from demand.traces.profiles import ApplicationProfile, StageProfile, is_count
 from demand.traces.sources import json_members
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 from demand.units import END, START, Kind
 
 _KINDS: Mapping[str, Kind] = {
@@ -16,7 +16,7 @@ _KINDS: Mapping[str, Kind] = {
 
 
 def read_hermes_artifact(
-    path: str | os.PathLike[str], *, on_error: OnError = "raise"
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
 ) -> Trace[ApplicationProfile]:
     """Profiles of `pdgraphs.json`, one JSON document for all applications.
 
@@ -33,7 +33,7 @@ def read_hermes_artifact(
 
     Tried on the published `pdgraphs.json`.
     """
-    return Trace(path, json_members, lambda: OneByOne(_profile), on_error)
+    return Trace(path, json_members, lambda: OneByOne(_profile), on_error, line_limit)
 
 
 def _profile(member: Fields) -> ApplicationProfile:

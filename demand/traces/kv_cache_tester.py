@@ -6,11 +6,11 @@ from demand.traces.agent_calls import APPLICATION, AgentSpans, Form
 from demand.traces.fields import Fields
 from demand.traces.schema import Session
 from demand.traces.sources import json_documents
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 
 
 def read_kv_cache_tester(
-    path: str | os.PathLike[str], *, on_error: OnError = "raise"
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
 ) -> Trace[Session]:
     """Sessions of callanjfox/kv-cache-tester, `traces/trace_*.json`; give the folder or one file.
 
@@ -24,7 +24,7 @@ def read_kv_cache_tester(
 
     Never run on a real file: written from the published columns, and tried on small files of them.
     """
-    return Trace(path, json_documents, lambda: OneByOne(_session), on_error)
+    return Trace(path, json_documents, lambda: OneByOne(_session), on_error, line_limit)
 
 
 def _session(record: Fields) -> Session:

@@ -10,7 +10,7 @@ from demand.arguments import whole_number
 from demand.traces.fields import Fields
 from demand.traces.schema import Session, Span
 from demand.traces.sources import json_lines
-from demand.traces.trace import OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OnError, Trace
 from demand.units import Kind
 
 _KINDS: Mapping[str, Kind] = {
@@ -24,7 +24,11 @@ _NAMELESS = "unknown_service"  # what the conventions call a service without a n
 
 
 def read_opentelemetry(
-    path: str | os.PathLike[str], *, wait_lines: int = 1000, on_error: OnError = "raise"
+    path: str | os.PathLike[str],
+    *,
+    wait_lines: int = 1000,
+    on_error: OnError = "raise",
+    line_limit: int = LINE_LIMIT,
 ) -> Trace[Session]:
     """Sessions of spans of the GenAI semantic conventions, one session a trace id.
 
@@ -44,7 +48,7 @@ def read_opentelemetry(
     Never run on a real file: written from the published columns, and tried on small files of them.
     """
     wait_lines = whole_number("wait_lines", wait_lines, least=0)
-    return Trace(path, json_lines, partial(_Traces, wait_lines), on_error)
+    return Trace(path, json_lines, partial(_Traces, wait_lines), on_error, line_limit)
 
 
 @dataclass(frozen=True)

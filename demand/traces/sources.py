@@ -5,7 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -16,26 +16,38 @@ from demand.traces.fields import LONGEST_QUOTE, Clock, Fields, MalformedRecordEr
 Records = Iterator[Fields | MalformedRecordError]
 """Records in order; one that cannot be decoded stands as its error, so that it can be skipped."""
 
-Source = Callable[[Path, Clock], Records]
+Source = Callable[[Path, Clock, int], Records]
+"""(file or folder, clock, most characters of a line) to records. No more than that much of a file
+is in memory at once, however far a compressed one grows."""
 
 
-def json_lines(path: Path, clock: Clock) -> Records:
+_PIECE = 1 << 16  # characters read at once of a line that is passed over
+
+
+def json_lines(path: Path, clock: Clock, line_limit: int) -> Records:
     """One JSON object a line; `path` is a file or a folder of .jsonl or .jsonl.gz files."""
     for file in _files(path, (".jsonl", ".jsonl.gz")):
-        for number, line in _lines(file):
-            if line.strip():
+        for number, line in _lines(file, line_limit):
+            if line is None:
+                yield _too_long(file, number, line_limit)
+            elif line.strip():
                 yield _json_object(line, file, number, clock)
 
 
-def json_documents(path: Path, clock: Clock) -> Records:
+def json_documents(path: Path, clock: Clock, line_limit: int) -> Records:
     """One JSON object a file; `path` is a file or a folder of .json or .json.gz files."""
     for file in _files(path, (".json", ".json.gz")):
-        yield _json_object("".join(line for _, line in _lines(file)), file, 1, clock)
+        with _reading(file) as text:
+            whole = text.read(line_limit + 1)
+        if len(whole) > line_limit:
+            yield _too_long(file, 1, line_limit)
+        else:
+            yield _json_object(whole, file, 1, clock)
 
 
-def json_members(path: Path, clock: Clock) -> Records:
+def json_members(path: Path, clock: Clock, line_limit: int) -> Records:
     """As `json_documents`, but each member of the object is a record: one field, under its key."""
-    for document in json_documents(path, clock):
+    for document in json_documents(path, clock, line_limit):
         if isinstance(document, MalformedRecordError):
             yield document
             continue
@@ -51,11 +63,17 @@ def csv_rows(*columns: str) -> Source:
     return partial(_csv_rows, columns)
 
 
-def _csv_rows(columns: tuple[str, ...], path: Path, clock: Clock) -> Records:
+def _csv_rows(columns: tuple[str, ...], path: Path, clock: Clock, line_limit: int) -> Records:
     for file in _files(path, (".csv", ".csv.gz")):
-        with closing(_lines(file)) as lines:
-            header = _header(columns, file, next(lines, (1, ""))[1])
+        with closing(_lines(file, line_limit)) as lines:
+            first = next(lines, (1, ""))[1]
+            if first is None:
+                raise _too_long(file, 1, line_limit)
+            header = _header(columns, file, first)
             for number, line in lines:
+                if line is None:
+                    yield _too_long(file, number, line_limit)
+                    continue
                 try:
                     row = _row(line)
                 except csv.Error as error:
@@ -113,16 +131,39 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _lines(file: Path) -> Generator[tuple[int, str], None, None]:
+def _lines(file: Path, limit: int) -> Generator[tuple[int, str | None], None, None]:
+    """Lines by number; None for one of more than `limit` characters, which is passed over."""
     number = 0
+    with _reading(file, lambda: number + 1) as text:
+        while line := text.readline(limit + 1):
+            number += 1
+            if len(line) <= limit:
+                yield number, line
+                continue
+            while line and not line.endswith(("\n", "\r")):
+                line = text.readline(min(limit, _PIECE))
+            yield number, None
+
+
+def _too_long(file: Path, number: int, limit: int) -> MalformedRecordError:
+    return MalformedRecordError(
+        file,
+        number,
+        "",
+        "too long a line",
+        f"more than {limit:,} characters; raise line_limit= if it is meant",
+    )
+
+
+@contextmanager
+def _reading(file: Path, line: Callable[[], int] = lambda: 1) -> Iterator[IO[str]]:
+    """The text of a file; what cannot be read is an error at the line that `line` gives."""
     with _opened(file) as text:
         try:
-            for line in text:
-                number += 1
-                yield number, line
+            yield text
         except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
             raise DemandError(
-                f"{file}, line {number + 1}: cannot be read: {error}; fetch the file again"
+                f"{file}, line {line()}: cannot be read: {error}; fetch the file again"
             ) from error
 
 

@@ -8,7 +8,7 @@ from demand.traces.conversation import Conversation, check_characters_per_token
 from demand.traces.fields import Fields
 from demand.traces.schema import Session
 from demand.traces.sources import json_lines
-from demand.traces.trace import OneByOne, OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 
 APPLICATION = "tau_bench"
 
@@ -18,6 +18,7 @@ def read_tau_bench(
     *,
     characters_per_token: float = 4.0,
     on_error: OnError = "raise",
+    line_limit: int = LINE_LIMIT,
 ) -> Trace[Session]:
     """Sessions of {task_id, trial, reward, traj}, one trajectory a line.
 
@@ -31,7 +32,7 @@ def read_tau_bench(
     """
     check_characters_per_token(characters_per_token)
     parse = partial(_session, characters_per_token)
-    return Trace(path, json_lines, lambda: OneByOne(parse), on_error)
+    return Trace(path, json_lines, lambda: OneByOne(parse), on_error, line_limit)
 
 
 def _session(characters_per_token: float, record: Fields) -> Session:

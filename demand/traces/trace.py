@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar, final
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
 from demand.traces.fields import Clock, Fields, MalformedRecordError, TwoClocksError
 from demand.traces.sources import Source
@@ -14,6 +15,8 @@ from demand.traces.sources import Source
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 OnError = Literal["raise", "skip"]
+LINE_LIMIT = 1 << 26
+"""Characters that a line, or a file that is one JSON document, may have by default: 64 Mi."""
 
 
 class Parser(Protocol[T_co]):
@@ -66,6 +69,7 @@ class Trace(Generic[T]):
         source: Source,
         parser: Callable[[], Parser[T]],
         on_error: OnError,
+        line_limit: int = LINE_LIMIT,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise DemandError(f'on_error is {on_error!r}; expected "raise" or "skip"')
@@ -75,11 +79,12 @@ class Trace(Generic[T]):
         self._source = source
         self._parser = parser
         self._on_error = on_error
+        self._line_limit = whole_number("line_limit", line_limit, 1)
 
     def __iter__(self) -> Iterator[T]:
         self.read, self.skipped = 0, Counter()
         parser, clock = self._parser(), Clock()
-        for record in self._source(self.path, clock):
+        for record in self._source(self.path, clock, self._line_limit):
             try:
                 complete = tuple(parser.feed(_sound(record)))
             except TwoClocksError:

@@ -7,14 +7,16 @@ from typing import final
 from demand.traces.fields import Fields
 from demand.traces.schema import Session, Span
 from demand.traces.sources import json_lines
-from demand.traces.trace import OnError, Trace
+from demand.traces.trace import LINE_LIMIT, OnError, Trace
 
 APPLICATION = "coding_agent"
 _INPUT_EVENTS = frozenset({"user_message", "tool_result"})
 _OUTPUT_EVENTS = frozenset({"text", "reasoning", "tool_call"})
 
 
-def read_tracelab(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Session]:
+def read_tracelab(
+    path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
+) -> Trace[Session]:
     """Sessions of rounds, one llm call and its tools a line; the lines of a session together.
 
     A line has session_id, input_tokens_total, prefix_tokens (of them, cached by the engine),
@@ -30,7 +32,7 @@ def read_tracelab(path: str | os.PathLike[str], *, on_error: OnError = "raise") 
 
     Never run on a real file: written from the published columns, and tried on small files of them.
     """
-    return Trace(path, json_lines, _Rounds, on_error)
+    return Trace(path, json_lines, _Rounds, on_error, line_limit)
 
 
 @dataclass(frozen=True)

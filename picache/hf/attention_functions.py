@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from picache.errors import PICacheError
 from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
-from picache.hf.sparse_pass import ScatterMask, under_way
+from picache.hf.sparse_pass import CHANGED_MEANWHILE, ScatterMask, under_way
 
 _BLOCK_QUERIES = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
@@ -95,6 +95,9 @@ def attend_scattered(
 ) -> tuple[Tensor, None]:
     """Attention of the recomputed tokens over the whole prompt's keys, causal by position."""
     mask, running = attention_mask, under_way()
+    if not isinstance(mask, ScatterMask):
+        raise PICacheError(CHANGED_MEANWHILE)
+    running.attended += 1
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise PICacheError(

@@ -341,16 +341,21 @@ class HFModel:
                         for layer in self._layers()
                     ]
                 try:
-                    return self.model(
+                    logits: Tensor = self.model(
                         input_ids=ids[None].to(self.device),
                         position_ids=rotary[None],
                         past_key_values=cache,
                         use_cache=True,
                         logits_to_keep=1,
                     ).logits
+                except (RuntimeError, TypeError) as error:
+                    running.check_attended(error)
+                    raise
                 finally:
                     for hook in hooks:
                         hook.remove()
+            running.check_attended()
+            return logits
         finally:
             current.reset(outside)
 

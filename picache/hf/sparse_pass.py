@@ -24,6 +24,14 @@ Narrow = Callable[[int, Tensor, KV, KV], tuple[Tensor, Tensor] | None]
 Observe = Callable[[int, Tensor], None]  # told a layer and the attention mass of each token
 
 
+CHANGED_MEANWHILE = (
+    "not every layer attended by the function that linking sets: another thread changed it "
+    "meanwhile (set_attn_implementation, or a SparseCache that was made), then share a lock "
+    "between the two or give each thread a model of its own (copy.deepcopy(model)); or the "
+    "attention of this model does not go through transformers' attention interface"
+)
+
+
 class KVByLayer(Protocol):
     """Keys and values of a whole prompt, layer by layer."""
 
@@ -76,6 +84,7 @@ class SparsePass:
         positions_on_cpu: of the tokens in the layer that is running, on the CPU.
         positions: the same on the device.
         entered: for each layer so far, the positions of the tokens that entered it, on the CPU.
+        attended: how many layers so far attended by our function.
     """
 
     def __init__(
@@ -92,6 +101,7 @@ class SparsePass:
         self.narrow, self.observe = narrow, observe
         self.value_norm, self.stop, self.parallel = value_norm, stop, parallel
         self.entered: list[Tensor] = []
+        self.attended = 0
         # Indices of the tokens that are left, among those that entered the first layer.
         self._left: Tensor | None = None
         # Indices of the tokens that go on to the next layer, among those of this layer.
@@ -101,6 +111,11 @@ class SparsePass:
     def layer(self) -> int:
         """Index of the layer that made its keys and values last; -1 before the first."""
         return len(self.entered) - 1
+
+    def check_attended(self, cause: Exception | None = None) -> None:
+        """Raise PICacheError unless every layer that made its KV attended by our function."""
+        if self.attended != len(self.entered):
+            raise PICacheError(CHANGED_MEANWHILE) from cause
 
     def replaced(self, fresh: KV, whole: KV) -> Tensor | None:
         """Ask `narrow` which of this layer's tokens have their KV replaced.

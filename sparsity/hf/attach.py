@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
-from sparsity.hf.prompt_check import watch_prompts
+from sparsity.hf.prompt_check import unwatch_prompts, watch_prompts
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
@@ -172,7 +173,7 @@ class Attachment:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         )
-        self.unwatch = watch_prompts(model, _show_prompt)
+        watch_prompts(decoder, model, _show_prompt)
 
     @torch.compiler.disable
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -198,7 +199,7 @@ class Attachment:
         """Remove hooks and prompt check, and restore the decoder's own attention function."""
         for handle in self.handles:
             handle.remove()
-        self.unwatch()
+        unwatch_prompts(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 
@@ -246,6 +247,26 @@ def _implementation(decoder: Any) -> str:
     return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
 
 
+def _refuse_foreign(decoder: PreTrainedModel) -> None:
+    """Refuse a model that attends by a function that neither transformers nor we have brought.
+
+    To replace it would change the model's results, or those of what has put it there for a while,
+    such as a prompt that another thread links.
+    """
+    name = _implementation(decoder)
+    if name in ("eager", NAME) or "/" in name:  # the model's own, ours, a kernel of the Hub
+        return
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    module = inspect.getmodule(function)
+    if module is not None and module.__name__.split(".")[0] != "transformers":
+        raise SparsityError(
+            f"{type(decoder).__name__} attends by {name!r}, which {module.__name__} registered: "
+            "it would be replaced. If another thread put it there, as picache does while it links "
+            "a prompt, share a lock between the two; else set one of transformers' own first, "
+            'model.set_attn_implementation("sdpa")'
+        )
+
+
 def attach(model: PreTrainedModel) -> None:
     """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
@@ -262,6 +283,7 @@ def attach(model: PreTrainedModel) -> None:
     """
     decoder = decoder_of(model)
     name, now = type(model).__name__, _implementation(decoder)
+    _refuse_foreign(decoder)
     attached = decoder in ATTACHED
     if attached and now == NAME:
         return
@@ -290,8 +312,15 @@ def attach(model: PreTrainedModel) -> None:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model is as it was. Does nothing to a model that is not attached."""
+    """Undo `attach`: the model is as it was. Does nothing to a model that is not attached.
+
+    Raises:
+        SparsityError: while the model attends by a function of somebody else, as when another
+            thread links a prompt.
+    """
     decoder = decoder_of(model)
+    if decoder in ATTACHED:
+        _refuse_foreign(decoder)
     if attachment := ATTACHED.pop(decoder, None):
         attachment.undo(decoder)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
@@ -20,7 +20,7 @@ class PromptCheck:
     """
 
     def __init__(self, model: GenerationMixin, check: Check) -> None:
-        self.own = vars(model).get(_METHOD)  # what the object had beside its class
+        self.own = vars(model).get(_METHOD)
         self.__wrapped__: Any = getattr(model, _METHOD)  # for those who ask for its signature
         self.check = check
 
@@ -30,28 +30,30 @@ class PromptCheck:
         return self.__wrapped__(input_ids, *args, **kwargs)
 
 
-def watch_prompts(model: PreTrainedModel, check: Check) -> Callable[[], None]:
-    """Call `check` in each step of `generate`.
+# Decoders, and the models around them whose prompts are watched; apart from what a model holds, so
+# that a model that is attached can be copied and pickled.
+_WATCHED: WeakKeyDictionary[PreTrainedModel, ref[PreTrainedModel]] = WeakKeyDictionary()
+
+
+def watch_prompts(decoder: PreTrainedModel, model: PreTrainedModel, check: Check) -> None:
+    """Call `check` in each step of `generate`, until `unwatch_prompts(decoder)`.
 
     Args:
-        model: without `generate`, nothing is done.
+        decoder: of the model.
+        model: that generates; without `generate`, nothing is done.
         check: called with the whole `input_ids` so far, where a forward has the new ones only, and
             the other arguments of the step.
-
-    Returns:
-        A function that undoes it.
     """
-    if not isinstance(model, GenerationMixin):
-        return lambda: None
-    setattr(model, _METHOD, PromptCheck(model, check))
-    weak = ref(model)  # what undoes it is kept for as long as the model is there
+    if isinstance(model, GenerationMixin):
+        setattr(model, _METHOD, PromptCheck(model, check))
+        _WATCHED[decoder] = ref(model)
 
-    def undo() -> None:
-        watched = weak()
-        found = None if watched is None else vars(watched).get(_METHOD)
-        if isinstance(found, PromptCheck):
-            delattr(watched, _METHOD)
-            if found.own is not None:
-                setattr(watched, _METHOD, found.own)
 
-    return undo
+def unwatch_prompts(decoder: PreTrainedModel) -> None:
+    """Undo `watch_prompts`."""
+    model = _WATCHED.pop(decoder, lambda: None)()
+    found = None if model is None else vars(model).get(_METHOD)
+    if model is not None and isinstance(found, PromptCheck):
+        delattr(model, _METHOD)
+        if found.own is not None:
+            setattr(model, _METHOD, found.own)

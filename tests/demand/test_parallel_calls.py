@@ -54,7 +54,7 @@ def test_the_old_keyword_warns_and_still_works(call):
     with pytest.warns(DeprecationWarning, match="demand= of .* is now parallel_calls="):
         assert call(demand="critical_path") == pytest.approx(6.0)
     with pytest.raises(DemandError, match="drop demand="):
-        call(demand="sum", parallel_calls="sum")
+        call(demand="sum", parallel_calls="critical_path")
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

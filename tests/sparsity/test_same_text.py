@@ -299,9 +299,11 @@ def test_an_attached_model_is_freed():
     assert weak() is None
 
 
-def test_a_copy_of_an_attached_model_is_on_its_own(shallow):
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+def test_a_copy_of_an_attached_model_is_on_its_own(way, shallow):
     sparsity.attach(shallow)
-    other = copy.deepcopy(shallow)
+    copied = way == "copied"
+    other = copy.deepcopy(shallow) if copied else pickle.loads(pickle.dumps(shallow))
     expected = generate(shallow, PROMPT, None)
     sparsity.detach(shallow)
     assert other.prepare_inputs_for_generation.__wrapped__.__self__ is other

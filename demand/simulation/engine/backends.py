@@ -22,7 +22,7 @@ from demand.workloads.workload import Workload
 
 @final
 class Backends:
-    """The pools of a simulation, and who warms them when.
+    """The pools of a simulation: gives their instances to units, and warms them by a prewarmer.
 
     Args:
         pools: by name of a unit, or by kind for all units of the kind.
@@ -48,10 +48,10 @@ class Backends:
         self._pace = pace
         self._graphs = graphs
         self._held: dict[JobOnEngine, WarmPool] = {}
-        self._ahead: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
+        self._known: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
 
     def acquire(self, job: JobOnEngine, now: float, begin: Action) -> bool:
-        """Whether the backend of the unit of `job` is warm; else `begin` is called once it is."""
+        """Whether the backend of the unit of `job` is warm; if not, `begin` is called later."""
         unit = job.execution.unit
         pool = backend_of(self._pools, unit)
         if pool is None:
@@ -65,7 +65,7 @@ class Backends:
         return not self._prewarmer.at_submission and backend_of(self._pools, unit) is not None
 
     def release(self, job: JobOnEngine, now: float) -> None:
-        """The present unit is over: its instance is free, and so is what will not be needed."""
+        """The unit of `job` is over: free its instance, and what was warmed for units not taken."""
         if not self._pools:
             return
         job.alarms = []
@@ -82,10 +82,14 @@ class Backends:
                 pool.lapse(job, needed, now)
 
     def plan(self, job: JobOnEngine, now: float) -> list[tuple[float, Action]]:
-        """Warm what is due at once; (seconds of the present unit, action) for the rest."""
+        """Plan for what may follow the unit of `job`, and start the warm-ups due at once.
+
+        Returns:
+            The other warm-ups: (seconds from the start of the unit, what to do), earliest first.
+        """
         if not self._pools or self._prewarmer.knows == "nothing":
             return []
-        remaining, successors = self._outlook(job)
+        remaining, successors = self._what_follows(job)
         later = []
         for pool in dict.fromkeys(backend_of(self._pools, unit) for unit, _ in successors):
             assert pool is not None
@@ -101,7 +105,7 @@ class Backends:
         return sorted(later, key=_seconds)
 
     def alarms(self, job: JobOnEngine, later: Sequence[tuple[float, Action]]) -> None:
-        """Have `later` done when the llm unit of `job` has come that far.
+        """Set alarms to do `later` when the llm unit of `job` has come that far.
 
         Seconds of the unit are those of a call at the pace given, and how far it has come is what
         its calls have produced on average.
@@ -117,15 +121,15 @@ class Backends:
             job.alarms.append((max(1, math.ceil(left / rate)) if rate else 1, action))
 
     def reports(self, now: float) -> dict[str, PoolReport]:
-        """What has become of each pool by second `now`, the end."""
+        """What became of each pool, at second `now`, the end of the simulation."""
         return {name: pool.report(now) for name, pool in self._pools.items()}
 
     def _prewarm(self, job: JobOnEngine, at: int, pool: WarmPool, unit: Unit, now: float) -> None:
         if job.position == at:
             pool.prewarm(job, unit, now)
 
-    def _outlook(self, job: JobOnEngine) -> tuple[Distribution, list[tuple[Unit, Successor]]]:
-        """What may follow the present unit, and how long that takes."""
+    def _what_follows(self, job: JobOnEngine) -> tuple[Distribution, list[tuple[Unit, Successor]]]:
+        """Seconds of the unit of `job`, and the units that may follow it and have a backend."""
         execution = job.execution
         if self._prewarmer.knows == "truth":
             seconds = self._pace.seconds(execution, "critical_path")
@@ -133,14 +137,14 @@ class Backends:
                 job.run[job.position + 1 : job.position + 2]
             )
         key = job.application, execution.unit.name
-        if key not in self._ahead:
+        if key not in self._known:
             graph = self._graphs[key[0]]
             if execution.unit in graph.units:
                 durations = durations_of(graph, key[1], self._pace)
-                self._ahead[key] = durations, successors_of(graph, key[1], self._configured)
+                self._known[key] = durations, successors_of(graph, key[1], self._configured)
             else:  # never seen: nothing is known of what follows
-                self._ahead[key] = Distribution([0.0]), []
-        return self._ahead[key]
+                self._known[key] = Distribution([0.0]), []
+        return self._known[key]
 
     def _truth(self, following: Sequence[Execution]) -> list[tuple[Unit, Successor]]:
         return [

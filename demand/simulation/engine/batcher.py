@@ -42,8 +42,10 @@ class Batcher:
     def form(self, now: float, warm: Callable[[JobOnEngine, float], bool]) -> None:
         """Choose the requests of the step that starts at second `now`.
 
-        When the turn of a job comes that is `cold`, `warm` is asked whether its backend is warm.
-        If not it is taken out of the order; the batch may be empty then.
+        Args:
+            now: second on the clock of the simulation.
+            warm: asked, when the turn of a `cold` job comes, whether its backend is warm. If not,
+                the job is left out, and the batch may be empty.
         """
         order, batch = self.order, self.batch
         batch.formed += 1
@@ -111,10 +113,13 @@ class Batcher:
         return ended, alarmed
 
     def _to_serve_anew(self, now: float) -> PlacedJobs:
-        """Heap of the jobs of the last batch not all of whose calls decode.
+        """The jobs of the last batch that are to be served anew: not all of their calls decode.
 
-        Where tokens or blocks do not suffice for the last batch, its last jobs are stopped and
-        among them, so that they suffice for the others.
+        Where tokens or blocks do not suffice for all of the last batch, its last jobs are stopped,
+        and are among those to be served anew.
+
+        Returns:
+            A heap of the jobs by their places.
         """
         order, batch, blocks = self.order, self.batch, self.batch.blocks
         anew: dict[JobOnEngine, tuple[int, int]] = {}

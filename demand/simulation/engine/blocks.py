@@ -8,7 +8,7 @@ from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 
 @final
 class Blocks:
-    """The pool of blocks, rule 3 of `Engine`.
+    """The pool of KV blocks: gives, takes back, and makes room by rule 3 of `Engine`.
 
     Attributes:
         engine: how many there are, and what becomes of a call that loses them.
@@ -38,9 +38,12 @@ class Blocks:
         return -(-(calls.computed + tokens) // self.block_tokens) - calls.blocks
 
     def hold(self, calls: Calls, tokens: int) -> bool:
-        """Give the first of `calls` blocks for `tokens` more tokens, or refuse.
+        """Give blocks for `tokens` more tokens to as many of `calls` as can have them.
 
-        As many get them as can, and are parted from the rest.
+        Those are parted from the rest.
+
+        Returns:
+            Whether at least one could have them.
         """
         needed, job = self.needed(calls, tokens), calls.job
         if needed * calls.count > self.free:
@@ -51,7 +54,7 @@ class Blocks:
         return True
 
     def give(self, calls: Calls, needed: int) -> None:
-        """Give each of `calls` the blocks needed, which must be free, and what it has swapped."""
+        """Give each of `calls` the blocks needed, which must be free, and what it had swapped."""
         if needed:
             if not calls.blocks:
                 self._jobs[calls.job] = None
@@ -63,11 +66,11 @@ class Blocks:
             calls.swapped = 0
 
     def enter(self, calls: Calls, step: int) -> None:
-        """Take note that `calls` decode from `step` on, for which they hold what they need."""
+        """`calls` decode from `step` on, for which they hold the blocks they need."""
         self._phases[(step - calls.computed) % self.block_tokens] += calls.count
 
     def leave(self, calls: Calls, step: int, ahead: bool) -> None:
-        """Take note that `calls` do not decode from `step` on; tokens are as of then.
+        """`calls` decode no longer from `step` on; their tokens are as of then.
 
         If blocks were taken for that step already, `ahead`, theirs are given back.
         """
@@ -79,7 +82,7 @@ class Blocks:
             self.free += calls.count
 
     def growth(self, step: int, steps: int) -> int:
-        """Blocks that those who decode need in `steps` steps, the first being `step`."""
+        """Blocks that the calls that decode need in `steps` steps, the first being `step`."""
         phases, size = self._phases, self.block_tokens
         if steps == 1:
             return phases[step % size]
@@ -92,11 +95,11 @@ class Blocks:
         return blocks + rounds * sum(phases) if rounds else blocks
 
     def take(self, blocks: int) -> None:
-        """Take blocks for those who decode; they must be free."""
+        """Take blocks for the calls that decode; they must be free."""
         self.free -= blocks
 
     def count(self) -> None:
-        """Take note of the blocks held at the end of a step."""
+        """A step has ended: note how many blocks are held, for `peak`."""
         held = self.engine.blocks - self.free
         if held > self.peak:
             self.peak = held
@@ -112,13 +115,13 @@ class Blocks:
         del self._jobs[job]
 
     def trim(self) -> None:
-        """Let no more than `max_requests` requests hold KV, where the engine does not pause."""
+        """Under "recompute" and "swap", let no more than `max_requests` requests hold KV."""
         if self.engine.preemption in ("recompute", "swap"):
             while (excess := self._holders - self.engine.max_requests) > 0:
                 self._take(max(self._all(), key=_place), excess)
 
     def take_moved(self) -> int:
-        """Blocks copied since the last call."""
+        """How many blocks were copied to or from the host since this was last asked."""
         moved, self.moved = self.moved, 0
         self.swapped += moved
         return moved
@@ -127,7 +130,11 @@ class Blocks:
         return [calls for job in self._jobs for calls in job.calls if calls.blocks]
 
     def _make_room(self, calls: Calls, needed: int) -> bool:
-        """Free blocks of calls that come after `calls`, last first, if that is enough."""
+        """Free blocks of calls that come after `calls`, the last first, if that frees enough.
+
+        Returns:
+            Whether `needed` blocks are free now; if not, nothing has changed.
+        """
         place = calls.place
         later = [holder for holder in self._all() if holder.place > place]
         if self.free + sum(holder.blocks * holder.count for holder in later) < needed:

@@ -27,14 +27,14 @@ NEVER = 1 << 62
 @final
 @dataclass(slots=True, eq=False)
 class Calls:
-    """Requests of an llm unit that stand alike, neighbours in order.
+    """Requests of one llm unit that have come equally far, and follow each other in the order.
 
-    They split when they part, and do not join again.
-
-    While they decode, tokens and blocks are those of the step from which on they do: the rest
-    follows from `over`.
+    They are kept as one. When only some of them are served they split (`JobOnEngine.split`), and
+    do not join again. While they decode, the numbers below are those of the step at which they
+    began to: what has become of them since follows from `over`.
 
     Attributes:
+        job: whose unit it is.
         number: of the first of them within the unit.
         count: how many they are; all other numbers are for each.
         generated: output tokens produced.
@@ -63,12 +63,12 @@ class Calls:
 
     @property
     def pending(self) -> int:
-        """Tokens known and without KV; 1 for those that have prefilled."""
+        """Tokens that are known and have no KV yet: 1 once the prompt is computed."""
         return self.input_tokens + self.generated - self.computed
 
     @property
     def place(self) -> tuple[Place, int]:
-        """What calls are ordered by."""
+        """Where they stand in the order of service: the place of the job, then their number."""
         return (self.job.place, self.number)
 
 
@@ -129,7 +129,7 @@ class JobOnEngine(Job):
 
     @property
     def execution(self) -> Execution:
-        """The present execution."""
+        """The unit that is being executed, with its calls."""
         return self.run[self.position]
 
     @property

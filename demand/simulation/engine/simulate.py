@@ -160,7 +160,11 @@ class _Simulation:
         return self.result(now)
 
     def step(self, now: float) -> float:
-        """Form a batch, and repeat its step as long as nothing changes; the second it ends."""
+        """Form a batch, and repeat its step as long as nothing changes.
+
+        Returns:
+            The second at which the last of these steps ends.
+        """
         batcher = self.batcher
         batcher.form(now, self.warm)
         self.decisions += 1
@@ -184,7 +188,7 @@ class _Simulation:
         return now
 
     def next_second(self) -> float:
-        """When something happens outside of the engine; infinity for never."""
+        """The second at which something next happens outside of the engine; infinity for never."""
         timed, arrival = self.agenda.next, self.arrivals.next
         return timed if timed < arrival else arrival
 
@@ -233,15 +237,15 @@ class _Simulation:
             self.submit(job, now)
 
     def warm(self, job: JobOnEngine, now: float) -> bool:
-        """Whether the backend of an llm unit is warm; else it is submitted once it is."""
+        """Whether the backend of an llm unit is warm; if not, the unit is submitted once it is."""
         return self.backends.acquire(job, now, partial(self.submit, job))
 
     def submit(self, job: JobOnEngine, now: float) -> None:
-        """The requests of an llm unit wait for their turn."""
+        """Let the requests of an llm unit wait for their turn."""
         self.batcher.order.add(job, now)
 
     def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
-        """A unit outside of the engine begins."""
+        """Begin a unit that is executed outside of the engine."""
         seconds = job.execution.seconds
         assert seconds is not None
         for after, action in later:
@@ -272,11 +276,11 @@ class _Simulation:
         self.arrivals.finished(job.entry, now)
 
     def place(self, job: JobOnEngine, now: float) -> tuple[Rank, int]:
-        """Order of jobs that wait for a backend."""
+        """Where `job` stands among those that wait for a backend: rank, order of arrival."""
         return rank_of(job, self.policy, now), job.index
 
     def events(self) -> int:
-        """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""
+        """How much happened: to jobs, to requests, at a second or alarm of its own, and steps."""
         requests = 2 * self.requests + self.batcher.preemptions
         timed = self.agenda.happened + self.alarms
         return len(self.entries) + requests + timed + self.steps

@@ -1,4 +1,4 @@
-"""Preemptive-resume queue with one or more servers, simulated event by event."""
+"""A preemptive-resume queue with one or more servers, simulated event by event."""
 
 import math
 from dataclasses import dataclass
