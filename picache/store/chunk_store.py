@@ -91,7 +91,7 @@ class ChunkStore:
             store that is served there are found, and none is written.
         disk_bytes: the most bytes of this namespace's files there, temporary ones included; None
             for no bound. Older files are deleted before a new one is written. The index beside the
-            files, some 200 bytes a chunk, does not count. In a local folder the bound holds for
+            files, some 300 bytes a chunk, does not count. In a local folder the bound holds for
             all processes and threads together, behind a URL for those of this process.
         eviction: which chunks leave a full tier: "lru" the least recently used, "cost" those that
             are quick to compile again for their bytes; see `picache.store.tiers.Tier`.
