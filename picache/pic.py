@@ -148,7 +148,6 @@ class PIC:
             PICacheError: when the document is empty, out of the vocabulary, or longer than the
                 model's positions; the store is unchanged.
         """
-        self.hf.refuse_ambient()
         text = self._text_ids(document, "a document")
         form = self._form(text, self._header(), first)
         limit = self.hf.max_length
@@ -189,7 +188,6 @@ class PIC:
         """
         watch = Stopwatch()
         method = _as_method(method)
-        self.hf.refuse_ambient()
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]
