@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from picache.chunk import KV
 from picache.errors import PICacheError
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
@@ -168,3 +169,14 @@ def refuse_autocast(kind: str) -> None:
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False)). To have the model in "
             f"that dtype, load it with dtype={torch.get_autocast_dtype(kind)}"
         )
+
+
+def refuse_other_dtype(fed: KV, held: KV, holder: str) -> None:
+    """Raise PICacheError where a forward makes keys or values in another dtype than is held."""
+    for name, new, old in zip(("keys", "values"), fed, held, strict=True):
+        if new.dtype != old.dtype:
+            raise PICacheError(
+                f"this forward makes {name} in {new.dtype}, {holder} them in {old.dtype}: run "
+                "every forward outside of torch.autocast and with the model in the dtype it was "
+                "linked in, or make a new PIC(model) and link again"
+            )
