@@ -95,7 +95,8 @@ class LinkedLayer(DynamicLayer):
         """Raise PICacheError where new keys and values of layer 0 are of tokens held already."""
         fed, held = new[0].shape[2], self.keys.shape[2]
         same_positions = fed > 1 and self._holds(*new)
-        if fed > held and not same_positions and self._repeats(*new):
+        # A single token that is held alone may well come a second time.
+        if fed >= max(held, 2) and not same_positions and self._repeats(*new):
             raise PICacheError(
                 f"the cache already holds {held} tokens and the model was given the whole text "
                 f"again behind them, in one forward of {fed}: model.generate(**prompt) feeds the "
