@@ -78,7 +78,7 @@ class ModelState:
         weights = (*parameters.values(), *buffers.values())
         quantised = next(filter(None, (_fewer_bits(*one) for one in weights)), quantised)
         quantizer = getattr(model, "hf_quantizer", None)  # set by transformers where it quantised
-        if quantizer is not None:
+        if quantised and quantizer is not None:  # of a GGUF file the weights are plain again
             quantised = type(quantizer).__name__
         dtypes = {name: tensor.dtype for name, tensor in parameters.values()}
         return cls(weights, dtypes, quantised, packed, training)
@@ -92,8 +92,9 @@ def _fewer_bits(name: str, tensor: Tensor) -> str:
     """Names the type of a quantised weight; empty for one that is not."""
     if is_traceable_wrapper_subclass(tensor):
         return f"{type(tensor).__name__} ({name})"
-    small = tensor.itemsize == 1 and tensor.dim() > 1 and tensor.dtype != torch.bool
-    return f"{tensor.dtype} ({name})" if small else ""
+    packed = tensor.itemsize == 1 or not tensor.is_floating_point()  # int32 holds several (GPTQ)
+    plain = tensor.dtype in (torch.bool, torch.int64)  # masks and indices
+    return f"{tensor.dtype} ({name})" if tensor.dim() > 1 and packed and not plain else ""
 
 
 def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> ModelState:

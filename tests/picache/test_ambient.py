@@ -12,6 +12,7 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from picache import PIC, CacheBlend, ChunkStore, FullRecompute, LegoLink, PICacheError
 from picache.hf.ambient import ModelState
@@ -275,6 +276,26 @@ def test_weights_made_of_other_tensors_are_told_apart_by_those():
 def test_quantised_activations_are_the_cause_that_is_named():
     with pytest.raises(PICacheError, match=r"quantised by torch.int8.*activations quantised by"):
         PIC(quantise(tiny_model("llama"), Int8Activations))
+
+
+def test_plain_weights_of_a_gguf_file_are_not_blamed():
+    """transformers sets its quantizer on such a model, whose weights it has dequantised."""
+    model = tiny_model("llama")
+    model.hf_quantizer = type("GgufHfQuantizer", (), {})()
+    prompt = (pic := PIC(model)).link(compiled(pic), QUERY, FullRecompute())
+    with torch.no_grad():
+        assert_close("logits", prompt.logits, model(prompt.input_ids).logits[:, -1])
+    learned = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=128)).eval()
+    learned.hf_quantizer = model.hf_quantizer
+    with pytest.raises(PICacheError, match=r"^GPT2LMHeadModel has no rotary embedding module"):
+        PIC(learned)
+
+
+def test_weights_packed_into_wider_integers_count_as_quantised():
+    model = tiny_model("llama")
+    model.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+    model.register_buffer("position_ids", torch.zeros(1, 4, dtype=torch.int64))
+    assert ModelState.of(model).quantised == "torch.int32 (qweight)"
 
 
 def test_weights_packed_out_of_sight_are_refused():
