@@ -35,15 +35,17 @@ def whole_number(
     return whole
 
 
-def whole_numbers(name: str, values: Iterable[object], least: int | None = None) -> list[int]:
-    """Each of `values` as an int, see `whole_number`.
+def whole_numbers(name: str, values: Iterable[object]) -> list[int]:
+    """Each of `values`, at least one, as an int, see `whole_number`.
 
     Raises:
-        SparsityError: as `whole_number` does, and for what is no sequence.
+        SparsityError: as `whole_number` does, and for what is no sequence or empty.
     """
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    given = _scalar(values)
+    items = [] if isinstance(given, str | bytes) or not isinstance(given, Iterable) else list(given)
+    if not items:
         raise SparsityError(f"{name}={values!r}: expected a list of whole numbers, such as [0, 3]")
-    return [whole_number(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
+    return [whole_number(f"{name}[{i}]", value) for i, value in enumerate(items)]
 
 
 def share(name: str, value: object, above: bool = False, of: str = "") -> float:

@@ -147,7 +147,7 @@ def test_thresholds_take_numbers_of_any_kind():
             Thresholds(**wrong)
 
 
-def test_recordings_take_whole_numbers_of_any_kind(tmp_path):
+def test_recordings_take_whole_numbers_of_any_kind(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     model, ids = tiny_model("llama"), random_ids(9, 1)
     given = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
@@ -159,7 +159,10 @@ def test_recordings_take_whole_numbers_of_any_kind(tmp_path):
     )
     assert str(found) == str(expected)
     assert (trace.mass(np.int64(1), page_size=4.0) == trace.mass(1, 4)).all()
-    milestone_map(trace, torch.tensor(1), kv_head=1.0, page_size=np.int64(4))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture = "~/map.png"
+    milestone_map(trace, torch.tensor(1), kv_head=1.0, page_size=np.int64(4), path=picture)
+    assert (tmp_path / "map.png").exists()
     for wrong in ({"layers": 3}, {"layers": [1.5]}, {"layers": "12"}, {"max_bytes": "1e9"}):
         with pytest.raises(SparsityError, match=rf"{next(iter(wrong))}.*expected a"):
             record(model, **given | wrong)
