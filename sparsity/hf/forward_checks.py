@@ -90,7 +90,16 @@ def check_states(layer: Any, index: int, keys: Tensor, values: Tensor) -> None:
     if not isinstance(layer, RetainedLayer):
         pairs.pop()  # transformers' own layers may widen their values
     for new, held in pairs:
-        if held is not None and held.dtype != new.dtype:
+        if held is None:
+            continue
+        if held.shape[1] != new.shape[1] or held.shape[3] != new.shape[3]:
+            shapes = [f"{t.shape[1]} KV heads of {t.shape[3]} numbers" for t in (held, new)]
+            raise SparsityError(
+                f"layer {index} of this SparseCache holds {shapes[0]}, and the model has "
+                f"{shapes[1]}: what was handed in as past is another model's. Hand in a cache that "
+                "this model filled"
+            )
+        if held.dtype != new.dtype:
             raise SparsityError(
                 f"layer {index} of this SparseCache holds {held.dtype}, and this forward brings "
                 f"{new.dtype}: the model was converted since (model.bfloat16(), "

@@ -138,6 +138,19 @@ def test_an_empty_past_is_none(model):
     detach(model)
 
 
+@pytest.mark.parametrize(("heads", "size"), [(3, 16), (2, 8)])
+def test_a_past_of_another_model_is_refused(heads, size, model):
+    past = DynamicCache()
+    for layer in range(2):
+        past.update(torch.zeros(1, heads, 5, size), torch.zeros(1, heads, 5, size), layer)
+    cache = SparseCache(model, RaaS(64), past=past)
+    said = f"holds {heads} KV heads of {size} numbers, and the model has 2 KV heads of 16 numbers"
+    for _ in range(2):  # nothing was changed: it is refused for its cause once more
+        with pytest.raises(SparsityError, match=said):
+            model.generate(random_ids(9, 1), max_new_tokens=4, past_key_values=cache)
+    detach(model)
+
+
 def test_rows_are_named_by_lists_and_arrays_too(model):
     ids = random_ids(9, 3)
     cache = SparseCache(model, RaaS(64))
