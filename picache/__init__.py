@@ -9,6 +9,8 @@ After EPIC (arXiv 2410.15332).
 """
 
 from picache.chunk import Chunk
+from picache.compare import compare
+from picache.comparison import Comparison
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.prompt import LinkedPrompt
 from picache.linking.report import LinkReport
@@ -26,6 +28,7 @@ from picache.methods import (
 )
 from picache.methods.base import Evidence, Layout, LinkMethod
 from picache.pic import PIC
+from picache.problem import Problem
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk
 
@@ -37,6 +40,7 @@ __all__ = [
     "Chunk",
     "ChunkStore",
     "Combined",
+    "Comparison",
     "CorruptChunk",
     "DummySinks",
     "Evidence",
@@ -49,8 +53,10 @@ __all__ = [
     "NaiveReuse",
     "OracleDeviation",
     "PICacheError",
+    "Problem",
     "ProphetKV",
     "RandomRecompute",
     "SharedPrefix",
     "StoredChunk",
+    "compare",
 ]
