@@ -1,12 +1,14 @@
 """Demand graphs of LLM applications, and scheduling by what is known of their demand.
 
-An application is a graph of units (`PDGraph`, after Hermes, arXiv 2506.14851) learned from its
-runs. Random walks turn it into a `Distribution` of seconds, a refinement (`demand.refine`) into one
-of what is left; a `RankTable` turns that into exact Gittins ranks. `simulate` serves a `Workload`
-under any `Policy` in a queue, `simulate_engine` on a continuous-batching engine, with backends that
-start cold and planners that warm them (`demand.prewarm`). `demand.traces` reads what others
-recorded; `demand.integrations` has the same policies inside transformers and vLLM. All times are in
-seconds, all ranks are smaller-first. Needs numpy alone.
+    graph = PDGraph.fit(runs)  # each run a list of Execution(unit, ...), what it took
+    demand = graph.remaining(Progress(run[:2]))  # Distribution of the seconds still needed
+    rank = demand.gittins()  # its Gittins rank in seconds; who has the smaller goes first
+    print(simulate(bimodal_mix(load=0.8), Gittins()).mean)  # mean completion time in seconds
+
+After Hermes (arXiv 2506.14851): an application is a graph of units learned from its runs; random
+walks over the graph say how much of it may be left, and the Gittins rank of that says who is served
+first. `demand.traces` reads what others recorded; `demand.integrations` has the same policies
+inside transformers and vLLM. All times are seconds, all ranks are smaller-first. Needs numpy alone.
 """
 
 from demand.distribution.distribution import Distribution
@@ -39,7 +41,7 @@ from demand.policies import (
     VirtualTime,
     known_of,
 )
-from demand.prewarm import CostAwarePlanner, PrewarmPlanner
+from demand.prewarm import CallbackBackend, CostAwarePlanner, Prewarming, PrewarmPlanner
 from demand.refine import (
     CurrentUnit,
     NearestRuns,
@@ -52,6 +54,7 @@ from demand.refine import (
 from demand.refine.calibration import CalibrationReport, calibrate
 from demand.refine.estimator import DemandEstimator
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
+from demand.simulation.job_maker import JobMaker
 from demand.simulation.metrics import (
     Interval,
     bootstrap_interval,
@@ -79,76 +82,90 @@ from demand.workloads import (
 )
 
 __all__ = [
-    "EDF",
-    "FCFS",
-    "LAS",
-    "NEVER_SEEN",
-    "SERPT",
-    "VTC",
-    "Aging",
-    "Application",
-    "CalibrationReport",
-    "ClassMean",
-    "ClosedLoop",
-    "CostAwarePlanner",
+    # learn an application from its runs
+    "PDGraph",
+    "Unit",
+    "Execution",
+    "Progress",
     "CostModel",
-    "CurrentUnit",
-    "DeadlineMix",
-    "DemandError",
-    "DemandEstimator",
-    "Distribution",
+    "GivenUnit",
     "DriftReport",
+    "drift",
+    # say what progress tells of the rest
+    "Refinement",
+    "NoRefinement",
+    "WholeRuns",
+    "CurrentUnit",
+    "PearsonFilter",
+    "ProgressRegression",
+    "NearestRuns",
+    "DemandEstimator",
+    "CalibrationReport",
+    "calibrate",
+    # distributions of seconds, and their ranks
+    "Distribution",
+    "RankTable",
+    "rank_many",
+    "gittins_rank",
+    "gittins_brute_force",
+    "NEVER_SEEN",
+    "known_of",
+    # policies
+    "Policy",
+    "Job",
+    "RequestFCFS",
+    "FCFS",
+    "RandomOrder",
+    "LAS",
+    "ClassMean",
+    "SERPT",
+    "Gittins",
+    "VTC",
+    "VirtualTime",
+    "EDF",
+    "LeastSlack",
+    "DeadlineMix",
+    "Oracle",
+    # policies around policies
+    "Aging",
+    "Quantum",
+    "Hysteresis",
+    "PriorityClasses",
+    # simulate a queue
+    "simulate",
+    "SimulationResult",
+    "Result",
+    "JobMaker",
+    # simulate an engine with continuous batching
+    "simulate_engine",
     "Engine",
     "EngineResult",
-    "Execution",
-    "Gittins",
-    "GivenUnit",
-    "Hysteresis",
-    "Interval",
-    "Job",
-    "LeastSlack",
-    "NearestRuns",
-    "NoRefinement",
-    "Oracle",
-    "PDGraph",
-    "PearsonFilter",
-    "Policy",
+    # warm what may follow
     "Pool",
     "PrewarmPlanner",
-    "PriorityClasses",
-    "Progress",
-    "ProgressRegression",
-    "Quantum",
-    "RandomOrder",
-    "RankTable",
-    "Refinement",
-    "RequestFCFS",
-    "Result",
-    "SimulationResult",
-    "Unit",
-    "VirtualTime",
-    "WholeRuns",
+    "CostAwarePlanner",
+    "Prewarming",
+    "CallbackBackend",
+    # workloads
     "Workload",
-    "bimodal_applications",
-    "bimodal_mix",
-    "bootstrap_interval",
-    "calibrate",
-    "closed_loop",
-    "drift",
-    "gittins_brute_force",
-    "gittins_rank",
-    "heavy_tailed_applications",
-    "heavy_tailed_mix",
-    "hermes_applications",
-    "hermes_mix",
-    "jain_index",
-    "known_of",
-    "paired_ratio_interval",
+    "Application",
     "poisson_workload",
-    "rank_many",
+    "ClosedLoop",
+    "closed_loop",
+    "hermes_mix",
+    "hermes_applications",
+    "bimodal_mix",
+    "bimodal_applications",
+    "heavy_tailed_mix",
+    "heavy_tailed_applications",
     "recorded_applications",
-    "simulate",
-    "simulate_engine",
     "with_arrivals",
     "with_deadlines",
+    # compare
+    "Interval",
+    "bootstrap_interval",
+    "paired_ratio_interval",
+    "jain_index",
+    # errors
+    "DemandError",
 ]

@@ -1,9 +1,78 @@
-"""What callers hand in, as the number that was meant, or refused by its name."""
+"""What callers hand in, as what was meant, or refused by its name."""
 
+import math
 import operator
-from typing import SupportsFloat, cast
+import warnings
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, SupportsFloat, TypeVar, cast
 
 from demand.errors import DemandError
+from demand.seconds import one_number, one_of_seconds
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Instance = TypeVar("Instance")
+
+
+def check_instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise `DemandError` unless `value` is an instance of one of `kinds`.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        kinds: a class or several; abstract ones and protocols are allowed.
+        expected: what to say was expected, such as "a policy, such as Gittins()".
+
+    Raises:
+        DemandError: anything else; of a class it is said that an instance of it was meant.
+    """
+    if isinstance(value, type):
+        meant = kinds if isinstance(kinds, tuple) else (kinds,)
+        call = f"; make one: {value.__name__}(...)" if set(meant) & set(value.__mro__) else ""
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}{call}")
+    if not isinstance(value, kinds):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def check_callable(name: str, value: object, expected: str) -> None:
+    """Raise `DemandError` unless `value` can be called and is not a class.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        expected: what to say was expected.
+    """
+    if isinstance(value, type):
+        raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
+    if not callable(value):
+        raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def positive_number(name: str, value: object) -> float:
+    """`value` as a float, or `DemandError` unless it is a positive finite number."""
+    return _positive(name, one_number(name, value))
+
+
+def positive_seconds(name: str, value: object) -> float:
+    """`value` in seconds as a float, or `DemandError` unless it is positive and finite.
+
+    A duration (`timedelta`, `timedelta64`) is converted by its unit.
+    """
+    return _positive(name, one_of_seconds(name, value))
+
+
+def share(name: str, value: object) -> float:
+    """`value` as a float, or `DemandError` unless it is a number from 0 to 1."""
+    number = one_number(name, value)
+    if not 0.0 <= number <= 1.0:
+        raise DemandError(f"{name} is {value}; expected a share from 0 to 1, such as 0.95")
+    return number
+
+
+def _positive(name: str, number: float) -> float:
+    if not 0.0 < number < math.inf:
+        raise DemandError(f"{name} is {number}; expected a positive finite number")
+    return number
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
@@ -36,3 +105,55 @@ def _as_int(value: object) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number.is_integer() else None
+
+
+def set_whole_numbers(configuration: object, *names: str, least: int) -> None:
+    """Replace fields of a frozen dataclass by the ints that they mean, or refuse them.
+
+    Raises:
+        DemandError: as `whole_number`.
+    """
+    for name in names:
+        value = whole_number(name, getattr(configuration, name), least)
+        object.__setattr__(configuration, name, value)
+
+
+def instance_of(name: str, value: object, expected: type[Instance]) -> Instance:
+    """`value`, which is an instance of `expected`, or `DemandError` as `check_instance`."""
+    what = expected.__name__
+    check_instance(name, value, expected, f"{'an' if what[0] in 'AEIO' else 'a'} {what}")
+    return cast(Instance, value)
+
+
+def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[Instance, ...]:
+    """`values` as a tuple, or `DemandError` unless it is a list of instances of `expected`."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
+    return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
+
+
+def warn_renamed(function: str, old: str, new: str) -> None:
+    """Say to who called `function` that its keyword `old=` is now `new=`."""
+    message = f"{old}= of {function} is now {new}=; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
+    """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                name = function.__qualname__
+                if new in kwargs:
+                    raise DemandError(
+                        f"{name} is given {new}= and {old}=, its old name; drop {old}="
+                    )
+                warn_renamed(name, old, new)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate

@@ -5,15 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from demand.arguments import (
+    instance_of,
+    instances_of,
+    renamed_keyword,
+    warn_renamed,
+    whole_number,
+)
 from demand.errors import DemandError
+from demand.seconds import as_numbers, as_seconds, one_number, one_of_seconds
 
 Kind = Literal["llm", "tool", "container", "model", "search", "human"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-Demand = Literal["sum", "critical_path"]
-DEMANDS: tuple[Demand, ...] = get_args(Demand)
-"""Two ways to count the seconds of parallel calls: their sum, which is what a server has to
-serve, and the longest, which is what a deadline sees when all are served side by side."""
+ParallelCalls = Literal["sum", "critical_path"]
+PARALLEL_CALLS: tuple[ParallelCalls, ...] = get_args(ParallelCalls)
+"""Two ways to count the seconds of calls that a unit makes in parallel: their sum, which is what a
+server has to serve, and the longest, which is what a deadline sees if all are served side by side.
+"""
 
 START = "start"
 END = "end"
@@ -21,7 +30,7 @@ END = "end"
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A functional unit of an application, a node of its demand graph (arXiv 2506.14851).
+    """A functional unit of an application: a node of its demand graph (arXiv 2506.14851).
 
     Args:
         name: unique within the application; "start" and "end" are taken by the graph.
@@ -36,6 +45,8 @@ class Unit:
     kind: Kind
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise DemandError(f"unit name is {self.name!r}; expected a string")
         if not self.name or self.name in (START, END):
             raise DemandError(
                 f"unit name is {self.name!r}; choose any name but the empty one, "
@@ -55,7 +66,7 @@ class Execution:
     the sum over the calls is exact. `of_calls` makes one from the calls themselves.
 
     Args:
-        unit: what was executed.
+        unit: the unit that was executed.
         input_tokens: prompt tokens per call; needed for an "llm" without seconds.
         output_tokens: generated tokens per call; needed for an "llm" without seconds.
         parallelism: number of calls made side by side.
@@ -98,6 +109,11 @@ class Execution:
         Raises:
             DemandError: no calls, lists of different lengths, or as the class.
         """
+        instance_of("unit of an execution", unit, Unit)
+        what = f"of the calls of unit {unit.name!r}"
+        input_tokens = as_numbers(f"input_tokens {what}", input_tokens).tolist()
+        output_tokens = as_numbers(f"output_tokens {what}", output_tokens).tolist()
+        seconds = as_seconds(f"seconds {what}", seconds).tolist()
         given = [calls for calls in (input_tokens, output_tokens, seconds) if len(calls)]
         lengths = {len(calls) for calls in given}
         if len(lengths) != 1:
@@ -124,21 +140,23 @@ class Execution:
         )
 
     def __post_init__(self) -> None:
+        if type(self.unit) is not Unit:
+            instance_of("unit of an execution", self.unit, Unit)
         name = self.unit.name
-        self._to_python_numbers()
         for attribute in _ATTRIBUTES:
             value = getattr(self, attribute)
-            if value is not None and not 0.0 <= value < math.inf:
+            if type(value) is not float:
+                if value is None and attribute not in _TOKENS:
+                    continue
+                value = self._read_number(attribute, value)
+            if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        if self.parallelism < 1 or self.parallelism % 1:
-            raise DemandError(
-                f"parallelism of unit {name!r} is {self.parallelism}; expected a whole number of "
-                "at least 1: leave out units that made no call"
-            )
-        object.__setattr__(self, "parallelism", int(self.parallelism))
+        if type(self.parallelism) is not int or self.parallelism < 1:
+            calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
+            object.__setattr__(self, "parallelism", calls)
         if self.seconds is None:
             if self.unit.kind != "llm":
                 raise DemandError(
@@ -154,7 +172,7 @@ class Execution:
             self._check_longest("longest_seconds", self.seconds, "longest_output_tokens")
 
     def _check_longest(self, used: str, mean: float, unused: str) -> None:
-        """`used` must fit the mean per call; `unused` would be silently ignored."""
+        """Refuse a longest call that does not fit the mean, or one in units that do not count."""
         if getattr(self, unused) is not None:
             raise DemandError(
                 f"{unused} of unit {self.unit.name!r} is given, but its calls are costed by "
@@ -169,54 +187,73 @@ class Execution:
                 f"mean {mean}; the longest call lies between the mean and the sum"
             )
 
-    def _to_python_numbers(self) -> None:
-        """Measurements often are numpy scalars, which JSON does not take."""
-        for attribute in _ATTRIBUTES:
-            value = getattr(self, attribute)
-            if value is not None:
-                object.__setattr__(self, attribute, float(value))
+    def _read_number(self, attribute: str, value: object) -> float:
+        """Measurements often are numpy scalars, which JSON does not take, or timedeltas."""
+        if type(value) is int and value.bit_length() < 64:
+            number = float(value)
+        else:
+            read = one_of_seconds if attribute in _SECONDS else one_number
+            number = read(f"{attribute} of unit {self.unit.name!r}", value)
+        object.__setattr__(self, attribute, number)
+        return number
 
 
-_ATTRIBUTES = (
-    "input_tokens",
-    "output_tokens",
-    "seconds",
-    "longest_output_tokens",
-    "longest_seconds",
-)
+_TOKENS = ("input_tokens", "output_tokens")
+_SECONDS = ("seconds", "longest_seconds")
+_ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of an execution, over its parallel calls.
+    """What an execution costs in seconds.
 
-    A call takes the seconds measured; an llm call without a measurement takes
+    A call takes the seconds that were measured; an llm call without a measurement takes
     input_tokens * prefill + output_tokens * decode seconds, with the profiled defaults of the
     Hermes artifact.
+
+    Args:
+        prefill_seconds_per_token: seconds for each prompt token.
+        decode_seconds_per_token: seconds for each generated token.
+
+    Raises:
+        DemandError: a rate that is negative or not finite.
     """
 
     prefill_seconds_per_token: float = 1e-4
     decode_seconds_per_token: float = 0.06
 
     def __post_init__(self) -> None:
-        for rate in (self.prefill_seconds_per_token, self.decode_seconds_per_token):
+        for name in ("prefill_seconds_per_token", "decode_seconds_per_token"):
+            rate = one_of_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, rate)
             if not 0.0 <= rate < math.inf:
                 raise DemandError(f"cost model has rate {rate}; expected finite seconds a token")
 
-    def seconds(self, execution: Execution, demand: Demand = "sum") -> float:
+    def seconds(
+        self,
+        execution: Execution,
+        parallel_calls: ParallelCalls = "sum",
+        *,
+        demand: ParallelCalls | None = None,
+    ) -> float:
         """Seconds of `execution`: over all its calls, or of its longest ("critical_path").
 
         Of an llm that is costed by tokens, the longest call has the mean input and
         `longest_output_tokens`.
 
         Raises:
-            DemandError: an unknown `demand`.
+            DemandError: an unknown `parallel_calls`.
         """
-        if demand == "sum":
+        if demand is not None:  # not by the decorator, which would take as long as the rest
+            if parallel_calls != "sum":
+                raise DemandError("seconds is given parallel_calls= and its old name; drop demand=")
+            warn_renamed("CostModel.seconds", "demand", "parallel_calls")
+            parallel_calls = demand
+        if parallel_calls == "sum":
             return execution.parallelism * self._call_seconds(
                 execution, execution.seconds, execution.output_tokens
             )
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         tokens, seconds = execution.longest_output_tokens, execution.longest_seconds
         return self._call_seconds(
             execution,
@@ -224,9 +261,10 @@ class CostModel:
             execution.output_tokens if tokens is None else tokens,
         )
 
-    def run_seconds(self, run: Sequence[Execution], demand: Demand = "sum") -> float:
+    @renamed_keyword("demand", "parallel_calls")
+    def run_seconds(self, run: Sequence[Execution], parallel_calls: ParallelCalls = "sum") -> float:
         """Total seconds of a run: its demand. Units follow each other on either count."""
-        return sum(self.seconds(execution, demand) for execution in run)
+        return sum(self.seconds(execution, parallel_calls) for execution in run)
 
     def _call_seconds(
         self, execution: Execution, seconds: float | None, output_tokens: float
@@ -239,10 +277,27 @@ class CostModel:
         )
 
 
-def check_demand(demand: str) -> None:
+def check_run(name: str, run: object) -> tuple[Execution, ...]:
+    """`run` as a tuple of executions in the order in which they ran.
+
+    Raises:
+        DemandError: anything else, such as a single execution or a `Session` of a trace.
+    """
+    if isinstance(run, Execution):
+        raise DemandError(
+            f"{name} is a single execution, of {run.unit}; expected a list of executions"
+        )
+    if isinstance(run, list | tuple) and set(map(type, run)) <= {Execution}:
+        return tuple(run)  # as it nearly always is, at no cost of a name for each
+    return instances_of(name, run, Execution)
+
+
+def check_parallel_calls(parallel_calls: str) -> None:
     """Raise `DemandError` for what is not a way to count parallel calls."""
-    if demand not in DEMANDS:
-        raise DemandError(f"demand is {demand!r}; expected one of {', '.join(DEMANDS)}")
+    if parallel_calls not in PARALLEL_CALLS:
+        raise DemandError(
+            f"parallel_calls is {parallel_calls!r}; expected one of {', '.join(PARALLEL_CALLS)}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +321,12 @@ class Progress:
     elapsed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "executed", check_run("executed", self.executed))
         for name in ("attained_seconds", "elapsed_seconds"):
             value = getattr(self, name)
+            if type(value) is not float:
+                value = one_of_seconds(name, value)
+                object.__setattr__(self, name, value)
             if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{name} is {value}; expected finite seconds of at "
@@ -279,20 +338,21 @@ class Progress:
                     "name the unit being executed in `current`"
                 )
 
-    def current_seconds(self, demand: Demand = "sum") -> float:
-        """Seconds that the current unit has received, as `demand` counts.
+    @renamed_keyword("demand", "parallel_calls")
+    def current_seconds(self, parallel_calls: ParallelCalls = "sum") -> float:
+        """Seconds of service that the current unit has received, counted as `parallel_calls` says.
 
         Raises:
             DemandError: only the other count is given.
         """
-        check_demand(demand)
+        check_parallel_calls(parallel_calls)
         asked, other = "attained_seconds", "elapsed_seconds"
-        if demand == "critical_path":
+        if parallel_calls == "critical_path":
             asked, other = other, asked
         seconds: float = getattr(self, asked)
         if seconds == 0.0 and getattr(self, other) > 0.0:
             raise DemandError(
-                f"the {demand} needs {asked}, which is 0 while {other} is {getattr(self, other)}; "
-                "give both"
+                f"the {parallel_calls} needs {asked}, which is 0 while {other} is "
+                f"{getattr(self, other)}; give both"
             )
         return seconds

@@ -1,4 +1,4 @@
-"""Position-independent caching: compile each text chunk's KV once, link chunks in any order.
+"""Position-independent caching: compile the KV of each text chunk once, link chunks in any order.
 
     pic = PIC(model, tokenizer)
     chunks = [pic.compile(document) for document in documents]
@@ -11,7 +11,7 @@ After EPIC (arXiv 2410.15332).
 from picache.chunk import Chunk
 from picache.compare import compare
 from picache.comparison import Comparison
-from picache.errors import CorruptChunk, PICacheError
+from picache.errors import CorruptChunk, PICacheError, StoreFull
 from picache.linking.prompt import LinkedPrompt
 from picache.linking.report import LinkReport
 from picache.methods import (
@@ -27,6 +27,7 @@ from picache.methods import (
     RandomRecompute,
 )
 from picache.methods.base import Evidence, Layout, LinkMethod
+from picache.methods.presets import Arm, arms
 from picache.pic import PIC
 from picache.problem import Problem
 from picache.sinks import DummySinks, SharedPrefix
@@ -36,6 +37,7 @@ __all__ = [
     "A3",
     "APE",
     "PIC",
+    "Arm",
     "CacheBlend",
     "Chunk",
     "ChunkStore",
@@ -57,6 +59,9 @@ __all__ = [
     "ProphetKV",
     "RandomRecompute",
     "SharedPrefix",
+    "StoreFull",
     "StoredChunk",
     "compare",
+=======
+    "arms",
 ]

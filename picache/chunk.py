@@ -1,4 +1,4 @@
-"""A chunk of text as token ids, and the key its compiled KV is stored under."""
+"""A chunk of text: its token ids, its form when prefilled, and the key its KV is stored under."""
 
 import hashlib
 import json
@@ -8,36 +8,35 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from picache.errors import PICacheError
-
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
-"""Names of the dtypes that keys and values may have."""
+"""The dtypes that keys and values may have, by name."""
 
 STORAGES = ("exact", "int8", "fp8")
-"""How a store may keep keys and values; see `picache.store.quantize`."""
+"""How a store may keep keys and values: exactly or in 8 bits; see `picache.store.quantize`."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything that makes two compilations of the same token ids differ.
+    """What the keys and values of a chunk depend on besides its token ids.
 
     Attributes:
         model: class name of the model.
         fingerprint: hash of its weights and configuration.
-        revision: of the weights: the commit on the Hub that transformers recorded when it loaded
-            them; empty where it recorded none, as for a local folder.
-        dtype: of keys and values, a name of `DTYPES`.
-        rope: the rotation the keys were written with, as text.
-        sinks: what the chunk was compiled behind: the `DummySinks` or `SharedPrefix`, as text;
-            empty for nothing but its own BOS, whether a prompt keeps that or not.
+        revision: commit on the Hub that transformers recorded when it loaded the weights; empty
+            where it recorded none, as for a local folder.
+        dtype: of keys and values, a name in `DTYPES`.
+        rope: the rotations of the layers, as text.
+        sinks: the `DummySinks` or `SharedPrefix` that the chunk was compiled behind, as text;
+            empty for nothing but its own BOS, whether a prompt keeps the BOS or not.
         namespace: the tenant; chunks of two namespaces are never shared.
-        storage: how the store keeps the tensors, one of `STORAGES`; what is not kept exactly has
-            keys of its own and never passes for exact.
-        tokens: of the chunk, as compiled.
-        compile_seconds: what compiling took; for eviction, no part of the identity.
+        storage: how the store keeps the tensors, one of `STORAGES`. Chunks that are not kept
+            exactly have keys of their own and are never taken for exact ones.
+        tokens: how many tokens were prefilled, sinks included.
+        compile_seconds: how long compiling took, in seconds; counts in eviction by cost, and is no
+            part of the key.
     """
 
     model: str = ""
@@ -53,7 +52,7 @@ class Header:
 
 
 def chunk_key(ids: tuple[int, ...], header: Header) -> str:
-    """SHA-256 over the token ids and every field of the header but `compile_seconds`."""
+    """The key of a chunk: SHA-256 over its token ids and the header, `compile_seconds` excepted."""
     identity = asdict(header)
     del identity["compile_seconds"]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
@@ -61,78 +60,63 @@ def chunk_key(ids: tuple[int, ...], header: Header) -> str:
     return digest.hexdigest()
 
 
-KV = tuple[Tensor, Tensor]  # keys and values of one layer, each [1, kv_heads, tokens, head_dim]
+KV = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each ``[1, kv_heads, tokens, head_dim]``."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Tokens as they go through the model together, and which of them come into a prompt.
+    """A chunk exactly as prefilled; its first `skip` tokens, the sinks, stay out of the prompt.
+
+    One text has several forms: behind its own BOS, behind dummies, behind a shared prefix, or as
+    the first chunk of a prompt, behind nothing.
 
     Attributes:
-        ids: the token ids that are prefilled alone.
-        skip: leading tokens whose KV is left out of the prompt: a BOS, or dummies.
-        key: content key of `ids` and `header`; empty for a query, which is not stored.
-        header: what else tells this chunk's KV apart.
+        ids: the token ids that are prefilled together, the sinks included.
+        skip: how many of the first ids are sinks (a BOS, dummies or a shared prefix), which absorb
+            attention while the chunk is compiled and whose KV is left out of the prompt.
+        key: the content key of `ids` and `header`, under which a store keeps the KV.
+        header: what else the KV depends on.
+        dropped: ids of special tokens that came with the text and are not in the prompt.
     """
 
     ids: tuple[int, ...]
     skip: int
-    key: str = ""
-    header: Header | None = None
+    key: str
+    header: Header
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A handle on a compiled chunk; the KV itself lives in the store, under `key`.
+    """A compiled chunk, as `PIC.compile` returns it; its KV is in the store, under `key`.
 
-    The ids stay with the handle, so that a chunk the store has evicted is compiled again when it
-    is linked (the report counts it as a miss).
+    The chunk keeps its token ids, so that one which the store has evicted is compiled again when it
+    is linked; the report counts it as a miss.
 
     Attributes:
-        key: content key: token ids as compiled, and everything in a `picache.chunk.Header`.
-        ids: the token ids of the text, a leading BOS included.
-        nbytes: bytes of the compiled keys and values.
+        key: the key of its KV in the store, made of its ids and a `picache.chunk.Header`.
+        ids: token ids of the text, a leading BOS included.
+        nbytes: bytes of its keys and values, all layers.
+        lead: how many of the ids are special tokens in front of the text, such as a BOS. They are
+            the chunk's own sink, and are left out where it does not stand first in a prompt.
+        dropped: ids of special tokens that the tokenizer added and that no prompt contains: an EOS
+            behind the text, or a second BOS in front of a text that begins with one.
     """
 
     key: str
     ids: tuple[int, ...]
     nbytes: int
+    lead: int = 0
+    dropped: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the text, a leading BOS included."""
         return len(self.ids)
 
+    def __len__(self) -> int:
+        return self.num_tokens
+
     def __repr__(self) -> str:
         return f"Chunk({self.num_tokens} tokens, {self.nbytes:,} bytes, key={self.key[:12]})"
-
-
-def as_ids(tokens: object, vocab_size: int, what: str) -> tuple[int, ...]:
-    """A list or 1-D tensor of token ids as a tuple.
-
-    Raises:
-        PICacheError: when it is empty, not one-dimensional integers, or out of the vocabulary.
-    """
-    try:
-        tensor = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PICacheError(
-            f"{what} must be a text, a list of token ids or a 1-D integer tensor, got "
-            f"{type(tokens).__name__}"
-        ) from error
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        if tensor.numel() == 0:
-            raise PICacheError(f"{what} is empty: give at least one token")
-        raise PICacheError(
-            f"{what} must be a text, a list of token ids or a 1-D integer tensor, "
-            f"got shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        )
-    if tensor.numel() == 0:
-        raise PICacheError(f"{what} is empty: give at least one token")
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < 0 or high >= vocab_size:
-        raise PICacheError(
-            f"{what} holds token id {low if low < 0 else high}, the model's vocabulary is "
-            f"0..{vocab_size - 1}: tokenize with this model's tokenizer"
-        )
-    return tuple(tensor.tolist())

@@ -1,13 +1,13 @@
-"""The errors of the package: one root, and the kinds a caller recovers from."""
+"""The errors of the package: one root class, and the two that a caller can recover from."""
 
 
 class PICacheError(ValueError):
-    """What was asked cannot be done exactly; the message names the value and the remedy."""
+    """What was asked cannot be done exactly; the message says why, and what to do instead."""
 
 
 class StoreFull(PICacheError):  # noqa: N818 - the root names the kind
-    """A chunk has no room in the store: what is there is pinned, in use, or the chunk too large."""
+    """The store has no room for a chunk: it is too large, or the others are pinned or in use."""
 
 
 class CorruptChunk(PICacheError):  # noqa: N818 - the root names the kind
-    """A stored chunk failed its check; it is gone from the store, so compile it again."""
+    """A stored chunk was found damaged and was removed from the store; compile it again."""

@@ -1,47 +1,59 @@
-"""The public face: compile chunks once, link them in any order."""
+"""`PIC`: compile chunks once, link them in any order."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from picache.chunk import Chunk, Form, Header, as_ids, chunk_key
+from picache.chunk import Chunk, Form, Header, chunk_key
+from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
-from picache.linking.link import Fetched, Row, layout_of, link_row
+from picache.linking.fetched_chunk import FetchedChunk
+from picache.linking.link import Row, link_row
 from picache.linking.prompt import LinkedPrompt, batched
+from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
+from picache.text_ids import TextIds, as_ids, ids_as_given, ids_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Document = str | Sequence[int] | Tensor
+Document = str | Sequence[int] | Tensor | Mapping[str, Any]
 
 
 class PIC:
     """Position-independent caching on a HuggingFace causal language model.
 
-    The first chunk of a prompt is an exact prefix and is reused untouched; the query is always
-    recomputed in full. Everything between is approximate unless it is recomputed.
+    The first chunk of a prompt is an exact prefix and is reused as it is; the query behind the last
+    chunk is recomputed in full. The chunks between are approximate unless they are recomputed.
 
     Args:
-        model: any causal LM on transformers' attention interface with rotary positions that
-            `picache.hf.rope.calibrate` can prove.
-        tokenizer: needed for text; token ids do without.
-        store: where compiled chunks live; one without a bound by default.
-        sinks: what a chunk that stands in the middle is compiled behind. "drop": its own BOS, if
-            it begins with one, left out of the prompt. "keep": the same, but left in, as EPIC's
-            code does. `DummySinks` or `SharedPrefix`: those, left out.
+        model: a causal language model on transformers' attention interface, with rotary positions
+            that `picache.hf.rope.calibrate` can measure.
+        tokenizer: needed to compile and link text; not for token ids.
+        store: where compiled chunks are kept; by default a `ChunkStore` without a bound.
+        sinks: what a chunk is compiled behind where it does not stand first. "drop": its own BOS,
+            if it begins with one, which is left out of the prompt. "keep": the same, but left in,
+            as in EPIC's code. `DummySinks` or `SharedPrefix`: those, which are left out.
         flops_per_byte: what copying and rotating a byte of compiled KV costs, in floating-point
-            operations of a prefill. Where the rows a method chose and the bytes it would load
-            cost as much as a full prefill by this estimate, the prompt is prefilled in full,
-            which is exact, and the report says so. The default is low, so that it happens only
-            where there is no doubt; KV in the device's own memory costs some 200, from further
-            away more. None links whatever it costs. Methods that choose by layer are always linked.
+            operations of a prefill. Where recomputing the chosen tokens and loading the KV would
+            cost as much as a full prefill by this estimate, the prompt is prefilled in full, which
+            is exact, and the report says so. The default is low, so that this happens only in
+            clear cases; KV in the device's own memory costs some 200, from further away more. None
+            links whatever it costs. Methods that choose again in each layer always link.
+
+    Attributes:
+        model: the transformers model that was handed in.
+        hf: the same model as linking sees it, a `picache.hf.model.HFModel`: how each layer rotates
+            its keys, the bytes of a token, a prefill of token ids.
+        tokenizer: as handed in.
+        store: where compiled chunks live.
+        sinks: as handed in.
+        flops_per_byte: as handed in.
 
     Raises:
         PICacheError: when the model cannot be linked exactly; says why.
@@ -55,97 +67,107 @@ class PIC:
         sinks: Sinks = "drop",
         flops_per_byte: float | None = 25.0,
     ) -> None:
-        if sinks not in ("drop", "keep") and not isinstance(sinks, DummySinks | SharedPrefix):
-            raise PICacheError(
-                f"sinks must be 'drop', 'keep', DummySinks(...) or SharedPrefix(...), got {sinks!r}"
-            )
-        if flops_per_byte is not None and not flops_per_byte >= 0:
-            raise PICacheError(f"flops_per_byte must be at least 0 or None, got {flops_per_byte!r}")
+        self.tokenizer = as_tokenizer(tokenizer)
+        self.store = as_store(store)
+        self.sinks = as_sinks(sinks)
+        self.flops_per_byte = as_flops_per_byte(flops_per_byte)
         from picache.hf.model import HFModel  # transformers is loaded when a model is handed in
+        from picache.hf.self_check import check
 
-        self._model = HFModel(model)
-        self.tokenizer = tokenizer
-        self.store = ChunkStore() if store is None else store
-        self.sinks = sinks
-        self.flops_per_byte = flops_per_byte
+        self.hf = HFModel(model)
+        check(self.hf)
+        self.model = model
         self._bos = self._special("bos_token_id")
         self._lead = self._leading(sinks)
 
+    def __repr__(self) -> str:
+        tokenizer = "no tokenizer" if self.tokenizer is None else type(self.tokenizer).__name__
+        return (
+            f"PIC({type(self.model).__name__}, {len(self.hf.rotations)} layers, "
+            f"{self.model.dtype}, {tokenizer}, sinks={self.sinks!r}, {self.store!r})"
+        )
+
     def _leading(self, sinks: Sinks) -> tuple[int, ...]:
-        """Tokens a chunk in the middle is compiled behind, its own BOS aside."""
+        """The dummies or the prefix that chunks are compiled behind; empty for their own BOS."""
         if isinstance(sinks, SharedPrefix):
-            return self._tokens(sinks.text, "the shared prefix", special=True)
+            return self._text_ids(sinks.text, "the shared prefix").ids
         if isinstance(sinks, DummySinks):
             token = (sinks.token,) if sinks.token is not None else self._bos[:1]
             if not token:
                 raise PICacheError(
                     "the model has no BOS to take as a dummy: name one, DummySinks(token=...)"
                 )
-            return as_ids(list(token * sinks.count), self._model.vocab_size, "DummySinks")
+            return as_ids(list(token * sinks.count), self.hf.vocab_size, "DummySinks")
         return ()
 
     def _header(self) -> Header:
-        """What tells this model's chunks in this store from others, the text aside."""
-        return self._model.header(namespace=self.store.namespace, storage=self.store.storage)
+        """What the KV of chunks in this store depends on besides the text and its sinks."""
+        return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
 
-    def _form(self, ids: tuple[int, ...], header: Header, first: bool = False) -> Form:
-        """How a chunk of these ids is compiled, and what of it comes into a prompt."""
-        own = 1 if ids[0] in self._bos else 0
-        sinks = ""  # what KV does not depend on stays out of its key
-        if first or self.sinks == "keep":
-            skip = 0
-        elif self._lead:
-            ids, skip, sinks = (*self._lead, *ids[own:]), len(self._lead), repr(self.sinks)
-        else:
-            skip = own
+    def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:
+        """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
+        ids, lead, dropped = text.ids, text.lead, text.dropped
+        skip, sinks = 0, ""  # only what the KV depends on is part of the key
+        if not first and self.sinks != "keep":
+            skip, dropped = lead, (*ids[:lead], *dropped)
+            if self._lead:
+                ids, skip, sinks = (*self._lead, *ids[lead:]), len(self._lead), repr(self.sinks)
         header = replace(header, sinks=sinks, tokens=len(ids))
-        return Form(ids, skip, chunk_key(ids, header), header)
+        return Form(ids, skip, chunk_key(ids, header), header, dropped)
 
     def _special(self, name: str) -> tuple[int, ...]:
-        """The ids of a special token: the tokenizer's, else the model configuration's."""
-        for source in (self.tokenizer, self._model.model.generation_config, self._model.config):
+        """Ids of a special token, from the tokenizer or else from the model's configurations."""
+        for source in (self.tokenizer, self.model.generation_config, self.hf.config):
             found = None if source is None else getattr(source, name, None)
             if found is not None:
                 return tuple(found) if isinstance(found, list | tuple) else (found,)
         return ()
 
-    def _tokens(self, document: Document, what: str, special: bool) -> tuple[int, ...]:
+    def _text_ids(self, document: object, what: str) -> TextIds:
+        """Token ids of a text, or what was given as ids; `what` names the argument in errors."""
+        size = self.hf.vocab_size
         if isinstance(document, str):
-            if self.tokenizer is None:
-                raise PICacheError(
-                    f"{what} is text but PIC has no tokenizer: PIC(model, tokenizer=...), or give "
-                    "token ids"
-                )
-            document = self.tokenizer(document, add_special_tokens=special)["input_ids"]
-        return as_ids(document, self._model.vocab_size, what)
+            return ids_of_text(document, self.tokenizer, size, what)
+        return ids_as_given(document, self.tokenizer, self._bos, size, what)
 
     def compile(self, document: Document, first: bool = False) -> Chunk:
-        """Prefill one chunk alone and keep its KV; a second compile of the same tokens is a hit.
+        """Prefill one chunk alone and keep its KV; the same tokens again are found in the store.
 
         Args:
-            document: text, or token ids as a list or a 1-D tensor.
-            first: whether it will stand first in prompts, where it is an exact prefix, compiled
-                behind nothing. Only `DummySinks` and `SharedPrefix` make a difference; a chunk
-                linked elsewhere than it was compiled for is compiled again there, once.
+            document: text, or token ids: a list, an array, a 1-D or ``[1, tokens]`` tensor, or
+                what the tokenizer returned for one text. Special tokens that the tokenizer adds to
+                a text are the chunk's own sink, as is a BOS that token ids begin with (what the
+                tokenizer adds, where there is one). What the text itself contains always stays.
+            first: whether the chunk will stand first in prompts, where it is an exact prefix and is
+                compiled behind nothing. It makes a difference only with `DummySinks` and
+                `SharedPrefix`. A chunk that is linked in another place than it was compiled for is
+                compiled again for that place, once.
 
         Raises:
-            PICacheError: when it is empty, out of the vocabulary, longer than the model's positions
-                or larger than the store; the store is unchanged.
+            StoreFull: when the store has no room; the store is unchanged.
+            PICacheError: when the document is empty, out of the vocabulary, or longer than the
+                model's positions; the store is unchanged.
         """
-        ids = self._tokens(document, "a document", special=True)
-        form = self._form(ids, self._header(), first)
-        limit = self._model.max_length
+        self.hf.refuse_ambient()
+        text = self._text_ids(document, "a document")
+        form = self._form(text, self._header(), first)
+        limit = self.hf.max_length
         if limit is not None and len(form.ids) > limit:
             raise PICacheError(
                 f"a document of {len(form.ids)} tokens is longer than the model's {limit} "
                 "positions: split it into chunks"
             )
-        if Fetched(self._model, self.store, form, keep=True).tier != "device":
+        if self._fetch(form).tier != "device":
             try:
-                self.store.promote(form.key, self._model.device)
+                self.store.promote(form.key, self.hf.device)
             except CorruptChunk:  # the store has dropped it
-                Fetched(self._model, self.store, form, keep=True)
-        return Chunk(form.key, ids, self._model.bytes_per_token * len(form.ids))
+                self._fetch(form)
+        nbytes = self.hf.bytes_per_token * len(form.ids)
+        return Chunk(form.key, text.ids, nbytes, text.lead, text.dropped)
+
+    def _fetch(self, form: Form) -> FetchedChunk:
+        """Find a chunk in the store or compile it; `StoreFull` when the store has no room."""
+        return FetchedChunk(self.hf, self.store, form, Stopwatch(), must_store=True)
 
     def link(
         self,
@@ -153,23 +175,29 @@ class PIC:
         query: Document | Sequence[Document],
         method: LinkMethod | None = None,
     ) -> LinkedPrompt:
-        """Link compiled chunks and a query into a prompt whose KV is ready.
+        """Link compiled chunks and a query into a prompt that `generate` can go on from.
 
         Args:
-            chunks: in prompt order; or a list of such lists, for a batch.
-            query: what follows the last chunk; or one query per row, for a batch.
-            method: which tokens to recompute; `LegoLink()` by default.
+            chunks: compiled chunks in prompt order; or a list of such lists, for a batch.
+            query: what follows the last chunk, text or token ids as for `compile`; or a list with
+                one query for each row, for a batch.
+            method: says which tokens to recompute; `LegoLink()` by default.
 
         Raises:
             PICacheError: on an empty list, an empty query, a chunk of another model, or a prompt
                 longer than the model's positions; the store is unchanged.
         """
-        begun = time.perf_counter()
-        method = LegoLink() if method is None else method
-        if isinstance(method, type) or not isinstance(method, LinkMethod):
-            raise PICacheError(
-                f"method={method!r} is no link method: give one such as LegoLink(k=16)"
-            )
+        watch = Stopwatch()
+        method = _as_method(method)
+        self.hf.refuse_ambient()
+        rows = self._as_rows(chunks, query)
+        self._refuse_too_long(rows)  # before anything is loaded or compiled
+        linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]
+        pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
+        return batched(self.hf, linked, method, pad_id, watch)
+
+    def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
+        """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""
         if not isinstance(chunks, list | tuple):
             raise PICacheError(
                 f"chunks must be a list of what PIC.compile returned, got {type(chunks).__name__}"
@@ -177,37 +205,26 @@ class PIC:
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
-            checked = [self._check(chunks, query, self._header())]
-        elif not isinstance(chunks[0], list | tuple):
+            return [self._as_row(chunks, query, self._header())]
+        if not isinstance(chunks[0], list | tuple):
             raise PICacheError(
                 f"link takes chunks that PIC.compile returned, got {type(chunks[0]).__name__} at "
                 "place 0: compile the document first"
             )
-        else:
-            if not isinstance(query, list | tuple) or len(query) != len(chunks):
-                raise PICacheError(
-                    f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
-                )
-            header = self._header()  # looks at every weight: once for all rows
-            checked = [self._check(row, q, header) for row, q in zip(chunks, query, strict=True)]
-        for row in checked:  # refuse before anything is loaded or compiled
-            alone = max(len(form.ids) for form in row.chunks)
-            length = max(layout_of(row, 1).total_length, alone)
-            if (limit := self._model.max_length) is not None and length > limit:
-                raise PICacheError(
-                    f"the linked prompt, or a chunk behind its sinks, has {length} tokens, the "
-                    f"model has positions for {limit}: link fewer or shorter chunks"
-                )
-            compiled = (len(form.ids) for form in row.chunks)
-            self._model.rotary.check(compiled, length)
-        linked = [
-            link_row(self._model, self.store, row, method, self.flops_per_byte) for row in checked
-        ]
-        pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
-        return batched(self._model, linked, method, pad_id, begun)
+        if not isinstance(query, list | tuple) or len(query) != len(chunks):
+            raise PICacheError(
+                f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
+            )
+        header = self._header()  # reads every weight: once for all rows
+        return [self._as_row(row, q, header) for row, q in zip(chunks, query, strict=True)]
 
-    def _check(self, chunks: Any, query: Any, header: Header) -> Row:
-        """A row to link, every chunk in the form its place asks for."""
+    def _as_row(self, chunks: Any, query: Any, header: Header) -> Row:
+        """One row of a batch, every chunk in the form that its place in the prompt asks for."""
+        if isinstance(chunks, Chunk) or not isinstance(chunks, list | tuple):
+            raise PICacheError(
+                "a batch is a list of lists of chunks, one list a prompt; got a list in which one "
+                f"entry is a list and another is {spelled(chunks)}: give [[a, b], [c]]"
+            )
         if not chunks:
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         forms = []
@@ -215,12 +232,12 @@ class PIC:
             if not isinstance(chunk, Chunk):
                 raise PICacheError(
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
-                    f"place {index}"
+                    f"place {index}: compile the document first; a batch is a list of lists"
                 )
-            form = self._form(chunk.ids, header, first=not index)
-            # It may have been compiled for another place than this.
+            form = self._form(chunk, header, first=not index)
+            # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
-                chunk.key != self._form(chunk.ids, header, first=bool(index)).key
+                chunk.key != self._form(chunk, header, first=bool(index)).key
             ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "
@@ -232,9 +249,28 @@ class PIC:
                     "leaves out"
                 )
             forms.append(form)
-        tokens = self._tokens(query, "the query", special=self.sinks == "keep")
-        if self.sinks != "keep" and tokens[0] in self._bos:
-            tokens = tokens[1:]
-        if not tokens:
+        asked = self._text_ids(query, "the query")
+        skip = 0 if self.sinks == "keep" else asked.lead
+        if len(asked.ids) == skip:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
-        return Row(tuple(forms), Form(tokens, 0))
+        return Row(tuple(forms), asked.ids[skip:], (*asked.ids[:skip], *asked.dropped))
+
+    def _refuse_too_long(self, rows: list[Row]) -> None:
+        """Raise PICacheError for a row that needs more positions than the model has."""
+        for row in rows:
+            compiled = [len(form.ids) for form in row.chunks]
+            length = max(row.layout(1).total_length, *compiled)
+            if (limit := self.hf.max_length) is not None and length > limit:
+                raise PICacheError(
+                    f"the linked prompt, or a chunk behind its sinks, has {length} tokens, the "
+                    f"model has positions for {limit}: link fewer or shorter chunks"
+                )
+            self.hf.rotary.check(compiled, length)
+
+
+def _as_method(method: LinkMethod | None) -> LinkMethod:
+    """The link method that was given, or the default; PICacheError when it is none."""
+    method = LegoLink() if method is None else method
+    if isinstance(method, type) or not isinstance(method, LinkMethod):
+        raise PICacheError(f"method={method!r} is no link method: give one such as LegoLink(k=16)")
+    return method

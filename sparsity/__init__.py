@@ -1,6 +1,8 @@
-"""Retention policies for the KV cache of long decoding, under transformers' `model.generate`.
+"""Retention policies for the KV cache of long decoding, for `model.generate` of transformers.
 
-Tensors are `[batch, kv_heads, tokens, head_dim]`; budgets are in tokens.
+``SparseCache(model, RaaS(budget=1024))`` is a cache that keeps what a policy keeps. A policy of
+your own derives from `Policy` or `Evicting`. Tensors are `[batch, kv_heads, tokens, head_dim]`;
+budgets are in tokens.
 """
 
 from importlib import import_module
@@ -23,7 +25,9 @@ from sparsity.policies import (
     Then,
     VaSE,
 )
-from sparsity.recorded.milestones import milestone_map
+from sparsity.policies.base import Needs, PageView, Policy
+from sparsity.policies.evicting import Evicting
+from sparsity.recorded.milestones import Thresholds, milestone_map
 from sparsity.recorded.record import record
 from sparsity.recorded.replay import Replay, replay
 from sparsity.recorded.trace import Trace
@@ -37,8 +41,12 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "Evicting",
     "Full",
     "LazyEviction",
+    "Needs",
+    "PageView",
+    "Policy",
     "PyramidKV",
     "Quest",
     "QuestRaaS",
@@ -51,6 +59,7 @@ __all__ = [
     "SparsityError",
     "StreamingLLM",
     "Then",
+    "Thresholds",
     "Trace",
     "VaSE",
     "attach",
@@ -62,8 +71,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What knows transformers is loaded when it is first asked for, not with the package."""
+    """The names that need transformers, which is imported when one of them is asked for first."""
     if name not in ("SparseCache", "attach", "detach"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module("sparsity.hf.cache" if name == "SparseCache" else "sparsity.hf.attach")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """The public names, those not loaded yet among them."""
+    return sorted({*globals(), *__all__})

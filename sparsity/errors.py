@@ -1,4 +1,4 @@
-"""The one error root of the package."""
+"""The one error of the package."""
 
 
 class SparsityError(ValueError):

@@ -1,5 +1,10 @@
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine is no fault of the code: timings are never asserted in tests.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,11 +7,10 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
+from demand.arguments import instance_of, instances_of, whole_number
 from demand.distribution.atoms import (
-    Floats,
     beyond_samples,
-    check_age,
-    check_numbers,
+    check_weights,
     clean_atoms,
     compress_atoms,
     sum_atoms,
@@ -19,6 +18,13 @@ from demand.distribution.atoms import (
 from demand.distribution.grid import check_step, default_step, round_up
 from demand.distribution.rank_variants import check_variant, mean_remaining, rank_at
 from demand.errors import DemandError
+from demand.seconds import Floats, check_age, one_number, one_of_seconds
+
+SLACK = 1e-12
+"""Relative error that sums of many weights may have."""
+
+EPSILON = 2.0**-52
+"""Relative distance of two neighbouring floats: how well 1 - q is known for a q just below 1."""
 
 
 @final
@@ -40,8 +46,10 @@ class Distribution:
     Attributes:
         values: `[n]` float64 seconds, ascending, distinct, read-only.
         weights: `[n]` float64, positive, of sum 1, read-only.
-        extrapolated: whether it is what `condition` gives beyond all samples: the doubling rule at
-            one age, which is no knowledge. Ask the distribution it came from about other ages.
+        extrapolated: whether no sample stands behind it. `condition(age)` beyond the largest sample
+            has nothing to go by; it gives one atom, the remaining seconds that the doubling rule
+            assumes at that age, and marks it so. A scheduler should not learn from it (`Job.learn`
+            does not), and for other ages ask the distribution that it was made from.
 
     Raises:
         DemandError: no samples, NaN, infinity, a negative number, or weights that sum to 0.
@@ -68,11 +76,11 @@ class Distribution:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether it stands for an age beyond all samples."""
+        """Whether `condition` made it for an age beyond the largest sample: a rule, not samples."""
         return self._extrapolated
 
     def survival(self, age: float) -> float:
-        """P(X > age) over the atoms."""
+        """P(X > age), the share of the samples that are longer; 0 beyond the largest."""
         return float(self._weights[self._first_above(check_age(age)) :].sum())
 
     def mean(self, age: float = 0.0) -> float:
@@ -87,22 +95,31 @@ class Distribution:
         Raises:
             DemandError: q outside [0, 1], or a bad age.
         """
+        q = one_number("q", q)
         if not 0.0 <= q <= 1.0:
             raise DemandError(f"q is {q}; a quantile needs 0 <= q <= 1, such as 0.95")
         age = check_age(age)
         first = self._first_above(age)
         if first == self._values.size:
             return float(beyond_samples(self._values[-1], age))
-        cumulative = np.cumsum(self._weights[first:])
-        # The slack keeps a quantile that falls on a step from being lost to rounding in the sum.
-        at = int(np.searchsorted(cumulative, (q - 1e-12) * cumulative[-1]))
-        return float(self._values[first + at] - age)
+        weights = self._weights[first:]
+        # Sums from the nearer end, since a sum from the far one would lose a thin tail to rounding;
+        # the slack keeps a quantile that falls on a step from being lost to it.
+        if q < 0.5:
+            below = np.cumsum(weights)
+            at = np.searchsorted(below, (1.0 - SLACK) * q * below[-1])
+        else:
+            beyond = np.cumsum(weights[::-1])  # mass of the last one, two, ... atoms
+            above = (1.0 - q) * (1.0 + SLACK) + (EPSILON if q < 1.0 else 0.0)
+            at = weights.size - 1 - np.searchsorted(beyond, above * beyond[-1], side="right")
+        return float(self._values[first + max(int(at), 0)] - age)
 
     def condition(self, age: float) -> "Distribution":
         """Distribution of the remaining seconds X - age of a job that has X > age.
 
-        Up to the largest sample its answers at age b are those of this one at `age` + b. Beyond, it
-        is the doubling rule at `age` alone, and `extrapolated`.
+        Up to the largest sample its answers at age b are those of this one at `age` + b. Beyond the
+        largest sample it is a single atom, what the doubling rule assumes at `age`, and
+        `extrapolated`.
         """
         age = check_age(age)
         first = self._first_above(age)
@@ -124,9 +141,9 @@ class Distribution:
 
         Args:
             age: attained service in seconds.
-            variant: `"gittins"` (`gittins_rank` has the equation), or one of
-                `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"`, see
-                `demand.distribution.rank_variants`.
+            variant: `"gittins"`, the exact rank (`gittins_rank` has the equation), or one of
+                `"shifted"`, `"bucketed"`, `"hermes_artifact"` and `"mean"` (`RankTable` says what
+                each is).
             quantum: least seconds of service between two decisions.
             preemption_cost: seconds lost by switching the job in.
 
@@ -147,10 +164,11 @@ class Distribution:
         Raises:
             DemandError: no distributions, or weights that do not fit them or sum to 0.
         """
+        distributions = instances_of("distributions", distributions, Distribution)
         if not distributions:
             raise DemandError("a mixture of no distributions; expected at least one")
         n = len(distributions)
-        odds = np.ones(n) if weights is None else check_numbers("weights", weights)
+        odds = np.ones(n) if weights is None else check_weights(weights)
         if odds.size != n:
             raise DemandError(
                 f"weights has {odds.size} entries for {n} distributions; give one for each"
@@ -166,19 +184,20 @@ class Distribution:
         Raises:
             DemandError: fewer than 2 atoms, or more than 2**24 pairs of atoms.
         """
+        instance_of("other", other, Distribution)
         pairs = sum_atoms((self._values, self._weights), (other.values, other.weights))
         return Distribution(*pairs).compress(atoms)
 
     def compress(self, atoms: int) -> "Distribution":
         """At most `atoms` atoms of the same mean, the largest kept, by merging neighbours.
 
-        No mass moves by more than (max - min) / (atoms // 2) seconds; `compress_atoms` has
-        the rule.
-        With that many or fewer atoms already, nothing changes.
+        No probability moves by more than (max - min) / (atoms // 2) seconds; `compress_atoms` has
+        the rule. With that many or fewer atoms already, nothing changes.
 
         Raises:
             DemandError: fewer than 2 atoms.
         """
+        atoms = whole_number("atoms", atoms)
         if 2 <= atoms >= len(self):
             return self
         return Distribution(*compress_atoms(self._values, self._weights, atoms))
@@ -189,6 +208,7 @@ class Distribution:
         Raises:
             DemandError: a factor that is not positive and finite.
         """
+        factor = one_number("factor", factor)
         if not 0.0 < factor < math.inf:
             raise DemandError(f"factor is {factor}; expected a positive finite number, such as 2.0")
         return Distribution(self._values * factor, self._weights)
@@ -199,6 +219,7 @@ class Distribution:
         Raises:
             DemandError: seconds that are not finite, or would make an atom negative.
         """
+        seconds = one_of_seconds("seconds", seconds)
         if not -self._values[0] <= seconds < math.inf:
             raise DemandError(
                 f"seconds is {seconds}; expected finite seconds of at least minus the smallest "
@@ -209,8 +230,9 @@ class Distribution:
     def on_grid(self, step_seconds: float | None = None) -> "Distribution":
         """Every atom rounded up to a multiple of `step_seconds`, against noise in the rank.
 
-        `grid.py` says why, and has the default: half the interquartile range over the
-        cube root of the effective number of samples.
+        Between two samples the Gittins rank of raw samples falls as if jobs ended at the next
+        sample's age; `demand.distribution.grid` has the reason and the source. The default step
+        is half the interquartile range over the cube root of the effective number of samples.
 
         Raises:
             DemandError: a step that is not positive and finite, or too small to be told apart.

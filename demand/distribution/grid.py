@@ -14,8 +14,8 @@ from typing import overload
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
+from demand.seconds import Floats, one_of_seconds
 
 MOST_STEPS = 2.0**40
 """Steps from 0 to the largest atom: far from where float64 cannot tell two of them apart."""
@@ -39,7 +39,7 @@ def default_step(values: Floats, weights: Floats) -> float:
 
 def check_step(step_seconds: float, largest: float) -> float:
     """Return `step_seconds` as a float, or raise `DemandError` if no grid up to `largest`."""
-    step_seconds = float(step_seconds)
+    step_seconds = one_of_seconds("step_seconds", step_seconds)
     if not (0.0 < step_seconds < math.inf and step_seconds * MOST_STEPS > largest):
         raise DemandError(
             f"step_seconds is {step_seconds} for atoms up to {largest}; expected positive finite "

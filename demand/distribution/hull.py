@@ -1,75 +1,137 @@
-"""The lower convex hulls behind the Gittins ranks of all ages."""
+"""The lower convex hulls behind the Gittins ranks of all ages.
+
+A demand may span 30 decades: seconds from nanoseconds to ages of the universe, probabilities down
+to any size. So nothing here is the difference of two running sums, of which only rounding would be
+left where the one is far larger than the other. Every number is a sum of positive terms over just
+the atoms it is about, and as exact as its terms.
+"""
 
 import math
+from array import array
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
+from demand.seconds import Floats
 
 Ints = NDArray[np.int64]
 
 
 class Tails(NamedTuple):
-    """Ages x_0 = 0 < x_1 < ... < x_n, P(X > x_i) and E[(X - x_i)+], summed from the tail.
+    """Ages x_0 = 0 < x_1 < ... < x_n, x_1 ... x_n the atoms, and what lies beyond each of them.
 
-    x_1 ... x_n are the atoms. Those whose weight is lost to rounding in the sum are left out, so
-    that `survival` falls strictly, to 0; `excess` falls strictly to 0 as well.
+    Attributes:
+        ages: `[n + 1]` x_i in seconds.
+        weights: `[n]` P(X = x_(i+1)).
+        survival: `[n + 1]` P(X > x_i), falling to 0.
+        areas: `[n]` seconds that a job is expected to be served between x_i and x_(i+1):
+            (x_(i+1) - x_i) P(X > x_i).
+        excess: `[n + 1]` E[(X - x_i)+] in seconds: the sum of the areas from x_i on.
     """
 
     ages: Floats
+    weights: Floats
     survival: Floats
+    areas: Floats
     excess: Floats
 
     @classmethod
     def of(cls, values: Floats, weights: Floats) -> "Tails":
         """For ascending distinct values of positive weight."""
-        at_least = np.cumsum(weights[::-1])[::-1]
-        survival = np.append(at_least, 0.0)
-        ages = np.append(0.0, values)
+        survival = np.append(np.cumsum(weights[::-1])[::-1], 0.0)
         if values[0] == 0.0:
-            ages, survival = ages[1:], survival[1:]
-        kept = np.append(True, survival[1:] < survival[:-1])
-        if not kept.all():
-            ages, survival = ages[kept], survival[kept]
+            ages, survival, weights = values, survival[1:], weights[1:]
+        else:
+            ages = np.append(0.0, values)
         areas = np.diff(ages) * survival[:-1]
-        return cls(ages, survival, np.append(np.cumsum(areas[::-1])[::-1], 0.0))
+        excess = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
+        return cls(ages, weights, survival, areas, excess)
 
-    def slopes(self, left: Ints, right: Ints) -> Floats:
-        """Expected service per completion between two ages by number, `left` < `right`."""
-        return (self.excess[left] - self.excess[right]) / (
-            self.survival[left] - self.survival[right]
+
+class Passed(NamedTuple):
+    """Points that the hull of a longer suffix passes over, each at most once.
+
+    Attributes:
+        points: `[m]` numbers k.
+        by: `[m]` number i of the point whose hull is the first that goes over P_k; ascending, and
+            for one i the points from right to left.
+        served: `[m]` A(x_k) - A(x_(i+1)), seconds.
+        finished: `[m]` F(x_k) - F(x_i), a probability.
+    """
+
+    points: Ints
+    by: Ints
+    served: Floats
+    finished: Floats
+
+
+class Hull(NamedTuple):
+    """The lower hull of the points P_i ... P_n for every i, and how the one is made of the next.
+
+    P_k = (F(x_k), A(x_k)), with F the distribution function and A(y) the integral of 1 - F up to y,
+    so that the slope from P_i to P_k is the expected service per completion of who starts at age
+    x_i and gives up at x_k. The hulls form a tree: each point has one next point on the hull of
+    its suffix, whatever the suffix that the hull begins with.
+
+    Attributes:
+        after: `[n + 1]` number of the next point; n for P_n itself.
+        served: `[n + 1]` seconds expected from a point to its next, A(x_after) - A(x_i).
+        finished: `[n + 1]` probability to finish between the two, F(x_after) - F(x_i).
+        slopes: `[n + 1]` the one over the other; infinity for P_n.
+        passes: for each point the first that goes over it, or n, and what `Passed` says of it.
+    """
+
+    after: Ints
+    served: Floats
+    finished: Floats
+    slopes: Floats
+    passes: tuple[list[int], list[float], list[float]]
+
+    @classmethod
+    def of(cls, tails: Tails) -> "Hull":
+        """The monotone chain scan, from the right.
+
+        At i it has the hull of P_(i+1) ... P_n, and walks along it from P_(i+1) to where the
+        tangent through P_i touches, adding up what the edges that it passes are made of. What it
+        passes is never needed again, so all walks together take at most n steps.
+
+        This loop is all of the construction that is not vectorised; it stays with Python's floats.
+        """
+        areas, weights = tails.areas.tolist(), tails.weights.tolist()
+        n = len(areas)
+        after, slopes = [n] * (n + 1), [*(tails.areas / tails.weights).tolist(), math.inf]
+        served, finished = [*areas, 0.0], [*weights, 0.0]
+        by, served_before, finished_before = [n] * (n + 1), [0.0] * (n + 1), [0.0] * (n + 1)
+        for i in range(n - 1, -1, -1):
+            k, slope = i + 1, slopes[i]
+            if slope > slopes[k]:
+                area, beyond, mass = areas[i], 0.0, weights[i]
+                while slope > slopes[k]:
+                    by[k] = i
+                    served_before[k] = beyond
+                    finished_before[k] = mass
+                    beyond += served[k]
+                    mass += finished[k]
+                    k = after[k]
+                    slope = (area + beyond) / mass
+                slopes[i] = slope
+                served[i] = area + beyond
+                finished[i] = mass
+            after[i] = k
+        return cls(
+            np.frombuffer(array("q", after), np.int64),
+            np.frombuffer(array("d", served)),
+            np.frombuffer(array("d", finished)),
+            np.frombuffer(array("d", slopes)),
+            (by, served_before, finished_before),
         )
 
-
-def tangent_walks(tails: Tails) -> Ints:
-    """Walks along the hulls of the points P_k = (F(x_k), A(x_k)), A(y) the integral of 1 - F.
-
-    F and A enter through differences only, so survival and excess stand in for them. The monotone
-    chain scan from the right: at i it has the lower hull of P_(i+1) ... P_n, and walks along it
-    from P_(i+1) to where the tangent through P_i touches. What it passes is never needed again,
-    so all walks together take at most 2 n steps.
-
-    This loop is all of the construction that is not vectorised; it stays with Python's floats.
-
-    Returns:
-        The walks of i = n - 1 ... 0, end to end, as numbers of points. Each starts at i + 1 and
-        rises, so that a fall marks the start of the next.
-    """
-    survival, excess = tails.survival.tolist(), tails.excess.tolist()
-    number = np.arange(len(survival) - 1)
-    slopes = tails.slopes(number, number + 1).tolist()  # from each point to its neighbour
-    edge = [math.inf] * len(survival)  # slope from a point to the next one on its suffix's hull
-    after = [0] * len(survival)
-    walks: list[int] = []
-    step = walks.append
-    for i in range(len(survival) - 2, -1, -1):
-        k, slope = i + 1, slopes[i]
-        step(k)
-        while slope > edge[k]:
-            k = after[k]
-            step(k)
-            slope = (excess[i] - excess[k]) / (survival[i] - survival[k])
-        after[i], edge[i] = k, slope
-    return np.fromiter(walks, dtype=np.int64, count=len(walks))
+    def passed(self) -> Passed:
+        """The points that some hull passes over."""
+        by, *columns = self.passes
+        over = np.frombuffer(array("q", by), np.int64)
+        points = np.flatnonzero(over < len(by) - 1)
+        points = points[np.argsort(over[points] * len(by) - points)]
+        served, finished = (np.frombuffer(array("d", column))[points] for column in columns)
+        return Passed(points, over[points], served, finished)

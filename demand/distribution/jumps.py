@@ -6,12 +6,12 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.seconds import Floats
 
 
 @final
 class Jumps:
-    """Ages at which a rank jumps up, searched by value.
+    """The ages at which a rank jumps up, to be searched for one over a threshold.
 
     The first jump of all over a threshold is found by bisection in the running maximum. Where it
     lies before the age in question, the search goes through a tree of maxima, which is built when

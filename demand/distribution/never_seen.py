@@ -8,7 +8,7 @@ from demand.distribution.distribution import Distribution
 NEVER_SEEN = Distribution([0.0])
 """What is known of an application without a single run.
 
-Every age lies beyond its samples, so that by the doubling rule (`beyond_samples`)
+Its single sample is 0, so that every age lies beyond it. By the doubling rule (`beyond_samples`)
 its remaining demand, and with it every rank by age, is its attained service rounded down to a
 power of two of nanoseconds: least attained service first, in steps, in seconds like all others.
 """

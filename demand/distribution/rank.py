@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats, beyond_samples, check_age, check_seconds, clean_atoms
+from demand.distribution.atoms import beyond_samples, clean_atoms
+from demand.seconds import Floats, check_age, check_seconds
 
 
 def gittins_rank(
@@ -58,14 +59,18 @@ def rank_of_sorted(
     first = int(np.searchsorted(values, age, side="right"))
     if first == values.size:
         return preemption_cost + float(beyond_samples(values[-1], age))
-    gain = values[first:] - age
     weight = weights[first:]
+    alive = np.cumsum(weight[::-1])[::-1]  # who gets as far as each atom
+    steps = values[first:] - age
+    gain = steps.copy() if quantum else None
+    steps[1:] = np.diff(values[first:])
     finished = np.cumsum(weight)
-    unfinished = finished[-1] - finished
-    # Stops below the quantum become the quantum. Of those the last has the true numerator and
-    # denominator; the others count too few completions, so they do not lower the minimum.
-    stop = np.maximum(gain, quantum)
-    spent = np.cumsum(weight * gain) + stop * unfinished + preemption_cost * finished[-1]
+    # Sums of positive terms alone: a difference of sums would be lost in demands of many decades.
+    spent = np.cumsum(alive * steps) + preemption_cost * alive[0]
+    if gain is not None:
+        # Stops below the quantum become the quantum. Of those the last has the true numerator and
+        # denominator; the others count too few completions, so they do not lower the minimum.
+        spent[:-1] += np.maximum(quantum - gain[:-1], 0.0) * alive[1:]
     return float(np.min(spent / finished))
 
 

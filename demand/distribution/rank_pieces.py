@@ -1,4 +1,7 @@
-"""Functions of age that fall within pieces and may jump up between them."""
+"""Ranks of all ages as piecewise linear functions: the mean, the exact rank and the bucketed ones.
+
+Between two ages at which the best time to give up changes, a rank is a falling line.
+"""
 
 import math
 from array import array
@@ -7,14 +10,15 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
-from demand.distribution.hull import Tails, tangent_walks
+from demand.distribution.hull import Hull, Ints, Tails
+from demand.distribution.range_sums import LEAST_SHARE, RangeSums
 from demand.distribution.rank_variants import BUCKETS, bucket_entries
+from demand.seconds import Floats
 
 
 @final
 class Pieces:
-    """A piecewise linear function of age; within a piece it falls.
+    """A piecewise linear function of age: within a piece it falls, between pieces it may jump up.
 
     A piece is kept by its end: value(age) = end_value + rate * (end - age), a sum of terms that
     are not negative, so that no rank is rounded below 0.
@@ -39,7 +43,7 @@ class Pieces:
         return self._ends.size
 
     def __call__(self, ages: Floats) -> Floats:
-        """Values at `ages`, any shape, from 0 to below the last end."""
+        """Values at `ages` in seconds, any shape, from 0 to below the last end."""
         at = self._ends.searchsorted(ages, side="right")
         return self._end_values[at] + self._rates[at] * (self._ends[at] - ages)
 
@@ -58,8 +62,8 @@ class Pieces:
 
 def mean_pieces(tails: Tails) -> Pieces:
     """E[X - a | X > a] by age: one piece to each gap between atoms."""
-    ages, survival, excess = tails
-    return Pieces(ages[1:], excess[1:] / survival[:-1], np.ones(len(ages) - 1))
+    rates = np.ones(len(tails.areas))
+    return Pieces(tails.ages[1:], tails.excess[1:] / tails.survival[:-1], rates)
 
 
 def gittins_pieces(tails: Tails) -> Pieces:
@@ -67,28 +71,35 @@ def gittins_pieces(tails: Tails) -> Pieces:
 
     The rank at age a is the least slope from (F(a), A(a)) to a later point P_k, that is, of the
     tangent to the lower hull of the later points. Between x_i and x_(i+1) the query moves straight
-    up from P_i, and its tangent point walks back along the hull to P_(i+1): `tangent_walks` in
-    reverse. Each step of a walk is one linear piece, and the rank where two pieces meet is the
-    slope of the hull edge between their points.
+    up from P_i, and its tangent point walks back along the hull to P_(i+1), over the points that
+    P_i passed over. Each step of that walk is one linear piece: ((x_(i+1) - a) P(X > x_i) +
+    A(x_k) - A(x_(i+1))) / (F(x_k) - F(x_i)), up to the age at which it equals the slope of the hull
+    edge from the point before.
     """
-    ages, survival, excess = tails
-    touched = tangent_walks(tails)
-    starts_walk = np.diff(touched, prepend=len(ages)) < 0
-    i = len(ages) - 1 - np.cumsum(starts_walk)
-    alive = survival[i]
-    # The walk starts with P_(i+1) itself, where the query arrives at the end of the gap.
-    ends, end_ranks = ages[i + 1], np.zeros(touched.size)
-    later = np.flatnonzero(~starts_walk)
-    passed = touched[later - 1]
-    edges = tails.slopes(passed, touched[later])
-    up = excess[passed] + edges * (alive[later] - survival[passed]) - excess[i[later] + 1]
-    ends[later] = np.maximum(ends[later] - up / alive[later], ages[i[later]])
-    end_ranks[later] = edges
-    # Walks run to ever smaller ages, and so does each walk. Pieces without length are dropped.
-    ends = np.minimum.accumulate(ends)  # against rounding
-    starts = np.append(ends, 0.0)[1:]
-    kept = np.flatnonzero(starts < ends)[::-1]
-    return Pieces(ends[kept], end_ranks[kept], (alive / (alive - survival[touched]))[kept])
+    ages, weights, survival, _, _ = tails
+    hull = Hull.of(tails)
+    point, by, served, finished = hull.passed()
+    up = hull.slopes[point] * finished - served
+    own = np.arange(len(weights))  # the gap of the piece whose tangent point is the end of the gap
+    order = np.argsort(
+        np.concatenate([by, own]), kind="stable"
+    )  # that piece is the last of its gap
+    gap = np.concatenate([by, own])[order]
+    starts, stops, alive = ages[gap], ages[gap + 1], survival[gap]
+    beyond = np.concatenate([served + hull.served[point], np.zeros(own.size)])[order]
+    mass = np.concatenate([finished + hull.finished[point], weights])[order]
+    ends = stops - np.concatenate([up, np.zeros(own.size)])[order] / alive
+    ends = np.maximum(ends, starts)
+    ends = np.minimum(ends, stops)
+    # Where an end is rounded down, the line that ends there is still the lower one at that age.
+    here = (beyond + (stops - ends) * alive) / mass
+    behind = (beyond[1:] + (stops[1:] - ends[:-1]) * alive[1:]) / mass[1:]
+    lower = np.flatnonzero((here[:-1] < behind * (1.0 - 1e-12)) & (ends[:-1] < stops[:-1]))
+    ends[lower] = np.nextafter(ends[lower], math.inf)
+    ends = np.minimum.accumulate(ends[::-1])[::-1]  # against rounding
+    ranks, rates = (beyond + (stops - ends) * alive) / mass, alive / mass
+    kept = np.flatnonzero(ends > np.append(0.0, ends[:-1]))  # pieces without length are dropped
+    return Pieces(ends[kept], ranks[kept], rates[kept])
 
 
 def bucketed_pieces(tails: Tails) -> Pieces:
@@ -107,32 +118,49 @@ def _bucket_pieces(tails: Tails, artifact: bool) -> Pieces:
     The stops D = j (m - a) / 10 shrink as the age grows, so that atoms enter them: there are up to
     11 n such ages, and up to 10 pieces between two of them.
     """
-    ages, survival, excess = tails
+    ages, weights, survival, areas, _ = tails
     largest = ages[-1]
     entries = [bucket_entries(ages, bucket) for bucket in range(1, BUCKETS + 1)]
     marks = np.unique(np.concatenate([ages, *entries]))
     marks = marks[(marks >= 0.0) & (marks <= largest)]
     starts, ends = marks[:-1], marks[1:]
     i = ages.searchsorted(starts, side="right") - 1
-    alive = survival[i]
-    left = excess[i + 1] + (ages[i + 1] - ends) * alive  # E[(X - end)+]
+    gap_left = ages[i + 1] - ends
+    served_between, finished_between = RangeSums(areas), RangeSums(weights)
     values = np.full((BUCKETS, starts.size), math.inf)
     rates = np.zeros((BUCKETS, starts.size))
     for row, entry in enumerate(entries):
         k = np.maximum(entry.searchsorted(starts, side="right") - 1, i)
-        some = np.flatnonzero(k > i)
-        k, here, end = k[some], alive[some], ends[some]
-        done = here - survival[k]
+        some = np.flatnonzero(k > i)  # where an atom lies within the stop
+        first, k, end, alive = i[some], k[some], ends[some], survival[i[some]]
+        done = finished_between(first, k)
         if artifact:  # E[X - a; X - a <= D] alive / done^2
-            served = left[some] - excess[k] - (ages[k] - end) * survival[k]
-            values[row, some] = served * here / done**2
-            rates[row, some] = here / done
+            own = _served_to_completion(tails, first, k, end)
+            values[row, some] = own * alive / done**2
+            rates[row, some] = alive / done
         else:  # E[min(X - a, D)] / done, where a + D = (1 - share) a + share m
             share = (row + 1) / BUCKETS
-            reach = (1.0 - share) * end + share * largest
-            values[row, some] = (left[some] - excess[k] + (reach - ages[k]) * survival[k]) / done
-            rates[row, some] = (here - (1.0 - share) * survival[k]) / done
-    return _lower_envelope(starts, ends, np.maximum(values, 0.0), rates)
+            served = gap_left[some] * alive + served_between(first + 1, k)
+            beyond = share * (largest - ages[k]) - (1.0 - share) * (ages[k] - end)  # a + D - x_k
+            values[row, some] = (served + np.maximum(beyond, 0.0) * survival[k]) / done
+            rates[row, some] = (done + share * survival[k]) / done
+    return _lower_envelope(starts, ends, values, rates)
+
+
+def _served_to_completion(tails: Tails, first: Ints, last: Ints, age: Floats) -> Floats:
+    """`[m]` sums of P(X = x_j) (x_j - age) over first < j <= last, each from its own age on.
+
+    What all jobs are served up to x_last, less what those that live on are. Where that would be a
+    difference of two numbers that are nearly the same, the sum itself.
+    """
+    ages, weights, survival, areas, _ = tails
+    alive = survival[first]
+    everybody = (ages[first + 1] - age) * alive + RangeSums(areas)(first + 1, last)
+    sums: Floats = everybody - (ages[last] - age) * survival[last]
+    for at in np.flatnonzero(sums < LEAST_SHARE * everybody):
+        own = slice(first[at], last[at])
+        sums[at] = weights[own] @ (ages[1:][own] - age[at])
+    return sums
 
 
 def _lower_envelope(starts: Floats, ends: Floats, values: Floats, rates: Floats) -> Pieces:

@@ -1,4 +1,4 @@
-"""Ranks for all ages at once, exact at every age."""
+"""Ranks for all ages at once, exact at every age, and for jobs of several applications."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol, final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import RESOLUTION_SECONDS, Floats, beyond_samples, check_age
+from demand.arguments import instance_of, instances_of
+from demand.distribution.atoms import RESOLUTION_SECONDS, beyond_samples
 from demand.distribution.distribution import Distribution
 from demand.distribution.grid import default_step, round_down
 from demand.distribution.hull import Tails
@@ -22,6 +23,7 @@ from demand.distribution.rank_pieces import (
 from demand.distribution.rank_variants import RankOptions, check_variant
 from demand.distribution.rank_with_costs import CostedRanks
 from demand.errors import DemandError
+from demand.seconds import Floats, as_seconds, check_age
 
 
 class RanksByAge(Protocol):
@@ -35,7 +37,7 @@ class RanksByAge(Protocol):
 
 
 class _Curve(NamedTuple):
-    """Ranks below the largest atom, where they jump, and the atom."""
+    """What a table is made of: ranks below the largest atom, where they jump up, and the atom."""
 
     ranks: RanksByAge
     jump_ages: Floats
@@ -52,12 +54,12 @@ class RankTable:
 
     Args:
         distribution: total demand of the job in seconds.
-        variant: `"gittins"`, exact (see `gittins_rank`); `"shifted"`, exact on
-            samples rounded up to a grid (`shifted_rank`); `"mean"`, the mean
-            remaining demand E[X - age | X > age], which is what SERPT serves by; and for
-            comparison `"bucketed"`, ten equal-width stops, and `"hermes_artifact"`, what the
-            public artifact computes, rank 0 beyond the samples included. The last is not to be
-            used.
+        variant: `"gittins"`, the exact rank (`gittins_rank`); `"shifted"`, the exact rank of the
+            samples rounded up to a grid (`shifted_rank`); `"mean"`, the mean remaining demand
+            E[X - age | X > age], which is what SERPT serves by; and for comparison `"bucketed"`,
+            which tries ten equally spaced times to give up, and `"hermes_artifact"`, what the
+            public artifact of Hermes computes, rank 0 beyond the samples included. Do not
+            schedule by the last.
         quantum: least seconds of service between two decisions; of `"gittins"` and `"shifted"`.
         preemption_cost: seconds lost by switching the job in; of the same two. Without both a
             table is fastest.
@@ -87,6 +89,7 @@ class RankTable:
         quantum: float = 0.0,
         preemption_cost: float = 0.0,
     ) -> None:
+        instance_of("distribution", distribution, Distribution)
         self._options = check_variant(variant, quantum, preemption_cost)
         self._atoms = len(distribution)
         self._ranks, jump_ages, jump_ranks, self._largest = _BUILDERS[variant](
@@ -105,7 +108,7 @@ class RankTable:
         Raises:
             DemandError: an age that is negative or not finite.
         """
-        age = np.asarray(ages, dtype=np.float64)
+        age = as_seconds("ages", ages)
         if not age.size:
             return np.empty(age.shape)
         oldest = age.max()
@@ -169,7 +172,7 @@ class RankTable:
 
 
 class _OnGrid:
-    """Ranks that stand still within a cell of a grid."""
+    """Ranks of samples on a grid: an age is rounded down to the grid, as samples are rounded up."""
 
     def __init__(self, ranks: RanksByAge, step_seconds: float) -> None:
         self._ranks, self._step = ranks, step_seconds
@@ -233,7 +236,8 @@ def rank_many(tables: Sequence[RankTable], applications: ArrayLike, ages: ArrayL
     Raises:
         DemandError: shapes that differ, a number that names no table, or a bad age.
     """
-    which, age = np.asarray(applications), np.asarray(ages, dtype=np.float64)
+    tables = instances_of("tables", tables, RankTable)
+    which, age = np.asarray(applications), as_seconds("ages", ages)
     if which.ndim != 1 or which.shape != age.shape:
         raise DemandError(
             f"applications has shape {which.shape} and ages {age.shape}; expected one of each for "

@@ -7,17 +7,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats, beyond_samples, check_seconds, clean_atoms
+from demand.distribution.atoms import beyond_samples, clean_atoms
 from demand.distribution.grid import default_step, round_down, round_up
 from demand.distribution.rank import rank_of_sorted
 from demand.errors import DemandError
+from demand.seconds import Floats, check_seconds
 
 BUCKETS = 10
 """Equal-width stops of the bucketed ranks: the default of the Hermes artifact."""
 
 
 class RankOptions(NamedTuple):
-    """Which variant of the rank is meant, checked."""
+    """Which variant of the rank is meant, with its quantum and preemption cost in seconds."""
 
     variant: str
     quantum: float
@@ -31,7 +32,7 @@ def check_variant(variant: str, quantum: float, preemption_cost: float) -> RankO
         DemandError: an unknown name, a quantum or cost that is negative or not finite, or one
             that is not 0 for a variant that has none.
     """
-    if variant not in RANKS:
+    if not isinstance(variant, str) or variant not in RANKS:
         raise DemandError(f"variant is {variant!r}; expected one of {', '.join(RANKS)}")
     options = RankOptions(
         variant,
@@ -47,7 +48,7 @@ def check_variant(variant: str, quantum: float, preemption_cost: float) -> RankO
 
 
 def rank_at(values: Floats, weights: Floats, age: float, options: RankOptions) -> float:
-    """The rank that `options` name, of a job of one age, for clean atoms and a checked age."""
+    """The rank that `options` name, of a job of one age; atoms and age must be checked already."""
     costs = options[1:] if options.variant in COSTED_RANKS else ()
     return RANKS[options.variant](values, weights, age, *costs)
 

@@ -3,24 +3,37 @@
 import math
 from array import array
 from bisect import bisect_right
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
-from demand.distribution.hull import Ints, Tails, tangent_walks
+from demand.distribution.hull import Hull, Ints, Tails
+from demand.distribution.range_sums import RangeSums
+from demand.seconds import Floats
+
+
+class _Hop(NamedTuple):
+    """2^m edges of the hull at once: where they lead from each point, and what they add up to."""
+
+    to: Ints
+    served: Floats
+    finished: Floats
+
+    def twice(self) -> "_Hop":
+        """Twice as many edges."""
+        to, served, finished = self
+        return _Hop(to[to], served + served[to], finished + finished[to])
 
 
 @final
 class CostedRanks:
     """G(a) = inf over D >= q of (c + E[min(X - a, D) | X > a]) / P(X - a <= D | X > a), by search.
 
-    The best D is q, or reaches an atom beyond a + q. With E(y) the excess E[(X - y)+] and S
-    survival, D = q gives (E(a) - E(a + q) + c S(a)) / (S(a) - S(a + q)); the best atom k has the
-    least slope (E(a) + c S(a) - E_k) / (S(a) - S_k), the tangent from a point below the curve to
-    the lower hull of the atoms beyond a + q. The hulls of all suffixes form a tree (each point
-    has one next point, whatever suffix it starts), so the tangent is found by doubling steps
+    The best D is q, or reaches an atom beyond a + q. To give up at q takes the quotient of
+    c S(a) + A(a + q) - A(a) and F(a + q) - F(a), with F the distribution function, S = 1 - F and
+    A the integral of S. The best atom k has the least slope (c S(a) + A(x_k) - A(a)) /
+    (F(x_k) - F(a)): the tangent from a point below the curve to the lower hull of the atoms beyond
+    a + q. The hulls of all suffixes form a tree (`Hull`), so the tangent is found by doubling steps
     along it: O(log n) for one age, and less for random samples, whose hulls have few points. The
     walks between two atoms overlap, unlike those without quantum and cost, which is why the
     pieces are not listed.
@@ -29,66 +42,79 @@ class CostedRanks:
     """
 
     def __init__(self, tails: Tails, quantum: float, preemption_cost: float) -> None:
-        self._tails, self._quantum, self._cost = tails, quantum, preemption_cost
-        last = len(tails.ages) - 1
-        after = np.full(last + 1, last, dtype=np.int64)
-        walks = tangent_walks(tails)
-        after[:-1] = walks[np.diff(walks, append=0) < 0][::-1]  # where the walk of a point ends
-        edges = np.full(last + 1, math.inf)
-        edges[:-1] = tails.slopes(np.arange(last), after[:-1])
-        self._edges = edges
-        hops = [after]
-        while (hops[-1] != last).any():
-            hops.append(hops[-1][hops[-1]])
+        self._quantum, self._cost = quantum, preemption_cost
+        hull = Hull.of(tails)
+        hops = [_Hop(hull.after, hull.served, hull.finished)]
+        while (hops[-1].to != len(tails.areas)).any():
+            hops.append(hops[-1].twice())
         self._hops = hops[::-1]  # longest first
-        self._lists = (*(column.tolist() for column in tails), edges.tolist())
-        self._hop_lists = [array("q", hop.tobytes()) for hop in self._hops]
+        self._hop_arrays = [
+            (array("q", to.tobytes()), array("d", served.tobytes()), array("d", finished.tobytes()))
+            for to, served, finished in self._hops
+        ]
+        # Nothing is served and nobody finishes between the largest atom and the next, of which
+        # there is none.
+        areas, weights = np.append(tails.areas, 0.0), np.append(tails.weights, 0.0)
+        self._served, self._finished = RangeSums(areas), RangeSums(weights)
+        self._columns = tails.ages, tails.survival, areas, weights, hull.slopes
+        self._lists = tuple(column.tolist() for column in self._columns)
 
     def __call__(self, ages: Floats) -> Floats:
         """Ranks at `ages`, any shape, from 0 to below the largest atom."""
-        x, survival, excess = self._tails
-        last = len(x) - 1
+        return self._ranks(ages.ravel()).reshape(ages.shape)
+
+    def _ranks(self, ages: Floats) -> Floats:
+        x, survival, areas, weights, edges = self._columns
         i = x.searchsorted(ages, side="right") - 1
-        alive = survival[i]
-        area = excess[i + 1] + (x[i + 1] - ages) * alive + self._cost * alive
-        reach = ages + self._quantum
-        j = x.searchsorted(reach, side="right") - 1
-        k = np.minimum(j + 1, last)
-        rest = excess[k] + np.maximum(x[k] - reach, 0.0) * survival[j]
-        done = alive - survival[j]
-        at_quantum = np.where(j > i, (area - rest) / np.where(j > i, done, 1.0), math.inf)
-        passed = self._steep(area, alive, k)
-        for hop in self._hops:
-            ahead = hop[k]
-            k = np.where(passed & self._steep(area, alive, ahead), ahead, k)
-        k = np.where(passed, self._hops[-1][k], k)
-        return np.minimum(at_quantum, (area - excess[k]) / (alive - survival[k]))
+        served = (x[i + 1] - ages + self._cost) * survival[i]
+        finished, k, at_quantum = weights[i], i + 1, np.full(ages.size, math.inf)
+        if self._quantum:
+            j = x.searchsorted(ages + self._quantum, side="right") - 1
+            j -= x[j] - ages > self._quantum  # where the sum was rounded up to an atom
+            some = np.flatnonzero(j > i)  # within whose quantum there is an atom
+            i, j = i[some], j[some]
+            served[some] += self._served(i + 1, j)
+            finished[some] = self._finished(i, j)
+            rest = np.maximum(self._quantum - (x[j] - ages[some]), 0.0) * survival[j]
+            at_quantum[some] = (served[some] + rest) / finished[some]
+            served[some] += areas[j]
+            finished[some] += weights[j]
+            k[some] = np.minimum(j + 1, x.size - 1)
+        steep = np.flatnonzero(served / finished > edges[k])  # the tangent point lies beyond k
+        at, spent, done = k[steep], served[steep], finished[steep]
+        for to, more_spent, more_done in self._hops:
+            further = (spent + more_spent[at]) / (done + more_done[at]) > edges[to[at]]
+            spent = spent + np.where(further, more_spent[at], 0.0)
+            done = done + np.where(further, more_done[at], 0.0)
+            at = np.where(further, to[at], at)
+        _, more_spent, more_done = self._hops[-1]
+        served[steep], finished[steep] = spent + more_spent[at], done + more_done[at]
+        return np.minimum(at_quantum, served / finished)
 
     def at(self, age: float) -> float:
         """The same number for one age, without numpy's overhead."""
-        x, survival, excess, edges = self._lists
+        x, survival, areas, weights, edges = self._lists
         i = bisect_right(x, age) - 1
-        alive = survival[i]
-        area = excess[i + 1] + (x[i + 1] - age) * alive + self._cost * alive
+        served, finished = (x[i + 1] - age + self._cost) * survival[i], weights[i]
         k, at_quantum = i + 1, math.inf
         if self._quantum:
-            reach = age + self._quantum
-            j = bisect_right(x, reach) - 1
-            k = min(j + 1, len(x) - 1)
+            j = bisect_right(x, age + self._quantum) - 1
+            j -= x[j] - age > self._quantum
             if j > i:
-                rest = excess[k] + max(x[k] - reach, 0.0) * survival[j]
-                at_quantum = (area - rest) / (alive - survival[j])
-        slope = (area - excess[k]) / (alive - survival[k])
-        if slope > edges[k]:
-            for hop in self._hop_lists:
-                ahead = hop[k]
-                if (area - excess[ahead]) / (alive - survival[ahead]) > edges[ahead]:
-                    k = ahead
-            k = self._hop_lists[-1][k]
-            slope = (area - excess[k]) / (alive - survival[k])
-        return min(at_quantum, slope)
-
-    def _steep(self, area: Floats, alive: Floats, k: Ints) -> NDArray[np.bool_]:
-        """Whether the tangent point lies beyond point `k`."""
-        excess, survival = self._tails.excess[k], self._tails.survival[k]
-        return np.asarray((area - excess) / (alive - survival) > self._edges[k])
+                served += self._served.at(i + 1, j)
+                finished = self._finished.at(i, j)
+                rest = max(self._quantum - (x[j] - age), 0.0) * survival[j]
+                at_quantum = (served + rest) / finished
+                served += areas[j]
+                finished += weights[j]
+                k = min(j + 1, len(x) - 1)
+        if served / finished > edges[k]:
+            for to, more_served, more_finished in self._hop_arrays:
+                then_served, then_finished = served + more_served[k], finished + more_finished[k]
+                ahead = to[k]
+                if then_served / then_finished > edges[ahead]:
+                    served, finished, k = then_served, then_finished, ahead
+            _, more_served, more_finished = self._hop_arrays[-1]
+            served += more_served[k]
+            finished += more_finished[k]
+        return min(at_quantum, served / finished)

@@ -1,4 +1,4 @@
-"""A picture of a demand graph, drawn with matplotlib alone."""
+"""A picture of a demand graph, with matplotlib: boxes for units, arrows for branches."""
 
 from collections import Counter
 from itertools import pairwise
@@ -6,29 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from demand.errors import DemandError
 from demand.graph.drawing_layout import BOX, Branches, lay_out
+from demand.graph.readable import ReadableGraph
+from demand.plotting import axes
 from demand.units import END, START
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from demand.graph.pdgraph import PDGraph
-
-
-def axes(ax: "Axes | None", inches: tuple[float, float]) -> "Axes":
-    """`ax`, or the axes of a new figure of the given size.
-
-    Raises:
-        DemandError: matplotlib is not installed.
-    """
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DemandError('a picture needs matplotlib: pip install "picache[plots]"') from error
-    return Figure(figsize=inches, layout="constrained").add_subplot()
 
 
 COLOURS = {
@@ -39,17 +23,23 @@ COLOURS = {
     "search": "#d9ead3",
     "human": "#fff2cc",
 }
-"""Of a unit, by its kind."""
+"""Colour of a unit, by its kind."""
 
 AHEAD, BACK = "#404040", "#b03030"
+"""Colours of branches ahead and of those that lead back."""
+
 RADIUS = 0.3
+"""Of the circles of start and end, in inches."""
+
 PORT = 0.12
-"""Branches ahead leave and arrive this much above the middle of a unit, those back below."""
+"""Inches above the middle of a unit at which branches ahead leave and arrive; those back below."""
 
 Point = tuple[float, float]
 
 
-def draw_graph(graph: "PDGraph", ax: "Axes | None" = None, min_probability: float = 0.01) -> "Axes":
+def draw_graph(
+    graph: ReadableGraph, ax: "Axes | None" = None, min_probability: float = 0.01
+) -> "Axes":
     """Draw units as boxes (colour by kind, mean seconds), branches as arrows with probabilities.
 
     Branches ahead are grey; those that lead back or to the same unit, the loops, are red. Seconds
@@ -70,7 +60,7 @@ def draw_graph(graph: "PDGraph", ax: "Axes | None" = None, min_probability: floa
     branches = _likely(everything, min_probability)
     units = [unit for unit in graph.units if unit.name in branches]
     layout = lay_out(branches)
-    points = np.array([*layout.places.values(), *(p for r in layout.routes.values() for p in r)])
+    points = np.array([*layout.centres.values(), *(p for r in layout.routes.values() for p in r)])
     (left, low), (right, high) = points.min(axis=0), points.max(axis=0)
     ax = axes(ax, (right - left + 2.2, high - low + 2.2))
     lines = Counter(name for route in layout.routes for name in route)
@@ -79,15 +69,15 @@ def draw_graph(graph: "PDGraph", ax: "Axes | None" = None, min_probability: floa
         _draw_branch(ax, route, (name == START, to == END), probability, lines[to] > lines[name])
     for name in branches:
         if name in branches[name]:
-            _draw_self_loop(ax, layout.places[name], branches[name][name])
+            _draw_self_loop(ax, layout.centres[name], branches[name][name])
     for name in (START, END):
-        _draw_end(ax, layout.places[name], name)
+        _draw_end(ax, layout.centres[name], name)
     for unit in units:
         samples = graph.samples(unit.name)
         seconds = float(np.mean([graph.cost.seconds(e) for e in samples]))
         calls = float(np.mean([e.parallelism for e in samples]))
         below = f"{seconds:.3g} s" + (f", {calls:.3g} calls" if calls > 1.0 else "")
-        _draw_unit(ax, layout.places[unit.name], unit.name, COLOURS[unit.kind], below)
+        _draw_unit(ax, layout.centres[unit.name], unit.name, COLOURS[unit.kind], below)
     for kind in dict.fromkeys(unit.kind for unit in units):
         ax.scatter([], [], marker="s", s=90, color=COLOURS[kind], edgecolor="black", label=kind)
     ax.legend(loc="lower left", frameon=False, ncols=6, handletextpad=0.2, columnspacing=1.0)
@@ -141,10 +131,11 @@ def _draw_unit(ax: "Axes", at: Point, name: str, colour: str, below: str) -> Non
 def _draw_branch(
     ax: "Axes", route: list[Point], circles: tuple[bool, bool], probability: float, hub: bool
 ) -> None:
-    """A smooth line through the places of a route.
+    """A smooth line through the points of a route.
 
-    `circles` says which of its ends are, and `hub` whether more lines meet where it ends than
-    where it starts: the probability is written at the other end then.
+    `circles` says which of its two ends is a circle (start and end) instead of a box. `hub` says
+    that more branches meet where it ends than where it starts: the probability is written near
+    the start then, and near its end otherwise.
     """
     back = route[-1][0] < route[0][0]
     side = -1.0 if back else 1.0

@@ -1,4 +1,4 @@
-"""Where the nodes and branches of a demand graph stand in a picture: columns, left to right."""
+"""Coordinates of the nodes and branches of a demand graph in a picture, from left to right."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ class Layout:
     """Positions in inches.
 
     Attributes:
-        places: centre of each node.
-        routes: for each branch to another node, the centres of the places it passes, ends
+        centres: of each node.
+        routes: for each branch to another node, the points it passes, the centres of both nodes
             included. It goes left exactly where it leads back, in a loop.
     """
 
-    places: Mapping[str, tuple[float, float]]
+    centres: Mapping[str, tuple[float, float]]
     routes: Mapping[tuple[str, str], list[tuple[float, float]]]
 
 
 def lay_out(branches: Branches) -> Layout:
-    """Columns by the longest way from the start without going back; rows so that few lines cross.
+    """Columns by the longest path from the start without going back; rows so that few lines cross.
 
     All nodes are reached from the start. A branch that skips columns keeps a row of each for
     itself, so that it runs over no unit.
@@ -49,19 +49,19 @@ def lay_out(branches: Branches) -> Layout:
             passes[name, to] = between if column[name] < column[to] else between[::-1]
             for at, virtual in between:
                 rows[at].append(virtual)
-    x, places = 0.0, dict[object, tuple[float, float]]()
+    x, centres = 0.0, dict[object, tuple[float, float]]()
     for at, own in enumerate(rows):
         if at:
-            own.sort(key=lambda node: _height(node, branches, places))
+            own.sort(key=lambda node: _height(node, branches, centres))
             x += BOX[0] + 1.0 + 0.2 * max(len(own), len(rows[at - 1]))
         for row, node in enumerate(own):
-            places[node] = (x, (row - (len(own) - 1) / 2) * ROW)
+            centres[node] = (x, (row - (len(own) - 1) / 2) * ROW)
     routes = {
-        (name, to): [places[name], *(places[virtual] for _, virtual in between), places[to]]
+        (name, to): [centres[name], *(centres[virtual] for _, virtual in between), centres[to]]
         for (name, to), between in passes.items()
         if name != to
     }
-    return Layout({name: places[name] for name in column}, routes)
+    return Layout({name: centres[name] for name in column}, routes)
 
 
 def _columns(branches: Branches) -> dict[str, int]:
@@ -99,12 +99,12 @@ def _columns(branches: Branches) -> dict[str, int]:
 
 
 def _height(
-    node: object, branches: Branches, places: Mapping[object, tuple[float, float]]
+    node: object, branches: Branches, centres: Mapping[object, tuple[float, float]]
 ) -> float:
     """Mean height of what stands to the left and leads to a node."""
     if isinstance(node, tuple):
         name, to, at = node
         before = [(name, to, at - 1), name, (name, to, at + 1), to]
-        return next(places[b][1] for b in before if b in places)
-    heights = [places[name][1] for name in branches if node in branches[name] and name in places]
+        return next(centres[b][1] for b in before if b in centres)
+    heights = [centres[name][1] for name in branches if node in branches[name] and name in centres]
     return float(np.mean(heights)) if heights else 0.0

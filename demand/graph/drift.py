@@ -1,4 +1,4 @@
-"""Has the application changed? Recent runs against older ones."""
+"""Has the application changed? A statistical test of its recent runs against the older ones."""
 
 import math
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ from typing import final
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.units import Demand, check_demand
+from demand.seconds import Floats, as_numbers
+from demand.units import ParallelCalls, check_parallel_calls
 
 
 def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
@@ -27,7 +28,7 @@ def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike) -> tuple[float, floa
     Raises:
         DemandError: an empty sample, or a NaN.
     """
-    x, y = np.sort(np.asarray(first, np.float64)), np.sort(np.asarray(second, np.float64))
+    x, y = np.sort(as_numbers("first", first)), np.sort(as_numbers("second", second))
     if not x.size or not y.size or math.isnan(x[-1]) or math.isnan(y[-1]):
         raise DemandError(
             f"the samples have {x.size} and {y.size} entries; expected at least one number each"
@@ -49,9 +50,9 @@ class DriftTest:
 
     Attributes:
         what: "run" for total seconds of a run, or the name of a unit for a run's seconds in it.
-        older_mean: seconds.
-        recent_mean: seconds.
-        statistic: Kolmogorov-Smirnov distance.
+        older_mean: mean seconds of the older runs.
+        recent_mean: mean seconds of the recent runs.
+        statistic: Kolmogorov-Smirnov statistic, the largest distance of the two empirical CDFs.
         p: chance of such a distance if nothing changed.
         drifted: whether p is below the false-alarm rate shared among all tests (Holm).
     """
@@ -70,8 +71,8 @@ class DriftReport:
     """What changed between the older and the recent runs of a graph.
 
     Attributes:
-        older: number of runs.
-        recent: number of runs.
+        older: number of older runs.
+        recent: number of recent runs.
         false_alarm_rate: chance that anything is said to have drifted though nothing has.
         tests: of the whole run first, then of each unit.
     """
@@ -101,31 +102,34 @@ class DriftReport:
         return "\n".join([title, head, *rows])
 
 
+@renamed_keyword("demand", "parallel_calls")
 def drift(
     graph: PDGraph,
     recent: int = 100,
     *,
     false_alarm_rate: float = 0.01,
-    demand: Demand = "sum",
+    parallel_calls: ParallelCalls = "sum",
 ) -> DriftReport:
     """Compare the `recent` newest runs that a graph remembers with all older ones.
 
-    Each run gives one number to each test, its seconds in a unit (0 where the unit did not run)
-    or its total, so that samples are independent if runs are. The rate holds for one look over
-    all tests together (Holm's method); whoever looks after every run looks many times, and should
-    divide the rate by the number of looks, or look every `recent` runs.
+    Two-sample Kolmogorov-Smirnov tests, one for the total seconds of a run and one for its seconds
+    in each unit (0 where the unit did not run). Each run gives one number to each test, so that
+    samples are independent if runs are. The rate holds for all tests of one call together (Holm's
+    method). Whoever calls this after every run should divide the rate by the number of calls, or
+    call it once every `recent` runs.
 
     Args:
         graph: with enough runs in its window.
         recent: newest runs that are compared with the rest.
         false_alarm_rate: chance of any alarm where nothing has changed.
-        demand: how parallel calls count.
+        parallel_calls: whether parallel calls count by their "sum" or by the longest of them.
 
     Raises:
         DemandError: no older runs or no recent ones, or a rate outside (0, 1).
     """
-    check_demand(demand)
-    columns = graph.columns()
+    check_parallel_calls(parallel_calls)
+    columns = instance_of("graph", graph, PDGraph).columns()
+    recent = whole_number("recent", recent)
     older = len(graph.runs) - recent
     if older < 1 or recent < 1:
         raise DemandError(
@@ -135,7 +139,9 @@ def drift(
     if not 0.0 < false_alarm_rate < 1.0:
         raise DemandError(f"false_alarm_rate is {false_alarm_rate}; expected 0 < rate < 1")
     names = ["run", *(unit.name for unit in columns.units)]
-    table = np.column_stack([columns.run_seconds(demand), columns.unit_seconds(demand)])
+    table = np.column_stack(
+        [columns.run_seconds(parallel_calls), columns.unit_seconds(parallel_calls)]
+    )
     pairs = [kolmogorov_smirnov(column[:older], column[older:]) for column in table.T]
     alarms = _holm(np.array([p for _, p in pairs]), false_alarm_rate)
     means = table[:older].mean(axis=0), table[older:].mean(axis=0)
@@ -149,7 +155,7 @@ def drift(
 
 
 def _holm(p: Floats, rate: float) -> np.ndarray:
-    """Which hypotheses fall at a family-wise error rate (Holm 1979)."""
+    """Which null hypotheses are rejected at a family-wise error rate (Holm 1979)."""
     order = np.argsort(p)
     passed = np.cumprod(p[order] <= rate / np.arange(p.size, 0, -1)).astype(bool)
     alarms = np.empty(p.size, dtype=bool)

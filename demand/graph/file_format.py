@@ -1,4 +1,4 @@
-"""The file format of a demand graph: versioned JSON, written atomically, checked on read."""
+"""The file of a saved demand graph: versioned JSON, written in one step, checked as it is read."""
 
 import json
 import os
@@ -18,7 +18,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """Everything a `PDGraph` remembers: its runs, or the units it was given."""
+    """Everything that is saved of a `PDGraph`: its settings, and its runs or the given units."""
 
     name: str
     window: int

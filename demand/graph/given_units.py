@@ -1,24 +1,25 @@
-"""Units of a demand graph whose probabilities are given, not learned."""
+"""Demand graphs whose probabilities are given instead of learned, such as published profiles."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from demand.arguments import instance_of, instances_of
 from demand.errors import DemandError
 from demand.graph.walks import WalkArrays
-from demand.units import END, START, CostModel, Demand, Execution, Unit
+from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit, check_run
 
 
 @dataclass(frozen=True)
 class GivenUnit:
-    """What is known of one unit without any run: executions of it, and what follows.
+    """A unit of a published profile: executions of it, and how likely each unit is to follow.
 
     The two are drawn independently of each other, as from the stage lists of the Hermes artifact,
     which keep no joint samples.
 
     Args:
-        unit: which.
-        executions: equally likely.
+        unit: the unit that this is about.
+        executions: possible executions of it, equally likely.
         successors: probability of each following unit, or "end", by name; of sum 1.
 
     Raises:
@@ -31,7 +32,8 @@ class GivenUnit:
     successors: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "executions", tuple(self.executions))
+        instance_of("unit", self.unit, Unit)
+        object.__setattr__(self, "executions", check_run("executions", self.executions))
         object.__setattr__(self, "successors", dict(self.successors))
         name = self.unit.name
         if not self.executions:
@@ -63,7 +65,7 @@ def check_given(units: Sequence[GivenUnit], entries: Mapping[str, float]) -> Non
 
     That is: distinct names, entries of sum 1, every successor a unit or "end".
     """
-    names = [given.unit.name for given in units]
+    names = [given.unit.name for given in instances_of("units", units, GivenUnit)]
     if len(set(names)) < len(names) or not names:
         raise DemandError(f"units are {names}; expected distinct names, at least one")
     check_probabilities("entries", entries)
@@ -79,7 +81,10 @@ def check_given(units: Sequence[GivenUnit], entries: Mapping[str, float]) -> Non
 
 
 def given_arrays(
-    units: Sequence[GivenUnit], entries: Mapping[str, float], cost: CostModel, demand: Demand
+    units: Sequence[GivenUnit],
+    entries: Mapping[str, float],
+    cost: CostModel,
+    parallel_calls: ParallelCalls,
 ) -> WalkArrays:
     """Walk arrays in which every execution of a unit meets every successor, by its probability.
 
@@ -89,7 +94,7 @@ def given_arrays(
     samples = [(1, 0.0, number[name], p) for name, p in entries.items() if p > 0.0]
     for given in units:
         node = number[given.unit.name]
-        each = [cost.seconds(execution, demand) for execution in given.executions]
+        each = [cost.seconds(execution, parallel_calls) for execution in given.executions]
         samples += [
             (node, seconds, number[name], p)
             for name, p in given.successors.items()

@@ -1,19 +1,18 @@
-"""A demand graph for networkx."""
+"""A demand graph as a graph of networkx."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from demand.errors import DemandError
+from demand.graph.readable import ReadableGraph
 from demand.units import END, START
 
 if TYPE_CHECKING:
     from networkx import DiGraph
 
-    from demand.graph.pdgraph import PDGraph
 
-
-def to_networkx(graph: "PDGraph") -> "DiGraph":
+def to_networkx(graph: ReadableGraph) -> "DiGraph":
     """Export as a `networkx.DiGraph`; loops are edges that lead back.
 
     Nodes are "start", the units and "end", with `kind` ("start" and "end" for those two),

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
 from demand.graph.given_units import GivenUnit, check_given, given_arrays
 from demand.graph.run_columns import RunColumns, decayed
 from demand.graph.walks import MAX_UNITS, WalkArrays
-from demand.units import CostModel, Demand, Execution, Progress, Unit, check_demand
+from demand.seconds import Floats
+from demand.units import (
+    CostModel,
+    Execution,
+    ParallelCalls,
+    Progress,
+    Unit,
+    check_parallel_calls,
+    check_run,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +35,12 @@ Run = tuple[Execution, ...]
 
 @final
 class PDGraph:
-    """Probabilistic demand graph (Hermes, arXiv 2506.14851).
+    """Probabilistic demand graph of one application (PDGraph of Hermes, arXiv 2506.14851).
 
-    A node is a unit with the samples of its executions; an edge is weighted by how often one unit
+    A node is a unit, with the samples of its executions; an edge is weighted by how often one unit
     followed another; loops are edges that lead back. The remaining demand of an application is
-    found by random walks from where it stands to the end. What the units before have shown is
-    left to `demand.refine`: a walk step depends on the current unit alone.
+    found by random walks from the unit at which it stands to the end. A step of a walk depends on
+    the unit it is at alone; to use what the units before have shown is left to `demand.refine`.
 
     Departures from the paper's artifact: a sample keeps tokens, parallelism, seconds and successor
     together, where the artifact draws each on its own; walks have no silent cap of 50 units; the
@@ -59,22 +68,20 @@ class PDGraph:
         cost: CostModel | None = None,
         half_life_runs: float | None = None,
     ) -> None:
-        if window < 1:
-            raise DemandError(f"window is {window}; a graph remembers at least one run")
         if half_life_runs is not None and not 0.0 < half_life_runs < math.inf:
             raise DemandError(
                 f"half_life_runs is {half_life_runs}; expected a positive number of runs, or None "
                 "to weigh all remembered runs alike"
             )
         self.name = name
-        self.window = window
-        self.cost = CostModel() if cost is None else cost
+        self.window = whole_number("window", window, least=1)
+        self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.half_life_runs = half_life_runs
-        self._runs: deque[Run] = deque(maxlen=window)
+        self._runs: deque[Run] = deque(maxlen=self.window)
         self._kinds: dict[str, Unit] = {}  # every unit ever seen
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
-        self._columns: RunColumns | None = None  # laid out at the first need after a change
-        self._arrays: dict[Demand, WalkArrays] = {}
+        self._columns: RunColumns | None = None  # made at the first need after a change
+        self._arrays: dict[ParallelCalls, WalkArrays] = {}
 
     @classmethod
     def fit(
@@ -92,7 +99,8 @@ class PDGraph:
         off must not be among them: its last unit would count as one after which runs end.
 
         Raises:
-            DemandError: no runs, an empty run, or a unit name with two kinds.
+            DemandError: no runs, an empty run, what is no run (a run is a list of executions), or
+                a unit name with two kinds.
         """
         graph = cls(name, window, cost, half_life_runs)
         for run in runs:
@@ -135,18 +143,19 @@ class PDGraph:
         """Learn from one finished run; where the window is full the oldest is forgotten.
 
         Raises:
-            DemandError: an empty run, a unit name with two kinds, or a graph of given
-                probabilities. The graph is then unchanged.
+            DemandError: an empty run, what is no list of executions, a unit name with two kinds,
+                or a graph of given probabilities. The graph is then unchanged.
         """
         if self._given is not None:
             raise DemandError(
                 f"graph {self.name!r} was given its probabilities and does not learn; fit a new "
                 "one to `draw_runs` of it, and let that observe"
             )
-        if not run:
+        executed = check_run("run", run)
+        if not executed:
             raise DemandError("the run is empty; pass the units it executed, in order")
         kinds = dict(self._kinds)
-        for execution in run:
+        for execution in executed:
             unit = execution.unit
             if kinds.setdefault(unit.name, unit) != unit:
                 raise DemandError(
@@ -154,7 +163,7 @@ class PDGraph:
                     f"{kinds[unit.name].kind!r} before; give the two different names"
                 )
         self._kinds = kinds
-        self._runs.append(tuple(run))
+        self._runs.append(executed)
         self._columns = None
         self._arrays = {}
 
@@ -191,7 +200,7 @@ class PDGraph:
         return arrays.branches(arrays.node(unit))
 
     def columns(self) -> RunColumns:
-        """The remembered runs as columns, for refinements and tests.
+        """The remembered runs as arrays, for refinements and tests of drift.
 
         Raises:
             DemandError: a graph without runs.
@@ -218,32 +227,34 @@ class PDGraph:
             return np.ones(ages.size)
         return decayed(ages, self.half_life_runs)
 
-    def walk_arrays(self, demand: Demand = "sum") -> WalkArrays:
-        """The samples as random walks draw them.
+    @renamed_keyword("demand", "parallel_calls")
+    def walk_arrays(self, parallel_calls: ParallelCalls = "sum") -> WalkArrays:
+        """The samples as arrays, from which random walks draw.
 
         Raises:
             DemandError: a graph without runs, or from which the end cannot be reached.
         """
-        check_demand(demand)
-        if demand not in self._arrays:
+        check_parallel_calls(parallel_calls)
+        if parallel_calls not in self._arrays:
             if self._given is not None:
-                arrays = given_arrays(*self._given, self.cost, demand)
+                arrays = given_arrays(*self._given, self.cost, parallel_calls)
             else:
-                arrays = WalkArrays.of_runs(self.columns(), demand, self.half_life_runs)
-            stuck = arrays.without_exit()
+                arrays = WalkArrays.of_runs(self.columns(), parallel_calls, self.half_life_runs)
+            stuck = arrays.without_end()
             if stuck:
                 raise DemandError(
                     f"from {', '.join(stuck)} of graph {self.name!r} the end cannot be reached; "
                     "every loop needs a way out"
                 )
-            self._arrays[demand] = arrays
-        return self._arrays[demand]
+            self._arrays[parallel_calls] = arrays
+        return self._arrays[parallel_calls]
 
+    @renamed_keyword("demand", "parallel_calls")
     def remaining(
         self,
         progress: Progress | None = None,
         *,
-        demand: Demand = "sum",
+        parallel_calls: ParallelCalls = "sum",
         walks: int = 1000,
         seed: int = 0,
         max_units: int = MAX_UNITS,
@@ -255,8 +266,8 @@ class PDGraph:
                 unit is conditioned on exceeding what was received; when no sample does, the rest
                 of that unit follows the doubling rule of `beyond_samples`. Between
                 two units the walk starts with the branch after the last one.
-            demand: "sum" over parallel calls, which is what is to be served; or "critical_path",
-                the longest of parallel calls, which is what a deadline sees at best.
+            parallel_calls: "sum" counts all calls of a unit, which is what is to be served;
+                "critical_path" the longest alone, which is what a deadline sees at best.
             walks: number of random walks (1000 in the paper).
             seed: of the walks; the same seed gives the same distribution.
             max_units: executions after which a walk is given up.
@@ -265,11 +276,13 @@ class PDGraph:
             DemandError: a graph without runs, a unit the graph does not know, or a walk longer
                 than `max_units`.
         """
-        if walks < 1:
-            raise DemandError(f"walks is {walks}; at least one random walk is needed")
-        arrays = self.walk_arrays(demand)
-        first = arrays.first_draws(progress or Progress(), demand)
-        return Distribution(arrays.walk(first, np.random.default_rng(seed), walks, max_units))
+        progress = Progress() if progress is None else instance_of("progress", progress, Progress)
+        walks = whole_number("walks", walks, least=1)
+        rng = np.random.default_rng(whole_number("seed", seed, least=0))
+        arrays = self.walk_arrays(parallel_calls)
+        first = arrays.first_draws(progress, parallel_calls)
+        most = whole_number("max_units", max_units, least=0)
+        return Distribution(arrays.walk(first, rng, walks, most))
 
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
         """Draw `n` runs by random walks over the samples, for workloads and tests.
@@ -279,7 +292,8 @@ class PDGraph:
         """
         arrays = self.walk_arrays()
         executions = [self.samples(unit.name) for unit in self.units]
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(whole_number("seed", seed, least=0))
+        n, max_units = whole_number("n", n, least=0), whole_number("max_units", max_units, least=0)
         return [
             [executions[node - 2][drawn % len(executions[node - 2])] for node, drawn in path]
             for path in (arrays.path(rng, max_units) for _ in range(n))

@@ -1,4 +1,4 @@
-"""The runs that a graph remembers, as columns: what walks, refinements and tests read."""
+"""The runs that a graph remembers, as arrays: what walks, refinements and drift tests read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.distribution.atoms import Floats
-from demand.units import DEMANDS, CostModel, Demand, Execution, Unit
+from demand.seconds import Floats
+from demand.units import (
+    PARALLEL_CALLS,
+    CostModel,
+    Execution,
+    ParallelCalls,
+    Unit,
+    check_parallel_calls,
+)
 
 Ints = NDArray[np.int64]
 
@@ -17,7 +24,7 @@ calls as the cost model counts them."""
 
 
 def decayed(ages: Ints, half_life_runs: float) -> Floats:
-    """2^(-age / half-life), never 0, so that what is left of a choice always has weight."""
+    """Weights 2^(-age / half-life), ages in runs; never 0, so that old runs can still be drawn."""
     return np.exp2(-np.minimum(ages / half_life_runs, 1000.0))
 
 
@@ -30,24 +37,26 @@ class RunColumns:
         unit: `[n]` position in `units` of each execution.
         starts: `[runs + 1]`; run r is the executions `starts[r]` up to `starts[r + 1]`.
         attributes: `[n, 4]`, by `ATTRIBUTES`.
-        seconds: `[n]` of each execution, by the way to count parallel calls.
+        seconds: `[n]` of each execution, for "sum" and for "critical_path".
     """
 
     units: tuple[Unit, ...]
     unit: Ints
     starts: Ints
     attributes: Floats
-    seconds: Mapping[Demand, Floats]
+    seconds: Mapping[ParallelCalls, Floats]
 
     @classmethod
     def of(cls, runs: Sequence[Sequence[Execution]], cost: CostModel) -> "RunColumns":
-        """Lay out `runs`, each of at least one execution."""
+        """The columns of `runs`, each of at least one execution."""
         flat = [execution for run in runs for execution in run]
         units = dict.fromkeys(execution.unit for execution in flat)
         number = {unit: position for position, unit in enumerate(units)}
-        seconds: dict[Demand, Floats] = {
-            demand: np.array([cost.seconds(execution, demand) for execution in flat])
-            for demand in DEMANDS
+        seconds: dict[ParallelCalls, Floats] = {
+            parallel_calls: np.array(
+                [cost.seconds(execution, parallel_calls) for execution in flat]
+            )
+            for parallel_calls in PARALLEL_CALLS
         }
         tokens = [(e.input_tokens, e.output_tokens, e.parallelism) for e in flat]
         return cls(
@@ -68,12 +77,21 @@ class RunColumns:
         """`[runs]` how many runs ago each was observed; 0 is the newest."""
         return np.arange(self.starts.size - 1)[::-1]
 
-    def run_seconds(self, demand: Demand = "sum") -> Floats:
-        """`[runs]` total seconds of each run."""
-        return np.add.reduceat(self.seconds[demand], self.starts[:-1])
+    def execution_seconds(self, parallel_calls: ParallelCalls = "sum") -> Floats:
+        """`[n]` seconds of each execution.
 
-    def unit_seconds(self, demand: Demand = "sum") -> Floats:
+        Raises:
+            DemandError: an unknown way to count parallel calls.
+        """
+        check_parallel_calls(parallel_calls)
+        return self.seconds[parallel_calls]
+
+    def run_seconds(self, parallel_calls: ParallelCalls = "sum") -> Floats:
+        """`[runs]` total seconds of each run."""
+        return np.add.reduceat(self.execution_seconds(parallel_calls), self.starts[:-1])
+
+    def unit_seconds(self, parallel_calls: ParallelCalls = "sum") -> Floats:
         """`[runs, units]` seconds of each run in each unit, over all its executions."""
         table = np.zeros((self.starts.size - 1, len(self.units)))
-        np.add.at(table, (self.run, self.unit), self.seconds[demand])
+        np.add.at(table, (self.run, self.unit), self.execution_seconds(parallel_calls))
         return table

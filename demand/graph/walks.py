@@ -1,4 +1,7 @@
-"""Random walks over a demand graph, all walkers in lockstep."""
+"""Random walks over a demand graph, a thousand at a time.
+
+Every walk is advanced by one unit at each step, so that numpy draws for all of them at once.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,21 +11,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats, beyond_samples
+from demand.distribution.atoms import beyond_samples
 from demand.errors import DemandError
+from demand.flow import without_end
 from demand.graph.run_columns import Ints, RunColumns, decayed
-from demand.units import END, START, Demand, Progress
+from demand.seconds import Floats
+from demand.units import END, START, ParallelCalls, Progress
 
 MAX_UNITS = 10_000
 """Executions after which a walk is given up, unless said otherwise."""
 
 
 class Draws(NamedTuple):
-    """Samples that the first step of a walk is drawn from.
+    """Samples that the first step of a random walk is drawn from.
 
     Attributes:
-        seconds: `[n]` left of the unit.
-        successors: `[n]` node that follows.
+        seconds: `[n]` left of the unit that the walk starts in.
+        successors: `[n]` number of the node that follows.
         weights: `[n]` of sum 1, or `None` for equal ones.
     """
 
@@ -31,7 +36,7 @@ class Draws(NamedTuple):
     weights: Floats | None
 
     def draw(self, rng: np.random.Generator, walks: int) -> tuple[Floats, Ints]:
-        """Seconds and successors, `[walks]` each."""
+        """Draw for `walks` walks: seconds left `[walks]`, and the nodes that follow `[walks]`."""
         n = self.seconds.size
         if self.weights is None:
             drawn = rng.integers(n, size=walks)
@@ -42,7 +47,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class WalkArrays:
-    """The samples of a graph laid end to end, by node.
+    """The samples of a graph as arrays, those of each node next to each other.
 
     Node 0 is the end, node 1 the start (whose samples take no time), then the units in order.
     Samples of node u are `seconds[offsets[u]:offsets[u + 1]]`, followed by node `successors[...]`
@@ -57,7 +62,7 @@ class WalkArrays:
 
     @cached_property
     def cumulative(self) -> Floats:
-        """`[n + 1]` running sum of the weights."""
+        """`[n + 1]` running sum of the weights, from which samples are drawn by bisection."""
         assert self.weights is not None
         return np.append(0.0, np.cumsum(self.weights))
 
@@ -70,7 +75,15 @@ class WalkArrays:
         successors: ArrayLike,
         weights: ArrayLike | None = None,
     ) -> "WalkArrays":
-        """Lay out `[n]` samples given in any order of nodes; those of a node keep their order."""
+        """The arrays of `[n]` samples in any order of nodes; those of a node keep their order.
+
+        Args:
+            units: the names, in the order in which nodes are numbered from 2 on.
+            node: `[n]` number of the node of each sample.
+            seconds: `[n]` that it takes.
+            successors: `[n]` number of the node that follows it.
+            weights: `[n]` relative to the other samples of its node; `None` for all alike.
+        """
         nodes = {name: number for number, name in enumerate([END, START, *units])}
         node = np.asarray(node, dtype=np.int64)
         order = np.argsort(node, kind="stable")
@@ -89,7 +102,7 @@ class WalkArrays:
 
     @classmethod
     def of_runs(
-        cls, columns: RunColumns, demand: Demand, half_life_runs: float | None = None
+        cls, columns: RunColumns, parallel_calls: ParallelCalls, half_life_runs: float | None = None
     ) -> "WalkArrays":
         """Samples of the remembered runs, those of a run weighed by 2^(-age / half-life).
 
@@ -107,19 +120,22 @@ class WalkArrays:
         return cls.of(
             {unit.name: unit for unit in columns.units},
             node,
-            np.concatenate([np.zeros(columns.starts.size - 1), columns.seconds[demand]]),
+            np.concatenate(
+                [np.zeros(columns.starts.size - 1), columns.execution_seconds(parallel_calls)]
+            ),
             np.concatenate([columns.unit[columns.starts[:-1]] + 2, following]),
             weights,
         )
 
-    def without_exit(self) -> list[str]:
+    def without_end(self) -> list[str]:
         """Names of the nodes from which the end is not reached by any path."""
-        source = np.repeat(np.arange(len(self.nodes)), np.diff(self.offsets))
-        reached = np.zeros(len(self.nodes), dtype=bool)
-        reached[0] = True
-        for _ in self.nodes:
-            reached[source[reached[self.successors]]] = True
-        return [name for name, node in self.nodes.items() if not reached[node]]
+        names = list(self.nodes)
+        source = np.repeat(np.arange(len(names)), np.diff(self.offsets))
+        following: dict[str, list[str]] = {name: [] for name in names if name != END}
+        for branch in np.unique(source * len(names) + self.successors).tolist():
+            at, to = divmod(branch, len(names))
+            following[names[at]].append(names[to])
+        return without_end(following)
 
     def node(self, name: str) -> int:
         """Number of a node.
@@ -161,8 +177,8 @@ class WalkArrays:
             weights=weights,
         )
 
-    def first_draws(self, progress: Progress, demand: Demand) -> Draws:
-        """What a walk from `progress` first draws from.
+    def first_draws(self, progress: Progress, parallel_calls: ParallelCalls) -> Draws:
+        """What a walk draws its first step from, for an application that stands at `progress`.
 
         Raises:
             DemandError: an unknown unit, among those executed too.
@@ -173,13 +189,15 @@ class WalkArrays:
             self.node(at)
         if progress.current is None:
             return self.finished(self.node(at))
-        return self.unfinished(self.node(progress.current), progress.current_seconds(demand))
+        return self.unfinished(
+            self.node(progress.current), progress.current_seconds(parallel_calls)
+        )
 
     def unfinished(self, node: int, received_seconds: float) -> Draws:
-        """Samples (seconds left, successor) of a node that has been served for a while.
+        """Samples (seconds left, successor) of a unit that has received some service already.
 
-        Those longer than what was received, less that; when none is longer, all of them, with
-        the seconds left by the doubling rule.
+        Those that took longer, less what was received; when none took longer, all of them, with
+        the seconds left that the doubling rule assumes (`beyond_samples`).
         """
         seconds, successors, weights = own = self._own(node)
         if received_seconds == 0.0:
@@ -193,14 +211,14 @@ class WalkArrays:
         return Draws(seconds[longer] - received_seconds, successors[longer], weights)
 
     def finished(self, node: int) -> Draws:
-        """Samples (0 seconds left, successor) of a node that has just finished."""
+        """Samples (0 seconds left, successor) of a unit that has just finished."""
         own = self._own(node)
         return own._replace(seconds=np.zeros_like(own.seconds))
 
     def walk(self, first: Draws, rng: np.random.Generator, walks: int, steps: int) -> Floats:
-        """Seconds to the end, `[walks]`, when the first draw is among the samples `first`.
+        """Seconds to the end, `[walks]`: the first step drawn from `first`, the others by node.
 
-        Each later step draws one joint sample (seconds, successor) of the walker's node.
+        Each later step draws one joint sample (seconds, successor) of the node a walk has come to.
 
         Raises:
             DemandError: a walk is not over after `steps` more units.
@@ -232,7 +250,7 @@ class WalkArrays:
         return path[1:]
 
     def step(self, total: Floats, at: Ints, walking: Ints, rng: np.random.Generator) -> None:
-        """Draw a sample for each of the `walking`: add to their `total` seconds, move them on."""
+        """Advance the walks numbered `walking` by a drawn sample: add its seconds, move on."""
         drawn = self._draw(at[walking], rng)
         total[walking] += self.seconds[drawn]
         at[walking] = self.successors[drawn]
@@ -254,7 +272,7 @@ class WalkArrays:
 
 
 def check_over(walking: Ints, walks: int, steps: int) -> None:
-    """Raise `DemandError` if there still are walkers."""
+    """Raise `DemandError` if some walks have not come to the end."""
     if walking.size:
         raise DemandError(
             f"{walking.size} of {walks} walks are not over after {steps} units; "

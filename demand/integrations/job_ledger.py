@@ -1,45 +1,79 @@
-"""The jobs in an engine's hands, kept as a policy wants to see them."""
+"""The jobs that an engine or a server has on its hands, and the service each has attained."""
 
 import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import final
+from typing import TypedDict, final
 
+from demand.arguments import check_instance, whole_number
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import known_of
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, rank_of
-from demand.policies.wrapper import check_policy
+from demand.policies.base import Policy, Rank, check_policy, rank_of
+from demand.policies.job import Job
+from demand.seconds import check_seconds, one_number, one_of_seconds
 from demand.units import CostModel
 
 
-@final
-class Ledger:
-    """Opens jobs, counts their service, tells the policy, and ranks.
+class JobDetails(TypedDict, total=False):
+    """What may be said of a job when it is opened, apart from its application.
 
-    `now` is seconds on the owner's clock. A clock that goes backwards stands still here.
+    Attributes:
+        deadline_seconds: from its arrival, by when it should be finished; infinity, the default,
+            for none.
+        tenant: who pays for it; `None`, the default, makes the application the tenant.
+        weight: share of its tenant relative to the other tenants; 1 by default.
+        priority: class that a priority policy serves by, smaller first; 0 by default.
+        demand_seconds: its true total demand, for an oracle; NaN, the default, if not known.
+    """
+
+    deadline_seconds: float
+    tenant: str | None
+    weight: float
+    priority: int
+    demand_seconds: float
+
+
+@final
+class JobLedger:
+    """Keeps the jobs of an adapter as a policy wants to see them, and ranks them.
+
+    Every adapter to an engine or a server goes through it: it opens a job when an application
+    arrives, counts the service the job attains, tells the policy of both, and asks it for ranks.
+
+    Wherever an argument is called `now`, it is a second on the clock of whoever owns the ledger.
+    When that clock goes backwards, the time here stands still until it has caught up.
 
     Args:
         policy: ranks the jobs.
-        distributions: what is known of the total demand, in seconds, by application name. A job
-            of another application is ranked by attained service, and a warning names it once
-            (`demand.policies.unknown`).
-        seed: of the number each job draws (`Job.lottery`).
+        distributions: what is known of the total demand, in seconds, by name of the application.
+            Jobs of any other application are ranked by attained service, and a warning names the
+            application once.
+        seed: of the random number that each job draws on arrival (`Job.lottery`).
 
     Raises:
-        DemandError: something that is no policy.
+        DemandError: a `policy` that is no policy, `distributions` that are no mapping to
+            distributions, or a seed that is no whole number.
     """
 
     def __init__(
         self, policy: Policy, distributions: Mapping[str, Distribution], seed: int = 0
     ) -> None:
         check_policy("policy", policy)
+        check_instance(
+            "distributions",
+            distributions,
+            Mapping,
+            'a mapping such as {"report": Distribution([40, 55, 300])}',
+        )
+        for name, known in distributions.items():
+            _check_text("name of an application in distributions", name)
+            _check_distribution(f"distribution of {name!r}", known)
         self.policy = policy
         self._distributions = {**distributions}
         self._tables = {name: policy.table(known) for name, known in distributions.items()}
-        self._lottery = random.Random(seed)
+        self._lottery = random.Random(whole_number("seed", seed))
         self._state = policy.new_state()
         self._opened = 0
         self._now = -math.inf
@@ -55,31 +89,40 @@ class Ledger:
         priority: int = 0,
         demand_seconds: float = math.nan,
     ) -> Job:
-        """A new job of `application`.
+        """Open a job: one run of `application` arrives at second `now`.
 
         Args:
             application: its name.
             now: second of its arrival.
-            deadline_seconds: from `now`, by when it should be finished; infinity for none.
-            tenant: who pays; `None` makes the application the tenant.
-            weight: share of the tenant.
-            priority: class that a priority policy serves by, smaller first.
-            demand_seconds: true total demand, for an oracle.
+            deadline_seconds: this and the rest as in `JobDetails`.
+            tenant: see there.
+            weight: see there.
+            priority: see there.
+            demand_seconds: see there.
 
         Raises:
             DemandError: a value of the wrong type, a deadline that is not positive, a weight that
-                is not positive and finite, a priority that is NaN, a negative demand, or a job
-                that the policy cannot rank, such as one of unknown demand under an oracle.
+                is not positive and finite, a priority that is NaN, a negative demand, a clock that
+                is not finite, or a job that the policy cannot rank, such as one of unknown demand
+                under an oracle. A job that is refused leaves nothing behind.
         """
-        _check_text("application", application)
-        _check_text("tenant", application if tenant is None else tenant)
-        for name, value, allowed, expected in (
-            ("deadline_seconds", deadline_seconds, lambda x: x > 0.0, "a positive number"),
-            ("weight", weight, lambda x: 0.0 < x < math.inf, "a positive finite number"),
-            ("priority", priority, lambda x: not math.isnan(x), "a number"),
-            ("demand_seconds", demand_seconds, lambda x: not x < 0.0, "a number from 0 on, or NaN"),
+        _check_text("application of a job", application)
+        _check_text("tenant of a job", application if tenant is None else tenant)
+        deadline_seconds = one_of_seconds("deadline_seconds of a job", deadline_seconds)
+        weight = one_number("weight of a job", weight)
+        demand_seconds = one_of_seconds("demand_seconds of a job", demand_seconds)
+        for name, value, good, expected in (
+            ("deadline_seconds", deadline_seconds, deadline_seconds > 0.0, "a positive number"),
+            ("weight", weight, 0.0 < weight < math.inf, "a positive finite number"),
+            (
+                "priority",
+                priority,
+                not math.isnan(one_number("priority of a job", priority)),
+                "a number",
+            ),
+            ("demand_seconds", demand_seconds, not demand_seconds < 0.0, "seconds of at least 0"),
         ):
-            if not isinstance(value, Real) or not allowed(value):
+            if not good:
                 raise DemandError(f"{name} of a job is {value!r}; expected {expected}")
         if application not in self._tables:
             known = known_of(application, self._distributions)
@@ -110,44 +153,48 @@ class Ledger:
         return job
 
     def rank(self, job: Job, now: float) -> Rank:
-        """Rank of `job`; smaller goes first, ties to the smaller `job.index`.
+        """Rank of `job` at second `now`: the smallest is served first, ties by `job.index`.
 
         Raises:
-            DemandError: the policy ranks it NaN.
+            DemandError: a policy that gives no rank: NaN, or what is no number at all.
         """
         return rank_of(job, self.policy, self._at(now))
 
     def request(self, job: Job, now: float) -> None:
-        """`job` submits its next request."""
+        """Note that `job` submits a request at second `now` (`Job.requested`)."""
         job.requested = self._at(now)
 
     def start(self, job: Job) -> None:
-        """`job` is being served from here on."""
+        """Note that `job` is being served from here on. No effect if it is already."""
         if not job.running:
             job.running, job.started_at = True, job.attained_service
 
     def serve(self, job: Job, seconds: float, now: float) -> None:
-        """Count `seconds` of service that `job` received up to `now`.
+        """Count `seconds` of service that `job` received up to second `now`.
 
         Raises:
-            DemandError: seconds that are negative or not finite.
+            DemandError: seconds that are no number, negative or not finite.
         """
-        if not 0.0 <= seconds < math.inf:
-            raise DemandError(f"service is {seconds} seconds; expected a finite number from 0 on")
+        seconds = check_seconds("service", seconds)
         if seconds:
             job.attained_service += seconds
             self.policy.served(job, seconds, self._at(now))
 
     def stop(self, job: Job) -> None:
-        """`job` is no longer being served."""
+        """Note that `job` is no longer being served."""
         job.running = False
 
     def learn(self, job: Job, remaining: Distribution) -> None:
-        """Take in what the progress of `job` says of its demand from here on."""
+        """Take in the distribution of the seconds that `job` still needs, as its progress tells it.
+
+        Raises:
+            DemandError: something that is no distribution.
+        """
+        _check_distribution("remaining", remaining)
         job.learn(remaining, self.policy.table(remaining))
 
     def close(self, job: Job, now: float) -> None:
-        """`job` is over."""
+        """Let `job` depart at second `now`: its application is over."""
         self.stop(job)
         self.policy.departed(job, self._at(now))
 
@@ -159,24 +206,37 @@ class Ledger:
 
 
 def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise DemandError(f"{name} of a job is {value!r}; expected a string")
+    check_instance(name, value, str, "a string")
+
+
+def _check_distribution(name: str, value: object) -> None:
+    check_instance(name, value, Distribution, "a distribution of seconds, Distribution([40, 55])")
 
 
 @final
 @dataclass(slots=True)
 class TokenMeter:
-    """Turns the token counts of one call into service, each token once.
+    """Turns the token counts of one call into seconds of service, each token once.
 
-    A call that starts over (a retry, a recomputation after preemption) attains nothing until it
-    is further than it ever was: what was lost is work of the engine, not progress of the job.
+    When a call starts over, because it is retried or recomputed after a preemption, it attains
+    nothing until it has got further than ever before: what was lost is work for the engine, but no
+    progress of the job.
+
+    Args:
+        cost: seconds of service that a token stands for.
+        seconds: service counted so far.
     """
 
     cost: CostModel
     seconds: float = 0.0
 
     def gained(self, input_tokens: int, output_tokens: int) -> float:
-        """Seconds gained now that this many tokens were read and generated."""
+        """Seconds of service since the last call, now that this many tokens are done in all.
+
+        Args:
+            input_tokens: tokens of the prompt that were read.
+            output_tokens: tokens that were generated.
+        """
         total = (
             input_tokens * self.cost.prefill_seconds_per_token
             + output_tokens * self.cost.decode_seconds_per_token

@@ -1,13 +1,14 @@
-"""Scheduling policies behind one protocol, one policy a file."""
+"""Scheduling policies behind one protocol: `Policy` ranks a `Job`, the smallest rank first."""
 
 from demand.distribution.never_seen import NEVER_SEEN, known_of
 from demand.policies.aging import Aging
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank
 from demand.policies.class_mean import ClassMean
 from demand.policies.deadline_mix import DeadlineMix
 from demand.policies.fcfs import EDF, FCFS, Oracle, RandomOrder, RequestFCFS
 from demand.policies.gittins import Gittins
 from demand.policies.hysteresis import Hysteresis
+from demand.policies.job import Job, Service
 from demand.policies.las import LAS
 from demand.policies.least_slack import LeastSlack
 from demand.policies.priority_classes import PriorityClasses
@@ -37,6 +38,7 @@ __all__ = [
     "RandomOrder",
     "Rank",
     "RequestFCFS",
+    "Service",
     "VirtualTime",
     "known_of",
 ]

@@ -5,8 +5,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Rank, number
-from demand.policies.exact_thresholds import check_positive, greatest_addend
+from typing_extensions import override
+
+from demand.arguments import positive_number, positive_seconds
+from demand.policies.base import Rank, number
+from demand.policies.exact_thresholds import greatest_addend
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
 
 
@@ -30,8 +34,8 @@ class Aging(Wrapper):
     first served is the case A = 0.
 
     Args:
-        policy: ranks in seconds, such as `Gittins`; ranks that are times on the clock (`FCFS`,
-            `EDF`, `LeastSlack`) are beyond any cap soon.
+        policy: ranks by seconds of demand or service, such as `Gittins`. Ranks that are seconds on
+            the clock (`FCFS`, `EDF`, `LeastSlack`) soon exceed any cap, and then tell nothing.
         cap: seconds of rank.
         rate: seconds of rank per second of waiting.
 
@@ -45,25 +49,28 @@ class Aging(Wrapper):
 
     def __post_init__(self) -> None:
         check_by_number(self, self.policy)
-        check_positive("cap", self.cap)
-        check_positive("rate", self.rate)
+        object.__setattr__(self, "cap", positive_seconds("cap", self.cap))
+        object.__setattr__(self, "rate", positive_number("rate", self.rate))
 
     @property
     def overtaking_seconds(self) -> float:
         """How much later than another a job may arrive and still go first."""
         return self.cap / self.rate
 
+    @override
     def line(self, job: Job) -> Hashable:
-        """As the policy within: jobs in order of arrival there are so here."""
+        """Line under the policy within: jobs that rank in order of arrival there do so here."""
         return self.policy.line(job)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
-        """The clipped rank within, plus what not having waited costs."""
+        """min(max(rank within, 0), cap) + rate * arrival."""
         rank = number(self.policy.rank(job, now), self)
         return min(max(rank, 0.0), self.cap) + self.rate * job.arrival
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """Where the rank within exceeds what is left of the threshold."""
+        """Attained service at which the rank within exceeds the threshold less rate * arrival."""
         above, since = number(threshold, self), self.rate * job.arrival
         if self.cap + since <= above:
             return math.inf

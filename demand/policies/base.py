@@ -1,128 +1,26 @@
-"""What every scheduling policy is: a job as a policy sees it, and the protocol it answers to."""
+"""What every scheduling policy answers to, and how its answers are read and refused."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from numbers import Real
+from typing import Any, cast
 
+import numpy as np
+
+from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.policies.job import Job
+from demand.seconds import one_number
 
 Rank = float | tuple[float, ...]
 """Smaller is served first. Tuples compare entry by entry: a class, then a rank within it. All
 ranks that one policy gives are of one form, and none is NaN."""
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One application in the system. The scheduler that owns it keeps it current.
-
-    Args:
-        index: position in order of arrival; ties of rank go to the smaller index (FCFS).
-        application: name of the application.
-        arrival: second at which it arrived.
-        distribution: what is known of its demand in seconds, counted from `known_at` on.
-        demand: its true total demand in seconds; only an oracle may read it.
-        attained_service: seconds of service received so far.
-        lottery: a uniform number in [0, 1), drawn from the seed of the simulation.
-        table: what `Policy.table` made of `distribution`; None for nothing.
-        deadline: second by which it should be finished; infinity for none.
-        tenant: who pays for it; fair sharing is among tenants.
-        weight: share of its tenant relative to the others.
-        priority: class that a priority policy serves by, smaller first.
-
-    Attributes:
-        prior: what was known of its total demand on arrival.
-        known_at: attained service at which `distribution` was learned.
-        requested: second at which its present request was submitted; that of arrival at first.
-        running: whether it is being served.
-        started_at: attained service when it was last put into service.
-        state: what `Policy.new_state` gave the scheduler, shared by all its jobs.
-
-    Raises:
-        DemandError: an arrival that is not finite, a deadline or priority that is NaN, a weight
-            that is not positive and finite, service or a demand that is negative.
-    """
-
-    index: int
-    application: str
-    arrival: float
-    distribution: Distribution
-    demand: float = math.nan
-    attained_service: float = 0.0
-    lottery: float = 0.0
-    table: Any = None
-    deadline: float = math.inf
-    tenant: str = ""
-    weight: float = 1.0
-    priority: int = 0
-    prior: Distribution = field(init=False)
-    known_at: float = field(init=False, default=0.0)
-    requested: float = field(init=False)
-    running: bool = field(init=False, default=False)
-    started_at: float = field(init=False, default=0.0)
-    state: Any = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        if not (
-            -math.inf < self.arrival < math.inf
-            and self.deadline == self.deadline
-            and 0.0 <= self.attained_service < math.inf
-            and 0.0 < self.weight < math.inf
-            and -math.inf <= self.priority <= math.inf
-            and not self.demand < 0.0
-        ):
-            self._refuse()
-        self.prior = self.distribution
-        self.requested = self.arrival
-
-    def _refuse(self) -> None:
-        for name, good, expected in (
-            ("arrival", math.isfinite(self.arrival), "finite seconds"),
-            ("deadline", self.deadline == self.deadline, "seconds, infinity for none"),
-            (
-                "attained_service",
-                0.0 <= self.attained_service < math.inf,
-                "finite seconds of at least 0",
-            ),
-            ("weight", 0.0 < self.weight < math.inf, "a positive finite number, 1 for all alike"),
-            ("priority", -math.inf <= self.priority <= math.inf, "a number, 0 for all alike"),
-            ("demand", not self.demand < 0.0, "seconds of at least 0, NaN if unknown"),
-        ):
-            if not good:
-                raise DemandError(
-                    f"{name} of job {self.index} is {getattr(self, name)}; expected {expected}"
-                )
-
-    @property
-    def age(self) -> float:
-        """Seconds of service since `distribution` was learned: the age to ask it for."""
-        return self.attained_service - self.known_at
-
-    def learn(self, remaining: Distribution, table: Any) -> None:
-        """Take in what its progress says: the distribution of its demand from here on.
-
-        One that is `extrapolated` says nothing: what was known stays and its age runs on, so that
-        the job does not come to look nearly done as it is served beyond all samples.
-        """
-        if remaining.extrapolated:
-            return
-        self.distribution, self.table = remaining, table
-        self.known_at = self.attained_service
-
-    def attained_at(self, age: float) -> float:
-        """Least attained service at which `age` is reached."""
-        if self.known_at == 0.0:
-            return age
-        attained = self.known_at + age
-        while attained - self.known_at < age:  # the sum was rounded down
-            attained = math.nextafter(attained, math.inf)
-        return attained
-
-
 class Policy(ABC):
-    """Ranks jobs; the smaller rank is served first, ties in order of arrival.
+    """Ranks jobs; the job of the smallest rank is served first, ties in order of arrival.
 
     A policy is configuration only: a frozen dataclass that is shared freely. What it computes
     per distribution (`table`) is computed once and kept by the scheduler on the jobs; what it
@@ -149,15 +47,20 @@ class Policy(ABC):
         return False
 
     def line(self, job: Job) -> Hashable:
-        """Of a policy that `reranks`: a name for the jobs whose ranks move with that of `job`.
+        """Key of the FIFO sub-queue of `job`, such as its tenant; only its head is ranked.
 
-        Asked once, when `job` has arrived. No arrival, service or departure then changes the rank
-        of a waiting job, except that serving `job` may change those of its own line; and among
-        those that wait in a line the order of arrival is always the order of rank. `simulate`
-        ranks the first of each line alone. None promises nothing: all are ranked at every event.
+        Of a policy that `reranks`, and asked once, when `job` has arrived. Jobs of one key form a
+        line, of which a policy promises that
+
+        - no arrival, service or departure changes the rank of a waiting job, except that serving a
+          job may change the ranks of its own line;
+        - the waiting jobs of a line rank in order of arrival, always.
+
+        So `simulate` ranks the first of each line alone, anew only where the line was served.
+        `None` promises nothing: all waiting jobs are then ranked at every event.
 
         Raises:
-            DemandError: by `simulate`, where it sees that the order within a line is another.
+            DemandError: by `simulate`, where it sees that a line ranks in another order.
         """
         return None
 
@@ -176,6 +79,10 @@ class Policy(ABC):
         service at which the rank exceeds `threshold`; an earlier one costs a simulator an event
         that changes nothing, a later one is wrong. Infinity if it never does, as for all ranks
         that do not rise with service. This default asks the table, if there is one.
+
+        Where service is counted in whole quanta, the answer is the end of a quantum, though the
+        rank rises up to `exact_thresholds.ROUNDING` of a quantum before it: what simulators make
+        of the answer allows for that.
         """
         if job.table is None:
             return math.inf
@@ -196,18 +103,40 @@ class Policy(ABC):
         """Told of every job as it finishes."""
 
 
-def number(rank: Rank, policy: Policy) -> float:
-    """`rank` where `policy` can do with a single number only.
+def check_policy(name: str, policy: object) -> None:
+    """Raise `DemandError` unless `policy` is a policy: an instance, not its class."""
+    check_instance(name, policy, Policy, "a policy, such as Gittins()")
+
+
+def rank_of(job: Job, policy: Policy, now: float) -> Rank:
+    """Rank of `job` under `policy` at second `now`, as every scheduler asks for it.
 
     Raises:
-        DemandError: a tuple.
+        DemandError: a rank that is neither a number nor a tuple of numbers, or is NaN.
     """
+    rank = policy.rank(job, now)
+    if type(rank) is float and rank == rank:  # nearly all are: the rest may take longer
+        return rank
+    return _checked(rank, job, policy)
+
+
+def number(rank: Rank, policy: Policy) -> float:
+    """`rank`, which `policy` got from the policy within, where it takes a single number only.
+
+    Raises:
+        DemandError: a tuple, or what is no number.
+    """
+    if type(rank) is float:
+        return rank
     if isinstance(rank, tuple):
         raise DemandError(
             f"{policy!r} got the rank {rank}; it takes policies that rank by one number: put "
             "PriorityClasses or DeadlineMix around it, not inside"
         )
-    return rank
+    found = _number(rank)
+    if found is None:
+        raise DemandError(f"{policy!r} got the rank {rank!r:.200} from within; expected a number")
+    return found
 
 
 def table_of(job: Job) -> Any:
@@ -224,20 +153,32 @@ def table_of(job: Job) -> Any:
     return job.table
 
 
-def rank_of(job: Job, policy: Policy, now: float) -> Rank:
-    """Rank of `job` under `policy` at second `now`.
-
-    Raises:
-        DemandError: a rank of NaN, or a tuple that has one.
-    """
-    rank = policy.rank(job, now)
-    if not isinstance(rank, tuple):
-        if rank == rank:
-            return rank
-    else:
+def _checked(rank: object, job: Job, policy: Policy) -> Rank:
+    """`rank`, of which nothing is known yet; 0-d arrays and tensors as the float they hold."""
+    if isinstance(rank, tuple):
         for entry in rank:  # a generator would cost as much as the rank
-            if entry != entry:
+            kind = type(entry)
+            if not ((kind is float or kind is int) and entry == entry):
                 break
         else:
             return rank
-    raise DemandError(f"{policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered")
+    entries = rank if isinstance(rank, tuple) else (rank,)
+    numbers = [found for entry in entries if (found := _number(entry)) is not None]
+    if len(numbers) < len(entries):
+        raise DemandError(
+            f"{policy!r} ranked job {job.index} {rank!r:.200}; expected a number or a tuple of "
+            "numbers, of which the smallest goes first: have `rank` return one for every job"
+        )
+    if any(each != each for each in numbers):
+        raise DemandError(f"{policy!r} ranked job {job.index} NaN ({rank}); ranks must be ordered")
+    return tuple(numbers) if isinstance(rank, tuple) else numbers[0]
+
+
+def _number(value: Any) -> float | None:
+    """`value` if it is a number, the float that a 0-d array or tensor holds, or `None`."""
+    if isinstance(value, Real) and not isinstance(value, np.timedelta64):
+        return cast(float, value)
+    try:
+        return one_number("rank", value)
+    except DemandError:
+        return None

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.unknown import mean_demand, next_mean_above
+from typing_extensions import override
+
+from demand.policies.base import Policy, Rank, number
+from demand.policies.job import Job
+from demand.policies.mean_demand import mean_demand, next_mean_above
 
 
 @final
@@ -17,10 +20,12 @@ class ClassMean(Policy):
     seen before (`NEVER_SEEN`) has no mean and ranks by attained service.
     """
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """Mean total seconds of the application."""
         return mean_demand(job)
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """Never, but for applications never seen before."""
+        """Infinity: a mean stands still, but for applications never seen before."""
         return next_mean_above(job, number(threshold, self))

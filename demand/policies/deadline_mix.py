@@ -5,10 +5,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
+from typing_extensions import override
+
 from demand.distribution.distribution import Distribution
-from demand.policies.base import Job, Policy, Rank
+from demand.policies.base import Policy, Rank, check_policy
+from demand.policies.job import Job
 from demand.policies.priority_classes import classed, next_above_in_class
-from demand.policies.wrapper import ByClass, check_policy
+from demand.policies.wrapper import ByClass
 
 
 @final
@@ -35,53 +38,61 @@ class DeadlineMix(ByClass):
         check_policy("best_effort", self.best_effort)
 
     @property
+    @override
     def reranks(self) -> bool:
-        """Whether either does."""
         return self.urgent.reranks or self.best_effort.reranks
 
     @property
+    @override
     def by_request(self) -> bool:
-        """Whether either does."""
         return self.urgent.by_request or self.best_effort.by_request
 
+    @override
     def table(self, distribution: Distribution) -> "_Sides":
-        """The tables of both; a job takes that of its side."""
+        """The tables of both policies; a job later keeps that of its side alone."""
         return _Sides(self.urgent.table(distribution), self.best_effort.table(distribution))
 
+    @override
     def new_state(self) -> "_Sides":
-        """The states of both; a job takes that of its side."""
+        """The states of both policies; a job later keeps that of its side alone."""
         return _Sides(self.urgent.new_state(), self.best_effort.new_state())
 
+    @override
     def line(self, job: Job) -> Hashable:
-        """That of its policy, on each side; one of its own, where serving others moves nobody."""
+        """(side, line of the job under the policy of that side).
+
+        Under a policy that does not rerank, each job is a line of its own.
+        """
         side, policy = self._side(job)
         within = policy.line(job) if policy.reranks else job.index
         return None if within is None else (side, within)
 
+    @override
     def rank(self, job: Job, now: float) -> tuple[float, ...]:
-        """(side, rank by its policy)."""
+        """(side, rank by the policy of that side)."""
         side, policy = self._side(job)
         return classed(side, policy.rank(job, now))
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """As its policy says, if the threshold is of the same side."""
+        """As the policy of its side says, if the threshold is of the same side."""
         side, policy = self._side(job)
         return next_above_in_class(side, policy, job, threshold)
 
+    @override
     def arrived(self, job: Job, now: float) -> None:
-        """Passed to its policy."""
         self._side(job)[1].arrived(job, now)
 
+    @override
     def served(self, job: Job, seconds: float, now: float) -> None:
-        """Passed to its policy."""
         self._side(job)[1].served(job, seconds, now)
 
+    @override
     def departed(self, job: Job, now: float) -> None:
-        """Passed to its policy."""
         self._side(job)[1].departed(job, now)
 
     def _side(self, job: Job) -> tuple[int, Policy]:
-        """Its side and policy; the job keeps of tables and states those of its side."""
+        """The side of `job`, and its policy. The first time, the job takes its table and state."""
         side = 0 if job.deadline < math.inf else 1
         if isinstance(job.table, _Sides):
             job.table = job.table[side]
@@ -91,7 +102,7 @@ class DeadlineMix(ByClass):
 
 
 class _Sides(NamedTuple):
-    """Tables or states of both policies, on jobs that have not taken theirs yet."""
+    """Tables or states of both policies, on a job that has not yet taken those of its side."""
 
     urgent: Any
     best_effort: Any

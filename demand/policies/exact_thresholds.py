@@ -1,9 +1,12 @@
-"""Service counted in whole quanta, so that jobs of equal rank do not swap at every instant."""
+"""Thresholds on ranks and on service, exact in floating point.
+
+Where does a rank exceed a threshold (`Policy.next_above`)? A policy that computes its rank from
+another one, or that counts service in whole quanta, answers exactly with these.
+"""
 
 import math
 from collections.abc import Callable
 
-from demand.errors import DemandError
 from demand.policies.base import Rank
 
 
@@ -20,7 +23,10 @@ def just_below(rank: Rank) -> Rank:
 
 
 def half_way(rank: Rank, best: Rank) -> Rank:
-    """A threshold between `rank` and a greater `best`, in the class of `rank`; or `best`."""
+    """A threshold between `rank` and a greater `best`, or `best` where no number lies between.
+
+    Of tuples of different classes it is the end of the class of `rank`.
+    """
     if not isinstance(rank, tuple) and not isinstance(best, tuple):
         middle = rank + (best - rank) / 2
         return middle if rank <= middle < best else best  # a large int may round below `rank`
@@ -36,8 +42,8 @@ def half_way(rank: Rank, best: Rank) -> Rank:
 def greatest_addend(other: float, threshold: float) -> float:
     """The greatest x with x + other <= threshold, in floating point; `threshold` if infinite.
 
-    Sums up to halfway to the next number over `threshold` round to it. What algebra makes of that
-    is off by a rounding or two, which the steps make up for.
+    Sums up to half-way to the next number over `threshold` round to it. x computed by algebra is
+    off by a rounding or two, which the steps of the search make up for.
     """
     if not math.isfinite(threshold):
         return threshold
@@ -77,15 +83,19 @@ def greatest_within(function: Callable[[float], float], threshold: float, guess:
             high = middle
 
 
-_SLACK = 1e-9  # of a quantum: a sum of pieces of service counts as the whole it was meant to be
+# Service counted in whole quanta, so that jobs of equal rank do not swap at every instant.
+
+ROUNDING = 1e-9
+"""A sum of pieces of service that falls this share of a quantum short of a whole number of quanta
+counts as that number: 0.1 + 0.2 + ... is what it was meant to be."""
 
 
 def whole_quanta(seconds: float, quantum: float) -> int:
-    """How many quanta of `quantum` seconds are complete within `seconds`."""
-    return math.floor(seconds / quantum + _SLACK)
+    """How many quanta of `quantum` seconds are complete within `seconds`, up to `ROUNDING`."""
+    return math.floor(seconds / quantum + ROUNDING)
 
 
-def next_end(seconds: float, quantum: float, threshold: float) -> float:
+def next_quantum_end(seconds: float, quantum: float, threshold: float) -> float:
     """The least end of a quantum, after `seconds`, that exceeds `threshold`."""
     if threshold == math.inf:
         return math.inf
@@ -95,9 +105,3 @@ def next_end(seconds: float, quantum: float, threshold: float) -> float:
         while count * quantum <= threshold:
             count += 1
     return count * quantum
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise `DemandError` unless `value` is positive and finite."""
-    if not 0.0 < value < math.inf:
-        raise DemandError(f"{name} is {value}; expected a positive finite number")

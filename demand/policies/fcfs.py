@@ -1,11 +1,17 @@
-"""First come, first served."""
+"""The five policies that rank by a number the job carries: no table, no memory, no thresholds.
+
+`FCFS`, `RequestFCFS`, `EDF`, `RandomOrder`, and `Oracle`, which serves by the true demand.
+"""
 
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution.atoms import check_age
+from typing_extensions import override
+
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
+from demand.seconds import check_age
 
 
 @final
@@ -17,6 +23,7 @@ class FCFS(Policy):
     anew.
     """
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """Second of arrival."""
         return job.arrival
@@ -24,9 +31,58 @@ class FCFS(Policy):
 
 @final
 @dataclass(frozen=True)
-class Oracle(Policy):
-    """Shortest remaining processing time with the true demands: optimal on one server, unreal."""
+class RequestFCFS(Policy):
+    """Requests in order of submission: each call of an application queues anew.
 
+    The order of vLLM (SOSP 2023), and the baseline of the Hermes paper (arXiv 2506.14851). Where
+    the scheduler does not see requests (a workload without `runs`), it is `FCFS`.
+    """
+
+    @property
+    @override
+    def by_request(self) -> bool:
+        return True
+
+    @override
+    def rank(self, job: Job, now: float) -> float:
+        """Second at which the present request was submitted."""
+        return job.requested
+
+
+@final
+@dataclass(frozen=True)
+class EDF(Policy):
+    """Earliest deadline first (Liu and Layland 1973); jobs without a deadline come last.
+
+    Meets every deadline on one server whenever any order does; under overload it may meet few.
+    """
+
+    @override
+    def rank(self, job: Job, now: float) -> float:
+        """Second of the deadline."""
+        return job.deadline
+
+
+@final
+@dataclass(frozen=True)
+class RandomOrder(Policy):
+    """Jobs in a random order, drawn once: the baseline that shows what knowing nothing gives."""
+
+    @override
+    def rank(self, job: Job, now: float) -> float:
+        """The number the job drew."""
+        return job.lottery
+
+
+@final
+@dataclass(frozen=True)
+class Oracle(Policy):
+    """Shortest remaining processing time (SRPT, Schrage 1968), by the true demands.
+
+    It minimises the mean completion time on one server, and cannot be had outside of a simulation.
+    """
+
+    @override
     def rank(self, job: Job, now: float) -> float:
         """True remaining seconds.
 
@@ -41,45 +97,3 @@ class Oracle(Policy):
                 "demands are known, as in a simulation"
             )
         return remaining
-
-
-@final
-@dataclass(frozen=True)
-class EDF(Policy):
-    """Earliest deadline first (Liu and Layland 1973); jobs without a deadline come last.
-
-    Meets every deadline on one server whenever any order does; under overload it may meet few.
-    """
-
-    def rank(self, job: Job, now: float) -> float:
-        """Second of the deadline."""
-        return job.deadline
-
-
-@final
-@dataclass(frozen=True)
-class RandomOrder(Policy):
-    """Jobs by a number drawn once for each: the row that shows what knowing nothing gives."""
-
-    def rank(self, job: Job, now: float) -> float:
-        """The number the job drew."""
-        return job.lottery
-
-
-@final
-@dataclass(frozen=True)
-class RequestFCFS(Policy):
-    """Requests in order of submission: each call of an application queues anew.
-
-    The order of vLLM (SOSP 2023), and the baseline of the Hermes paper (arXiv 2506.14851). Where
-    the scheduler does not see requests (a workload without `runs`), it is `FCFS`.
-    """
-
-    @property
-    def by_request(self) -> bool:
-        """Yes."""
-        return True
-
-    def rank(self, job: Job, now: float) -> float:
-        """Second at which the present request was submitted."""
-        return job.requested

@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from demand.distribution.distribution import Distribution
 from demand.distribution.rank_table import RankTable
-from demand.policies.base import Job, Policy, table_of
+from demand.policies.base import Policy, table_of
+from demand.policies.job import Job
 
 
 @final
@@ -39,8 +42,9 @@ class Gittins(Policy):
     def __post_init__(self) -> None:
         self.table(Distribution([1.0]))  # refuses what it cannot build
 
+    @override
     def table(self, distribution: Distribution) -> "RankTable | _SwitchTable":
-        """Gittins ranks by age."""
+        """Gittins ranks by age; with a `preemption_cost`, of running and of waiting jobs apart."""
         running = RankTable(distribution, self.variant, quantum=self.quantum)
         if self.preemption_cost == 0.0:
             return running
@@ -52,6 +56,7 @@ class Gittins(Policy):
         )
         return _SwitchTable(running, waiting)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """Gittins rank in seconds."""
         table = job.table or table_of(job)  # a call less, where most ranks are asked for

@@ -1,11 +1,15 @@
-"""A running job keeps its place unless beaten by a margin."""
+"""A running job stays in service unless a waiting one leads by a margin."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Rank, number
-from demand.policies.exact_thresholds import check_positive, greatest_addend
+from typing_extensions import override
+
+from demand.arguments import positive_number
+from demand.policies.base import Rank, number
+from demand.policies.exact_thresholds import greatest_addend
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
 
 
@@ -31,17 +35,20 @@ class Hysteresis(Wrapper):
 
     def __post_init__(self) -> None:
         check_by_number(self, self.policy)
-        check_positive("margin", self.margin)
+        object.__setattr__(self, "margin", positive_number("margin", self.margin))
 
+    @override
     def line(self, job: Job) -> Hashable:
-        """As the policy within: jobs that wait have their rank within."""
+        """Line under the policy within: waiting jobs have the rank they have there."""
         return self.policy.line(job)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """The rank within, less the margin if the job runs."""
         rank = number(self.policy.rank(job, now), self)
         return rank - self.margin if job.running else rank
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the rank within exceeds the threshold by more than the margin."""
         above = number(threshold, self)

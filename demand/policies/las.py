@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution.atoms import check_age
-from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
+from typing_extensions import override
+
+from demand.arguments import positive_seconds
+from demand.policies.base import Policy, Rank, number
+from demand.policies.exact_thresholds import next_quantum_end, whole_quanta
+from demand.policies.job import Job
+from demand.seconds import check_age
 
 
 @final
@@ -31,16 +35,18 @@ class LAS(Policy):
     quantum: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive("quantum", self.quantum)
+        object.__setattr__(self, "quantum", positive_seconds("quantum", self.quantum))
 
+    @override
     def rank(self, job: Job, now: float) -> float:
-        """Attained service in seconds, whole quanta.
+        """Attained service in seconds, counted in whole quanta.
 
         Raises:
             DemandError: service that is negative or not finite.
         """
         return whole_quanta(check_age(job.attained_service), self.quantum) * self.quantum
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """The end of a quantum."""
-        return next_end(job.attained_service, self.quantum, number(threshold, self))
+        """The first end of a quantum that exceeds the threshold."""
+        return next_quantum_end(job.attained_service, self.quantum, number(threshold, self))

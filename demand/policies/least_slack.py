@@ -1,4 +1,4 @@
-"""Least slack."""
+"""Jobs with the least slack before their deadline first."""
 
 import math
 from bisect import bisect_right
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
-from demand.distribution.atoms import beyond_samples, check_age
+from demand.arguments import positive_seconds
+from demand.distribution.atoms import beyond_samples
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number, table_of
-from demand.policies.exact_thresholds import check_positive, greatest_addend, whole_quanta
+from demand.policies.base import Policy, Rank, number, table_of
+from demand.policies.exact_thresholds import greatest_addend, whole_quanta
+from demand.policies.job import Job
+from demand.seconds import check_age, one_number
 
 
 @final
@@ -40,23 +44,29 @@ class LeastSlack(Policy):
     quantum: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive("quantum", self.quantum)
-        if self.quantile is not None and not 0.0 <= self.quantile <= 1.0:
+        object.__setattr__(self, "quantum", positive_seconds("quantum", self.quantum))
+        if self.quantile is None:
+            return
+        object.__setattr__(self, "quantile", one_number("quantile", self.quantile))
+        if not 0.0 <= self.quantile <= 1.0:
             raise DemandError(
                 f"quantile is {self.quantile}; expected a number from 0 to 1, or None for the "
                 "largest sample"
             )
 
+    @override
     def table(self, distribution: Distribution) -> "SlackTable":
-        """What the remaining demand takes from the slack, by age."""
+        """Minus the remaining demand in seconds, by age."""
         return SlackTable(distribution, self.quantile, self.quantum)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
-        """Deadline less remaining seconds."""
+        """Deadline less remaining seconds: the slack, without the common `now`."""
         return job.deadline + table_of(job).at(job.age)
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """The end of a quantum; never for a job without a deadline."""
+        """The end of a quantum; infinity for a job without a deadline."""
         if job.deadline == math.inf:
             return math.inf
         within = greatest_addend(job.deadline, number(threshold, self))
@@ -64,9 +74,11 @@ class LeastSlack(Policy):
 
 
 class SlackTable:
-    """Minus the remaining demand by age: rises with service, falls where hope is revised.
+    """Minus the remaining demand by age.
 
-    Of jobs with `values[i - 1] <= age < values[i]` the total demand is taken to be `totals[i]`.
+    It rises as a job is served, and falls where the total demand is revised: where the age passes
+    a sample, the quantile of those still possible is a larger one. A job of age
+    `ends[i - 1] <= age < ends[i]` is taken to have the total demand `totals[i]`.
     """
 
     def __init__(self, distribution: Distribution, quantile: float | None, quantum: float) -> None:

@@ -1,24 +1,27 @@
-"""A running job keeps its place until it has had a quantum."""
+"""A running job stays in service until it has had a quantum."""
 
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import final
 
-from demand.distribution.atoms import check_age
-from demand.policies.base import Job, Rank, number
-from demand.policies.exact_thresholds import check_positive
+from typing_extensions import override
+
+from demand.arguments import positive_seconds
+from demand.policies.base import Rank, number
+from demand.policies.job import Job
 from demand.policies.wrapper import Wrapper, check_by_number
+from demand.seconds import check_age
 
 
 @final
 @dataclass(frozen=True)
 class Quantum(Wrapper):
-    """Once put into service a job is served for `seconds` before another may take its place.
+    """Once put into service a job is served for `seconds` before another may take its server.
 
     Claim: between two preemptions of a job it receives at least `seconds` of service, so that a
     job of demand d is put back at most d / seconds times. Proof: its rank is minus infinity until
-    then, and only a smaller rank takes a place. QED.
+    then, and only a smaller rank takes a server. QED.
 
     `Gittins` has a `quantum` of its own, which changes what it ranks by and not who may preempt.
 
@@ -35,20 +38,23 @@ class Quantum(Wrapper):
 
     def __post_init__(self) -> None:
         check_by_number(self, self.policy)
-        check_positive("seconds", self.seconds)
+        object.__setattr__(self, "seconds", positive_seconds("seconds", self.seconds))
 
+    @override
     def line(self, job: Job) -> Hashable:
-        """As the policy within: jobs that wait have their rank within."""
+        """Line under the policy within: waiting jobs have the rank they have there."""
         return self.policy.line(job)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """Minus infinity within the quantum, the rank within afterwards."""
         if job.running and check_age(job.attained_service) < self._end(job):
             return -math.inf
         return number(self.policy.rank(job, now), self)
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """The end of the quantum, to look again; then where the rank within exceeds it."""
+        """The end of the quantum; after it, where the rank within exceeds the threshold."""
         end = self._end(job)
         if job.attained_service < end:
             return end if number(threshold, self) < math.inf else math.inf

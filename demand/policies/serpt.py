@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from demand.distribution.distribution import Distribution
 from demand.distribution.rank_table import RankTable
-from demand.policies.base import Job, Policy, table_of
+from demand.policies.base import Policy, table_of
+from demand.policies.job import Job
 
 
 @final
@@ -13,11 +16,13 @@ from demand.policies.base import Job, Policy, table_of
 class SERPT(Policy):
     """Smallest mean remaining demand first: E[X - a | X > a] at attained service a."""
 
+    @override
     def table(self, distribution: Distribution) -> RankTable:
         """Mean remaining seconds by age."""
         return RankTable(distribution, variant="mean")
 
+    @override
     def rank(self, job: Job, now: float) -> float:
         """Mean remaining seconds."""
-        table = job.table or table_of(job)  # a call less, as for the age
+        table = job.table or table_of(job)  # a call less, where most ranks are asked for
         return table.at(job.attained_service - job.known_at)

@@ -5,10 +5,14 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import final
 
+from typing_extensions import override
+
+from demand.arguments import positive_number
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.exact_thresholds import check_positive, greatest_within
-from demand.policies.unknown import has_mean, mean_demand, next_mean_above
+from demand.policies.base import Policy, Rank, number
+from demand.policies.exact_thresholds import greatest_within
+from demand.policies.job import Job
+from demand.policies.mean_demand import has_mean, mean_demand, next_mean_above
 
 
 @final
@@ -24,7 +28,7 @@ class VirtualTime(Policy):
 
     Departures from the paper: demand is the mean total seconds of the application, where the paper
     predicts memory held over time per agent; the weight is that of the job's tenant. A job that
-    outlives its mean keeps its early place. One of an application never seen before (`NEVER_SEEN`)
+    outlives its mean keeps its early rank. One of an application never seen before (`NEVER_SEEN`)
     is taken to demand what it has attained.
 
     Args:
@@ -37,18 +41,21 @@ class VirtualTime(Policy):
     servers: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive("servers", self.servers)
+        object.__setattr__(self, "servers", positive_number("servers", self.servers))
 
+    @override
     def new_state(self) -> "VirtualClock":
-        """The virtual clock."""
+        """The virtual clock that all jobs of one scheduler share."""
         return VirtualClock(self.servers)
 
+    @override
     def rank(self, job: Job, now: float) -> float:
-        """Virtual finish."""
+        """Virtual second at which fair sharing would finish the job."""
         return _clock(job).starts[job.index] + mean_demand(job) / job.weight
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
-        """Never, but for applications never seen before."""
+        """Infinity: a virtual finish stands still, but for applications never seen before."""
         if has_mean(job):
             return math.inf
         above, start = number(threshold, self), _clock(job).starts[job.index]
@@ -57,18 +64,29 @@ class VirtualTime(Policy):
         )
         return next_mean_above(job, within)
 
+    @override
     def arrived(self, job: Job, now: float) -> None:
-        """Read the virtual clock."""
+        """Let the job share from the virtual second at which it arrives."""
         _clock(job).start(job, now)
 
+    @override
     def departed(self, job: Job, now: float) -> None:
-        """Forget its place."""
+        """Forget the virtual second at which the job arrived."""
         del _clock(job).starts[job.index]
 
 
 @dataclass
 class VirtualClock:
-    """Virtual time, and the jobs that fair sharing would still be serving."""
+    """Virtual time, and the jobs that fair sharing would still be serving.
+
+    Attributes:
+        servers: how many the jobs share.
+        virtual: virtual seconds when the clock was last advanced.
+        second: when that was, on the clock of the scheduler.
+        weights: sum of the weights of the jobs that share.
+        sharing: heap of (virtual finish, index, weight) of the jobs that share.
+        starts: virtual second at which each unfinished job arrived, by index.
+    """
 
     servers: float
     virtual: float = 0.0

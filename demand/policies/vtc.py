@@ -5,9 +5,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import final
 
+from typing_extensions import override
+
+from demand.arguments import positive_seconds
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy, Rank, number
-from demand.policies.exact_thresholds import check_positive, next_end, whole_quanta
+from demand.policies.base import Policy, Rank, number
+from demand.policies.exact_thresholds import next_quantum_end, whole_quanta
+from demand.policies.job import Job
 
 
 @final
@@ -36,40 +40,46 @@ class VTC(Policy):
     quantum: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive("quantum", self.quantum)
+        object.__setattr__(self, "quantum", positive_seconds("quantum", self.quantum))
 
     @property
+    @override
     def reranks(self) -> bool:
-        """Serving a job moves all jobs of its tenant back."""
+        """True: serving a job moves all jobs of its tenant back."""
         return True
 
+    @override
     def line(self, job: Job) -> str:
-        """Its tenant, whose jobs go in order of arrival."""
+        """The tenant of the job: its jobs go in order of arrival."""
         return job.tenant
 
+    @override
     def new_state(self) -> "VTCState":
-        """Counters of the tenants."""
+        """The counters of all tenants."""
         return VTCState()
 
+    @override
     def rank(self, job: Job, now: float) -> float:
-        """Weighted seconds its tenant received, whole quanta."""
+        """Weighted seconds that its tenant received, counted in whole quanta."""
         state = job.state
         if type(state) is not VTCState:  # a call less, where most ranks are asked for
             state = _state(job)
         rank: float = state.ranks[job.tenant]
         return rank
 
+    @override
     def next_above(self, job: Job, threshold: Rank) -> float:
         """Where the counter of its tenant ends a quantum, with all of its running jobs adding."""
         state = job.state if type(job.state) is VTCState else _state(job)
         counter, attained = state.counters[job.tenant], job.attained_service
-        end = next_end(counter, self.quantum, number(threshold, self))
+        end = next_quantum_end(counter, self.quantum, number(threshold, self))
         running = [other.running for other in state.present[job.tenant]].count(True) or 1
         at = attained + (end - counter) * job.weight / running
         return at if at > attained else math.nextafter(attained, math.inf)
 
+    @override
     def arrived(self, job: Job, now: float) -> None:
-        """Lift the counter of a tenant that had nothing to do."""
+        """Lift the counter of its tenant, if that had nothing to do."""
         state = _state(job)
         mine = state.present.setdefault(job.tenant, [])
         if not mine:
@@ -78,8 +88,9 @@ class VTC(Policy):
             self._count(state, job.tenant, max(state.counters[job.tenant], floor))
         mine.append(job)
 
+    @override
     def served(self, job: Job, seconds: float, now: float) -> None:
-        """Count the service."""
+        """Add the service to the counter of its tenant."""
         if not seconds >= 0.0:
             raise DemandError(
                 f"job {job.index} was served for {seconds} seconds; the clock of a scheduler "
@@ -88,8 +99,9 @@ class VTC(Policy):
         state = job.state if type(job.state) is VTCState else _state(job)
         self._count(state, job.tenant, state.counters[job.tenant] + seconds / job.weight)
 
+    @override
     def departed(self, job: Job, now: float) -> None:
-        """Note who leaves."""
+        """Note the tenant as the last to leave."""
         state = _state(job)
         state.present[job.tenant].remove(job)
         state.last_to_leave = job.tenant

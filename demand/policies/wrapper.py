@@ -1,13 +1,16 @@
-"""What policies around a policy have in common."""
+"""What policies around a policy have in common, and whom a scheduler has to tell of events."""
 
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy, check_policy
+from demand.policies.job import Job
 
 
 class ByClass(Policy, ABC):
@@ -16,10 +19,10 @@ class ByClass(Policy, ABC):
 
 @dataclass(frozen=True)
 class Wrapper(Policy, ABC):
-    """A policy that changes the ranks of another; all the rest is left to that one.
+    """A policy that changes the ranks of another and leaves all the rest to it, except `line`.
 
-    But for `line`: whether it holds depends on how ranks are changed, so that a wrapper that keeps
-    the order within a line says so itself.
+    Whether the jobs of a line still rank in order of arrival depends on how a wrapper changes
+    ranks. One that keeps their order says so itself, by `line`; by default there are no lines.
 
     Args:
         policy: the policy within, a wrapper itself if you like.
@@ -34,44 +37,38 @@ class Wrapper(Policy, ABC):
         check_policy("policy", self.policy)
 
     @property
+    @override
     def reranks(self) -> bool:
-        """As the policy within."""
         return self.policy.reranks
 
     @property
+    @override
     def by_request(self) -> bool:
-        """As the policy within."""
         return self.policy.by_request
 
+    @override
     def table(self, distribution: Distribution) -> Any:
-        """The table of the policy within."""
         return self.policy.table(distribution)
 
+    @override
     def new_state(self) -> Any:
-        """The state of the policy within."""
         return self.policy.new_state()
 
+    @override
     def arrived(self, job: Job, now: float) -> None:
-        """Passed on."""
         self.policy.arrived(job, now)
 
+    @override
     def served(self, job: Job, seconds: float, now: float) -> None:
-        """Passed on."""
         self.policy.served(job, seconds, now)
 
+    @override
     def departed(self, job: Job, now: float) -> None:
-        """Passed on."""
         self.policy.departed(job, now)
 
 
-def check_policy(name: str, policy: object) -> None:
-    """Raise `DemandError` unless `policy` is one."""
-    if not isinstance(policy, Policy):
-        raise DemandError(f"{name} is {policy!r}; expected a policy, such as Gittins()")
-
-
 def check_by_number(outer: Policy, policy: object) -> None:
-    """Raise `DemandError` unless `policy`, within `outer`, is one that ranks by one number."""
+    """Raise `DemandError` unless `policy`, the one within `outer`, ranks by one number."""
     check_policy("policy", policy)
     if isinstance(policy, ByClass):
         raise DemandError(
@@ -83,9 +80,10 @@ def check_by_number(outer: Policy, policy: object) -> None:
 def hook(
     policy: Policy, name: Literal["arrived", "served", "departed"]
 ) -> Callable[..., Any] | None:
-    """The method to call at each such event; None where the policy keeps the default.
+    """The method of `policy` to call at each event of this name; `None` where it does nothing.
 
-    Wrappers that only pass on are passed over, since a simulator calls this at every event.
+    A wrapper that only passes the event on is skipped: it is the method of the policy within that
+    is returned, since a simulator calls it at every event.
     """
     method = getattr(policy, name)
     own = getattr(method, "__func__", method)  # of the class, unless the instance has its own

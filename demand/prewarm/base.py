@@ -1,4 +1,4 @@
-"""What every prewarmer answers to: what may come next, and what to start when."""
+"""What every prewarmer answers to: what may follow the current unit, and what to warm when."""
 
 import math
 from abc import ABC, abstractmethod
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.seconds import one_of_seconds
 
 Knowledge = Literal["nothing", "graph", "truth"]
 
@@ -37,7 +39,7 @@ class Successor:
             raise DemandError(
                 f"unit {self.unit!r} follows with probability {self.probability}; expected 0 to 1"
             )
-        check_warm_seconds(self.warm_seconds)
+        object.__setattr__(self, "warm_seconds", check_warm_seconds(self.warm_seconds))
         if not 0.0 < self.footprint < math.inf:
             raise DemandError(
                 f"footprint of unit {self.unit!r} is {self.footprint}; expected it positive"
@@ -61,7 +63,10 @@ class Prewarmer(ABC):
 
     @property
     def at_submission(self) -> bool:
-        """Whether a unit's own backend is warmed when it is submitted, not when its turn comes."""
+        """Whether a unit's own backend is warmed as soon as the unit is submitted.
+
+        If not, it is warmed when the engine comes to serve the unit.
+        """
         return True
 
     @property
@@ -86,16 +91,28 @@ class Prewarmer(ABC):
         """
 
 
-def check_warm_seconds(seconds: float) -> None:
-    """Raise `DemandError` for a warm-up that is negative or not finite."""
+def check_warm_seconds(value: object) -> float:
+    """`value` in seconds as a float, or `DemandError` unless a warm-up can take that long."""
+    seconds = one_of_seconds("warm_seconds", value)
     if not 0.0 <= seconds < math.inf:
-        raise DemandError(f"warm-up takes {seconds} s; expected finite seconds of at least 0")
+        raise DemandError(f"warm-up takes {value} s; expected finite seconds of at least 0")
+    return seconds
+
+
+def check_prewarmer(name: str, prewarmer: object) -> None:
+    """Raise `DemandError` unless `prewarmer` is a prewarmer: an instance, not its class."""
+    check_instance(name, prewarmer, Prewarmer, "a prewarmer, such as PrewarmPlanner()")
 
 
 def fitting(
     starts: Sequence[tuple[Start, Successor]], capacity: float
 ) -> list[tuple[Start, Successor]]:
-    """Of `starts`, in order of preference, those that fit into `capacity` one after the other."""
+    """Those of `starts` that fit into `capacity`, taken one after the other by preference.
+
+    Args:
+        starts: the most preferred first.
+        capacity: what may be occupied, in the unit of the footprints.
+    """
     chosen = []
     for start, successor in starts:
         if successor.footprint <= capacity:

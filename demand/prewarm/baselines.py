@@ -1,8 +1,10 @@
-"""What a planner is compared with."""
+"""The baselines that planners are compared with, from no prewarming to an oracle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
+
+from typing_extensions import override
 
 from demand.distribution.distribution import Distribution
 from demand.prewarm.base import Knowledge, Prewarmer, Start, Successor, fitting
@@ -11,26 +13,26 @@ from demand.prewarm.base import Knowledge, Prewarmer, Start, Successor, fitting
 @final
 @dataclass(frozen=True)
 class NoPrewarm(Prewarmer):
-    """Backends are warmed when their unit's turn has come; what stays warm is up to the pool.
+    """Warms nothing ahead: a backend is warmed when the engine comes to serve its unit.
 
-    With a pool that keeps what was used this is the LRU baseline of Hermes, with one that keeps
-    nothing every use is a cold start.
+    What then stays warm is up to the pool. With one that keeps what was used this is the LRU
+    baseline of Hermes; with one that keeps nothing every use is a cold start.
     """
 
     @property
+    @override
     def at_submission(self) -> bool:
-        """Not even then."""
         return False
 
     @property
+    @override
     def knows(self) -> Knowledge:
-        """It does not plan."""
         return "nothing"
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """Nothing."""
         return []
 
 
@@ -43,10 +45,10 @@ class WaitingQueue(Prewarmer):
     for its turn. A container or a model called right after another unit has none.
     """
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """Nothing ahead of submission."""
         return []
 
 
@@ -55,10 +57,11 @@ class WaitingQueue(Prewarmer):
 class AlwaysAtStart(Prewarmer):
     """Warms for every possible successor as soon as the current unit starts."""
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """All that fit, the likelier first."""
+        """Start all that fit at once, the likelier first."""
         likely = sorted(
             (s for s in successors if s.probability > 0.0), key=lambda s: -s.probability
         )
@@ -70,19 +73,20 @@ class AlwaysAtStart(Prewarmer):
 class OraclePrewarm(Prewarmer):
     """Knows the unit that follows and what is left of the current one, and is just in time.
 
-    What it cannot know is how the engine's batches will grow or preempt: it takes the current unit
-    to go on at the pace that the simulator is told of.
+    It cannot know how the engine's batches will grow or preempt: it takes the current unit to go on
+    at the `pace` that `simulate_engine` is told.
     """
 
     @property
+    @override
     def knows(self) -> Knowledge:
-        """It is told the truth."""
         return "truth"
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """The one that follows, a warm-up before the end."""
+        """Start the one that follows so that its warm-up ends with the current unit."""
         certain = [s for s in successors if s.probability == 1.0 and s.footprint <= capacity]
         end = float(remaining.values[-1])
         return [Start(s.unit, max(0.0, end - s.warm_seconds)) for s in certain[:1]]

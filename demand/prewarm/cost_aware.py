@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.prewarm.base import Prewarmer, Start, Successor, fitting
+from demand.seconds import one_number
 
 _ROUNDING = 1e-12
 """Values that differ by less, relative to the warm-up, are taken to be equal."""
@@ -46,6 +48,7 @@ class CostAwarePlanner(Prewarmer):
     idle_price: float = 0.1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "idle_price", one_number("idle_price", self.idle_price))
         if not 0.0 <= self.idle_price < math.inf:
             raise DemandError(
                 f"idle_price is {self.idle_price}; expected a finite number of at least 0"
@@ -68,10 +71,11 @@ class CostAwarePlanner(Prewarmer):
         best = np.flatnonzero(values >= values.max() - _ROUNDING * successor.warm_seconds)[-1]
         return float(starts[best]), float(values[best])
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """The best start of each successor chosen, those without value left out."""
+        """The best start of each successor of the chosen set; those without value are left out."""
         worth = []
         for successor in successors:
             seconds, value = self.best_start(remaining, successor)

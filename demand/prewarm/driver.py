@@ -1,19 +1,27 @@
-"""Prewarming outside of a simulator: the backends of a user, driven by a planner."""
+"""Prewarming outside of a simulator: drives the backends of a user by a prewarmer's plans."""
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
+from demand.arguments import check_callable, check_instance, renamed_keyword
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.prewarm.base import Prewarmer, check_warm_seconds
+from demand.prewarm.base import Prewarmer, check_prewarmer, check_warm_seconds
 from demand.prewarm.successors import Warmable, backend_of, durations_of, successors_of
+from demand.seconds import one_number
 from demand.units import CostModel, Unit
 
+_A_BACKEND = (
+    "a backend, with warm_seconds, footprint, warm(job, unit) and release(job, unit), such as "
+    "CallbackBackend(5.0, on_warm)"
+)
 
+
+@runtime_checkable
 class Backend(Warmable, Protocol):
     """Something that a unit needs warm: a container, a model, an adapter, a KV prefix or chunks."""
 
@@ -30,7 +38,7 @@ class Backend(Warmable, Protocol):
 @final
 @dataclass(frozen=True)
 class CallbackBackend:
-    """A backend out of two functions of (job, unit).
+    """A backend made of two functions of (job, unit).
 
     Args:
         warm_seconds: duration of a warm-up.
@@ -48,14 +56,17 @@ class CallbackBackend:
     footprint: float = 1.0
 
     def __post_init__(self) -> None:
-        check_warm_seconds(self.warm_seconds)
+        object.__setattr__(self, "warm_seconds", check_warm_seconds(self.warm_seconds))
+        check_callable("on_warm", self.on_warm, "a function of (job, unit)")
+        if self.on_release is not None:
+            check_callable("on_release", self.on_release, "a function of (job, unit)")
 
     def warm(self, job: str, unit: str) -> None:
-        """Call `on_warm`."""
+        """Call `on_warm(job, unit)`."""
         self.on_warm(job, unit)
 
     def release(self, job: str, unit: str) -> None:
-        """Call `on_release`, if there is one."""
+        """Call `on_release(job, unit)`, if there is one."""
         if self.on_release is not None:
             self.on_release(job, unit)
 
@@ -73,23 +84,32 @@ class Prewarming:
         prewarmer: makes the plans.
         graphs: by application.
         backends: by name of a unit, or by kind for all units of the kind.
-        cost: seconds of a call where the units run, as measured there.
+        pace: seconds of a call where the units run, as measured there; `None` for the defaults of
+            `CostModel`. Up to the last release it was named `cost`.
         capacity: footprint that may be held warm ahead at once.
 
     Raises:
-        DemandError: a prewarmer that needs the truth, or a capacity that is negative or NaN.
+        DemandError: an argument of the wrong kind, a prewarmer that needs the truth, or a capacity
+            that is negative or NaN.
     """
 
+    @renamed_keyword("cost", "pace")
     def __init__(
         self,
         prewarmer: Prewarmer,
         graphs: Mapping[str, PDGraph],
         backends: Mapping[str, Backend],
-        cost: CostModel | None = None,
+        pace: CostModel | None = None,
         capacity: float = math.inf,
     ) -> None:
+        check_prewarmer("prewarmer", prewarmer)
+        for application, graph in graphs.items():
+            check_instance(f"graphs[{application!r}]", graph, PDGraph, "a PDGraph")
+        for name, backend in backends.items():
+            check_instance(f"backends[{name!r}]", backend, Backend, _A_BACKEND)
         if prewarmer.knows == "truth":
             raise DemandError(f"{prewarmer!r} needs the truth, which only a simulator knows")
+        capacity = one_number("capacity", capacity)
         if not capacity >= 0.0:
             raise DemandError(
                 f"capacity is {capacity}; expected at least 0, or infinity for no bound"
@@ -97,7 +117,7 @@ class Prewarming:
         self._prewarmer = prewarmer
         self._graphs = graphs
         self._backends = backends
-        self._cost = CostModel() if cost is None else cost
+        self._pace = CostModel() if pace is None else pace
         self._free = capacity
         self._now = -math.inf
         self._pending: list[tuple[float, int, int, str, Unit]] = []
@@ -132,7 +152,7 @@ class Prewarming:
             for known, successor in successors_of(graph, unit, self._backends)
             if successor.unit not in warm
         ]
-        durations = durations_of(graph, unit, self._cost)
+        durations = durations_of(graph, unit, self._pace)
         remaining = durations.condition(elapsed_seconds) if elapsed_seconds else durations
         self._advance(now)
         self._count += 1

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.prewarm.base import Prewarmer, Start, Successor, check_warm_seconds, fitting
+from demand.seconds import one_number
 
 
 @final
@@ -43,6 +46,7 @@ class PrewarmPlanner(Prewarmer):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", one_number("threshold", self.threshold))
         if not 0.0 < self.threshold < 1.0:
             raise DemandError(
                 f"threshold is {self.threshold}; expected 0 < K < 1, such as 0.5: a probability "
@@ -52,12 +56,12 @@ class PrewarmPlanner(Prewarmer):
     def start_seconds(
         self, remaining: Distribution, probability: float, warm_seconds: float
     ) -> float | None:
-        """t_s in seconds from now; `None` for never.
+        """t_s, the start of the warm-up in seconds from now; `None` for never.
 
         Raises:
             DemandError: a probability outside [0, 1], or a warm-up that is negative or not finite.
         """
-        check_warm_seconds(warm_seconds)
+        warm_seconds = check_warm_seconds(warm_seconds)
         if not 0.0 <= probability <= 1.0:
             raise DemandError(f"probability is {probability}; expected 0 to 1")
         if probability < self.threshold:
@@ -67,10 +71,11 @@ class PrewarmPlanner(Prewarmer):
         late = survival < self.threshold / probability - 1e-12
         return max(0.0, float(values[late.argmax()]) - warm_seconds)
 
+    @override
     def plan(
         self, remaining: Distribution, successors: Sequence[Successor], capacity: float
     ) -> list[Start]:
-        """Every successor likely enough, the likelier first where capacity runs short."""
+        """Start every successor likely enough; where capacity runs short, the likelier ones."""
         starts = []
         for successor in sorted(successors, key=_likelier_first):
             seconds = self.start_seconds(remaining, successor.probability, successor.warm_seconds)

@@ -1,4 +1,4 @@
-"""What a demand graph says of the current unit and of what follows it."""
+"""What a demand graph says of the current unit and of its successors."""
 
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
@@ -10,7 +10,7 @@ from demand.units import END, CostModel, Unit
 
 
 class Warmable(Protocol):
-    """What is to be known of a backend to plan for it."""
+    """What a prewarmer has to know of a backend to plan for it."""
 
     @property
     def warm_seconds(self) -> float:

@@ -1,6 +1,6 @@
-"""What progress says of the remaining demand, one method a file."""
+"""What the progress of a run says of the demand that remains, one method a file."""
 
-from demand.refine.base import Refined, Refinement
+from demand.refine.base import Refine, Refined, Refinement
 from demand.refine.current_unit import CurrentUnit
 from demand.refine.nearest import NearestRuns
 from demand.refine.no_refinement import NoRefinement
@@ -14,6 +14,7 @@ __all__ = [
     "NoRefinement",
     "PearsonFilter",
     "ProgressRegression",
+    "Refine",
     "Refined",
     "Refinement",
     "WholeRuns",

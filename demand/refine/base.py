@@ -1,16 +1,23 @@
-"""What every refinement is: a configuration, and what it makes of one graph."""
+"""What every refinement is: a configuration, what it makes of one graph, and who asks."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
-from demand.units import CostModel, Demand, Progress
+from demand.units import CostModel, ParallelCalls, Progress
+
+Refine = Callable[[str, Progress], Distribution]
+"""What a scheduler asks as a job goes on: the name of its application and how far it has come, to
+the seconds it still needs. A `DemandEstimator` is one."""
 
 
 class Refined(ABC):
-    """What a refinement made of a graph: answers for any progress, and does not change.
+    """A refinement prepared for one graph: it answers how much any progress leaves to do.
 
-    Runs that the graph observes later are not in it; fit anew to take them in.
+    It does not change: runs that the graph observes later are not in it. Fit the refinement anew
+    to take them in.
     """
 
     @abstractmethod
@@ -23,27 +30,40 @@ class Refined(ABC):
 
 
 class Refinement(ABC):
-    """How what a running application has shown changes what is known of the rest.
+    """A way to predict what a running application still needs from what it has shown so far.
 
     A refinement is configuration only: a frozen dataclass that is shared freely. What it computes
     once per graph is the `Refined` that `fit` gives.
     """
 
     @abstractmethod
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
-        """Prepare for one graph, and for one way to count parallel calls.
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
+        """Prepare for one graph.
+
+        Args:
+            graph: the demand graph of the application, with runs.
+            parallel_calls: whether calls made side by side count by their "sum" or by the longest
+                of them ("critical_path").
 
         Raises:
             DemandError: a graph without runs.
         """
 
+    @renamed_keyword("demand", "parallel_calls")
     def remaining(
-        self, graph: PDGraph, progress: Progress | None = None, demand: Demand = "sum"
+        self,
+        graph: PDGraph,
+        progress: Progress | None = None,
+        parallel_calls: ParallelCalls = "sum",
     ) -> Distribution:
-        """`fit(graph, demand).remaining(progress)`, for a single question."""
-        return self.fit(graph, demand).remaining(progress or Progress())
+        """`fit(graph, parallel_calls).remaining(progress)`, for a single question."""
+        progress = Progress() if progress is None else instance_of("progress", progress, Progress)
+        return self.fit(graph, parallel_calls).remaining(progress)
 
 
-def seconds_so_far(cost: CostModel, progress: Progress, demand: Demand) -> float:
+def seconds_so_far(cost: CostModel, progress: Progress, parallel_calls: ParallelCalls) -> float:
     """Seconds received since the application started."""
-    return cost.run_seconds(progress.executed, demand) + progress.current_seconds(demand)
+    return cost.run_seconds(progress.executed, parallel_calls) + progress.current_seconds(
+        parallel_calls
+    )

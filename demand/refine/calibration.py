@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.units import CostModel, Demand, Execution, Progress
+from demand.plotting import axes
+from demand.seconds import Floats, one_of_seconds
+from demand.units import CostModel, Execution, ParallelCalls, Progress, check_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +28,7 @@ def crps(predicted: Distribution, observed: float) -> float:
     integral of (F(x) - 1[x >= y])^2 (Gneiting and Raftery 2007); the absolute error for a point
     mass. Exact for atoms, O(n).
     """
-    _check_observed(observed)
+    observed = _check_observed(observed)
     x, w = predicted.values, predicted.weights
     below = np.cumsum(w)
     pairs = 2.0 * (below[:-1] * (1.0 - below[:-1])) @ np.diff(x)
@@ -38,15 +40,17 @@ def pit(predicted: Distribution, observed: float, uniform: float) -> float:
 
     Uniform over [0, 1] if predictions are right and `uniform` is.
     """
-    _check_observed(observed)
+    observed = _check_observed(observed)
     x, w = predicted.values, predicted.weights
     below = float(w[x < observed].sum())
     return min(below + uniform * float(w[x == observed].sum()), 1.0)
 
 
-def _check_observed(observed: float) -> None:
-    if not math.isfinite(observed):
-        raise DemandError(f"observed is {observed}; expected the finite seconds that were seen")
+def _check_observed(observed: float) -> float:
+    seconds = one_of_seconds("observed", observed)
+    if not math.isfinite(seconds):
+        raise DemandError(f"observed is {seconds}; expected the finite seconds that were seen")
+    return seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +115,6 @@ class CalibrationReport:
         Raises:
             DemandError: matplotlib is not installed.
         """
-        from demand.graph.drawing import axes
-
         ax = axes(ax, (4.0, 3.0))
         edges = np.linspace(0.0, 1.0, bins + 1)
         ax.stairs(self.pit_histogram(bins), edges, fill=True, alpha=0.6)
@@ -121,13 +123,14 @@ class CalibrationReport:
         return ax
 
 
+@renamed_keyword("demand", "parallel_calls")
 def calibrate(
     predict: Callable[[Progress], Distribution],
     runs: Sequence[Sequence[Execution]],
     after_units: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     *,
     cost: CostModel | None = None,
-    demand: Demand = "sum",
+    parallel_calls: ParallelCalls = "sum",
     seed: int = 0,
 ) -> CalibrationReport:
     """Ask for the remaining seconds of held-out runs, and compare with what they took.
@@ -140,23 +143,22 @@ def calibrate(
             not over by then, as a scheduler asks only about what is there; so an atom at 0 of
             the prediction does not count either.
         cost: seconds of an execution, as in the graph.
-        demand: how parallel calls count, as in the refinement.
+        parallel_calls: how parallel calls count, as in the refinement.
         seed: of the randomised PIT.
 
     Raises:
         DemandError: no run reaches any of the points, or a unit the graph does not know.
     """
-    for units in after_units:
-        if units < 0 or units % 1:
-            raise DemandError(f"after_units holds {units}; expected whole numbers of units")
-    cost = CostModel() if cost is None else cost
-    rng = np.random.default_rng(seed)
+    after_units = [whole_number("after_units", units, least=0) for units in after_units]
+    runs = [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
+    cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
+    rng = np.random.default_rng(whole_number("seed", seed, least=0))
     asked: list[tuple[int, list[tuple[float, ...]]]] = []
     for units in after_units:
         rows = []
         for run in runs:
             if len(run) > units:
-                left = cost.run_seconds(run[units:], demand)
+                left = cost.run_seconds(run[units:], parallel_calls)
                 predicted = predict(Progress(executed=run[:units])).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:

@@ -1,14 +1,14 @@
-"""What a run has shown at each boundary between its units, as numbers."""
+"""What a run has shown at each boundary between its units, as features for statistics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints, RunColumns
-from demand.units import CostModel, Demand, Execution, Progress
+from demand.seconds import Floats
+from demand.units import CostModel, Execution, ParallelCalls, Progress
 
 RECENT = 4
 """Executions that count as recent."""
@@ -31,7 +31,7 @@ class Boundaries:
 
 @dataclass(frozen=True)
 class ProgressFeatures:
-    """Features of a progress, the same for learning and for asking.
+    """Turns how far a run has come into features, alike for learning and for prediction.
 
     Units finished, seconds so far, seconds of the last unit, mean seconds of the recent ones and
     tokens of the last one, each as log(1 + x); how often each unit ran, likewise; and which unit
@@ -40,16 +40,16 @@ class ProgressFeatures:
     Args:
         units: position of each unit, by name.
         cost: seconds of an execution.
-        demand: how parallel calls count.
+        parallel_calls: how parallel calls count.
     """
 
     units: Mapping[str, int]
     cost: CostModel
-    demand: Demand
+    parallel_calls: ParallelCalls
 
     def of_columns(self, columns: RunColumns) -> Boundaries:
         """Features and what remained, at every boundary of every run but its end."""
-        seconds = columns.seconds[self.demand]
+        seconds = columns.execution_seconds(self.parallel_calls)
         tables, remaining = [], []
         for start, end in zip(columns.starts[:-1], columns.starts[1:], strict=True):
             own = slice(start, end)
@@ -66,7 +66,7 @@ class ProgressFeatures:
         """
         executed = progress.executed
         tokens = np.array([(e.input_tokens, e.output_tokens) for e in executed]).reshape(-1, 2)
-        seconds = np.array([self.cost.seconds(e, self.demand) for e in executed])
+        seconds = np.array([self.cost.seconds(e, self.parallel_calls) for e in executed])
         unit = np.array([self._number(e) for e in executed], dtype=np.int64)
         return self._table(unit, seconds, tokens)[-1]
 

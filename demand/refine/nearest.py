@@ -1,28 +1,30 @@
-"""The runs that looked most alike."""
+"""A prediction from the remembered runs that looked most alike."""
 
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
-from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.units import Demand, Progress
+from demand.seconds import Floats
+from demand.units import ParallelCalls, Progress
 
 
 @final
 @dataclass(frozen=True)
 class NearestRuns(Refinement):
-    """What remained to remembered runs where they looked most like this one.
+    """Predicts what remained to the remembered runs, at the moment they looked most like this one.
 
-    Nearest neighbours over the features of `ProgressRegression`, standardised, in Euclidean
-    distance; no shape is assumed of the demand. From each run at most its nearest boundary
-    counts, since neighbouring boundaries of a run say almost the same.
+    Ours, not from a paper. Every boundary between two units of a remembered run is a point, with
+    the features of `ProgressRegression`, standardised; the nearest in Euclidean distance count, so
+    that no shape is assumed of the demand. Of each run only its nearest boundary counts, since
+    neighbouring boundaries of a run say almost the same.
 
     Args:
         k: runs that count; all, where fewer are remembered.
@@ -34,24 +36,28 @@ class NearestRuns(Refinement):
     k: int = 50
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise DemandError(f"k is {self.k}; expected at least 1")
+        set_whole_numbers(self, "k", least=1)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @override
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Standardise the features of every boundary."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+            {unit.name: number for number, unit in enumerate(columns.units)},
+            graph.cost,
+            parallel_calls,
         )
         seen = features.of_columns(columns)
         deviation = seen.features.std(axis=0)
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)
-        places = seen.features * scale
+        points = seen.features * scale
         return Neighbours(
             features,
             scale,
-            places,
-            (places**2).sum(axis=1),
+            points,
+            (points**2).sum(axis=1),
             columns.starts,
             seen.remaining,
             graph.run_weights(),
@@ -62,12 +68,12 @@ class NearestRuns(Refinement):
 @final
 @dataclass(frozen=True, eq=False)
 class Neighbours(Refined):
-    """Boundaries of the remembered runs, to be searched.
+    """The boundaries between the units of the remembered runs, to be searched for the nearest.
 
     Attributes:
         features: of a progress.
         scale: `[d]` that standardises them.
-        places: `[n, d]` standardised features of the boundaries.
+        points: `[n, d]` standardised features of the boundaries.
         squares: `[n]` their squared lengths.
         starts: `[runs + 1]`; run r has the boundaries `starts[r]` up to `starts[r + 1]`.
         left: `[n]` seconds that remained there.
@@ -77,21 +83,22 @@ class Neighbours(Refined):
 
     features: ProgressFeatures
     scale: Floats
-    places: Floats
+    points: Floats
     squares: Floats
     starts: Ints
     left: Floats
     weights: Floats
     k: int
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """What remained to the nearest runs, conditioned on the current unit's seconds."""
         known = self.features.of_progress(progress) * self.scale
-        distance = self.squares - 2.0 * (self.places @ known)  # the query's own square left out
+        distance = self.squares - 2.0 * (self.points @ known)  # the query's own square left out
         starts = self.starts
         closest = np.minimum.reduceat(distance, starts[:-1])
         nearest = np.argsort(closest, kind="stable")[: self.k]
         chosen = [starts[r] + distance[starts[r] : starts[r + 1]].argmin() for r in nearest]
         at_boundary = Distribution(self.left[chosen], self.weights[nearest])
-        received = progress.current_seconds(self.features.demand)
+        received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary

@@ -5,21 +5,23 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import numpy as np
+from typing_extensions import override
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import ATTRIBUTES, Ints, RunColumns
 from demand.graph.walks import MAX_UNITS, WalkArrays, check_over
 from demand.refine.base import Refined, Refinement
-from demand.units import CostModel, Demand, Execution, Progress
+from demand.seconds import Floats
+from demand.units import CostModel, Execution, ParallelCalls, Progress
 
 
 @final
 @dataclass(frozen=True)
 class PearsonFilter(Refinement):
-    """Keeps, at each unit ahead, the samples whose upstream units looked like what was seen.
+    """Predicts by random walks that draw, at each unit ahead, from similar past runs only.
 
     Hermes (arXiv 2506.14851, on cross-unit correlation): where an attribute of a unit upstream
     (input tokens, output tokens, parallelism, seconds) correlates with one downstream by more
@@ -57,14 +59,16 @@ class PearsonFilter(Refinement):
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold < 1.0:
             raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
-        for name in ("buckets", "minimum", "walks"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
+        set_whole_numbers(self, "seed", least=0)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
+    @override
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
         """Correlate every unit with those before it, O(units * executions), and walk from each."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
-        arrays = graph.walk_arrays(demand)
+        arrays = graph.walk_arrays(parallel_calls)
         filters: dict[int, list[Filter]] = {arrays.node(u.name): [] for u in columns.units}
         for number, upstream in enumerate(columns.units):
             before = _last_before(columns, number)
@@ -78,7 +82,7 @@ class PearsonFilter(Refinement):
         rest = np.zeros((len(arrays.nodes), self.walks))
         for node in filters:
             rest[node] = arrays.walk(arrays.unfinished(node, 0.0), rng, self.walks, MAX_UNITS)
-        return FilteredWalks(self, graph.cost, arrays, rest, filters, demand)
+        return FilteredWalks(self, graph.cost, arrays, rest, filters, parallel_calls)
 
     def _filters(
         self, columns: RunColumns, upstream: str, before: Ints, rows: Ints
@@ -98,7 +102,7 @@ class PearsonFilter(Refinement):
 
 
 class Filter(NamedTuple):
-    """An attribute upstream that tells of a unit downstream.
+    """An attribute of a unit upstream that correlates with attributes of a unit downstream.
 
     Attributes:
         upstream: name of the unit.
@@ -116,7 +120,7 @@ class Filter(NamedTuple):
 @final
 @dataclass(frozen=True, eq=False)
 class FilteredWalks(Refined):
-    """Walk arrays, with the filters of each node.
+    """Random walks over a graph, with the filters that progress puts on the samples of its nodes.
 
     Attributes:
         config: the refinement.
@@ -126,7 +130,7 @@ class FilteredWalks(Refined):
             has no filter ahead of it takes its own of these instead of walking on; so answers
             differ by what was seen, and not by chance.
         filters: of each node, strongest first.
-        demand: how parallel calls count.
+        parallel_calls: how parallel calls count.
     """
 
     config: PearsonFilter
@@ -134,7 +138,7 @@ class FilteredWalks(Refined):
     arrays: WalkArrays
     rest: Floats
     filters: Mapping[int, list[Filter]]
-    demand: Demand
+    parallel_calls: ParallelCalls
 
     def kept(self, progress: Progress) -> dict[int, Ints]:
         """Positions of the samples kept, for each node where a filter applies."""
@@ -152,15 +156,16 @@ class FilteredWalks(Refined):
                 kept[node] = chosen
         return kept
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
-        """Random walks over the samples kept."""
+        """Seconds to the end by random walks that draw from the samples kept."""
         config = self.config
         kept = self.kept(progress)
         near = self.arrays.keeping(kept)
         rng = np.random.default_rng(config.seed)
         # Filters are for what comes: a unit that has finished only says what follows it.
         begins = self.arrays if progress.current is None else near
-        total, at = begins.first_draws(progress, self.demand).draw(rng, config.walks)
+        total, at = begins.first_draws(progress, self.parallel_calls).draw(rng, config.walks)
         ahead = np.zeros((config.walks, len(self.arrays.nodes)), dtype=bool)  # filters that hold
         ahead[:, list(kept)] = True
         if progress.current is not None:

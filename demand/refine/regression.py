@@ -1,34 +1,36 @@
-"""Regression of the remaining demand on progress."""
+"""A prediction by regression on what a run has shown at the boundaries between its units."""
 
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+from typing_extensions import override
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.units import Demand, Progress
+from demand.seconds import Floats
+from demand.units import ParallelCalls, Progress
 
 
 @final
 @dataclass(frozen=True)
 class ProgressRegression(Refinement):
-    """Ridge regression of log remaining seconds on what a run has shown, at unit boundaries.
+    """Predicts by a ridge regression of the logarithm of the remaining seconds on progress.
 
     Ours, not from a paper. Every boundary between two units of every remembered run is one
-    observation (`demand.refine.features` lists what is known there). The answer is the prediction
-    times the residual factors of the observations that were predicted alike: the spread is
-    empirical and may change with the prediction. Residuals are those of predictions made without
-    the run in question, in folds, or they would be too small. Within a unit, the answer at its
-    start is conditioned on the seconds received since.
+    observation; `ProgressFeatures` lists what is known there. The answer is a distribution: the
+    predicted seconds times the factors by which predictions of about that size were off, so that
+    the spread is empirical and may change with the prediction. The factors come from predictions
+    made without the run in question (cross-validation in folds), or they would be too small. While
+    a unit runs, the answer at its start is conditioned on the seconds it has received.
 
     Args:
         ridge: penalty on the squared standardised coefficients, in observations.
-        atoms: of each answer: equally likely quantiles of the residuals.
+        atoms: number of equally likely atoms of each answer, quantiles of the factors.
         groups: observations are grouped by their prediction, into so many groups of one size.
         folds: of the runs, each predicted from the others; 1 predicts all from all.
 
@@ -47,28 +49,31 @@ class ProgressRegression(Refinement):
                 f"ridge is {self.ridge}; expected a positive finite number: features that are "
                 "alike in all runs have no solution without one"
             )
-        for name in ("atoms", "groups", "folds"):
-            if getattr(self, name) < 1:
-                raise DemandError(f"{name} is {getattr(self, name)}; expected at least 1")
+        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
-    def fit(self, graph: PDGraph, demand: Demand = "sum") -> Refined:
-        """Solve the least squares, once for all runs and once without each fold."""
+    @override
+    @renamed_keyword("demand", "parallel_calls")
+    def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
+        """Solve the least squares once for all runs, and once without each fold."""
+        instance_of("graph", graph, PDGraph)
         columns = graph.columns()
         features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)}, graph.cost, demand
+            {unit.name: number for number, unit in enumerate(columns.units)},
+            graph.cost,
+            parallel_calls,
         )
         seen = features.of_columns(columns)
         weights = graph.run_weights()[seen.run]
         # A run that ends in units of no cost has nothing left there, of which there is no log.
-        floor = max(1e-3 * columns.run_seconds(demand).mean(), 1e-9)
+        floor = max(1e-3 * columns.run_seconds(parallel_calls).mean(), 1e-9)
         y = np.log(np.maximum(seen.remaining, floor))
-        line = self._line(seen.features, y, weights)
-        predicted = line(seen.features)
+        fitted = self._least_squares(seen.features, y, weights)
+        predicted = fitted(seen.features)
         left_out = predicted.copy()
         for fold in range(self.folds):
             out = seen.run % self.folds == fold
             if out.any() and not out.all():
-                rest = self._line(seen.features[~out], y[~out], weights[~out])
+                rest = self._least_squares(seen.features[~out], y[~out], weights[~out])
                 left_out[out] = rest(seen.features[out])
         edges = np.quantile(left_out, np.arange(1, self.groups) / self.groups)
         group = np.searchsorted(edges, left_out, side="right")
@@ -78,9 +83,9 @@ class ProgressRegression(Refinement):
             alike = group == g if (group == g).any() else group >= 0
             residuals.append(_quantiles((y - left_out)[alike], weights[alike], levels))
         span = (float(predicted.min()), float(predicted.max()))
-        return Regressed(features, line, span, edges, np.array(residuals))
+        return Regressed(features, fitted, span, edges, np.array(residuals))
 
-    def _line(self, x: Floats, y: Floats, weights: Floats) -> "Line":
+    def _least_squares(self, x: Floats, y: Floats, weights: Floats) -> "LogLinear":
         weights = weights / weights.mean()
         mean, level = np.average(x, axis=0, weights=weights), np.average(y, weights=weights)
         centred = x - mean
@@ -88,12 +93,12 @@ class ProgressRegression(Refinement):
         scale[scale <= 1e-9] = np.inf  # a feature that never changes has no say
         weighted = (centred / scale).T * weights
         gram = weighted @ (centred / scale) + self.ridge * np.eye(mean.size)
-        return Line(mean, np.linalg.solve(gram, weighted @ (y - level)) / scale, float(level))
+        return LogLinear(mean, np.linalg.solve(gram, weighted @ (y - level)) / scale, float(level))
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """Log seconds, linear in the features.
+class LogLinear:
+    """The logarithm of seconds as a linear function of the features.
 
     Attributes:
         mean: `[d]` of the features.
@@ -113,28 +118,29 @@ class Line:
 @final
 @dataclass(frozen=True, eq=False)
 class Regressed(Refined):
-    """The regression and its residuals.
+    """A fitted regression, with the residuals that give its answers their spread.
 
     Attributes:
         features: of a progress.
-        line: predicts log seconds.
+        fitted: predicts log seconds.
         span: least and greatest prediction at what was learned from; no answer goes beyond.
         edges: `[groups - 1]` log seconds between groups of predictions.
         residuals: `[groups, atoms]` log factors.
     """
 
     features: ProgressFeatures
-    line: Line
+    fitted: LogLinear
     span: tuple[float, float]
     edges: Floats
     residuals: Floats
 
+    @override
     def remaining(self, progress: Progress) -> Distribution:
         """Prediction times residual factors, conditioned on the current unit's seconds."""
-        predicted = float(np.clip(self.line(self.features.of_progress(progress)), *self.span))
+        predicted = float(np.clip(self.fitted(self.features.of_progress(progress)), *self.span))
         group = int(np.searchsorted(self.edges, predicted, side="right"))
         at_boundary = Distribution(np.exp(predicted + self.residuals[group]))
-        received = progress.current_seconds(self.features.demand)
+        received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary
 
 

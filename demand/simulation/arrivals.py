@@ -1,15 +1,16 @@
-"""When the jobs of a simulation arrive."""
+"""When the jobs of a simulation arrive: at given times, or as their users submit them."""
 
 import math
 from bisect import insort
-from typing import Protocol
+from typing import Protocol, cast
 
+from demand.arguments import check_instance
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
 class Arrivals(Protocol):
-    """Entries of a workload in order of arrival.
+    """The entries of a workload, one after the other as they arrive.
 
     Attributes:
         next: second of the next arrival; infinity if none is known.
@@ -18,10 +19,23 @@ class Arrivals(Protocol):
     next: float
 
     def take(self) -> int:
-        """The entry that arrives at `next`, once."""
+        """The entry that arrives at `next`; the one after it is then the next."""
 
     def finished(self, entry: int, now: float) -> None:
-        """Told of every entry as it finishes."""
+        """The job of `entry` has finished at second `now`: its user may submit another."""
+
+
+def entries_of(workload: object) -> Workload:
+    """All jobs of `workload`, as they were drawn.
+
+    Raises:
+        DemandError: neither a workload nor a closed loop.
+    """
+    if isinstance(workload, ClosedLoop):
+        return workload.jobs
+    expected = "a Workload or a ClosedLoop, such as hermes_mix(load=0.8, jobs=1000)"
+    check_instance("workload", workload, Workload, expected)
+    return cast(Workload, workload)
 
 
 def arrivals_of(workload: Workload | ClosedLoop) -> Arrivals:
@@ -65,14 +79,14 @@ class _ClosedArrivals:
 
     def take(self) -> int:
         entry = -self._pending.pop()[1]
-        self._look()
+        self._find_next()
         return entry
 
     def finished(self, entry: int, now: float) -> None:
         following = self._following[entry]
         if following is not None:
             insort(self._pending, (-(now + self._thinks[following]), -following))
-            self._look()
+            self._find_next()
 
-    def _look(self) -> None:
+    def _find_next(self) -> None:
         self.next = -self._pending[-1][0] if self._pending else math.inf

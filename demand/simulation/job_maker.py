@@ -1,43 +1,54 @@
-"""The jobs of a workload, as the scheduler that owns them makes them."""
+"""The jobs of a workload, made one by one as they arrive."""
 
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import final
+from typing import Generic, TypeVar, final
 
 import numpy as np
 
+from demand.arguments import instances_of, whole_number
 from demand.errors import DemandError
-from demand.policies.base import Job, Policy
-from demand.units import CostModel
+from demand.policies.base import Policy
+from demand.policies.job import Job
+from demand.units import CostModel, Execution
 from demand.workloads.workload import Workload
+
+J = TypeVar("J", bound=Job)
 
 
 @final
-class JobMaker:
+class JobMaker(Generic[J]):
     """Makes the `Job` of each entry of a workload, under one policy and with one state.
 
     Jobs are made as they arrive, so that only those present take memory. The table of an
-    application is computed once; a `Job.lottery` belongs to the entry, whenever it is made.
+    application is computed once. `Job.lottery` is drawn for each entry beforehand, so that it is
+    the same under every policy.
 
     Args:
         workload: the entries.
         policy: whose tables and state the jobs carry.
+        kind: class of the jobs: `Job`, or what a simulator makes of it.
         seed: of the lottery.
+
+    Raises:
+        DemandError: a seed that is not a whole number of at least 0.
     """
 
-    def __init__(self, workload: Workload, policy: Policy, seed: int = 0) -> None:
+    def __init__(self, workload: Workload, policy: Policy, kind: type[J], seed: int = 0) -> None:
         self._workload = workload
+        self._kind = kind
         self._state = policy.new_state()
         self._known = {
             name: (known, policy.table(known)) for name, known in workload.distributions.items()
         }
-        self._lottery = np.random.default_rng(seed).random(len(workload)).tolist()
+        generator = np.random.default_rng(whole_number("seed", seed, least=0))
+        self._lottery: list[float] = generator.random(len(workload)).tolist()
         self._nominal: list[float] = workload.arrivals.tolist()
         self._demands: list[float] = workload.demands.tolist()
         self._deadlines: list[float] = workload.deadlines.tolist()
 
-    def make(self, entry: int, index: int | None = None, arrival: float | None = None) -> Job:
+    def make(self, entry: int, index: int | None = None, arrival: float | None = None) -> J:
         """The job of `entry`.
 
         Args:
@@ -51,7 +62,7 @@ class JobMaker:
             arrival = nominal
         application, tenant = workload.applications[entry], workload.tenants[entry]
         known, table = self._known[application]
-        job = Job(
+        job = self._kind(
             entry if index is None else index,
             application,
             arrival,
@@ -74,7 +85,8 @@ class JobMaker:
         Seconds are those of the cost model of the application's graph, or of the default one.
 
         Raises:
-            DemandError: no runs, or units that do not add up to the demand.
+            DemandError: no runs, a run that is no list of executions, or units that do not add up
+                to the demand.
         """
         workload = self._workload
         if workload.runs is None:
@@ -82,7 +94,8 @@ class JobMaker:
         graph = workload.graphs.get(workload.applications[entry])
         cost = CostModel() if graph is None else graph.cost
         demand = self._demands[entry]
-        ends = list(accumulate(map(cost.seconds, workload.runs[entry])))
+        run = instances_of(f"the run of job {entry}", workload.runs[entry], Execution)
+        ends = list(accumulate(map(cost.seconds, run)))
         if not ends or not math.isclose(ends[-1], demand, rel_tol=1e-6, abs_tol=1e-9):
             raise DemandError(
                 f"the units of job {entry} take {ends[-1] if ends else 0.0} s and its demand is "

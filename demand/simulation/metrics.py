@@ -1,4 +1,4 @@
-"""Confidence intervals over replications, by the bootstrap, and Jain's index of fairness."""
+"""Confidence intervals over replications (bootstrap), and Jain's index of fairness."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
+from demand.arguments import whole_number
 from demand.errors import DemandError
+from demand.seconds import Floats, as_numbers, as_seconds, one_number
 
 
 class Interval(NamedTuple):
@@ -32,7 +33,8 @@ def bootstrap_interval(
         seed: of the draws.
 
     Raises:
-        DemandError: fewer than two replications, a non-finite one, or a confidence outside (0, 1).
+        DemandError: fewer than two replications, one that is not finite, a confidence outside
+            (0, 1), or resamples or a seed that are no whole numbers.
     """
     values = _replications(replications)
     return _percentile(
@@ -80,7 +82,7 @@ def jain_index(shares: ArrayLike) -> float:
     Raises:
         DemandError: no shares, or one that is negative or not finite.
     """
-    x = np.asarray(shares, dtype=np.float64)
+    x = as_numbers("shares", shares)
     if x.ndim != 1 or not x.size or not (np.isfinite(x) & (x >= 0.0)).all():
         raise DemandError(f"shares have shape {x.shape}; expected [n] finite numbers of at least 0")
     square = float(np.square(x).sum()) * x.size
@@ -88,7 +90,7 @@ def jain_index(shares: ArrayLike) -> float:
 
 
 def _replications(numbers: ArrayLike) -> Floats:
-    values = np.asarray(numbers, dtype=np.float64)
+    values = as_seconds("replications", numbers)
     if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
         raise DemandError(
             f"replications have shape {values.shape}; expected at least two finite numbers, "
@@ -104,11 +106,12 @@ def _percentile(
     resamples: int,
     seed: int,
 ) -> Interval:
+    confidence = one_number("confidence", confidence)
     if not 0.0 < confidence < 1.0:
         raise DemandError(f"confidence is {confidence}; expected a number between 0 and 1")
-    if resamples < 1:
-        raise DemandError(f"resamples is {resamples}; expected at least 1")
-    drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
+    resamples = whole_number("resamples", resamples, least=1)
+    generator = np.random.default_rng(whole_number("seed", seed, least=0))
+    drawn = generator.integers(size, size=(resamples, size))
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(statistic(drawn), [tail, 1.0 - tail])
     return Interval(float(statistic(np.arange(size)[None])[0]), float(low), float(high))

@@ -6,20 +6,20 @@ from functools import cached_property
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
-from demand.errors import DemandError
+from demand.arguments import share
 from demand.policies.base import Policy
+from demand.seconds import Floats
 from demand.simulation.metrics import jain_index
 from demand.workloads.workload import Workload
 
 
 @dataclass(frozen=True, eq=False)
 class Result(ABC):
-    """Jobs with their completion times; the simulators add what is theirs.
+    """What became of each job of a workload; each simulator adds figures of its own.
 
     Attributes:
-        policy: the policy that ran.
-        workload: what it served.
+        policy: what ranked the jobs.
+        workload: what was served, in order of arrival.
         completion_times: `[n]` seconds from arrival to finish, in order of arrival.
         events: what happened; each kind of result says what it counts.
         preemptions: times a running job was put back to wait.
@@ -42,9 +42,7 @@ class Result(ABC):
         Raises:
             DemandError: `q` is not a share.
         """
-        if not 0.0 <= q <= 1.0:
-            raise DemandError(f"q is {q}; expected a share from 0 to 1, such as 0.95")
-        return float(np.quantile(self.completion_times, q))
+        return float(np.quantile(self.completion_times, share("q", q)))
 
     @cached_property
     def slowdowns(self) -> Floats:

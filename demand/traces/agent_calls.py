@@ -1,4 +1,4 @@
-"""What the two forms of coding-agent sessions share: from calls to spans."""
+"""What the two formats of coding-agent sessions share: how calls become spans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ APPLICATION = "coding_agent"
 
 @dataclass(frozen=True)
 class Form:
-    """What a form of the trace calls the same fields.
+    """The names that one of the two formats gives to the same fields.
 
     Args:
         api: seconds in the model.
@@ -33,7 +33,7 @@ class Form:
 @final
 @dataclass
 class AgentSpans:
-    """Collects the spans of a session, those of its sub-agents where they were launched."""
+    """Collects the spans of a session; those of a sub-agent stand where it was launched."""
 
     form: Form
     spans: list[Span] = field(default_factory=list)

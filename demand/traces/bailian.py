@@ -18,6 +18,8 @@ def read_bailian(path: str | os.PathLike[str], *, on_error: OnError = "raise") -
 
     A chat belongs to the session of its parent; where the file does not have the parent, to one
     of the parent's name. One id a chat is kept in memory for it.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     return Trace(path, json_lines, _Chats, on_error)
 

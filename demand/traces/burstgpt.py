@@ -16,6 +16,8 @@ def read_burstgpt(path: str | os.PathLike[str], *, on_error: OnError = "raise") 
     Session ID is taken where the file has that column (files of the first release do not). A
     failed request has 0 response tokens; it is yielded like any other. The category of a request
     is its model.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
 

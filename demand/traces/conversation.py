@@ -1,4 +1,4 @@
-"""What text trajectories share: a conversation that grows, and tokens guessed from its length."""
+"""What trajectories of text share: a growing conversation, and tokens estimated from its length."""
 
 from dataclasses import dataclass, field
 from typing import final

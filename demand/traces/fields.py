@@ -1,4 +1,4 @@
-"""Fields of one record of a trace, read by name; what is wrong with one is said with its place."""
+"""The fields of a record of a trace, checked as they are read; errors name file, line and field."""
 
 import math
 from collections.abc import Mapping
@@ -8,20 +8,23 @@ from typing import Any
 
 from demand.errors import DemandError
 
+LONGEST_QUOTE = 240
+"""Characters of what was seen that an error repeats: a field may be megabytes long."""
+
 
 class MalformedRecordError(DemandError):
     """A record that does not hold what its format says.
 
     Attributes:
-        field: the field at fault, with its place inside of the record.
+        field: the field at fault, with its path inside of the record.
         problem: what is wrong, the same words for the same fault: what skips are counted by.
     """
 
     def __init__(self, file: Path, line: int, field: str, problem: str, seen: str = "") -> None:
         self.field = field
         self.problem = problem
-        place = f"{file}, line {line}" + (f", field {field!r}" if field else "")
-        super().__init__(f"{place}: {problem}" + (f" ({seen})" if seen else ""))
+        where = f"{file}, line {line}" + (f", field {field!r}" if field else "")
+        super().__init__(f"{where}: {problem}" + (f" ({seen:.{LONGEST_QUOTE}})" if seen else ""))
 
 
 class TwoClocksError(DemandError):
@@ -57,8 +60,8 @@ class Clock:
         first = seconds if self._first is None else self._first
         return round(seconds - first, 6)  # Unix time as a float resolves no more
 
-    def settle(self, good: bool) -> None:
-        """The record that was read is over; if it was good, the clock moves to its time."""
+    def end_record(self, good: bool) -> None:
+        """Tell the clock that a record is over: if it was `good`, the clock moves to its time."""
         if good and self._read is not None:
             self._latest, self._file = self._read
             self._first = self._latest if self._first is None else self._first
@@ -86,7 +89,7 @@ class Fields:
         self._inside = inside
 
     def malformed(self, name: str, problem: str, seen: str = "") -> MalformedRecordError:
-        """The error for field `name`, to be raised."""
+        """An error that says what is wrong with field `name`, to be raised by the caller."""
         return MalformedRecordError(self.file, self.line, self._inside + name, problem, seen)
 
     def has(self, name: str) -> bool:
@@ -107,7 +110,7 @@ class Fields:
         except (ValueError, OverflowError):
             raise self.malformed(name, "expected a number", f"seen: {value!r:.60}") from None
         if not 0.0 <= number < math.inf:
-            raise self.malformed(name, "expected at least 0 and finite", f"seen: {value}")
+            raise self.malformed(name, "expected at least 0 and finite", f"seen: {value!r:.60}")
         return number
 
     def tokens(self, name: str) -> int:
@@ -135,7 +138,9 @@ class Fields:
         try:
             moment = datetime.fromisoformat(value)
         except ValueError:
-            raise self.malformed(name, "expected an ISO 8601 time", f"seen: {value!r}") from None
+            raise self.malformed(
+                name, "expected an ISO 8601 time", f"seen: {value!r:.60}"
+            ) from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
     def arrival(self, name: str, seconds: float) -> float:
@@ -147,7 +152,7 @@ class Fields:
         """
         elapsed = self._clock.elapsed(seconds, self.file)
         if elapsed is None:
-            raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r}")
+            raise self.malformed(name, "time goes backwards", f"seen: {self.values[name]!r:.60}")
         return elapsed
 
     def text(self, name: str) -> str:
@@ -207,7 +212,7 @@ class Fields:
             raise self.malformed(name, "has no samples")
         values = {f"{name}[{at}]": value for at, value in enumerate(self._list(name))}
         items = Fields(values, self.file, self.line, self._clock, self._inside)
-        return [items.number(place) for place in values]
+        return [items.number(item) for item in values]
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of strings.
@@ -237,15 +242,15 @@ class Fields:
         values = self._list(name)
         return [self.within(f"{name}[{at}]", value) for at, value in enumerate(values)]
 
-    def within(self, place: str, value: Any) -> "Fields":
-        """`value` as a record that stands at `place` of this one.
+    def within(self, path: str, value: Any) -> "Fields":
+        """`value` as a record that stands at `path` of this one.
 
         Raises:
             MalformedRecordError: not an object.
         """
         if not isinstance(value, dict):
-            raise self.malformed(place, "expected an object", f"seen: {value!r:.60}")
-        return Fields(value, self.file, self.line, self._clock, f"{self._inside}{place}.")
+            raise self.malformed(path, "expected an object", f"seen: {value!r:.60}")
+        return Fields(value, self.file, self.line, self._clock, f"{self._inside}{path}.")
 
     def _list(self, name: str) -> list[Any]:
         values = self._value(name)

@@ -1,10 +1,11 @@
-"""Profiles of the Hermes artifact, JSON (NephrenCake/Hermes, Apache-2.0)."""
+"""Profiles of applications from the Hermes artifact, JSON (NephrenCake/Hermes, Apache-2.0)."""
 
 import os
 from collections.abc import Mapping
 
+from demand.flow import flow_fault
 from demand.traces.fields import Fields
-from demand.traces.profiles import ApplicationProfile, StageProfile, flow_fault, is_count
+from demand.traces.profiles import ApplicationProfile, StageProfile, is_count
 from demand.traces.sources import json_members
 from demand.traces.trace import OneByOne, OnError, Trace
 from demand.units import END, START, Kind
@@ -17,14 +18,20 @@ _KINDS: Mapping[str, Kind] = {
 def read_hermes_artifact(
     path: str | os.PathLike[str], *, on_error: OnError = "raise"
 ) -> Trace[ApplicationProfile]:
-    """Profiles of `pdgraphs.json` or `task_models*.json`, one JSON document for all applications.
+    """Profiles of `pdgraphs.json`, one JSON document for all applications.
 
-    {application: {stage: {input_len, output_len, exec_time, parallelism, next_stages}}}: an llm
-    stage has input_len and output_len, any other has exec_time in seconds. `type` (llm, docker,
-    dnn, search) tells the kind; without it a stage with exec_time is a "tool". The stage "start"
-    has next_stages alone; without it runs begin at the first stage of the file. A stage from
-    which no "end" can be reached is malformed: runs would not end. Each application stands for
-    itself: one that is malformed can be skipped.
+    {application: {stage: {type, input_len, output_len, exec_time, parallelism, next}}}: each a list
+    of samples for itself. An llm stage has input_len and output_len, any other has exec_time in
+    seconds. `type` (llm, docker, dnn, search) tells the kind; without it a stage with exec_time is
+    a "tool". `next` (or `next_stages`) lists the stages that followed. Of the stage "start" that is
+    all that counts; without it runs begin at the first stage of the file. A stage from which no
+    "end" can be reached is malformed: runs would not end. Each application stands for itself: one
+    that is malformed can be skipped.
+
+    The older `task_models*.json` are refused: they know the llm stages alone, with probabilities
+    in place of what followed, and keep no time of tools.
+
+    Tried on the published `pdgraphs.json`.
     """
     return Trace(path, json_members, lambda: OneByOne(_profile), on_error)
 
@@ -32,17 +39,27 @@ def read_hermes_artifact(
 def _profile(member: Fields) -> ApplicationProfile:
     (application,) = member.values
     record = member.record(application)
+    if record.has("stage_list"):
+        problem = "a profile of task_models, which has no times of tools: read pdgraphs.json"
+        raise record.malformed("stage_list", problem)
     stages = {
         name: _stage(record.record(name)) for name in record.values if name not in (START, END)
     }
     if START in record.values:
-        entries = record.record(START).texts("next_stages")
+        start = record.record(START)
+        entries = start.texts(_next(start))
     else:
         entries = tuple(stages)[:1]
     fault = flow_fault(entries, {name: stage.successors for name, stage in stages.items()})
     if fault:
-        raise record.malformed(f"{fault.stage}.next_stages", fault.problem, fault.seen)
+        field = _next(record.record(fault.unit)) if fault.unit in record.values else "next_stages"
+        raise record.malformed(f"{fault.unit}.{field}", fault.problem, fault.seen)
     return ApplicationProfile(application, entries, stages)
+
+
+def _next(stage: Fields) -> str:
+    """The field that lists what followed a stage."""
+    return "next" if stage.has("next") else "next_stages"
 
 
 def _stage(stage: Fields) -> StageProfile:
@@ -73,5 +90,5 @@ def _stage(stage: Fields) -> StageProfile:
         lists["output_len"],
         lists["exec_time"],
         lists["parallelism"],
-        stage.texts("next_stages"),
+        stage.texts(_next(stage)),
     )

@@ -21,6 +21,8 @@ def read_kv_cache_tester(
     Units are those of `read_agent_sessions`, except that the wait before a request whose
     input_types name "tool_result" is `tool`, of kind "tool". Cached tokens are the blocks with
     which both a prompt and the one before it open.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     return Trace(path, json_documents, lambda: OneByOne(_session), on_error)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import final
 
-from demand.errors import DemandError
+from demand.arguments import whole_number
 from demand.traces.fields import Fields
 from demand.traces.schema import Session, Span
 from demand.traces.sources import json_lines
@@ -40,9 +40,10 @@ def read_opentelemetry(
     Spans are exported as they end, children before parents, and several traces at a time. A
     session is complete `wait_lines` lines after its root span, or at the end; a span that comes
     later is malformed. That many lines' spans are kept in memory.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
-    if wait_lines < 0:
-        raise DemandError(f"wait_lines is {wait_lines}; expected at least 0")
+    wait_lines = whole_number("wait_lines", wait_lines, least=0)
     return Trace(path, json_lines, partial(_Traces, wait_lines), on_error)
 
 

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from demand.errors import DemandError
-from demand.graph.flow import without_end
+from demand.flow import flow_fault, visits
+from demand.seconds import as_numbers, as_seconds
 from demand.traces.schema import Session, Span
-from demand.units import END, START, Kind, Unit
+from demand.units import Kind, Unit
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,11 @@ class StageProfile:
     def __post_init__(self) -> None:
         Unit("stage", self.kind)  # refuses an unknown kind
         for name in ("input_tokens", "output_tokens", "seconds", "parallelism"):
-            for at, value in enumerate(getattr(self, name)):
+            read = as_seconds if name == "seconds" else as_numbers
+            samples = read(f"{name} of a stage", getattr(self, name)).tolist()
+            if name == "seconds":
+                object.__setattr__(self, name, tuple(samples))
+            for at, value in enumerate(samples):
                 if not 0.0 <= value < math.inf:
                     raise DemandError(
                         f"{name}[{at}] of a stage is {value}; expected a finite number of at "
@@ -86,7 +90,7 @@ class ApplicationProfile:
         fault = flow_fault(self.entries, after)
         if fault:
             raise DemandError(
-                f"application {self.application!r}, what follows {fault.stage!r}: "
+                f"application {self.application!r}, what follows {fault.unit!r}: "
                 f"{fault.problem} ({fault.seen})"
             )
 
@@ -95,8 +99,8 @@ class ApplicationProfile:
         own (their mean is kept), then what follows. The drawn run has no clock.
         """
         spans: list[Span] = []
-        at = str(rng.choice(self.entries))
-        while at != END:
+        first = str(rng.choice(self.entries))
+        for at in visits(first, lambda name: str(rng.choice(self.stages[name].successors))):
             stage = self.stages[at]
             calls = int(rng.choice(stage.parallelism)) if stage.parallelism else 1
             spans.append(
@@ -110,32 +114,7 @@ class ApplicationProfile:
                     parents=(len(spans) - 1,) if spans else (),
                 )
             )
-            at = str(rng.choice(stage.successors))
         return Session(name, self.application, tuple(spans))
-
-
-class FlowFault(NamedTuple):
-    """What is wrong with the names of what follows a stage."""
-
-    stage: str
-    problem: str
-    seen: str
-
-
-def flow_fault(entries: tuple[str, ...], after: Mapping[str, tuple[str, ...]]) -> FlowFault | None:
-    """The first thing that keeps runs from going on from "start", or from any stage, to "end"."""
-    if not after:
-        return FlowFault(START, "an application without stages", "give one or more")
-    if not entries or set(entries) - set(after):
-        return FlowFault(START, "expected names of stages", f"seen: {sorted(set(entries))}")
-    for name, following in after.items():
-        if not following or set(following) - {*after, END}:
-            seen = f"seen: {sorted(set(following))}"
-            return FlowFault(name, "expected names of stages, or end", seen)
-    endless = without_end(after)
-    if endless:
-        return FlowFault(endless[0], "end cannot be reached", f"from any of: {endless}")
-    return None
 
 
 def is_count(calls: float) -> bool:

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
+from demand.seconds import one_number, one_of_seconds
 from demand.units import KINDS, Execution, Kind, Unit
 
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+_NUMBERS = (
+    *((name, one_of_seconds) for name in ("submit_seconds", "seconds", "queued_seconds")),
+    *((name, one_number) for name in ("input_tokens", "output_tokens", "cached_tokens")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +54,20 @@ class Span:
     parents: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("submit_seconds", "seconds", "queued_seconds", "input_tokens",
-                     "output_tokens", "cached_tokens"):  # fmt: skip
+        for name, read in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value < math.inf:
+            if value is None and name in ("submit_seconds", "seconds", "cached_tokens"):
+                continue
+            if type(value) is not int:
+                value = read(f"{name} of span {self.unit!r}", value)
+                object.__setattr__(self, name, value)
+            if not 0.0 <= value < math.inf:
                 raise DemandError(
                     f"{name} of span {self.unit!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
-        if self.parallelism < 1 or self.parallelism % 1:
-            raise DemandError(
-                f"parallelism of span {self.unit!r} is {self.parallelism}; expected a whole number "
-                "of at least 1"
-            )
+        calls = whole_number(f"parallelism of span {self.unit!r}", self.parallelism, least=1)
+        object.__setattr__(self, "parallelism", calls)
         if self.cached_tokens is not None and self.cached_tokens > self.input_tokens:
             raise DemandError(
                 f"span {self.unit!r} has {self.cached_tokens} cached of {self.input_tokens} prompt "
@@ -69,12 +76,12 @@ class Span:
 
     @property
     def start_seconds(self) -> float | None:
-        """When it began, from the start of the session."""
+        """When its service began, in seconds from the start of the session; `None` if unknown."""
         return None if self.submit_seconds is None else self.submit_seconds + self.queued_seconds
 
     @property
     def end_seconds(self) -> float | None:
-        """When it ended, from the start of the session."""
+        """When it ended, in seconds from the start of the session; `None` if unknown."""
         start = self.start_seconds
         return None if start is None or self.seconds is None else start + self.seconds
 

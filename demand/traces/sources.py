@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from demand.errors import DemandError
-from demand.traces.fields import Clock, Fields, MalformedRecordError
+from demand.traces.fields import LONGEST_QUOTE, Clock, Fields, MalformedRecordError
 
 Records = Iterator[Fields | MalformedRecordError]
 """Records in order; one that cannot be decoded stands as its error, so that it can be skipped."""
@@ -74,9 +74,9 @@ def _header(columns: tuple[str, ...], file: Path, line: str) -> list[str]:
     except csv.Error as error:
         raise DemandError(f"{file}, line 1: not CSV: {error}; fetch the file again") from error
     if not set(columns) <= set(header):
+        seen = ", ".join(header) or "missing"
         raise DemandError(
-            f"{file}, line 1: columns are {', '.join(header) or 'missing'}; "
-            f"expected {', '.join(columns)}"
+            f"{file}, line 1: columns are {seen:.{LONGEST_QUOTE}}; expected {', '.join(columns)}"
         )
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:

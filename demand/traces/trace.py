@@ -20,10 +20,10 @@ class Parser(Protocol[T_co]):
     """Makes sessions or requests of records, for one reading of a trace."""
 
     def feed(self, record: Fields) -> Iterable[T_co]:
-        """What is complete with this record."""
+        """Take in one record, and give the sessions or requests that are complete with it."""
 
     def finish(self) -> Iterable[T_co]:
-        """What is complete because the trace is over.
+        """The sessions or requests that are complete because the trace is over.
 
         No line can be blamed any more: check in `feed` all that is fed.
         """
@@ -36,11 +36,11 @@ class OneByOne(Generic[T]):
         self._parse = parse
 
     def feed(self, record: Fields) -> Iterable[T]:
-        """The one thing the record is."""
+        """The session or request that the record is."""
         return (self._parse(record),)
 
     def finish(self) -> Iterable[T]:
-        """Nothing is left."""
+        """Nothing: every record was complete by itself."""
         return ()
 
 
@@ -85,10 +85,10 @@ class Trace(Generic[T]):
             except TwoClocksError:
                 raise
             except DemandError as error:
-                clock.settle(good=False)
-                self._skip(_placed(error, record))
+                clock.end_record(good=False)
+                self._skip(_located(error, record))
                 continue
-            clock.settle(good=True)
+            clock.end_record(good=True)
             yield from self._counted(complete)
         try:
             rest = tuple(parser.finish())
@@ -123,7 +123,7 @@ def _sound(record: Fields | MalformedRecordError) -> Fields:
     return record
 
 
-def _placed(error: DemandError, record: Fields | MalformedRecordError) -> MalformedRecordError:
+def _located(error: DemandError, record: Fields | MalformedRecordError) -> MalformedRecordError:
     if isinstance(error, MalformedRecordError) or isinstance(record, MalformedRecordError):
         assert isinstance(error, MalformedRecordError)
         return error

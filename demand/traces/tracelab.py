@@ -27,6 +27,8 @@ def read_tracelab(path: str | os.PathLike[str], *, on_error: OnError = "raise") 
     `user` (kind "human"), the wait before a round that a user_message began. Rounds are put in
     order of submission, which round_index does not always follow. Sub-agents are sessions of
     their own, as in the file. A skipped line leaves a gap in its session.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     return Trace(path, json_lines, _Rounds, on_error)
 

@@ -13,6 +13,8 @@ _COLUMNS = ("arrived_at", "num_prefill_tokens", "num_decode_tokens")
 def read_vidur(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Trace[Request]:
     """Requests of `processed_traces/*.csv`: arrived_at in seconds, num_prefill_tokens,
     num_decode_tokens.
+
+    Never run on a real file: written from the published columns, and tried on small files of them.
     """
     return Trace(path, csv_rows(*_COLUMNS), lambda: OneByOne(_request), on_error)
 

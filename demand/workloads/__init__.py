@@ -1,4 +1,4 @@
-"""Streams of jobs: applications, generated or recorded, and when their jobs arrive and are due."""
+"""Workloads: applications, generated or recorded, and when their jobs arrive and are due."""
 
 from demand.workloads.arrivals import with_arrivals
 from demand.workloads.bimodal import bimodal_applications, bimodal_mix

@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
+from demand.seconds import Floats, as_seconds
 from demand.workloads.workload import Workload
 
 
@@ -27,7 +28,8 @@ def with_arrivals(
 
     Args:
         workload: the jobs, with arrivals of their own.
-        times: `[m]` seconds, ascending, on any clock.
+        times: `[m]` seconds or timedeltas, ascending, counted from any moment; for moments
+            (`datetime64`) give `times - times[0]`.
         order: "recorded" takes the first intervals of the trace as they follow each other, bursts
             and lulls included; "resampled" draws each interval on its own, with replacement, as
             the Hermes evaluation does: their spread is kept, their order is not.
@@ -37,7 +39,8 @@ def with_arrivals(
         DemandError: times that are not finite or not ascending, no time between any, or too few
             for the order "recorded".
     """
-    recorded = np.asarray(times, dtype=np.float64)
+    instance_of("workload", workload, Workload)
+    recorded = as_seconds("times", times)
     intervals = np.diff(recorded) if recorded.ndim == 1 else np.empty(0)
     if not np.isfinite(recorded).all() or not (intervals >= 0.0).all() or not intervals.any():
         raise DemandError(
@@ -55,7 +58,7 @@ def with_arrivals(
 
 def _intervals(intervals: Floats, n: int, order: str, seed: int) -> Floats:
     if order == "resampled":
-        return np.random.default_rng(seed).choice(intervals, size=n)
+        return np.random.default_rng(whole_number("seed", seed, least=0)).choice(intervals, size=n)
     if order != "recorded":
         raise DemandError(f"order is {order!r}; expected recorded or resampled")
     if n > intervals.size:

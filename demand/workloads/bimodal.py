@@ -1,12 +1,13 @@
-"""Two applications on which knowing the distribution beats knowing the mean."""
+"""Two applications on which a policy that knows the distribution beats one that knows the mean."""
 
 from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import whole_number
 from demand.graph.pdgraph import PDGraph
+from demand.seconds import Floats
 from demand.units import Execution, Unit
 from demand.workloads.workload import Application, Workload, poisson_workload
 
@@ -27,7 +28,8 @@ def bimodal_applications(training_runs: int = 1000, seed: int = 1) -> tuple[Appl
     Each is one tool unit; its graph is fitted on `training_runs` runs, and what the scheduler
     knows is `graph.remaining()`. True demands are drawn afresh.
     """
-    streams = np.random.default_rng(seed).spawn(2)
+    training_runs = whole_number("training_runs", training_runs, least=1)
+    streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(2)
     return (
         _application("answer", _answer_seconds, 21.2, training_runs, streams[0]),
         _application("report", _report_seconds, 12.0, training_runs, streams[1]),

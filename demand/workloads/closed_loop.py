@@ -7,8 +7,9 @@ from typing import final
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
+from demand.seconds import Floats, as_seconds, one_of_seconds
 from demand.workloads.workload import Application, Workload, poisson_workload
 
 
@@ -17,13 +18,13 @@ from demand.workloads.workload import Application, Workload, poisson_workload
 class ClosedLoop:
     """Jobs of users, each of whom has one job at a time.
 
-    The first job of a user arrives at its entry in `jobs.arrivals`; each later one, in order of
-    the entries, `think_seconds` of its own after the user's last has finished, whatever its entry
-    says. A deadline keeps its distance from the arrival. Random numbers are common: under every
-    policy a user submits the same jobs after the same times of thought.
+    The first job of a user arrives at its second in `jobs.arrivals`. Each later one arrives when
+    its own `think_seconds` have passed since the user's job before it finished, whatever
+    `jobs.arrivals` says; a deadline keeps its distance from the arrival. Random numbers are common:
+    under every policy a user submits the same jobs after the same times of thought.
 
     Args:
-        jobs: the entries.
+        jobs: the jobs of all users, in the order in which each user submits them.
         users: `[n]` who submits each.
         think_seconds: `[n]` between the finish of a user's job and the arrival of the next.
 
@@ -36,7 +37,8 @@ class ClosedLoop:
     think_seconds: Floats = field(repr=False)
 
     def __post_init__(self) -> None:
-        thinks = np.array(self.think_seconds, dtype=np.float64)
+        instance_of("jobs", self.jobs, Workload)
+        thinks = as_seconds("think_seconds", self.think_seconds)
         thinks.setflags(write=False)
         object.__setattr__(self, "think_seconds", thinks)
         object.__setattr__(self, "users", tuple(self.users))
@@ -86,6 +88,9 @@ def closed_loop(
         DemandError: no users, more users than jobs, a think time that is negative or not finite,
             or as `poisson_workload`.
     """
+    seed = whole_number("seed", seed, least=0)
+    users, jobs = whole_number("users", users), whole_number("jobs", jobs, least=1)
+    think_seconds = one_of_seconds("think_seconds", think_seconds)
     if not 1 <= users <= jobs:
         raise DemandError(f"users is {users} for {jobs} jobs; expected from 1 to as many as jobs")
     if not 0.0 <= think_seconds < np.inf:

@@ -7,7 +7,9 @@ from typing import Literal
 
 import numpy as np
 
+from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
+from demand.seconds import one_number
 from demand.workloads.workload import Workload
 
 DEADLINE_FACTORS: Mapping[str, float] = MappingProxyType(
@@ -37,6 +39,8 @@ def with_deadlines(
     Raises:
         DemandError: a factor that is not positive and finite, or a share outside [0, 1].
     """
+    instance_of("workload", workload, Workload)
+    factor, share = one_number("factor", factor), one_number("share", share)
     if not 0.0 < factor < np.inf:
         raise DemandError(f"factor is {factor}; expected a positive number, such as 1.5")
     if not 0.0 <= share <= 1.0:
@@ -48,5 +52,5 @@ def with_deadlines(
         work = workload.demands
     else:
         raise DemandError(f"of is {of!r}; expected mean or demand")
-    timed = np.random.default_rng(seed).random(len(workload)) < share
+    timed = np.random.default_rng(whole_number("seed", seed, least=0)).random(len(workload)) < share
     return replace(workload, deadlines=np.where(timed, workload.arrivals + factor * work, np.inf))

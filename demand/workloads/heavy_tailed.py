@@ -1,13 +1,14 @@
-"""Applications most of whose work is in few jobs."""
+"""Applications of a heavy tail: most of the work is in few jobs."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.seconds import Floats
 from demand.workloads.workload import Application, Sampler, Workload, poisson_workload
 
 Tail = Literal["lognormal", "pareto"]
@@ -46,7 +47,8 @@ def heavy_tailed_applications(
     """
     if tail not in _AGENTS:
         raise DemandError(f"tail is {tail!r}; expected one of {', '.join(_AGENTS)}")
-    streams = np.random.default_rng(seed).spawn(2)
+    training_samples = whole_number("training_samples", training_samples, least=1)
+    streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(2)
     sample, mean_seconds = _AGENTS[tail]
     return (
         _application("agent", sample, mean_seconds, training_samples, streams[0]),

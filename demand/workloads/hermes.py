@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.units import END
@@ -50,10 +51,10 @@ def hermes_applications(training_runs: int = 1000, seed: int = 1) -> tuple[Appli
         training_runs: runs each graph is fitted on (about 1000 in the paper).
         seed: of the training runs.
     """
+    training_runs = whole_number("training_runs", training_runs, least=1)
+    streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(len(_TABLE))
     applications = []
-    for (name, row), rng in zip(
-        _TABLE.items(), np.random.default_rng(seed).spawn(len(_TABLE)), strict=True
-    ):
+    for (name, row), rng in zip(_TABLE.items(), streams, strict=True):
         generator = hermes_generator(name)
         graph = PDGraph.fit((generator.run(rng) for _ in range(training_runs)), name=name)
         applications.append(

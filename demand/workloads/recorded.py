@@ -1,4 +1,4 @@
-"""Applications out of recorded runs: one half to learn from, the other to serve."""
+"""Applications made of recorded runs: one half to learn from, the other half to serve."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -6,10 +6,11 @@ from typing import Literal
 
 import numpy as np
 
+from demand.arguments import instance_of, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.units import CostModel, Execution
+from demand.units import CostModel, Execution, check_run
 from demand.workloads.workload import Application
 
 Run = Sequence[Execution]
@@ -49,10 +50,11 @@ def recorded_applications(
         raise DemandError("there are no applications; give recorded runs by name")
     if known not in ("runs", "graph"):
         raise DemandError(f"known is {known!r}; expected runs or graph")
-    cost = CostModel() if cost is None else cost
-    streams = np.random.default_rng(seed).spawn(len(runs))
+    cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
+    streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(len(runs))
     applications = []
     for (name, recorded), rng in zip(runs.items(), streams, strict=True):
+        recorded = [check_run(f"runs[{name!r}][{at}]", run) for at, run in enumerate(recorded)]
         count = round(training_share * len(recorded))
         if not 0 < count < len(recorded):
             raise DemandError(

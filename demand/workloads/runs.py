@@ -1,4 +1,4 @@
-"""Generators of runs: applications described stage by stage, executed at random."""
+"""Random runs of an application that is described stage by stage, by means and probabilities."""
 
 import math
 from collections.abc import Mapping
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
 from demand.errors import DemandError
-from demand.graph.flow import without_end
+from demand.flow import visits, without_end
+from demand.seconds import Floats
 from demand.units import END, CostModel, Execution, Kind, Unit
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One unit of a generated application, by its means.
+    """One unit of a generated application, described by the means of what it takes.
 
     Args:
         kind: of the unit.
@@ -42,7 +42,7 @@ class RunGenerator:
         stages: by unit name.
         scale: multiplies all tokens and seconds.
         spread: coefficient of variation of tokens and of seconds per call.
-        call_spread: the same for the number of calls.
+        call_spread: coefficient of variation of the number of parallel calls.
 
     Raises:
         DemandError: no stages, next stages that are none, probabilities that are negative or do
@@ -80,26 +80,19 @@ class RunGenerator:
             )
 
     def run(self, rng: np.random.Generator) -> list[Execution]:
-        """One run."""
+        """Draw one run, from the first stage to "end"."""
         executed = []
-        name = next(iter(self.stages))
-        while name != END:
+        for name in visits(next(iter(self.stages)), lambda name: self._following(name, rng)):
             stage = self.stages[name]
             executed.append(self._execute(Unit(name, stage.kind), stage, rng))
-            choices = iter(stage.then.items())
-            name, at = next(choices)
-            draw = rng.random()
-            while draw >= at:
-                name, more = next(choices, (name, math.inf))
-                at += more
         return executed
 
     def runs(self, rng: np.random.Generator, n: int) -> list[list[Execution]]:
-        """`[n]` runs."""
+        """Draw `n` runs."""
         return [self.run(rng) for _ in range(n)]
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
-        """Total seconds of `[n]` runs under the default cost model."""
+        """Draw `n` runs, and give their total seconds `[n]` under the default cost model."""
         return np.array([CostModel().run_seconds(run) for run in self.runs(rng, n)], np.float64)
 
     def mean_seconds(self) -> float:
@@ -122,6 +115,15 @@ class RunGenerator:
             for stage in self.stages.values()
         ]
         return self.scale * float(visits @ each)
+
+    def _following(self, name: str, rng: np.random.Generator) -> str:
+        choices = iter(self.stages[name].then.items())
+        name, at = next(choices)
+        draw = rng.random()
+        while draw >= at:
+            name, more = next(choices, (name, math.inf))
+            at += more
+        return name
 
     def _execute(self, unit: Unit, stage: Stage, rng: np.random.Generator) -> Execution:
         calls = _around(stage.calls, self.call_spread, rng) if stage.calls > 1.0 else 1.0

@@ -8,10 +8,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from demand.distribution.atoms import Floats
+from demand.arguments import instance_of, instances_of, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.seconds import Floats, as_seconds, one_number
 from demand.units import CostModel, Execution
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Application:
     cost: CostModel = field(default_factory=CostModel)
 
     def __post_init__(self) -> None:
+        instance_of(f"distribution of {self.name!r}", self.distribution, Distribution)
         if self.sample is not None and self.sample_runs is not None:
             raise DemandError(
                 f"application {self.name!r} has samplers of demands and of runs; give one: the "
@@ -71,22 +73,23 @@ class Application:
 
     @property
     def true_mean_seconds(self) -> float:
-        """Mean of the demands that `demands` draws."""
+        """True mean demand in seconds: `mean_seconds`, or the plain mean of `distribution`."""
         if self.mean_seconds is not None:
             return self.mean_seconds
         return float(self.distribution.values @ self.distribution.weights)
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
-        """Draw `[n]` true demands in seconds."""
+        """Draw the true demands of `n` jobs, `[n]` seconds."""
         return self.draw(rng, n).demands
 
     def draw(self, rng: np.random.Generator, n: int) -> "Drawn":
-        """Draw `[n]` jobs."""
+        """Draw `n` jobs: their demands, and what each executes where the application says."""
         if self.sample_runs is not None:
             runs = self.sample_runs(rng, n)
             return Drawn(np.array([self.cost.run_seconds(run) for run in runs], float), runs)
         if self.sample is not None:
-            return Drawn(self.sample(rng, n), None)
+            drawn = self.sample(rng, n)
+            return Drawn(as_seconds(f"what application {self.name!r} draws", drawn), None)
         known = self.distribution
         return Drawn(rng.choice(known.values, size=n, p=known.weights), None)
 
@@ -105,7 +108,7 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Jobs in order of arrival.
+    """The jobs of a simulation, in order of arrival, with what is known of them and what is true.
 
     Args:
         arrivals: `[n]` seconds, ascending.
@@ -114,7 +117,8 @@ class Workload:
         distributions: what the scheduler knows, by application name.
         load: offered load per server that it was drawn for; NaN if unknown.
         deadlines: `[n]` seconds on the clock of the arrivals, infinity for none; `None` for none.
-        tenants: `[n]` names of who pays; `None` makes every application a tenant.
+        tenants: `[n]` who each job belongs to, such as a customer: what fair policies share
+            between; `None` makes every application a tenant.
         weights: share of a tenant relative to the others, 1 for those not named.
         priorities: `[n]` classes, smaller first; `None` puts all jobs into class 0.
         runs: `[n]` what each job truly executes, for simulators that serve units and for
@@ -142,7 +146,7 @@ class Workload:
     def __post_init__(self) -> None:
         fill = partial(object.__setattr__, self)
         for name in ("arrivals", "demands"):
-            numbers = np.array(getattr(self, name), dtype=np.float64)
+            numbers = as_seconds(name, getattr(self, name))
             fill(name, numbers)
             if numbers.ndim != 1 or not numbers.size:
                 raise DemandError(f"{name} has shape {numbers.shape}; expected [n], n at least 1")
@@ -151,7 +155,9 @@ class Workload:
         n = self.arrivals.size
         fill("applications", tuple(self.applications))
         fill("distributions", dict(self.distributions))
-        fill("deadlines", np.array(_or(self.deadlines, np.full(n, np.inf)), dtype=np.float64))
+        for name, known in self.distributions.items():
+            instance_of(f"distribution of {name!r}", known, Distribution)
+        fill("deadlines", as_seconds("deadlines", _or(self.deadlines, np.full(n, np.inf))))
         fill("tenants", tuple(_or(self.tenants, self.applications)))
         fill("priorities", tuple(_or(self.priorities, [0] * n)))
         for name in ("arrivals", "demands", "deadlines"):
@@ -235,14 +241,15 @@ def poisson_workload(
             number of at least 1, or a load that is not
             positive and finite.
     """
+    applications = instances_of("applications", applications, Application)
     names = [application.name for application in applications]
+    load = one_number("load", load)
     if not names or len(set(names)) < len(names):
         raise DemandError(f"application names are {names}; expected distinct names, at least one")
     if not 0.0 < load < np.inf:
         raise DemandError(f"load is {load}; expected a positive number, below 1 to be stable")
-    for name, count in (("jobs", jobs), ("servers", servers)):
-        if count < 1 or count % 1:
-            raise DemandError(f"{name} is {count}; expected a whole number of at least 1")
+    jobs, servers = whole_number("jobs", jobs, least=1), whole_number("servers", servers, least=1)
+    seed = whole_number("seed", seed, least=0)
     share = np.array([application.weight for application in applications])
     share = share / share.sum()
     mean = float(share @ [application.true_mean_seconds for application in applications])

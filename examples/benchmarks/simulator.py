@@ -37,6 +37,7 @@ from demand import (
     ClassMean,
     Gittins,
     Hysteresis,
+    Job,
     LeastSlack,
     Policy,
     PriorityClasses,
@@ -81,7 +82,7 @@ def resorting(workload: Workload, policy: Policy) -> np.ndarray:
     That is at every arrival, every completion and, where ranks depend on age, every atom of the
     running job.
     """
-    maker = JobMaker(workload, policy)
+    maker = JobMaker(workload, policy, Job)
     atoms = {
         name: known.values.tolist() if policy.table(known) else []
         for name, known in workload.distributions.items()

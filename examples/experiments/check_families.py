@@ -54,13 +54,13 @@ def verdict(family: str, seed: int = SEED) -> dict:
         "logits_relative_error": error,
         "same_tokens": same,
         "rope": rotations(pic),
-        "follows_length": pic._model.rotary.stretches,  # noqa: SLF001
+        "follows_length": pic.hf.rotary.follows_length,
     }
 
 
 def rotations(pic: PIC) -> str:
     """What calibration found: layout, rotated of all dimensions, where, and in how many layers."""
-    model = pic._model  # noqa: SLF001
+    model = pic.hf
     kinds = Counter()
     for (keys, values), rotation in zip(
         model.prefill(torch.tensor([[3]])), model.rotations, strict=True
@@ -71,7 +71,7 @@ def rotations(pic: PIC) -> str:
         dim = (keys, values)[rotation.part].shape[-1]
         where = f" from {rotation.offset}" if rotation.offset else ""
         part = ", beside latents" if rotation.part else ""
-        kinds[f"{rotation.layout} {rotation.rotary_dim}/{dim}{where}{part}"] += 1
+        kinds[f"{rotation.pairing} {rotation.rotary_dim}/{dim}{where}{part}"] += 1
     if len(kinds) == 1:
         return next(iter(kinds))
     return "; ".join(f"{n} of {kinds.total()} layers {kind}" for kind, n in kinds.items())

@@ -30,12 +30,13 @@ from demand.refine import (
     NoRefinement,
     PearsonFilter,
     ProgressRegression,
+    Refine,
     Refinement,
     WholeRuns,
 )
 from demand.refine.calibration import CalibrationReport, calibrate
 from demand.refine.estimator import DemandEstimator
-from demand.simulation.queue.simulate import Refine, simulate
+from demand.simulation.queue.simulate import simulate
 from demand.traces import Session, read_agent_sessions, read_fireact, read_tau_bench
 from demand.units import Execution, Progress
 from demand.workloads import Workload, poisson_workload

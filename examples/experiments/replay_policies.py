@@ -22,7 +22,7 @@ from retention_accuracy import ARMS
 from tqdm import tqdm
 
 from sparsity import SparsityError, Trace, record, replay
-from sparsity.recorded.milestones import NAMES, Thresholds, classify, draw_head
+from sparsity.recorded.milestones import NAMES, Thresholds, classify, plot_head
 
 MEASURES = (
     "kept_mass",
@@ -62,7 +62,7 @@ def figure(trace: Trace, page_size: int, path: Path) -> None:
     figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 4.5), squeeze=False,
                                 sharey=True, layout="constrained")  # fmt: skip
     for ax, layer in zip(axes[0], layers, strict=True):
-        image = draw_head(ax, trace, layer, 0, page_size)
+        image = plot_head(ax, trace, layer, 0, page_size)
         ax.set(title=f"layer {layer}, KV head 0", xlabel="token attended to")
     axes[0][0].set_ylabel("token that attends")
     figure.colorbar(image, ax=axes[0].tolist(), label="share of the attention")

@@ -1,1 +1,1 @@
-"""All that knows transformers: the model as the linker sees it, its attention and its cache."""
+"""Everything that depends on transformers: the model, its attention, and its caches."""

@@ -1,51 +1,55 @@
-"""Attention as a model's layers call it, while a prompt is linked and behind one with APE.
+"""The two attention functions that a model's layers call in place of their own.
 
-Both have the signature of transformers' attention interface; `attention_switch` registers
-them.
+`attend_scattered` runs while a prompt is linked; `attend_parallel` while the model decodes behind a
+prompt whose chunks stand side by side (APE). Both have the signature of transformers' attention
+interface, where `attention_switch` registers them.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from picache.errors import PICacheError
 from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
-from picache.hf.sparse_pass import ScatterMask, current
+from picache.hf.sparse_pass import ScatterMask, under_way
 
-if TYPE_CHECKING:
-    from picache.hf.attention_switch import Attention
-
-_BLOCK_ROWS = 64
+_BLOCK_QUERIES = 64
 _REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 
-# What is attached to a model for decoding, by the id of its decoder's configuration: generation may
-# run in another thread than the one that attached it.
+# What is attached to each model for decoding, by the id of the model's configuration. No context
+# variable: `generate` may run in another thread than the one that attached the prompt.
 attached: dict[int, "Attached"] = {}
 
 
 @dataclass(frozen=True)
 class Attached:
-    """Attention behind chunks side by side, of one linked batch.
+    """What decoding behind one linked batch of chunks side by side must know.
 
     Attributes:
-        inside: which of the linked keys are side by side, bool ``[batch, tokens]``.
-        scale: factor on the log-sum-exp of their scores.
-        lag: how far rotary positions lag behind the places of the tokens, int64 ``[batch]``.
+        inside: which tokens of the prompt belong to chunks side by side, bool ``[batch, tokens]``.
+        lse_scale: factor on the log-sum-exp of the scores on them.
+        lag: by how much the rotary position of a new token is smaller than the number of tokens
+            before it, padding included, int64 ``[batch]``: chunks side by side share positions.
     """
 
     inside: Tensor
-    scale: float
+    lse_scale: float
     lag: Tensor
 
     def repeats(self, batch: int, tokens: int) -> int:
-        """How often the linked batch is repeated in one of `batch` rows and `tokens` keys.
+        """How often each row of the linked batch is repeated in the batch of a forward.
+
+        Beam search and ``num_return_sequences`` repeat the rows.
+
+        Args:
+            batch: rows of the forward.
+            tokens: keys each of them attends to, the new ones included.
 
         Raises:
-            PICacheError: when that cannot be the linked prompt.
+            PICacheError: when the forward cannot be behind the linked prompt.
         """
         if batch % len(self.inside) or tokens < self.inside.shape[1]:
             raise PICacheError(
@@ -56,59 +60,26 @@ class Attached:
         return batch // len(self.inside)
 
 
-class Attachment:
-    """Attaches the attention of one linked batch to its model.
-
-    A copy attaches to the same model, which is not copied; none leaves the process.
-
-    Args:
-        attention: of the model the batch was linked with.
-        state: what it must know.
-    """
-
-    def __init__(self, attention: "Attention", state: Attached) -> None:
-        self._attention, self._state = attention, state
-
-    def __call__(self) -> AbstractContextManager[None]:
-        """The model decodes behind this batch inside the ``with`` block, and nothing else."""
-        return self._attention.parallel(self._state)
-
-    @property
-    def on(self) -> bool:
-        """Whether a prompt is attached to the model now."""
-        return self._attention.key in attached
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
-        return self
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise PICacheError(
-            "a prompt whose method is attached to the model while decoding (APE) cannot be "
-            "written out, since its model is not part of it: keep the texts and a store with a "
-            "path, and link again where the prompt is needed"
-        )
-
-
 def rotary_positions(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of a decoder while attached: positions behind chunks side by side."""
-    state, cache = attached[id(module.config)], kwargs.get("past_key_values")
+    """Set the rotary positions of new tokens: a forward pre-hook of the decoder while attached."""
+    prompt, cache = attached[id(module.config)], kwargs.get("past_key_values")
     fed = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
     if cache is None or fed is None:
         raise PICacheError(
             "a forward without the prompt's cache inside `with prompt.attached():`: run it outside"
         )
     held = cache.get_seq_length()
-    places = torch.arange(held, held + fed.shape[1], device=fed.device)
-    lag = state.lag.repeat_interleave(state.repeats(fed.shape[0], held + fed.shape[1]))
-    return args, kwargs | {"position_ids": places - lag[:, None]}
+    columns = torch.arange(held, held + fed.shape[1], device=fed.device)
+    lag = prompt.lag.repeat_interleave(prompt.repeats(fed.shape[0], held + fed.shape[1]))
+    return args, kwargs | {"position_ids": columns - lag[:, None]}
 
 
 def scattered_mask(mask_function: Callable, **_: object) -> ScatterMask:
-    """The mask of the pass under way, not made yet."""
-    state = current.get()
-    return ScatterMask(mask_function, state.positions, state.known)
+    """The attention mask of the sparse pass that is running, as a function of positions."""
+    running = under_way()
+    return ScatterMask(mask_function, running.positions, running.positions_on_cpu)
 
 
 def attend_scattered(
@@ -122,52 +93,56 @@ def attend_scattered(
     s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The rows of the pass under way over the whole prompt's keys, causal by position."""
+    """Attention of the recomputed tokens over the whole prompt's keys, causal by position."""
+    mask, running = attention_mask, under_way()
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise PICacheError(
                 f"{type(module).__name__} changes its attention scores through {name!r}, which "
                 "linking does not know: use a full prefill with this model"
             )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    positions, known, state = attention_mask.positions, attention_mask.known, current.get()
-    if state.parallel is not None:
-        rows, factor = state.parallel
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if running.parallel is not None:
         if s_aux is not None:
             raise PICacheError(
                 f"{type(module).__name__} attends with sinks, which chunks side by side (APE) do "
                 "not go with: choose a method that places them in order"
             )
-        everything = torch.arange(key.shape[2], device=key.device)
-        inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
-        inside[:, rows] = True
-        out = torch.cat(
-            [
-                parallel_attention(
-                    some,
-                    key,
-                    value,
-                    attention_mask(at, everything)[None, None],
-                    inside,
-                    scale,
-                    factor,
-                    softcap,
-                )
-                for some, at in zip(
-                    query.split(_BLOCK_ROWS, dim=2), positions.split(_BLOCK_ROWS), strict=True
-                )
-            ],
-            dim=2,
-        )
+        out = _attend_side_by_side(query, key, value, mask, *running.parallel, scaling, softcap)
         return out.transpose(1, 2).contiguous(), None
+    on_cpu = mask.positions_on_cpu
     out = scattered_attention(
-        query, key, value, positions, attention_mask, scale, softcap, s_aux, known
+        query, key, value, mask.positions, mask, scaling, softcap, s_aux, on_cpu
     )
-    if state.observe is not None:
-        norms = value.norm(dim=-1, keepdim=True) if state.value_norm else None
-        mass = attention_mass(query, key, positions, attention_mask, scale, softcap, s_aux, norms)
-        state.observe(state.layer, mass)
+    if running.observe is not None:
+        norms = value.norm(dim=-1, keepdim=True) if running.value_norm else None
+        mass = attention_mass(query, key, mask.positions, mask, scaling, softcap, s_aux, norms)
+        running.observe(running.layer, mass)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_side_by_side(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: ScatterMask,
+    side_by_side: slice,
+    lse_scale: float,
+    scaling: float,
+    softcap: float | None,
+) -> Tensor:
+    """`parallel_attention` of the recomputed tokens, a block of queries at a time."""
+    everything = torch.arange(key.shape[2], device=key.device)
+    inside = torch.zeros(1, key.shape[2], dtype=torch.bool, device=key.device)
+    inside[:, side_by_side] = True
+    queries = query.split(_BLOCK_QUERIES, dim=2)
+    out = []
+    for block, positions in zip(queries, mask.positions.split(_BLOCK_QUERIES), strict=True):
+        allowed = mask(positions, everything)[None, None]
+        out.append(
+            parallel_attention(block, key, value, allowed, inside, scaling, lse_scale, softcap)
+        )
+    return torch.cat(out, dim=2)
 
 
 def attend_parallel(
@@ -180,12 +155,15 @@ def attend_parallel(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """While decoding behind chunks side by side; `attention_mask` is additive, 0 where allowed."""
-    state = attached[id(module.config)]
-    repeats = state.repeats(len(key), key.shape[2])  # beams, several sequences
-    inside = state.inside.repeat_interleave(repeats, dim=0)
+    """Attention while decoding behind chunks side by side (APE).
+
+    `attention_mask` is added to the scores: 0 where a key is allowed.
+    """
+    prompt = attached[id(module.config)]
+    repeats = prompt.repeats(len(key), key.shape[2])  # beams, several sequences
+    inside = prompt.inside.repeat_interleave(repeats, dim=0)
     inside = nn.functional.pad(inside, (0, key.shape[2] - inside.shape[1]))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     allowed = attention_mask == 0
-    out = parallel_attention(query, key, value, allowed, inside, scale, state.scale, softcap)
+    out = parallel_attention(query, key, value, allowed, inside, scaling, prompt.lse_scale, softcap)
     return out.transpose(1, 2).contiguous(), None

@@ -1,9 +1,9 @@
-"""The attention of a transformers model, switched to one of ours for a while."""
+"""Switch a transformers model to one of our attention functions, and back again."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -25,16 +25,16 @@ _PARALLEL = "picache_parallel"
 _locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 
-class Attention:
-    """What a model attends by: its own function, or for the length of a block one of ours.
+class AttentionSwitch:
+    """The attention function of one model: its own, or one of ours inside a ``with`` block.
 
     Args:
-        model: whose turns are taken: one lock a model, whoever wraps it.
-        decoder: the part whose attention is switched.
+        model: the model; all switches of one model share a lock.
+        decoder: the part of the model whose attention is switched.
 
     Attributes:
         turn: the lock. While attention is switched, no other thread may compile or link.
-        key: under which `picache.hf.attention_functions.attached` knows this model.
+        key: the model's key in `picache.hf.attention_functions.attached`.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: nn.Module) -> None:
@@ -43,7 +43,7 @@ class Attention:
         self.key = id(decoder.config)
 
     def refuse_attached(self) -> None:
-        """Raise PICacheError while a prompt is attached: the model is for that one alone."""
+        """Raise PICacheError while a prompt is attached: the model then serves that one alone."""
         if self.key in attached:
             raise PICacheError(
                 "this model is attached to a prompt: compile and link outside its block"
@@ -51,13 +51,13 @@ class Attention:
 
     @contextmanager
     def scattered(self) -> Iterator[None]:
-        """Rows of a sparse pass attend inside the block; another thread waits."""
+        """Inside the block the model runs a sparse pass; other threads that want to link wait."""
         with self._switched(_SCATTERED):
             yield
 
     @contextmanager
-    def parallel(self, state: Attached) -> Iterator[None]:
-        """The model decodes behind chunks side by side inside the block, and nothing else.
+    def parallel(self, prompt: Attached) -> Iterator[None]:
+        """Inside the block the model decodes behind this batch of chunks side by side alone.
 
         Raises:
             PICacheError: when another prompt is attached.
@@ -67,16 +67,20 @@ class Attention:
         hook = self._decoder.register_forward_pre_hook(rotary_positions, with_kwargs=True)
         try:
             with self._switched(_PARALLEL) as configs:
-                attached.update(dict.fromkeys([self.key, *configs], state))
+                attached.update(dict.fromkeys([self.key, *configs], prompt))
                 yield
         finally:
-            for key in [key for key, one in attached.items() if one is state]:
+            for key in [key for key, one in attached.items() if one is prompt]:
                 del attached[key]
             hook.remove()
 
+    def attachment(self, prompt: Attached) -> "Attachment":
+        """An object that attaches this linked batch to the model whenever it is called."""
+        return Attachment(self, prompt)
+
     @contextmanager
     def _switched(self, name: str) -> Iterator[list[int]]:
-        """Gives the ids of the configurations that name another function inside the block."""
+        """Inside the block the model's configurations name our function; gives their ids."""
         with self.turn:
             AttentionInterface.register(_SCATTERED, attend_scattered)
             AttentionMaskInterface.register(_SCATTERED, scattered_mask)
@@ -95,3 +99,37 @@ class Attention:
             finally:
                 for config, implementation in before:
                     config._attn_implementation = implementation  # noqa: SLF001
+
+
+class Attachment:
+    """Attaches one linked batch to its model, for the length of a ``with`` block.
+
+    A copy attaches to the same model, which is not copied. Pickling is refused, since the model
+    would have to go along.
+
+    Args:
+        attention: the switch of the model the batch was linked with.
+        prompt: what decoding behind the batch must know.
+    """
+
+    def __init__(self, attention: AttentionSwitch, prompt: Attached) -> None:
+        self._attention, self._prompt = attention, prompt
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """A context manager: inside its block the model decodes behind this batch alone."""
+        return self._attention.parallel(self._prompt)
+
+    @property
+    def on(self) -> bool:
+        """Whether a prompt, this or another, is attached to the model now."""
+        return self._attention.key in attached
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PICacheError(
+            "a prompt whose method is attached to the model while decoding (APE) cannot be "
+            "written out, since its model is not part of it: keep the texts and a store with a "
+            "path, and link again where the prompt is needed"
+        )

@@ -1,56 +1,90 @@
-"""Caches of transformers: what a sparse pass writes to, and what `generate` goes on from."""
+"""Two transformers caches: one for a sparse pass, and one that `generate` goes on from."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
 
 from picache.chunk import KV
 from picache.errors import PICacheError
-from picache.hf.attention_functions import Attachment
-from picache.hf.sparse_pass import Layers, Pass
+from picache.hf.ambient import refuse_autocast
+from picache.hf.attention_switch import Attachment
+from picache.hf.sparse_pass import KVByLayer, SparsePass
+
+
+class PrefillCache(DynamicCache):
+    """The cache that a chunk is prefilled into; it refuses a forward under autocast.
+
+    Without a configuration it keeps every key, those of sliding-window layers too.
+    """
+
+    @override
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values; PICacheError when autocast is on inside the forward."""
+        refuse_autocast(key_states.device.type)
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 class ScatterLayer(DynamicLayer):
-    """Whole-prompt keys and values; an update writes the recomputed rows in their places.
+    """One layer of the cache of a sparse pass: it holds the whole prompt from the beginning.
+
+    Where an ordinary cache appends, this one writes the keys and values of the recomputed tokens at
+    their positions and gives back those of the whole prompt.
 
     Args:
-        kv: keys and values of the whole prompt by layer, asked for when the layer is reached.
-        index: of this layer.
+        kv: keys and values of the whole prompt, layer by layer; a layer is asked for when the pass
+            reaches it.
+        index: which layer this is.
         length: tokens of the whole prompt.
-        state: of the pass.
+        running: the pass.
     """
 
-    def __init__(self, kv: Layers, index: int, length: int, state: Pass) -> None:
+    def __init__(self, kv: KVByLayer, index: int, length: int, running: SparsePass) -> None:
         super().__init__()
         self.is_initialized = True
-        self.kv, self.index, self.length, self.state = kv, index, length, state
+        self.kv, self.index, self.length, self.running = kv, index, length, running
 
+    @override
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KV:
-        """Write the rows of the pass; keys and values of the whole prompt."""
+        """Write the recomputed tokens' keys and values; return those of the whole prompt."""
+        refuse_autocast(key_states.device.type)
         keys, values = self.kv[self.index]
-        state = self.state
-        chosen = state.replaced((key_states, value_states), (keys, values))
-        places, fresh = state.positions, (key_states, value_states)
+        _refuse_dtype((key_states, value_states), (keys, values), "the compiled chunks hold")
+        chosen = self.running.replaced((key_states, value_states), (keys, values))
+        positions, fresh = self.running.positions, (key_states, value_states)
         if chosen is not None:
-            places, fresh = places[chosen], (fresh[0][:, :, chosen], fresh[1][:, :, chosen])
-        keys.index_copy_(2, places, fresh[0])
-        values.index_copy_(2, places, fresh[1])
+            positions, fresh = positions[chosen], (fresh[0][:, :, chosen], fresh[1][:, :, chosen])
+        keys.index_copy_(2, positions, fresh[0])
+        values.index_copy_(2, positions, fresh[1])
         return keys, values
 
+    @override
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens attended to, and the position of the first."""
         return self.length, 0
 
+    @override
     def get_seq_length(self) -> int:
-        """Tokens of the whole prompt."""
         return self.length
 
 
 class LinkedLayer(DynamicLayer):
-    """One layer of a linked prompt; goes on as a `DynamicLayer`, expanding for beams by itself."""
+    """One layer of a linked prompt, from which `generate` goes on as from a `DynamicLayer`.
+
+    It repeats its rows by itself when beams or ``num_return_sequences`` ask for more.
+
+    Args:
+        keys: of the prompt, ``[batch, kv_heads, tokens, head_dim]``.
+        values: the same of the values.
+        index: which layer this is.
+        attach: attaches the link method's attention to the model; None where there is none.
+    """
 
     keys: Tensor
     values: Tensor
@@ -64,18 +98,20 @@ class LinkedLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.index, self.attach = keys, values, index, attach
 
+    @override
     def crop(self, *args: object, **kwargs: object) -> None:
         """Refused: assisted decoding feeds the prompt again and then rolls back."""
         _refuse_assistance()
 
     def activate_past_recording(self) -> None:
-        """Refused, before anything is fed."""
+        """Refused before any token is fed: assisted decoding asks for it and rolls back later."""
         _refuse_assistance()
 
+    @override
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KV:
-        """Append; the batch may grow by a factor once, as beams and `num_return_sequences` do.
+        """Append new tokens; the batch may grow once by a factor, for beams and several sequences.
 
         Raises:
             PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
@@ -86,41 +122,112 @@ class LinkedLayer(DynamicLayer):
                 "this prompt's method changes positions and attention while decoding too: run "
                 "generate inside `with prompt.attached():`"
             )
+        held_kv = (self.keys, self.values)
+        _refuse_dtype((key_states, value_states), held_kv, "the linked cache holds")
         batch, held = key_states.shape[0], self.keys.shape[0]
-        if batch != held:
-            if batch % held:
-                raise PICacheError(
-                    f"the linked cache holds a batch of {held}, the model was given {batch}: "
-                    "link one prompt per row, or generate from this prompt's own input_ids"
-                )
-            self.batch_repeat_interleave(batch // held)
-        if self.index == 0 and key_states.shape[2] > 1 and self._holds(key_states, value_states):
+        if batch % held:
             raise PICacheError(
-                f"the cache already holds {self.keys.shape[2]} tokens and the model was given "
-                "some of them again: pass input_ids with at least one token more than the cache, "
-                "and take a fresh cache from the prompt (prompt['past_key_values']) for each run; "
-                "for assisted decoding, which feeds it again, leave out assistant_model and "
-                "prompt_lookup_num_tokens"
+                f"the linked cache holds a batch of {held}, the model was given {batch}: "
+                "link one prompt per row, or generate from this prompt's own input_ids"
             )
+        beams = batch // held
+        if self.index == 0:
+            self._refuse_fed_again(key_states[::beams], value_states[::beams])
+        if beams > 1:
+            self.batch_repeat_interleave(beams)
         return super().update(key_states, value_states)
 
-    def _holds(self, *new: Tensor) -> bool:
-        """Whether the first new tokens stand in the cache of layer 0 already, side by side.
+    @override
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many tokens are attended to, and from which on; called before a forward's layers.
 
-        There keys and values depend on the token and its position alone, so equal ones are tokens
-        of the prompt fed at their old positions again; the same tokens at later positions differ
-        by a whole rotation, of the keys or, where keys are latents (MLA), of the values. Distances
-        are taken against the spread of what is held, which a large bias does not widen, and up to
-        eight tokens in a row must agree. The bound is far over the rounding of half precision.
+        Raises:
+            PICacheError: when the forward has no tokens.
+        """
+        if query_length == 0:
+            raise PICacheError(
+                f"the cache already holds {self.keys.shape[2]} tokens and the model was given no "
+                "new ones: generate feeds what input_ids has beyond the cache, so pass the whole "
+                "text as input_ids (the prompt's ids, the answer so far, the new turn), with at "
+                "least one token more than the cache and ones in attention_mask for all of it"
+            )
+        return super().get_mask_sizes(query_length)
+
+    def _refuse_fed_again(self, *new: Tensor) -> None:
+        """Raise PICacheError where new keys and values of layer 0 are of tokens held already."""
+        fed, held = new[0].shape[2], self.keys.shape[2]
+        same_positions = fed > 1 and self._holds(*new)
+        if fed > held and not same_positions and self._repeats(*new):
+            raise PICacheError(
+                f"the cache already holds {held} tokens and the model was given the whole text "
+                f"again behind them, in one forward of {fed}: model.generate(**prompt) feeds the "
+                "last token alone, and the logits of model(**prompt) are prompt.logits. To go on "
+                "by hand, feed what the cache does not hold: model(input_ids=prompt.input_ids"
+                "[:, -1:], attention_mask=prompt.attention_mask, "
+                "past_key_values=prompt.past_key_values)"
+            )
+        if not same_positions:
+            return
+        if fed > held:
+            raise PICacheError(
+                f"the cache already holds {held} tokens and the model was given some of them "
+                f"again, in one forward of all {fed}: that is what generate does with "
+                "use_cache=False, where a linked prompt is of no use. Leave out use_cache; in a "
+                "forward of your own, feed only what the cache does not hold"
+            )
+        raise PICacheError(
+            f"the cache already holds {held} tokens and the model was given some of them again: "
+            "pass input_ids with at least one token more than the cache, and take a fresh cache "
+            "from the prompt (prompt['past_key_values']) for each run; for assisted decoding, "
+            "which feeds it again, leave out assistant_model and prompt_lookup_num_tokens"
+        )
+
+    def _repeats(self, *new: Tensor) -> bool:
+        """Whether the new tokens begin with all tokens of the cache, in order, at any positions.
+
+        In layer 0 the values, or the keys where those are latents (MLA), depend on the token alone
+        and not on its position.
+        """
+        held = self.keys.shape[2]
+        for old, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
+            spread = old.var(dim=2, correction=0).sum(dim=(1, 2))
+            if held == 1:  # a single token has no variance
+                spread = 0.01 * old.square().sum(dim=(1, 2, 3))
+            distance = (old - fed[:, :, :held].float()).square().sum(dim=(1, 3))
+            same = distance / spread.clamp_min(1e-30)[:, None] < 0.01
+            if bool(same.all(dim=1).any()):  # one row is enough: others may differ by padding
+                return True
+        return False
+
+    def _holds(self, *new: Tensor) -> bool:
+        """Whether the first new tokens are in the cache of layer 0 already, one after the other.
+
+        The keys and values of layer 0 depend on the token and its position alone. Equal ones are
+        therefore tokens of the prompt that were fed at their old positions again; the same tokens
+        at later positions differ by a rotation, of the keys or, where keys are latents (MLA), of
+        the values. Distances are compared with the variance of what is held, which a large bias
+        does not widen, and up to eight consecutive tokens must agree. The bound, a hundredth of the
+        variance, is far above the rounding of half precision.
         """
         count = min(new[0].shape[2], 8, self.keys.shape[2])
         same = torch.ones_like(self.keys[:, 0, :, 0], dtype=torch.bool)
         for held, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
             spread = held.var(dim=2, correction=0).sum(dim=(1, 2)).clamp_min(1e-30)
-            for place in range(count):
-                distance = (held - fed[:, :, place : place + 1].float()).square().sum(dim=(1, 3))
-                same &= (distance / spread[:, None] < 0.01).roll(-place, dims=1)
+            for offset in range(count):
+                distance = (held - fed[:, :, offset : offset + 1].float()).square().sum(dim=(1, 3))
+                same &= (distance / spread[:, None] < 0.01).roll(-offset, dims=1)
         return bool(same[:, : same.shape[1] - count + 1].any())
+
+
+def _refuse_dtype(fed: KV, held: KV, holder: str) -> None:
+    """Raise PICacheError where a forward makes keys or values in another dtype than is held."""
+    for name, new, old in zip(("keys", "values"), fed, held, strict=True):
+        if new.dtype != old.dtype:
+            raise PICacheError(
+                f"this forward makes {name} in {new.dtype}, {holder} them in {old.dtype}: run "
+                "every forward outside of torch.autocast and with the model in the dtype it was "
+                "linked in, or make a new PIC(model) and link again"
+            )
 
 
 def _refuse_assistance() -> None:
@@ -131,11 +238,11 @@ def _refuse_assistance() -> None:
 
 
 class LinkedCache(Cache):
-    """The cache `PIC.link` hands to `generate`: every layer full, all prompt tokens but the last.
+    """The cache that `PIC.link` hands to `generate`: it holds every prompt token but the last.
 
     Args:
-        kv: keys and values per layer, each ``[batch, kv_heads, tokens, head_dim]``.
-        attach: what attaches the method's attention; None where nothing need be attached.
+        kv: keys and values layer by layer, each ``[batch, kv_heads, tokens, head_dim]``.
+        attach: attaches the link method's attention to the model; None where there is none.
     """
 
     def __init__(self, kv: list[KV], attach: Attachment | None = None) -> None:
@@ -144,11 +251,17 @@ class LinkedCache(Cache):
         super().__init__(layers=list(self._linked))
 
     def fork(self) -> "LinkedCache":
-        """A second cache on the same tensors, safe because layers append by concatenation."""
+        """Another cache on the same tensors; safe, since layers append by concatenation."""
         return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
+
+    def on(self, device: torch.device) -> "LinkedCache":
+        """Another cache with copies of the tensors on a device."""
+        # Not named `to`: accelerate moves whatever has that between devices, layer by layer.
+        moved = [(layer.keys.to(device), layer.values.to(device)) for layer in self._linked]
+        return LinkedCache(moved, self._attach)
 
 
 def held_by(cache: DynamicCache) -> list[KV]:
-    """Keys and values of every layer that holds some."""
+    """Keys and values of every layer of a cache that holds some."""
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return [(x.keys, x.values) for x in layers if x.keys is not None and x.values is not None]

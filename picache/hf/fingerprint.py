@@ -1,4 +1,4 @@
-"""What tells a model's weights and configuration from another's."""
+"""A hash of a model's weights and configuration, to tell one model's chunks from another's."""
 
 import copy
 import hashlib
@@ -7,18 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-_ROW = 4099
+_WIDTH = 4099  # a prime: rows of a weight that are exchanged fall into other columns
+# Fields of the configuration that say nothing of the keys and values.
 _VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation")
+
+
+def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """The plain tensors, by name, of a parameter: itself, or the parts of a tensor subclass.
+
+    Quantised weights are often a tensor subclass, made of integers and scales.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return [(name, tensor)]
+    inner = tensor.__tensor_flatten__()[0]
+    return [one for part in inner for one in plain(f"{name}.{part}", getattr(tensor, part))]
 
 
 @torch.no_grad()
 def fingerprint(config: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> str:
-    """SHA-256 over a configuration and, for every tensor, sums over its bits in two directions.
+    """SHA-256 over a configuration and, for every tensor, the sums of its bits in two directions.
 
-    A tensor's bits are laid out in rows of a prime length; the sums of the rows and of the columns
-    change when values do and when they trade places (rows, heads, experts). Two passes at the
-    memory's speed; they find other weights, not a forgery.
+    The bits of a tensor are written into a matrix whose width is a prime. The sums of its rows and
+    of its columns change when a value changes, and when values are exchanged with each other (as
+    when two vocabulary entries, heads or experts are swapped). It takes two passes over the memory.
+    It tells different weights apart; it does not protect against weights made to collide.
     """
     kept = {k: v for k, v in copy.deepcopy(config).items() if k not in _VOLATILE}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
@@ -26,15 +40,15 @@ def fingerprint(config: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> st
         bits = tensor.detach().contiguous().flatten().view(torch.uint8)
         bits = bits.view(torch.int16) if bits.numel() % 2 == 0 else bits
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        whole = bits[: len(bits) // _ROW * _ROW].view(-1, _ROW)
-        rest = bits[len(whole) * _ROW :]
+        whole = bits[: len(bits) // _WIDTH * _WIDTH].view(-1, _WIDTH)
+        rest = bits[len(whole) * _WIDTH :]
         for sums in (whole.sum(1, dtype=torch.int64), whole.sum(0, dtype=torch.int64), rest):
             digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def middles(tensors: list[Tensor]) -> list[float]:
-    """The element in the middle of each tensor; those of a kind and place in one transfer."""
+    """The element in the middle of each tensor, fetched in one transfer per dtype and device."""
     alike: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():

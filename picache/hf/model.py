@@ -1,10 +1,10 @@
-"""What the engine needs of a transformers model.
+"""A transformers model as linking sees it.
 
 All contact with transformers stands in the files of this folder.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -13,40 +13,51 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     Cache,
-    DynamicCache,
     PreTrainedModel,
 )
 
 from picache.chunk import KV, Header
 from picache.errors import PICacheError
-from picache.hf.attention_switch import Attention
-from picache.hf.cache import ScatterLayer, held_by
-from picache.hf.fingerprint import fingerprint, middles
+from picache.hf.ambient import refuse_ambient, refuse_other_objects
+from picache.hf.attention_switch import AttentionSwitch
+from picache.hf.cache import PrefillCache, ScatterLayer, held_by
+from picache.hf.compiled import never_compiled
+from picache.hf.fingerprint import fingerprint, middles, plain
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
-from picache.hf.rotary_module import RotaryAngles
-from picache.hf.self_check import check
-from picache.hf.sparse_pass import Layers, Narrow, Pass, Stop, current, enter_layer
+from picache.hf.rotary_module import RotaryModule
+from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
-_FAR = 2**16  # a length to look at where the configuration states no limit
+_FAR = 2**16  # a long text, in tokens, where the configuration states no limit
 
 
 class HFModel:
-    """What the engine asks of a causal language model.
+    """A causal language model as linking uses it: what it measures, and the forwards it runs.
+
+    Making one measures how each layer rotates its keys; `picache.hf.self_check.check` then tries to
+    link a prompt.
+
+    Args:
+        model: the transformers model, in evaluation mode.
+
+    Attributes:
+        model: as handed in.
+        decoder: the part of it that holds the layers.
+        attention: switches the model's attention function.
+        config: configuration of the decoder.
+        max_length: positions the model has; None where it states no limit.
+        window: tokens of the smallest attention window of any layer; None without windows.
+        rotary: the model's rotary module.
+        rotations: of each layer; None for a layer without positions.
 
     Raises:
         PICacheError: when the model cannot be linked exactly; says why.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise PICacheError(
-                f"PIC needs a transformers PreTrainedModel, got {type(model).__name__}: "
-                "load it with AutoModelForCausalLM.from_pretrained"
-            )
+        refuse_other_objects(model)
         name = type(model).__name__
-        if model.training:
-            raise PICacheError(f"{name} is in training mode: call model.eval() first")
+        self._made = refuse_ambient(model)
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if model._is_stateful:  # noqa: SLF001 - no public name for it
@@ -58,48 +69,75 @@ class HFModel:
         decoder: Any = model.get_decoder()
         # Some models name their output layer `decoder`.
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-        self.attention = Attention(model, self.decoder)
+        self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
-        embedding: Any = model.get_input_embeddings()
-        self.vocab_size: int = embedding.weight.shape[0]
         self.max_length: int | None = getattr(self.config, "max_position_embeddings", None)
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self._digest: tuple[object, str] = (None, "")
-        try:
-            self._prove()
-        except PICacheError as error:
-            if model._supports_attention_backend:  # noqa: SLF001 - no public name for it
-                raise
-            raise PICacheError(
-                f"{name} does not state that it uses transformers' attention interface, and "
-                f"linking it was tried in vain: {error}"
-            ) from error
+        with self.on_trial():
+            self._measure()
 
-    def _prove(self) -> None:
-        """Measure the rotations and whether frequencies follow the length, then link a prompt."""
-        self.rotary = RotaryAngles(self._find_rotary(), self.config, type(self.model).__name__)
+    def _measure(self) -> None:
+        """Measure how each layer rotates keys, and whether its frequencies follow the length."""
+        self.rotary = RotaryModule(self._find_rotary(), self.config, type(self.model).__name__)
         self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
         self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
         rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
-        self.rotary.watch(rotated, 2 * (self.max_length or _FAR))
-        check(self)
+        self.rotary.detect_length_dependence(rotated, 2 * (self.max_length or _FAR))
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Inside the block an error says so where the model makes no promise to be linkable.
+
+        Some models do not state that they attend through transformers' attention interface. They
+        are measured all the same, since several do without saying so.
+        """
+        try:
+            yield
+        except PICacheError as error:
+            if self._made.quantised:
+                raise PICacheError(
+                    f"{type(self.model).__name__} is quantised by {self._made.quantised}, and "
+                    "with that it does not reproduce its own prefill: activations quantised by "
+                    "what else is in the batch make a token's keys depend on it. Load the model "
+                    f"with its weights quantised alone, or not at all ({error})"
+                ) from error
+            if self.model._supports_attention_backend:  # noqa: SLF001 - no public name for it
+                raise
+            raise PICacheError(
+                f"{type(self.model).__name__} does not state that it uses transformers' attention "
+                f"interface, and linking it was tried in vain: {error}"
+            ) from error
+
+    def refuse_ambient(self) -> None:
+        """Raise PICacheError where KV made now would not be what its key stands for.
+
+        See `picache.hf.ambient`.
+        """
+        refuse_ambient(self.model, self._made)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary: of the embedding matrix, which a user may resize."""
+        embedding: Any = self.model.get_input_embeddings()
+        return embedding.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lives."""
+        """Where the model's first parameter lives."""
         return self.model.device
 
     @cached_property
     def loading(self) -> "torch.cuda.Stream":
-        """The stream that layers are loaded in beside the model's work, on a CUDA device.
+        """The CUDA stream in which layers are loaded while the model computes in its own.
 
-        One for all links: memory that a stream has freed is used again in that stream alone.
+        All links share it: memory that a stream has freed is used again in that stream alone.
         """
         return torch.cuda.Stream(self.device)
 
     def finish(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -114,19 +152,21 @@ class HFModel:
         return rotary
 
     def prefill(self, ids: Tensor, position: int = 0) -> list[KV]:
-        """KV of ids ``[1, n]`` alone, from `position` on, by the model's own attention."""
+        """Keys and values, by layer, of a text prefilled alone with the model's own attention.
+
+        Args:
+            ids: token ids, ``[1, tokens]``.
+            position: rotary position of the first token.
+        """
         return self._prefill(ids, torch.arange(position, position + ids.shape[1])[None])
 
     @torch.no_grad()
     def _prefill(self, ids: Tensor, positions: Tensor) -> list[KV]:
-        """KV of ids ``[batch, n]`` at positions of the same shape.
-
-        A `DynamicCache` without a config keeps every key of sliding-window layers too.
-        """
+        """Keys and values, by layer, of ids ``[batch, tokens]`` at positions of the same shape."""
         self.attention.refuse_attached()
-        cache = DynamicCache()
-        with self.attention.turn:
-            self.rotary.settle()
+        cache = PrefillCache()
+        with self.attention.turn, never_compiled:
+            self.rotary.restore_short()
             self.decoder(
                 input_ids=ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -137,9 +177,16 @@ class HFModel:
 
     @torch.no_grad()
     def full_prefill(self, ids: Tensor) -> tuple[Tensor, list[KV]]:
-        """Logits of the last token ``[1, vocab_size]`` and KV of ids ``[n]``, nothing reused."""
-        cache = DynamicCache()
-        with self.attention.turn:
+        """Prefill a whole prompt, with nothing reused.
+
+        Args:
+            ids: token ids, ``[tokens]``.
+
+        Returns:
+            Logits of the first new token, ``[1, vocab_size]``, and keys and values by layer.
+        """
+        cache = PrefillCache()
+        with self.attention.turn, never_compiled:
             out = self.model(
                 input_ids=ids[None].to(self.device),
                 past_key_values=cache,
@@ -150,16 +197,22 @@ class HFModel:
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits of the last of ids ``[1, n]``, ``[1, vocab_size]``, of the model without cache."""
-        with self.attention.turn:
+        """Logits ``[1, vocab_size]`` behind ids ``[1, tokens]``, from the model without a cache."""
+        with self.attention.turn, never_compiled:
             out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         return out.logits[:, -1]
 
     def _kv_at(self, positions: Tensor, tokens: Tensor) -> list[KV]:
-        """What every layer caches of each token alone at its position; refused when not KV."""
+        """What every layer caches of each token fed alone at its position.
+
+        Raises:
+            PICacheError: when the layers do not all cache plain keys and values.
+        """
         name = type(self.model).__name__
         try:
             kv = self._prefill(tokens[:, None] % self.vocab_size, positions[:, None])
+        except PICacheError:
+            raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise PICacheError(
                 f"{name} does not prefill into a plain DynamicCache ({type(error).__name__}: "
@@ -175,67 +228,73 @@ class HFModel:
         return kv
 
     def angles(self, layer: int, positions: Tensor) -> Angles:
-        """cos and sin at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``, fp32."""
+        """cos and sin of a layer at positions ``[tokens]``, each ``[tokens, rotary_dim / 2]``.
+
+        In fp32; of a float64 model in fp64.
+        """
         rotation = self.rotations[layer]
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
-        return frequencies(*self.rotary.cos_sin(layer, positions), rotation.source)
+        cos, sin = self.rotary.cos_sin(layer, positions)
+        if self._one_token[layer][rotation.part].dtype == torch.float64:
+            cos, sin = cos.double(), sin.double()  # the model's own fp32 angles, multiplied in fp64
+        return frequencies(cos, sin, rotation.source)
 
     @torch.no_grad()
     def scattered_forward(
         self,
         ids: Tensor,
         positions: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         narrow: Narrow | None = None,
         position_ids: Tensor | None = None,
         parallel: tuple[slice, float] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run only the rows at `positions` through the layers; write their KV into `kv`.
+        """Recompute some tokens of a prompt, and write their keys and values into `kv`.
 
         Args:
-            ids: token ids of the rows, int64 ``[rows]``.
-            positions: where they stand, int64 ``[rows]``, ascending, each once, the prompt's last
-                among them.
-            kv: keys and values of the whole prompt by layer, asked for when a layer is reached and
-                overwritten in place at the rows.
-            narrow: (layer, positions of its rows, their fresh KV, their held KV) to the positions
-                whose KV is replaced in this layer and those that go on to the next, the last among
-                them; None for all.
-            position_ids: rotary positions of the rows; None where they are their positions.
-            parallel: the rows of chunks side by side and the scale of attention to them.
+            ids: token ids of the tokens to recompute, int64 ``[tokens]``.
+            positions: where they stand in the prompt, int64 ``[tokens]``, ascending, each once, the
+                prompt's last among them.
+            kv: keys and values of the whole prompt, layer by layer; a layer is asked for when the
+                pass reaches it, and overwritten at the positions.
+            narrow: chooses again in each layer (see `picache.hf.sparse_pass.Narrow`); the prompt's
+                last token must go on. None to recompute the same tokens in every layer.
+            position_ids: rotary positions of the tokens; None where they are `positions`.
+            parallel: see `SparsePass`.
 
         Returns:
-            Logits of the last row, ``[1, vocab_size]``, and the positions that went through each
-            layer.
+            Logits of the first new token, ``[1, vocab_size]``, and for each layer the positions of
+            the tokens that entered it.
         """
-        state = Pass(positions, self.device, narrow, parallel=parallel)
-        logits = self._run(ids, kv, int(positions[-1]) + 1, state, position_ids)
-        return logits[:, -1], state.entered
+        running = SparsePass(positions, self.device, narrow, parallel=parallel)
+        logits = self._run(ids, kv, int(positions[-1]) + 1, running, position_ids)
+        return logits[:, -1], running.entered
 
     @torch.no_grad()
     def attention_masses(
         self,
         ids: Tensor,
         positions: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         layers: int | None = None,
         value_norm: bool = False,
     ) -> Tensor:
-        """How much the rows at `positions` attend to each token; writes their KV into `kv`.
+        """How much some tokens attend to each token of the prompt; writes their KV into `kv`.
 
         Args:
             ids: see `scattered_forward`.
             positions: see `scattered_forward`.
             kv: see `scattered_forward`.
-            layers: the first so many layers only; None for all.
-            value_norm: weigh attention by the length of the value it brings.
+            layers: how many of the first layers to run; None for all.
+            value_norm: whether to weight attention by the norm of the value it is paid to.
 
         Returns:
-            Mean over heads and rows, fp32 ``[layers, tokens]``, on the CPU.
+            Attention weights, the mean over heads and over the attending tokens, fp32
+            ``[layers, tokens]``, on the CPU.
         """
         masses: list[Tensor] = []
-        state = Pass(
+        running = SparsePass(
             positions,
             self.device,
             observe=lambda layer, mass: masses.append(mass.cpu()),
@@ -243,25 +302,27 @@ class HFModel:
             stop=layers,
         )
         with suppress(Stop):
-            self._run(ids, kv, int(positions[-1]) + 1, state)
+            self._run(ids, kv, int(positions[-1]) + 1, running)
         return torch.stack(masses)
 
     def _run(
         self,
         ids: Tensor,
-        kv: Layers,
+        kv: KVByLayer,
         length: int,
-        state: Pass,
+        running: SparsePass,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        at = state.positions if position_ids is None else position_ids.to(self.device)
+        """Logits ``[1, 1, vocab_size]`` of a sparse pass over a prompt of `length` tokens."""
+        rotary = running.positions if position_ids is None else position_ids.to(self.device)
         count = self.config.num_hidden_layers
-        cache = Cache(layers=[ScatterLayer(kv, index, length, state) for index in range(count)])
-        token = current.set(state)
+        cache = Cache(layers=[ScatterLayer(kv, index, length, running) for index in range(count)])
+        outside = current.set(running)
         hooks: list[RemovableHandle] = []
         try:
-            with self.attention.scattered():  # hooks too are for this thread's turn
-                if state.narrow is not None or state.stop is not None:
+            # Hooks too are set while this thread has the lock.
+            with self.attention.scattered(), never_compiled:
+                if running.narrow is not None or running.stop is not None:
                     hooks += [
                         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
                         for layer in self._layers()
@@ -269,7 +330,7 @@ class HFModel:
                 try:
                     return self.model(
                         input_ids=ids[None].to(self.device),
-                        position_ids=at[None],
+                        position_ids=rotary[None],
                         past_key_values=cache,
                         use_cache=True,
                         logits_to_keep=1,
@@ -278,74 +339,87 @@ class HFModel:
                     for hook in hooks:
                         hook.remove()
         finally:
-            current.reset(token)
+            current.reset(outside)
 
     def _layers(self) -> nn.ModuleList:
+        """The decoder's layers; PICacheError when it has no list of them."""
         count = self.config.num_hidden_layers
         for module in self.decoder.children():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return module
         raise PICacheError(
             f"{type(self.decoder).__name__} has no list of its {count} layers, which a method that "
-            "drops rows between layers needs: choose one that keeps its rows, as LegoLink"
+            "drops tokens between layers needs: choose one that keeps them, such as LegoLink"
         )
 
     def flops(self, entered: Sequence[Tensor]) -> float:
-        """Floating-point operations of rows that go through the layers, an estimate.
+        """An estimate of the floating-point operations of tokens that go through the layers.
 
-        Two per parameter of a layer's matrices and row (all experts of a mixture counted), four per
-        head dimension and pair of row and key, and the output matrix once.
+        It counts two operations for each parameter of a layer's matrices and each token (all
+        experts of a mixture are counted), four for each head dimension and each pair of a token and
+        a key it attends to, and the output matrix once.
 
         Args:
-            entered: positions of the rows, layer by layer.
+            entered: positions of the tokens that go through a layer, one entry per layer.
         """
         config = self.config
+        # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
+        width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
+        tokens = sum(len(positions) for positions in entered)
+        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
+        per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
+        attention = 4.0 * config.num_attention_heads * width * pairs
+        return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size
+
+    @cached_property
+    def _matrix_parameters(self) -> int:
+        """Parameters of the layers' matrices; counted once, without adapters that come later."""
         embedding: Any = self.model.get_input_embeddings()
         inside = (p for p in self.decoder.parameters() if p is not embedding.weight)
-        matrices = sum(p.numel() for p in inside if p.dim() > 1)
-        # Of the cached keys, the mean over layers, which may differ (Gemma 4).
-        width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
-        rows = sum(len(positions) for positions in entered)
-        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
-        per_row = 2.0 * matrices / config.num_hidden_layers
-        attention = 4.0 * config.num_attention_heads * width * pairs
-        return per_row * rows + attention + 2.0 * config.hidden_size * self.vocab_size
+        return sum(p.numel() for p in inside if p.dim() > 1)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token, all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         return sum(tensor.nbytes for layer in self._one_token for tensor in layer)
 
     def header(self, namespace: str, storage: str) -> Header:
-        """What tells chunks of this model in such a store apart from others, text aside."""
+        """All that the KV of this model's chunks depends on besides the text and its sinks.
+
+        Args:
+            namespace: of the store.
+            storage: how the store keeps tensors.
+        """
         return Header(
             model=type(self.model).__name__,
             fingerprint=self.fingerprint,
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
             dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
-            rope=repr(sorted({repr(rotation) for rotation in self.rotations})),
+            rope=repr(sorted({str(rotation) for rotation in self.rotations})),
             namespace=namespace,
             storage=storage,
         )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and sums over the bits of every parameter and buffer.
+        """A hash of the configuration and of every parameter and buffer.
 
-        Models of one configuration with other weights or another dtype do not share chunks. Made
-        again when a tensor was replaced or written to since the last time; a write through `.data`,
-        as merging an adapter does, shows in the value in the middle of each tensor. Frequencies
-        that follow the length are written to by every forward and are left out: the configuration
-        has them.
+        Models of one configuration with different weights or dtypes do not share chunks. The hash
+        is made again when a tensor was replaced or written to since the last time. Merging an
+        adapter writes through ``.data``, which PyTorch does not count as a write; it shows in the
+        value in the middle of each tensor. Rotary frequencies that depend on the length of the text
+        are left out, since every forward may overwrite them; the configuration determines them.
         """
-        moving = {id(buffer) for buffer in self.rotary.moving_buffers()}
+        moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
         buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
-        tensors = [*self.model.named_parameters(), *buffers]
+        tensors = [
+            one for name, t in (*self.model.named_parameters(), *buffers) for one in plain(name, t)
+        ]
         versions = [
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors
         ]
-        state = (versions, middles([t for _, t in tensors]))
-        if state != self._digest[0]:
-            self._digest = (state, fingerprint(self.config.to_dict(), tensors))
+        seen = (versions, middles([t for _, t in tensors]))
+        if seen != self._digest[0]:
+            self._digest = (seen, fingerprint(self.config.to_dict(), tensors))
         return self._digest[1]

@@ -1,8 +1,8 @@
-"""Rotary positions of cached keys: find out how a model rotates, and move keys elsewhere.
+"""Rotary positions of cached keys: find out how a model rotates, and move keys to new positions.
 
-Nothing is read from a table of model families. A token alone attends only to itself, so what is
-cached of it at two positions differs by the rotation and nothing else; `calibrate` looks for the
-rotation that explains the difference and refuses the model when none does.
+There is no table of model families. A token that is fed alone attends only to itself, so what is
+cached of it at two positions differs by the rotation and nothing else. `calibrate` finds the
+rotation that explains the difference, and refuses the model when none does.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from picache.errors import PICacheError
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each [tokens, rotary_dim / 2], fp32
 Source = Literal["half", "interleaved", "single"]
-Layout = Literal["half", "interleaved"]
+Pairing = Literal["half", "interleaved"]
 Part = Literal[0, 1]
-_LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
+_PAIRINGS: tuple[Pairing, ...] = ("half", "interleaved")
 _PARTS: tuple[Part, ...] = (0, 1)
-# Relative error (Frobenius) that a layer may add, of the token that is explained best. Sinks make
-# even a lone token depend on its position by rounding, which grows from layer to layer, so a
-# layer may double what is there; a router may choose another expert, but hardly for all tokens.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# The relative error (Frobenius norm) that a layer may add, for the token that is explained best. By
+# rounding, attention sinks make even a token alone depend on its position, and rounding grows from
+# layer to layer: a layer may double the error of the layers before it. In a mixture of experts a
+# token may reach another expert at another position, but hardly all tokens do.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 _PROBES = ((3, 77, 17), (150, 11, 29), (5, 40, 43), (91, 8, 61), (2, 120, 97))  # positions, token
 
 
@@ -33,25 +34,39 @@ class Rotation:
     """How one layer rotates what it caches.
 
     Attributes:
-        source: how the model lays out cos and sin: "half" as (f, f), "interleaved" as each f twice,
-            "single" as f.
-        layout: which dimensions form a pair: "half" i with i + d/2, "interleaved" 2i with 2i + 1.
-        rotary_dim: how many dimensions are rotated; the rest pass through.
-        offset: the first rotated dimension; behind the others where keys are made of a part
-            without a position and a rotated one (MLA expanded per head).
-        part: which cached tensor carries the position: 0 the keys; 1 the values, where MLA caches
-            a latent without a position as keys and the rotated key part as values.
+        source: how the model's rotary module writes one frequency per pair of dimensions: "half"
+            writes all of them and then all again, "interleaved" each one twice, "single" each once.
+        pairing: which dimensions are rotated together: "half" pairs i with i + d/2, "interleaved"
+            2i with 2i + 1.
+        rotary_dim: how many dimensions are rotated; the others have no position.
+        offset: index of the first rotated dimension. Not 0 where a key is made of a part without
+            position followed by a rotated one (multi-head latent attention, MLA).
+        part: which cached tensor is rotated: 0 the keys, 1 the values. It is the values where MLA
+            caches a latent without position as keys, and the rotated part of the key as values.
     """
 
     source: Source
-    layout: Layout
+    pairing: Pairing
     rotary_dim: int
     offset: int = 0
     part: Part = 0
 
+    def __str__(self) -> str:
+        """The text in the keys of chunks; it must not change, or stored chunks are lost."""
+        return (
+            f"Rotation(source={self.source!r}, layout={self.pairing!r}, "
+            f"rotary_dim={self.rotary_dim}, offset={self.offset}, part={self.part})"
+        )
+
 
 def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
-    """One cos and sin per pair of dimensions, ``[tokens, rotary_dim / 2]``."""
+    """One cos and sin per pair of dimensions, ``[tokens, rotary_dim / 2]``.
+
+    Args:
+        cos: as the model's rotary module gives it, ``[tokens, d]``.
+        sin: the same.
+        source: see `Rotation`.
+    """
     if source == "half":
         half = cos.shape[-1] // 2
         return cos[..., :half], sin[..., :half]
@@ -60,15 +75,15 @@ def frequencies(cos: Tensor, sin: Tensor, source: str) -> Angles:
     return cos, sin
 
 
-def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
-    """Rotate the dimensions from `offset` on of keys ``[..., tokens, head_dim]`` in place, in fp32.
+def rotate_(keys: Tensor, angles: Angles, pairing: Pairing, offset: int = 0) -> Tensor:
+    """Rotate keys ``[..., tokens, head_dim]`` in place, computing in fp32.
 
-    As many dimensions are rotated as there are angles for, two per angle.
+    Two dimensions are rotated for each angle, from dimension `offset` on; the others stay.
     """
     cos, sin = angles
     half = cos.shape[-1]
     turned = keys[..., offset : offset + 2 * half]
-    if layout == "half":
+    if pairing == "half":
         a, b = turned[..., :half], turned[..., half:]
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
@@ -78,28 +93,28 @@ def rotate_(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Te
     return keys
 
 
-def rotate(keys: Tensor, angles: Angles, layout: Layout, offset: int = 0) -> Tensor:
-    """The same, of a copy."""
-    return rotate_(keys.clone(), angles, layout, offset)
+def rotate(keys: Tensor, angles: Angles, pairing: Pairing, offset: int = 0) -> Tensor:
+    """A rotated copy of keys; see `rotate_`."""
+    return rotate_(keys.clone(), angles, pairing, offset)
 
 
 def relative_errors(actual: Tensor, expected: Tensor, dim: int) -> Tensor:
-    """Relative error of every slice along `dim`, in the Frobenius norm."""
+    """Relative error, in the Frobenius norm, of every slice along dimension `dim`."""
     actual, expected = (t.float().movedim(dim, 0).flatten(1) for t in (actual, expected))
     return (actual - expected).norm(dim=1) / expected.norm(dim=1).clamp_min(1e-30)
 
 
 def difference(old: Angles, new: Angles) -> Angles:
-    """The rotation that takes keys from the old to the new positions.
+    """The rotation that moves keys from their old to their new positions.
 
-    Made of the model's own cos and sin at both places, so that the error the model's fp32 angles
-    carry at large positions cancels. A scale folded into cos and sin (YaRN, longrope) is divided
-    out: it is in the keys already, and both places carry the same.
+    It is made of the model's own cos and sin at both positions, so that the rounding of the model's
+    fp32 angles at large positions cancels. Some models multiply cos and sin by a factor (YaRN,
+    longrope). The cached keys carry that factor already, so it is divided out.
     """
     (old_cos, old_sin), (new_cos, new_sin) = old, new
-    scale = old_cos.square() + old_sin.square()
-    cos = (new_cos * old_cos + new_sin * old_sin) / scale
-    sin = (new_sin * old_cos - new_cos * old_sin) / scale
+    squared_factor = old_cos.square() + old_sin.square()
+    cos = (new_cos * old_cos + new_sin * old_sin) / squared_factor
+    sin = (new_sin * old_cos - new_cos * old_sin) / squared_factor
     return cos, sin
 
 
@@ -107,12 +122,13 @@ def calibrate(
     kv_at: Callable[[Tensor, Tensor], list[KV]],
     cos_sin: Callable[[int, Tensor], Angles],
 ) -> list[Rotation | None]:
-    """Find each layer's rotation, or None where nothing cached depends on the position (NoPE).
+    """Find the rotation of each layer; None for a layer without positions (NoPE).
 
     Args:
-        kv_at: (positions, tokens), each ``[probes]``, to what every layer caches of each token
-            alone at its position, keys and values, each ``[probes, heads, 1, dim]``.
-        cos_sin: (layer, positions) to what the model's rotary module returns, each ``[probes, d]``.
+        kv_at: given positions and token ids, each ``[probes]``, returns what every layer caches of
+            each token fed alone at its position: keys and values, each ``[probes, heads, 1, dim]``.
+        cos_sin: given a layer and positions, returns what the model's rotary module returns, each
+            ``[probes, d]``.
 
     Raises:
         PICacheError: when no known rotation explains how a layer's keys and values move.
@@ -129,7 +145,7 @@ def calibrate(
             cos, sin = (each[:, None, None].tensor_split(2) for each in angles)
             turn = difference((cos[0], sin[0]), (cos[1], sin[1]))
             part = moved[rotation.part]
-            moved[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+            moved[rotation.part] = rotate(part, turn, rotation.pairing, rotation.offset)
         each = [relative_errors(a, b, dim=0) for a, b in zip(moved, expected, strict=True)]
         return float(torch.maximum(*each).min())
 
@@ -155,17 +171,22 @@ def calibrate(
 
 
 def _candidates(width: int, dims: tuple[int, int]) -> list[Rotation]:
-    """Every rotation that `width` cosines can mean: leading or trailing, in the keys or values."""
+    """Every rotation that a rotary module with `width` cosines a token can stand for.
+
+    Args:
+        width: cosines that the rotary module gives for one token.
+        dims: head dimensions of the cached keys and of the cached values.
+    """
     widths: tuple[tuple[Source, int], ...] = (
         ("half", width),
         ("interleaved", width),
         ("single", 2 * width),
     )
     return [
-        Rotation(source, layout, rotary_dim, offset, part)
+        Rotation(source, pairing, rotary_dim, offset, part)
         for part in _PARTS
         for source, rotary_dim in widths
         if rotary_dim <= dims[part]
-        for layout in _LAYOUTS
+        for pairing in _PAIRINGS
         for offset in sorted({0, dims[part] - rotary_dim})
     ]

@@ -1,4 +1,4 @@
-"""What a model's rotary module says, and whether it says the same at every length."""
+"""A model's own rotary module: its cos and sin, and whether they depend on the text's length."""
 
 import copy
 import inspect
@@ -12,16 +12,22 @@ from picache.errors import PICacheError
 from picache.hf.rope import Angles
 
 
-class RotaryAngles:
+class RotaryModule:
     """A model's rotary module, asked for cos and sin.
 
-    Frequencies of some RoPE kinds (dynamic NTK, longrope) follow the length of the text. Such a
-    module keeps its last state, so copies of it are asked about other lengths.
+    In some kinds of RoPE (dynamic NTK, longrope) the frequencies depend on the length of the text,
+    and the module keeps those of the last text it saw. Questions about another length are therefore
+    put to a copy of it.
 
     Args:
         module: the model's rotary module.
-        config: of the decoder; its layer types, where frequencies differ by type.
-        name: of the model, for errors.
+        config: configuration of the decoder; it lists the layer types, where frequencies differ by
+            type.
+        name: class name of the model, for error messages.
+
+    Attributes:
+        follows_length: whether the frequencies depend on the length of the text; known once
+            `detect_length_dependence` has run.
     """
 
     def __init__(self, module: nn.Module, config: Any, name: str) -> None:
@@ -29,26 +35,38 @@ class RotaryAngles:
         types: list[str] | None = getattr(config, "layer_types", None)
         takes = "layer_type" in inspect.signature(module.forward).parameters
         self._types = types if types and takes else None
-        self._layers: list[int] = []  # one of each kind that is rotated
-        self._short = torch.empty(0)
-        self.stretches = False
+        self._layers: list[int] = []  # one of each layer type that is rotated
+        self._short = torch.empty(0)  # the rotation in a text of two tokens
+        self.follows_length = False
 
-    def watch(self, rotated: Sequence[int], far: int) -> None:
-        """Measure whether the frequencies of the rotated layers follow the length, up to `far`."""
-        self._layers = list({self.kind(layer): layer for layer in rotated}.values())
+    def detect_length_dependence(self, rotated: Sequence[int], far: int) -> None:
+        """Detect RoPE whose frequencies depend on the length of the text (dynamic NTK, longrope).
+
+        Sets `follows_length`.
+
+        Args:
+            rotated: indices of the layers that rotate what they cache.
+            far: the length, in tokens, that is compared with a text of two tokens.
+        """
+        self._layers = list({self.layer_type(layer): layer for layer in rotated}.values())
         self._short = self._in_a_text_of(2)
-        self.stretches = not torch.equal(self._short, self._in_a_text_of(far))
+        self.follows_length = not torch.equal(self._short, self._in_a_text_of(far))
 
-    def kind(self, layer: int) -> str | None:
-        """The layer type whose frequencies a layer rotates by; None where all share them."""
+    def layer_type(self, layer: int) -> str | None:
+        """The type of a layer, such as "sliding_attention"; None where all rotate alike."""
         return None if self._types is None else self._types[layer]
 
-    def moving_buffers(self) -> list[Tensor]:
-        """The module's buffers, if every forward may write to them."""
-        return list(self._module.buffers()) if self.stretches else []
+    def length_dependent_buffers(self) -> list[Tensor]:
+        """The buffers that a forward may overwrite with the frequencies of its text's length."""
+        return list(self._module.buffers()) if self.follows_length else []
 
     def cos_sin(self, layer: int, positions: Tensor, module: nn.Module | None = None) -> Angles:
-        """cos and sin as the module lays them out, fp32 ``[tokens, d]``, at positions ``[tokens]``.
+        """cos and sin as the module gives them, each fp32 ``[tokens, d]``.
+
+        Args:
+            layer: index of the layer.
+            positions: rotary positions, ``[tokens]``.
+            module: a copy of the module to ask; None for the module itself.
 
         Raises:
             PICacheError: when the module does not take such positions.
@@ -71,21 +89,21 @@ class RotaryAngles:
         return cos[0].float(), sin[0].float()
 
     def _in_a_text_of(self, length: int) -> Tensor:
-        """How position 1 is rotated in a text of so many tokens."""
-        module, at = copy.deepcopy(self._module), torch.tensor([1, length - 1])
+        """cos and sin at position 1 in a text of `length` tokens, of every kind of layer."""
+        module, positions = copy.deepcopy(self._module), torch.tensor([1, length - 1])
         seen = []
         for layer in self._layers:
             self.cos_sin(layer, torch.tensor([0]), module)  # back to the short ones, if it can
-            seen.append(torch.cat(self.cos_sin(layer, at, module), dim=1)[0])
+            seen.append(torch.cat(self.cos_sin(layer, positions, module), dim=1)[0])
         return torch.cat(seen) if seen else torch.empty(0)
 
-    def settle(self) -> None:
-        """Back to the short frequencies, which a longer text in between may have replaced.
+    def restore_short(self) -> None:
+        """Bring back the frequencies of short texts, if a longer text has replaced them.
 
         Raises:
             PICacheError: when the module does not go back.
         """
-        if not self.stretches:
+        if not self.follows_length:
             return
         for layer in self._layers:
             self.cos_sin(layer, torch.tensor([0]))
@@ -97,18 +115,18 @@ class RotaryAngles:
             )
 
     def check(self, compiled: Iterable[int], total: int) -> None:
-        """Refuse to link chunks compiled with other rotary frequencies than the prompt's.
+        """Refuse to link chunks that were compiled with other frequencies than the prompt has.
 
         Args:
-            compiled: tokens of each chunk as compiled.
+            compiled: tokens of each chunk as compiled, sinks included.
             total: tokens of the linked prompt.
 
         Raises:
             PICacheError: when the frequencies follow the length and differ between the two.
         """
-        if not self.stretches:
+        if not self.follows_length:
             return
-        self.settle()
+        self.restore_short()
         for length in sorted(set(compiled)):
             if not torch.equal(self._in_a_text_of(length), self._in_a_text_of(total)):
                 raise PICacheError(
@@ -119,7 +137,7 @@ class RotaryAngles:
                 )
 
     def _longest(self, same: int, other: int) -> int:
-        """The longest text with the frequencies of `same` tokens, by bisection."""
+        """The longest text, in tokens, with the frequencies of a text of `same`; by bisection."""
         while other - same > 1:
             middle = (same + other) // 2
             alike = torch.equal(self._in_a_text_of(same), self._in_a_text_of(middle))

@@ -1,8 +1,9 @@
 """The self-check of a model: linking must reproduce the model's own prefill, or is refused.
 
-Calibration proves the rotation on single tokens. What else linking rests on is tried here, once, on
-a short random prompt: that a chunk may be moved, that attention obeys the mask of scattered rows,
-and that nothing a later token needs is kept outside the cached keys and values.
+`picache.hf.rope.calibrate` proves the rotation on single tokens. Whatever else linking relies on is
+tried here, once per model, on a short random prompt: that a chunk can be moved to other positions,
+that attention obeys the mask of scattered tokens, and that nothing a later token needs is kept
+outside the cached keys and values.
 """
 
 from typing import TYPE_CHECKING
@@ -17,11 +18,17 @@ from picache.hf.rope import difference, relative_errors, rotate
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
 
-# Relative error that a layer may add, and the part of the tokens that must keep to it. Rounding
-# grows from layer to layer, so a layer may double what is there; in half precision a router
-# may choose another expert for a token. A wrong mask or a lost state jumps to an error near 1.
-_TOLERANCE = {torch.float32: (1e-4, 1.0), torch.float16: (3e-3, 0.5), torch.bfloat16: (2e-2, 0.5)}
-_FLIP = 0.25
+# The relative error that a layer may add, and the share of tokens that must keep within it.
+# Rounding grows from layer to layer: a layer may double the error of the layers before it. In half
+# precision a token may reach another expert of a mixture. A wrong mask or a lost state gives an
+# error near 1.
+_TOLERANCE = {
+    torch.float64: (1e-4, 1.0),
+    torch.float32: (1e-4, 1.0),
+    torch.float16: (3e-3, 0.5),
+    torch.bfloat16: (2e-2, 0.5),
+}
+_FLIP = 0.25  # error of half-precision logits when the last token reaches another expert
 _TOKENS = 24
 _LONGEST_WINDOW = 256  # a window up to here is made shorter than the prompt of the check
 _CHUNK = slice(5, 12)
@@ -29,9 +36,10 @@ _FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, Valu
 
 
 def check(model: "HFModel") -> None:
-    """Link a short random prompt and compare with the model's own prefill.
+    """Link a short random prompt and compare it with the model's own prefill.
 
-    Costs forwards of about 75 tokens in all, more where the attention window is below 256 tokens.
+    It costs forwards of about 75 tokens in all, more where the attention window is below 256
+    tokens.
 
     Raises:
         PICacheError: at the first layer that deviates; says by how much, and what to do.
@@ -40,13 +48,14 @@ def check(model: "HFModel") -> None:
     tokens = min(_TOKENS + window, model.max_length or _TOKENS + window)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (tokens,), generator=generator)
-    if tokens >= _CHUNK.stop:
-        _check_moving(model, ids[_CHUNK])
-    _check_scattered(model, ids)
+    with model.on_trial():
+        if tokens >= _CHUNK.stop:
+            _check_moving(model, ids[_CHUNK])
+        _check_scattered(model, ids)
 
 
 def _check_moving(model: "HFModel", ids: Tensor) -> None:
-    """A chunk prefilled at 0 and moved equals the chunk prefilled where it is moved to."""
+    """Check that a chunk prefilled at position 0 and moved equals one prefilled over there."""
     moved = []
     old = torch.arange(len(ids))
     for layer, (kv, rotation) in enumerate(
@@ -57,26 +66,30 @@ def _check_moving(model: "HFModel", ids: Tensor) -> None:
             new = old + _CHUNK.start
             turn = difference(model.angles(layer, old), model.angles(layer, new))
             part = parts[rotation.part]
-            parts[rotation.part] = rotate(part, turn, rotation.layout, rotation.offset)
+            parts[rotation.part] = rotate(part, turn, rotation.pairing, rotation.offset)
         moved.append((parts[0], parts[1]))
     there = model.prefill(ids[None], _CHUNK.start)
     _compare(model, "a chunk moved to other positions", moved, there)
 
 
 def _check_scattered(model: "HFModel", ids: Tensor) -> None:
-    """Rows erased from a full prefill come back, and give the logits of the model without cache."""
+    """Check that tokens erased from a full prefill are recomputed as they were.
+
+    The logits must be those of the model without a cache.
+    """
     tokens = len(ids)
-    at = torch.arange(tokens)
-    behind = tokens - 1 - at
+    position = torch.arange(tokens)
+    behind = tokens - 1 - position
     late = (behind < _TOKENS) & ((behind % 5 == 0) | (behind % 5 == 2) | (behind % 5 == 3))
-    early = (at < _TOKENS) & (behind >= _TOKENS) & (at % 5 == 1)  # few: most are past the window
-    rows = at[early | late]  # the last row without the one before it
+    # Few of the early tokens: most are past the window.
+    early = (position < _TOKENS) & (behind >= _TOKENS) & (position % 5 == 1)
+    chosen = position[early | late]  # the last token, but not the one before it
     whole = model.prefill(ids[None])
     kv = [(keys.clone(), values.clone()) for keys, values in whole]
     for tensor in (tensor for layer in kv for tensor in layer):
-        tensor[:, :, rows] = torch.nan  # what is read before it is written shows
+        tensor[:, :, chosen] = torch.nan  # a key read before it is recomputed gives NaN
     try:
-        logits, _ = model.scattered_forward(ids[rows], rows, kv)
+        logits, _ = model.scattered_forward(ids[chosen], chosen, kv)
     except _FAILURES as error:
         if isinstance(error, PICacheError):
             raise
@@ -86,29 +99,35 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
             "attention interface as others do, use a full prefill with this model"
         ) from error
     what = "tokens recomputed at scattered positions"
-    mine = [(keys[:, :, rows], values[:, :, rows]) for keys, values in kv]
-    own = [(keys[:, :, rows], values[:, :, rows]) for keys, values in whole]
-    _compare(model, what, mine, own)
-    last = [relative_errors(a, b, dim=-2)[-1] for a, b in zip(mine[-1], own[-1], strict=True)]
-    # The logits are of one token: what that had grown to counts, and a choice of another expert.
-    flip = 0.0 if logits.dtype == torch.float32 else _FLIP
+    recomputed = [(keys[:, :, chosen], values[:, :, chosen]) for keys, values in kv]
+    prefilled = [(keys[:, :, chosen], values[:, :, chosen]) for keys, values in whole]
+    _compare(model, what, recomputed, prefilled)
+    last_layers = zip(recomputed[-1], prefilled[-1], strict=True)
+    last = [relative_errors(a, b, dim=-2)[-1] for a, b in last_layers]
+    # The logits belong to the last token: the error it has grown to counts, and a change of expert.
+    flip = _FLIP if logits.dtype in (torch.float16, torch.bfloat16) else 0.0
     grown = max(flip, float(torch.stack(last).max()))
-    _hold(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
+    _refuse_deviation(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
 
 
 def _compare(model: "HFModel", what: str, actual: list[KV], expected: list[KV]) -> None:
-    """Hold every layer to the bound."""
+    """Compare keys and values of every layer; PICacheError at the first that deviates."""
     grown = 0.0
-    for layer, (mine, own) in enumerate(zip(actual, expected, strict=True)):
+    for layer, (found, right) in enumerate(zip(actual, expected, strict=True)):
         errors = [
-            _hold(model, f"layer {layer}: {name} of {what}", a, b, grown)
-            for name, a, b in zip(("keys", "values"), mine, own, strict=True)
+            _refuse_deviation(model, f"layer {layer}: {name} of {what}", a, b, grown)
+            for name, a, b in zip(("keys", "values"), found, right, strict=True)
         ]
         grown = max(grown, *errors)
 
 
-def _hold(model: "HFModel", what: str, actual: Tensor, expected: Tensor, grown: float) -> float:
-    """The error, at most the bound and twice what the layers before had `grown` to."""
+def _refuse_deviation(
+    model: "HFModel", what: str, actual: Tensor, expected: Tensor, grown: float
+) -> float:
+    """The relative error of `actual`; PICacheError when it is over the bound.
+
+    The bound is the tolerance of the dtype, and twice the error that earlier layers had `grown` to.
+    """
     added, part = _TOLERANCE[expected.dtype]
     bound = added + 2 * grown
     errors = relative_errors(actual, expected, dim=-2).nan_to_num(torch.inf)

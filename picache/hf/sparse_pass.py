@@ -1,8 +1,8 @@
-"""The state of one sparse pass: which rows are under way, and how rows are left behind.
+"""The state of one sparse pass: a forward of the model over a few tokens of the prompt alone.
 
-A model's own forward runs with a few rows instead of the whole prompt. Three places need to know
-which rows those are: the mask (evaluated at their true positions), the cache (which writes their
-KV in place) and each decoder layer (which must not be given rows that were dropped before it).
+Three parts of the model must know which tokens those are: the attention mask, which is evaluated at
+their true positions; the cache, which writes their keys and values at those positions; and each
+decoder layer, which must not be given tokens that the link method dropped before it.
 """
 
 import inspect
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from picache.chunk import KV
 from picache.errors import PICacheError
 
-# (layer, positions of its rows, their fresh KV, their held KV) to the positions whose KV is
-# replaced in this layer and those that go on to the next; None for all.
+# Chooses again in each layer: given the layer, the positions of its tokens, their fresh KV and
+# their reused KV, it returns the positions whose KV is replaced in this layer and those that go on
+# to the next; or None, for all of them.
 Narrow = Callable[[int, Tensor, KV, KV], tuple[Tensor, Tensor] | None]
-Observe = Callable[[int, Tensor], None]
+Observe = Callable[[int, Tensor], None]  # told a layer and the attention mass of each token
 
 
-class Layers(Protocol):
-    """Keys and values of a whole prompt by layer."""
+class KVByLayer(Protocol):
+    """Keys and values of a whole prompt, layer by layer."""
 
     def __getitem__(self, layer: int, /) -> KV:
         """Keys and values ``[1, kv_heads, tokens, head_dim]`` of one layer."""
@@ -33,51 +34,53 @@ class Layers(Protocol):
 
 @dataclass(frozen=True)
 class ScatterMask:
-    """A mask that is not made yet: an index function, to be asked at true positions.
+    """An attention mask given as a function of positions, evaluated for a few queries at a time.
 
     Attributes:
-        function: allowed, of (batch, head, query position, key position).
-        positions: of the rows, int64 ``[rows]``, on their device.
-        known: the same, on the CPU: what is decided by them need not wait for the device.
+        function: transformers' mask function: whether attention is allowed, given the batch row,
+            the head, the query's position and the key's position.
+        positions: of the tokens of the pass, int64 ``[tokens]``, on their device.
+        positions_on_cpu: the same, on the CPU, where reading them does not wait for the device.
     """
 
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     positions: Tensor
-    known: Tensor
+    positions_on_cpu: Tensor
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Allowed, bool ``[q, n]``, at positions ``[q]`` and ``[n]``."""
+        """Whether queries at positions ``[q]`` may attend to keys at ``[n]``, bool ``[q, n]``."""
         zero = torch.zeros((), dtype=torch.int64, device=query.device)
         allowed = self.function(zero, zero, query[:, None], key[None, :])
         return allowed.expand(len(query), len(key))
 
     def to(self, *args: Any, **kwargs: Any) -> "ScatterMask":
-        """Follow a layer to its device, as accelerate asks of arguments."""
-        return ScatterMask(self.function, self.positions.to(*args, **kwargs), self.known)
+        """The mask on the device of a layer; accelerate calls this on a layer's arguments."""
+        return ScatterMask(self.function, self.positions.to(*args, **kwargs), self.positions_on_cpu)
 
 
-class Pass:
-    """What one sparse pass shares between the mask, the cache layers and the decoder layers.
+class SparsePass:
+    """What the mask, the cache and the decoder layers share during one sparse pass.
 
     Args:
-        known: positions of the rows that enter, int64 ``[rows]``, ascending, on the CPU.
+        positions_on_cpu: of the tokens that enter the first layer, int64 ``[tokens]``, ascending,
+            on the CPU.
         device: of the model.
-        narrow: asked for fewer rows once a layer's KV is made; None to keep them all.
-        observe: told (layer, attention mass ``[tokens]``); None when nobody asks.
-        value_norm: whether that mass is weighed by the length of the values.
-        stop: the layer before which the pass ends; None to run to the logits.
-        parallel: the rows of chunks side by side and the scale of attention to them; None when the
-            chunks stand one after the other.
+        narrow: asked, once a layer has made its KV, which tokens go on; None to keep them all.
+        observe: told each layer's attention mass, ``[tokens]``; None when nobody asks for it.
+        value_norm: whether that mass is weighted by the norm of the values.
+        stop: index of the layer before which the pass ends; None to run to the logits.
+        parallel: which tokens belong to chunks side by side, and the factor on the log-sum-exp of
+            the scores on them (APE); None when the chunks stand one after the other.
 
     Attributes:
-        known: positions of the rows in the layer under way, on the CPU.
+        positions_on_cpu: of the tokens in the layer that is running, on the CPU.
         positions: the same on the device.
-        entered: the positions that went through each layer so far, on the CPU.
+        entered: for each layer so far, the positions of the tokens that entered it, on the CPU.
     """
 
     def __init__(
         self,
-        known: Tensor,
+        positions_on_cpu: Tensor,
         device: torch.device,
         narrow: Narrow | None = None,
         observe: Observe | None = None,
@@ -85,59 +88,65 @@ class Pass:
         stop: int | None = None,
         parallel: tuple[slice, float] | None = None,
     ) -> None:
-        self.known, self.positions = known, known.to(device)
+        self.positions_on_cpu, self.positions = positions_on_cpu, positions_on_cpu.to(device)
         self.narrow, self.observe = narrow, observe
         self.value_norm, self.stop, self.parallel = value_norm, stop, parallel
         self.entered: list[Tensor] = []
-        self._left: Tensor | None = None  # indices, among the rows that entered, of those left
-        self._going_on: Tensor | None = None  # indices, in this layer, of those for the next
+        # Indices of the tokens that are left, among those that entered the first layer.
+        self._left: Tensor | None = None
+        # Indices of the tokens that go on to the next layer, among those of this layer.
+        self._going_on: Tensor | None = None
 
     @property
     def layer(self) -> int:
-        """Index of the layer whose KV was made last."""
+        """Index of the layer that made its keys and values last; -1 before the first."""
         return len(self.entered) - 1
 
-    def replaced(self, fresh: KV, held: KV) -> Tensor | None:
-        """Indices of this layer's rows whose fresh KV replaces what is held; None for all.
+    def replaced(self, fresh: KV, whole: KV) -> Tensor | None:
+        """Ask `narrow` which of this layer's tokens have their KV replaced.
 
         Args:
-            fresh: keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
-            held: those of the whole prompt.
+            fresh: keys and values of the tokens, ``[1, kv_heads, tokens, head_dim]``.
+            whole: those of the whole prompt, as reused so far.
+
+        Returns:
+            Indices among the layer's tokens, int64; None for all of them.
         """
-        self.entered.append(self.known)
+        self.entered.append(self.positions_on_cpu)
         if self.narrow is None:
             return None
-        stale = (held[0][:, :, self.positions], held[1][:, :, self.positions])
-        chosen = self.narrow(self.layer, self.known, fresh, stale)
+        reused = (whole[0][:, :, self.positions], whole[1][:, :, self.positions])
+        chosen = self.narrow(self.layer, self.positions_on_cpu, fresh, reused)
         if chosen is None:
             return None
-        kept, going_on = (torch.isin(self.known, one).nonzero().flatten() for one in chosen)
+        entered = self.positions_on_cpu
+        kept, going_on = (torch.isin(entered, one).nonzero().flatten() for one in chosen)
         self._going_on = going_on
         return kept.to(self.positions.device)
 
     def arguments(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        """A decoder layer's arguments, less the rows that were dropped before it."""
+        """The arguments of a decoder layer, without the tokens that were dropped before it."""
         left = dict(given)
         if self._going_on is not None:
             going_on = self._going_on.to(self.positions.device)
             left["hidden_states"] = given["hidden_states"][:, going_on]
             self._left = going_on if self._left is None else self._left[going_on]
-            self.known = self.known[self._going_on]
+            self.positions_on_cpu = self.positions_on_cpu[self._going_on]
             self.positions = self.positions[going_on]
             self._going_on = None
         if self._left is None:
             return left
         for name, value in given.items():
             if isinstance(value, ScatterMask):
-                left[name] = ScatterMask(value.function, self.positions, self.known)
+                left[name] = ScatterMask(value.function, self.positions, self.positions_on_cpu)
             elif name == "position_embeddings":
                 left[name] = tuple(part[:, self._left] for part in value)
             elif name in ("position_ids", "cache_position"):
                 left[name] = value[..., self._left]
             elif isinstance(value, Tensor) and name != "hidden_states":
                 raise PICacheError(
-                    f"{type(module).__name__} is given {name!r} row by row, which a method that "
-                    "drops rows between layers does not know: choose one that keeps its rows, "
+                    f"{type(module).__name__} is given {name!r} token by token, which a method "
+                    "that drops tokens between layers does not know: choose one that keeps them, "
                     "such as LegoLink"
                 )
         return left
@@ -147,15 +156,33 @@ class Stop(Exception):  # noqa: N818 - not an error: the pass has gone far enoug
     """Ends a pass that needs only the first layers."""
 
 
-current: ContextVar[Pass] = ContextVar("picache_pass")
+current: ContextVar[SparsePass] = ContextVar("picache_pass")
+"""The pass that is running in this thread."""
+
+
+def under_way() -> SparsePass:
+    """The sparse pass that this thread runs.
+
+    Raises:
+        PICacheError: when there is none, since the model's attention is switched for the pass of
+            another thread.
+    """
+    running = current.get(None)
+    if running is None:
+        raise PICacheError(
+            "another thread links a prompt with this model, and its attention is switched "
+            "meanwhile: a forward or generate of the same model object must wait. Share a lock "
+            "between the two, or give each thread a model of its own (copy.deepcopy(model))"
+        )
+    return running
 
 
 def enter_layer(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Forward pre-hook of every decoder layer in a pass that may drop rows or end early."""
-    state = current.get()
-    if state.stop == state.layer + 1:
+    """Forward pre-hook of every decoder layer in a pass that may drop tokens or end early."""
+    running = under_way()
+    if running.stop == running.layer + 1:
         raise Stop
     names = list(inspect.signature(module.forward).parameters)
-    return (), state.arguments(module, dict(zip(names, args, strict=False)) | kwargs)
+    return (), running.arguments(module, dict(zip(names, args, strict=False)) | kwargs)

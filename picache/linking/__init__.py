@@ -1,1 +1,1 @@
-"""From a plan to a prompt: fetch compiled chunks, place them, recompute, report."""
+"""Link compiled chunks into a prompt: fetch and move their KV, recompute the chosen tokens."""

@@ -1,22 +1,21 @@
-"""Link one prompt: place its chunks, ask the method, recompute the rows it chose."""
+"""Link one prompt: fetch its chunks, let the method choose tokens, recompute those."""
 
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from picache.chunk import KV, Form
-from picache.errors import CorruptChunk, StoreFull
+from picache.errors import CorruptChunk
+from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
 from picache.linking.linked_kv import LinkedKV
 from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
 from picache.linking.report import LinkReport
-from picache.methods.base import Layout, LinkMethod, Metric, rows_to_compute
+from picache.linking.stopwatch import Stopwatch
+from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recompute
 from picache.store import ChunkStore
-from picache.store.quantize import decode, encode
 
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
@@ -24,111 +23,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt to link: its chunks as they are compiled, the first an exact prefix, its query."""
-
-    chunks: tuple[Form, ...]
-    query: Form
-
-
-def layout_of(row: Row, num_layers: int) -> Layout:
-    """Where the chunks, less their skipped leading tokens, and the query stand."""
-    lengths = tuple(len(form.ids) - form.skip for form in row.chunks)
-    return Layout(lengths, len(row.query.ids) - row.query.skip, num_layers)
-
-
-def compile_chunk(model: "HFModel", ids: tuple[int, ...]) -> list[KV]:
-    """KV of a chunk prefilled alone, positions from 0 (EPIC, arXiv 2410.15332, section 3)."""
-    return model.prefill(torch.tensor([ids]))
-
-
-class Fetched:
-    """One chunk's KV by layer, compiled where the store has lost it or finds it damaged.
+    """One row of a batch, to be linked: its chunks in prompt order, and its query.
 
     Attributes:
-        hit: whether the store had it.
-        tier: where: "device", "host" or "disk"; "device" when it was compiled just now.
-        look_up_seconds: what finding it took.
+        chunks: as they are prefilled; the first is an exact prefix of the prompt.
+        query: token ids of what follows the last chunk.
+        query_dropped: ids of special tokens that came with the query and are not in the prompt.
     """
 
-    def __init__(self, model: "HFModel", store: ChunkStore, form: Form, keep: bool = False) -> None:
-        self._model, self._store, self._form = model, store, form
-        self._device = model.device
-        looking = time.perf_counter()
-        self._stored = store.get(form.key)
-        self.look_up_seconds = time.perf_counter() - looking
-        self._compiled: list[KV] = []
-        self._damaged = False
-        self.hit = self._stored is not None
-        self.tier = "device" if self._stored is None else self._stored.tier
-        if self._stored is None:
-            with suppress(*() if keep else (StoreFull,)):  # a link goes on with the KV in hand
-                self._compile()
+    chunks: tuple[Form, ...]
+    query: tuple[int, ...]
+    query_dropped: tuple[int, ...] = ()
 
-    def _compile(self) -> None:
-        """Prefill the chunk and store it; raises `StoreFull`, with the KV in hand all the same."""
-        assert self._form.header is not None
-        begun = time.perf_counter()
-        computed = compile_chunk(self._model, self._form.ids)
-        header = replace(self._form.header, compile_seconds=time.perf_counter() - begun)
-        storage = self._store.storage  # a link goes on with what a hit would give
-        self._compiled = [decode(encode(kv, storage), kv[0].dtype) for kv in computed]
-        self._store.put(self._form.key, computed, header)
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of the linked prompt, int64 ``[tokens]``."""
+        chunks = [token for form in self.chunks for token in form.ids[form.skip :]]
+        return torch.tensor([*chunks, *self.query])
 
-    def layer(self, index: int) -> KV:
-        """Keys and values ``[1, kv_heads, tokens, head_dim]`` on the model's device.
-
-        Raises:
-            CorruptChunk: when the file is damaged; the store has dropped it, `mend` compiles it.
-        """
-        if self._stored is None:
-            return self._compiled[index]
-        try:
-            return self._stored.layer(index, self._device)
-        except CorruptChunk:
-            self._damaged = True
-            raise
-
-    def mend(self) -> None:
-        """Compile the chunk again if it was found damaged; no pass may be under way."""
-        if self._damaged:
-            self._damaged, self._stored, self.hit = False, None, False
-            with suppress(StoreFull):
-                self._compile()
-
-
-def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
-    """The method's `narrow` in the engine's terms; None when it keeps its rows."""
-    if type(method).narrow is LinkMethod.narrow:
-        return None
-    forced = layout.context_length if method.force_query else layout.total_length - 1
-
-    def narrow(layer: int, rows: Tensor, fresh: KV, stale: KV) -> tuple[Tensor, Tensor] | None:
-        free = int((rows < forced).sum())
-        fresh_free, stale_free = (
-            (keys[:, :, :free], values[:, :, :free]) for keys, values in (fresh, stale)
-        )
-
-        def deviation(metric: Metric) -> Tensor:
-            return squared_distance(fresh_free, stale_free, metric).cpu()
-
-        chosen = method.narrow(layer, layout, rows[:free].cpu(), deviation)
-        if chosen is None:
-            return None
-        always = rows[free:].cpu()
-        return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
-
-    return narrow
+    def layout(self, num_layers: int) -> Layout:
+        """Where the chunks, without the sinks they were compiled behind, and the query stand."""
+        lengths = tuple(len(form.ids) - form.skip for form in self.chunks)
+        return Layout(lengths, len(self.query), num_layers)
 
 
 @dataclass(frozen=True)
-class Linked:
-    """One linked prompt.
+class LinkedRow:
+    """One row of a batch, linked.
 
     Attributes:
-        ids: token ids ``[tokens]``.
+        ids: token ids, int64 ``[tokens]``.
         layout: where the chunks stand.
-        kv: keys and values of every token per layer.
-        logits: of the first new token ``[1, vocab_size]``.
+        kv: keys and values of every token, layer by layer.
+        logits: of the first new token, ``[1, vocab_size]``.
         report: what linking did.
     """
 
@@ -139,60 +66,16 @@ class Linked:
     report: LinkReport
 
 
-@dataclass
-class _Outcome:
-    """What one pass over a prompt gave."""
+@dataclass(frozen=True)
+class _Recomputed:
+    """What running the chosen tokens through the model gave."""
 
     logits: Tensor
     kv: list[KV]
-    entered: list[Tensor]  # positions that went through each layer
+    entered: list[Tensor]  # positions of the tokens that went through each layer
     flops: float
     flops_full_prefill: float
-    full_prefill: str
-    seconds: dict[str, float]
-
-
-def _pass(
-    model: "HFModel",
-    kv: LinkedKV,
-    ids: Tensor,
-    layout: Layout,
-    method: LinkMethod,
-    flops_per_byte: float | None,
-    nbytes: int,
-) -> _Outcome:
-    """Choose rows and recompute them, or prefill in full where that costs no more."""
-    begun = time.perf_counter()
-    evidence = MeasuredEvidence(model, ids, layout, kv)
-    rows, narrow = rows_to_compute(method, layout, evidence), _narrowing(method, layout)
-    model.finish()
-    chosen, waited = time.perf_counter(), kv.watch.seconds("wait")
-    everything = [torch.arange(layout.total_length)] * layout.num_layers
-    full, reason = model.flops(everything), ""
-    if narrow is None and flops_per_byte is not None and method.parallel is None:
-        linking = model.flops([rows] * layout.num_layers) + flops_per_byte * nbytes
-        ratio = linking / full
-        reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
-    if reason:
-        logits, layers = model.full_prefill(ids)
-        entered = everything
-    else:
-        parallel, at = None, rows
-        if method.parallel is not None:
-            behind = slice(layout.prefix_length, layout.context_length)
-            parallel, at = (behind, method.parallel.scale), layout.parallel_positions()[rows]
-        logits, entered = model.scattered_forward(ids[rows], rows, kv, narrow, at, parallel)
-        layers = [kv[layer] for layer in range(layout.num_layers)]
-    model.finish()
-    seconds = {
-        "load": kv.watch.seconds("load"),
-        "rotate": kv.watch.seconds("rotate"),
-        "choose": chosen - begun - waited,
-        "recompute": time.perf_counter() - chosen - (kv.watch.seconds("wait") - waited),
-    }
-    alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
-    flops = model.flops([*evidence.entered, *alone, *entered])
-    return _Outcome(logits, layers, entered, flops, full, reason, seconds)
+    full_prefill: str  # why the prompt was prefilled in full; empty when it was linked
 
 
 def link_row(
@@ -201,7 +84,7 @@ def link_row(
     row: Row,
     method: LinkMethod,
     flops_per_byte: float | None = None,
-) -> Linked:
+) -> LinkedRow:
     """Link one prompt, or prefill it in full where linking would cost as much.
 
     Args:
@@ -212,63 +95,134 @@ def link_row(
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
             whatever it costs.
     """
+    watch, ids, layout = Stopwatch(), row.ids, row.layout(len(model.rotations))
     with store.using([form.key for form in row.chunks]):  # nobody evicts what is being read
-        return _link_row(model, store, row, method, flops_per_byte)
-
-
-def _link_row(
-    model: "HFModel",
-    store: ChunkStore,
-    row: Row,
-    method: LinkMethod,
-    flops_per_byte: float | None,
-) -> Linked:
-    begun = time.perf_counter()
-    layout = layout_of(row, len(model.rotations))
-    forms = (*row.chunks, row.query)
-    ids = torch.tensor([token for form in forms for token in form.ids[form.skip :]])
-    unlike = {form.key: form for form in row.chunks}  # a chunk may stand in several places
-    found = {key: Fetched(model, store, form) for key, form in unlike.items()}
-    fetched = [found[form.key] for form in row.chunks]
-    looking = sum(one.look_up_seconds for one in found.values())
-    parts: list[Callable[[int], KV]] = [one.layer for one in fetched]
-    if not method.force_query:
-        query = compile_chunk(model, row.query.ids)
-        parts.append(lambda layer: query[layer])
-    compiling = time.perf_counter() - begun - looking
-    skips = [form.skip for form in forms][: len(parts)]
-    nbytes = model.bytes_per_token * sum(len(form.ids) for form in forms[: len(parts)])
-    tiers = {one.tier for one in fetched}
-    far = next((tier for tier in ("disk", "host") if tier in tiers), None)
-    while True:
-        try:
-            with LinkedKV(model, parts, skips, layout, far, method.parallel) as kv:
-                done = _pass(model, kv, ids, layout, method, flops_per_byte, nbytes)
-            break
-        except CorruptChunk:  # found when its layer was due: mend it and begin again
-            mending = time.perf_counter()
-            for one in found.values():
-                one.mend()
-            compiling += time.perf_counter() - mending
-    first_token = time.perf_counter() - begun
-    for key, one in found.items():
-        if one.tier == "host" and one.hit:
-            store.promote(key, model.device)
+        different = {form.key: form for form in row.chunks}  # a chunk may stand in several places
+        found = {key: FetchedChunk(model, store, form, watch) for key, form in different.items()}
+        fetched = [found[form.key] for form in row.chunks]
+        parts: list[Callable[[int], KV]] = [chunk.layer for chunk in fetched]
+        skips = [form.skip for form in row.chunks]
+        compiled_tokens = sum(len(form.ids) for form in row.chunks)
+        if not method.force_query:
+            with watch.span("compile"):
+                query = compile_chunk(model, row.query)
+            parts.append(lambda layer: query[layer])
+            skips.append(0)
+            compiled_tokens += len(row.query)
+        tiers = {chunk.tier for chunk in fetched}
+        prefetch_from = next((tier for tier in ("disk", "host") if tier in tiers), None)
+        nbytes = model.bytes_per_token * compiled_tokens
+        while True:
+            try:
+                with LinkedKV(model, parts, skips, layout, prefetch_from, method.parallel) as kv:
+                    done = _recompute(model, kv, ids, layout, method, flops_per_byte, nbytes)
+                break
+            except CorruptChunk:  # a layer was damaged when it was due: mend it and begin again
+                for chunk in found.values():
+                    chunk.mend()
+        first_token = watch.elapsed
+        for key, chunk in found.items():
+            if chunk.tier == "host" and chunk.hit:
+                store.promote(key, model.device)
 
     report = LinkReport(
         method=repr(method),
         tokens_total=layout.total_length,
         tokens_recomputed_per_layer=tuple(len(positions) for positions in done.entered),
         bytes_loaded=kv.nbytes,
-        chunk_hits=tuple(one.hit for one in fetched),
+        chunk_hits=tuple(chunk.hit for chunk in fetched),
         flops=done.flops,
         flops_full_prefill=done.flops_full_prefill,
         seconds={
-            "look_up": looking,
-            "compile": compiling,
-            **done.seconds,
+            "look_up": watch.seconds("look_up"),
+            "compile": watch.seconds("compile"),
+            "load": kv.watch.seconds("load"),
+            "rotate": kv.watch.seconds("rotate"),
+            "choose": kv.watch.seconds("choose", without="wait"),
+            "recompute": kv.watch.seconds("recompute", without="wait"),
             "first_token": first_token,
         },
         full_prefill=done.full_prefill,
+        dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
     )
-    return Linked(ids, layout, done.kv, done.logits, report)
+    return LinkedRow(ids, layout, done.kv, done.logits, report)
+
+
+def _recompute(
+    model: "HFModel",
+    kv: LinkedKV,
+    ids: Tensor,
+    layout: Layout,
+    method: LinkMethod,
+    flops_per_byte: float | None,
+    nbytes: int,
+) -> _Recomputed:
+    """Choose tokens and recompute them, or prefill the prompt in full where that costs no more.
+
+    Args:
+        model: the model the chunks were compiled with.
+        kv: of the whole prompt as compiled; overwritten at the tokens that are recomputed.
+        ids: token ids of the prompt, ``[tokens]``.
+        layout: of the prompt.
+        method: chooses the tokens.
+        flops_per_byte: see `link_row`.
+        nbytes: of compiled KV that linking moves.
+    """
+    with kv.watch.span("choose"):
+        evidence = MeasuredEvidence(model, ids, layout, kv)
+        positions = positions_to_recompute(method, layout, evidence)
+    narrow = _narrowing(method, layout)
+    everything = [torch.arange(layout.total_length)] * layout.num_layers
+    flops_full_prefill, reason = model.flops(everything), ""
+    if narrow is None and flops_per_byte is not None and method.parallel is None:
+        linking = model.flops([positions] * layout.num_layers) + flops_per_byte * nbytes
+        ratio = linking / flops_full_prefill
+        reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
+    with kv.watch.span("recompute"):
+        if reason:
+            logits, layers = model.full_prefill(ids)
+            entered = everything
+        else:
+            parallel, rotary_positions = None, positions
+            if method.parallel is not None:
+                side_by_side = slice(layout.prefix_length, layout.context_length)
+                parallel = (side_by_side, method.parallel.lse_scale)
+                rotary_positions = layout.parallel_positions()[positions]
+            logits, entered = model.scattered_forward(
+                ids[positions], positions, kv, narrow, rotary_positions, parallel
+            )
+            layers = [kv[layer] for layer in range(layout.num_layers)]
+    model.finish()
+    alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
+    flops = model.flops([*evidence.entered, *alone, *entered])
+    return _Recomputed(logits, layers, entered, flops, flops_full_prefill, reason)
+
+
+def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
+    """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
+
+    What must be recomputed in every layer, the query or its last token, is left out of what the
+    method sees and added to what it chose.
+    """
+    if type(method).narrow is LinkMethod.narrow:
+        return None
+    forced = layout.context_length if method.force_query else layout.total_length - 1
+
+    def narrow(
+        layer: int, positions: Tensor, fresh: KV, reused: KV
+    ) -> tuple[Tensor, Tensor] | None:
+        free = int((positions < forced).sum())
+        fresh_free, reused_free = (
+            (keys[:, :, :free], values[:, :, :free]) for keys, values in (fresh, reused)
+        )
+
+        def deviation(metric: Metric) -> Tensor:
+            return squared_distance(fresh_free, reused_free, metric).cpu()
+
+        chosen = method.narrow(layer, layout, positions[:free].cpu(), deviation)
+        if chosen is None:
+            return None
+        always = positions[free:].cpu()
+        return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
+
+    return narrow

@@ -1,4 +1,4 @@
-"""Whole-prompt keys and values, put together from compiled chunks layer by layer."""
+"""The keys and values of a whole prompt, put together from compiled chunks layer by layer."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,26 +19,34 @@ if TYPE_CHECKING:
 
 
 class LinkedKV:
-    """Every layer of a linked prompt, made when it is first asked for.
+    """The keys and values of a prompt, layer by layer; a layer is made when it is first asked for.
 
-    Chunks are copied to their places and their keys rotated there from where they were compiled.
-    With `ahead`, the layer after the one asked for is made meanwhile, so that loading overlaps with
-    recomputing: on a CUDA device in a stream of its own, and by a thread where that has to wait for
-    a disk (two threads of Python get in each other's way) or there is no such stream. To be used as
-    a context manager, which ends that thread.
+    The KV of each chunk is copied to its place in the prompt, and its keys are rotated from the
+    positions they were compiled at to those they have in the prompt.
+
+    With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
+    computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
+    loading waits for a disk, and where there is no such stream; not otherwise, since two threads of
+    Python slow each other down. Use it as a context manager, which ends the thread.
 
     Args:
         model: the model the chunks were compiled with.
-        parts: what gives the KV of one chunk by layer, ``[1, kv_heads, tokens, head_dim]``, on
-            the model's device; in prompt order, and after them the query's if it was compiled too.
-        skips: leading tokens of each part that are left out.
-        layout: where the chunks stand.
-        ahead: what the next layer is made ahead of time from: "host" memory or "disk"; None not to.
-        parallel: for chunks side by side, whose keys are also divided by the temperature.
+        parts: for each chunk in prompt order, a function that gives its KV in a layer,
+            ``[1, kv_heads, tokens, head_dim]``, on the model's device; after them one for the
+            query, if it was compiled too.
+        skips: how many of the first tokens of each part, its sinks, are left out.
+        layout: where the chunks stand in the prompt.
+        prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
+            "disk"; None to make each layer when it is asked for.
+        parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
 
     Attributes:
-        watch: time spent copying ("load"), rotating ("rotate") and by the reader waiting ("wait").
-        nbytes: of the keys and values copied so far.
+        watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
+            waits for it ("wait").
+        nbytes: bytes of the keys and values copied so far.
+
+    Raises:
+        PICacheError: when chunks shall stand side by side in a model that cannot do that.
     """
 
     def __init__(
@@ -47,7 +55,7 @@ class LinkedKV:
         parts: Sequence[Callable[[int], KV]],
         skips: Sequence[int],
         layout: Layout,
-        ahead: Literal["host", "disk"] | None = None,
+        prefetch_from: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
     ) -> None:
         if parallel is not None and model.window is not None:
@@ -66,26 +74,26 @@ class LinkedKV:
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
-        self._ahead, self._device = ahead is not None, model.device
+        self._prefetches, self._device = prefetch_from is not None, model.device
         self._thread: ThreadPoolExecutor | None = None
-        if ahead == "disk" or (ahead and self._device.type != "cuda"):
+        if prefetch_from == "disk" or (prefetch_from and self._device.type != "cuda"):
             self._thread = ThreadPoolExecutor(1, "picache-load")
         self._coming: dict[int, Future[KV]] = {}
         self._stream: torch.cuda.Stream | None = None
-        if ahead and self._device.type == "cuda":
+        if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading
-            # What compiled the chunks may still be under way.
+            # Chunks that were compiled just now may not be finished in the model's stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self.nbytes = 0
         self.watch = Stopwatch(self._device)
         lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
-        # Tokens behind the exact prefix: where they were compiled, where they stand in the prompt,
-        # and the position they are rotated to.
-        moved = [torch.arange(s, s + n) for s, n in zip(skips, lengths, strict=True)][1:]
-        self._old = torch.cat([torch.empty(0, dtype=torch.int64), *moved])
-        self._rows = slice(layout.prefix_length, layout.prefix_length + len(self._old))
-        everywhere = torch.arange(layout.total_length)
-        self._new = (layout.parallel_positions() if parallel else everywhere)[self._rows]
+        # Of the tokens behind the exact prefix: the rotary positions they were compiled at, where
+        # they stand in the prompt, and the rotary positions they are moved to.
+        compiled_at = [torch.arange(s, s + n) for s, n in zip(skips, lengths, strict=True)][1:]
+        self._old = torch.cat([torch.empty(0, dtype=torch.int64), *compiled_at])
+        self._moved = slice(layout.prefix_length, layout.prefix_length + len(self._old))
+        in_order = torch.arange(layout.total_length)
+        self._new = (layout.parallel_positions() if parallel else in_order)[self._moved]
         self._temperature = parallel.temperature if parallel else 1.0
 
     def __enter__(self) -> "LinkedKV":
@@ -99,7 +107,10 @@ class LinkedKV:
         return len(self._made)
 
     def __getitem__(self, layer: int) -> KV:
-        """Keys and values ``[1, kv_heads, tokens, head_dim]``; the same tensors at each call."""
+        """Keys and values of a layer, ``[1, kv_heads, tokens, head_dim]``.
+
+        Each call for a layer gives the same tensors, which may be written to.
+        """
         made = self._made[layer]
         if made is None:
             with self.watch.span("wait"):
@@ -107,22 +118,24 @@ class LinkedKV:
                 made = self._make(layer) if coming is None else coming.result()
                 self._made[layer] = made
                 self._hand_over(made)
-            if self._ahead and layer + 1 < len(self):
+            if self._prefetches and layer + 1 < len(self):
                 self._coming[layer + 1] = self._begin(layer + 1)
         return made
 
     def _begin(self, layer: int) -> Future[KV]:
+        """Start to make a layer, in the thread or in the CUDA stream."""
         if self._thread is not None:
             return self._thread.submit(self._make, layer)
         begun: Future[KV] = Future()
-        begun.set_result(self._make(layer))  # returns once the stream has its orders
+        begun.set_result(self._make(layer))  # returns as soon as the work is queued
         return begun
 
     def _make(self, layer: int) -> KV:
-        beside: AbstractContextManager[object] = nullcontext()
+        """Copy the chunks' KV in a layer together, and rotate the keys to their positions."""
+        stream: AbstractContextManager[object] = nullcontext()
         if self._stream is not None:
-            beside = torch.cuda.stream(self._stream)
-        with beside:
+            stream = torch.cuda.stream(self._stream)
+        with stream:
             with self.watch.span("load"):
                 kv = self._copied([part(layer) for part in self._parts])
             with self.watch.span("rotate"):
@@ -130,16 +143,17 @@ class LinkedKV:
         return kv
 
     def _hand_over(self, kv: KV) -> None:
-        """Let the reader's stream wait for the one that made these."""
+        """Let the reader's CUDA stream wait for the stream that made these tensors."""
         if self._stream is None:
             return
         reader = torch.cuda.current_stream(self._device)
-        # All that the side stream was given so far is this layer, and maybe another link's.
+        # The loading stream has been given this layer so far, and perhaps layers of another link.
         reader.wait_stream(self._stream)
         for tensor in kv:
             tensor.record_stream(reader)  # or their memory is reused while the reader still reads
 
     def _copied(self, parts: list[KV]) -> KV:
+        """One layer of the whole prompt, with the KV of the parts in their places."""
         starts = (*self._layout.starts, self._layout.context_length)
         both: list[Tensor] = []
         for which in (0, 1):
@@ -154,15 +168,16 @@ class LinkedKV:
         return both[0], both[1]
 
     def _move(self, layer: int, kv: KV) -> None:
+        """Rotate the keys behind the exact prefix to their positions in the prompt, in place."""
         if self._temperature != 1:
-            kv[0][:, :, self._rows] /= self._temperature
+            kv[0][:, :, self._moved] /= self._temperature
         rotation = self._model.rotations[layer]
         if rotation is None or not len(self._old):
             return
-        # Layers share angles unless their rotary frequencies differ (Gemma 3's layer types).
-        same = (rotation, self._model.rotary.kind(layer))
-        if same not in self._turns:
-            old, new = (self._model.angles(layer, at) for at in (self._old, self._new))
-            self._turns[same] = difference(old, new)
-        moved = kv[rotation.part][:, :, self._rows]
-        rotate_(moved, self._turns[same], rotation.layout, rotation.offset)
+        # Layers of one type share their angles; those of different types may not (Gemma 3).
+        kind = (rotation, self._model.rotary.layer_type(layer))
+        if kind not in self._turns:
+            old = self._model.angles(layer, self._old)
+            self._turns[kind] = difference(old, self._model.angles(layer, self._new))
+        moved = kv[rotation.part][:, :, self._moved]
+        rotate_(moved, self._turns[kind], rotation.pairing, rotation.offset)

@@ -1,48 +1,63 @@
-"""What a method may ask about a prompt before it chooses, answered by measuring."""
+"""Answers, by measuring, what a link method may ask about a prompt before it chooses tokens."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from picache.chunk import KV
 from picache.linking.linked_kv import LinkedKV
-from picache.methods.base import Layout, Metric
+from picache.methods.base import Evidence, Layout, Metric
 
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
 
 
-def squared_distance(fresh: KV, stale: KV, metric: Metric) -> Tensor:
-    """Sum over heads and dimensions of (fresh - stale)^2 of keys, values or both, fp32 ``[n]``."""
+def squared_distance(fresh: KV, reused: KV, metric: Metric) -> Tensor:
+    """The squared distance of each token's fresh from its reused KV, fp32 ``[tokens]``.
+
+    Args:
+        fresh: keys and values, each ``[1, kv_heads, tokens, head_dim]``.
+        reused: the same tokens' KV as compiled.
+        metric: whether keys, values or both count; summed over heads and dimensions.
+    """
     pairs = {"K": [0], "V": [1], "KV": [0, 1]}[metric]
-    distances = [(fresh[i].float() - stale[i].float()).square().sum(dim=(0, 1, 3)) for i in pairs]
+    distances = [(fresh[i].float() - reused[i].float()).square().sum(dim=(0, 1, 3)) for i in pairs]
     return torch.stack(distances).sum(dim=0)
 
 
-class MeasuredEvidence:
-    """`picache.methods.base.Evidence` of one prompt.
+class MeasuredEvidence(Evidence):
+    """The `picache.methods.base.Evidence` of one prompt.
+
+    Args:
+        model: the model the chunks were compiled with.
+        ids: token ids of the prompt, ``[tokens]``.
+        layout: where the chunks and the query stand.
+        kv: of the whole prompt as compiled.
 
     Attributes:
-        entered: positions that went through a layer for an answer, one entry a layer run.
+        entered: what the answers cost: one entry for each layer that was run, with the positions of
+            the tokens that went through it.
     """
 
     def __init__(self, model: "HFModel", ids: Tensor, layout: Layout, kv: LinkedKV) -> None:
         self._model, self._ids, self._layout, self._kv = model, ids, layout, kv
         self.entered: list[Tensor] = []
 
+    @override
     def query_attention(self, layers: int | None = None, value_norm: bool = False) -> Tensor:
-        """See `picache.methods.base.Evidence.query_attention`."""
-        rows = torch.arange(self._layout.context_length, self._layout.total_length)
-        masses = self._model.attention_masses(self._ids[rows], rows, self._kv, layers, value_norm)
-        self.entered += [rows] * len(masses)
+        query = torch.arange(self._layout.context_length, self._layout.total_length)
+        ids = self._ids[query]
+        masses = self._model.attention_masses(ids, query, self._kv, layers, value_norm)
+        self.entered += [query] * len(masses)
         return masses[:, : self._layout.context_length]
 
+    @override
     def true_deviation(self, metric: Metric) -> Tensor:
-        """See `picache.methods.base.Evidence.true_deviation`."""
         true = self._model.prefill(self._ids[None])
         context = self._layout.context_length
-        rows = [
+        by_layer = [
             squared_distance(
                 (keys[:, :, :context], values[:, :, :context]),
                 (self._kv[layer][0][:, :, :context], self._kv[layer][1][:, :, :context]),
@@ -51,4 +66,4 @@ class MeasuredEvidence:
             for layer, (keys, values) in enumerate(true)
         ]
         self.entered += [torch.arange(self._layout.total_length)] * len(true)
-        return torch.stack(rows)
+        return torch.stack(by_layer)

@@ -1,6 +1,5 @@
-"""A linked prompt, as `generate` takes it: the rows of a batch, left-padded."""
+"""A linked prompt as `generate` takes it: a batch of rows, padded on the left."""
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -8,29 +7,32 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from picache.hf.attention_functions import Attached, Attachment
-from picache.linking.link import Linked
+from picache.errors import PICacheError
+from picache.hf.attention_functions import Attached
+from picache.linking.link import LinkedRow
 from picache.linking.report import LinkReport, total
+from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
+    from picache.hf.attention_switch import Attachment
     from picache.hf.cache import LinkedCache
     from picache.hf.model import HFModel
 
 
 class LinkedPrompt(Mapping[str, Any]):
-    """Keyword arguments for ``model.generate(**prompt)``, usable any number of times.
+    """Keyword arguments for ``model.generate(**prompt)``, which may be used any number of times.
 
+    The keys are ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, padded on the
+    left, and ``past_key_values``, a fresh cache at each access that holds every token but the last.
+    A method that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
+    The first three are attributes too, as of a `BatchEncoding`.
     ``copy.deepcopy`` copies the tensors and stays on the same model.
-
-    Keys: ``input_ids`` and ``attention_mask``, int64 ``[batch, tokens]``, left-padded, and
-    ``past_key_values``, a fresh `Cache` at each access, holding every token but the last. A method
-    that places chunks side by side adds ``position_ids``, int64 ``[batch, tokens]``.
 
     Attributes:
         logits: of the first new token, ``[batch, vocab_size]``.
-        report: what linking did; the sums over a batch.
-        reports: the same, one per row.
+        report: what linking did and what it cost; the sums over the rows of a batch.
+        reports: the same, one for each row.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class LinkedPrompt(Mapping[str, Any]):
         logits: Tensor,
         reports: tuple[LinkReport, ...],
         seconds: float,
-        attach: Attachment | None = None,
+        attach: "Attachment | None" = None,
     ) -> None:
         self._inputs, self._cache, self._attach = inputs, cache, attach
         self.logits = logits
@@ -48,18 +50,54 @@ class LinkedPrompt(Mapping[str, Any]):
         self.report = total(reports, seconds)
 
     def attached(self) -> AbstractContextManager[None]:
-        """The model decodes with the method's attention inside the ``with`` block.
+        """A context manager: inside its block the model decodes with the link method's attention.
 
         Only methods that change attention while decoding need it (`APE`); for others it does
-        nothing. Inside the block the model is for this prompt alone.
+        nothing. Inside the block the model serves this prompt alone.
         """
         return nullcontext() if self._attach is None else self._attach()
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, int64 ``[batch, tokens]``, padded on the left."""
+        return self._inputs["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for tokens and 0 for padding, int64 ``[batch, tokens]``."""
+        return self._inputs["attention_mask"]
+
+    @property
+    def past_key_values(self) -> "LinkedCache":
+        """A fresh cache at each access that holds every token but the last."""
+        return self._cache.fork()
+
+    def to(self, device: torch.device | str | int) -> "LinkedPrompt":
+        """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
+
+        Args:
+            device: where to move them.
+
+        Raises:
+            PICacheError: when the method must be attached to the model (`APE`), whose tensors stay
+                with it.
+        """
+        there = torch.empty(0, device=device).device
+        if self._attach is not None and there != self.logits.device:
+            raise PICacheError(
+                f"this prompt's method is attached to the model while decoding (APE), on "
+                f"{self.logits.device}: move the model, make a new PIC and link there"
+            )
+        self._inputs = {name: tensor.to(there) for name, tensor in self._inputs.items()}
+        self._cache = self._cache.on(there)
+        self.logits = self.logits.to(there)
+        return self
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     def __getitem__(self, name: str) -> Any:
-        return self._cache.fork() if name == "past_key_values" else self._inputs[name]
+        return self.past_key_values if name == "past_key_values" else self._inputs[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._inputs, "past_key_values"))
@@ -73,16 +111,16 @@ class LinkedPrompt(Mapping[str, Any]):
 
 
 def batched(
-    model: "HFModel", rows: list[Linked], method: LinkMethod, pad_id: int, begun: float
+    model: "HFModel", rows: list[LinkedRow], method: LinkMethod, pad_id: int, watch: Stopwatch
 ) -> LinkedPrompt:
-    """Left-pad the rows; the last token of each is left for `generate` to feed.
+    """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
 
     Args:
-        model: they were linked with.
-        rows: one prompt each.
-        method: they were linked by.
+        model: the model the rows were linked with.
+        rows: one linked prompt each.
+        method: the method the rows were linked by.
         pad_id: token id of the padding.
-        begun: when linking began, by `time.perf_counter`.
+        watch: started when linking began.
     """
     from picache.hf.cache import LinkedCache  # transformers is loaded with the model
 
@@ -95,8 +133,10 @@ def batched(
     inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
     attach = None
     if method.parallel is not None:
-        inputs["position_ids"], state = _side_by_side(rows, method.parallel.scale, width, device)
-        attach = Attachment(model.attention, state)
+        inputs["position_ids"], state = _side_by_side(
+            rows, method.parallel.lse_scale, width, device
+        )
+        attach = model.attention.attachment(state)
     kv = [
         (_stacked([keys for keys, _ in layer], width), _stacked([v for _, v in layer], width))
         for layer in zip(*(row.kv for row in rows), strict=True)
@@ -106,15 +146,15 @@ def batched(
         LinkedCache(kv, attach),
         torch.cat([row.logits for row in rows]),
         tuple(row.report for row in rows),
-        time.perf_counter() - begun,
+        watch.elapsed,
         attach,
     )
 
 
 def _side_by_side(
-    rows: list[Linked], scale: float, width: int, device: torch.device
+    rows: list[LinkedRow], lse_scale: float, width: int, device: torch.device
 ) -> tuple[Tensor, Attached]:
-    """Rotary positions ``[batch, width]`` and what decoding behind parallel chunks must know."""
+    """Rotary positions ``[batch, width]``, and what decoding behind these rows must know."""
     positions = torch.zeros(len(rows), width, dtype=torch.int64)
     inside = torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
@@ -122,11 +162,14 @@ def _side_by_side(
         positions[index, start:] = layout.parallel_positions()
         inside[index, start + layout.prefix_length : start + layout.context_length] = True
     lag = width - 1 - positions[:, -1]
-    return positions.to(device), Attached(inside.to(device), scale, lag.to(device))
+    return positions.to(device), Attached(inside.to(device), lse_scale, lag.to(device))
 
 
 def _stacked(tensors: list[Tensor], width: int) -> Tensor:
-    """All tokens but the last of each row, left-padded; a view where there is one row."""
+    """The KV of all tokens but the last of each row, padded on the left to ``width - 1`` tokens.
+
+    A view where there is a single row.
+    """
     kept = [tensor[:, :, :-1] for tensor in tensors]
     if len(kept) == 1:
         return kept[0]

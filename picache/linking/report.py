@@ -7,26 +7,37 @@ from html import escape
 
 @dataclass(frozen=True)
 class LinkReport:
-    """Counts and measured seconds of one link, or the sums over a batch.
+    """Counts and measured seconds of one link, or their sums over the rows of a batch.
 
     Attributes:
-        method: the link method, as written.
+        method: the link method, as its ``repr``.
         tokens_total: tokens of the prompt.
-        tokens_recomputed_per_layer: tokens that went through each layer, the query included.
-        bytes_loaded: bytes of KV copied into the prompt.
-        chunk_hits: for each chunk in prompt order, whether the store had it; the others had been
-            evicted or found damaged, and were compiled again.
-        flops: estimated floating-point operations of the link, what the method measured before
-            it chose included.
-        flops_full_prefill: the same of a full prefill of the prompt.
-        seconds: "look_up" in the store, "compile" (misses, and a query that is compiled alone),
-            "load" (copy into the prompt), "rotate", "choose" (what the method measured),
-            "recompute" (on a CUDA device with the queueing of what the next layer loads), and
-            "first_token": the whole of `PIC.link`, which
-            ends with the logits of the first new token (`generate` runs the last token once more,
-            to sample from it itself). Loading ahead of need overlaps with recomputing, so that
-            the parts may add up to more than the whole.
-        full_prefill: why the prompt was prefilled in full instead of linked; empty when linked.
+        tokens_recomputed_per_layer: for each layer, the tokens that went through it, those of the
+            query included.
+        bytes_loaded: bytes of keys and values copied into the prompt.
+        chunk_hits: for each chunk in prompt order, whether the store had it. A chunk that had been
+            evicted, or was found damaged, was compiled again.
+        flops: floating-point operations of the link, estimated; what the method measured before it
+            chose is included.
+        flops_full_prefill: the same estimate for a full prefill of the prompt.
+        seconds: what each part took:
+
+            - "look_up": finding the chunks in the store;
+            - "compile": compiling chunks it did not have, and a query that is compiled alone;
+            - "load": copying KV into the prompt;
+            - "rotate": moving keys to their positions;
+            - "choose": what the method measured;
+            - "recompute": the chosen tokens; on a CUDA device with queueing the next layer's loads;
+            - "first_token": the whole of `PIC.link`, which ends with the logits of the first new
+              token (`generate` runs the last token once more, to sample from it itself).
+
+            With chunks off the device, loading overlaps with recomputing, so that the parts may add
+            up to more than the whole.
+        full_prefill: why the prompt was prefilled in full instead of linked; empty when it was
+            linked.
+        dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
+            that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
+            In a batch, row after row.
     """
 
     method: str
@@ -38,16 +49,17 @@ class LinkReport:
     flops_full_prefill: float
     seconds: dict[str, float] = field(default_factory=dict)
     full_prefill: str = ""
+    dropped: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens_recomputed(self) -> int:
-        """Tokens that went through a layer, the query included; the mean over layers, rounded."""
+        """Tokens that went through a layer, the query included: the mean over layers, rounded."""
         per_layer = self.tokens_recomputed_per_layer
         return round(sum(per_layer) / len(per_layer))
 
     @property
     def tokens_reused(self) -> int:
-        """Tokens whose KV was taken as compiled; the mean over layers."""
+        """Tokens whose KV was reused as compiled: the mean over layers, rounded."""
         return self.tokens_total - self.tokens_recomputed
 
     @property
@@ -57,15 +69,16 @@ class LinkReport:
 
     @property
     def hits(self) -> int:
-        """Chunks found in the store."""
+        """How many chunks were found in the store."""
         return sum(self.chunk_hits)
 
     @property
     def misses(self) -> int:
-        """Chunks that were compiled again."""
+        """How many chunks were compiled again."""
         return len(self.chunk_hits) - self.hits
 
-    def _lines(self) -> list[tuple[str, str]]:
+    def _entries(self) -> list[tuple[str, str]]:
+        """Names and texts, as the report is printed."""
         per_layer = self.tokens_recomputed_per_layer
         recomputed = f"{self.tokens_recomputed} recomputed"
         if len(set(per_layer)) > 1:
@@ -76,26 +89,31 @@ class LinkReport:
         if self.misses:
             missed = [str(i) for i, hit in enumerate(self.chunk_hits) if not hit]
             found += f" (chunks {', '.join(missed)})"
-        lines = [
+        entries = [
             ("tokens", f"{self.tokens_total}, {reused}, {recomputed}"),
             ("chunks", f"{found}, {self.bytes_loaded:,} bytes loaded"),
             ("compute", f"{self.flops:.2e} floating-point operations, {share}"),
             ("milliseconds", "  ".join(f"{n} {1e3 * s:.1f}" for n, s in self.seconds.items())),
         ]
+        left_out = [str(token) for tokens in self.dropped for token in tokens]
+        if left_out:
+            entries.insert(
+                1, ("left out", f"{len(left_out)} special tokens ({', '.join(left_out)})")
+            )
         if self.full_prefill:
-            lines.insert(0, ("full prefill", self.full_prefill))
-        return lines
+            entries.insert(0, ("full prefill", self.full_prefill))
+        return entries
 
     def __str__(self) -> str:
-        return "\n".join([self.method, *(f"  {name}: {text}" for name, text in self._lines())])
+        return "\n".join([self.method, *(f"  {name}: {text}" for name, text in self._entries())])
 
     def _repr_html_(self) -> str:
-        cells = (f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in self._lines())
+        cells = (f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in self._entries())
         return f"<table><caption>{escape(self.method)}</caption>{''.join(cells)}</table>"
 
 
 def _runs(counts: tuple[int, ...]) -> str:
-    """Counts by layer, equal neighbours written once: ``0-1: 244, 2-3: 36``."""
+    """Counts by layer, with equal neighbours written once: ``0-1: 244, 2-3: 36``."""
     starts = [i for i, n in enumerate(counts) if not i or n != counts[i - 1]]
     ends = [*(start - 1 for start in starts[1:]), len(counts) - 1]
     return ", ".join(
@@ -105,7 +123,12 @@ def _runs(counts: tuple[int, ...]) -> str:
 
 
 def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
-    """The sums over the rows of a batch; `seconds` is what linking all of them took."""
+    """The sums over the rows of a batch.
+
+    Args:
+        reports: one for each row.
+        seconds: what linking all of them took.
+    """
     rows = list(reports)
     per_layer = zip(*(r.tokens_recomputed_per_layer for r in rows), strict=True)
     reasons = [r.full_prefill for r in rows if r.full_prefill]
@@ -119,5 +142,6 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         flops_full_prefill=sum(r.flops_full_prefill for r in rows),
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
+        dropped=tuple(tokens for r in rows for tokens in r.dropped),
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
     )

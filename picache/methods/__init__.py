@@ -1,4 +1,4 @@
-"""What to recompute when chunks are linked; one paper a file."""
+"""Link methods: which tokens to recompute when chunks are linked. One paper, one file."""
 
 from picache.methods.a3 import A3
 from picache.methods.ape import APE

@@ -4,27 +4,30 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from picache.errors import PICacheError
+from picache.arguments import real_number
 from picache.methods.base import Evidence, Layout, LinkMethod, ParallelEncoding
 
 
 @dataclass(frozen=True)
 class APE(LinkMethod):
-    """Adaptive parallel encoding (APE, arXiv 2502.05431, section 4). Recomputes nothing.
+    """Adaptive parallel encoding (APE, arXiv 2502.05431, section 4): chunks side by side.
 
-    All chunks behind the first begin at the same position, the query follows the longest, and the
-    order of the chunks does not matter. Attention to them is sharpened by a temperature below 1,
-    and the log of the sum of exponentials of their scores is multiplied by a scale below 1, so that
-    many chunks read side by side draw about what they would one after the other. Compile the chunks
-    behind the prompt's own prefix, as the paper does: ``PIC(sinks=SharedPrefix(system))``.
+    Nothing is recomputed. All chunks behind the first begin at the same position and the query
+    follows the longest of them, so that the order of the chunks does not matter. The attention to
+    them is sharpened by a temperature T below 1, and the log-sum-exp of their scores is multiplied
+    by a scale S below 1, so that many chunks side by side draw about as much attention as they
+    would one after the other. Compile the chunks behind the prompt's own prefix, as the paper does:
+    ``PIC(sinks=SharedPrefix(system))``.
 
-    Positions and the scale reach into decoding: run ``generate`` inside ``with
-    prompt.attached():``. Sliding-window layers, which know no side by side, are refused.
+    Positions and scale matter while decoding too: run ``generate`` inside
+    ``with prompt.attached():``. Models with sliding-window layers are refused, since a window means
+    nothing among tokens that share positions.
 
     Args:
-        temperature: T; 0.9 here, the paper tunes it by task.
-        scale: S; 0.9 here, the paper tunes it by task.
+        temperature: T; 0.9 here, the paper tunes it for each task.
+        scale: S, the factor on the log-sum-exp; 0.9 here, the paper tunes it for each task.
 
     Raises:
         PICacheError: when either is not in (0, 1].
@@ -35,15 +38,15 @@ class APE(LinkMethod):
 
     def __post_init__(self) -> None:
         for name in ("temperature", "scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise PICacheError(f"APE needs a {name} over 0 and up to 1, got {value!r}")
+            needs = f"APE needs a {name} over 0 and up to 1"
+            value = real_number(needs, getattr(self, name), lambda number: 0 < number <= 1)
+            object.__setattr__(self, name, value)
 
     @property
+    @override
     def parallel(self) -> ParallelEncoding:
-        """How the chunks are encoded."""
         return ParallelEncoding(self.temperature, self.scale)
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """No position."""
         return torch.empty(0, dtype=torch.int64)

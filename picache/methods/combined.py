@@ -1,9 +1,10 @@
-"""Several methods at one budget: what the first finds most important, then the next."""
+"""Several methods under one budget: the first method's tokens, then the next one's."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from picache.errors import PICacheError
 from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio
@@ -11,14 +12,14 @@ from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio
 
 @dataclass(frozen=True)
 class Combined(LinkMethod):
-    """The union of several methods' tokens, cut at a budget of its own.
+    """Recompute the union of several methods' tokens, up to a budget.
 
-    Each method's tokens are taken in its order of importance, the first method's before the next
-    one's, until the budget is full: so ``Combined((LegoLink(4), ProphetKV(0.15)), ratio=0.15)``
-    recomputes as many tokens as ``ProphetKV(0.15)`` alone, the starts of the chunks among them.
+    The first method's tokens are taken in its order of importance, then the next one's, until the
+    budget is reached. ``Combined((LegoLink(4), ProphetKV(0.15)), ratio=0.15)`` recomputes as many
+    tokens as ``ProphetKV(0.15)`` alone, with the first tokens of the chunks among them.
 
     Args:
-        methods: in order of precedence; none that chooses by layer, as CacheBlend does.
+        methods: in order of precedence; none that chooses again in each layer, as CacheBlend does.
         ratio: share of the reusable tokens to recompute at most; 1 for the whole union.
 
     Raises:
@@ -29,7 +30,7 @@ class Combined(LinkMethod):
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ratio("Combined", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("Combined", self.ratio))
         if not isinstance(self.methods, tuple) or not self.methods:
             raise PICacheError(f"Combined needs a tuple of link methods, got {self.methods!r}")
         for method in self.methods:
@@ -42,8 +43,8 @@ class Combined(LinkMethod):
                     "all layers: link with it alone"
                 )
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """The first tokens of the joined lists, each once."""
         lists = [method.recompute(layout, evidence).tolist() for method in self.methods]
         joined = dict.fromkeys(position for one in lists for position in one)
         return torch.tensor(list(joined)[: layout.share(self.ratio)], dtype=torch.int64)

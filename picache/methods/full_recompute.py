@@ -1,8 +1,9 @@
-"""Recompute everything: the upper bound every other method is compared with."""
+"""Recompute everything: the upper bound that every other method is compared with."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from picache.methods.base import Evidence, Layout, LinkMethod
 
@@ -11,6 +12,6 @@ from picache.methods.base import Evidence, Layout, LinkMethod
 class FullRecompute(LinkMethod):
     """Recompute every token after the first chunk; equal to a full prefill of the prompt."""
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """Every position between the first chunk and the query."""
         return layout.reusable

@@ -1,9 +1,10 @@
-"""Reuse everything: the lower bound."""
+"""Reuse everything as compiled: the lower bound."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from picache.methods.base import Evidence, Layout, LinkMethod
 
@@ -12,8 +13,8 @@ from picache.methods.base import Evidence, Layout, LinkMethod
 class NaiveReuse(LinkMethod):
     """Reuse every chunk as compiled; only the query is computed.
 
-    Called "fully reuse" or "naive" in EPIC (arXiv 2410.15332, section 5) and CacheBlend (arXiv
-    2405.16444).
+    EPIC (arXiv 2410.15332, section 5) and CacheBlend (arXiv 2405.16444) call it "fully reuse" or
+    "naive".
 
     Args:
         force_query: whether the query is computed in full, as under every method. EPIC's code
@@ -23,6 +24,6 @@ class NaiveReuse(LinkMethod):
 
     force_query: bool = True
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """No position."""
         return torch.empty(0, dtype=torch.int64)

@@ -1,8 +1,9 @@
-"""The arms of a comparison, set up fairly or as the authors ran them."""
+"""The arms of EPIC's comparison of link methods, set up fairly or as the authors ran them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 from picache.methods import CacheBlend, FullRecompute, LegoLink, NaiveReuse, RandomRecompute
 from picache.methods.base import LinkMethod
@@ -14,9 +15,9 @@ class Arm:
     """One arm of a comparison.
 
     Attributes:
-        method: for `PIC.link`.
-        sinks: for `PIC(..., sinks=...)`; arms of one comparison may differ in it.
-        flops_per_byte: for `PIC`: None, so that every arm links, whatever it costs.
+        method: the argument of `PIC.link`.
+        sinks: the argument of `PIC`; it may differ between the arms of one comparison.
+        flops_per_byte: the argument of `PIC`; None, so that every arm links, whatever it costs.
     """
 
     method: LinkMethod
@@ -27,10 +28,11 @@ class Arm:
 def arms(
     preset: Literal["fair", "paper", "repo"] = "fair", k: int = 16, ratio: float = 0.15
 ) -> dict[str, Arm]:
-    """EPIC's comparison: full, naive, LegoLink with and without recomputation, CacheBlend; random.
+    """The arms of EPIC's comparison, by name, and two of random recomputation.
 
-    Random recomputation, which their authors did not run, stands beside each at its budget:
-    "random" draws LegoLink's k tokens a chunk, "random-ratio" CacheBlend's share of all.
+    EPIC compares full recomputation, naive reuse, LegoLink with and without recomputation, and
+    CacheBlend. Random recomputation, which the authors did not run, is added at two budgets:
+    "random" draws LegoLink's k tokens of each chunk, "random-ratio" CacheBlend's share of all.
 
     - "fair": the whole query is computed in every arm, the prompt has one BOS, all arms see the
       same tokens. CacheBlend filters gradually, as its paper describes.
@@ -38,7 +40,7 @@ def arms(
       and LegoLink-0 compiles behind four dummies.
     - "repo": as EPIC's code runs it: every chunk and the query begin with a BOS that stays in the
       prompt (so that LegoLink's k counts it; full prefill runs on the same tokens), and naive reuse
-      and CacheBlend compute the query's last token only, the rest of it being compiled alone.
+      and CacheBlend compile the query alone and recompute its last token only.
       LegoLink-0's BOS is one of its four dummies (the code: three and the BOS) and is left out.
 
     Args:
@@ -51,6 +53,7 @@ def arms(
     """
     if preset not in ("fair", "paper", "repo"):
         raise PICacheError(f"preset must be 'fair', 'paper' or 'repo', got {preset!r}")
+    k = whole_number("arms needs a whole number k of tokens per chunk", k, least=0)
     if k == 0:
         raise PICacheError("arms(k=0): 'LegoLink-0' is an arm already: give k of at least 1")
     repo = preset == "repo"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, top
 
@@ -11,17 +12,18 @@ from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, top
 class ProphetKV(LinkMethod):
     """Recompute the tokens that matter to this query (ProphetKV, arXiv 2602.02579).
 
-    Two stages: the query alone goes through every layer over the chunks as compiled; the tokens it
-    attended to most, fused over all layers, are then recomputed. With ``value_norm=True`` attention
-    is weighed by the length of the value it brings, the attention-norm of InfoFlow KV (arXiv
-    2603.05353; its reordering of chunks is left to the caller, who orders them).
+    There are two stages. First the query alone goes through every layer and attends to the chunks
+    as compiled; then the tokens it attended to most, over all layers, are recomputed. With
+    ``value_norm=True`` attention is weighted by the norm of the value it is paid to, as the
+    attention-norm of InfoFlow KV (arXiv 2603.05353) is; that paper also reorders the chunks, which
+    is left to the caller here.
 
-    Reimplemented from the papers' descriptions, no code being public; the fusion here is the mean
-    over layers, heads and query tokens.
+    Written from the papers' descriptions, since no code is public. Attention is combined by the
+    mean over layers, heads and query tokens.
 
     Args:
         ratio: share of the reusable tokens to recompute; 0.2 is the paper's setting.
-        value_norm: weigh attention by the length of the values.
+        value_norm: whether to weight attention by the norm of the values.
 
     Raises:
         PICacheError: when `ratio` is outside [0, 1].
@@ -31,9 +33,9 @@ class ProphetKV(LinkMethod):
     value_norm: bool = False
 
     def __post_init__(self) -> None:
-        check_ratio("ProphetKV", self.ratio)
+        object.__setattr__(self, "ratio", check_ratio("ProphetKV", self.ratio))
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """The share of tokens of the largest attention."""
         attention = evidence.query_attention(value_norm=self.value_norm)[:, layout.reusable]
         return layout.reusable[top(attention.mean(dim=0), layout.share(self.ratio))]

@@ -1,10 +1,12 @@
-"""A control: as many tokens as another method recomputes, drawn by chance."""
+"""A control: as many tokens as another method recomputes, drawn at random."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from picache.arguments import whole_number
 from picache.errors import PICacheError
 from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, check_tokens
 
@@ -13,18 +15,17 @@ from picache.methods.base import Evidence, Layout, LinkMethod, check_ratio, chec
 class RandomRecompute(LinkMethod):
     """Recompute uniformly drawn tokens: `k` of every chunk but the first, or a `ratio` of all.
 
-    The arm that tells whether a selector knows anything, at its token budget: `k` is LegoLink's,
-    `ratio` that of CacheBlend, A3 and ProphetKV.
+    A method is worth its cost only where it does better than this one with as many tokens: `k` is
+    the budget of LegoLink, `ratio` that of CacheBlend, A3 and ProphetKV.
 
     Args:
-        k: tokens per chunk, clamped to the chunk's length.
-        seed: the draw is a function of the seed and the layout alone.
-        ratio: share of the reusable tokens, rounded down, wherever they stand behind the first
-            chunk.
+        k: tokens of each chunk; all of a chunk that has no more.
+        seed: of the draw, which depends on the seed and the layout alone.
+        ratio: share of the reusable tokens, rounded down, drawn from all of them at once.
 
     Raises:
         PICacheError: unless exactly one of `k` and `ratio` is given, `k` a whole number of at least
-            0, `ratio` in [0, 1].
+            0, `ratio` in [0, 1], and `seed` a whole number.
     """
 
     k: int | None = None
@@ -38,12 +39,14 @@ class RandomRecompute(LinkMethod):
                 "give k=16 for tokens per chunk, or ratio=0.15 for a share of all"
             )
         if self.k is not None:
-            check_tokens("RandomRecompute", self.k)
+            object.__setattr__(self, "k", check_tokens("RandomRecompute", self.k))
         if self.ratio is not None:
-            check_ratio("RandomRecompute", self.ratio)
+            object.__setattr__(self, "ratio", check_ratio("RandomRecompute", self.ratio))
+        seed = whole_number("RandomRecompute needs a whole number as its seed", self.seed)
+        object.__setattr__(self, "seed", seed)
 
+    @override
     def recompute(self, layout: Layout, evidence: Evidence) -> Tensor:
-        """Positions drawn without replacement, chunk by chunk or out of all at once."""
         generator = torch.Generator().manual_seed(self.seed)
         if self.ratio is not None:
             everything = layout.reusable

@@ -1,4 +1,4 @@
-"""Where compiled chunks live: device, pinned host memory and disk, each bounded in bytes."""
+"""The store of compiled chunks, with up to three tiers, each bounded in bytes."""
 
 import math
 import os
@@ -13,7 +13,7 @@ import torch
 from picache.chunk import KV, STORAGES, Header
 from picache.errors import CorruptChunk, PICacheError
 from picache.store.disk import Disk
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.memory import Memory
 from picache.store.quantize import Encoded, encode
 from picache.store.stored import StoredChunk, check_kv, human
@@ -22,7 +22,15 @@ from picache.store.tiers import Entry, Tier
 
 @dataclass(frozen=True)
 class TierStats:
-    """One tier: chunks and bytes held, the bound in bytes (inf for none), hits served from it."""
+    """What one tier of a store holds and has done.
+
+    Attributes:
+        name: "device", "host" or "disk".
+        chunks: how many it holds.
+        nbytes: bytes it holds.
+        budget: its bound in bytes; `math.inf` for none.
+        hits: how many chunks were served from it.
+    """
 
     name: str
     chunks: int
@@ -37,7 +45,7 @@ class TierStats:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds and has done; see the attributes of `ChunkStore`."""
+    """What a store holds and has done: its tiers, and the counters of `ChunkStore`."""
 
     tiers: tuple[TierStats, ...]
     hits: int
@@ -49,36 +57,37 @@ class StoreStats:
 
 
 class ChunkStore:
-    """KV of compiled chunks by content key.
+    """Keeps the KV of compiled chunks on the device, in host memory and on disk.
 
-    A chunk is put on the device it was compiled on. What the device tier has no room for moves to
-    host memory, what that has no room for is left to disk, and what is on no disk is gone. With a
-    `path`, every chunk is also written to disk when it is put, so that it outlives the process. A
-    hit does not move a chunk up by itself: `promote` does. One store may serve several models:
-    keys hold what tells them apart (`picache.chunk.chunk_key`). Methods may be called from
-    several threads.
+    A chunk is put on the device it was compiled on. Where the device tier has no room, chunks move
+    to host memory; where that has none, they remain on disk; a chunk that is on no disk is then
+    gone. With a `path`, every chunk is also written to disk when it is put, so that it outlives the
+    process. Reading a chunk does not move it to a faster tier; `promote` does. One store may serve
+    several models, since keys tell their chunks apart (`picache.chunk.chunk_key`). Several threads
+    may use a store at the same time.
 
     Args:
-        device_bytes: most bytes of keys and values on the device; None for no bound.
-        host_bytes: most bytes in host memory, page-locked where they come from a CUDA device;
-            `math.inf` for no bound, None for no host tier. Chunks come here only from a device
-            tier that has a bound.
-        path: local folder or fsspec URL to keep chunks under; None for no disk tier. Others may
-            use it at the same time.
-        disk_bytes: most bytes of this namespace's files there, None for no bound. A file is
-            written before others leave for it: leave room for one more.
-        eviction: "lru", or "cost" to keep what takes long to compile per byte; see `Tier`.
-        storage: "exact", or "int8" or "fp8" to keep half the bytes of bf16 at an error; see
-            `picache.store.quantize.encode`. The dtype given out is always the one put in.
-        namespace: the tenant. Stores of two namespaces see nothing of each other.
+        device_bytes: the most bytes of keys and values on the device; None for no bound.
+        host_bytes: the most bytes in host memory, which is page-locked where chunks come from a
+            CUDA device; `math.inf` for no bound, None for no host tier. Chunks get here only from a
+            device tier that has a bound.
+        path: local folder or fsspec URL to keep chunks under; None for no disk tier. Other stores
+            and processes may use it at the same time.
+        disk_bytes: the most bytes of this namespace's files there; None for no bound. A new file is
+            written before older ones are deleted for it, so leave room for one more.
+        eviction: which chunks leave a full tier: "lru" the least recently used, "cost" those that
+            are quick to compile again for their bytes; see `picache.store.tiers.Tier`.
+        storage: "exact"; or "int8" or "fp8", which take half the bytes of bf16 and are not exact
+            (see `picache.store.quantize.encode`). The dtype given out is always the one put in.
+        namespace: the tenant. Stores of different namespaces see nothing of each other.
 
     Attributes:
-        hits: chunks found.
-        misses: chunks asked for and not found.
-        demotions: chunks that left a tier for a slower one that holds them.
-        evictions: chunks that are nowhere any more, for want of room.
-        corrupt: damaged or foreign files found, and removed.
-        disk_failures: chunks that could not be written to disk.
+        hits: how many chunks were asked for and found.
+        misses: how many were asked for and not found.
+        demotions: how many left a tier and remain in a slower one.
+        evictions: how many were lost altogether for want of room.
+        corrupt: how many damaged or foreign files were found, and removed.
+        disk_failures: how many chunks could not be written to disk.
 
     Raises:
         PICacheError: when a bound is not positive, a name unknown, or `path` is not a chunk store.
@@ -97,16 +106,18 @@ class ChunkStore:
     ) -> None:
         if storage not in STORAGES:
             raise PICacheError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        if not isinstance(namespace, str):
+            raise PICacheError(f"namespace must be a text, got {namespace!r}")
         if disk_bytes is not None and path is None:
             raise PICacheError(f"disk_bytes={disk_bytes} needs a path to write to: give path=...")
         self.storage, self.namespace = storage, namespace
         self._lock = threading.RLock()
-        self._busy = Busy(self._lock)
-        self._memory = Memory(device_bytes, host_bytes, eviction, self._busy)
+        self._in_use = InUse(self._lock)
+        self._memory = Memory(device_bytes, host_bytes, eviction, self._in_use)
         self._disk = (
             None
             if path is None
-            else Disk(path, disk_bytes, eviction, namespace, storage, self._busy, self._lock)
+            else Disk(path, disk_bytes, eviction, namespace, storage, self._in_use, self._lock)
         )
         self.misses = self.evictions = self._left_to_disk = 0
 
@@ -118,31 +129,31 @@ class ChunkStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in memory, device and host."""
+        """Bytes held in memory, on the device and in the host tier."""
         return sum(tier.nbytes for tier in self._memory.tiers)
 
     @property
     def hits(self) -> int:
-        """Chunks found, in any tier."""
+        """How many chunks were asked for and found, in any tier."""
         return sum(tier.hits for tier in self._tiers)
 
     @property
     def demotions(self) -> int:
-        """Chunks that left a tier for a slower one that holds them."""
+        """How many chunks left a tier and remain in a slower one."""
         return self._memory.demotions + self._left_to_disk
 
     @property
     def corrupt(self) -> int:
-        """Damaged or foreign files found."""
+        """How many damaged or foreign files were found, and removed."""
         return 0 if self._disk is None else self._disk.corrupt
 
     @property
     def disk_failures(self) -> int:
-        """Chunks that could not be written to disk."""
+        """How many chunks could not be written to disk."""
         return 0 if self._disk is None else self._disk.failures
 
     def stats(self) -> StoreStats:
-        """The counters and what each tier holds, at one moment."""
+        """The counters and what each tier holds, all at the same moment."""
         with self._lock:
             return StoreStats(
                 tuple(
@@ -180,7 +191,7 @@ class ChunkStore:
     # Reading
 
     def get(self, key: str) -> StoredChunk | None:
-        """The chunk under `key`, now the most recently used; None when absent or damaged."""
+        """The chunk under `key`, which counts as used now; None when it is absent or damaged."""
         found = self._find(key)
         with self._lock:
             if found is None:
@@ -190,12 +201,13 @@ class ChunkStore:
         return found
 
     def _find(self, key: str) -> StoredChunk | None:
+        """The chunk under `key` in the fastest tier that has it, without counting a hit."""
         with self._lock:
             held = self._memory.find(key)
         if held is not None:
             tier, entry = held
             assert entry.header is not None
-            layers = entry.layers  # of this moment: a demotion replaces the list
+            layers = entry.layers  # a demotion meanwhile replaces the list, and this one stays
             return StoredChunk(
                 key, entry.header, entry.nbytes, tier.name, len(layers), layers.__getitem__
             )
@@ -213,7 +225,7 @@ class ChunkStore:
             except CorruptChunk:
                 disk.damaged(key, file.version)
                 raise
-            except OSError as error:  # the disk, not the file: nothing is deleted
+            except OSError as error:  # the disk fails, not the file: nothing is deleted
                 raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
 
         return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
@@ -221,19 +233,21 @@ class ChunkStore:
     # Writing
 
     def put(self, key: str, kv: list[KV], header: Header | None = None) -> None:
-        """Store a chunk; what is the cheapest to lose leaves until it fits.
+        """Store a chunk; others leave their tier until it fits.
 
-        A disk that cannot take it is counted and warned about once; the chunk stays in memory.
+        Where the disk cannot take it, that is counted, and warned about the first time; the chunk
+        is then in memory alone.
 
         Args:
-            key: from `picache.chunk.chunk_key`.
-            kv: keys and values per layer, each ``[1, kv_heads, tokens, head_dim]``, kept without a
-                copy: do not write to them afterwards.
-            header: what the chunk is; its `compile_seconds` counts in eviction by cost.
+            key: made by `picache.chunk.chunk_key`.
+            kv: keys and values layer by layer, each ``[1, kv_heads, tokens, head_dim]``. They are
+                kept without a copy: do not write to them afterwards.
+            header: what the KV depends on; its `compile_seconds` counts in eviction by cost.
 
         Raises:
-            PICacheError: when a tensor is not finite, shapes, dtypes and header do not go together,
-                or there is no room; the store is unchanged.
+            StoreFull: when there is no room; the store is unchanged.
+            PICacheError: when a tensor is not finite, or when shapes, dtypes and header do not go
+                together; the store is unchanged.
         """
         header = check_kv(key, kv, header, self.namespace, self.storage)
         if self._disk is not None:
@@ -251,11 +265,15 @@ class ChunkStore:
                 raise self._memory.no_room(entry.nbytes)
 
     def promote(self, key: str, device: torch.device | str) -> bool:
-        """Bring a chunk to `device` and its tier, out of host memory or from disk.
+        """Move a chunk out of host memory, or copy it from disk, to the device tier.
+
+        Args:
+            key: of the chunk.
+            device: the device to bring it to.
 
         Returns:
-            Whether it is on the device tier now; False when it is absent, pinned where it is, or
-            there is no room.
+            Whether it is in the device tier now; False when it is absent, when it is pinned in
+            another tier, or when there is no room.
 
         Raises:
             CorruptChunk: when its file is damaged; the store has dropped it.
@@ -263,10 +281,10 @@ class ChunkStore:
         found = self._find(key)
         if found is None or found.tier == "device":
             return found is not None
-        if key in self._busy.pins:
+        if key in self._in_use.pins:
             return False
-        with self._lock:  # see before anything is copied; of a file the size is not yet known
-            room = self._memory.tiers[0].room_for(found.nbytes, key, self._busy)
+        with self._lock:  # before anything is copied; the size of a file in memory is not known yet
+            room = self._memory.tiers[0].room_for(found.nbytes, key, self._in_use)
         if room is None and found.tier == "host":
             return False
         layers = []
@@ -277,28 +295,28 @@ class ChunkStore:
             )
         entry = _entry(found.header, layers)
         with self._lock:
-            room = self._memory.tiers[0].room_for(entry.nbytes, key, self._busy)
-            if room is None or key in self._busy.pins:  # pinned meanwhile
+            room = self._memory.tiers[0].room_for(entry.nbytes, key, self._in_use)
+            if room is None or key in self._in_use.pins:  # pinned meanwhile
                 return False
             self._count_out(self._memory.insert(0, key, entry))
         return True
 
     def _count_out(self, gone: list[str]) -> None:
-        """Count what left memory: demoted if it is on disk, else evicted."""
+        """Count chunks that left memory: as demotions if they are on disk, else as evictions."""
         for key in gone:
             on_disk = self._disk is not None and key in self._disk.tier.entries
             self._left_to_disk += on_disk
             self.evictions += not on_disk
 
     def _count_deleted(self, gone: list[str]) -> None:
-        """Count files deleted for want of room, unless the chunk is in memory."""
+        """Count, as evictions, files deleted for want of room whose chunk is not in memory."""
         with self._lock:
             self.evictions += sum(key not in self._memory for key in gone)
 
     # What must stay
 
     def pin(self, key: str) -> None:
-        """Keep a chunk in the tier it is in until `unpin`; pinning twice is pinning once.
+        """Keep a chunk in its tier until `unpin`; pinning it twice is the same as once.
 
         Raises:
             PICacheError: when it is not in the store.
@@ -306,43 +324,44 @@ class ChunkStore:
         with self._lock:
             if key not in self:
                 raise PICacheError(f"cannot pin {key!r}: it is not in the store; put it first")
-            self._busy.pins.add(key)
+            self._in_use.pins.add(key)
 
     def unpin(self, key: str) -> None:
-        """Let a pinned chunk leave again.
+        """Allow a pinned chunk to leave its tier again.
 
         Raises:
             PICacheError: when it is not pinned.
         """
-        self._busy.unpin(key)
+        self._in_use.unpin(key)
 
     def using(self, keys: Iterable[str]) -> AbstractContextManager[None]:
-        """Count a reference to each chunk while a ``with`` block runs: none is evicted or demoted.
+        """A context manager: inside its block none of these chunks is evicted or demoted.
 
-        Keys that are not in the store yet count too, from when they are put. `PIC.link` holds a
-        reference to the chunks of the row it is linking.
+        A key that is not in the store yet counts from when its chunk is put. `PIC.link` uses the
+        chunks of the prompt it is linking.
         """
-        return self._busy.using(keys)
+        return self._in_use.using(keys)
 
     def clear(self) -> None:
-        """Drop every chunk, pinned ones and files on disk included; the counters stay.
+        """Remove every chunk, pinned ones and files on disk included; the counters stay.
 
         Raises:
             PICacheError: when chunks are in use; the store is unchanged.
         """
         with self._lock:
-            if self._busy.in_use:
+            if self._in_use.num_referenced:
                 raise PICacheError(
-                    f"cannot clear a store while {self._busy.in_use} chunks are in use: leave the "
-                    "block of `using` first"
+                    f"cannot clear a store while {self._in_use.num_referenced} chunks are in use: "
+                    "leave the block of `using` first"
                 )
-            self._busy.pins.clear()
+            self._in_use.pins.clear()
             self._memory.clear()
             if self._disk is not None:
                 self._disk.clear()
 
 
 def _entry(header: Header, layers: list[Encoded]) -> Entry:
+    """An entry of a tier in memory."""
     entry = Entry.of(sum(part.nbytes for layer in layers for part in layer.values()), header)
     entry.layers = layers
     return entry

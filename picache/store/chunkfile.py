@@ -1,10 +1,10 @@
-"""Compiled chunks as safetensors files that prove what they are before they are used.
+"""Compiled chunks as safetensors files, each of which is checked before it is used.
 
-One file a chunk. Its ``__metadata__`` holds the format, the key, the chunk's `Header`, a checksum
-per layer and one over all of that; a layer's checksum covers names, dtypes, shapes and bytes. They
-find damage, a file under another's name, and a file of another tenant or storage. They do not
-stop someone who can write to the folder from composing a file with checksums of its own; nothing
-in a file is ever executed.
+There is one file for each chunk. Its ``__metadata__`` holds the format, the key, the chunk's
+`Header`, a checksum for each layer, and one over all of these. The checksum of a layer covers
+names, dtypes, shapes and bytes. They find damage, a file under a wrong name, and a file of another
+tenant or storage. They do not stop somebody who can write to the folder from making a file with
+valid checksums; but nothing in a file is ever executed.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ CODES = {
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """The memory of a contiguous tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(parts: Encoded) -> str:
-    """SHA-256 of a layer: twice the speed of BLAKE2b where the processor has SHA instructions."""
+    """SHA-256 of a layer; twice as fast as BLAKE2b where the processor has SHA instructions."""
     digest = hashlib.sha256()
     for name in sorted(parts):
         tensor = parts[name]
@@ -48,15 +48,20 @@ def _checksum(parts: Encoded) -> str:
 
 
 def _seal(metadata: dict[str, str]) -> str:
-    """Checksum over every other field of the metadata."""
+    """SHA-256 over all fields of the metadata but the one it is kept in."""
     rest = {name: value for name, value in metadata.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
-    """A chunk as the bytes of a safetensors file, in pieces so that nothing is copied twice.
+    """The bytes of a chunk's safetensors file, in pieces so that nothing is copied twice.
 
-    `safetensors.torch.save` gives the same layout at one more copy of the whole chunk.
+    `safetensors.torch.save` writes the same bytes, but copies the whole chunk once more.
+
+    Args:
+        key: of the chunk.
+        header: of the chunk.
+        layers: as encoded for storage.
     """
     held = [{name: part.cpu().contiguous() for name, part in layer.items()} for layer in layers]
     metadata = {
@@ -67,7 +72,7 @@ def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
     }
     metadata["checksum"] = _seal(metadata)
     named = [(f"{i}.{name}", part) for i, layer in enumerate(held) for name, part in layer.items()]
-    named.sort(key=lambda pair: -pair[1].itemsize)  # each tensor aligned to its own element
+    named.sort(key=lambda pair: -pair[1].itemsize)  # so that each tensor is aligned to its elements
     entries: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, part in named:
@@ -86,20 +91,25 @@ def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
 
 
 def _copy(mapped: Tensor) -> Tensor:
-    """The tensor in memory of our own, page-locked where there is a CUDA device to copy it to."""
+    """A copy of a mapped tensor, page-locked where there is a CUDA device to copy it to."""
     own = torch.empty_like(mapped, pin_memory=torch.cuda.is_available())
     return own.copy_(mapped)
 
 
 class ChunkFile:
-    """A chunk's file, mapped, with its header checked; layers are checked as they are read.
+    """The file of a chunk, mapped into memory; the header is checked now, layers as they are read.
 
     Args:
-        path: local; it may be deleted or replaced afterwards.
-        key: that the file must have been written for.
-        namespace: that it must belong to.
-        storage: that it must be of.
+        path: a local path; the file may be deleted or replaced afterwards.
+        key: the key that the file must have been written for.
+        namespace: the namespace that it must belong to.
+        storage: the storage that it must have.
         version: which version of the file this is, for `Files.remove_version`.
+
+    Attributes:
+        header: of the chunk.
+        nbytes: bytes of the file.
+        version: as handed in.
 
     Raises:
         CorruptChunk: when the file is damaged or is not that chunk; says what was seen.
@@ -145,7 +155,7 @@ class ChunkFile:
         return len(self._checksums)
 
     def layer(self, index: int) -> Encoded:
-        """One layer, copied out of the mapping first so that what was checked is what is used.
+        """One layer as stored; copied out of the mapping, so that what is checked is what is used.
 
         Raises:
             CorruptChunk: when it is not what was written.
@@ -168,9 +178,9 @@ class ChunkFile:
         return parts
 
     def _shrunk(self) -> bool:
-        """Whether the mapped file lost its tail: touching that would kill the process (SIGBUS)."""
+        """Whether the mapped file was cut short; reading past its end would kill the process."""
         try:
             now = os.stat(self._path)
-        except FileNotFoundError:  # unlinked: what is mapped stays whole
+        except FileNotFoundError:  # deleted: what is mapped stays readable
             return False
         return now.st_ino == self._stat.st_ino and now.st_size != self._stat.st_size

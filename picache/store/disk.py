@@ -1,4 +1,4 @@
-"""The disk tier: a directory of chunk files, bounded in bytes."""
+"""The disk tier of a store: a folder of chunk files, bounded in bytes."""
 
 import math
 import os
@@ -12,31 +12,35 @@ from picache.chunk import Header
 from picache.errors import CorruptChunk, PICacheError
 from picache.store.chunkfile import ChunkFile, pack
 from picache.store.files import SUFFIX
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.quantize import Encoded
 from picache.store.remote import open_files
 from picache.store.tiers import Entry, Tier
 
 
 class Disk:
-    """The chunk files of one namespace and storage under a path or URL.
+    """The chunk files of one namespace and storage, under a path or URL.
 
-    The directory is the index: there is no index file that a crash could tear or two writers could
-    fight over. `tier` mirrors it as last seen, for the bound and for which file to lose first. Two
-    processes that write one key both write the same chunk; the last one stays.
+    The folder itself is the index. There is no index file, which a crash could leave half written
+    and two writers could overwrite for each other. `tier` mirrors the folder as it was last listed;
+    it keeps the bound and decides which file to delete first. Two processes that write the same key
+    write the same chunk, and the later file stays.
 
     Args:
         path: a local folder or an fsspec URL.
-        disk_bytes: most bytes of files; None for no bound.
+        disk_bytes: the most bytes of files; None for no bound.
         eviction: see `Tier`.
         namespace: the tenant; each has a folder of its own.
         storage: how tensors are kept; each kind has a folder of its own.
-        busy: says what must not be deleted.
-        lock: of the store; held for `tier`, not while files are written or read.
+        in_use: tells which chunks must not be deleted.
+        lock: of the store; held while `tier` is read or changed, not while files are written or
+            read.
 
     Attributes:
-        corrupt: files that failed a check, and were removed.
-        failures: chunks that could not be written.
+        tier: the files as entries.
+        where: the path or URL, as text.
+        corrupt: how many files failed a check, and were removed.
+        failures: how many chunks could not be written.
 
     Raises:
         PICacheError: when `path` cannot hold a store; see `open_files`.
@@ -49,7 +53,7 @@ class Disk:
         eviction: str,
         namespace: str,
         storage: str,
-        busy: Busy,
+        in_use: InUse,
         lock: RLock,
     ) -> None:
         folder = "ns=" + quote(namespace, safe="")
@@ -60,7 +64,7 @@ class Disk:
             )
         self.tier = Tier("disk", math.inf if disk_bytes is None else disk_bytes, eviction)
         self._namespace, self._storage = namespace, storage
-        self._busy, self._lock = busy, lock
+        self._in_use, self._lock = in_use, lock
         self._files = open_files(path, f"{storage}/{folder}")
         self.where = self._files.where
         self.corrupt = self.failures = 0
@@ -69,11 +73,11 @@ class Disk:
 
     @staticmethod
     def name(key: str) -> str:
-        """The file of a key; PICacheError when the key cannot name one."""
+        """The file name of a key; PICacheError when the key cannot be one."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", key):
             raise PICacheError(
                 f"key {key!r} cannot name a file: give 1 to 128 letters, digits, '_' or '-', such "
-                "as picache.header.chunk_key returns"
+                "as picache.chunk.chunk_key returns"
             )
         return f"{key[:2]}/{key}{SUFFIX}"
 
@@ -81,7 +85,7 @@ class Disk:
         return self._files.exists(self.name(key))
 
     def refresh(self) -> list[str]:
-        """Look at the directory again; the keys deleted because they were over the bound."""
+        """List the folder again, and delete files that are over the bound; returns their keys."""
         listed = sorted(self._files.listing().items(), key=lambda item: item[1].used)
         files = {name.rpartition("/")[2].removesuffix(SUFFIX): info for name, info in listed}
         with self._lock:
@@ -93,17 +97,23 @@ class Disk:
             return self._trim()
 
     def _trim(self, keep: str = "") -> list[str]:
-        """Delete the files that are the cheapest to lose until the rest fits."""
-        leave = self.tier.room_for(0, "", lambda key: key == keep or self._busy(key)) or []
+        """Delete files until the others fit the bound, `keep` never; returns the deleted keys."""
+        leave = self.tier.room_for(0, "", lambda key: key == keep or self._in_use(key)) or []
         for key in leave:
             self._files.remove(self.name(key))
             self.tier.drop(key, evicted=True)
         return leave
 
     def write(self, key: str, header: Header, layers: list[Encoded]) -> tuple[bool, list[str]]:
-        """Write a chunk: whether it is on disk now, and the keys deleted to make room.
+        """Write a chunk. One that cannot be written is counted, and warned about the first time.
 
-        What the disk cannot take is counted in `failures`, and warned about the first time.
+        Args:
+            key: of the chunk.
+            header: of the chunk.
+            layers: as encoded for storage.
+
+        Returns:
+            Whether the chunk is on disk now, and the keys deleted to make room.
         """
         data = pack(key, header, layers)
         nbytes = sum(piece.nbytes for piece in data)
@@ -112,7 +122,7 @@ class Disk:
             if not math.isinf(self.tier.budget):
                 gone += self.refresh()  # other processes fill the same directory
             with self._lock:
-                fits = self.tier.room_for(nbytes, key, self._busy) is not None
+                fits = self.tier.room_for(nbytes, key, self._in_use) is not None
             if fits:
                 self._files.write(self.name(key), data)
                 with self._lock:
@@ -135,7 +145,12 @@ class Disk:
         return False, gone
 
     def open(self, key: str) -> tuple[ChunkFile | None, list[str]]:
-        """The chunk's file, None when absent or damaged, and the keys deleted to make room."""
+        """Open the file of a chunk, which counts as used now.
+
+        Returns:
+            The file, None when it is absent or damaged; and the keys deleted to make room, since
+            another process may have written it.
+        """
         name = self.name(key)
         try:
             with self._files.local(name) as (path, version):
@@ -150,15 +165,15 @@ class Disk:
             return None, []
         self._files.touch(name)
         with self._lock:
-            if self.tier.room_for(file.nbytes, key, self._busy) is None:
-                return file, []  # another process's, too large for this one's bound
+            if self.tier.room_for(file.nbytes, key, self._in_use) is None:
+                return file, []  # written by another process, and too large for this bound
             self.tier.add(key, Entry.of(file.nbytes, file.header))
             return file, self._trim(key)
 
     def damaged(self, key: str, version: object) -> None:
-        """Forget a file that failed its check, and delete it; not one written in its place."""
+        """Delete a file that failed its check, but not another that was written in its place."""
         gone = True
-        with suppress(OSError):  # one that cannot be deleted is checked, and refused, every time
+        with suppress(OSError):  # a file that cannot be deleted is refused each time
             gone = self._files.remove_version(self.name(key), version)
         with self._lock:
             self.corrupt += 1

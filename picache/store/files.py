@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: what a store needs of them, and a local folder."""
+"""Files that appear whole or not at all: what a store needs of them, and a local folder's."""
 
 import json
 import os
@@ -11,53 +11,70 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from picache.errors import PICacheError
 
 MARKER = "picache-store.json"
 MARKED = {"format": "picache-store", "version": 2}
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(r"\..*\.tmp")
-STALE_SECONDS = 600.0  # a writer touches its file all the time; one silent for so long was killed
+STALE_SECONDS = 600.0  # a temporary file not written to for so long was left by a killed process
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Size in bytes and when a file was last used, in seconds since the epoch."""
+    """What a listing tells of a file.
+
+    Attributes:
+        nbytes: its size.
+        used: when it was last used, in seconds since the epoch; 0 where that is not known.
+    """
 
     nbytes: int
     used: float
 
 
 class Files(Protocol):
-    """Named files of one store; a name is ``shard/key.safetensors``."""
+    """The files of one store by name; a name is ``shard/key.safetensors``.
+
+    Attributes:
+        where: the path or URL of the store, as text.
+    """
 
     where: str
 
     def listing(self) -> dict[str, FileInfo]:
-        """Every whole file; what killed writers left behind is not among them."""
+        """Every whole file by name, without the temporary ones of writers."""
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there now, whoever wrote it."""
+        """Whether the file is there now, whichever process wrote it."""
 
     def write(self, name: str, data: list[memoryview]) -> None:
-        """Make the file appear with this content at once; on any error nothing is left."""
+        """Write a file that appears at once with its whole content, or not at all on OSError."""
 
     def remove(self, name: str) -> None:
-        """Delete the file; one that is gone already is no error."""
+        """Delete the file; it is no error if it is gone already."""
 
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file if it is still that version of it; whether none is there now."""
+        """Delete the file if it is still that version; returns whether none is there now."""
 
     def touch(self, name: str) -> None:
-        """Mark the file as used now, where the file system can."""
+        """Mark the file as used now, where the file system can do that."""
 
     def local(self, name: str) -> Any:
-        """Context manager giving a local path to map and the version of the file, for as long as
-        the block runs or the file is mapped; FileNotFoundError when there is none."""
+        """A context manager that gives a local path to map, and the version of the file there.
+
+        The path is good inside the block, the mapping for as long as it exists. The version is None
+        where it cannot be told.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+        """
 
 
 def temporary_name(name: str) -> str:
-    """A name beside `name` that no reader and no other writer uses."""
+    """A name in the folder of `name` that no reader and no other writer uses."""
     parent, _, last = name.rpartition("/")
     return (
         f"{parent}/.{last}.{uuid.uuid4().hex}.tmp" if parent else f".{last}.{uuid.uuid4().hex}.tmp"
@@ -65,7 +82,13 @@ def temporary_name(name: str) -> str:
 
 
 def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
-    """Whether the store has its marker; refuses what is not a chunk store of this version."""
+    """Whether a folder is marked as a chunk store; PICacheError when it holds something else.
+
+    Args:
+        marker: content of the marker file; None when there is none.
+        others: names of what else is there.
+        where: the path or URL, for errors.
+    """
     if marker is None:
         if others:
             raise PICacheError(
@@ -85,8 +108,16 @@ def check_marker(marker: bytes | None, others: list[str], where: str) -> bool:
     return True
 
 
-class LocalFiles:
-    """Files in a folder of this machine, written to a temporary name, synced and renamed."""
+class LocalFiles(Files):
+    """Files in a local folder, written under a temporary name, synced and renamed.
+
+    Args:
+        root: folder of the store.
+        folder: the folder below it that these files are in.
+
+    Raises:
+        PICacheError: when `root` holds something else than a chunk store, or cannot be written to.
+    """
 
     def __init__(self, root: Path, folder: str) -> None:
         self.where = str(root)
@@ -109,13 +140,13 @@ class LocalFiles:
             ) from error
 
     def _probe(self) -> None:
-        """Fail now rather than at the first chunk where the folder cannot be written to."""
+        """Write a file, so that a folder that cannot be written to fails now and not later."""
         probe = self._root / temporary_name("probe")
         probe.touch()
         probe.unlink()
 
     def _clean(self) -> None:
-        """Remove what writers killed long ago left; a live one's file is younger."""
+        """Remove temporary files that were left by processes killed long ago."""
         for path in self._root.rglob(".*.tmp"):  # shards, never another tenant's folder
             try:
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
@@ -124,6 +155,7 @@ class LocalFiles:
                 continue
 
     def _write(self, path: Path, data: list[memoryview]) -> None:
+        """Write under a temporary name, sync, and rename; on any error remove it again."""
         temporary = path.parent / temporary_name(path.name)
         try:
             with temporary.open("xb") as file:
@@ -141,8 +173,8 @@ class LocalFiles:
             finally:
                 os.close(parent)
 
+    @override
     def listing(self) -> dict[str, FileInfo]:
-        """Every whole file by name."""
         found = {}
         for path in self._root.glob(f"*/*{SUFFIX}"):
             try:
@@ -153,22 +185,22 @@ class LocalFiles:
                 found[f"{path.parent.name}/{path.name}"] = FileInfo(stat.st_size, stat.st_mtime)
         return found
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the file is there now."""
         return (self._root / name).is_file()
 
+    @override
     def write(self, name: str, data: list[memoryview]) -> None:
-        """Write, sync, rename; raises OSError with nothing left behind."""
         path = self._root / name
         path.parent.mkdir(exist_ok=True)
         self._write(path, data)
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete the file if it is there."""
         (self._root / name).unlink(missing_ok=True)
 
+    @override
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file unless a writer has put another in its place."""
         path = self._root / name
         try:
             if _version(path.stat()) != version:
@@ -178,16 +210,18 @@ class LocalFiles:
         path.unlink(missing_ok=True)
         return True
 
+    @override
     def touch(self, name: str) -> None:
-        """Set the file's time, which other processes and later ones read as its last use."""
+        """Set the file's time of modification, which every process takes for its last use."""
         try:
             os.utime(self._root / name)
         except OSError:  # evicted by another process, or another user's: nothing to mark
             return
 
+    @override
     @contextmanager
     def local(self, name: str) -> Iterator[tuple[Path, object]]:
-        """The path itself; no version where it cannot be read, so that nothing is deleted."""
+        """Gives the path itself; no version if the file cannot be read, so that it is kept."""
         path = self._root / name
         try:
             file = path.open("rb")  # while it is open or mapped, its inode is no other file's
@@ -201,5 +235,5 @@ class LocalFiles:
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
-    """What a rewritten file differs in; not its time, which readers set."""
+    """Device and inode, which change when a file is written anew; its time is set by readers."""
     return stat.st_dev, stat.st_ino

@@ -1,4 +1,4 @@
-"""Which chunks must stay where they are: pinned ones, and ones in use just now."""
+"""Which chunks must not be evicted: those that are pinned, and those that a link is reading."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,8 +8,17 @@ from threading import RLock
 from picache.errors import PICacheError
 
 
-class Busy:
-    """Pins and reference counts by key; calling it with a key says whether that must stay."""
+class InUse:
+    """The pins and the reference counts of chunks, by key.
+
+    Calling it with a key tells whether that chunk must stay in the tier it is in.
+
+    Args:
+        lock: of the store.
+
+    Attributes:
+        pins: keys of the pinned chunks.
+    """
 
     def __init__(self, lock: RLock) -> None:
         self._lock = lock
@@ -17,16 +26,16 @@ class Busy:
         self._uses: Counter[str] = Counter()
 
     def __call__(self, key: str) -> bool:
-        """Whether the chunk must stay."""
+        """Whether the chunk is pinned or in use, and must stay in its tier."""
         return key in self.pins or self._uses[key] > 0
 
     @property
-    def in_use(self) -> int:
-        """Chunks with a reference."""
+    def num_referenced(self) -> int:
+        """How many chunks have a reference."""
         return len(self._uses)
 
     def unpin(self, key: str) -> None:
-        """Let a pinned chunk leave again; PICacheError when it is not pinned."""
+        """Allow a pinned chunk to be evicted again; PICacheError when it is not pinned."""
         with self._lock:
             if key not in self.pins:
                 raise PICacheError(f"cannot unpin {key!r}: it is not pinned")
@@ -34,7 +43,7 @@ class Busy:
 
     @contextmanager
     def using(self, keys: Iterable[str]) -> Iterator[None]:
-        """Hold a reference to each chunk while the block runs."""
+        """Hold a reference to each chunk inside the ``with`` block."""
         keys = list(keys)
         with self._lock:
             self._uses.update(keys)

@@ -1,4 +1,4 @@
-"""The tiers of memory: the device, and host memory under it."""
+"""The two tiers in memory: the device, and host memory below it."""
 
 import math
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from picache.errors import StoreFull
-from picache.store.in_use import Busy
+from picache.store.in_use import InUse
 from picache.store.tiers import Entry, Tier
 
 
 def to_host(part: Tensor) -> Tensor:
-    """The tensor in host memory, page-locked if it comes from a CUDA device."""
+    """A copy of a tensor in host memory, page-locked if it comes from a CUDA device."""
     if part.device.type == "cpu":
         return part
     host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
@@ -19,30 +19,34 @@ def to_host(part: Tensor) -> Tensor:
 
 
 class Memory:
-    """Chunks in memory, each in one tier; what a tier has no room for moves to the next.
+    """Chunks in memory, each in one tier; what the device has no room for moves to the host.
 
     Args:
-        device_bytes: bound of the device tier; None for no bound.
-        host_bytes: bound of the host tier; None for no such tier.
+        device_bytes: bound of the device tier in bytes; None for no bound.
+        host_bytes: bound of the host tier in bytes; None for no host tier.
         eviction: see `Tier`.
-        busy: says what must stay where it is.
+        in_use: tells which chunks must stay where they are.
+
+    Attributes:
+        tiers: the device, and the host if there is one.
+        demotions: how many chunks moved from the device to the host.
     """
 
     def __init__(
-        self, device_bytes: float | None, host_bytes: float | None, eviction: str, busy: Busy
+        self, device_bytes: float | None, host_bytes: float | None, eviction: str, in_use: InUse
     ) -> None:
         device = Tier("device", math.inf if device_bytes is None else device_bytes, eviction)
         self.tiers = [device]
         if host_bytes is not None:
             self.tiers.append(Tier("host", host_bytes, eviction))
-        self.demotions = 0  # from device to host
-        self._busy = busy
+        self.demotions = 0
+        self._in_use = in_use
 
     def __contains__(self, key: str) -> bool:
         return any(key in tier.entries for tier in self.tiers)
 
     def find(self, key: str) -> tuple[Tier, Entry] | None:
-        """The entry and its tier, now the most recently used there."""
+        """The tier and the entry of a chunk, which counts as used now; None when it is absent."""
         for tier in self.tiers:
             if key in tier.entries:
                 tier.touch(key)
@@ -50,24 +54,24 @@ class Memory:
         return None
 
     def level_for(self, key: str, nbytes: int) -> int | None:
-        """The fastest tier that can take `nbytes` under `key`; None if none can."""
+        """Index of the fastest tier that can take a chunk of `nbytes`; None if none can."""
         for level, tier in enumerate(self.tiers):
-            if tier.room_for(nbytes, key, self._busy) is not None:
+            if tier.room_for(nbytes, key, self._in_use) is not None:
                 return level
         return None
 
     def insert(self, level: int, key: str, entry: Entry) -> list[str]:
-        """Put an entry in a tier that can take it, and in no other.
+        """Put an entry in a tier that has room for it, and remove it from the other.
 
         Returns:
-            Keys that are in no tier of memory any more.
+            Keys of the chunks that left memory to make room.
         """
         tier = self.tiers[level]
         if level > 0:
             entry.layers = [
                 {name: to_host(part) for name, part in layer.items()} for layer in entry.layers
             ]
-        leave = tier.room_for(entry.nbytes, key, self._busy)
+        leave = tier.room_for(entry.nbytes, key, self._in_use)
         assert leave is not None, "level_for said there is room"
         for other in self.tiers:
             if other is not tier:
@@ -77,11 +81,11 @@ class Memory:
         return gone
 
     def _demote(self, level: int, key: str) -> list[str]:
-        """Move an entry one tier down, or out; the keys that went out."""
+        """Move an entry one tier down, or out of memory; the keys that left memory."""
         tier = self.tiers[level]
         entry = tier.entries[key]
         below = self.tiers[level + 1 : level + 2]
-        if not below or below[0].room_for(entry.nbytes, key, self._busy) is None:
+        if not below or below[0].room_for(entry.nbytes, key, self._in_use) is None:
             tier.drop(key, evicted=True)
             return [key]
         tier.raise_floor(key)
@@ -89,13 +93,13 @@ class Memory:
         return self.insert(level + 1, key, entry)
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Remove every chunk."""
         for tier in self.tiers:
             for key in list(tier.entries):
                 tier.drop(key)
 
     def no_room(self, nbytes: int) -> StoreFull:
-        """Why `nbytes` fit no tier, and what to do."""
+        """The error for a chunk of `nbytes` that no tier can take."""
         largest = max(self.tiers, key=lambda tier: tier.budget)
         if nbytes > largest.budget:
             return StoreFull(
@@ -104,7 +108,7 @@ class Memory:
             )
         keys = [key for tier in self.tiers for key in tier.entries]
         return StoreFull(
-            f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._busy, keys))} of the "
+            f"a chunk of {nbytes:,} bytes does not fit: {sum(map(self._in_use, keys))} of the "
             f"{len(keys)} chunks in memory are pinned or in use and cannot leave; unpin some or "
             f"raise {largest.name}_bytes={largest.budget:,}"
         )

@@ -1,7 +1,4 @@
-"""How one layer's keys and values are kept: as they are, in 8-bit integers or in 8-bit floats.
-
-Slow and obvious on purpose: a few element-wise passes over a layer.
-"""
+"""Three ways to store a layer's keys and values: exactly, in 8-bit integers or in 8-bit floats."""
 
 import torch
 from torch import Tensor
@@ -9,7 +6,8 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 
-Encoded = dict[str, Tensor]  # parts of one layer by name; every storage has "keys" and "values"
+Encoded = dict[str, Tensor]
+"""The tensors that one layer is stored as, by name; every storage has "keys" and "values"."""
 
 FP8 = torch.float8_e4m3fn
 KEPT_AS = {"int8": torch.int8, "fp8": FP8}
@@ -21,15 +19,15 @@ PARTS = {
 
 
 def encode(kv: KV, storage: str) -> Encoded:
-    """One layer as it is stored.
+    """Encode the keys and values of one layer as they are stored.
 
-    "int8" is symmetric: one scale per (KV head, channel) for keys, whose outliers stay in few
-    channels, and per (KV head, token) for values, as KIVI finds (arXiv 2402.02750, section 3.1;
-    KIVI itself goes on to 2 bits, asymmetric, in groups). An element is off by at most half of its
-    scale, which is the largest magnitude under it over 127.
+    "int8" is symmetric quantisation. Keys have one scale for each KV head and channel, since their
+    outliers stay in few channels; values have one for each KV head and token, as KIVI finds (arXiv
+    2402.02750, section 3.1; KIVI itself goes on to 2 bits, asymmetric, in groups). A scale is the
+    largest magnitude that it covers, divided by 127; an element is off by at most half of it.
 
-    "fp8" is e4m3 with one scale per KV head, its largest magnitude on 448: an element is off by at
-    most 1/16 of itself, or 2**-10 of the scale where that is more.
+    "fp8" is the 8-bit float e4m3 with one scale per KV head, which maps the largest magnitude to
+    448. An element is off by at most 1/16 of itself, or by 2**-10 of the scale where that is more.
 
     Args:
         kv: keys and values, each ``[1, kv_heads, tokens, head_dim]``.
@@ -57,7 +55,7 @@ def encode(kv: KV, storage: str) -> Encoded:
 
 
 def decode(parts: Encoded, dtype: torch.dtype) -> KV:
-    """Keys and values of a layer again, in `dtype`; the inverse of `encode` up to its error."""
+    """Decode keys and values of one layer to `dtype`; the inverse of `encode` up to its error."""
     keys, values = parts["keys"], parts["values"]
     if "keys_scale" in parts:
         keys = (keys.to(parts["keys_scale"].dtype) * parts["keys_scale"]).to(dtype)
@@ -66,10 +64,16 @@ def decode(parts: Encoded, dtype: torch.dtype) -> KV:
 
 
 def _scale(tensor: Tensor, over: int | tuple[int, ...], top: float) -> tuple[Tensor, Tensor]:
-    """The tensor in float32 or wider, and what divides it into -top..top."""
+    """The tensor in float32 or wider, and the scale that divides it into ``-top..top``.
+
+    Args:
+        tensor: ``[1, kv_heads, tokens, head_dim]``.
+        over: the dimensions that share a scale.
+        top: the largest magnitude the stored type shall take.
+    """
     wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     largest = wide.abs().amax(over, keepdim=True)
-    # A head of zeros, or of numbers too small to divide, keeps a scale that can be divided by.
+    # Zeros, or numbers too small to divide by, get the smallest scale that is not zero.
     return wide, (largest / top).clamp_min(torch.finfo(wide.dtype).tiny)
 
 
@@ -80,5 +84,5 @@ def _to_int8(tensor: Tensor, over: int) -> tuple[Tensor, Tensor]:
 
 def _to_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     wide, scale = _scale(tensor, (2, 3), torch.finfo(FP8).max)
-    # At most top and a rounding error: that rounds to top, e4m3 turns NaN only from 464 on.
+    # A rounding error may exceed top, and rounds back to it: e4m3 turns to NaN from 464 on only.
     return (wide / scale).to(FP8), scale

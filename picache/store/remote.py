@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from typing_extensions import override
+
 from picache.errors import PICacheError
 from picache.store.files import (
     MARKED,
@@ -20,31 +22,52 @@ from picache.store.files import (
     temporary_name,
 )
 
-# What file systems say of a file that changes when it is written again.
+# Fields of a file's information that change when the file is written again, on one system or other.
 VERSION = ("ETag", "etag", "md5Hash", "generation", "LastModified", "mtime", "created", "size")
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "r2"}
 
 
 def open_files(path: str | os.PathLike[str], folder: str) -> Files:
-    """The files under `folder` of the store at `path`, made when there is none yet.
+    """The files in one folder of the store at `path`; the store is made when there is none yet.
 
     Args:
         path: a local folder or an fsspec URL such as ``s3://bucket/chunks``.
-        folder: relative, with forward slashes.
+        folder: of the files, relative to `path`, with forward slashes.
 
     Raises:
         PICacheError: when `path` holds something else than a chunk store, one of another format
             version, or cannot be written to.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise PICacheError(
+            f"path must be a local folder or an fsspec URL, got {type(path).__name__}: give "
+            "path='~/chunks' or path='s3://bucket/chunks'"
+        )
     text = os.fspath(path)
     text = text.removeprefix("file://")
-    return RemoteFiles(text, folder) if "://" in text else LocalFiles(Path(text), folder)
+    if "://" in text:
+        return RemoteFiles(text, folder)
+    try:
+        return LocalFiles(Path(text).expanduser(), folder)
+    except RuntimeError as error:
+        raise PICacheError(
+            f"cannot keep chunks in {text}: {error}; give an absolute path"
+        ) from error
 
 
-class RemoteFiles:
-    """Files behind an fsspec URL, copied here whole to be read.
+class RemoteFiles(Files):
+    """Files behind an fsspec URL; a file is copied to this machine as a whole to be read.
 
-    Object stores put an object at once or not at all; elsewhere a temporary name is moved.
+    In an object store an object appears at once or not at all. On other file systems a file is
+    written under a temporary name and moved.
+
+    Args:
+        url: of the store.
+        folder: the folder below it that these files are in.
+
+    Raises:
+        PICacheError: when the URL cannot be opened, holds something else than a chunk store, or
+            cannot be written to.
     """
 
     def __init__(self, url: str, folder: str) -> None:
@@ -77,6 +100,7 @@ class RemoteFiles:
             raise PICacheError(f"{url} is no URL that fsspec can open: {error}") from error
 
     def _put(self, path: str, data: bytes) -> None:
+        """Write a file that appears at once with its whole content."""
         protocol = self._fs.protocol
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -92,8 +116,8 @@ class RemoteFiles:
                 self._fs.rm_file(temporary)
             raise
 
+    @override
     def listing(self) -> dict[str, FileInfo]:
-        """Every whole file by name; the age is unknown."""
         self._fs.invalidate_cache()  # other processes write here too
         if not self._fs.exists(self._root):
             return {}
@@ -105,30 +129,31 @@ class RemoteFiles:
             if name.endswith(SUFFIX)
         }
 
+    @override
     def exists(self, name: str) -> bool:
-        """Whether the file is there now."""
         self._fs.invalidate_cache()
         return bool(self._fs.exists(f"{self._root}/{name}"))
 
+    @override
     def write(self, name: str, data: list[memoryview]) -> None:
-        """Put, or put and move; raises OSError."""
         self._put(f"{self._root}/{name}", b"".join(data))
 
+    @override
     def remove(self, name: str) -> None:
-        """Delete the file if it is there."""
         try:
             self._fs.rm_file(f"{self._root}/{name}")
         except FileNotFoundError:
             return
 
     def _version(self, name: str) -> tuple[str, ...]:
-        """As much of `VERSION` as this file system knows."""
+        """The fields of `VERSION`, as far as this file system knows them."""
         self._fs.invalidate_cache()
         info = self._fs.info(f"{self._root}/{name}")
         return tuple(str(info.get(field)) for field in VERSION)
 
+    @override
     def remove_version(self, name: str, version: object) -> bool:
-        """Delete the file unless it was written again since, as far as the file system says."""
+        """Delete the file unless, as far as the file system tells, it was written again."""
         try:
             if self._version(name) != version:
                 return False
@@ -137,13 +162,15 @@ class RemoteFiles:
         self.remove(name)
         return True
 
+    @override
     def touch(self, name: str) -> None:
-        """Nothing: most remote file systems cannot."""
+        """Does nothing: most remote file systems cannot set a time."""
 
+    @override
     @contextmanager
     def local(self, name: str) -> Iterator[tuple[Path, object]]:
-        """A copy that is deleted at the end; a mapping of it stays readable."""
-        version = self._version(name)  # before the copy: one written meanwhile is another
+        """Gives a copy that is deleted at the end of the block; a mapping of it stays readable."""
+        version = self._version(name)  # before the copy, so that a file written meanwhile differs
         with tempfile.TemporaryDirectory(prefix="picache-") as folder:
             path = Path(folder) / "chunk"
             path.write_bytes(self._fs.cat_file(f"{self._root}/{name}"))

@@ -1,6 +1,6 @@
-"""A chunk as a store takes it in, checked, and as it gives it out, layer by layer."""
+"""A chunk as a store takes it in, checked, and as it gives it out again, layer by layer."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -10,13 +10,8 @@ from picache.errors import PICacheError
 from picache.store.quantize import Encoded, decode
 
 
-def kv_bytes(kv: Iterable[KV]) -> int:
-    """Bytes of the tensors of one chunk, all layers."""
-    return sum(tensor.nbytes for layer in kv for tensor in layer)
-
-
 def human(nbytes: float) -> str:
-    """Bytes as a person reads them: 1536 is "1.5 KiB"."""
+    """A number of bytes as text with a unit: 1536 is "1.5 KiB"."""
     if nbytes < 1024:
         return f"{nbytes:.0f} bytes"
     for unit in ("KiB", "MiB", "GiB"):
@@ -27,14 +22,14 @@ def human(nbytes: float) -> str:
 
 
 class StoredChunk:
-    """One chunk of a store, iterated layer by layer; nothing is loaded before a layer is asked for.
+    """One chunk of a store, to be read layer by layer; a layer is loaded when it is asked for.
 
     Attributes:
-        key: it is stored under.
-        header: what it is.
-        num_layers: of the model.
-        nbytes: as stored, all layers.
-        tier: "device", "host" or "disk".
+        key: the key it is stored under.
+        header: what its KV depends on.
+        nbytes: bytes it takes in the store, all layers.
+        tier: where it is: "device", "host" or "disk".
+        num_layers: layers of the model.
     """
 
     def __init__(
@@ -51,7 +46,7 @@ class StoredChunk:
         self._read = read
 
     def encoded(self, index: int) -> Encoded:
-        """The parts of layer `index` as stored; raises as `layer` does."""
+        """The tensors of layer `index` as they are stored; raises as `layer` does."""
         if not 0 <= index < self.num_layers:
             raise IndexError(f"layer {index} of a chunk of {self.num_layers} layers")
         return self._read(index)
@@ -59,13 +54,14 @@ class StoredChunk:
     def layer(self, index: int, device: torch.device | None = None) -> KV:
         """Keys and values of one layer, each ``[1, kv_heads, tokens, head_dim]``.
 
-        They lie where the tier does: on the device they were put from, or in host memory, page-
-        locked where there is a CUDA device. Do not write to them.
+        They are on the device they were put from, or in host memory, which is page-locked where
+        there is a CUDA device. Do not write to them.
 
         Args:
             index: of the layer.
-            device: to bring them to, as stored, so that fewer bytes move where 8 bits are stored.
-                From page-locked memory nobody waits: the current stream does. None to leave them.
+            device: where to copy them; None to leave them where they are. They are copied as
+                stored, so that fewer bytes move where 8 bits are stored. From page-locked memory
+                the copy is queued in the current CUDA stream and the call does not wait for it.
 
         Raises:
             CorruptChunk: when the file does not hold what was written; the store has dropped it.
@@ -77,7 +73,7 @@ class StoredChunk:
         return decode(parts, DTYPES[self.header.dtype])
 
     def load(self) -> list[KV]:
-        """Every layer; raises as `layer` does."""
+        """Keys and values of every layer; raises as `layer` does."""
         return list(self)
 
     def __iter__(self) -> Iterator[KV]:
@@ -94,11 +90,18 @@ class StoredChunk:
 
 
 def check_kv(key: str, kv: list[KV], header: Header | None, namespace: str, storage: str) -> Header:
-    """The chunk's header, after everything about the tensors was found in order.
+    """Check the tensors of a chunk before it is stored, and return its header.
+
+    Args:
+        key: of the chunk, for errors.
+        kv: keys and values, layer by layer.
+        header: as given by the caller; None to make one of what the tensors show.
+        namespace: of the store.
+        storage: of the store.
 
     Raises:
-        PICacheError: naming key, layer and what was seen, when a tensor is not finite, shapes or
-            dtypes do not go together, or the header says otherwise than tensors and store.
+        PICacheError: when a tensor is not finite, when shapes or dtypes do not go together, or when
+            the header contradicts the tensors or the store.
     """
     if not kv:
         raise PICacheError(f"chunk {key} has no layers: give keys and values of each layer")
@@ -124,7 +127,7 @@ def check_kv(key: str, kv: list[KV], header: Header | None, namespace: str, stor
                     f"chunk {key} has {what} of {tensor.dtype} and shape {tuple(tensor.shape)} in "
                     f"layer {index}: expected {first.dtype} as in layer 0, and no size of 0"
                 )
-    # The extremes are NaN where an element is; one pass, 25 times faster than isfinite on a CPU.
+    # The extremes are NaN if any element is; one pass, 25 times faster than isfinite on a CPU.
     extremes = [torch.stack(torch.aminmax(t)).to(first.device) for layer in kv for t in layer]
     finite = torch.stack(extremes).isfinite().all(1).tolist()
     if not all(finite):  # one transfer from the device for all layers

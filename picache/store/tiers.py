@@ -1,17 +1,19 @@
-"""One tier of a store: entries bounded in bytes, and which of them to lose first."""
+"""One tier of a store: entries up to a bound in bytes, and which of them to evict first."""
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from picache.arguments import real_number
 from picache.chunk import Header
 from picache.errors import PICacheError
 from picache.store.quantize import Encoded
 
 SECONDS_PER_BYTE = 30e-6 / 2**17
-"""Compile time of a chunk that does not say: an 8-billion-parameter Llama 3.1 in bf16 on one H200,
-30 microseconds and 128 KiB a token."""
+"""Compile time assumed for a chunk whose header does not say, in seconds per byte of KV: that of an
+8-billion-parameter Llama 3.1 in bf16 on one H200, 30 microseconds and 128 KiB a token."""
 
 EVICTIONS = ("lru", "cost")
 
@@ -21,11 +23,11 @@ class Entry:
     """A chunk in a tier.
 
     Attributes:
-        nbytes: as held in this tier.
-        seconds: to compile it again.
-        header: of the chunk; None for a file not yet opened.
-        layers: its tensors; none for a file.
-        priority: the entry of the smallest is lost first; set by the tier.
+        nbytes: bytes it takes in this tier.
+        seconds: what it costs to compile it again.
+        header: of the chunk; None for a file that was not opened yet.
+        layers: its encoded layers; empty for a file.
+        priority: set by the tier; the entry with the smallest is evicted first.
     """
 
     nbytes: int
@@ -36,57 +38,68 @@ class Entry:
 
     @classmethod
     def of(cls, nbytes: int, header: Header | None = None) -> "Entry":
-        """An entry whose cost is what its header says, else what its bytes suggest."""
+        """An entry that costs what its header says, or else an estimate from its bytes."""
         seconds = None if header is None else header.compile_seconds
         return cls(nbytes, nbytes * SECONDS_PER_BYTE if seconds is None else seconds, header)
 
 
 class Tier:
-    """Entries by key, never more bytes than the budget.
+    """Entries by key, of no more bytes in all than the budget.
 
-    "lru" loses the least recently used. "cost" is GreedyDual-Size (Cao & Irani, "Cost-Aware WWW
-    Proxy Caching Algorithms", USITS 1997): an entry's priority is its seconds to compile again per
-    byte on top of a floor; the floor rises to the priority of what is lost, so that what is not
-    used ages. With one cost per byte for all it is LRU.
+    "lru" evicts the least recently used entry. "cost" is GreedyDual-Size (Cao & Irani, "Cost-Aware
+    WWW Proxy Caching Algorithms", USITS 1997). The priority of an entry is a floor plus its seconds
+    to compile again per byte, set when it is used; the entry of the lowest priority is evicted, and
+    the floor rises to that priority. An entry that is not used falls behind in this way. Where all
+    entries cost the same per byte, it is LRU.
 
     Args:
-        name: for reports.
-        budget: bytes; `math.inf` for no bound.
+        name: "device", "host" or "disk".
+        budget: the most bytes; `math.inf` for no bound.
         eviction: "lru" or "cost".
+
+    Attributes:
+        entries: by key.
+        nbytes: of all entries.
+        hits: how often a chunk was served from this tier.
     """
 
     def __init__(self, name: str, budget: float, eviction: str) -> None:
-        if not budget > 0:
-            raise PICacheError(
-                f"{name}_bytes must be positive, got {budget}: leave it out for the default"
-            )
+        needs, remedy = (
+            f"{name}_bytes must be positive",
+            "give a number of bytes such as 4e9, or leave it out for the default",
+        )
+        number = real_number(needs, budget, lambda nbytes: nbytes >= 1, remedy)
+        self.budget = number if math.isinf(number) else int(number)
         if eviction not in EVICTIONS:
             raise PICacheError(f"eviction must be one of {', '.join(EVICTIONS)}, got {eviction!r}")
-        self.name, self.budget, self.eviction = name, budget, eviction
+        self.name, self.eviction = name, eviction
         self.entries: dict[str, Entry] = {}
         self.nbytes = self.hits = 0
         self._floor = 0.0
         self._clock = itertools.count()
 
     def touch(self, key: str) -> None:
-        """The entry is the most recently used now."""
+        """Count the entry as used now, which sets its priority."""
         entry = self.entries[key]
         value = entry.seconds / entry.nbytes if self.eviction == "cost" else 0.0
         entry.priority = (self._floor + value, next(self._clock))
 
-    def room_for(self, nbytes: int, key: str, busy: Callable[[str], bool]) -> list[str] | None:
-        """What must leave for `key` to take `nbytes`, first to leave first; None if no way.
+    def room_for(self, nbytes: int, key: str, in_use: Callable[[str], bool]) -> list[str] | None:
+        """Which entries must leave to make room for a new one.
 
         Args:
-            nbytes: of the entry to come.
-            key: its key; an entry it replaces counts as gone.
-            busy: says of a key that it must stay.
+            nbytes: of the new entry.
+            key: of the new entry; one that it replaces counts as gone.
+            in_use: tells of a key whether it must stay.
+
+        Returns:
+            Keys, the first to leave first; None when there is no way to make room.
         """
         held = self.entries[key].nbytes if key in self.entries else 0
         excess = self.nbytes - held + nbytes - self.budget
         if excess <= 0:
             return []
-        heap = [(e.priority, k) for k, e in self.entries.items() if k != key and not busy(k)]
+        heap = [(e.priority, k) for k, e in self.entries.items() if k != key and not in_use(k)]
         heapq.heapify(heap)
         leave = []
         while heap and excess > 0:
@@ -96,7 +109,7 @@ class Tier:
         return leave if excess <= 0 else None
 
     def add(self, key: str, entry: Entry) -> None:
-        """Take the entry in, in place of one under the same key; room was made before."""
+        """Add an entry, or replace the one under its key; the caller has made room."""
         if key in self.entries:
             self.nbytes -= self.entries[key].nbytes
         self.entries[key] = entry
@@ -104,12 +117,12 @@ class Tier:
         self.touch(key)
 
     def drop(self, key: str, evicted: bool = False) -> None:
-        """Take the entry out, if it is here. What was evicted raises the floor."""
+        """Remove an entry, if it is here; one that is evicted raises the floor."""
         if key in self.entries:
             if evicted:
                 self.raise_floor(key)
             self.nbytes -= self.entries.pop(key).nbytes
 
     def raise_floor(self, key: str) -> None:
-        """The entry leaves for want of room: what is used from now on outranks it."""
+        """Raise the floor to the priority of an entry that is evicted."""
         self._floor = max(self._floor, self.entries[key].priority[0])

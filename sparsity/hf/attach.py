@@ -1,4 +1,4 @@
-"""How a model is attached: the attention and mask functions, and the hooks that reach the cache."""
+"""How a model is attached: its attention and mask functions, and the hooks that reach the cache."""
 
 import inspect
 import uuid
@@ -6,42 +6,68 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import PurePath
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
+from sparsity.hf.autocast import lowered
+from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
+from sparsity.hf.prompt_check import unwatch_prompts, watch_prompts
+from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
 
 NAME = "kv_retention"  # of the attention function; names with "sdpa" or "flash" mean something
 KWARG = "sparse_cache"  # how the cache reaches the attention function
-_REFUSED = ("position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias")
+_REFUSED = {"position_bias", "indices", "block_mask", "score_mod", "alibi", "attention_bias"}
 
 
 class ServedCache(ABC):
-    """What an attached model asks of its cache in a forward; `sparsity.SparseCache` is the one."""
+    """What an attached model asks of its cache in a forward; implemented by `SparseCache`.
+
+    Attributes:
+        layers: of the cache, by index in the model.
+        autocast: the dtype of `torch.autocast` in this forward; None where it is off.
+    """
 
     layers: list[Any]
+    autocast: torch.dtype | None
+
+    @abstractmethod
+    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """Check the text that `generate` is at, before it is cut down to what is new."""
 
     @abstractmethod
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
-        """Check one forward and plan it."""
+        """Check and plan a forward, before it has changed anything.
+
+        Args:
+            token: identifies the model.
+            arguments: those that the decoder is called with, by name.
+        """
 
     @abstractmethod
     def finish(self) -> None:
-        """Close one forward."""
+        """Close a forward that has gone through."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Close a forward that has failed."""
 
     @abstractmethod
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
     ) -> Tensor:
-        """Attention of one managed layer in the current forward."""
+        """Attention of one managed layer in the forward under way."""
 
     @abstractmethod
     def give_up(self, why: str) -> NoReturn:
@@ -59,7 +85,7 @@ def retention_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> LazyMask:
-    """The registered mask function: keeps the rule, makes no tensor."""
+    """The mask function for transformers: keeps the rule as a `LazyMask`, makes no tensor."""
     dense = partial(
         sdpa_mask,
         batch_size=batch_size,
@@ -76,6 +102,16 @@ def retention_mask(
     return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
+def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    refused = sorted(name for name in _REFUSED if kwargs.get(name) is not None)
+    if refused:
+        raise SparsityError(
+            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
+            "call detach(model) and use this model without SparseCache"
+        )
+
+
+@torch.compiler.disable
 def retention_attention(
     module: nn.Module,
     query: Tensor,
@@ -90,25 +126,25 @@ def retention_attention(
     sparse_cache: ServedCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function: managed layers by their policy, all others dense."""
-    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
-    if refused:
-        raise SparsityError(
-            f"{type(module).__name__} changes its scores by {refused}, which is not supported; "
-            "call detach(model) and use this model without SparseCache"
-        )
+    """The attention function for transformers: managed layers by their policy, others densely."""
+    if not _REFUSED.isdisjoint(kwargs):
+        _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sparse_cache is not None:
         index: int = module.layer_idx  # type: ignore[assignment]
         layer = sparse_cache.layers[index] if index < len(sparse_cache.layers) else None
         if isinstance(layer, RetainedLayer):
+            check_attention_dropout(module, dropout)
             mask = attention_mask
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
-            out = sparse_cache.attend(
-                layer, query, key, value, mask=mask, scaling=scaling, softcap=softcap, sinks=s_aux
-            )
-            return out, None
+            scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+            dtype = sparse_cache.autocast
+            if dtype is None:
+                return sparse_cache.attend(layer, query, key, value, **scores), None
+            with torch.autocast(query.device.type, enabled=False):  # keys and values are lowered
+                query = lowered(query, dtype)
+                return sparse_cache.attend(layer, query, key, value, **scores), None
         if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
@@ -119,46 +155,68 @@ def retention_attention(
     return out, None
 
 
-class Attachment:
-    """The two hooks on a decoder, and what it was before."""
+def _show_prompt(input_ids: Tensor, arguments: dict[str, Any]) -> None:
+    cache = arguments.get("past_key_values")
+    if isinstance(cache, ServedCache):
+        cache.check_prompt(input_ids, arguments)
 
-    def __init__(self, decoder: PreTrainedModel, token: str) -> None:
+
+class Attachment:
+    """What attaching adds to a model: hooks of its decoder, and the check of its prompts."""
+
+    def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, token: str) -> None:
         self.token = token
         self.names = tuple(inspect.signature(decoder.forward).parameters)
         self.previous = _implementation(decoder)
         self.handles = (
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
-            decoder.register_forward_hook(self.after, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         )
+        watch_prompts(decoder, model, _show_prompt)
 
-    def before(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Check the call and hand the cache on to the attention function."""
+    @torch.compiler.disable
+    def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Hook before a forward: check it, and hand the cache on to the attention function."""
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         cache = arguments.get("past_key_values")
         if not isinstance(cache, ServedCache):
             return None
+        check_call(decoder, arguments)
         cache.begin(self.token, arguments)
         return args, {**kwargs, KWARG: cache}
 
+    @torch.compiler.disable
     def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Check that the cache got there."""
+        """Hook after a forward, or after its failure (then there is no output): close it."""
         cache = kwargs.get(KWARG)
-        if cache is not None:
+        if cache is not None and output is None:
+            cache.abandon()
+        elif cache is not None:
             cache.finish()
 
+    def undo(self, decoder: PreTrainedModel) -> None:
+        """Remove hooks and prompt check, and restore the decoder's own attention function."""
+        for handle in self.handles:
+            handle.remove()
+        unwatch_prompts(decoder)
+        if _implementation(decoder) == NAME:
+            decoder.set_attn_implementation(self.previous)
 
-ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+ATTACHED: WeakKeyDictionary[PreTrainedModel, Attachment] = WeakKeyDictionary()
 TOKENS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # outlive a detach
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of the model that layers and hooks belong to; SparsityError when there is none."""
+    """The part of the model that has the layers, to which hooks are added.
+
+    Raises:
+        SparsityError: for a model that `SparseCache` cannot manage.
+    """
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise SparsityError(
-            f"expected a transformers model (a PreTrainedModel), got {name}; for a wrapped model "
-            "hand in the model inside"
-        )
+    check_instance(
+        "model", model, PreTrainedModel, "a transformers model (a PreTrainedModel)", _remedy(model)
+    )
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or model.config.is_encoder_decoder:
         raise SparsityError(
@@ -173,16 +231,34 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def _remedy(given: object) -> str:
+    """What to do with what was handed in for a model."""
+    if isinstance(given, str | PurePath):
+        return f"; load it: AutoModelForCausalLM.from_pretrained({str(given)!r})"
+    if isinstance(given, type):
+        return f"; load one: {given.__name__}.from_pretrained(...)"
+    if isinstance(given, Policy):
+        return "; the model comes first: SparseCache(model, policy)"
+    return "; for a wrapped model hand in the model inside" if isinstance(given, nn.Module) else ""
+
+
 def _implementation(decoder: Any) -> str:
     return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Let `model` work with SparseCache; done by ``SparseCache(model, policy)`` already.
+    """Let `model` work with `SparseCache`; ``SparseCache(model, policy)`` does it by itself.
 
-    Sets one attention function and adds two hooks on the model's decoder. Nothing else of the
-    model changes, and with other caches its results stay the same. Calling it again does nothing.
-    Raises SparsityError, with the model left as it was, when the model is not supported.
+    Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
+    before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
+    of the model changes, and its results with other caches stay the same. Calling it again does
+    nothing.
+
+    Args:
+        model: a transformers model for text generation, written on the attention interface.
+
+    Raises:
+        SparsityError: for a model that is not supported, which is left as it was.
     """
     decoder = decoder_of(model)
     name, now = type(model).__name__, _implementation(decoder)
@@ -208,38 +284,29 @@ def attach(model: PreTrainedModel) -> None:
         ATTACHED[decoder].previous = now
         return
     token = TOKENS.setdefault(decoder, uuid.uuid4().hex)
-    attachment = Attachment(decoder, token)
+    attachment = Attachment(model, decoder, token)
     attachment.previous = now
     ATTACHED[decoder] = attachment
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model is as it was before. Does nothing to a model not attached."""
-    remove(decoder_of(model))
+    """Undo `attach`: the model is as it was. Does nothing to a model that is not attached."""
+    decoder = decoder_of(model)
+    if attachment := ATTACHED.pop(decoder, None):
+        attachment.undo(decoder)
 
 
 def is_attached(model: PreTrainedModel) -> bool:
-    """Whether `attach` was done and not undone."""
+    """Whether the model is attached."""
     return decoder_of(model) in ATTACHED
 
 
 @contextmanager
 def keep_attached(model: PreTrainedModel) -> Iterator[None]:
-    """Attached or not, the model is after the block what it was before."""
+    """A context after which the model is attached, or not, as it was before."""
     before = is_attached(model)
     try:
         yield
     finally:
         if not before:
             detach(model)
-
-
-def remove(decoder: Any) -> None:
-    """Undo the attachment of a decoder, if there is one."""
-    attachment = ATTACHED.pop(decoder, None)
-    if attachment is None:
-        return
-    for handle in attachment.handles:
-        handle.remove()
-    if _implementation(decoder) == NAME:
-        decoder.set_attn_implementation(attachment.previous)

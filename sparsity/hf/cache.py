@@ -1,12 +1,14 @@
-"""SparseCache as transformers sees it; with the other `hf_*` files all that knows it."""
+"""SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.hf.attach import (
     ATTACHED,
@@ -15,8 +17,9 @@ from sparsity.hf.attach import (
     attach,
     decoder_of,
     keep_attached,
-    remove,
 )
+from sparsity.hf.autocast import autocast_dtype, lowered
+from sparsity.hf.forward_checks import check_autocast, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -29,8 +32,8 @@ from sparsity.hf.rotation_proof import find_moves
 from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.all_layers import CacheState
-from sparsity.retention.layer import Retention
+from sparsity.retention.all_layers import AllLayers
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.report import Report
 from sparsity.retention.rotation import Move
 
@@ -38,34 +41,36 @@ from sparsity.retention.rotation import Move
 class SparseCache(ServedCache, Cache):
     """A transformers cache that keeps what a policy keeps.
 
-    ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all
-    there is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are
-    what layer i holds, ``get_seq_length()`` the number of tokens seen. Layers with full attention
+    ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all there
+    is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are what
+    layer i holds, ``get_seq_length()`` is the number of tokens seen. Layers with full attention
     follow the policy; layers with a sliding window or linear attention stay as transformers has
     them. Left-padded batches, beams, sampling, several turns, chunked prefill, tensor parallelism,
     ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work; going back (assisted decoding,
     ``crop``) is refused.
 
-    Arguments:
-        model: a transformers model for text generation on the attention interface. It is attached
-            (see `attach`) and stays so until ``detach(model)``; other caches still work with it.
-        policy: what to keep. A frozen dataclass such as ``RaaS(budget=1024)``; budget in tokens.
+    Args:
+        model: a transformers model for text generation, written on the attention interface. It is
+            attached (see `attach`) and stays so until ``detach(model)``; it still works with other
+            caches.
+        policy: which tokens to keep, such as ``RaaS(budget=1024)``; budgets are in tokens.
         past: any transformers cache to go on from; its tensors are read, never written to. Hand
-            ``generate`` the full `input_ids`, the cached ones included, and at least one more.
-            Its tokens count as a prompt. One row may go on as many (beams, a shared prefix).
+            ``generate`` the full `input_ids`, the cached ones included, and at least one more. Its
+            tokens count as a prompt. One row may become many (beams, a shared prefix).
 
-    Raises SparsityError for a model that cannot be attached, or whose rotation is not proven where
-    the policy counts positions inside the cache, a `past` that does not fit, and, in a forward, for
-    a prompt that is already cached whole, another model, a batch of another size, a prompt that
-    fills a budget it is pinned in.
+    Raises:
+        SparsityError: for a model that cannot be attached, or whose rotary embedding cannot be
+            verified where the policy counts positions inside the cache, and for a `past` that does
+            not fit; in a forward, for a prompt that is already cached whole or does not go on from
+            what is held, another model, a batch of another size, and a prompt that fills the budget
+            it is pinned in.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
-        if not isinstance(policy, Policy):
-            raise SparsityError(
-                f"SparseCache(policy={policy!r}): expected a policy such as RaaS(budget=1024)"
-            )
         decoder = decoder_of(model)
+        check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+        if past is not None:
+            _check_past(past)
         layers, rows = build_layers(decoder.config, policy, past)
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
@@ -73,12 +78,13 @@ class SparseCache(ServedCache, Cache):
         managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
         for retention in managed:
             retention.move = moves.get(retention.layer)
-        self._state = CacheState(policy, {x.layer: x for x in managed}, rows)
+        self._state = AllLayers(policy, {x.layer: x for x in managed}, rows)
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
+        self.autocast = None
 
     @property
     def policy(self) -> Policy:
@@ -86,56 +92,91 @@ class SparseCache(ServedCache, Cache):
         return self._state.policy
 
     @property
-    def retentions(self) -> dict[int, Retention]:
-        """What each managed layer holds, by its index in the model."""
+    def retentions(self) -> dict[int, LayerRetention]:
+        """What each managed layer holds, by the layer's index in the model."""
         return dict(self._state.retentions)
 
-    def replace(self, retention: Retention) -> None:
-        """Put another retention in the place of its layer's, before the first forward."""
+    def replace(self, retention: LayerRetention) -> None:
+        """Use another retention for its layer; before the first forward."""
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Called by the model's attention: count the new tokens and hand them on."""
+        """Called by the model's attention: check and count the new tokens, and hand them on."""
         if self._state.step is None:
             raise SparsityError(
                 "a SparseCache works with an attached model only, and this one is detached (or its "
                 "decoder was called past its hooks); call attach(model) first"
             )
-        self.layers[layer_idx].prefetch()
+        layer, state = self.layers[layer_idx], self._state
+        if self.autocast is not None and isinstance(layer, RetainedLayer):
+            key_states = lowered(key_states, self.autocast)
+            value_states = lowered(value_states, self.autocast)
+        if state.repeats:  # the first layer of a forward: nothing has changed yet
+            try:
+                check_states(layer, layer_idx, key_states, value_states)
+            except SparsityError:
+                state.withdraw()
+                raise
+            repeats, state.repeats = state.repeats, 0
+            if repeats > 1:
+                self.batch_repeat_interleave(repeats)
+        layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
+        """Check the text that `generate` is at: it must go on from what is held."""
+        if arguments.get("use_cache") is not False:  # refused by the forward
+            self._state.tokens.hand(input_ids, arguments, self._state.rows.seen)
+
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
-        """Check one forward and plan it; nothing has changed when it raises SparsityError."""
+        """Check and plan a forward; nothing has changed when it raises SparsityError."""
         if token != self._model:
             raise SparsityError(
                 "this SparseCache was made for another model; make one for this model with "
                 "SparseCache(model, policy)"
             )
         positions = arguments.get("position_ids")
-        if self.policy.needs.moved and positions is not None and positions.dim() > 2:
+        if positions is not None and positions.dim() > 2 and self.policy.needs.moved:
             raise SparsityError(
                 f"position_ids are {tuple(positions.shape)}: where positions have several axes "
                 "(images, videos) there are none to count inside the cache; use "
                 "positions='absolute' with this model"
             )
-        step, times = self._state.plan(arguments)
-        if step.stop == self._dropped_at:
+        self._state.turn.enter()
+        try:
+            autocast = self._checked_autocast(arguments)
+            step, repeats = self._state.plan(arguments)
+            self._check_length(step.stop)
+        except Exception:
+            self._state.abandon()
+            raise
+        self.autocast = autocast
+        self._state.open(step, repeats, arguments.get("input_ids"))
+
+    def _checked_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
+        tokens = arguments.get("input_ids")
+        tokens = arguments["inputs_embeds"] if tokens is None else tokens
+        autocast = autocast_dtype(tokens.device)
+        if self._state.rows.real is not None:  # there was a forward before
+            check_autocast(autocast, self.autocast)
+        return autocast
+
+    def _check_length(self, columns: int) -> None:
+        if columns == self._dropped_at:
             raise SparsityError(
                 f"this model drops its cache when a text grows past {self._dropped_at} tokens "
                 "(original_max_position_embeddings, where its rotation changes), and would go on "
                 "without the SparseCache; keep the prompt and the new tokens below that"
             )
-        if times > 1:
-            self.batch_repeat_interleave(times)
-        self._state.open(step)
 
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
     ) -> Tensor:
-        """Attention of one managed layer in the current forward."""
+        """Attention of one managed layer in the forward under way."""
         index = layer.retention.layer
         if layer.pending != (key.shape, value.shape):
             self.give_up(
@@ -143,32 +184,44 @@ class SparseCache(ServedCache, Cache):
                 "attention, or keys shared between layers)"
             )
         layer.pending = None
-        layer.retention.first_head = first_head(
-            self._rank, self._heads, key.shape[1], layer.retention.policy
-        )
-        out = self._state.attend(index, query, key, value, **scores)
+        if self._rank is not None:
+            layer.retention.first_head = first_head(
+                self._rank, self._heads, key.shape[1], layer.retention.policy
+            )
+        state = self._state
+        state.reached.add(index)
+        assert state.step is not None
+        out = layer.retention.attend(query, key, value, state.step, **scores)
         layer.show()
         return out
 
     def finish(self) -> None:
-        """Close one forward: every managed layer must have come through the attention function."""
+        """Close a forward: all managed layers must have come through the attention function."""
         if missed := self._state.missed():
             self.give_up(
                 f"layers {missed} did not reach the attention function with the cache: the model "
                 "drops keyword arguments on the way, or its attention implementation was changed"
             )
+        self._state.close(self._stock_bytes)
+
+    def _stock_bytes(self) -> int:
         stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]
-        self._state.close(sum(layer_bytes(layer) for layer in stock))
+        return sum(layer_bytes(layer) for layer in stock)
+
+    def abandon(self) -> None:
+        """Close a forward that failed; unless it was refused, what is held is incomplete."""
+        self._state.abandon()
 
     def give_up(self, why: str) -> NoReturn:
-        """Detach the model and raise SparsityError: it cannot be served right."""
+        """Detach the model, which cannot be served right, and raise SparsityError."""
         for decoder, attachment in list(ATTACHED.items()):
             if attachment.token == self._model:
-                remove(decoder)
+                del ATTACHED[decoder]
+                attachment.undo(decoder)
         raise SparsityError(f"SparseCache does not support this model: {why}. It was detached")
 
     def report(self) -> Report:
-        """What is held now, measured from the tensors; waits for the device."""
+        """Measure what is held, from the tensors themselves; waits for the device."""
         managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
         tokens = [
             self._state.kept(i) if managed[i] else (stock_tokens(layer), 0)
@@ -185,7 +238,7 @@ class SparseCache(ServedCache, Cache):
         )
 
     def reset(self) -> None:
-        """Forget everything: as new, `past` gone too."""
+        """Forget everything, a `past` included: the cache is as new."""
         for i, layer in enumerate(self.layers):
             if isinstance(layer, RetainedLayer):
                 layer.reset()
@@ -194,43 +247,55 @@ class SparseCache(ServedCache, Cache):
         self._state.clear()
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
-        """Bring an offloaded layer back; a forward does so itself. `offload` is transformers'."""
+        """Bring a layer back that `offload` has moved away; a forward does so by itself."""
         self.layers[layer_idx].prefetch()
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Take the rows of `beam_idx`, int64 `[rows]`, in that order."""
+        """Take the rows of `beam_idx`, int64 `[rows]`, in that order, as beam search does."""
+        beam_idx = torch.as_tensor(beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows of `indices`, int64 numbers or a bool mask."""
+        """Keep the rows of `indices` (int64 numbers or a bool mask), in that order."""
+        indices = torch.as_tensor(indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row."""
+        """Repeat each row `repeats` times, copies next to each other."""
+        repeats = whole_number("repeats", repeats, least=1)
         super().batch_repeat_interleave(repeats)
         if (batch := self._state.rows.batch) is not None:
             self._state.take(torch.arange(batch).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """Refused: assisted decoding goes back."""
+        """Refused with SparsityError: assisted decoding would go back."""
         refuse_rollback()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, unless there is nothing to remove."""
+        """Refused with SparsityError, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
 
 
+def _check_past(past: object) -> None:
+    note = ""
+    if isinstance(past, Mapping):
+        note = "; hand in what stands in it: past=given['past_key_values']"
+    elif isinstance(past, tuple | list):
+        note = "; put keys and values into one: DynamicCache().update(keys, values, layer)"
+    check_instance("past", past, Cache, "a transformers cache, such as a filled DynamicCache", note)
+
+
 def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:
-    """How the keys of each layer are moved; the model stays as it is, attached or not."""
+    """How to move each layer's keys between positions; the model is left as it was."""
     with keep_attached(model):
         return find_moves(decoder, SparseCache(model, Full()))
 
 
 def _dropped_at(config: Any) -> int | None:
-    """Tokens after which `prepare_inputs_for_generation` of the Phi-3 family drops any cache."""
+    """Columns at which the Phi-3 family's `prepare_inputs_for_generation` drops any cache."""
     if config.model_type not in ("phi3", "phimoe", "phi4_multimodal"):
         return None
     return getattr(config, "original_max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""What stands in a transformers cache for one layer, and how a cache's layers are built."""
+"""What stands in a transformers cache for one layer, and how the layers of a cache are built."""
 
 import copy
 from typing import Any, NoReturn
@@ -7,21 +7,29 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
-from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.batch_rows import Rows
-from sparsity.retention.layer import Retention, storage_bytes
+from sparsity.policies.full import policy_of_layer
+from sparsity.retention.batch_rows import BatchRows
+from sparsity.retention.layer import LayerRetention, storage_bytes
 
 
 class RetainedLayer(DynamicLayer):
-    """A full-attention layer under a policy; `keys` and `values` are what is held."""
+    """A layer with full attention under a policy; `keys` and `values` are what is held.
+
+    Attributes:
+        retention: what the layer holds.
+        seen: columns so far, padding included.
+        pending: shapes of the keys and values given to `update`, until attention is computed.
+        home: the device that an offloaded layer came from; None for a layer that is not offloaded.
+    """
 
     is_croppable = False
     is_compileable = False
 
-    def __init__(self, retention: Retention, seen: int = 0) -> None:
+    def __init__(self, retention: LayerRetention, seen: int = 0) -> None:
         super().__init__()
         self.retention = retention
         self.seen = seen
@@ -38,43 +46,45 @@ class RetainedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Count the new tokens and hand them on: the attention function stores them."""
+        """Count the new tokens and hand them on; the attention function stores them."""
         self.seen += key_states.shape[-2]
         self.pending = (key_states.shape, value_states.shape)
         return key_states, value_states
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Columns seen, padding included."""
         return self.seen
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As if everything were kept: masks are evaluated on columns."""
+        """The sizes as if all tokens were kept: masks are evaluated on columns."""
         return self.seen + query_length, 0
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refused by the cache."""
+        """Refused with SparsityError: what was evicted cannot come back."""
         refuse_rollback()
 
     def activate_past_recording(self) -> None:
-        """Refused by the cache."""
+        """Refused with SparsityError: what was evicted cannot come back."""
         refuse_rollback()
 
     def offload(self) -> None:
-        """Move all that is held to host memory, summaries and stamps included."""
+        """Move all that is held to host memory, what the policy needs included."""
         if self.keys is not None and self.home is None:
             self.home = self.keys.device
             self.retention.map(lambda t: t.to("cpu"))
             self.show()
 
     def prefetch(self) -> None:
-        """Move it back."""
+        """Move what was offloaded back to its device."""
         if (home := self.home) is not None:
             self.home = None
             self.retention.map(lambda t: t.to(home))
             self.show()
 
+    @override
     def reset(self) -> None:
-        """Forget everything."""
         self.retention.clear()
         self.seen, self.home = 0, None
         self.show()
@@ -85,11 +95,11 @@ class RetainedLayer(DynamicLayer):
         self.show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The same, as beam search asks for it."""
+        """Take the rows of `beam_idx`, in that order, as beam search does."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row."""
+        """Repeat each row `repeats` times, copies next to each other."""
         self.retention.map(lambda t: t.repeat_interleave(repeats, dim=0))
         self.show()
 
@@ -109,7 +119,7 @@ def stock_tokens(layer: Any) -> int:
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of the storage behind a layer of any kind."""
+    """Bytes of the tensors that a layer of any kind holds."""
     if isinstance(layer, RetainedLayer):
         return layer.retention.num_bytes
     held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
@@ -117,21 +127,35 @@ def layer_bytes(layer: Any) -> int:
 
 
 def stock_layers(config: Any, policy: Policy) -> dict[int, Any]:
-    """Empty layers of the kinds that transformers manages itself, by index."""
+    """Empty layers of the kinds that transformers manages itself, by their index in the model."""
     layers, _ = build_layers(config, policy, None)
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RetainedLayer)}
 
 
-def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], Rows]:
-    """The layers transformers would use, full attention under the policy; and where they stand."""
+def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], BatchRows]:
+    """The layers that transformers would use, with full attention put under the policy.
+
+    Args:
+        config: of the decoder.
+        policy: of the cache.
+        past: a cache to go on from; None for an empty one.
+
+    Returns:
+        The layers, and the columns that `past` has seen.
+
+    Raises:
+        SparsityError: for a layer of a kind that cannot be managed, and a `past` that does not fit.
+    """
     layers: list[Any] = DynamicCache(config=config).layers
-    earlier: list[Any] = [None] * len(layers) if past is None else list(past.layers)
+    earlier: list[Any] = (
+        list(past.layers) if past is not None and past.layers else [None] * len(layers)
+    )
     if len(earlier) != len(layers):
         raise SparsityError(
             f"past has {len(earlier)} layers and the model {len(layers)}: hand in a cache that "
             "this model filled"
         )
-    rows = Rows()
+    rows = BatchRows()
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     for i, layer in enumerate(layers):
         before: Any = earlier[i]
@@ -139,10 +163,9 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
             before = None
         if type(layer) is DynamicLayer:
             held = None if before is None else _held(before, i)
-            small = policy.at_layer(full.index(i), len(full))
-            small = small if i >= policy.dense_layers else Full(policy.page_size)
             seen = 0 if held is None else held[0].shape[2]
-            layers[i] = RetainedLayer(Retention(small, i, held), seen)
+            own = policy_of_layer(policy, i, full)
+            layers[i] = RetainedLayer(LayerRetention(own, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:
             if type(before) is DynamicSlidingWindowLayer:
                 window: Any = copy.copy(before)
@@ -163,7 +186,7 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
                     f"past holds {rows.batch} rows of {rows.seen} tokens in one layer and {batch} "
                     f"of {seen} in layer {i}: hand in a cache whose layers agree"
                 )
-            rows = Rows(batch=batch, seen=seen)
+            rows = BatchRows(batch=batch, seen=seen)
     return layers, rows
 
 

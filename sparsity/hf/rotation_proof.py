@@ -1,8 +1,9 @@
-"""How a model rotates by position, proven on the model itself.
+"""How a model rotates keys by position, verified on the model itself.
 
-Nothing is read from a table of model families. A token alone attends only to itself, so that its
-queries and keys at two positions differ by the rotation and by nothing else: a rotation that takes
-the ones to the others is the model's, and a model for which none does is refused.
+Nothing is read from a table of model families. A token that is alone in its text attends only to
+itself, so that its queries and keys at two positions differ by the rotation and by nothing else.
+The rotation that takes those at one position to those at the other is the model's; a model for
+which no known rotation does is refused.
 """
 
 import copy
@@ -12,14 +13,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
+from sparsity.hf.forward_checks import WEIGHTS_AWAY
 from sparsity.policies import Full
-from sparsity.retention.layer import Retention
-from sparsity.retention.rotation import Layout, Move, Rotation, unmoved
+from sparsity.retention.layer import LayerRetention
+from sparsity.retention.rotation import Move, Pairing, Rotation, unmoved
 
 FAR = 2**20  # beyond what models are trained on: what changes with the length changes before that
-# Tokens, and the two positions at which each is looked at.
+# Tokens, and the two positions at which each goes through the model.
 _TOKENS, _OLD = (5, 11, 17, 23, 29), (3, 150, 5, 91, 2)
 _NEW = (77, FAR, FAR - 40, 8, FAR - 121)
 # Relative error that a layer may add. Even a lone token depends on its position by rounding, which
@@ -29,35 +32,44 @@ _REMEDY = "use positions='absolute' with this model"
 
 
 class Probed(Protocol):
-    """What is asked of a cache that is looked through; see `sparsity.hf.cache.BoundSparseCache`."""
+    """What is asked of the cache through which a model is probed; see `sparsity.SparseCache`."""
 
     @property
-    def retentions(self) -> dict[int, Retention]:
-        """What each managed layer holds, by its index in the model."""
+    def retentions(self) -> dict[int, LayerRetention]:
+        """What each managed layer holds, by the layer's index in the model."""
         ...
 
-    def replace(self, retention: Retention) -> None:
-        """Put another retention in the place of its layer's, before the first forward."""
+    def replace(self, retention: LayerRetention) -> None:
+        """Use another retention for its layer; before the first forward."""
         ...
 
 
-class Lookout(Retention):
-    """A layer that remembers the queries and keys of its last forward, `[batch, heads, q, d]`."""
+class Probe(LayerRetention):
+    """A layer that records the queries and keys of its last forward.
+
+    Attributes:
+        seen: queries and keys, `[batch, heads, q, head_dim]` each.
+    """
 
     seen: tuple[Tensor, Tensor]
 
+    @override
     def attend(self, query: Tensor, key: Tensor, *args: Any, **scores: Any) -> Tensor:
-        """See `Retention.attend`."""
         self.seen = query, key
         return super().attend(query, key, *args, **scores)
 
 
 @dataclass(frozen=True)
 class Angles:
-    """What a model's rotary module says: int64 `[rows, n]` to cos and sin, float32, one a pair.
+    """A model's rotary module as a function: positions, int64 `[rows, n]`, to cosines and sines.
 
-    layer_type: handed to the module, where angles differ by type. written: how the module lays
-    the angles of the pairs out: "twice" f and again f, "doubled" each two times, "once".
+    Both are float32 `[rows, n, pairs]`.
+
+    Args:
+        module: the rotary module.
+        layer_type: handed to the module, where angles differ by the type of layer.
+        written: how the module writes the angle of each pair: "twice" all angles and all again,
+            "doubled" each angle two times next to each other, "once".
     """
 
     module: nn.Module
@@ -65,7 +77,7 @@ class Angles:
     written: Literal["twice", "doubled", "once"] = "once"
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """Cosines and sines of the positions, see the class."""
         buffers = (b for b in self.module.buffers() if not b.is_meta)
         device = next((b.device for b in buffers), positions.device)
         # The module answers in the dtype of its first argument.
@@ -79,19 +91,25 @@ class Angles:
         return (cos[..., ::2], sin[..., ::2]) if self.written == "doubled" else (cos, sin)
 
     def __deepcopy__(self, memo: object) -> "Angles":
-        """The same: a fork of a cache has no module of its own, it is the model's."""
+        """The same object: the module is the model's, and a copied cache has the same model."""
         return self
 
 
 def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
-    """How each managed layer's keys are moved from one position to another.
+    """How the keys of each managed layer are moved from one position to another.
 
-    decoder: attached. cache: a new one of `Full()` for it, used up here. Five tokens go through
-    the model once. Raises SparsityError where no rotation explains what comes out.
+    Five tokens, each alone and at two positions, go through the model once.
+
+    Args:
+        decoder: of an attached model.
+        cache: a new cache of `Full()` for it, which is used up.
+
+    Raises:
+        SparsityError: where no known rotation explains what comes out.
     """
-    layers = {layer: Lookout(Full(), layer) for layer in cache.retentions}
-    for lookout in layers.values():
-        cache.replace(lookout)
+    layers = {layer: Probe(Full(), layer) for layer in cache.retentions}
+    for probe in layers.values():
+        cache.replace(probe)
     if not layers:
         return {}
     name = type(decoder).__name__
@@ -109,13 +127,13 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
     old, new = positions[:, None].tensor_split(2)
     moves: dict[int, Move] = {}
     added, grown = 1e-4, 0.0
-    for layer, lookout in layers.items():
-        added = _TOLERANCE.get(lookout.seen[1].dtype, added)
+    for layer, probe in layers.items():
+        added = _TOLERANCE.get(probe.seen[1].dtype, added)
         candidates: list[Move] = [unmoved]
-        layouts: tuple[Layout, ...] = ("half", "interleaved")
-        if 2 * angles[layer](positions)[0].shape[-1] <= lookout.seen[1].shape[-1]:
-            candidates += [Rotation(angles[layer], layout) for layout in layouts]
-        errors = [_error(lookout.seen, move, old, new) for move in candidates]
+        pairings: tuple[Pairing, ...] = ("half", "interleaved")
+        if 2 * angles[layer](positions)[0].shape[-1] <= probe.seen[1].shape[-1]:
+            candidates += [Rotation(angles[layer], pairing) for pairing in pairings]
+        errors = [_error(probe.seen, move, old, new) for move in candidates]
         if not min(errors) <= added + 2 * grown:
             raise SparsityError(
                 f"layer {layer} of {name}: no known rotation explains how its queries and keys "
@@ -133,7 +151,7 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
 
 
 def _angles(decoder: Any, layer: int, name: str) -> Angles:
-    """Of a layer; SparsityError for angles that are not to be had, or follow the length."""
+    """The angles of a layer; SparsityError where there are none, or they change with the length."""
     modules = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
     if not modules:
         raise SparsityError(
@@ -149,6 +167,8 @@ def _angles(decoder: Any, layer: int, name: str) -> Angles:
         cos = plain(torch.tensor([[1, FAR]]))[0]
         again = plain(torch.tensor([[1, 2]]))[0]
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        if any(buffer.is_meta for buffer in module.buffers()):
+            raise SparsityError(WEIGHTS_AWAY) from error
         raise SparsityError(
             f"the rotary module of {name} does not take positions [rows, n] ({error}); {_REMEDY}"
         ) from error
@@ -166,7 +186,7 @@ def _angles(decoder: Any, layer: int, name: str) -> Angles:
 
 
 def _error(seen: tuple[Tensor, ...], move: Move, old: Tensor, new: Tensor) -> float:
-    """Relative error of queries and keys moved from the old positions; median over the tokens."""
+    """Relative error of queries and keys moved from old to new positions; median over tokens."""
     each = []
     for states in seen:
         before, after = states.float().tensor_split(2)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which KV heads of a layer this process has."""
+"""Tensor parallelism: which KV heads of a layer this process holds."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sparsity.policies.base import Policy
 
 
 def tensor_rank(model: PreTrainedModel) -> int | None:
-    """Place of this process among those that share each layer; None for a model that is whole."""
+    """Rank of this process among those that share each layer; None for a model that is whole."""
     mesh: Any = getattr(model, "_device_mesh", None)
     if mesh is None or "tp" not in (mesh.mesh_dim_names or ("tp",)):
         return None
@@ -22,13 +22,23 @@ def kv_heads(config: Any) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
-def first_head(rank: int | None, total: int, heads: int, policy: Policy) -> int:
-    """Index in its layer, of `total` KV heads, of the first of the `heads` that are here.
+def first_head(rank: int, total: int, heads: int, policy: Policy) -> int:
+    """Index in its layer of the first KV head that this process holds.
 
-    A decision for one KV head is the same wherever the head is; one for all heads of a layer would
-    need them all here. Raises SparsityError for a policy that takes such decisions.
+    A decision for one KV head is the same in whatever process the head is. One for all heads of a
+    layer would need them all in one process, so that a policy which takes such decisions is
+    refused.
+
+    Args:
+        rank: of this process, see `tensor_rank`.
+        total: KV heads of the layer in the whole model.
+        heads: KV heads of the layer in this process.
+        policy: of the layer.
+
+    Raises:
+        SparsityError: for a policy with `shared_heads`.
     """
-    if rank is None or heads == total:
+    if heads == total:
         return 0
     if getattr(policy, "shared_heads", False):
         name = type(policy).__name__

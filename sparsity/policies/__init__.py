@@ -1,4 +1,4 @@
-"""Retention policies, one paper a file."""
+"""Retention policies: each decides which tokens a KV cache keeps. One paper a file."""
 
 from sparsity.policies.full import Full
 from sparsity.policies.h2o import H2O

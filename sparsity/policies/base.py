@@ -1,4 +1,4 @@
-"""What a retention policy is: frozen configuration, what it needs, and pure functions on pages."""
+"""What a retention policy is: a frozen configuration, what it needs, and functions on pages."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsity.arguments import take_whole_number
 from sparsity.errors import SparsityError
 
 Group = Literal["max", "mean"]
@@ -14,19 +15,28 @@ Group = Literal["max", "mean"]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a cache keeps or computes for a policy; what is not declared is not computed.
+    """What the cache keeps and computes for a policy beyond keys and values; the rest is skipped.
 
-    summaries: smallest and largest key of each page (`PageView.kmin`, `kmax`).
-    tokens: keys and values themselves (`PageView.keys`, `values`).
-    attention: the attention weights of a forward in `observe` (`PageView.weights`): those of the
-        newest query, or summed over "all" queries of the forward.
-    window: so many last queries are kept, and their attention weights are computed in `priority`
-        (`PageView.window`), that is only when something is evicted.
-    sums: so many numbers are kept for each page (`PageView.sums`), zero when it is opened.
-    group: how weights are reduced over the query heads that share a KV head.
-    moved: so many first tokens of a row, which are never evicted and lie in pages of one token, are
-        attended to where they stand inside the cache: as near to the rest as if what was dropped
-        behind them had never been there. All other positions are those of the text.
+    Args:
+        summaries: keep the elementwise smallest and largest key of each page (`PageView.kmin` and
+            `kmax`).
+        tokens: show the keys and values themselves (`PageView.keys` and `values`).
+        attention: compute attention weights in every forward, for `Policy.observe`
+            (`PageView.weights`): those of the newest token's query ("newest"), or the sum over all
+            queries of the forward ("all").
+        window: keep the queries of this many newest tokens and compute their attention weights for
+            `Policy.priority` (`PageView.window`), that is, only when something is to be evicted.
+        sums: keep this many numbers for each page (`PageView.sums`), which `Policy.observe`
+            updates; a new page has zeros.
+        group: how attention weights are reduced over the query heads that share a KV head.
+        moved: sink tokens, the first this many of a row, whose rotary position moves forward by the
+            number of evicted tokens, so that they stand right before the other tokens held
+            (StreamingLLM, arXiv 2309.17453, section 3.2). Such a policy never evicts them and has
+            pages of one token. All other tokens keep their position in the text.
+
+    Raises:
+        SparsityError: for `moved` together with `attention`, `window` or `summaries`, which are
+            computed from keys at their position in the text.
     """
 
     summaries: bool = False
@@ -40,31 +50,43 @@ class Needs:
     def __post_init__(self) -> None:
         if self.moved and (self.attention or self.window or self.summaries):
             raise SparsityError(
-                f"{self}: attention weights and page summaries are those of keys at their place in "
-                "the text, and moved keys are attended to at another; a policy cannot need both"
+                f"{self}: attention weights and page summaries are those of keys at their position "
+                "in the text, and moved keys are attended to at another; a policy cannot need both"
             )
 
 
 @dataclass(frozen=True)
 class PageView:
-    """What a policy may look at: the pages one layer holds. P pages a KV head, used or not.
+    """The pages that one layer holds, as a policy sees them; P pages for each KV head, used or not.
 
-    N = P * page_size tokens; a rank counts a row's real tokens, 0 is the first. What `Needs` does
-    not declare is None.
+    A page is `page_size` consecutive tokens of a row, kept or evicted together; N = P * page_size.
+    A place is where a page lies in the tensors below: places are in no order, since a new page
+    takes the place of an evicted one. A rank is the number of a token among the real tokens of its
+    row, padding not counted; the first is 0. What the policy's `Needs` do not ask for is None.
 
-    start: rank of each page's first token, -1 where the place is unused; `[batch, kv_heads, P]`.
-    stamp: a rank for each page, at first that of its first token; `[batch, kv_heads, P]`.
-    sums: the policy's own numbers, float32 or more, `[batch, kv_heads, P, sums]`.
-    pinned: True for pages that are never evicted; bool `[batch, kv_heads, P]`.
-    filled: True where a place holds a token; bool `[batch, kv_heads, N]`.
-    kmin, kmax: elementwise smallest and largest key, `[batch, kv_heads, P, head_dim]`.
-    keys, values: `[batch, kv_heads, N, head_dim]`.
-    weights: attention of the forward just done, `[batch, kv_heads, N]`; in `observe` only.
-    window: attention of the last queries, each over the tokens held that are not newer than it,
-        zero for a query that was not seen; `[batch, kv_heads, window, N]`; in `priority` only.
-    now: rank of each row's newest token, the one about to be written included; `[batch, 1, 1]`.
-    page_size: tokens a page. layer: index of the layer in the model. first_head: index in the
-        layer of the first KV head here (tensor parallelism leaves the others to other processes).
+    Attributes:
+        start: rank of each page's first token, -1 where the place is unused; int32
+            `[batch, kv_heads, P]`.
+        stamp: a rank that `Policy.observe` may set, at first that of the page's first token; int32
+            `[batch, kv_heads, P]`.
+        sums: the policy's own numbers, float32 or wider, `[batch, kv_heads, P, Needs.sums]`.
+        pinned: True for pages that are never evicted; bool `[batch, kv_heads, P]`.
+        filled: True where there is a token; bool `[batch, kv_heads, N]`.
+        kmin: elementwise smallest key of each page, `[batch, kv_heads, P, head_dim]`.
+        kmax: elementwise largest key of each page, `[batch, kv_heads, P, head_dim]`.
+        keys: `[batch, kv_heads, N, head_dim]`, rotated by their position in the text.
+        values: `[batch, kv_heads, N, value_dim]`.
+        weights: attention weights of the forward just done, `[batch, kv_heads, N]`; in
+            `Policy.observe` only.
+        window: attention weights of the last queries, each over the tokens held that are not newer
+            than itself, `[batch, kv_heads, Needs.window, N]`; zeros for a query that was not seen
+            (of a cache taken over with `past=`). In `Policy.priority` only.
+        now: rank of each row's newest token, int64 `[batch, 1, 1]`; while room is made for a token,
+            the rank of that token.
+        page_size: tokens a page.
+        layer: index of the layer in the model.
+        first_head: index in the layer of the first KV head here; above 0 only under tensor
+            parallelism, where each process holds some of the heads.
     """
 
     start: Tensor
@@ -90,7 +112,7 @@ class PageView:
 
     @property
     def rank(self) -> Tensor:
-        """Rank of each token's place, -1 where the page is unused: `[batch, kv_heads, N]`."""
+        """Rank of the token in each place, -1 where the page is unused: `[batch, kv_heads, N]`."""
         if self.page_size == 1:
             return self.start
         inside = torch.arange(self.page_size, device=self.start.device)
@@ -98,28 +120,34 @@ class PageView:
         return rank.flatten(2)
 
     def newest(self, tokens: int) -> Tensor:
-        """True for pages with one of the newest `tokens` of the row: bool, as `start`."""
+        """True for pages with a token of the newest `tokens`: bool `[batch, kv_heads, P]`."""
         return self.used & (self.start + self.page_size - 1 > self.now - tokens)
 
     def total(self, tokens: Tensor) -> Tensor:
-        """`[batch, kv_heads, N]` summed over each page's tokens: `[batch, kv_heads, P]`."""
+        """Numbers of tokens summed over each page: `[batch, kv_heads, N]` to `[..., P]`."""
         return tokens.unflatten(-1, (-1, self.page_size)).sum(-1)
 
 
 class Policy(ABC):
-    """A retention policy: configuration only, shared freely; all state stays in the cache.
+    """A retention policy: which tokens a KV cache keeps, and which of them a new token attends to.
 
-    A policy is a frozen dataclass with the fields below (those it does not offer are fixed), what
-    it needs, and the methods it needs. Every decision is made for each row and each KV head on its
-    own, or alike for all heads where the priorities are.
+    A policy is a frozen dataclass with the fields below and no state: what it must remember lies in
+    the cache, in `PageView.stamp` and `sums`. A field that a policy does not offer is fixed with
+    ``field(default=..., init=False)``. Decisions are made for each row and each KV head on its own.
+    `Evicting` is the base of policies that drop what is worth least.
 
-    budget: tokens that one KV head keeps or attends to; None for no bound.
-    page_size: tokens that are kept or evicted together; it divides `budget`.
-    dense_layers: this many first layers of the model keep and attend to everything.
-    pin_prompt: tokens that arrive several at a time (the prompt, later turns) are never evicted.
-    pins_kept: pin what is left after several tokens at a time, instead of what they bring.
-    pins_count: whether pinned tokens count against the budget.
-    evict_every: while decoding, tokens between two evictions; None for no eviction while decoding.
+    Attributes:
+        budget: tokens that a KV head keeps or, for a policy that evicts nothing, attends to; None
+            for no bound.
+        page_size: tokens that are kept or evicted together; divides `budget`.
+        dense_layers: this many first layers of the model keep everything and attend to everything.
+        pin_prompt: never evict tokens that arrived several in one forward (the prompt, the text of
+            later turns).
+        pins_count: whether pinned tokens count against the budget.
+        pins_kept: pin what is left once a forward of several tokens has been pruned, instead of the
+            tokens that it brought.
+        evict_every: while decoding, tokens between two evictions; None to evict only after forwards
+            of several tokens.
     """
 
     budget: int | None
@@ -137,84 +165,107 @@ class Policy(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What the cache keeps and computes for this policy."""
+        """What the cache keeps and computes for this policy; nothing by default."""
         return Needs()
 
     @property
     def pages_kept(self) -> int | None:
-        """Pages a KV head keeps when it evicts; None for a policy that does not."""
+        """Pages that a KV head has after an eviction; None for a policy that does not evict."""
         if not self.evicts or self.budget is None:
             return None
         return self.budget // self.page_size
 
     @property
     def pages_held(self) -> int | None:
-        """Most pages a KV head holds while decoding, between two evictions; None for no bound."""
-        if self.pages_kept is None or self.evict_every is None:
+        """Most pages that a KV head holds while decoding, before an eviction; None for no bound."""
+        kept = self.pages_kept
+        if kept is None or self.evict_every is None:
             return None
-        return self.pages_kept + -(-self.evict_every // self.page_size) - 1
+        return kept + -(-self.evict_every // self.page_size) - 1
 
     @property
     def decoding(self) -> "Policy":
-        """The policy that evicts while single tokens come (`Then`; others are one for all)."""
+        """The policy that evicts while single tokens arrive: itself, but for `Then`."""
         return self
 
     def at_layer(self, layer: int, layers: int) -> "Policy":
-        """The policy of layer `layer` of so many `layers` with full attention."""
+        """The policy of one layer, where budgets differ by layer; itself by default.
+
+        Args:
+            layer: number of the layer among those with full attention, from 0.
+            layers: how many layers with full attention the model has.
+        """
         return self
 
     def priority(self, pages: PageView) -> Tensor:
-        """Worth of each page, float32 `[batch, kv_heads, P]`: the least is evicted first.
+        """How much each page is worth keeping: the page with the lowest priority is evicted first.
 
-        Among equals the oldest page goes first. Infinity protects a page as long as there is
-        another one; the page of the newest token and pinned pages are never evicted whatever their
-        worth. Ranks are exact in float32 up to 2**24 tokens a row.
+        Of equals the oldest page goes first. Infinity protects a page as long as any other is left.
+        Pinned pages and the page of the newest token are never evicted, whatever their priority.
+
+        Args:
+            pages: what one layer holds.
+
+        Returns:
+            Floating point, `[batch, kv_heads, P]`. Ranks are exact in float32 up to 2**24 tokens a
+            row.
         """
         raise NotImplementedError(f"{type(self).__name__} evicts but defines no priority")
 
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """The pages with new `stamp` or `sums` after a forward.
+        """The pages with new `stamp` or `sums` after a forward; unchanged by default.
 
-        query: the newest token's query, `[batch, query_heads, head_dim]`.
-        scaling: factor on a query-key product before the softmax.
+        Args:
+            query: of each row's newest token, `[batch, query_heads, head_dim]`.
+            pages: what one layer holds, the new tokens included, before anything is evicted.
+            scaling: factor on a query-key product before the softmax (head_dim ** -0.5 in most
+                models).
         """
         return pages
 
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
-        """Places of the pages a single new token attends to, int64 `[batch, kv_heads, K]`.
+        """The places of the pages that a single new token attends to; None, the default, for all.
 
-        None for all pages. query: `[batch, query_heads, head_dim]`.
+        Args:
+            query: of the new token, `[batch, query_heads, head_dim]`.
+            pages: what one layer holds, the new token included.
+
+        Returns:
+            int64 `[batch, kv_heads, K]`, or None.
         """
         return None
 
 
-def check_budget(name: str, budget: int, page_size: int) -> None:
-    """Raise SparsityError unless `budget` is a positive multiple of `page_size` (both tokens)."""
-    check_count(name, "page_size", page_size, least=1)
-    check_count(name, "budget", budget, least=1)
-    if budget % page_size:
+def reduce_group(scores: Tensor, group: Group) -> Tensor:
+    """`[batch, kv_heads, query_heads / kv_heads, ...]` reduced over axis 2: one score a KV head."""
+    return scores.amax(2) if group == "max" else scores.mean(2)
+
+
+def check_budget(policy: Policy, field: str = "budget") -> None:
+    """Convert the budget in `field` and the page size to ints (both in tokens).
+
+    Raises:
+        SparsityError: unless the budget is a positive multiple of the page size.
+    """
+    check_count(policy, "page_size", least=1)
+    check_count(policy, field, least=1)
+    budget, size = getattr(policy, field), policy.page_size
+    if budget % size:
         raise SparsityError(
-            f"{name}(budget={budget}, page_size={page_size}): the budget must be a multiple of the "
-            f"page size; use budget={max(1, round(budget / page_size)) * page_size}"
+            f"{type(policy).__name__}({field}={budget}, page_size={size}): the budget must be a "
+            f"multiple of the page size; use {field}={max(1, round(budget / size)) * size}"
         )
 
 
-def check_count(name: str, field: str, value: int, least: int = 0) -> None:
-    """Raise SparsityError unless `value` is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SparsityError(
-            f"{name}({field}={value!r}): expected a whole number of at least {least}"
-            + (" tokens" if field in ("budget", "page_size") else "")
-            + ("; Full() is the policy without a budget" if field == "budget" else "")
-        )
+def check_count(policy: Policy, field: str, least: int = 0) -> None:
+    """Convert the number in `field` to an int, so that equality and repr are those of the int.
 
-
-def check_share(name: str, field: str, value: float, above: bool = False) -> None:
-    """Raise SparsityError unless `value` is in [0, 1), or in (0, 1] with `above`."""
-    if not (0 < value <= 1 if above else 0 <= value < 1):
-        raise SparsityError(
-            f"{name}({field}={value}): expected a share in {'(0, 1]' if above else '[0, 1)'}"
-        )
+    Raises:
+        SparsityError: unless it is a whole number of at least `least`.
+    """
+    note = " tokens" if field in ("budget", "page_size") else ""
+    note += "; Full() is the policy without a budget" if field == "budget" else ""
+    take_whole_number(policy, field, least, note)
 
 
 def check_choice(name: str, field: str, value: object, choices: tuple[object, ...]) -> None:

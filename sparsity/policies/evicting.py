@@ -1,10 +1,11 @@
-"""The knobs that evicting policies share, defined and checked once."""
+"""The base of policies that evict, with the parameters they share, defined and checked once."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Group, PageView, Policy, check_budget, check_count, check_group
@@ -12,22 +13,26 @@ from sparsity.policies.base import Group, PageView, Policy, check_budget, check_
 
 @dataclass(frozen=True)
 class Evicting(Policy):
-    """A policy that keeps `budget` tokens: pages with the least `worth` are evicted.
+    """A policy that keeps `budget` tokens for each KV head and evicts the pages worth least.
 
-    A policy derives from this class, changes the defaults, and fixes the knobs that make no sense
-    for it with ``field(default=..., init=False)``.
+    A policy derives from this class, defines `worth`, changes the defaults below, and fixes the
+    arguments that make no sense for it with ``field(default=..., init=False)``.
 
-    budget: tokens kept by a KV head, everything protected or pinned included.
-    page_size: tokens that are kept or evicted together; it divides the budget.
-    sinks: first tokens of a row that are protected.
-    recent: newest tokens that are protected; None for the policy's own number.
-    pin_prompt: never evict what came in forwards of several tokens.
-    dense_layers: first layers of the model that keep everything.
-    shared_heads: one decision for all KV heads of a layer (by their mean worth).
-    group: "mean" or "max" over the query heads that share a KV head.
-    evict_every: while decoding, evict once in so many tokens: between budget and budget +
-        evict_every - 1 tokens are held. With pages of more than one token, a multiple of their
-        size (or 1: whenever a page is needed).
+    Args:
+        budget: tokens that a KV head keeps, all that is protected or pinned included.
+        page_size: tokens that are kept or evicted together; divides the budget.
+        sinks: this many first tokens of a row are protected.
+        recent: this many newest tokens of a row are protected; None for the policy's own number.
+        pin_prompt: never evict tokens that arrived several in one forward.
+        dense_layers: this many first layers of the model keep everything.
+        shared_heads: one decision for all KV heads of a layer, by their mean worth.
+        group: "mean" or "max" over the query heads that share a KV head.
+        evict_every: while decoding, evict once in this many tokens, so that between budget and
+            budget + evict_every - 1 tokens are held. A multiple of `page_size`, or 1 to evict
+            whenever a page is needed.
+
+    Raises:
+        SparsityError: for arguments out of range, and where what is protected fills the budget.
     """
 
     budget: int
@@ -41,20 +46,21 @@ class Evicting(Policy):
     evict_every: int | None = 1
 
     def __post_init__(self) -> None:
-        name, size = type(self).__name__, self.page_size
-        check_budget(name, self.budget, size)
-        recent = self.recent_kept
-        check_count(name, "recent", recent)
+        check_budget(self)
         for field in ("sinks", "dense_layers"):
-            check_count(name, field, getattr(self, field))
+            check_count(self, field)
+        if self.recent is not None:
+            check_count(self, "recent")
+        name, size = type(self).__name__, self.page_size
         check_group(name, self.group)
         if self.evict_every is not None:
-            check_count(name, "evict_every", self.evict_every, least=1)
+            check_count(self, "evict_every", least=1)
             if self.evict_every > 1 and self.evict_every % size:
                 raise SparsityError(
                     f"{name}(evict_every={self.evict_every}, page_size={size}): whole pages are "
                     f"evicted; use a multiple of {size}, or 1 for whenever a page is needed"
                 )
+        recent = self.recent_kept
         # Pages that the newest tokens can touch: one token lies in one page, two may lie in two.
         touched = -(-(recent - 1) // size) + 1 if recent else 0
         if -(-self.sinks // size) + touched >= self.budget // size:
@@ -67,25 +73,29 @@ class Evicting(Policy):
 
     @property
     def usual_recent(self) -> int:
-        """Newest tokens protected where the user names no number."""
+        """Newest tokens protected where `recent` is None."""
         return 0
 
     @property
     def recent_kept(self) -> int:
-        """Newest tokens protected."""
+        """Newest tokens protected: `recent`, or the policy's own number."""
         return self.usual_recent if self.recent is None else self.recent
 
     @property
+    @override
     def evicts(self) -> bool:
-        """The pages with the least worth are dropped."""
         return True
 
     @abstractmethod
     def worth(self, pages: PageView) -> Tensor:
-        """Worth of each page before protection, `[batch, kv_heads, P]`."""
+        """Worth of each page, `[batch, kv_heads, P]`; the page with the least is evicted first.
 
+        Sinks, recent tokens and pinned pages are protected whatever their worth.
+        """
+
+    @override
     def priority(self, pages: PageView) -> Tensor:
-        """The worth; sinks and the newest tokens are protected."""
+        """The worth, with sinks and recent tokens protected; see `Policy.priority`."""
         worth = self.worth(pages)
         if self.shared_heads:
             worth = worth.mean(1, keepdim=True).expand_as(worth)

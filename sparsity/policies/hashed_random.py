@@ -1,4 +1,4 @@
-"""Random numbers without a state: a hash of what is drawn for."""
+"""Random numbers without a state: a hash of what they are for."""
 
 from typing import TypeVar
 
@@ -12,10 +12,18 @@ _Bits = TypeVar("_Bits", int, Tensor)
 
 
 def uniform(seed: int, pages: PageView) -> Tensor:
-    """A draw for each page, one of 2**24 values in [0, 1): float32 `[batch, kv_heads, P]`.
+    """A random number for each page, one of 2**24 values in [0, 1).
 
-    It is a hash of (seed, layer, KV head, page, step): a row's draws depend neither on the rest of
-    its batch nor on padding, and come again after a reset; the rows of a batch share them.
+    It is a hash of (seed, layer, KV head, rank of the page, rank of the newest token): neither the
+    other rows of a batch nor padding change it, a reset brings the same numbers again, and the rows
+    of one batch share them.
+
+    Args:
+        seed: changes all numbers.
+        pages: what one layer holds.
+
+    Returns:
+        float32 `[batch, kv_heads, P]`.
     """
     heads = torch.arange(pages.start.shape[1], device=pages.start.device) + pages.first_head
     draw = mix(mix(seed * 0x9E3779B1 + pages.layer) + heads[None, :, None])
@@ -25,7 +33,7 @@ def uniform(seed: int, pages: PageView) -> Tensor:
 
 
 def mix(value: _Bits) -> _Bits:
-    """Murmur3's 32-bit finaliser: every input bit changes every output bit (int64 may wrap)."""
+    """MurmurHash3's 32-bit finaliser: every input bit changes every output bit (int64 may wrap)."""
     value = value & _LOW32
     value = ((value ^ (value >> 16)) * 0x85EBCA6B) & _LOW32
     value = ((value ^ (value >> 13)) * 0xC2B2AE35) & _LOW32

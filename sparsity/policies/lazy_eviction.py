@@ -1,11 +1,13 @@
-"""LazyEviction: keep what comes back."""
+"""LazyEviction: keep tokens that matter again after a long silence."""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from sparsity.policies.base import Group, Needs, PageView, check_share
+from sparsity.arguments import take_share
+from sparsity.policies.base import Group, Needs, PageView
 from sparsity.policies.evicting import Evicting
 
 
@@ -13,21 +15,24 @@ from sparsity.policies.evicting import Evicting
 class LazyEviction(Evicting):
     """Keep tokens by how long they may stay silent before they matter again.
 
-    Zhang et al., "LazyEviction: Lagged KV Eviction with Attention Pattern Observation for
-    Efficient Long Reasoning" (arXiv 2506.15969). A token recurs when a query gives it more than
-    `alpha` of its attention; the longest span between two recurrences is its maximum recurrence
-    interval, MRI. With t steps since the last, its worth is
-    2 / (1 + exp(1 + t / MRI)) + 2 / (1 + exp(MRI - 1)), and 0 if it never recurred. Every
-    `evict_every` tokens (the paper's window W) those with the least worth are evicted, down to the
-    budget; the newest W stay.
+    Zhang et al., "LazyEviction: Lagged KV Eviction with Attention Pattern Observation for Efficient
+    Long Reasoning" (arXiv 2506.15969). A token recurs when a query gives it more than `alpha` of
+    its attention; the longest span between two recurrences is its maximum recurrence interval, MRI.
+    With t steps since the last recurrence, its worth is 2 / (1 + exp(1 + t / MRI)) + 2 / (1 +
+    exp(MRI - 1)), and 0 if it never recurred. Every `evict_every` tokens (the paper's window W)
+    those with the least worth are evicted, down to the budget; the newest W are protected.
 
-    Departures from the paper: one choice for each KV head, weights reduced over the query heads
-    that share it. Of a prompt only the last query is observed, and the first span of a token is
-    counted from when it came. "Never recurred" is read as worth 0 for the whole sum.
+    Departures from the paper: each KV head decides on its own, by weights reduced over the query
+    heads that share it. Of a prompt only the last query is observed, and the first span of a token
+    is counted from when it came. "Never recurred" is read as worth 0 for the whole sum.
 
-    Beyond the knobs of `Evicting`: evict_every: W, by task 101 (GSM8k), 175 (MATH, the default)
-    or 363 (AIME). recent: newest tokens kept; None for W. alpha: the paper's 1e-4. page_size: with
-    more than one token a page, its attention is the sum of its tokens'.
+    Args:
+        recent: newest tokens that are protected; None for `evict_every`.
+        evict_every: the paper's W: 101 on GSM8K, 175 on MATH (the default), 363 on AIME.
+        alpha: attention above which a token recurs; the paper's 1e-4.
+
+    The other arguments are those of `Evicting`, with group="max"; a page of more than one token has
+    the sum of its tokens' attention.
     """
 
     recent: int | None = None
@@ -37,20 +42,21 @@ class LazyEviction(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("LazyEviction", "alpha", self.alpha)
+        take_share(self, "alpha")
 
     @property
+    @override
     def usual_recent(self) -> int:
-        """W."""
         return self.evict_every or 0
 
     @property
+    @override
     def needs(self) -> Needs:
-        """The newest query's weights; the interval is a sum, the last recurrence the stamp."""
         return Needs(attention="newest", sums=1, group=self.group)
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """Note what recurs, and after how long."""
+        """The longest interval between recurrences as the sum, the last recurrence as the stamp."""
         assert pages.weights is not None
         recurs = (pages.total(pages.weights) > self.alpha) & pages.used
         interval = torch.where(recurs, pages.now - pages.stamp, 0).to(pages.sums.dtype)
@@ -60,9 +66,9 @@ class LazyEviction(Evicting):
             sums=pages.sums.maximum(interval[..., None]),
         )
 
+    @override
     def worth(self, pages: PageView) -> Tensor:
-        """By the last recurrence and the longest interval."""
-        longest = pages.sums[..., 0]
+        longest = pages.sums[..., 0].double()  # in float32 a sigmoid depends on the vector unit
         silent = (pages.now - pages.stamp) / longest.clamp(min=1)
         worth = 2 * torch.sigmoid(-1 - silent) + 2 * torch.sigmoid(1 - longest)
         return worth.masked_fill(longest == 0, 0)

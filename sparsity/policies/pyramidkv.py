@@ -1,6 +1,8 @@
-"""PyramidKV: SnapKV with more room in lower layers."""
+"""PyramidKV: SnapKV with more budget in lower layers."""
 
 from dataclasses import dataclass, field, replace
+
+from typing_extensions import override
 
 from sparsity.policies.base import check_count
 from sparsity.policies.snapkv import SnapKV
@@ -12,17 +14,21 @@ class PyramidKV(SnapKV):
 
     Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling"
     (arXiv 2406.02069). Beyond the window every layer has `budget - window` tokens on average; the
-    last layer has that average divided by `beta`, the first twice the average less that, and the
-    layers between lie on a line.
+    last layer has that average divided by `beta`, the first has twice the average less that, and
+    the layers between are interpolated linearly.
 
-    Departures from the paper: as in `SnapKV`. From the authors' code: the line is rounded layer by
-    layer, so that the sum is the average times the layers up to rounding (there every step down
-    is rounded), and it does not bend for prompts shorter than the first layer's budget.
+    Departures from the paper: as in `SnapKV`. From the authors' code: each layer's budget is
+    rounded on its own, so that they add up to the average times the layers but for rounding (there
+    the step from layer to layer is rounded), and prompts shorter than the first layer's budget
+    change nothing.
 
-    budget: tokens kept by a KV head, on average over the layers with full attention (a text of
-    `budget` tokens is more than the last layers keep; `dense_layers` takes away from the first
-    ones, which have the most). beta: the paper's 20. The rest as
-    in `SnapKV`.
+    Args:
+        budget: tokens that a KV head keeps, averaged over the layers with full attention. The last
+            layers keep less, so that a text of `budget` tokens is already pruned there;
+            `dense_layers` takes the first layers away, which have the largest budgets.
+        beta: the paper's 20.
+
+    The other arguments are those of `SnapKV`, with page_size=1 and pin_prompt=False.
     """
 
     page_size: int = field(default=1, init=False)
@@ -31,10 +37,11 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("PyramidKV", "beta", self.beta, least=1)
+        check_count(self, "beta", least=1)
 
+    @override
     def at_layer(self, layer: int, layers: int) -> SnapKV:
-        """This layer's own budget."""
+        """`SnapKV` with this layer's own budget, see `Policy.at_layer`."""
         fixed = self.sinks + self.recent_kept
         average = self.budget - fixed
         last = average / self.beta

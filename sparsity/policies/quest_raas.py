@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
 from sparsity.policies.base import PageView, check_budget
@@ -13,22 +14,26 @@ from sparsity.policies.raas import RaaS
 
 @dataclass(frozen=True)
 class QuestRaaS(RaaS):
-    """Keep the prompt whole and attend to its best pages; retain decoded pages as RaaS does.
+    """Keep the prompt whole and attend to its best pages; keep decoded pages as `RaaS` does.
 
     The combination that the authors of RaaS advise for small budgets (arXiv 2502.11147), where a
-    pinned prompt leaves no room for decoded pages. Decoded pages: as `RaaS` keeps them, `budget`
-    tokens of them, all attended to. Prompt pages: never evicted and outside the budget; a decoded
-    token attends to those with the highest Quest bound (arXiv 2406.10774), `prompt_budget` tokens
-    of them, and more while fewer than `budget` decoded tokens are held. Time is O(budget +
-    prompt_budget), memory O(prompt + budget).
+    pinned prompt leaves no room for decoded pages. Decoded pages are kept as by `RaaS`, `budget`
+    tokens of them, and all are attended to. Pages of the prompt are never evicted and do not count
+    against the budget; a decoded token attends to those with the highest Quest bound (arXiv
+    2406.10774), `prompt_budget` tokens of them, and to more while fewer than `budget` decoded
+    tokens are held. Time a token is O(budget + prompt_budget), memory O(prompt + budget).
 
-    The paper gives no details; how the two share a step, and that stamps are refreshed by shares
-    of one softmax over prompt and decoded pages, is ours. A page that holds the end of a prompt
-    and the first decoded tokens counts as prompt, but is attended to like a decoded page while it
-    is the current one.
+    The paper gives no details. Ours are how the two share a step, and that stamps are refreshed by
+    the scores of one softmax over prompt and decoded pages. A page that holds both the end of a
+    prompt and the first decoded tokens belongs to the prompt, but is always attended to while it is
+    the newest page.
 
-    budget: decoded tokens kept. prompt_budget: prompt tokens attended to, at least (1,024 is the
-    budget at which the paper finds both methods close to dense). The rest as in `RaaS`.
+    Args:
+        budget: decoded tokens kept.
+        prompt_budget: prompt tokens attended to, at least; at 1,024 the paper finds both methods
+            close to dense attention.
+
+    The other arguments are those of `RaaS`.
     """
 
     pin_prompt: bool = field(default=True, init=False)
@@ -38,15 +43,16 @@ class QuestRaaS(RaaS):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget("QuestRaaS", self.prompt_budget, self.page_size)
+        check_budget(self, "prompt_budget")
         if self.evict_every is None:
             raise SparsityError(
                 "QuestRaaS(evict_every=None): decoded tokens are what it evicts; use 1, or a "
                 f"multiple of page_size={self.page_size}"
             )
 
+    @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
-        """The current page, the decoded pages, and the best of the prompt's."""
+        """The newest page, all decoded pages, and the best pages of the prompt."""
         assert self.pages_held is not None
         count = self.prompt_budget // self.page_size + self.pages_held
         if pages.start.shape[-1] <= count:

@@ -1,4 +1,4 @@
-"""RaaS: evict the page that has mattered to no recent step."""
+"""RaaS: evict the page that has not mattered for longest."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,9 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from sparsity.arguments import take_share
 from sparsity.errors import SparsityError
-from sparsity.policies.base import Group, Needs, PageView, check_choice, check_share
+from sparsity.policies.base import Group, Needs, PageView, check_choice
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import page_bounds, page_logits
 
@@ -17,32 +19,36 @@ from sparsity.policies.scores import page_bounds, page_logits
 class RaaS(Evicting):
     """Keep `budget` tokens in pages; evict the page whose time stamp is oldest.
 
-    Hu et al., "RaaS: Reasoning-Aware Attention Sparsity for Efficient LLM Reasoning"
-    (arXiv 2502.11147, Findings of ACL 2025). The score of a retained page is Quest's bound, scaled
-    as attention scales it and put through a softmax over the retained pages. After each forward a
-    page with score above `alpha` gets the current time as its stamp (or, with `top_ratio`, the
-    best `top_ratio` of the pages do). A new page is stamped when it is opened. When a page is
-    needed and `budget` tokens are in use, the page with the oldest stamp is evicted (of equals the
-    oldest page), for each KV head on its own. The page of the newest token stays; so does the
-    prompt. Attention runs over everything retained: time and memory are O(budget).
+    Hu et al., "RaaS: Reasoning-Aware Attention Sparsity for Efficient LLM Reasoning" (arXiv
+    2502.11147, Findings of ACL 2025). The score of a page is Quest's bound, scaled as attention
+    scales it and put through a softmax over the pages held. After each forward every page with a
+    score above `alpha` is stamped with the current time (or, with `top_ratio`, the best `top_ratio`
+    of the pages are). A new page is stamped when it is opened. When a page is needed and `budget`
+    tokens are held, the page with the oldest stamp is evicted (of equals the oldest page), for each
+    KV head on its own. The page of the newest token is never evicted, nor is the prompt. Attention
+    runs over all pages held: time a token and memory are O(budget).
 
-    Departures from the paper: decisions for each KV head, scores reduced over the query heads that
-    share it. After a forward of several tokens the newest token's query refreshes the stamps
-    before anything is evicted. The scale is the model's own (head_dim ** -0.5 for most).
+    Departures from the paper: each KV head decides on its own, by scores reduced over the query
+    heads that share it. After a forward of several tokens the newest token's query refreshes the
+    stamps before anything is evicted. The scaling is the model's own (head_dim ** -0.5 for most).
     Departures from the authors' code: the prompt is pinned (there it is not; `pin_prompt=False`
-    does the same), the softmax runs over all retained pages on scaled scores (there over the top
-    pages, unscaled), evicted memory is really freed, and no layer is dense by default (there the
-    first two for Llama).
+    does the same), the softmax runs over all pages held on scaled scores (there over the top pages,
+    unscaled), evicted memory is really freed, and no layer is dense by default (there the first two
+    for Llama).
 
-    Beyond the knobs of `Evicting`, with page_size=16, pin_prompt=True and group="max":
-    alpha: a page scoring above is refreshed (the paper's 1e-4; the default when `top_ratio` is
-        not given). top_ratio: share of the retained pages to refresh, at least one page; the
-        paper finds 0.5 about equal to its alpha. One of the two, not both.
-    score: "bound" is Quest's bound; "exact" the largest true score in the page, which costs
-        reading every retained key once more.
-    attend: "all" that is retained (the paper); "top" attends to the current page and the best
-        others, `top_ratio` of the budget in all (half, if `alpha` is given). The authors'
-        evaluation code attends to the top budget / page_size pages, which is nearly all.
+    Args:
+        alpha: score above which a page is stamped anew; the paper's 1e-4, the default where
+            `top_ratio` is not given.
+        top_ratio: share of the pages held that are stamped anew, at least one page; the paper finds
+            0.5 about equal to its alpha. Give `alpha` or `top_ratio`, not both.
+        score: "bound" is Quest's bound; "exact" the highest true score in the page, which costs
+            reading every key held once more.
+        attend: "all" attends to all pages held (the paper). "top" attends to the newest page and
+            the best others, `top_ratio` of the budget in all (half of it where `alpha` is given);
+            the authors' evaluation code attends to the top budget / page_size pages, which is
+            nearly all.
+
+    The other arguments are those of `Evicting`, with page_size=16, pin_prompt=True and group="max".
     """
 
     page_size: int = 16
@@ -62,28 +68,29 @@ class RaaS(Evicting):
                 "they are two ways to choose the pages to refresh"
             )
         if self.alpha is not None:
-            check_share(name, "alpha", self.alpha)
+            take_share(self, "alpha")
         if self.top_ratio is not None:
-            check_share(name, "top_ratio", self.top_ratio, above=True)
+            take_share(self, "top_ratio", above=True)
         check_choice(name, "score", self.score, ("bound", "exact"))
         check_choice(name, "attend", self.attend, ("all", "top"))
 
     @property
     def threshold(self) -> float:
-        """The score above which a page is refreshed, where no `top_ratio` is given."""
+        """The score above which a page is stamped anew where no `top_ratio` is given."""
         return 1e-4 if self.alpha is None else self.alpha
 
     @property
+    @override
     def needs(self) -> Needs:
-        """Summaries for the bound, the keys for exact scores."""
         return Needs(summaries=self.score == "bound", tokens=self.score == "exact")
 
+    @override
     def worth(self, pages: PageView) -> Tensor:
-        """The stamp."""
         return pages.stamp.float()
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """Stamp the pages that matter to this query with the current time."""
+        """Stamp the pages that matter to this query with the rank of the newest token."""
         scores = self.scores(query, pages) * scaling
         if self.top_ratio is not None:
             refresh = _top(scores, pages, self.top_ratio)
@@ -92,8 +99,9 @@ class RaaS(Evicting):
         stamp = torch.where(refresh & pages.used, pages.now.to(pages.stamp.dtype), pages.stamp)
         return replace(pages, stamp=stamp)
 
+    @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
-        """All pages, or the current one and the best others."""
+        """All pages, or with attend="top" the newest page and those with the highest score."""
         count = max(1, math.floor(self.budget // self.page_size * (self.top_ratio or 0.5)))
         if self.attend == "all" or pages.start.shape[-1] <= count:
             return None
@@ -101,7 +109,7 @@ class RaaS(Evicting):
         return scores.topk(count, dim=-1).indices
 
     def scores(self, query: Tensor, pages: PageView) -> Tensor:
-        """Unscaled score of each page, -inf for none: float32 `[batch, kv_heads, P]`."""
+        """Unscaled score of each page, -inf for unused places: float32 `[batch, kv_heads, P]`."""
         if self.score == "exact":
             return page_logits(query, pages, self.group)
         assert pages.kmin is not None
@@ -111,9 +119,9 @@ class RaaS(Evicting):
 
 
 def _top(scores: Tensor, pages: PageView, ratio: float) -> Tensor:
-    """The best `ratio` of the used pages, at least one; of equals the newer page."""
+    """True for the best `ratio` of the used pages, at least one; of equals the newer page."""
     by_age = pages.start.argsort(dim=-1, descending=True, stable=True)
     by_score = scores.gather(-1, by_age).argsort(dim=-1, descending=True, stable=True)
-    place = by_age.gather(-1, by_score).argsort(-1)
+    order = by_age.gather(-1, by_score).argsort(-1)
     count = (pages.used.sum(-1, keepdim=True) * ratio).floor().clamp(min=1)
-    return place < count
+    return order < count

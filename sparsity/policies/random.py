@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.policies.base import Group, PageView, check_count
 from sparsity.policies.evicting import Evicting
@@ -11,21 +12,24 @@ from sparsity.policies.hashed_random import uniform
 
 @dataclass(frozen=True)
 class Random(Evicting):
-    """Evict a token drawn uniformly, for each KV head on its own; keep the prompt by default.
+    """Evict a random token, for each KV head on its own; keep the prompt by default.
 
-    "Random Attention" (arXiv 2609.03430) reports that eviction at random with the prompt kept is a
-    strong baseline for reasoning. Each time room is needed, tokens are drawn among those that are
-    neither pinned nor among the newest `recent`; when no such token is left, the oldest of the
+    "Random Attention" (arXiv 2609.03430) reports that evicting at random with the prompt kept is a
+    strong baseline for reasoning. Each time room is needed, a token is drawn uniformly among those
+    that are neither pinned nor among the newest `recent`; when there is none, the oldest of the
     recent ones goes.
 
     Departures from the paper: tokens go one at a time, exactly when room is needed (unless
-    `evict_every` says otherwise). Draws come from a hash of (seed, layer, KV head, token, step)
-    and not from a generator with a state, so a row's result depends neither on the rest of its
-    batch nor on padding, and `reset` starts the same draws again; the rows of one batch share
-    their draws.
+    `evict_every` says otherwise). Random numbers are a hash of (seed, layer, KV head, token, step)
+    and not the output of a generator with a state, so that a row's result depends neither on the
+    rest of its batch nor on padding, and `reset` brings the same numbers again; the rows of one
+    batch share them.
 
-    Beyond the knobs of `Evicting`, with pin_prompt=True: recent: newest tokens that are not drawn
-    (no default was found in the paper). seed: changes the draws.
+    Args:
+        recent: newest tokens that are protected; no default was found in the paper.
+        seed: changes the random numbers.
+
+    The other arguments are those of `Evicting`, with page_size=1 and pin_prompt=True.
     """
 
     page_size: int = field(default=1, init=False)
@@ -37,8 +41,8 @@ class Random(Evicting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("Random", "seed", self.seed)
+        check_count(self, "seed")
 
+    @override
     def worth(self, pages: PageView) -> Tensor:
-        """A uniform draw in [0, 1) for each token."""
         return uniform(self.seed, pages)

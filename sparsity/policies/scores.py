@@ -4,17 +4,23 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from sparsity.policies.base import Group, PageView
+from sparsity.policies.base import Group, PageView, reduce_group
 
 
 def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tensor:
     """Upper bound of query . key over the keys of each page (Quest, arXiv 2406.10774).
 
-    The bound is sum_i max(q_i * kmin_i, q_i * kmax_i), unscaled, computed in float32, reduced over
-    the query heads that share a KV head.
+    The bound is sum_i max(q_i * kmin_i, q_i * kmax_i), without scaling, reduced over the query
+    heads that share a KV head.
 
-    query: `[batch, query_heads, head_dim]`; kmin, kmax: `[batch, kv_heads, P, head_dim]`.
-    Returns float32 `[batch, kv_heads, P]`.
+    Args:
+        query: `[batch, query_heads, head_dim]`.
+        kmin: elementwise smallest key of each page, `[batch, kv_heads, P, head_dim]`.
+        kmax: elementwise largest key of each page, `[batch, kv_heads, P, head_dim]`.
+        group: "max" or "mean" over the query heads.
+
+    Returns:
+        float32 `[batch, kv_heads, P]`.
     """
     batch, kv_heads, _, head_dim = kmin.shape
     grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
@@ -24,9 +30,15 @@ def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tens
 
 
 def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
-    """Largest query . key of each page, unscaled, reduced over the group as `page_bounds` is.
+    """Highest query . key of each page, without scaling, reduced as in `page_bounds`.
 
-    Returns float32 `[batch, kv_heads, P]`, -inf for a page without tokens. Needs `tokens`.
+    Args:
+        query: `[batch, query_heads, head_dim]`.
+        pages: of a policy that needs `tokens`.
+        group: "max" or "mean" over the query heads.
+
+    Returns:
+        float32 `[batch, kv_heads, P]`, -inf for a page without tokens.
     """
     assert pages.keys is not None
     batch, kv_heads, _, head_dim = pages.keys.shape
@@ -36,17 +48,20 @@ def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
     return reduce_group(logits.unflatten(-1, (-1, pages.page_size)).amax(-1), group)
 
 
-def reduce_group(scores: Tensor, group: Group) -> Tensor:
-    """Over axis 2, the query heads that share a KV head."""
-    return scores.amax(2) if group == "max" else scores.mean(2)
-
-
 def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> Tensor:
-    """Attention of the last queries to each token, pooled over `kernel` neighbours in the text.
+    """Mean attention of the last queries to each token, pooled over its neighbours.
 
-    The mean over the queries; zero for the newest `recent` tokens, which no policy ranks. Its
-    neighbours are the tokens held next to a token by rank, zeros at the ends.
-    Returns `[batch, kv_heads, N]`. Needs a `window`.
+    The neighbours of a token are the tokens held next to it by rank; beyond the ends are zeros, and
+    so are the newest `recent` tokens, which are protected anyway.
+
+    Args:
+        pages: of a policy that needs a `window`.
+        recent: newest tokens that count as zero.
+        kernel: tokens pooled over, odd.
+        pooling: "max" or "mean" of them.
+
+    Returns:
+        `[batch, kv_heads, N]`.
     """
     assert pages.window is not None
     rank = pages.rank
@@ -59,3 +74,13 @@ def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> 
     else:
         scores = F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     return scores.gather(-1, order.argsort(-1)).masked_fill(~pages.filled, 0)
+
+
+def without_rounding(scores: Tensor) -> Tensor:
+    """Scores to 12 significant bits, so that those that differ by rounding alone are equal.
+
+    The values of a token that comes again are in the first layer those it had before, but computed
+    in another forward they differ in the last bits, and then rounding would choose between them.
+    """
+    mantissa, exponent = scores.frexp()
+    return ((mantissa * 2**12).round() / 2**12).ldexp(exponent)

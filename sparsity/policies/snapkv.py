@@ -1,34 +1,41 @@
-"""SnapKV: what the last queries of the prompt attend to."""
+"""SnapKV: keep the tokens of a prompt that its last queries attend to."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
-from sparsity.policies.base import Group, Needs, PageView, check_choice, check_count
+from sparsity.policies.base import Group, Needs, PageView, Policy, check_choice, check_count
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import window_scores
 
 
 @dataclass(frozen=True)
 class SnapKV(Evicting):
-    """Compress the prompt to what its last `window` queries attend to; keep what is decoded.
+    """Compress the prompt to what its last `window` queries attend to; keep all that is decoded.
 
     Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469).
-    The attention weights of the last `window` queries are averaged, pooled over `kernel`
-    neighbours, and the best tokens stay, with the window itself, `budget` in all (of equals the
-    newest stay). With `evict_every=n` the same is done every n tokens while decoding, with the
-    last queries decoded: "SnapKV-D" (n = 128 in the reports on it). Without, memory grows while
+    The attention weights of the last `window` queries are averaged and pooled over `kernel`
+    neighbours; the best tokens are kept, with the window itself, `budget` in all (of equals the
+    newest). With `evict_every=n` the same is done every n tokens while decoding, by the last
+    queries decoded: "SnapKV-D" (n = 128 in the reports on it). Without, memory grows while
     decoding, and a later turn compresses all that is held again.
 
-    Departures from the paper: one choice for each KV head, weights averaged over the query heads
-    that share it. Neighbours are neighbours among the tokens held. A prompt that comes in chunks
-    is compressed after each of them. Of a cache that is taken over with `past=` the queries are
-    gone: the window holds those that came since.
+    Departures from the paper: each KV head decides on its own, by weights averaged over the query
+    heads that share it. Neighbours are neighbours among the tokens held. A prompt that comes in
+    chunks is compressed after each of them. Of a cache taken over with `past=` the queries are
+    gone: the window has those that came since.
 
-    Beyond the knobs of `Evicting`: window: queries that observe. recent: newest tokens kept; None
-    for the window. kernel: tokens pooled over, odd; 1 for none. pooling: "mean" or "max".
-    page_size: with more than one token a page, its attention is the sum of its tokens'.
+    Args:
+        recent: newest tokens that are protected; None for `window`.
+        evict_every: tokens between two compressions while decoding; None for no compression then.
+        window: last queries that decide.
+        kernel: tokens pooled over, odd; 1 for none.
+        pooling: "mean" or "max" over them.
+
+    The other arguments are those of `Evicting`; a page of more than one token has the sum of its
+    tokens' attention.
     """
 
     recent: int | None = None
@@ -39,31 +46,32 @@ class SnapKV(Evicting):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_count(name, "window", self.window, least=1)
-        check_kernel(name, self.kernel)
+        check_count(self, "window", least=1)
+        check_kernel(self)
         check_choice(name, "pooling", self.pooling, ("mean", "max"))
         super().__post_init__()
 
     @property
+    @override
     def usual_recent(self) -> int:
-        """The window."""
         return self.window
 
     @property
+    @override
     def needs(self) -> Needs:
-        """The last queries."""
         return Needs(window=self.window, group=self.group)
 
+    @override
     def worth(self, pages: PageView) -> Tensor:
-        """Pooled attention of the window."""
         return pages.total(window_scores(pages, self.recent_kept, self.kernel, self.pooling))
 
 
-def check_kernel(name: str, kernel: int) -> None:
-    """Raise SparsityError unless `kernel` is a positive odd number."""
-    check_count(name, "kernel", kernel, least=1)
+def check_kernel(policy: Policy, field: str = "kernel") -> None:
+    """Take the pooling kernel in `field` as an int; SparsityError unless it is positive and odd."""
+    check_count(policy, field, least=1)
+    kernel = getattr(policy, field)
     if kernel % 2 == 0:
         raise SparsityError(
-            f"{name}(kernel={kernel}): a token stands in the middle of its neighbours; use an odd "
-            f"number such as {kernel + 1}"
+            f"{type(policy).__name__}({field}={kernel}): a token stands in the middle of its "
+            f"neighbours; use an odd number such as {kernel + 1}"
         )

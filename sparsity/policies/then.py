@@ -1,9 +1,10 @@
-"""One policy for prompts, another one while decoding."""
+"""One policy for the prompt, another one while decoding."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Needs, PageView, Policy
@@ -12,18 +13,25 @@ from sparsity.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class Then(Policy):
-    """Compress what comes several tokens at a time as `prompt` does; decode as `decode` does.
+    """Compress what arrives several tokens at a time as `prompt` does; decode as `decode` does.
 
-    ``Then(SnapKV(512, page_size=16), RaaS(1024))``: at the end of a prompt SnapKV
-    (arXiv 2404.14469) leaves 512 tokens of it, and RaaS (arXiv 2502.11147) goes on from those. A
-    later turn compresses all that is held by then once more. Where `decode` pins prompts, what
-    `prompt` leaves is pinned until the next turn; it always fits.
+    ``Then(SnapKV(512, page_size=16), RaaS(1024))``: at the end of a prompt SnapKV (arXiv
+    2404.14469) leaves 512 tokens of it, and RaaS (arXiv 2502.11147) goes on from those. A later
+    turn compresses all that is held by then once more. Where `decode` pins prompts, what `prompt`
+    leaves is pinned until the next turn; it always fits.
 
-    Both decide over the same pages: their page sizes are the same, and so are their dense layers,
-    and `group` where both go by attention weights. Refused: `prompt` with an `evict_every`, which
-    is for decoding; a larger budget for it than for `decode`; two windows of different lengths.
+    Both decide over the same pages, so that their page sizes and dense layers must be the same, and
+    `group` where both use attention weights. `budget` and the other attributes of a `Policy` are
+    those of `decode`.
 
-    prompt: `SnapKV` or `PyramidKV` (pages of one token). decode: any policy. budget: of `decode`.
+    Args:
+        prompt: `SnapKV`, or `PyramidKV` (whose pages have one token), without `evict_every`.
+        decode: any policy but `Then`.
+
+    Raises:
+        SparsityError: for two policies that do not fit together: page sizes, dense layers, groups
+            or windows that differ, a `prompt` that leaves more than `decode` has room for, and
+            positions inside the cache (`StreamingLLM`).
     """
 
     prompt: SnapKV
@@ -91,48 +99,50 @@ class Then(Policy):
             )
 
     @property
+    @override
     def evicts(self) -> bool:
-        """The prompt is compressed in any case."""
         return True
 
     @property
+    @override
     def needs(self) -> Needs:
-        """What either needs."""
         return replace(self.decode.needs, window=self.prompt.window, group=self.prompt.group)
 
     @property
     def shared_heads(self) -> bool:
-        """Whether either decides for all KV heads of a layer."""
+        """Whether either policy decides once for all KV heads of a layer."""
         return self.prompt.shared_heads or getattr(self.decode, "shared_heads", False)
 
     @property
+    @override
     def pages_kept(self) -> int | None:
-        """What is left at the end of a prompt."""
         return self.prompt.pages_kept
 
     @property
+    @override
     def pages_held(self) -> int | None:
-        """Most pages while decoding."""
         return self.decode.pages_held
 
     @property
+    @override
     def decoding(self) -> Policy:
-        """Decides while single tokens come."""
         return self.decode
 
+    @override
     def at_layer(self, layer: int, layers: int) -> "Then":
-        """Both at this layer."""
         prompt: Any = self.prompt.at_layer(layer, layers)
         return replace(self, prompt=prompt, decode=self.decode.at_layer(layer, layers))
 
+    @override
     def priority(self, pages: PageView) -> Tensor:
-        """At the end of a prompt."""
+        """That of `prompt`: this policy evicts at the end of a prompt, `decoding` later."""
         return self.prompt.priority(pages)
 
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """As `decode` does, prompts included."""
+        """That of `decode`, in forwards of several tokens too."""
         return self.decode.observe(query, pages, scaling)
 
+    @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:
-        """As `decode` does."""
         return self.decode.select(query, pages)

@@ -3,7 +3,7 @@
 The RaaS paper (arXiv 2502.11147, section 3) sorts attention maps by eye: a milestone token is
 bright for a while after it was written and then fades for good, a "water column"; a phoenix token
 is ignored for more than 128 steps and matters again, and is nearly always part of the prompt. Here
-the same is said of pages and counted.
+the same is defined for pages and counted.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsity.arguments import take_share, take_whole_number, whole_number
 from sparsity.errors import SparsityError
-from sparsity.recorded.trace import Trace
+from sparsity.recorded.trace import Trace, check_trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +27,15 @@ NAMES = ("milestone", "phoenix", "steady", "unused")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as mattering.
+    """When a page matters, and for how long it must not.
 
-    alpha: a page matters at a step that gives it more than this share of its attention. gap: steps
-    without mattering after which a page has faded (the paper's 128). local: newest tokens whose
-    pages always matter, and say nothing.
+    Args:
+        alpha: a page matters at a step that gives it more than this share of the attention.
+        gap: steps without mattering after which a page has faded; the paper's 128.
+        local: a page with any of this many newest tokens always matters, so that it is not counted.
+
+    Raises:
+        SparsityError: for numbers out of range.
     """
 
     alpha: float = 0.05
@@ -38,23 +43,26 @@ class Thresholds:
     local: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 1 or self.gap < 1 or self.local < 0:
-            raise SparsityError(
-                f"{self}: expected alpha, a share in [0, 1), a gap of at least 1 step, and local "
-                "of at least 0 tokens"
-            )
+        take_share(self, "alpha")
+        take_whole_number(self, "gap", least=1, note=" step")
+        take_whole_number(self, "local", least=0, note=" tokens")
 
 
 @dataclass(frozen=True)
 class Kinds:
-    """What a dense run did with each page; bool `[kv_heads, pages]` each, and no page is two.
+    """The kind of each page in a dense run: one or none, bool `[kv_heads, pages]` for each kind.
 
-    milestone: matters after it has left the newest tokens, and then not once in the last `gap`
-        steps, and never with a gap before. phoenix: matters again after a gap of more than `gap`
-        steps. steady: matters, and neither. unused: never matters once it has left the newest
-        tokens. Pages that are still among the newest at the end are none.
-    prompt: whether a page holds tokens of the prompt, bool `[pages]`.
-    returns: the steps at which a phoenix page comes back, bool `[kv_heads, steps, pages]`.
+    A page is counted once it has left the `Thresholds.local` newest tokens; one that never does has
+    no kind.
+
+    Attributes:
+        milestone: matters, but not once in the last `gap` steps, and never after more than `gap`
+            steps without.
+        phoenix: matters again after more than `gap` steps without.
+        steady: matters, and is neither.
+        unused: never matters.
+        prompt: whether a page holds tokens of the prompt, bool `[pages]`.
+        returns: the steps at which a phoenix page matters again, bool `[kv_heads, steps, pages]`.
     """
 
     milestone: Tensor
@@ -65,7 +73,7 @@ class Kinds:
     returns: Tensor
 
     def share(self, name: str) -> float:
-        """Share of all pages that are of a kind: "milestone", "phoenix", "steady", "unused"."""
+        """Share of the counted pages of a kind: "milestone", "phoenix", "steady" or "unused"."""
         counts = {one: int(getattr(self, one).sum()) for one in NAMES}
         return counts[name] / max(1, sum(counts.values()))
 
@@ -82,10 +90,14 @@ class Kinds:
 def classify(
     mass: Tensor, prompt_tokens: int, page_size: int, thresholds: Thresholds | None = None
 ) -> Kinds:
-    """Sort pages by when they matter.
+    """The kind of each page, by the steps at which it matters.
 
-    mass: attention of each decoded token to each page, `[kv_heads, steps, pages]`, as
-    `Trace.mass` gives it.
+    Args:
+        mass: share of its attention that each decoded token gives to each page,
+            `[kv_heads, steps, pages]`, as from `Trace.mass`.
+        prompt_tokens: tokens of the prompt.
+        page_size: tokens a page.
+        thresholds: when a page matters; None for the defaults.
     """
     limits = thresholds or Thresholds()
     _, steps, pages = mass.shape
@@ -121,20 +133,27 @@ def milestone_map(
     page_size: int = 16,
     path: str | Path | None = None,
 ) -> "Figure":
-    """A picture of one head: pages from left to right, decoded tokens from top to bottom.
+    """A picture of one head's attention: pages from left to right, decoded tokens downwards.
 
     A milestone is a bright column that begins on the diagonal and ends; a phoenix goes dark and
     comes back. Needs matplotlib (extra "plots").
 
-    trace: from `record`. layer, kv_head: which. path: where to save it as an image.
+    Args:
+        trace: from `record`.
+        layer: index of the layer in the model.
+        kv_head: index of the KV head.
+        page_size: tokens a page.
+        path: where to save the picture; None to save nothing.
 
-    Raises SparsityError for a layer or head that the trace does not hold.
+    Raises:
+        SparsityError: for a layer or head that the trace does not hold.
     """
     from matplotlib.figure import Figure
 
+    layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    image = draw_head(axes, trace, layer, kv_head, page_size)
+    image = plot_head(axes, trace, layer, kv_head, page_size)
     axes.set(
         title=f"layer {layer}, KV head {kv_head}: attention by page of {page_size} tokens",
         xlabel="token attended to (dotted: end of the prompt)",
@@ -146,10 +165,23 @@ def milestone_map(
     return figure
 
 
-def draw_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: int) -> "AxesImage":
-    """Draw what `milestone_map` shows into axes of your own, without title and labels."""
+def plot_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: int) -> "AxesImage":
+    """Plot what `milestone_map` shows into axes of your own, without title and labels.
+
+    Args:
+        axes: of a matplotlib figure.
+        trace: from `record`.
+        layer: index of the layer in the model.
+        kv_head: index of the KV head.
+        page_size: tokens a page.
+
+    Raises:
+        SparsityError: for a layer or head that the trace does not hold.
+    """
     from matplotlib.colors import LogNorm
 
+    check_trace(trace)
+    kv_head, page_size = whole_number("kv_head", kv_head), whole_number("page_size", page_size, 1)
     heads = trace.at(layer).keys.shape[0]
     if not 0 <= kv_head < heads:
         raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")

@@ -1,16 +1,18 @@
-"""Record a dense run, to be looked at and replayed without the model."""
+"""Record a dense run, to replay policies over it without the model."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from sparsity.arguments import whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.recorded.trace import LayerTrace, Trace
 from sparsity.retention.batch_rows import Step
-from sparsity.retention.layer import Retention
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 
 if TYPE_CHECKING:
@@ -18,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Bytes that a recording may still take."""
+    """How many bytes a recording may still take."""
 
     def __init__(self, max_bytes: int) -> None:
         self.most, self.taken = max_bytes, 0
 
     def take(self, num_bytes: int) -> None:
-        """Count them; SparsityError when they are too many."""
+        """Count so many bytes more; SparsityError when `max_bytes` is exceeded."""
         self.taken += num_bytes
         if self.taken > self.most:
             raise SparsityError(
@@ -33,8 +35,8 @@ class Meter:
             )
 
 
-class Recording(Retention):
-    """A layer that keeps everything, and remembers what it was asked with."""
+class Recording(LayerRetention):
+    """A layer that keeps all tokens, and records the queries of every forward."""
 
     def __init__(self, layer: int, meter: Meter) -> None:
         super().__init__(Full(), layer)
@@ -43,6 +45,7 @@ class Recording(Retention):
         self.forwards: list[int] = []
         self.scores: dict[str, Any] = {}
 
+    @override
     def attend(
         self,
         query: Tensor,
@@ -54,7 +57,6 @@ class Recording(Retention):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `Retention.attend`."""
         if query.shape[0] != 1:
             raise SparsityError(
                 f"record takes one text at a time, and the model was called with {query.shape[0]} "
@@ -78,7 +80,7 @@ class Recording(Retention):
         return super().attend(query, key, value, step, mask, scaling, softcap, sinks)
 
     def trace(self) -> LayerTrace:
-        """What was recorded."""
+        """What was recorded, in the CPU's memory."""
         assert self.held is not None
         keys, values = (t[0, :, : sum(self.forwards)].detach().cpu().clone() for t in self.held)
         return LayerTrace(torch.cat(self.queries, dim=1), keys, values, **self.scores)
@@ -90,18 +92,22 @@ def record(
     max_bytes: int = 2**30,
     **inputs: Any,
 ) -> Trace:
-    """Run ``model.generate(**inputs)`` with dense attention and keep what attention saw.
+    """Run ``model.generate(**inputs)`` with dense attention and record what attention saw.
 
-    Queries, keys and values are kept, in the model's dtype, in the CPU's memory: from them follow
+    Queries, keys and values are kept in the model's dtype, in the CPU's memory. From them follow
     the attention to any page at any step (`Trace.mass`) and what any policy would have kept
-    (`replay`), at a size linear in the text.
+    (`replay`). Memory is linear in the text.
 
-    model: as for `SparseCache`; left as it was. layers: indices of those to record; None for all
-    with full attention. max_bytes: most bytes to keep. inputs: of `generate`, one row, without a
-    cache.
+    Args:
+        model: as for `SparseCache`; left as it was.
+        layers: indices of the layers to record; None for all with full attention.
+        max_bytes: most bytes to keep.
+        inputs: of `generate`, one sequence, without a cache.
 
-    Raises SparsityError for more than one row, layers without full attention, a recording that
-    grows over `max_bytes`, padding, a cache or embeddings handed in, and as `SparseCache` does.
+    Raises:
+        SparsityError: for more than one sequence, padding, layers without full attention, a
+            recording that grows over `max_bytes`, a cache or embeddings among the inputs, and as
+            `SparseCache` does.
     """
     from sparsity.hf.attach import keep_attached
     from sparsity.hf.cache import SparseCache
@@ -111,13 +117,14 @@ def record(
             f"record takes no {', '.join(sorted(refused))}: give input_ids, of one row; it brings "
             "its own cache, and returns the trace"
         )
+    max_bytes = whole_number("max_bytes", max_bytes, least=0)
     prompt = inputs.get("input_ids", inputs.get("inputs"))
     if prompt is None:
         raise SparsityError("record needs input_ids, int64 [1, tokens], to generate from")
     with keep_attached(model):
         cache = SparseCache(model, Full())
         managed = sorted(cache.retentions)
-        wanted = managed if layers is None else list(layers)
+        wanted = managed if layers is None else whole_numbers("layers", layers)
         if unknown := sorted(set(wanted) - set(managed)):
             raise SparsityError(
                 f"layers={unknown} of this model have no full attention to record: choose of "

@@ -5,34 +5,36 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from sparsity.arguments import check_instance, whole_number, whole_numbers
 from sparsity.errors import SparsityError
-from sparsity.policies import Full
 from sparsity.policies.base import Policy
+from sparsity.policies.full import policy_of_layer
 from sparsity.recorded.milestones import Kinds, Thresholds, classify
-from sparsity.recorded.trace import Trace, per_page
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
+from sparsity.recorded.trace import Trace, check_trace, per_page
+from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.rotation import unmoved
 
 
 @dataclass(frozen=True)
 class LayerReplay:
-    """What a policy would have done in one layer; means over decoded tokens, by KV head.
+    """What a policy would have done in one layer, compared with dense attention, by KV head.
 
-    kept_mass: share of the dense attention that goes to tokens the policy attends to,
-        `[kv_heads, decoded tokens]`.
-    best_mass: the same for the tokens with the highest attention of each step, as many as the
-        policy attends to in it: no choice of so many can do better.
-    recall: share of the tokens in the true top pages that the policy attends to,
-        `[kv_heads, decoded tokens]`.
-    prompt_survival: share of the prompt that is still held, `[kv_heads, decoded tokens]`.
-    kinds: of the pages, by what the dense run did with them.
-    milestone_mass: share of the attention to milestone pages that is kept, `[kv_heads]`; NaN where
-        a head has none.
-    phoenix_survival: share of the times a phoenix page comes back at which the policy attends to
-        most of it, `[kv_heads]`; NaN where a head has none.
+    Attributes:
+        kept_mass: share of the dense attention that goes to tokens the policy attends to,
+            `[kv_heads, decoded tokens]`.
+        best_mass: the same for the tokens with the highest attention at each step, as many as the
+            policy attends to then: no choice of so many tokens has more; same shape.
+        recall: share of the tokens in the true top pages that the policy attends to; same shape.
+        prompt_survival: share of the prompt that is still held; same shape.
+        kinds: of the pages, by what the dense run did with them.
+        milestone_mass: share of the attention to milestone pages that is kept, `[kv_heads]`; NaN
+            where a head has none.
+        phoenix_survival: of the steps at which a phoenix page matters again, the share at which the
+            policy attends to most of it, `[kv_heads]`; NaN where a head has none.
     """
 
     kept_mass: Tensor
@@ -46,18 +48,22 @@ class LayerReplay:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a policy would have kept of a dense run.
+    """What a policy would have kept of a dense run; `print` it for a summary.
 
-    The run's own queries are replayed: after the first token that a policy would have answered
-    otherwise, its text would have gone another way. Layers do not wait for each other.
+    The run's own text and queries are replayed. Under the policy the text would have gone another
+    way after the first token that the model would have chosen otherwise, and a layer would have
+    seen what the layers before it did.
 
-    policy: the policy. layers: by index in the model.
+    Attributes:
+        policy: the policy.
+        layers: what it did in each layer, by index in the model.
     """
 
     policy: Policy
     layers: dict[int, LayerReplay]
 
     def _mean(self, name: str) -> float:
+        """Mean over layers, KV heads and decoded tokens, without NaN."""
         values = torch.cat([getattr(one, name).flatten() for one in self.layers.values()])
         return float(values.nanmean()) if values.numel() else float("nan")
 
@@ -68,17 +74,17 @@ class Replay:
 
     @property
     def regret(self) -> float:
-        """Attention that as many tokens, chosen with hindsight at each step, would keep beyond."""
+        """Share of the attention that the best choice of as many tokens would keep beyond that."""
         return self._mean("best_mass") - self.kept_mass
 
     @property
     def recall(self) -> float:
-        """Share of the true top pages attended to."""
+        """Share of the tokens in the true top pages that the policy attends to."""
         return self._mean("recall")
 
     @property
     def prompt_survival(self) -> float:
-        """Share of the prompt held after the last token."""
+        """Share of the prompt that is held after the last token."""
         last = [one.prompt_survival[:, -1] for one in self.layers.values()]
         return float(torch.cat(last).mean())
 
@@ -89,7 +95,7 @@ class Replay:
 
     @property
     def phoenix_survival(self) -> float:
-        """Share of the returns of phoenix pages at which they are attended to."""
+        """Share of the steps at which a phoenix page matters again that attend to it."""
         return self._mean("phoenix_survival")
 
     def __str__(self) -> str:
@@ -119,28 +125,41 @@ def replay(
     thresholds: Thresholds | None = None,
     progress: bool = True,
 ) -> Replay:
-    """What `policy` would have kept of the recorded run, measured against its dense attention.
+    """What `policy` would have kept of a recorded run, compared with its dense attention.
 
     The policy runs in the same code as under `SparseCache`.
 
-    trace: from `record`. layers: of the trace; all by default. page_size: of the pages
-    that recall, milestones and phoenixes are counted in. top_tokens: how many tokens the true top
-    pages hold; the policy's budget by default, or a quarter of the text. thresholds: what makes a
-    page a milestone or a phoenix. progress: show a bar.
+    Args:
+        trace: from `record`.
+        policy: any policy.
+        layers: indices of the layers to replay; None for all of the trace.
+        page_size: tokens of the pages in which recall, milestones and phoenixes are counted.
+        top_tokens: how many tokens the true top pages hold; None for the policy's budget, or a
+            quarter of the text for a policy without one.
+        thresholds: what makes a page a milestone or a phoenix.
+        progress: show a progress bar.
 
-    Raises SparsityError for layers that were not recorded, and where the policy refuses the text.
+    Raises:
+        SparsityError: for layers that were not recorded, a trace without decoded tokens, and where
+            the policy refuses the text.
     """
     from tqdm import tqdm  # comes with transformers
 
-    wanted = sorted(trace.layers) if layers is None else list(layers)
+    check_trace(trace)
+    check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
+    thresholds = Thresholds() if thresholds is None else thresholds
+    check_instance("thresholds", thresholds, Thresholds, "Thresholds(alpha=0.05)")
+    wanted = sorted(trace.layers) if layers is None else whole_numbers("layers", layers)
+    page_size = whole_number("page_size", page_size, least=1)
     for layer in wanted:
         trace.at(layer)
     if trace.tokens == trace.prompt_tokens:
         raise SparsityError("this trace has no decoded tokens: record with max_new_tokens above 1")
     if top_tokens is None:
         top_tokens = policy.budget or trace.tokens // 4
+    else:
+        top_tokens = whole_number("top_tokens", top_tokens, least=1)
     pages = max(1, top_tokens // page_size)
-    thresholds = thresholds or Thresholds()
     return Replay(
         policy,
         {
@@ -196,28 +215,26 @@ def _replay_layer(
     )
 
 
-class Watched(Retention):
-    """A layer that remembers the columns its last token attended to, `[batch, kv_heads, n]`."""
+class Watched(LayerRetention):
+    """A layer that records the columns its last token attended to, `[batch, kv_heads, n]`."""
 
     attended: Tensor | None = None
 
-    def attends(self, slots: Tensor) -> None:
-        """See `Retention.attends`."""
+    @override
+    def note_attended(self, slots: Tensor) -> None:
         self.attended = slots
 
 
 def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each decoded token: what it attends to, what is held; bool `[kv_heads, tokens]` each."""
+    """For each decoded token, what it attends to and what is held, bool `[kv_heads, tokens]`."""
     one = trace.at(layer)
-    dense = layer < policy.dense_layers
-    place = trace.full_layers.index(layer), len(trace.full_layers)
-    small = Full(policy.page_size) if dense else policy.at_layer(*place)
-    retention, rows, first = Watched(small, layer), Rows(), 0
-    retention.move = unmoved  # what is kept does not depend on where it is said to stand
+    own = policy_of_layer(policy, layer, trace.full_layers)
+    retention, rows, first = Watched(own, layer), BatchRows(), 0
+    retention.move = unmoved  # what is kept does not depend on positions
     plain = LazyMask(None, None, False, lambda: None)
     for count in trace.forwards:
         new = slice(first, first + count)
-        step = plan(rows, small, 1, count, None, torch.device("cpu"))
+        step = plan(rows, own, 1, count, None, torch.device("cpu"))
         retention.attend(
             one.queries[None, :, new],
             one.keys[None, :, new],
@@ -237,13 +254,13 @@ def _attended(trace: Trace, policy: Policy, layer: int) -> Iterator[tuple[Tensor
 
 
 def _places(slots: Tensor, tokens: int) -> Tensor:
-    """Slots `[kv_heads, n]`, -1 for none, as bool `[kv_heads, tokens]`."""
+    """The columns in `slots`, `[kv_heads, n]`, -1 for none, as bool `[kv_heads, tokens]`."""
     there = torch.zeros(slots.shape[0], tokens + 1, dtype=torch.bool)
     there.scatter_(1, slots.long().masked_fill(slots < 0, tokens), True)
     return there[:, :tokens]
 
 
 def _best(weights: Tensor, counts: Tensor) -> Tensor:
-    """The sum of the `counts` `[kv_heads, q]` largest of weights `[kv_heads, q, tokens]`."""
+    """Sum of the `counts`, `[kv_heads, q]`, largest of `weights`, `[kv_heads, q, tokens]`."""
     largest = weights.sort(dim=-1, descending=True).values.cumsum(-1)
     return largest.gather(-1, (counts - 1).clamp(min=0)[..., None])[..., 0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
 from sparsity.retention.attention import attention_weights
 
@@ -14,11 +15,15 @@ BLOCK = 128  # queries whose weights are in memory at once
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """One layer of a dense run, rotated as its attention saw it.
+    """Queries, keys and values of one layer in a dense run, rotated as its attention saw them.
 
-    queries: `[query_heads, tokens, head_dim]`. keys: `[kv_heads, tokens, head_dim]`. values:
-    `[kv_heads, tokens, value_dim]`. scaling, softcap, sinks: of its attention, see
-    `sparsity.retention.attention.attend_reference`.
+    Attributes:
+        queries: `[query_heads, tokens, head_dim]`.
+        keys: `[kv_heads, tokens, head_dim]`.
+        values: `[kv_heads, tokens, value_dim]`.
+        scaling: factor on a query-key product before the softmax.
+        softcap: see `sparsity.retention.attention.attend_reference`.
+        sinks: see `sparsity.retention.attention.attend_reference`.
     """
 
     queries: Tensor
@@ -29,12 +34,18 @@ class LayerTrace:
     sinks: Tensor | None = None
 
     def weights(self, first: int, stop: int) -> Tensor:
-        """Dense attention of the tokens `first` to `stop`, mean over the query heads of a KV head.
+        """Dense attention weights of the tokens `first` to `stop`.
 
-        Returns float32 `[kv_heads, stop - first, tokens]`.
+        Args:
+            first: rank of the first token whose query counts.
+            stop: rank after the last.
+
+        Returns:
+            Mean over the query heads that share a KV head, float32
+            `[kv_heads, stop - first, tokens]`.
         """
-        rows = torch.arange(first, stop)[:, None]
-        causal = torch.arange(self.keys.shape[1]) <= rows
+        ranks = torch.arange(first, stop)[:, None]
+        causal = torch.arange(self.keys.shape[1]) <= ranks
         weights = attention_weights(
             self.queries[None, :, first:stop],
             self.keys[None],
@@ -48,11 +59,16 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """A dense run of one text, recorded by `sparsity.record`; lies in the CPU's memory.
+    """A dense run of one text, as `sparsity.record` recorded it, in the CPU's memory.
 
-    ids: of the text, the last token included, which was sampled and not fed, int64 `[tokens + 1]`.
-    prompt_tokens: tokens of the prompt. forwards: tokens of each forward: the prompt's, then ones.
-    layers: what was recorded, by index. full_layers: of the model, those with full attention.
+    Attributes:
+        ids: token ids of the text, int64 `[tokens + 1]`; the last one was sampled and not fed to
+            the model again.
+        prompt_tokens: tokens of the prompt.
+        forwards: tokens of each forward: those of the prompt (one forward, or one for each chunk),
+            then ones.
+        layers: what was recorded, by the layer's index in the model.
+        full_layers: indices of the model's layers with full attention.
     """
 
     ids: Tensor
@@ -72,17 +88,24 @@ class Trace:
         return sum(t.nbytes for x in self.layers.values() for t in (x.queries, x.keys, x.values))
 
     def blocks(self, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """Dense attention of the decoded tokens, some at a time: the first one's place, weights.
+        """Dense attention weights of the decoded tokens, a block of tokens at a time.
 
-        The weights are those of `LayerTrace.weights`. Raises SparsityError for a layer that was
-        not recorded.
+        Args:
+            layer: index of the layer in the model.
+
+        Yields: The rank of the block's first token, and the weights as `LayerTrace.weights` gives
+        them.
+
+        Raises:
+            SparsityError: for a layer that was not recorded.
         """
         one = self.at(layer)
         for first in range(self.prompt_tokens, self.tokens, BLOCK):
             yield first, one.weights(first, min(first + BLOCK, self.tokens))
 
     def at(self, layer: int) -> LayerTrace:
-        """The layer of that index; SparsityError when it was not recorded."""
+        """The layer of that index in the model; SparsityError when it was not recorded."""
+        layer = whole_number("layer", layer)
         if layer not in self.layers:
             raise SparsityError(
                 f"layer {layer} is not in this trace: it holds {sorted(self.layers)}; record it "
@@ -91,11 +114,20 @@ class Trace:
         return self.layers[layer]
 
     def mass(self, layer: int, page_size: int = 16) -> Tensor:
-        """Attention of each decoded token to each page of `page_size` tokens.
+        """Share of its attention that each decoded token gives to each page.
 
-        Returns float32 `[kv_heads, decoded tokens, pages]`; a row sums to 1 (less where the model
-        has attention sinks of its own).
+        Args:
+            layer: index of the layer in the model.
+            page_size: tokens a page.
+
+        Returns:
+            float32 `[kv_heads, decoded tokens, pages]`. The shares of a token sum to 1, or to less
+            in a model with attention sinks of its own.
+
+        Raises:
+            SparsityError: for a layer that was not recorded.
         """
+        page_size = whole_number("page_size", page_size, least=1)
         return torch.cat([per_page(weights, page_size) for _, weights in self.blocks(layer)], 1)
 
     def __repr__(self) -> str:
@@ -106,7 +138,12 @@ class Trace:
         )
 
 
+def check_trace(trace: object) -> None:
+    """Raise SparsityError for what is no trace."""
+    check_instance("trace", trace, Trace, "what record(model, input_ids=...) returns")
+
+
 def per_page(tokens: Tensor, page_size: int) -> Tensor:
-    """`[..., tokens]` summed over pages of `page_size`, the last one filled up with zeros."""
+    """`[..., tokens]` summed over pages of `page_size` tokens; the last page may be shorter."""
     short = -tokens.shape[-1] % page_size
     return torch.nn.functional.pad(tokens, (0, short)).unflatten(-1, (-1, page_size)).sum(-1)

@@ -1,1 +1,1 @@
-"""What a cache holds, whatever model it serves: pages, their evidence, and attention to them."""
+"""What a cache holds, whatever the model: pages, what policies decide by, and attention to them."""

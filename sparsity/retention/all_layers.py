@@ -1,5 +1,6 @@
-"""The state of one cache across its layers: checks a forward, plans it, closes it."""
+"""One cache across all of its layers: checks a forward, plans it, and closes it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,33 +9,60 @@ from torch import Tensor
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.batch_rows import Rows, Step, check_columns, plan
-from sparsity.retention.layer import Retention
+from sparsity.retention.batch_rows import BatchRows, Step, check_columns, plan
+from sparsity.retention.layer import LayerRetention
+from sparsity.retention.one_at_a_time import OneAtATime
+from sparsity.retention.seen_tokens import SeenTokens
 
 
-class CacheState:
-    """Everything a cache knows beyond its layers' tensors; nothing here is about transformers.
+class AllLayers:
+    """The managed layers of one cache, and what they have in common; knows nothing of transformers.
 
-    policy: of the cache. retentions: the managed layers by their index in the model. rows: where
-    the batch stands. step: the forward under way, None between forwards. peak_bytes: most bytes
-    held at once, see `Report`.
+    Attributes:
+        policy: of the cache.
+        planned: the policy by whose pins a forward is planned: that of the cache, or `Full` where
+            all managed layers are dense.
+        retentions: the managed layers, by their index in the model.
+        rows: which columns of the batch are real tokens, after the last forward.
+        tokens: the token ids seen.
+        turn: the thread that is in a forward.
+        step: the forward under way; None between forwards.
+        repeats: how often the forward repeats each row held, before it changes anything else; 0
+            once that is done.
+        new_ids: token ids of the forward under way; None where there are none.
+        reached: indices of the managed layers that the forward has reached so far.
+        decoding: whether the last forward brought one token.
+        peak_bytes: see `Report`.
     """
 
-    def __init__(self, policy: Policy, retentions: dict[int, Retention], rows: Rows) -> None:
+    def __init__(
+        self, policy: Policy, retentions: dict[int, LayerRetention], rows: BatchRows
+    ) -> None:
         decides = any(layer >= policy.dense_layers for layer in retentions)
         self.policy = policy
         self.planned = policy if decides else Full(page_size=policy.page_size)
         self.retentions = retentions
         self.rows = rows
+        self.tokens = SeenTokens()
+        self.turn = OneAtATime()
         self.step: Step | None = None
+        self.repeats = 0
+        self.new_ids: Tensor | None = None
         self.reached: set[int] = set()
         self.decoding = False
         self.peak_bytes = 0
 
     def plan(self, arguments: dict[str, Any]) -> tuple[Step, int]:
-        """What a forward of the decoder with these arguments does, and nothing done yet.
+        """What a forward of the decoder does to the batch; changes nothing.
 
-        The number says how often each row held must be repeated first. Raises SparsityError.
+        Args:
+            arguments: those that the decoder is called with, by name.
+
+        Returns:
+            The forward, and how often each row held must be repeated before it.
+
+        Raises:
+            SparsityError: for a forward that does not go on from what is held.
         """
         if self.step is not None:
             raise SparsityError(
@@ -45,8 +73,11 @@ class CacheState:
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         batch, queries = tokens.shape[:2]
         rows, mask = self.rows, arguments.get("attention_mask")
-        look = queries > 1 or not self.decoding  # while decoding, never wait for the device
-        check_columns(rows.seen, queries, mask, arguments.get("position_ids") if look else None)
+        ids, positions = arguments.get("input_ids"), arguments.get("position_ids")
+        if queries > 1 and ids is not None and mask is None and positions is None:
+            self.tokens.check_not_again(ids, rows.seen)
+        checked = queries > 1 or not self.decoding  # while decoding, never wait for the device
+        check_columns(rows.seen, queries, mask, positions if checked else None)
         have = rows.batch or batch
         if batch % have:
             raise SparsityError(
@@ -58,36 +89,51 @@ class CacheState:
             rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
         return plan(rows, self.planned, batch, queries, mask, tokens.device), batch // have
 
-    def open(self, step: Step) -> None:
-        """Start the planned forward."""
-        self.step, self.reached = step, set()
+    def open(self, step: Step, repeats: int, new_ids: Tensor | None) -> None:
+        """Start a planned forward.
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **scores: Any
-    ) -> Tensor:
-        """Attention of one managed layer in this forward, see `Retention.attend`."""
-        assert self.step is not None
-        self.reached.add(layer)
-        return self.retentions[layer].attend(query, key, value, self.step, **scores)
+        Args:
+            step: the forward.
+            repeats: how often each row held is repeated before it.
+            new_ids: its token ids, int64 `[batch, tokens]`; None where there are none.
+        """
+        self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
+
+    def withdraw(self) -> None:
+        """Undo `open`, for a forward that is refused before it has changed anything."""
+        self.step, self.repeats, self.new_ids = None, 0, None
+        self.abandon()
+
+    def abandon(self) -> None:
+        """End a forward that failed; if it was started, `step` stays, so the next is refused."""
+        self.tokens.drop_handed()
+        self.turn.leave()
 
     def missed(self) -> list[int]:
-        """Managed layers that this forward did not reach."""
+        """Indices of the managed layers that this forward did not reach."""
         return sorted(set(self.retentions) - self.reached)
 
-    def close(self, other_bytes: int) -> None:
-        """End the forward. other_bytes: held by layers that are not managed."""
+    def close(self, other_bytes: Callable[[], int]) -> None:
+        """End the forward, and measure what is held.
+
+        Args:
+            other_bytes: counts the bytes held by layers that are not managed.
+        """
         assert self.step is not None
+        self.tokens.feed(self.new_ids, self.rows.seen, self.step.stop)
+        self.new_ids = None
+        self.turn.leave()
         self.rows, self.decoding, self.step = self.step.then, self.step.single, None
         managed = self.retentions.values()
-        if any(retention.moved for retention in managed):
-            held = other_bytes + sum(retention.num_bytes for retention in managed)
+        if any(retention.reallocated for retention in managed):
+            held = other_bytes() + sum(retention.num_bytes for retention in managed)
             extra = max(retention.transient_bytes for retention in managed)
             self.peak_bytes = max(self.peak_bytes, held + extra)
             for retention in managed:
-                retention.moved, retention.transient_bytes = False, 0
+                retention.reallocated, retention.transient_bytes = False, 0
 
     def kept(self, layer: int) -> tuple[int, int]:
-        """Tokens kept (the most of any row and head) and dropped (in all) by a managed layer."""
+        """Tokens kept by a managed layer (the most of any row and head) and evicted (in all)."""
         retention = self.retentions[layer]
         if retention.pool is None or self.rows.real is None:
             return (0 if retention.past is None else retention.past[0].shape[2]), 0
@@ -96,9 +142,11 @@ class CacheState:
         return int(tokens.max()), seen - int(tokens.sum())
 
     def take(self, index: Tensor) -> None:
-        """Keep the rows of `index` in that order; the layers are told on their own."""
+        """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""
         self.rows = self.rows.take(index)
+        self.tokens.take(index)
 
     def clear(self) -> None:
-        """As new; the layers are told on their own."""
-        self.rows, self.step, self.decoding, self.peak_bytes = Rows(), None, False, 0
+        """As new; the layers' tensors are not changed here."""
+        self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
+        self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None

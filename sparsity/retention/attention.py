@@ -1,4 +1,4 @@
-"""Attention of a few queries over retained keys: an obvious reference and the dispatch."""
+"""Attention over the keys that are held: a plain reference, and the dispatch to fast kernels."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,15 +15,23 @@ def attend_reference(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Plain softmax attention in float32 or more; grouped queries, soft cap and sinks included.
+    """Softmax attention written out, in float32 or wider, for grouped queries.
 
-    query: `[batch, query_heads, q, head_dim]`; key: `[batch, kv_heads, n, head_dim]`; value:
-    `[batch, kv_heads, n, value_dim]`. mask: bool (True attends) or additive float,
-    `[batch or 1, kv_heads or 1, q, n]`. softcap: scores become softcap * tanh(score / softcap).
-    sinks: one logit a query head that takes part in the softmax and is then dropped,
-    `[query_heads]`. A query that may attend to nothing gives zeros.
+    Args:
+        query: `[batch, query_heads, q, head_dim]`.
+        key: `[batch, kv_heads, n, head_dim]`.
+        value: `[batch, kv_heads, n, value_dim]`.
+        mask: bool (True where a query attends) or additive float,
+            `[batch or 1, kv_heads or 1, q, n]`; None for no mask.
+        scaling: factor on a query-key product before the softmax.
+        softcap: scores become softcap * tanh(score / softcap); None for no cap.
+        sinks: one logit for each query head that takes part in the softmax and has no value,
+            `[query_heads]`; None for none.
+        dropout: probability with which a weight is set to zero.
 
-    Returns `[batch, q, query_heads, value_dim]` in the dtype of `value`.
+    Returns:
+        `[batch, q, query_heads, value_dim]` in the dtype of `value`; zeros for a query that may
+        attend to nothing.
     """
     weights = attention_weights(query, key, mask, scaling, softcap, sinks)
     weights = F.dropout(weights, dropout, training=dropout > 0)
@@ -39,10 +47,19 @@ def attention_weights(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """What each query gives to each key, arguments as in `attend_reference`.
+    """The attention weight of each key for each query.
 
-    Returns `[batch, kv_heads, query heads of each, q, n]`, float32 or the wider type of `query`;
-    zeros for a query that may attend to nothing.
+    Args:
+        query: `[batch, query_heads, q, head_dim]`.
+        key: `[batch, kv_heads, n, head_dim]`.
+        mask: see `attend_reference`.
+        scaling: see `attend_reference`.
+        softcap: see `attend_reference`.
+        sinks: see `attend_reference`.
+
+    Returns:
+        `[batch, kv_heads, query_heads / kv_heads, q, n]`, float32 or the wider type of `query`;
+        zeros for a query that may attend to nothing.
     """
     batch, _, queries, head_dim = query.shape
     kv_heads, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
@@ -71,10 +88,21 @@ def attend(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`attend_reference` by the fastest kernel that computes it; keys are never repeated here.
+    """`attend_reference` by the fastest kernel that computes it; keys and values are not repeated.
 
-    causal: as many queries as keys, each attends to itself and what stands before; instead of a
-    mask. A query that may attend to nothing gives finite values, to be ignored.
+    A query that may attend to nothing gives finite values, to be ignored.
+
+    Args:
+        query: see `attend_reference`, and so for the arguments that are not listed here.
+        key: `[batch, kv_heads, n, head_dim]`.
+        value: `[batch, kv_heads, n, value_dim]`.
+        mask: see `attend_reference`.
+        scaling: factor on a query-key product before the softmax.
+        causal: there are as many queries as keys, and each attends to itself and all before it;
+            given instead of a mask.
+        softcap: see `attend_reference`.
+        sinks: see `attend_reference`.
+        dropout: see `attend_reference`.
     """
     batch, query_heads, queries, _ = query.shape
     kv_heads, length = key.shape[1:3]

@@ -1,4 +1,9 @@
-"""Which columns of a batch are real tokens: the bookkeeping that all layers share."""
+"""Which columns of a padded batch are real tokens: the bookkeeping that all layers share.
+
+A row is one sequence of the batch. A column is an index in the padded batch. A rank is the number
+of a token among the real tokens of its row; the first is 0. Pages are counted by rank, so that a
+padded row is treated as it would be alone.
+"""
 
 from dataclasses import dataclass, fields, replace
 
@@ -8,14 +13,23 @@ from torch import Tensor
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 
+FULL_PROMPT = (
+    "Hand generate the full input_ids (and attention_mask) of the conversation, with at least one "
+    "token more than the cache has seen: generate feeds a prompt that is cached whole once again "
+    "from its start. Or call cache.reset()"
+)
+
 
 @dataclass(frozen=True)
 class Pins:
-    """Pinned tokens of each row; a page with one of them is pinned whole. int64 `[batch]` each.
+    """The pinned tokens of each row; a page that holds one of them is pinned whole.
 
-    tokens: how many. pages: the pages they lie in. end: rank after the last of them.
-    room: single tokens that each row can take in before all its pages are pinned and full; a very
-    large number while some page can still be evicted.
+    Attributes:
+        tokens: how many there are, int64 `[batch]`, as are the others.
+        pages: pages that hold them.
+        end: rank after the last of them.
+        room: how many single tokens each row can take in before all its pages are pinned and full;
+            the largest int64 while some page can still be evicted.
     """
 
     tokens: Tensor
@@ -25,18 +39,24 @@ class Pins:
 
     @classmethod
     def none(cls, batch: int, device: torch.device) -> "Pins":
-        """Nothing is pinned."""
+        """No pinned token in any of `batch` rows."""
         zero = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(zero, zero, zero, zero)
 
     def take(self, index: Tensor) -> "Pins":
-        """The rows of `index`, in that order."""
+        """The pins of the rows of `index`, in that order."""
         return Pins(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def add(self, policy: Policy, before: Tensor, after: Tensor) -> "Pins":
-        """Pin the tokens of ranks `before` to `after` of each row (int64 `[batch]`).
+        """Pin the tokens that a forward brings.
 
-        Raises SparsityError when that leaves nothing of the budget to decode with.
+        Args:
+            policy: whose budget the pinned pages count against.
+            before: rank of each row's first new token, int64 `[batch]`.
+            after: rank after its last, int64 `[batch]`.
+
+        Raises:
+            SparsityError: when that leaves nothing of the budget to decode with.
         """
         assert policy.budget is not None
         size, limit = policy.page_size, policy.budget // policy.page_size
@@ -58,17 +78,20 @@ class Pins:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where each row of the batch stands, between forwards.
+class BatchRows:
+    """How far each row of the batch is, between two forwards.
 
-    A column is a logical position of the padded batch; a rank counts a row's real tokens only.
-    Everything about pages goes by rank, so a padded row behaves as it would alone.
-
-    batch: rows; None before the first forward. seen: columns so far. stored: columns that the
-    layers have taken in (fewer than `seen` while a past cache waits for the first forward).
-    real: real tokens of each row, int64 `[batch]`. longest: upper bound of `real`. ragged: rows
-    may differ. pins: what is pinned, where the policy pins. room: single tokens that fit before
-    all pages of some row are pinned and full; None when that is out of reach.
+    Attributes:
+        batch: rows of the batch; None before the first forward.
+        seen: columns so far.
+        stored: columns that the layers have taken in; fewer than `seen` while a past cache waits
+            for the first forward.
+        real: real tokens of each row, int64 `[batch]`; None before the first forward.
+        longest: upper bound of `real`.
+        ragged: whether rows may differ in `real`.
+        pins: the pinned tokens, for a policy whose pins count against its budget.
+        room: single tokens that can come before all pages of some row are pinned and full; None
+            while that is out of reach.
     """
 
     batch: int | None = None
@@ -80,7 +103,7 @@ class Rows:
     pins: Pins | None = None
     room: int | None = None
 
-    def take(self, index: Tensor) -> "Rows":
+    def take(self, index: Tensor) -> "BatchRows":
         """The rows of `index` (int64 numbers or a bool mask), in that order."""
         if self.batch is None:
             return self
@@ -100,13 +123,24 @@ class Rows:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward: where its tokens stand. T new columns, the last `queries` of them are asked.
+    """One forward: which of its columns are real tokens, and what their ranks are.
 
-    first, stop: the new columns. valid: bool `[batch, T]`, False for padding; None when all are
-    real. before, after: real tokens of each row, int64 `[batch]`. longest_before, longest_after:
-    their upper bounds. single: one new token onto what is stored; else several, and then order:
-    among the new columns, the index of each row's i-th real token, int64 `[batch, T]`. then: the
-    rows after this forward.
+    A column is an index in the padded batch, a rank an index among the real tokens of a row.
+
+    Attributes:
+        queries: columns that have a query: the last ones, all but those of a past cache.
+        first: first new column.
+        stop: column after the last; T = stop - first columns are new.
+        valid: False for padding, bool `[batch, T]`; None when all new columns are real tokens.
+        before: real tokens of each row before the forward: the rank of its first new one; int64
+            `[batch]`.
+        after: real tokens of each row after the forward, int64 `[batch]`.
+        longest_before: upper bound of `before`, known without waiting for the device.
+        longest_after: upper bound of `after`, known without waiting for the device.
+        single: whether one column comes to a batch that holds tokens: a step of decoding.
+        order: index among the new columns of each row's i-th new real token, int64 `[batch, T]`;
+            None for a single column.
+        then: the rows after the forward.
     """
 
     queries: int
@@ -119,7 +153,7 @@ class Step:
     longest_after: int
     single: bool
     order: Tensor | None
-    then: Rows
+    then: BatchRows
 
     def on(self, device: torch.device) -> "Step":
         """The same step with its tensors on `device`."""
@@ -138,12 +172,25 @@ class Step:
 
 
 def plan(
-    rows: Rows, policy: Policy, batch: int, queries: int, mask: Tensor | None, device: torch.device
+    rows: BatchRows,
+    policy: Policy,
+    batch: int,
+    queries: int,
+    mask: Tensor | None,
+    device: torch.device,
 ) -> Step:
-    """What a forward of `queries` columns does to `rows`; changes nothing.
+    """What a forward does to the rows; changes nothing.
 
-    mask: nonzero for real tokens, `[batch, seen + queries]`, or None when all are real. Raises
-    SparsityError when the policy pins more than its budget holds.
+    Args:
+        rows: before the forward.
+        policy: of the cache; may pin what several tokens bring.
+        batch: rows of the forward.
+        queries: its columns.
+        mask: nonzero for real tokens, `[batch, seen + queries]`; None when all are real.
+        device: of the forward.
+
+    Raises:
+        SparsityError: when the policy pins more than its budget holds.
     """
     first, stop = rows.stored, rows.seen + queries
     before = rows.real
@@ -159,7 +206,7 @@ def plan(
     order = None
     if single:
         then = replace(then, longest=rows.longest + 1, room=_room_left(rows, policy))
-    else:  # several tokens at once: looking at the device is affordable
+    else:  # several tokens at once: waiting for the device is affordable
         then = replace(then, longest=int(after.max()))
         order = torch.arange(stop - first, device=device).expand(batch, -1)
         if valid is not None:
@@ -183,7 +230,8 @@ def plan(
     )
 
 
-def _room_left(rows: Rows, policy: Policy) -> int | None:
+def _room_left(rows: BatchRows, policy: Policy) -> int | None:
+    """The room after one more token; SparsityError when there is none."""
     if rows.room is None:
         return None
     if rows.room == 0:
@@ -197,9 +245,16 @@ def _room_left(rows: Rows, policy: Policy) -> int | None:
 
 
 def check_columns(seen: int, queries: int, mask: object, positions: Tensor | None) -> None:
-    """Raise SparsityError unless the mask, or else the positions, go on from `seen` columns.
+    """Refuse a forward that does not go on from the columns seen so far.
 
-    mask: what the model was given as `attention_mask`. positions: `position_ids`, or None.
+    Args:
+        seen: columns so far.
+        queries: columns of the forward.
+        mask: what the model was given as `attention_mask`.
+        positions: what it was given as `position_ids`; None to leave them unchecked.
+
+    Raises:
+        SparsityError: where the mask, or else the positions, say another number of columns.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -211,13 +266,15 @@ def check_columns(seen: int, queries: int, mask: object, positions: Tensor | Non
     given = None
     if isinstance(mask, Tensor):
         given = mask.shape[1]
-    elif seen and positions is not None and positions.dim() == 2:
+    elif seen and queries and positions is not None and positions.dim() == 2:
         given = min(int(positions.max()) + 1, expected)
+    if queries == 0:
+        raise SparsityError(
+            f"the cache has seen {seen} tokens, and the model is called with none that is new. "
+            f"{FULL_PROMPT}"
+        )
     if given is not None and given != expected:
         raise SparsityError(
             f"the cache has seen {seen} tokens and the model is called with {queries} more, but "
-            f"the call is for {given} tokens in all. Hand generate the full input_ids (and "
-            "attention_mask) of the conversation, with at least one token more than the cache has "
-            "seen: generate feeds a prompt that is cached whole once again from its start. Or call "
-            "cache.reset()"
+            f"the call is for {given} tokens in all. {FULL_PROMPT}"
         )

@@ -10,68 +10,79 @@ from torch import Tensor
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend, attention_weights
 from sparsity.retention.batch_rows import Step
+from sparsity.retention.eviction import observe
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import forward_weights
+from sparsity.retention.query_weights import forward_weights, keep_newest
 from sparsity.retention.rotation import Move
-from sparsity.retention.several_tokens import extend, marked
+from sparsity.retention.several_tokens import SeveralTokens
 
 
-class Retention:
-    """The state of one layer: a page pool, or the tensors of a past cache not yet taken in.
+class LayerRetention:
+    """What one layer holds under its policy, and attention over it.
 
-    policy: decides what stays. layer: index in the model. first_head: see `PageView`. move: takes
-    keys to other positions, for a policy that needs it.
-    pool: the retained tokens; None before the first forward.
-    past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache that the first
-    forward takes in (only then is it known which columns are padding); never written to.
-    moved: tensors were made anew since this was last set to False. transient_bytes: the unpruned
-    keys and values of the last forward of several tokens.
+    Attributes:
+        policy: decides which tokens are kept.
+        needs: of the policy.
+        layer: index of the layer in the model.
+        first_head: see `PageView`.
+        move: rotates keys to other positions, for a policy that needs it.
+        pool: the tokens held; None before the first forward.
+        past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
+            first forward takes in (only then is it known which columns are padding); never written
+            to.
+        reallocated: whether tensors were allocated since this was last set to False.
+        transient_bytes: bytes of the keys and values of the last forward of several tokens, before
+            it was pruned.
     """
 
     def __init__(
         self, policy: Policy, layer: int, past: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self.policy = policy
+        self.needs = policy.needs
         self.layer = layer
         self.first_head = 0
         self.move: Move | None = None
         self.pool: PagePool | None = None
         self.past = past
-        self.moved = False
+        self.reallocated = False
         self.transient_bytes = 0
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values held now, places without a token included; None when empty."""
+        """Keys and values held, unused places included; None when there are none."""
         if self.pool is not None:
             return self.pool.keys, self.pool.values
         return self.past
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the storage behind every tensor held, summaries and stamps included."""
+        """Bytes of every tensor held, those that the policy needs included."""
         tensors = list(self.past or ())
         if self.pool is not None:
             tensors += self.pool.tensors().values()
         return storage_bytes(tensors)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything; as new."""
         self.pool, self.past = None, None
-        self.moved, self.transient_bytes = False, 0
+        self.reallocated, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do `change` to every tensor of the state; batch is the first axis of each."""
+        """Apply `change` to every tensor held; the first dimension of each is the batch."""
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
 
-    def attends(self, slots: Tensor) -> None:
-        """Told what a single token attends to: columns, int32 `[batch, kv_heads, n]`, -1 for none.
+    def note_attended(self, slots: Tensor) -> None:
+        """Called with the columns that a single new token attends to; does nothing here.
 
-        For those who look on; nothing here needs it.
+        A subclass may record them, as `replay` does.
+
+        Args:
+            slots: int32 `[batch, kv_heads, n]`, -1 for none.
         """
 
     def attend(
@@ -85,14 +96,24 @@ class Retention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Take the new tokens in, attend, let the policy observe and evict.
+        """Store the new tokens, attend, and let the policy observe and evict.
 
-        query: `[batch, query_heads, q, head_dim]`; key, value: the q new tokens,
-        `[batch, kv_heads, q, head_dim]`. Returns `[batch, q, query_heads, value_dim]`.
+        A single token is stored first (in place of an evicted page when there is no room), and then
+        attends to the pages that the policy selects. Several tokens attend to all that is held and
+        all that is new, and only then is the pool pruned.
 
-        One token: it is written first (in place of an evicted page when there is no room), then
-        attention runs over the pages selected. Several: attention runs over all that is retained
-        and all that is new, and only then is the pool pruned.
+        Args:
+            query: `[batch, query_heads, q, head_dim]`.
+            key: of the q new tokens, `[batch, kv_heads, q, head_dim]`.
+            value: of the q new tokens, `[batch, kv_heads, q, value_dim]`.
+            step: the forward.
+            mask: of the forward.
+            scaling: factor on a query-key product before the softmax.
+            softcap: see `sparsity.retention.attention.attend_reference`.
+            sinks: see `sparsity.retention.attention.attend_reference`.
+
+        Returns:
+            `[batch, q, query_heads, value_dim]`.
         """
         step = step.on(key.device)
         if step.single:
@@ -110,19 +131,21 @@ class Retention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        """`attend` for a single token."""
         pool, policy = self.pool, self.policy
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         places = pool.start.shape[-1]
         pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
-        self.moved = self.moved or pool.start.shape[-1] != places
+        self.reallocated = self.reallocated or pool.start.shape[-1] != places
         view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
         chosen = policy.select(newest, view)
         if chosen is None:
             tokens = pool.high * pool.size
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
-            keys = self._closed_up(keys, step.after, step.longest_after)
+            if self.needs.moved:
+                keys = self._closed_up(keys, step.after, step.longest_after)
             slots = pool.slots[..., :tokens]
         else:
             keys, values = (
@@ -130,7 +153,8 @@ class Retention:
                 _pages_of(pool.values, chosen, pool.size),
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
-        self.attends(slots)
+        self.note_attended(slots)
+        # Without a mask only where every place that is read holds a token.
         full = not step.then.ragged and step.longest_after % pool.size == 0
         full = full and pool.held == pool.high
         allowed = None
@@ -140,19 +164,18 @@ class Retention:
             if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
         out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
-        if policy.needs.attention is not None:
+        if self.needs.attention is not None:
             held = pool.slots[..., : pool.high * pool.size]
             assert view.keys is not None
             weights = forward_weights(
-                query.detach(), newest, view.keys, held, step, mask, policy.needs, weigh
+                query.detach(), newest, view.keys, held, step, mask, self.needs, weigh
             )
             view = replace(view, weights=weights)
-        observed = policy.observe(newest, view, scaling)
+        observed = observe(policy, view, newest, scaling, step)
         if observed is not view:
-            goes_on = (step.after > step.before)[:, None, None]
-            pool.mark(marked(observed, view, goes_on))
-        if policy.needs.window:
-            pool.remember(query.detach(), step)
+            pool.mark(observed)
+        if self.needs.window:
+            keep_newest(pool.queries, pool.asked, query.detach(), step)
         return out
 
     def _several(
@@ -166,6 +189,47 @@ class Retention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
+        """`attend` for several tokens, those of a `past` cache among them."""
+        key, value, slots = self._joined(key, value, step)
+        plain = mask.rule is None and mask.padding is None and step.valid is None
+        causal = plain and self.pool is None and key.shape[2] == step.queries
+        allowed = None
+        if not causal:
+            columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
+            allowed = mask(columns, slots)
+        keys = key
+        if self.needs.moved:
+            keys = self._closed_up(key, step.before, step.longest_before)
+        out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
+        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
+        query, key, value = query.detach(), key.detach(), value.detach()
+        newest, weights = _newest(query, step), None
+        if self.needs.attention is not None:
+            weights = forward_weights(query, newest, key, slots, step, mask, self.needs, weigh)
+        pool = self.pool
+        if pool is None:
+            pool = PagePool.empty(self.policy, self.layer, self.first_head, query, key, value)
+        new = SeveralTokens(
+            step=step,
+            keys=key,
+            values=value,
+            slots=slots.expand(-1, key.shape[1], -1),
+            query=query,
+            newest=newest,
+            weights=weights,
+            scaling=scaling,
+            weigh=weigh,
+        )
+        self.pool = pool.rebuilt(new, self.policy)
+        self.past, self.reallocated = None, True
+        self.transient_bytes = key.nbytes + value.nbytes
+        return out
+
+    def _joined(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and columns of all that is held, and then of all that is new.
+
+        The columns are int32 `[batch, kv_heads or 1, n]`, -1 for none.
+        """
         batch, heads = key.shape[:2]
         if self.past is not None:
             key = torch.cat([self.past[0].to(key.device), key], dim=2)
@@ -174,51 +238,34 @@ class Retention:
         slots = slots.expand(batch, 1, -1)
         if step.valid is not None:
             slots = slots.masked_fill(~step.valid[:, None], -1)
-        if self.pool is not None:
-            tokens = self.pool.high * self.pool.size
-            key = torch.cat([self.pool.keys[:, :, :tokens], key], dim=2)
-            value = torch.cat([self.pool.values[:, :, :tokens], value], dim=2)
-            slots = torch.cat([self.pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
-        plain = mask.rule is None and mask.padding is None and step.valid is None
-        causal = plain and self.pool is None and key.shape[2] == step.queries
-        allowed = None
-        if not causal:
-            columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
-            allowed = mask(columns, slots)
-        keys = self._closed_up(key, step.before, step.longest_before)
-        out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
-        weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
-        newest, weights = _newest(query.detach(), step), None
-        if self.policy.needs.attention is not None:
-            weights = forward_weights(
-                query.detach(), newest, key.detach(), slots, step, mask, self.policy.needs, weigh
-            )
-        self.pool = extend(
-            self.pool, key, value, slots, step, self.policy, self.layer, self.first_head,
-            query, newest, weights, scaling, weigh,
-        )  # fmt: skip
-        self.past, self.moved = None, True
-        self.transient_bytes = key.nbytes + value.nbytes
-        return out
+        if (pool := self.pool) is not None:
+            tokens = pool.high * pool.size
+            key = torch.cat([pool.keys[:, :, :tokens], key], dim=2)
+            value = torch.cat([pool.values[:, :, :tokens], value], dim=2)
+            slots = torch.cat([pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
+        return key, value, slots
 
     def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
-        """The keys with their first `Needs.moved` tokens moved up to the rest of what is held.
+        """The keys, the first `Needs.moved` of them rotated to stand right before the others held.
 
-        What counts in attention is how far a key is from the query. A query and the newest tokens
-        are as far apart in the text as they are in the cache; the first tokens are further, by as
-        many tokens as were dropped.
+        Attention with rotary positions depends on the distance between query and key alone. The
+        query is as far from the newest tokens in the text as inside the cache; from the first
+        tokens it is further in the text, by the number of tokens evicted.
 
-        keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on, where the first
-        tokens stay (pages are laid out oldest first, and a place is used again only once its page
-        is gone). seen: tokens so far of each row, `[batch]`; longest: upper bound of it.
+        Args:
+            keys: `[batch, kv_heads, n, head_dim]`, from the pool's first place on. The first tokens
+                lie there: pages are laid out oldest first, and a place is used again only once its
+                page is evicted.
+            seen: tokens of each row so far, `[batch]`.
+            longest: upper bound of `seen`.
         """
-        pool, count = self.pool, self.policy.needs.moved
-        if not count or pool is None or longest <= (self.policy.budget or longest):
+        pool, count = self.pool, self.needs.moved
+        if pool is None or longest <= (self.policy.budget or longest):
             return keys
         assert self.move is not None
-        dropped = seen[:, None] - (pool.slots >= 0).sum(-1)
+        evicted = seen[:, None] - (pool.slots >= 0).sum(-1)
         rank = pool.start[..., :count].clamp(min=0).long()
-        moved = self.move(keys[:, :, :count], rank, rank + dropped[..., None])
+        moved = self.move(keys[:, :, :count], rank, rank + evicted[..., None])
         return torch.cat([moved, keys[:, :, count:]], dim=2)
 
 
@@ -227,19 +274,19 @@ def _newest(query: Tensor, step: Step) -> Tensor:
     if step.valid is None or step.order is None:
         return query[:, :, -1]
     last = step.order.gather(1, (step.after - step.before - 1).clamp(min=0)[:, None])
-    place = (last - (step.stop - step.first - step.queries)).clamp(min=0)
-    index = place[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    asked = (last - (step.stop - step.first - step.queries)).clamp(min=0)
+    index = asked[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, index)[:, :, 0]
 
 
 def _pages_of(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
-    """`[batch, heads, P * size, d]` to the pages of `pages`, `[batch, heads, K]`."""
+    """`tokens` `[batch, kv_heads, P * size, d]` of the pages at `pages` `[batch, kv_heads, K]`."""
     paged = tokens.unflatten(2, (-1, size))
     index = pages[..., None, None].expand(-1, -1, -1, *paged.shape[3:])
     return paged.gather(2, index).flatten(2, 3)
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the storage behind the tensors, counted once where they share it."""
+    """Bytes of the storage behind tensors, counted once where they share it."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,4 +1,4 @@
-"""A mask that is evaluated on logical positions, when and where it is needed."""
+"""An attention mask that is evaluated on the columns of the tokens held, when it is needed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,12 +12,17 @@ from sparsity.errors import SparsityError
 
 @dataclass(frozen=True)
 class LazyMask:
-    """What transformers wants masked in one forward, as a rule and not yet as a tensor.
+    """What transformers masks in one forward, as a rule that is not evaluated yet.
 
-    rule: `(batch, head, query column, key column) -> bool`, broadcast over its indices; None for
-    plain causal. padding: bool `[batch, columns]`, False for padding; None for none. custom: the
-    rule came from the user and may not broadcast. dense: makes the tensor that transformers
-    itself would use, for layers that keep every token.
+    A column is a position in the padded batch. The rule is evaluated on the columns of the tokens
+    that are held, never on the places where they lie.
+
+    Attributes:
+        rule: `(batch, head, query column, key column) -> bool`, which broadcasts over its indices;
+            None for plain causal attention.
+        padding: bool `[batch, columns]`, False for padding; None where there is none.
+        custom: the rule came from the user and may not broadcast.
+        dense: makes the tensor that transformers itself would use, for layers that keep all tokens.
     """
 
     rule: Callable[..., Tensor] | None
@@ -27,9 +32,18 @@ class LazyMask:
     _made: list[Tensor | None] = field(default_factory=list, compare=False)
 
     def __call__(self, columns: Tensor, slots: Tensor) -> Tensor:
-        """True where the query at `columns` (`[q]`) may attend to the token at `slots`.
+        """Where the queries may attend to the tokens held.
 
-        slots: int `[batch, heads, n]`, -1 for none. Returns bool `[batch, heads, q, n]`.
+        Args:
+            columns: of the queries, int64 `[q]`.
+            slots: columns of the tokens, int `[batch, heads, n]`, -1 for none.
+
+        Returns:
+            bool `[batch, heads, q, n]`.
+
+        Raises:
+            SparsityError: for a rule of the user's, which cannot be evaluated on some of the
+                tokens.
         """
         if self.custom:
             raise SparsityError(
@@ -48,13 +62,13 @@ class LazyMask:
         return allowed[:, :, None] & self.rule(b, torch.zeros_like(b[:1]), query, key[:, :, None])
 
     def tensor(self) -> Tensor | None:
-        """The mask of transformers itself, made once a forward."""
+        """The tensor that transformers itself would use; made once in a forward."""
         if not self._made:
             self._made.append(self.dense())
         return self._made[0]
 
     def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
-        """The same mask with its padding on another device (arguments of `Tensor.to`)."""
+        """The same mask with its padding on another device; arguments as of `Tensor.to`."""
         if self.padding is None:
             return self
         return replace(self, padding=self.padding.to(*args, **kwargs))

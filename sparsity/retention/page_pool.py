@@ -1,4 +1,4 @@
-"""The page pool of one layer: K/V in pages whose places are used again in place."""
+"""The page pool of one layer: keys and values in pages whose places are used again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,23 +9,46 @@ from torch import Tensor
 
 from sparsity.policies.base import PageView, Policy
 from sparsity.retention.batch_rows import Step
-from sparsity.retention.query_weights import Weigh, keep_newest, window_weights
+from sparsity.retention.eviction import eviction_order, observe
+from sparsity.retention.query_weights import Weigh, keep_last
+from sparsity.retention.several_tokens import (
+    SeveralTokens,
+    kept_places,
+    lay_out,
+    prune,
+    take_pages,
+    take_tokens,
+)
 
 
 @dataclass
 class PagePool:
-    """K/V of one layer in pages, decided for each KV head on its own.
+    """Keys and values of one layer in pages of `size` tokens; each KV head has pages of its own.
 
-    C places for pages of `size` tokens, N = C * size places for tokens; a page lies anywhere, and
-    a new one takes the first free place. Under a policy that bounds what is held all C places are
-    there from the beginning.
+    There are C places for pages, and N = C * size for tokens. A page may lie in any place, and a
+    new one takes the first free place. Under a policy that bounds the pages held, all C places are
+    there after the first forward, and decoding allocates nothing.
 
-    layer, first_head: see `PageView`. held: pages that a row holds, at most. high: places in use
-    are below it. outside: most pages of a row that do not count against the budget.
-    keys, values: `[batch, kv_heads, N, head_dim]`. slots: the column each token stands at, int32
-    `[batch, kv_heads, N]`, -1 where empty. start, stamp, sums, kmin, kmax: see `PageView`. pinned:
-    bool `[batch, kv_heads, C]`. current: place of each row's newest page, int64
-    `[batch, kv_heads]`. queries, asked: see `keep_last`; of length 0 where no policy needs them.
+    Attributes:
+        size: tokens a page.
+        layer: index of the layer in the model.
+        first_head: see `PageView`.
+        held: pages that a row holds, the most of any.
+        high: high-water mark: places from it on were never used.
+        outside: pages of a row that do not count against the budget, the most of any.
+        keys: `[batch, kv_heads, N, head_dim]`.
+        values: `[batch, kv_heads, N, value_dim]`.
+        slots: the column of the token in each place, -1 where there is none; int32
+            `[batch, kv_heads, N]`.
+        start: see `PageView`; of C pages, and so are the next five.
+        stamp: see `PageView`.
+        sums: see `PageView`.
+        pinned: see `PageView`.
+        kmin: see `PageView`; None where the policy needs no summaries.
+        kmax: see `PageView`; None where the policy needs no summaries.
+        current: place of each row's newest page, int64 `[batch, kv_heads]`.
+        queries: see `keep_last`; of length 0 where the policy needs no window.
+        asked: see `keep_last`.
     """
 
     size: int
@@ -47,17 +70,60 @@ class PagePool:
     queries: Tensor
     asked: Tensor
 
+    @classmethod
+    def empty(
+        cls, policy: Policy, layer: int, first_head: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> "PagePool":
+        """A pool without a place, of the batch, heads, dtypes and device of these tensors.
+
+        Args:
+            policy: of the layer.
+            layer: index of the layer in the model.
+            first_head: see `PageView`.
+            query: `[batch, query_heads, any, head_dim]`.
+            key: `[batch, kv_heads, any, head_dim]`.
+            value: `[batch, kv_heads, any, value_dim]`.
+        """
+        (batch, heads), needs = key.shape[:2], policy.needs
+        none = torch.zeros(batch, heads, 0, dtype=torch.int32, device=key.device)
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        bounds = key.new_zeros(batch, heads, 0, key.shape[-1]) if needs.summaries else None
+        return cls(
+            size=policy.page_size,
+            layer=layer,
+            first_head=first_head,
+            held=0,
+            high=0,
+            outside=0,
+            keys=key.new_zeros(batch, heads, 0, key.shape[-1]),
+            values=value.new_zeros(batch, heads, 0, value.shape[-1]),
+            slots=none,
+            start=none,
+            stamp=none,
+            sums=key.new_zeros(batch, heads, 0, needs.sums, dtype=dtype),
+            pinned=none.bool(),
+            kmin=bounds,
+            kmax=bounds,
+            current=none.sum(-1),
+            queries=query.new_zeros(batch, query.shape[1], needs.window, query.shape[-1]),
+            asked=none.new_full((batch, needs.window), -1, dtype=torch.int64),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, by name."""
+        """Every tensor of the pool, by name."""
         return {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
-        """The pool with `change` done to every tensor; batch is the first axis of each."""
+        """The pool with `change` applied to every tensor; dimension 0 of each is the batch."""
         changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}
         return replace(self, **changed)
 
     def view(self, now: Tensor) -> PageView:
-        """The places in use, for a policy. now: rank of the newest tokens, `[batch]`."""
+        """The places below the high-water mark, as a policy sees them.
+
+        Args:
+            now: rank of each row's newest token, int64 `[batch]`.
+        """
         pages, tokens = self.high, self.high * self.size
         return PageView(
             start=self.start[..., :pages],
@@ -78,18 +144,19 @@ class PagePool:
         )
 
     def mark(self, pages: PageView) -> None:
-        """Take over stamps and sums that a policy has set."""
+        """Store the stamps and sums that a policy has set."""
         self.stamp[..., : self.high] = pages.stamp
         self.sums[:, :, : self.high] = pages.sums
 
-    def remember(self, query: Tensor, step: Step) -> None:
-        """Take the newest query in among the last ones."""
-        keep_newest(self.queries, self.asked, query, step)
-
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
-        """Write one token a row, in place, evicting pages first where there is no room.
+        """Write one token for each row, in place; evict pages first where there is no room.
 
-        key, value: `[batch, kv_heads, 1, head_dim]`.
+        Args:
+            key: `[batch, kv_heads, 1, head_dim]`.
+            value: `[batch, kv_heads, 1, value_dim]`.
+            step: the forward.
+            policy: the one that evicts while decoding.
+            weigh: the layer's own attention weights.
         """
         batch, heads = self.current.shape
         b = torch.arange(batch, device=key.device)[:, None]
@@ -125,10 +192,55 @@ class PagePool:
             self.kmin[b, h, page] = torch.minimum(low, keep_low)
             self.kmax[b, h, page] = torch.maximum(high, keep_high)
 
+    def rebuilt(self, new: SeveralTokens, policy: Policy) -> "PagePool":
+        """The pool after a forward of several tokens; shares no memory with this one.
+
+        The old and the new tokens are laid out in pages, the policy observes the forward, and only
+        then the pages that are over its budget are pruned.
+
+        Args:
+            new: what the forward brings.
+            policy: of the layer; its `page_size` is this pool's.
+        """
+        layout = lay_out(self.view(new.step.after - 1), new, policy)
+        pages = observe(policy, layout.pages, new.newest, new.scaling, new.step)
+        queries, asked = keep_last(self.queries, self.asked, new.query, new.step)
+        keep, pinned = prune(layout, pages, new, policy, queries, asked)
+        held = int(keep.sum(-1).max())
+        outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
+        most = policy.pages_held
+        kept, is_page = kept_places(
+            pages.start, keep, max(held, 0 if most is None else most + outside)
+        )
+        source = take_pages(layout.source, kept, self.size)
+        filled = take_pages(pages.filled, kept, self.size) & is_page.repeat_interleave(
+            self.size, -1
+        )
+        return PagePool(
+            size=self.size,
+            layer=self.layer,
+            first_head=self.first_head,
+            held=held,
+            high=held,
+            outside=outside,
+            keys=take_tokens(new.keys, source),
+            values=take_tokens(new.values, source),
+            slots=new.slots.gather(-1, source).masked_fill(~filled, -1),
+            start=pages.start.gather(-1, kept).masked_fill(~is_page, -1),
+            stamp=pages.stamp.gather(-1, kept),
+            sums=take_tokens(pages.sums, kept),
+            pinned=pinned.gather(-1, kept) & is_page,
+            kmin=None if pages.kmin is None else take_tokens(pages.kmin, kept),
+            kmax=None if pages.kmax is None else take_tokens(pages.kmax, kept),
+            current=is_page.sum(-1).clamp(min=1) - 1,  # oldest first: the newest is last
+            queries=queries,
+            asked=asked,
+        )
+
     def _open(
         self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy, weigh: Weigh
     ) -> None:
-        """Give the rows of `opens` (bool `[batch, 1]`) an empty page."""
+        """Give an empty page to the rows of `opens`, bool `[batch, 1]`."""
         most = policy.pages_held
         ragged = step.then.ragged  # then some rows may be full before others
         if most is not None and self.held - (0 if ragged else self.outside) >= most:
@@ -147,32 +259,26 @@ class PagePool:
         self.pinned[b, h, page] = self.pinned[b, h, page] & ~opens
 
     def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
-        """Free places in the rows of `opens` (bool `[batch, 1, 1]`) that hold `most` pages."""
-        assert policy.pages_kept is not None
-        pages = self.view(step.before)
-        if policy.needs.window:
-            window = window_weights(
-                self.queries, self.asked, self.keys[:, :, : self.high * self.size],
-                pages.rank.masked_fill(~pages.filled, -1), policy.needs, weigh,
-            )  # fmt: skip
-            pages = replace(pages, window=window)
-        counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
-        surplus = most - policy.pages_kept + 1
+        """Free places in those rows of `opens`, bool `[batch, 1, 1]`, that hold `most` pages."""
+        kept, pages = policy.pages_kept, self.view(step.before)
+        assert kept is not None
+        used, surplus = pages.used, most - kept + 1
+        counted = used if policy.pins_count else used & ~pages.pinned
         full = counted.sum(-1, keepdim=True) >= most
-        unused = (~pages.used).sum(-1, keepdim=True)
-        place = ranking(policy.priority(pages), pages.pinned, pages.start)
-        gone = pages.used & (place < unused + surplus) & full & opens
+        unused = (~used).sum(-1, keepdim=True)
+        order = eviction_order(policy, pages, pages.pinned, self.queries, self.asked, weigh)
+        gone = used & (order < unused + surplus) & full & opens
         self.start[..., : self.high].masked_fill_(gone, -1)
         self.slots.unflatten(-1, (-1, self.size))[:, :, : self.high].masked_fill_(
             gone[..., None], -1
         )
         if not step.then.ragged:
             self.held -= surplus
-        elif surplus > 1:  # or the next step would try again; looking is affordable now and then
+        elif surplus > 1:  # or the next step would try again; a wait for the device now and then
             self.held = int((self.start[..., : self.high] >= 0).sum(-1).max())
 
     def _grow(self, pages: int) -> None:
-        """Make places for a row of `pages`, in modest steps."""
+        """Allocate places for a row of `pages` pages, and some more, so that it happens rarely."""
         have = self.start.shape[-1]
         if pages <= have:
             return
@@ -191,16 +297,3 @@ class PagePool:
         self.pinned = longer(self.pinned, more, 0)
         if self.kmin is not None and self.kmax is not None:
             self.kmin, self.kmax = longer(self.kmin, more, 0), longer(self.kmax, more, 0)
-
-
-def ranking(worth: Tensor, pinned: Tensor, start: Tensor) -> Tensor:
-    """The place of each page in the order of eviction, int64 as `start`.
-
-    Places without a page (start -1) come first, then the least worth, of equals the oldest;
-    `pinned` pages last of all.
-    """
-    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pinned, torch.inf)
-    worth = worth.masked_fill(start < 0, -torch.inf)
-    by_age = start.argsort(dim=-1, stable=True)
-    by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
-    return by_age.gather(-1, by_worth).argsort(-1)

@@ -1,17 +1,17 @@
-"""What policies decide by: attention weights of the newest, of all, or of the last queries."""
+"""Attention weights for policies: of the newest query, of all, or of the last ones."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sparsity.policies.base import Needs
-from sparsity.policies.scores import reduce_group
+from sparsity.policies.base import Needs, reduce_group
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.lazy_mask import LazyMask
 
-# query [batch, query_heads, q, d], keys [batch, kv_heads, n, d], mask [batch, kv_heads or 1, q, n]
-# to the layer's own attention weights [batch, kv_heads, query heads of each, q, n].
+# A layer's own `attention_weights`: from query [batch, query_heads, q, head_dim], keys
+# [batch, kv_heads, n, head_dim] and mask [batch, kv_heads or 1, q, n] to
+# [batch, kv_heads, query_heads / kv_heads, q, n].
 Weigh = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 BLOCK = 128  # queries whose weights are in memory at once
@@ -21,11 +21,22 @@ def forward_weights(
     query: Tensor, newest: Tensor, keys: Tensor, slots: Tensor, step: Step, mask: LazyMask,
     needs: Needs, weigh: Weigh,
 ) -> Tensor:  # fmt: skip
-    """Attention of this forward over `keys`, as `needs.attention` says: `[batch, kv_heads, n]`.
+    """Attention weights of a forward over the keys held, as `Needs.attention` asks for them.
 
-    query: `[batch, query_heads, q, head_dim]`. newest: that of each row's newest real token,
-    `[batch, query_heads, head_dim]`. keys: `[batch, kv_heads, n, head_dim]`, standing at `slots`,
-    `[batch, kv_heads or 1, n]`. Memory is linear in n: sums go over blocks of queries.
+    Memory is linear in n: the sum over all queries is taken in blocks.
+
+    Args:
+        query: of this forward, `[batch, query_heads, q, head_dim]`.
+        newest: the query of each row's newest real token, `[batch, query_heads, head_dim]`.
+        keys: `[batch, kv_heads, n, head_dim]`.
+        slots: the columns of the keys, -1 for none, `[batch, kv_heads or 1, n]`.
+        step: the forward.
+        mask: of the forward.
+        needs: says which queries, and how to reduce over a group.
+        weigh: the layer's own attention weights.
+
+    Returns:
+        `[batch, kv_heads, n]`.
     """
     if needs.attention == "newest" or query.shape[2] == 1:
         allowed = (slots >= 0)[:, :, None]
@@ -44,15 +55,23 @@ def forward_weights(
 
 
 def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """The last W queries of each row after a forward, and their ranks (-1 for none).
+    """The queries of each row's W newest tokens after a forward.
 
-    queries: `[batch, query_heads, W, head_dim]`, the query of rank r at place r % W; asked: int64
-    `[batch, W]`. query: of the last `step.queries` columns.
+    The query of rank r is kept at index r % W.
+
+    Args:
+        queries: those kept so far, `[batch, query_heads, W, head_dim]`.
+        asked: the rank of each, -1 for none; int64 `[batch, W]`.
+        query: of the last `step.queries` columns of the forward.
+        step: the forward.
+
+    Returns:
+        The new `queries` and `asked`, in memory of their own.
     """
     size, batch = asked.shape[1], asked.shape[0]
-    place = torch.arange(size, device=query.device)
+    index = torch.arange(size, device=query.device)
     after, before = step.after[:, None], step.before[:, None]
-    rank = after - 1 - (after - 1 - place) % size  # the newest rank that belongs at this place
+    rank = after - 1 - (after - 1 - index) % size  # the newest rank that belongs at this index
     fresh = rank >= before
     column = (rank - before).clamp(min=0)
     if step.order is None:
@@ -61,31 +80,39 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
         column = step.order.gather(1, column.clamp(max=step.order.shape[1] - 1))
         column = column - (step.order.shape[1] - step.queries)
     known = fresh & (column >= 0)  # tokens of a past cache come without a query
-    index = column.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    new = query.gather(2, index)
+    asking = column.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    new = query.gather(2, asking)
     queries = torch.where(known[:, None, :, None], new, queries)
     return queries, torch.where(fresh, torch.where(known, rank, -1), asked.expand(batch, -1))
 
 
 def keep_newest(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> None:
-    """`keep_last` for a forward of one column, in place: the one query that changes is written."""
+    """`keep_last` for a forward of one column, in place: only the query that changes is written."""
     row = torch.arange(asked.shape[0], device=query.device)
-    rank, place, new = step.before, step.before % asked.shape[1], query[:, :, -1]
+    rank, index, new = step.before, step.before % asked.shape[1], query[:, :, -1]
     if step.valid is not None:  # a row whose new column is padding keeps what it has
         real = step.valid[:, -1]
-        new = torch.where(real[:, None, None], new, queries[row, :, place])
-        rank = torch.where(real, rank, asked[row, place])
-    queries[row, :, place] = new
-    asked[row, place] = rank
+        new = torch.where(real[:, None, None], new, queries[row, :, index])
+        rank = torch.where(real, rank, asked[row, index])
+    queries[row, :, index] = new
+    asked[row, index] = rank
 
 
 def window_weights(
     queries: Tensor, asked: Tensor, keys: Tensor, rank: Tensor, needs: Needs, weigh: Weigh
 ) -> Tensor:
-    """Attention of the last queries over the tokens held: `[batch, kv_heads, W, n]`.
+    """Attention weights of the last queries over the tokens held.
 
-    queries, asked: see `keep_last`. keys: `[batch, kv_heads, n, head_dim]`; rank: of each, -1 for
-    none, `[batch, kv_heads, n]`. A query sees what is not newer than itself.
+    Args:
+        queries: see `keep_last`.
+        asked: see `keep_last`; a query attends to tokens that are not newer than itself.
+        keys: `[batch, kv_heads, n, head_dim]`.
+        rank: of each key's token, -1 for none, `[batch, kv_heads, n]`.
+        needs: says how to reduce over a group.
+        weigh: the layer's own attention weights.
+
+    Returns:
+        `[batch, kv_heads, W, n]`.
     """
     allowed = (rank >= 0)[:, :, None] & (rank[:, :, None] <= asked[:, None, :, None])
     return reduce_group(weigh(queries, keys, allowed), needs.group)

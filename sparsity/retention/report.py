@@ -7,18 +7,20 @@ from sparsity.policies.base import Policy
 
 @dataclass(frozen=True)
 class Report:
-    """A reading of a cache. Tuples have one entry a layer of the model.
+    """A measurement of a cache. Tuples have one entry for each layer of the model.
 
-    policy: the policy of the cache.
-    tokens_seen: columns that went through the model, padding included.
-    tokens_kept: tokens held for one row and KV head (the most of any).
-    evictions: tokens dropped so far, summed over rows and KV heads; 0 for layers left to
-        transformers.
-    managed: whether the policy decides in this layer; False for layers that transformers
-        manages itself (sliding windows, linear attention).
-    num_bytes: bytes of all storage held now: keys, values, positions, summaries, stamps.
-    peak_bytes: the most that was held at once: the layers at rest plus the unpruned tokens of the
-        layer that a forward of several tokens was passing through.
+    Attributes:
+        policy: of the cache.
+        tokens_seen: columns that went through the model, padding included.
+        tokens_kept: tokens held for one row and KV head, the most of any.
+        evictions: tokens evicted so far, summed over rows and KV heads; 0 for layers that
+            transformers manages.
+        managed: whether the policy decides in this layer; False for layers that transformers
+            manages itself (sliding windows, linear attention).
+        num_bytes: bytes of all tensors held now: keys, values, and what policies need (page minima
+            and maxima, stamps, sums, last queries).
+        peak_bytes: the most bytes that were held at once, the layer that a forward of several
+            tokens was passing through counted before it was pruned.
     """
 
     policy: Policy

@@ -1,4 +1,4 @@
-"""Keys moved to another position: by how far, the model's own rotary angles say."""
+"""Keys rotated from one position to another by the model's own rotary embedding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,29 +7,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Keys [batch, kv_heads, n, head_dim], and the positions they stand at and are to stand at, int64
-# [batch, kv_heads, n]; to keys as the model would have made them there.
+# From keys [batch, kv_heads, n, head_dim], their positions and the positions to rotate to, int64
+# [batch, kv_heads, n] each, to the keys that the model would have made at those.
 Move = Callable[[Tensor, Tensor, Tensor], Tensor]
-Layout = Literal["half", "interleaved"]
+Pairing = Literal["half", "interleaved"]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A layer's rotary positions (RoPE): a `Move`.
+    """The rotary embedding (RoPE) of a layer, as a `Move` of keys between positions.
 
-    angles: positions, int64 `[rows, n]`, to cos and sin, float32 `[rows, n, pairs]` each.
-    layout: which of the first 2 * pairs dimensions are a pair: "half" i with i + pairs,
-        "interleaved" 2i with 2i + 1. The dimensions behind them are not rotated.
+    Args:
+        angles: positions, int64 `[rows, n]`, to cosines and sines, float32 `[rows, n, pairs]` each.
+        pairing: which two dimensions are rotated together, of the first 2 * pairs: "half" i and i +
+            pairs, "interleaved" 2i and 2i + 1. The others are not rotated.
     """
 
     angles: Callable[[Tensor], tuple[Tensor, Tensor]]
-    layout: Layout
+    pairing: Pairing
 
     def __call__(self, keys: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """The keys in their own dtype, turned in float32 or more.
+        """The keys as the model would have made them at the `new` positions, in their own dtype.
 
-        From the angles at both places: rounding of large angles, and a scale folded into cos and
-        sin (YaRN), which is in the keys already, cancel.
+        Computed in float32 or wider from the angles at both positions, so that the rounding of
+        large angles cancels, and so does a factor on cosine and sine (YaRN's attention factor),
+        which the keys have already.
+
+        Args:
+            keys: `[batch, kv_heads, n, head_dim]`.
+            old: their positions, int64 `[batch, kv_heads, n]`.
+            new: the positions to rotate to, int64 `[batch, kv_heads, n]`.
         """
         both = torch.cat([old, new], dim=-1)
         cos, sin = (
@@ -37,13 +44,13 @@ class Rotation:
             for each in self.angles(both.flatten(0, 1))
         )
         (old_cos, new_cos), (old_sin, new_sin) = cos, sin
-        scale = old_cos.square() + old_sin.square()
-        cosine = (new_cos * old_cos + new_sin * old_sin) / scale
-        sine = (new_sin * old_cos - new_cos * old_sin) / scale
-        pairs = scale.shape[-1]
+        norm = old_cos.square() + old_sin.square()
+        cosine = (new_cos * old_cos + new_sin * old_sin) / norm
+        sine = (new_sin * old_cos - new_cos * old_sin) / norm
+        pairs = norm.shape[-1]
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         turned, rest = wide[..., : 2 * pairs], wide[..., 2 * pairs :]
-        if self.layout == "half":
+        if self.pairing == "half":
             a, b = turned[..., :pairs], turned[..., pairs:]
             turned = torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
         else:
@@ -53,5 +60,5 @@ class Rotation:
 
 
 def unmoved(keys: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """The `Move` of keys that are the same wherever they stand."""
+    """The `Move` of keys that do not depend on their position."""
     return keys

@@ -4,10 +4,11 @@ from copy import deepcopy
 from functools import lru_cache
 
 import torch
-from transformers import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from demand import Distribution
 from demand.integrations.transformers import JobTable, install
+from tests.helpers import random_ids
 
 KNOWN = {"short": Distribution([0.3, 0.6]), "long": Distribution([3.0, 6.0])}
 
@@ -22,6 +23,16 @@ def config(width: int = 2, blocks: int = 64, **overrides) -> ContinuousBatchingC
         use_async_batching=False,
     )
     return ContinuousBatchingConfig(**(settings | overrides))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random_ids(length, seed=seed).tolist()
+
+
+def manager_of(model, **overrides):
+    """A manager that is not started."""
+    generation = GenerationConfig(eos_token_id=-1, pad_token_id=0)
+    return model.init_continuous_batching(generation, config(**overrides))
 
 
 def generated(model, prompt: list[int], new: int) -> list[int]:

@@ -1,12 +1,16 @@
-"""A small OpenAI-compatible server on 127.0.0.1 that fails in every way it is told to."""
+"""A small OpenAI-compatible server on 127.0.0.1 that fails in every way it is told to.
+
+Beside it what the tests of calls to a server share.
+"""
 
 import asyncio
 import json
 import socket
 import ssl
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, Literal
 
 Fault = Literal["", "hang", "cut", "close", "reset", "garbage", "not an object", "error", "no done"]
@@ -30,6 +34,7 @@ class Answer:
     usage: bool = True
     content_type: str = "text/event-stream"
     error_body: str = "no"
+    stream_error: str = "engine died"
 
 
 @dataclass
@@ -38,6 +43,21 @@ class Received:
     headers: dict[str, str]
     body: dict[str, Any]
     second: float
+
+
+def run_async(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test is a coroutine that must be over in a few seconds."""
+
+    @wraps(test)
+    def wrapped(**given: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**given), 20.0))
+
+    return wrapped
+
+
+def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
+    """Of a request for a completion of so many tokens."""
+    return {"prompt": prompt, "max_tokens": tokens}
 
 
 def echo(request: Received) -> Answer:
@@ -106,7 +126,7 @@ class FakeServer:
         writer: asyncio.StreamWriter,
     ) -> bool:
         if answer.fault and answer.after < 0:
-            return await self._strike(answer.fault, reader, writer)
+            return await self._strike(answer, reader, writer)
         if answer.status != 200:
             said = answer.error_body.encode()
             extra = "".join(f"{n}: {v}\r\n" for n, v in answer.headers)
@@ -120,7 +140,7 @@ class FakeServer:
             if answer.gate_at is not None and answer.after == i:
                 await answer.gate_at.wait()
             if answer.fault and answer.after == i:
-                return await self._strike(answer.fault, reader, writer)
+                return await self._strike(answer, reader, writer)
             if answer.token_seconds:
                 await asyncio.sleep(answer.token_seconds)
             last = i == len(answer.tokens) - 1
@@ -131,7 +151,7 @@ class FakeServer:
             self._frame(writer, b"")
             return True
         if answer.fault:
-            return await self._strike(answer.fault, reader, writer)
+            return await self._strike(answer, reader, writer)
         if answer.usage:
             usage = {"prompt_tokens": 10, "completion_tokens": len(answer.tokens)}
             self._event(writer, json.dumps({"choices": [], "usage": usage}))
@@ -141,8 +161,9 @@ class FakeServer:
         return True
 
     async def _strike(
-        self, fault: Fault, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
+        fault = answer.fault
         if fault == "hang":
             await reader.read()  # until the client gives up
             self.disconnected += 1
@@ -157,7 +178,8 @@ class FakeServer:
         elif fault == "not an object":
             self._event(writer, "[1, 2]")
         elif fault == "error":
-            self._event(writer, '{"error": {"message": "engine died", "code": 500}}')
+            error = {"message": answer.stream_error, "code": 500}
+            self._event(writer, json.dumps({"error": error}))
         if not writer.transport.is_closing():
             await writer.drain()
         return False  # "close" as well: the connection is dropped

@@ -6,7 +6,7 @@ from demand import FCFS
 from demand.integrations.transformers import continuous_batching
 from tests.demand import continuous
 from tests.demand.continuous import KNOWN, config
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import tiny_model
 
 SECONDS = 60.0
 
@@ -19,10 +19,6 @@ def _idle_model():
 
 def generated(ids: list[int], new: int) -> list[int]:
     return continuous.generated(_idle_model(), ids, new)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return random_ids(length, seed=seed).tolist()
 
 
 def serve(model, policy=FCFS(), **settings):  # noqa: B008  # frozen

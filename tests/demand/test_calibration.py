@@ -99,7 +99,7 @@ def test_costs_and_critical_paths_are_asked_for():
     at = dict(cost=CostModel(0.0, 0.1), after_units=[0])
     known = Distribution([10.0])
     assert calibrate(lambda p: known, [run], **at).overall.observed == pytest.approx(30.0)
-    path = calibrate(lambda p: known, [run], demand="critical_path", **at)
+    path = calibrate(lambda p: known, [run], parallel_calls="critical_path", **at)
     assert (path.overall.observed, path.overall.crps) == (pytest.approx(10.0), pytest.approx(0.0))
 
 
@@ -134,5 +134,7 @@ def test_what_cannot_be_scored_is_refused():
         with pytest.raises(DemandError, match="expected the finite seconds"):
             score()
     run = [Execution(Unit("a", "tool"), seconds=1.0)]
-    with pytest.raises(DemandError, match="after_units holds -1"):
+    with pytest.raises(
+        DemandError, match="after_units is -1; expected a whole number of at least 0"
+    ):
         calibrate(lambda progress: known, [run], after_units=(-1,))

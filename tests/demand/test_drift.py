@@ -90,8 +90,8 @@ def test_bad_input_is_refused():
         kolmogorov_smirnov([np.nan], [1.0])
 
 
-def test_an_unknown_demand_is_refused():
+def test_an_unknown_way_to_count_is_refused():
     unit = Unit("a", "tool")
     graph = PDGraph.fit([[Execution(unit, seconds=1.0)]] * 5)
-    with pytest.raises(DemandError, match="demand is 'x'"):
-        drift(graph, recent=2, demand="x")
+    with pytest.raises(DemandError, match="parallel_calls is 'x'"):
+        drift(graph, recent=2, parallel_calls="x")

@@ -58,7 +58,13 @@ def write_and_test(tokens, seconds):
 
 def serve(workload, backends, prewarm=None, engine=STEPS, **more):
     return simulate_engine(
-        workload, FCFS(), engine, backends=backends, prewarm=prewarm, cost=TOKEN_A_SECOND, **more
+        workload,
+        FCFS(),
+        engine,
+        backends=backends,
+        prewarm=prewarm,
+        service_cost=TOKEN_A_SECOND,
+        **more,
     )
 
 

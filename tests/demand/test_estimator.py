@@ -79,7 +79,7 @@ def test_it_learns():
 
 def test_it_counts_the_critical_path():
     calls = Execution(WORK, parallelism=4, seconds=2.0, longest_seconds=5.0)
-    estimator = DemandEstimator({"fan": PDGraph.fit([[calls]])}, demand="critical_path")
+    estimator = DemandEstimator({"fan": PDGraph.fit([[calls]])}, parallel_calls="critical_path")
     assert estimator("fan").values.tolist() == [5.0]
     progress = Progress([calls])
     assert 2.5 < estimator("new", progress).mean() <= 5.0

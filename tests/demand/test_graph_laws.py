@@ -82,7 +82,10 @@ def test_branches_are_probabilities(runs, half_life):
 @given(runs)
 def test_the_critical_path_is_never_longer_than_the_sum(runs):
     graph = PDGraph.fit(runs)
-    total, path = graph.remaining(walks=50), graph.remaining(demand="critical_path", walks=50)
+    total, path = (
+        graph.remaining(walks=50),
+        graph.remaining(parallel_calls="critical_path", walks=50),
+    )
     assert path.values.max() <= total.values.max() * (1 + 1e-12)
     assert path.values @ path.weights <= (total.values @ total.weights) * (1 + 1e-12)
 

@@ -59,7 +59,7 @@ def test_columns_run_from_left_to_right_and_loops_back():
             "c": {"end": 1.0},
         }
     )
-    x = {name: place[0] for name, place in layout.places.items()}
+    x = {name: place[0] for name, place in layout.centres.items()}
     assert x["start"] < x["a"] < x["b"] < x["c"] < x["end"]
     back = {edge for edge, route in layout.routes.items() if route[-1][0] < route[0][0]}
     assert back == {("b", "a")}
@@ -67,14 +67,14 @@ def test_columns_run_from_left_to_right_and_loops_back():
     # a to c passes the column of b on a row of its own.
     _, (passed_x, passed_y), _ = layout.routes["a", "c"]
     assert passed_x == x["b"]
-    assert passed_y != layout.places["b"][1]
+    assert passed_y != layout.centres["b"][1]
 
 
 def test_no_two_nodes_stand_in_one_place():
     hub = {f"tool{i}": {"hub": 1.0} for i in range(7)}
     layout = lay_out({"start": {"hub": 1.0}, "hub": {**dict.fromkeys(hub, 0.1), "end": 0.3}, **hub})
-    assert len(set(layout.places.values())) == 10
-    assert len({layout.places[tool][0] for tool in hub}) == 1
+    assert len(set(layout.centres.values())) == 10
+    assert len({layout.centres[tool][0] for tool in hub}) == 1
 
 
 def test_the_picture_names_units_seconds_and_probabilities():

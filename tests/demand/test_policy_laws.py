@@ -2,11 +2,11 @@
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from demand import DemandError, Distribution, Workload, simulate
@@ -30,7 +30,12 @@ from demand.policies import (
     Quantum,
     VirtualTime,
 )
-from demand.policies.exact_thresholds import greatest_addend, greatest_within, just_below
+from demand.policies.exact_thresholds import (
+    ROUNDING,
+    greatest_addend,
+    greatest_within,
+    just_below,
+)
 from demand.policies.wrapper import Wrapper, hook
 from tests.demand.policy_zoo import POLICIES, whole_second_workloads
 from tests.demand.strategies import distributions
@@ -101,6 +106,14 @@ def running_jobs(draw, policy, jobs=3):
     return present
 
 
+def largest_quantum(policy):
+    """Seconds of the longest quantum in which `policy`, or one within it, counts service; or 0."""
+    if isinstance(policy, LAS | LeastSlack | VTC):
+        return policy.quantum
+    within = (getattr(policy, each.name) for each in fields(policy))
+    return max((largest_quantum(p) for p in within if isinstance(p, Policy)), default=0.0)
+
+
 @by_name
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -112,7 +125,10 @@ def test_next_above_is_where_a_fine_scan_finds_it(policy, data):
     answer = policy.next_above(job, threshold)
     assert answer > job.attained_service
     start, end = job.attained_service, min(answer, job.attained_service + 150.0)
+    surely_within = answer - ROUNDING * largest_quantum(policy)
     for attained in np.linspace(start, end, 301)[1:-1].tolist():
+        if attained >= surely_within:  # `linspace` rounds: its last points may be the answer itself
+            break
         policy.served(job, attained - job.attained_service, 100.0)
         job.attained_service = attained
         assert policy.rank(job, 100.0) <= threshold
@@ -122,6 +138,39 @@ def test_next_above_is_where_a_fine_scan_finds_it(policy, data):
         policy.served(job, answer - job.attained_service, 100.0)
         job.attained_service = answer
         assert policy.rank(job, 100.0) > threshold or in_quantum
+
+
+def test_a_quantum_ends_where_it_was_meant_to_and_counts_a_rounding_sooner():
+    policy = DeadlineMix(LeastSlack(), FCFS())
+    known = Distribution([2.0])
+    job = Job(0, "a", 0.0, known, table=policy.table(known), deadline=20.0, attained_service=1.0)
+    job.state, job.running, job.known_at = policy.new_state(), True, 4.720326360604159e-09
+    assert policy.rank(job, 100.0) == (0, 18.0)
+    end = policy.next_above(job, (0, 18.0))
+    assert end == 1.0 + job.known_at
+    for before, rank in ((2e-9, 18.0), (1.01e-9, 18.0), (0.99e-9, 19.0), (0.0, 19.0)):
+        job.attained_service = end - before
+        assert policy.rank(job, 100.0) == (0, rank)
+
+
+def test_the_end_of_a_doubling_a_rounding_away_is_found():
+    policy = Quantum(Gittins(), 3.0)
+    known = Distribution([15.0])
+    job = Job(0, "a", 0.0, known, table=policy.table(known), attained_service=59.99999999999999)
+    job.running = True
+    assert policy.rank(job, 100.0) == 30.0
+    assert policy.next_above(job, 30.0) == 60.0 == math.nextafter(job.attained_service, 99.0)
+
+
+@given(st.floats(0.0, 1e3), st.floats(0.0, 1e3))
+@example(known_at=19.57579293984869, age=94.0)  # a tie, rounded up
+@example(known_at=4.720326360604159e-09, age=1.0)
+@example(known_at=0.1, age=0.2)
+def test_the_service_that_reaches_an_age_is_the_least(known_at, age):
+    job = Job(0, "a", 0.0, Distribution([1.0]))
+    job.known_at = known_at
+    reached = job.attained_at(age)
+    assert reached - known_at >= age > math.nextafter(reached, -1.0) - known_at
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.sampled_from([1.0, 3.0, 1e-3, 1e3]))

@@ -13,6 +13,7 @@ def test_exports():
         "Aging",
         "Application",
         "CalibrationReport",
+        "CallbackBackend",
         "ClassMean",
         "ClosedLoop",
         "CostAwarePlanner",
@@ -33,6 +34,7 @@ def test_exports():
         "Hysteresis",
         "Interval",
         "Job",
+        "JobMaker",
         "LAS",
         "LeastSlack",
         "NEVER_SEEN",
@@ -44,6 +46,7 @@ def test_exports():
         "Policy",
         "Pool",
         "PrewarmPlanner",
+        "Prewarming",
         "PriorityClasses",
         "Progress",
         "ProgressRegression",
@@ -85,6 +88,23 @@ def test_exports():
     }
 
 
+def test_exports_are_listed_once_and_by_the_steps_of_their_use():
+    assert len(set(demand.__all__)) == len(demand.__all__)
+    steps = ["PDGraph", "PearsonFilter", "Distribution", "Gittins", "simulate", "PrewarmPlanner"]
+    at = [demand.__all__.index(name) for name in steps]
+    assert at == sorted(at)
+
+
+def test_the_lines_of_use_in_the_docstring_run(capsys):
+    unit = demand.Unit("plan", "tool")
+    run = [demand.Execution(unit, seconds=s) for s in (1.0, 2.0, 3.0)]
+    lines = [line.strip() for line in demand.__doc__.splitlines() if line.startswith("    ")]
+    scope = {**vars(demand), "runs": [run], "run": run}
+    exec("\n".join(lines).replace("load=0.8", "load=0.8, jobs=50"), scope)
+    assert 0.0 < scope["rank"] <= scope["demand"].mean() * (1.0 + 1e-12)
+    assert float(capsys.readouterr().out) > 0.0
+
+
 @pytest.mark.parametrize("name", demand.__all__)
 def test_everything_public_is_documented(name):
     public = getattr(demand, name)
@@ -95,7 +115,7 @@ def test_everything_public_is_documented(name):
 
 
 def test_import_loads_only_numpy():
-    heavy = "torch transformers scipy networkx matplotlib httpx2 picache sparsity"
+    heavy = "torch transformers scipy networkx matplotlib httpx2 openai picache sparsity"
     check = (
         f"import sys, demand; found = set('{heavy}'.split()) & set(sys.modules); assert not found"
     )

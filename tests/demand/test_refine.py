@@ -81,7 +81,7 @@ def test_every_refinement_counts_the_critical_path(refinement):
     runs = [[Execution(A, parallelism=10, seconds=run[0].seconds)] for run in correlated_runs(100)]
     graph = PDGraph.fit(runs)
     total = refinement.remaining(graph).mean()
-    assert refinement.remaining(graph, demand="critical_path").mean() == pytest.approx(
+    assert refinement.remaining(graph, parallel_calls="critical_path").mean() == pytest.approx(
         total / 10, rel=1e-6
     )
 

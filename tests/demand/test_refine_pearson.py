@@ -103,7 +103,7 @@ def test_filters_hold_for_the_first_visit_only():
     graph = PDGraph.fit(counted)
     refined = PearsonFilter().fit(graph)
     first = Progress([Execution(loop, 100, 1)])
-    assert refined.arrays.keeping(refined.kept(first)).without_exit() == ["start", "round"]
+    assert refined.arrays.keeping(refined.kept(first)).without_end() == ["start", "round"]
     assert refined.remaining(first).mean() == pytest.approx(graph.remaining(first).mean(), rel=0.3)
 
 

@@ -46,7 +46,7 @@ def test_the_page_shows_the_result_file(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import schedule
 
-    docs = EXAMPLES.parent / "docs"
+    docs = EXAMPLES.parents[1] / "docs"
     record = json.loads((docs / "results" / "scheduling.json").read_text())
     page = (docs / "when_gittins_helps.md").read_text()
     named = {scenario["name"]: scenario for scenario in record["scenarios"]}

@@ -228,6 +228,8 @@ STAGE = {"input_len": [1], "output_len": [1], "next_stages": ["end"]}
         ),
         ({}, r"app\.start\.next_stages': an application without stages"),
         ({"start": {"next_stages": ["end"]}, "a": STAGE}, r"start.next_stages': expected names"),
+        ({"a": STAGE | {"next": ["a"]}}, r"app\.a\.next': end cannot be reached"),
+        ({"stage_list": ["a"], "a": STAGE}, r"app\.stage_list': a profile of task_models"),
         ({"a": STAGE | {"parallelism": [1, 0]}}, r"parallelism\[1\]': expected a whole number of"),
         ({"a": STAGE | {"parallelism": [1.5]}}, r"parallelism\[0\]': expected a whole number of"),
     ],
@@ -266,3 +268,30 @@ def test_a_bad_application_costs_itself_alone(tmp_path):
     assert trace.skipped["record: expected a JSON object"] == 1
     with pytest.raises(DemandError, match="no record that can be read; 1 lines were skipped"):
         list(read_hermes_artifact(tmp_path / "q.json", on_error="skip"))
+
+
+DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (f"{DIGITS},1,1", "field 'arrived_at': expected at least 0 and finite"),
+        (f"0,{DIGITS},1", "field 'num_prefill_tokens': expected at least 0 and finite"),
+        (f"0,-{DIGITS},1", "field 'num_prefill_tokens': expected at least 0 and finite"),
+        (f"0,{DIGITS}x,1", "field 'num_prefill_tokens': expected a number"),
+        (f"0,5.{'0' * 9}{DIGITS},1", "field 'num_prefill_tokens': expected whole tokens"),
+    ],
+)
+def test_a_field_of_thousands_of_digits_is_quoted_short(tmp_path, row, says):
+    path = table(tmp_path / "t.csv", VIDUR, row)
+    with pytest.raises(MalformedRecordError, match=says) as caught:
+        list(read_vidur(path))
+    assert len(str(caught.value)) < len(str(path)) + 250
+
+
+def test_a_header_of_megabytes_is_quoted_short(tmp_path):
+    path = table(tmp_path / "t.csv", "x" * 100_000, "1")
+    with pytest.raises(DemandError, match=r"columns are xxx.*; expected arrived_at") as caught:
+        list(read_vidur(path))
+    assert len(str(caught.value)) < len(str(path)) + 500

@@ -26,6 +26,7 @@ from demand.traces import (
     read_agent_sessions,
     read_azure,
     read_fireact,
+    read_hermes_artifact,
     read_mooncake,
     read_tau_bench,
 )
@@ -124,3 +125,24 @@ def test_recorded_requests_arrive_in_bursts():
     bursty = with_arrivals(smooth, [request.arrival_seconds for request in requests])
     assert bursty.arrivals[-1] == pytest.approx(smooth.arrivals[-1])
     assert simulate(bursty, FCFS()).mean > simulate(smooth, FCFS()).mean
+
+
+def test_profiles_of_the_hermes_artifact():
+    trace = read_hermes_artifact(published("hermes_artifact") / "pdgraphs.json.gz")
+    profiles = {profile.application: profile for profile in trace}
+    assert len(profiles) == trace.read == 9
+    assert trace.skipped == {}
+    agent = profiles["react_fever"]
+    assert agent.entries == ("thought",) * 10
+    assert agent.stages["thought"].successors.count("search") == 5
+    assert agent.stages["search"].kind == "search"
+    assert profiles["hugginggpt"].stages["dnn_execution"].kind == "model"
+    for profile in profiles.values():
+        runs = [profile.session(np.random.default_rng(seed)).run() for seed in range(20)]
+        assert PDGraph.fit(runs).remaining().mean() > 0.0
+
+
+def test_task_models_of_the_hermes_artifact_are_refused():
+    trace = read_hermes_artifact(published("hermes_artifact") / "task_models_skewnorm.json.gz")
+    with pytest.raises(DemandError, match=r"stage_list.*no times of tools: read pdgraphs\.json"):
+        list(trace)

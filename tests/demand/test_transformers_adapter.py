@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from demand import FCFS, SERPT, ClassMean, Distribution, Gittins, Job, Oracle, Policy, RandomOrder
 from demand.policies import EDF, LAS, VTC, PriorityClasses, RequestFCFS
-from tests.demand.continuous import Stepped, config, generated
-from tests.helpers import random_ids, tiny_model
+from tests.demand.continuous import Stepped, config, generated, prompt
+from tests.helpers import tiny_model
 
 POLICIES = [
     FCFS(),
@@ -34,15 +34,6 @@ class Flip(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         return job.index if now < self.at else -job.index
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return random_ids(length, seed=seed).tolist()
 
 
 @names
@@ -262,28 +253,31 @@ def test_what_is_computed_again_counts_once(model):
         assert job.attained_service == pytest.approx(16 * 1e-4 + 60 * 0.06, abs=1e-12)
 
 
+def ends_beside_another(run, agent, request_id):
+    """The steps in which the last request of `agent` and one of a new job end."""
+    run.add(agent, request_id, prompt(10), 10)
+    run.table.close(agent)
+    run.submit("long", "other", prompt(10, 2), 10)
+    run.finish()
+    return run.ended_at[request_id], run.ended_at["other"]
+
+
 def test_an_agent_that_comes_back_is_ranked_by_what_it_had(model):
     """Least attained service: the second request of an old job waits for a new job's first."""
     run = Stepped(model, LAS(), config(width=1))
     agent = run.table.open("long")
     run.add(agent, "plan", prompt(10), 20)
     run.finish()
-    run.add(agent, "act", prompt(10), 10)
-    run.table.close(agent)
-    run.submit("long", "other", prompt(10, 2), 10)
-    run.finish()
-    assert run.ended_at["other"] < run.ended_at["act"]
+    act, other = ends_beside_another(run, agent, "act")
+    assert other < act
 
 
 def test_learning_between_two_stages_changes_the_order(model):
     run = Stepped(model, SERPT(), config(width=1))
     agent = run.table.open("short")
     run.table.learn(agent, Distribution([50.0]))
-    run.add(agent, "agent", prompt(10), 10)
-    run.table.close(agent)
-    run.submit("long", "other", prompt(10, 2), 10)
-    run.finish()
-    assert run.ended_at["other"] < run.ended_at["agent"]
+    last, other = ends_beside_another(run, agent, "agent")
+    assert other < last
 
 
 def test_forked_sequences_belong_to_their_parent(model):

@@ -26,22 +26,8 @@ from demand.integrations.transformers import (
     continuous_batching,
     install,
 )
-from tests.demand.continuous import KNOWN, config
-from tests.demand.serving import SECONDS, generated, prompt, serve
-from tests.helpers import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def shared(model):
-    """One engine for the tests that leave it as they found it."""
-    with serve(model, config=config(max_queue_size=0)) as batching:
-        yield batching
-
+from tests.demand.continuous import KNOWN, config, manager_of, prompt
+from tests.demand.serving import SECONDS, generated, serve
 
 # What it is for.
 
@@ -78,7 +64,7 @@ def test_streams_give_tokens_as_they_come(model, shared):
     first = next(stream)
     assert shared.result(other, SECONDS).generated_tokens == generated(prompt(5), 8)
     assert [first, *stream] == generated(prompt(9), 40)
-    with pytest.raises(DemandError, match="not waited for"):
+    with pytest.raises(DemandError, match="has no result to wait for"):
         next(shared.stream(one))
 
 
@@ -106,9 +92,9 @@ def test_cancelling_frees_the_engine(model):
         short = batching.submit(prompt(6), "short", max_new_tokens=4)
         batching.cancel(long)
         assert batching.result(short, SECONDS).generated_tokens == generated(prompt(6), 4)
-        with pytest.raises(DemandError, match="not waited for"):
+        with pytest.raises(DemandError, match="has no result to wait for"):
             batching.result(long)
-        with pytest.raises(DemandError, match="not waited for"):
+        with pytest.raises(DemandError, match="has no result to wait for"):
             batching.cancel(long)
 
 
@@ -136,10 +122,7 @@ def test_graphs_give_the_distributions(model):
 def test_a_manager_of_ones_own(model):
     jobs = JobTable(ClassMean(), KNOWN)
     with install(jobs) as name:
-        manager = model.init_continuous_batching(
-            transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
-            config(width=1, scheduler_type=name),
-        )
+        manager = manager_of(model, width=1, scheduler_type=name)
         for number, application in enumerate(("long", "short")):
             job = jobs.open(application)
             jobs.announce(job, application)
@@ -156,10 +139,7 @@ def test_a_manager_that_is_kept_starts_anew(model):
     """What was in it when it was stopped is over; the scheduler and the table go on."""
     jobs = JobTable(FCFS(), KNOWN)
     with install(jobs) as name:
-        manager = model.init_continuous_batching(
-            transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
-            config(width=1, scheduler_type=name),
-        )
+        manager = manager_of(model, width=1, scheduler_type=name)
         manager.start()
         scheduler = check_installed(manager, jobs)
     old = jobs.open("long")

@@ -4,11 +4,14 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import AttentionInterface
 from transformers.generation import continuous_batching as engine
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from demand import (
     FCFS,
@@ -21,27 +24,17 @@ from demand import (
     Unit,
 )
 from demand.integrations.transformers import (
+    Batching,
     JobTable,
     check_installed,
     install,
 )
 from demand.integrations.transformers.compat import check_features, check_version
 from demand.policies import LAS, Job, Policy
-from tests.demand.continuous import KNOWN, config
-from tests.demand.serving import SECONDS, generated, prompt, serve
+from sparsity import RaaS, SparseCache, detach
+from tests.demand.continuous import KNOWN, config, manager_of, prompt
+from tests.demand.serving import SECONDS, generated, serve
 from tests.helpers import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=2)
-
-
-@pytest.fixture(scope="module")
-def shared(model):
-    """One engine for the tests that leave it as they found it."""
-    with serve(model, config=config(max_queue_size=0)) as batching:
-        yield batching
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.19.0", "6.0.0", "nonsense"])
@@ -94,12 +87,23 @@ def test_a_name_that_is_taken():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"config": config(width=0)}, "max_requests_per_batch is 0; expected a whole number from"),
+        (
+            {"config": config(width=0)},
+            "max_requests_per_batch is 0; expected a whole number of at least 1",
+        ),
         ({"config": config(width=-1)}, "max_requests_per_batch is -1; expected"),
         ({"config": config(width=1.5)}, r"max_requests_per_batch is 1\.5; expected"),
         ({"config": config(max_batch_tokens=0)}, "max_batch_tokens is 0; expected"),
+        ({"config": {"page_size": 16}}, "config is .*; expected a ContinuousBatchingConfig"),
+        ({"generation_config": {"do_sample": False}}, "expected a GenerationConfig"),
+        ({"distributions": {"a": [1.0]}}, r"distribution of 'a' is \[1\.0\]; expected a distr"),
+        ({"distributions": Distribution([1.0])}, "distributions is .*; expected a mapping"),
+        ({"graphs": {"a": PDGraph}}, "graph of 'a' is the class PDGraph; expected a graph"),
+        ({"cost": 0.05}, r"cost is 0\.05; expected a CostModel"),
+        ({"clock": 5.0}, r"clock is 5\.0; expected a function that gives seconds"),
+        ({"seed": "x"}, "seed is 'x'; expected a whole number"),
         ({"policy": "fcfs"}, r"policy is 'fcfs'; expected a policy, such as Gittins\(\)"),
-        ({"policy": FCFS}, r"policy is <class .*FCFS'>; expected a policy"),
+        ({"policy": FCFS}, "policy is the class FCFS; expected a policy"),
         ({"model": "llama"}, "model is 'llama'; expected a model of transformers .* load it first"),
         ({"model": torch.nn.Linear(2, 2)}, r"model is Linear\(.*expected a model .* wrapper"),
     ],
@@ -111,12 +115,77 @@ def test_what_no_engine_can_be_made_of(model, given, says):
     assert before == SCHEDULER_MAPPING
 
 
+def test_an_engine_is_made_of_whole_numbers_of_any_kind(model):
+    engine = config(width=np.int64(2), max_batch_tokens=128.0)
+    with serve(model, config=engine, seed=np.int64(0)) as batching:
+        for new in (np.int64(4), 4.0, torch.tensor(4)):
+            one = batching.submit(prompt(9), "short", max_new_tokens=new)
+            assert batching.result(one, SECONDS).generated_tokens == generated(prompt(9), 4)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "seen"),
+    [("demand", "'demand'"), (JobTable, "the class JobTable"), (FCFS(), r"FCFS\(\)")],
+)
+def test_what_is_no_table_is_not_installed(jobs, seen):
+    before = dict(SCHEDULER_MAPPING)
+    said = f"jobs is {seen}; expected a JobTable"
+    with pytest.raises(DemandError, match=said), install(jobs):
+        pass
+    with pytest.raises(DemandError, match=said):
+        check_installed(None, jobs)
+    with pytest.raises(DemandError, match="manager is 'engine'; expected a started manager"):
+        Batching("engine", JobTable(FCFS()))
+    assert before == SCHEDULER_MAPPING
+
+
+# Attention that the engine cannot page.
+
+
+def attend_otherwise(module, query, key, value, mask, **settings):
+    raise AssertionError("never asked")
+
+
+def test_a_model_with_a_sparse_cache_is_to_be_detached():
+    model = tiny_model("llama", num_hidden_layers=2)
+    SparseCache(model, RaaS(64))
+    with (
+        pytest.raises(
+            DemandError,
+            match=r"attends by 'kv_retention', the .* first .*sparsity\.detach\(model\)",
+        ),
+        serve(model),
+    ):
+        pass
+    detach(model)
+    with serve(model) as batching:
+        one = batching.submit(prompt(9), "short", max_new_tokens=4)
+        assert len(batching.result(one, SECONDS).generated_tokens) == 4
+
+
+def test_an_attention_function_of_another_name_is_refused():
+    model = tiny_model("llama", num_hidden_layers=2)
+    AttentionInterface.register("otherwise", attend_otherwise)
+    try:
+        model.set_attn_implementation("otherwise")
+        said = r"attends by 'otherwise', .*: model\.set_attn_implementation\(\"sdpa\"\)"
+        with pytest.raises(DemandError, match=said), serve(model):
+            pass
+    finally:
+        del AttentionInterface._global_mapping["otherwise"]
+
+
+def test_an_attention_function_that_was_replaced_is_refused(model, monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", attend_otherwise)
+    said = r"'sdpa' was replaced by .*\.attend_otherwise"
+    with pytest.raises(DemandError, match=said), serve(model):
+        pass
+
+
 def test_a_manager_that_fell_back_to_fifo(model):
     """transformers only warns of an unknown scheduler."""
     jobs = JobTable(FCFS())
-    manager = model.init_continuous_batching(
-        transformers.GenerationConfig(eos_token_id=-1), config(scheduler_type="demand")
-    )
+    manager = manager_of(model, scheduler_type="demand")
     with pytest.raises(DemandError, match="not running"):
         check_installed(manager, jobs)
     manager.start()
@@ -205,7 +274,7 @@ def test_the_largest_request_that_fits(model):
 
 def test_results_that_nobody_can_have(shared):
     for act in (shared.result, shared.cancel, lambda one: next(shared.stream(one))):
-        with pytest.raises(DemandError, match="not waited for"):
+        with pytest.raises(DemandError, match="has no result to wait for"):
             act("nobody")
     one = shared.submit(prompt(5), "short", max_new_tokens=2)
     shared.result(one, SECONDS)
@@ -234,6 +303,25 @@ class Breaks(Policy):
 
     def rank(self, job: Job, now: float) -> float:
         return 0.0 if job.attained_service < 0.5 else math.nan
+
+
+@dataclass(frozen=True)
+class Speechless(Policy):
+    """Forgets to give a rank once a job had half a second of service."""
+
+    def rank(self, job: Job, now: float) -> float:
+        return 0.0 if job.attained_service < 0.5 else None
+
+
+def test_a_rank_that_is_no_number_stops_the_engine_by_the_policys_name(model):
+    def serve_to_the_end():
+        with serve(model, Speechless()) as batching:
+            one = batching.submit(prompt(5), "long", max_new_tokens=900)
+            batching.result(one, SECONDS)
+
+    said = r"failed in the engine: .*Speechless\(\) ranked job 0 None; expected a number"
+    with pytest.raises(DemandError, match=said):
+        serve_to_the_end()
 
 
 def test_an_engine_that_fails_says_so(model):
@@ -326,6 +414,12 @@ def test_jobs_that_make_no_sense():
             table.serve(job, seconds)
     with pytest.raises(DemandError, match="not in this table"):
         table.close(JobTable(FCFS(), KNOWN).open("short"))
+    with pytest.raises(DemandError, match="job is the class Job; expected a job that `open` gave"):
+        table.close(Job)
+    with pytest.raises(DemandError, match="remaining is 3; expected a distribution"):
+        table.learn(job, 3)
+    with pytest.raises(DemandError, match="service holds text"):
+        table.serve(job, "1")
     table.close(job)
     assert len(table) == 1
     table.ended("one")

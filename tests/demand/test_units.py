@@ -79,7 +79,10 @@ def test_progress_counts_the_current_unit_as_demand_does():
         (lambda: Execution(TOOL, seconds=0.0, longest_seconds=math.nan), "longest_seconds of unit"),
         (lambda: Execution.of_calls(TOOL), "entries; give lists of one length"),
         (lambda: Execution.of_calls(LLM, input_tokens=[1], output_tokens=[1, 2]), "one length"),
-        (lambda: CostModel().seconds(Execution(TOOL, seconds=1.0), "max"), "demand is 'max'"),
+        (
+            lambda: CostModel().seconds(Execution(TOOL, seconds=1.0), "max"),
+            "parallel_calls is 'max'",
+        ),
         (lambda: Progress(current="plan", elapsed_seconds=math.inf), "elapsed_seconds is inf"),
         (lambda: Progress(elapsed_seconds=1.0), "no unit is current"),
         (lambda: Execution(LLM, -1, 1), "input_tokens of unit 'plan' is -1"),

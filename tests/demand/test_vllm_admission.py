@@ -1,7 +1,6 @@
 """The admission controller against a real HTTP server on this machine: order, service, the end."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from demand.integrations.vllm import (
     Server,
     millisecond_priority,
 )
-from tests.demand.openai_server import Answer, FakeServer, tokens_of
+from tests.demand.openai_server import Answer, FakeServer, body, run_async, tokens_of
 
 COST = CostModel(prefill_seconds_per_token=0.01, decode_seconds_per_token=1.0)
 KNOWN = {
@@ -41,16 +40,6 @@ KNOWN = {
     "bimodal": Distribution([1.0, 100.0], [0.9, 0.1]),
     "middle": Distribution([5.0, 9.0]),
 }
-
-
-def run_async(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """A test is a coroutine that must be over in a few seconds."""
-
-    def wrapped() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20.0))
-
-    wrapped.__name__ = test.__name__
-    return wrapped
 
 
 def controller_of(
@@ -65,10 +54,6 @@ def controller_of(
         retry=options.pop("retry", Retry(first_seconds=0.001, longest_seconds=0.5)),
         **options,
     )
-
-
-def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens}
 
 
 @pytest.mark.parametrize(
@@ -384,13 +369,70 @@ def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
                 await run.submit("completions", {**body("a"), "stream": False})
             with pytest.raises(DemandError, match="JSON"):
                 await run.submit("completions", {**body("a"), "temperature": float("nan")})
-            with pytest.raises(DemandError, match=r"service is -1\.0 seconds"):
+            with pytest.raises(DemandError, match=r"JSON: .*surrogates"):
+                await run.submit("completions", body("\ud800"))
+            with pytest.raises(DemandError, match="service holds text"):
+                run.serve("1")  # type: ignore[arg-type]
+            with pytest.raises(DemandError, match="remaining is None; expected a distribution"):
+                run.learn(None)  # type: ignore[arg-type]
+            with pytest.raises(DemandError, match=r"service is -1\.0; expected finite seconds"):
                 run.serve(-1.0)
             assert controller.counts.submitted == 0
 
     asyncio.run(refusals())
     with pytest.raises(DemandError, match="1 <= in_flight <= capacity"):
         AdmissionController(Server("http://127.0.0.1"), FCFS(), {}, in_flight=2, capacity=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"server": "http://127.0.0.1"}, r"server is 'http.*; expected a server, Server\("),
+        ({"server": Server}, "server is the class Server; expected a server"),
+        ({"policy": Gittins}, "policy is the class Gittins; expected a policy"),
+        ({"distributions": Distribution([1.0])}, "distributions is .*; expected a mapping"),
+        ({"distributions": {"a": 3.0}}, r"distribution of 'a' is 3\.0; expected a distribution"),
+        ({"distributions": {1: Distribution([3.0])}}, "application in distributions is 1; expec"),
+        ({"in_flight": "2"}, "in_flight is '2'; expected a whole number"),
+        ({"in_flight": 0}, "in_flight is 0 .* 1 <= in_flight"),
+        ({"capacity": 1.5}, r"capacity is 1\.5; expected a whole number"),
+        ({"retry": 3}, r"retry is 3; expected Retry\(attempts=5\)"),
+        ({"cost": CostModel}, "cost is the class CostModel; expected a CostModel"),
+        ({"priority": 3}, "priority is 3; expected a function such as millisecond_priority"),
+        ({"clock": 0.0}, r"clock is 0\.0; expected a function that gives seconds"),
+        ({"seed": None}, "seed is None; expected a whole number"),
+    ],
+)
+def test_wrong_objects_are_refused_by_what_was_expected(given: dict[str, Any], said: str) -> None:
+    good = dict(server=Server("http://127.0.0.1"), policy=FCFS(), distributions=KNOWN, in_flight=1)
+    with pytest.raises(DemandError, match=said):
+        AdmissionController(**(good | given))
+
+
+@run_async
+async def test_whole_numbers_of_any_kind_are_taken() -> None:
+    async with FakeServer() as server:
+        numbers = dict(in_flight=np.int64(1), capacity=1e4, seed=np.uint8(3))
+        retry = Retry(attempts=np.int64(2))
+        async with controller_of(server, retry=retry, **numbers) as controller:  # type: ignore[arg-type]
+            assert await (await controller.start("short").submit("completions", body("a"))).text()
+    assert (retry.attempts, type(retry.attempts)) == (2, int)
+
+
+@run_async
+async def test_a_rank_that_is_no_number_is_reported_by_the_policys_name() -> None:
+    @dataclass(frozen=True)
+    class Speechless(Policy):
+        def rank(self, job: Job, now: float) -> Any:
+            return 0.0 if job.attained_service == 0.0 else None
+
+    async with FakeServer() as server, controller_of(server, Speechless()) as controller:
+        run = controller.start("short")
+        await (await run.submit("completions", body("a"))).text()
+        call = await run.submit("completions", body("b"))
+        with pytest.raises(CallError, match=r"Speechless\(\) ranked job 0 None; expected a number"):
+            await call.text()
+    assert controller.counts == Counts(2, 0, 0, 1, 1, 0)
 
 
 @run_async

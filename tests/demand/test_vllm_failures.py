@@ -23,7 +23,14 @@ from demand.integrations.vllm import (
 )
 from demand.integrations.vllm.chunks import Repetition, TokenCount, text_of
 from demand.integrations.vllm.failures import AttemptError, retry_after_seconds
-from tests.demand.openai_server import Answer, FakeServer, Received, tokens_of
+from tests.demand.openai_server import (
+    Answer,
+    FakeServer,
+    Received,
+    body,
+    run_async,
+    tokens_of,
+)
 
 QUICK = Retry(attempts=3, first_seconds=0.001, longest_seconds=0.2)
 KNOWN = {"short": Distribution([2.0]), "long": Distribution([1.0, 90.0])}
@@ -54,10 +61,6 @@ def controller_of(server: FakeServer, in_flight: int = 1, **options: Any) -> Adm
     return AdmissionController(where, distributions=KNOWN, in_flight=in_flight, **options)
 
 
-def body(prompt: str, tokens: int = 3) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens}
-
-
 class Script:
     """Answers the n-th attempt at a prompt by the n-th of `answers`, further ones in full."""
 
@@ -74,117 +77,110 @@ class Script:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_attempt_is_made_again(fault: str) -> None:
-    async def twice() -> None:
-        async with FakeServer(Script(FAULTS[fault])) as server:
-            async with controller_of(server) as controller:
-                run = controller.start("short")
-                call = await run.submit("completions", body("a"))
-                assert await call.text() == "a.0 a.1 a.2 "
-            assert call.attempts == len(server.received) == 2
-            # Tokens that were generated twice were attained once.
-            assert run.job.attained_service == pytest.approx(3 * 0.06 + 10 * 1e-4)
-            assert controller.counts == Counts(1, 0, 0, 1, 0, 0)
-
-    asyncio.run(twice())
+@run_async
+async def test_a_failed_attempt_is_made_again(fault: str) -> None:
+    async with FakeServer(Script(FAULTS[fault])) as server:
+        async with controller_of(server) as controller:
+            run = controller.start("short")
+            call = await run.submit("completions", body("a"))
+            assert await call.text() == "a.0 a.1 a.2 "
+        assert call.attempts == len(server.received) == 2
+        # Tokens that were generated twice were attained once.
+        assert run.job.attained_service == pytest.approx(3 * 0.06 + 10 * 1e-4)
+        assert controller.counts == Counts(1, 0, 0, 1, 0, 0)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_attempts_are_bounded_and_the_last_failure_is_reported(fault: str) -> None:
-    async def always() -> None:
-        async with FakeServer(FAULTS[fault]) as server:
-            async with controller_of(server) as controller:
-                call = await controller.start("short").submit("completions", body("a"))
-                with pytest.raises(CallError, match="failed after 3 attempts, 0 chunks handed"):
-                    await call.text()
-            assert len(server.received) == 3
-            assert controller.counts == Counts(1, 0, 0, 0, 1, 0)
-
-    asyncio.run(always())
-
-
-def test_a_server_that_is_not_there_is_reported() -> None:
-    async def nobody() -> None:
-        async with FakeServer() as server:
-            pass
+@run_async
+async def test_attempts_are_bounded_and_the_last_failure_is_reported(fault: str) -> None:
+    async with FakeServer(FAULTS[fault]) as server:
         async with controller_of(server) as controller:
             call = await controller.start("short").submit("completions", body("a"))
-            with pytest.raises(CallError, match="ConnectError"):
+            with pytest.raises(CallError, match="failed after 3 attempts, 0 chunks handed"):
                 await call.text()
-        assert call.attempts == 3
+        assert len(server.received) == 3
+        assert controller.counts == Counts(1, 0, 0, 0, 1, 0)
 
-    asyncio.run(nobody())
+
+@run_async
+async def test_a_server_that_is_not_there_is_reported() -> None:
+    async with FakeServer() as server:
+        pass
+    async with controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", body("a"))
+        with pytest.raises(CallError, match="ConnectError"):
+            await call.text()
+    assert call.attempts == 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
-def test_what_the_server_refuses_is_not_sent_again(status: int) -> None:
-    async def refused() -> None:
-        answer = Answer(status=status, error_body="x" * 10_000)
-        async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
-            call = await controller.start("short").submit("completions", body("a"))
-            with pytest.raises(CallError, match=f"after 1 attempts.*status {status}: xxx") as error:
+@run_async
+async def test_what_the_server_refuses_is_not_sent_again(status: int) -> None:
+    answer = Answer(status=status, error_body="x" * 10_000)
+    async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", body("a"))
+        with pytest.raises(CallError, match=f"after 1 attempts.*status {status}: xxx") as error:
+            await call.text()
+        assert len(str(error.value)) < 700
+        assert len(server.received) == 1
+
+
+@run_async
+async def test_a_stream_without_its_closing_mark_is_complete_once_every_choice_has_finished() -> (
+    None
+):
+    script = lambda r: Answer(tokens_of(r), fault="no done", after=99)  # noqa: E731
+    async with FakeServer(script) as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", body("a"))
+        assert await call.text() == "a.0 a.1 a.2 "
+        two = await controller.start("short").submit("completions", {**body("b"), "n": 2})
+        with pytest.raises(CallError, match="broke off"):
+            await two.text()
+
+
+@run_async
+async def test_a_stream_with_its_closing_mark_is_complete_whatever_its_choices_say() -> None:
+    async with FakeServer() as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", {**body("a"), "n": 2})
+        assert await call.text() == "a.0 a.1 a.2 "  # of one choice
+
+
+@run_async
+async def test_shed_load_pauses_every_call_as_long_as_the_server_asks() -> None:
+    script = Script(lambda r: Answer(status=429) if r.body["prompt"] == "a" else Answer(("x",)))
+    async with FakeServer(script) as server:
+        retry = Retry(first_seconds=0.1, longest_seconds=0.5)
+        async with controller_of(server, in_flight=1, retry=retry) as controller:
+            run = controller.start("short")
+            calls = [await run.submit("completions", body(p)) for p in "abc"]
+            for call in calls:
                 await call.text()
-            assert len(str(error.value)) < 700
-            assert len(server.received) == 1
-
-    asyncio.run(refused())
-
-
-def test_a_stream_without_its_closing_mark_is_complete_once_every_choice_has_finished() -> None:
-    async def unmarked() -> None:
-        script = lambda r: Answer(tokens_of(r), fault="no done", after=99)  # noqa: E731
-        async with FakeServer(script) as server, controller_of(server) as controller:
-            call = await controller.start("short").submit("completions", body("a"))
-            assert await call.text() == "a.0 a.1 a.2 "
-            two = await controller.start("short").submit("completions", {**body("b"), "n": 2})
-            with pytest.raises(CallError, match="broke off"):
-                await two.text()
-
-    asyncio.run(unmarked())
+        first, *others = server.received
+        assert others[0].second - first.second >= 0.05  # half of first_seconds
+        assert sorted(server.prompts[1:]) == ["a", "b", "c"]
+        assert calls[1].attempts == calls[2].attempts == 1
 
 
-def test_shed_load_pauses_every_call_as_long_as_the_server_asks() -> None:
-    async def shed() -> None:
-        script = Script(lambda r: Answer(status=429) if r.body["prompt"] == "a" else Answer(("x",)))
-        async with FakeServer(script) as server:
-            retry = Retry(first_seconds=0.1, longest_seconds=0.5)
-            async with controller_of(server, in_flight=1, retry=retry) as controller:
-                run = controller.start("short")
-                calls = [await run.submit("completions", body(p)) for p in "abc"]
-                for call in calls:
-                    await call.text()
-            first, *others = server.received
-            assert others[0].second - first.second >= 0.05  # half of first_seconds
-            assert sorted(server.prompts[1:]) == ["a", "b", "c"]
-            assert calls[1].attempts == calls[2].attempts == 1
-
-    asyncio.run(shed())
+@run_async
+async def test_a_failure_other_than_shedding_holds_up_no_other_call() -> None:
+    script = Script(lambda r: Answer(status=500 if r.body["prompt"] == "a" else 200))
+    async with FakeServer(script) as server:
+        retry = Retry(first_seconds=0.4, longest_seconds=0.4)
+        async with controller_of(server, in_flight=1, retry=retry) as controller:
+            run = controller.start("short")
+            for prompt in "abc":
+                await run.submit("completions", body(prompt))
+        assert server.prompts == ["a", "b", "c", "a"]
+        assert controller.counts == Counts(3, 0, 0, 3, 0, 0)
 
 
-def test_a_failure_other_than_shedding_holds_up_no_other_call() -> None:
-    async def others() -> None:
-        script = Script(lambda r: Answer(status=500 if r.body["prompt"] == "a" else 200))
-        async with FakeServer(script) as server:
-            retry = Retry(first_seconds=0.4, longest_seconds=0.4)
-            async with controller_of(server, in_flight=1, retry=retry) as controller:
-                run = controller.start("short")
-                for prompt in "abc":
-                    await run.submit("completions", body(prompt))
-            assert server.prompts == ["a", "b", "c", "a"]
-            assert controller.counts == Counts(3, 0, 0, 3, 0, 0)
-
-    asyncio.run(others())
-
-
-def test_a_retry_after_that_is_too_long_is_reported_not_shortened() -> None:
-    async def too_long() -> None:
-        answer = Answer(status=503, headers=(("Retry-After", "3600"),))
-        async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
-            call = await controller.start("short").submit("completions", body("a"))
-            with pytest.raises(CallError, match="after 1 attempts"):
-                await call.text()
-
-    asyncio.run(too_long())
+@run_async
+async def test_a_retry_after_that_is_too_long_is_reported_not_shortened() -> None:
+    answer = Answer(status=503, headers=(("Retry-After", "3600"),))
+    async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", body("a"))
+        with pytest.raises(CallError, match="after 1 attempts"):
+            await call.text()
 
 
 def test_delays_double_up_to_their_bound_and_respect_the_server() -> None:
@@ -204,6 +200,8 @@ def test_delays_double_up_to_their_bound_and_respect_the_server() -> None:
         Retry(attempts=1.5)  # type: ignore[arg-type]
     with pytest.raises(DemandError, match="attempts is 0"):
         Retry(attempts=0)
+    with pytest.raises(DemandError, match="longest_seconds holds text"):
+        Retry(longest_seconds="30")  # type: ignore[arg-type]
     with pytest.raises(DemandError, match="first_seconds is 2"):
         Retry(first_seconds=2.0, longest_seconds=1.0)
 
@@ -218,21 +216,19 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         assert retry_after_seconds(nothing, 0.0) is None
 
 
-def test_cancelling_at_the_moment_of_a_failure_ends_the_call() -> None:
-    async def both() -> None:
-        answer = Answer(status=500)
-        async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
-            call = await controller.start("short").submit("completions", body("a"))
-            while call not in controller._in_flight:
-                await asyncio.sleep(0)
-            while not controller._in_flight[call].done():
-                await asyncio.sleep(0)
-            assert call in controller._in_flight  # failed, and not yet put back to wait
-            call.cancel()
-            with pytest.raises(CallError, match="cancelled after 1 attempts"):
-                await call.text()
-
-    asyncio.run(both())
+@run_async
+async def test_cancelling_at_the_moment_of_a_failure_ends_the_call() -> None:
+    answer = Answer(status=500)
+    async with FakeServer(lambda r: answer) as server, controller_of(server) as controller:
+        call = await controller.start("short").submit("completions", body("a"))
+        while call not in controller._in_flight:
+            await asyncio.sleep(0)
+        while not controller._in_flight[call].done():
+            await asyncio.sleep(0)
+        assert call in controller._in_flight  # failed, and not yet put back to wait
+        call.cancel()
+        with pytest.raises(CallError, match="cancelled after 1 attempts"):
+            await call.text()
 
 
 class TestStreamsThatBreakWhileTheyAreRead:
@@ -290,7 +286,7 @@ class TestStreamsThatBreakWhileTheyAreRead:
         async def test() -> None:
             script = Script(FAULTS["dropped in the stream"], lambda r: Answer(other))
             async with FakeServer(script) as server:
-                with pytest.raises(StreamBrokenError, match="tells another text"):
+                with pytest.raises(StreamBrokenError, match="differs from what was handed over"):
                     await self.read(server, "skip", texts)
 
         asyncio.run(test())

@@ -7,12 +7,13 @@ import types
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from demand import FCFS, SERPT, CostModel, DemandError, Distribution, Gittins, Job, Oracle, Policy
-from demand.integrations.job_ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm import annotation, make_scheduler, millisecond_priority
 from demand.integrations.vllm.annotation import UNANNOTATED, Annotation
 from demand.integrations.vllm.displacement import Key, displaced
@@ -49,6 +50,9 @@ def test_priorities_by_hand() -> None:
     for rank in (math.nan, (1.5, 0.0), (512, 0.0), (1, 2, 3, 0.0), (math.inf, 0.0), (math.nan, 1)):
         with pytest.raises(DemandError, match="expected a number, or at most two classes"):
             millisecond_priority(rank)
+    for nothing in (None, "1", (), (0, None)):
+        with pytest.raises(DemandError, match="expected a number, or at most two classes"):
+            millisecond_priority(nothing)  # type: ignore[arg-type]
 
 
 def one_by_one(running: list[Key], waiting: list[Key], slots: int) -> list[int]:
@@ -116,7 +120,7 @@ def test_a_meter_counts_every_token_once(readings: list[tuple[int, int]]) -> Non
 
 
 def ranking_of(policy: Policy, idle_runs: int = 2) -> Ranking:
-    return Ranking(Ledger(policy, KNOWN), COST, idle_runs)
+    return Ranking(JobLedger(policy, KNOWN), COST, idle_runs)
 
 
 def test_requests_of_one_run_share_the_service_it_attained() -> None:
@@ -179,6 +183,21 @@ def test_an_annotation_gone_wrong_takes_down_nothing(caplog: pytest.LogCaptureFi
     oracle = ranking_of(Oracle())
     assert oracle.add("x", annotation("short", demand_seconds=3.0), 0.0) == (3.0, 0)
     assert oracle.add("y", annotation("short"), 0.0) == (math.inf, 1)
+
+
+def test_a_rank_that_is_no_number_is_refused_by_the_policys_name() -> None:
+    @dataclass(frozen=True)
+    class Speechless(Policy):
+        def rank(self, job: Job, now: float) -> Any:
+            return 0.0 if job.attained_service == 0.0 else "later"
+
+    ranking = ranking_of(Speechless())
+    ranking.add("a", annotation("long", "1"), 0.0)
+    ranking.serve([("a", 10, 4)], 1.0)
+    with pytest.raises(
+        DemandError, match=r"Speechless\(\) ranked job 0 'later'; expected a number"
+    ):
+        ranking.key("a", 1.0)
 
 
 # The mixin on a stand-in for vLLM's scheduler that has what it touches.
@@ -334,6 +353,25 @@ def test_make_scheduler_makes_a_class_that_carries_its_policy(fake_vllm: Any) ->
     assert made().schedule() == []
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"policy": Gittins}, "policy is the class Gittins; expected a policy"),
+        ({"distributions": {"a": 1.0}}, r"distribution of 'a' is 1\.0; expected a distribution"),
+        ({"cost": 0.1}, r"cost is 0\.1; expected a CostModel"),
+        ({"idle_runs": -1}, "idle_runs is -1; expected a whole number of at least 0"),
+        ({"seed": 0.5}, r"seed is 0\.5; expected a whole number"),
+    ],
+)
+def test_wrong_objects_are_refused_before_an_engine_starts(
+    fake_vllm: Any, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DemandError, match=said):
+        make_scheduler(**(dict(policy=FCFS(), distributions=KNOWN) | given))
+    made = make_scheduler(FCFS(), KNOWN, idle_runs=np.int64(2), seed=1.0)  # type: ignore[arg-type]
+    assert made().schedule() == []
+
+
 @pytest.mark.parametrize("version", ["0.33.0", "0.31.0", "0.32.1", "1.0"])
 def test_unknown_versions_are_refused(fake_vllm: Any, version: str) -> None:
     fake_vllm.__version__ = version
@@ -353,6 +391,6 @@ def test_a_clock_that_goes_backwards_stands_still() -> None:
         def rank(self, job: Job, now: float) -> float:
             return now
 
-    ledger = Ledger(Clock(), KNOWN)
+    ledger = JobLedger(Clock(), KNOWN)
     job = ledger.open("short", 5.0)
     assert [ledger.rank(job, now) for now in (6.0, 2.0, 7.0)] == [6.0, 6.0, 7.0]

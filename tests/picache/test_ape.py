@@ -82,7 +82,7 @@ def by_definition(model, method, extra=()):
 def test_equals_the_definition(family, method):
     pic = pic_of(family)
     prompt = linked(pic, method)
-    assert_close("logits", prompt.logits, by_definition(pic._model.model, method), 1e-4)
+    assert_close("logits", prompt.logits, by_definition(pic.model, method), 1e-4)
     assert prompt.report.tokens_recomputed == 6
 
 
@@ -91,7 +91,7 @@ def test_equals_the_definition(family, method):
 def test_decoding_goes_on_as_linked(family, method):
     """Every token that generate gives is the one the definition gives for the longer query."""
     pic = pic_of(family)
-    model, prompt = pic._model.model, linked(pic, method)
+    model, prompt = pic.model, linked(pic, method)
     with prompt.attached():
         out = model.generate(**prompt, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
     for index, token in enumerate(out):
@@ -109,7 +109,7 @@ def test_the_order_of_the_chunks_does_not_matter(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_chunk_behind_the_prompts_own_prefix_is_a_full_prefill(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     text, query = random_ids(20, seed=1), random_ids(4, seed=2)
     chunks = [pic.compile(PREFIX, first=True), pic.compile(text)]
     prompt = pic.link(chunks, query, APE(1, 1))
@@ -123,7 +123,7 @@ def test_one_chunk_behind_the_prompts_own_prefix_is_a_full_prefill(family):
 
 def test_a_ragged_batch_and_beams_equal_their_rows():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     system = pic.compile(PREFIX, first=True)
     rows = [
         [system, *(pic.compile(random_ids(n, seed=n)) for n in lengths)]
@@ -143,7 +143,7 @@ def test_a_ragged_batch_and_beams_equal_their_rows():
 
 def test_a_scale_asks_to_be_attached_and_leaves_nothing_behind():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     implementation = model.config._attn_implementation
     prompt = linked(pic, APE())
     with pytest.raises(PICacheError, match=r"with prompt\.attached\(\)"):
@@ -160,7 +160,7 @@ def test_a_scale_asks_to_be_attached_and_leaves_nothing_behind():
 def test_positions_are_right_without_position_ids_and_in_the_next_turn():
     """A cache alone does not say that positions lag behind places; what is attached does."""
     pic = pic_of("llama")
-    model, method, prompt = pic._model.model, APE(0.8, 0.9), linked(pic_of("llama"), APE(0.8, 0.9))
+    model, method, prompt = pic.model, APE(0.8, 0.9), linked(pic_of("llama"), APE(0.8, 0.9))
     inputs = {name: prompt[name] for name in ("input_ids", "attention_mask")}
     cache = prompt["past_key_values"]
     with prompt.attached():
@@ -175,7 +175,7 @@ def test_positions_are_right_without_position_ids_and_in_the_next_turn():
 
 def test_while_attached_the_model_is_for_that_prompt_alone():
     pic = pic_of("llama")
-    model, prompt = pic._model.model, linked(pic_of("llama"), APE())
+    model, prompt = pic.model, linked(pic_of("llama"), APE())
     pic = PIC(model, sinks=SharedPrefix(tuple(PREFIX.tolist())))
     with prompt.attached():
         with pytest.raises(PICacheError, match="attached to a prompt: compile and link outside"):
@@ -185,13 +185,13 @@ def test_while_attached_the_model_is_for_that_prompt_alone():
         with pytest.raises(PICacheError, match="another prompt is attached"), prompt.attached():
             pass
     assert model(random_ids(9, 1)).logits.isfinite().all()
-    assert not pic._model.decoder._forward_pre_hooks
+    assert not pic.hf.decoder._forward_pre_hooks
 
 
 def test_generation_may_run_in_another_thread_while_attached():
     pic = pic_of("llama")
-    model, prompt, out = pic._model.model, linked(pic_of("llama"), APE()), []
-    model = pic._model.model
+    model, prompt, out = pic.model, linked(pic_of("llama"), APE()), []
+    model = pic.model
     options = dict(max_new_tokens=4, do_sample=False)
     with prompt.attached():
         here = model.generate(**prompt, **options)

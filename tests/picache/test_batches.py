@@ -3,7 +3,6 @@
 import copy
 import pickle
 from collections.abc import Callable
-from functools import cache
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import picache.methods
 from picache import (
     A3,
     APE,
-    PIC,
     CacheBlend,
     Combined,
     FullRecompute,
@@ -26,52 +24,43 @@ from picache import (
     RandomRecompute,
 )
 from picache.methods.presets import Arm, arms
-from picache.sinks import Sinks
-from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
+from tests.helpers import CONFIGS, assert_close, random_ids
+from tests.picache.helpers import compiled, pic_of, prompt_parts
 
-FAMILIES = tuple(CONFIGS)
 LENGTHS = ((7, 20, 33, 1, 18), (5, 40), (1,))  # of the chunks of each row
 QUERIES = (9, 3, 1)
 
 
-@cache
-def pic_of(family: str, sinks: Sinks = "drop") -> PIC:
-    return PIC(tiny_model(family), sinks=sinks, flops_per_byte=None)
-
-
 def texts():
     """Chunks and query of each row, as ids."""
-    rows = [
-        [random_ids(n, seed=100 * row + i) for i, n in enumerate((*lengths, query))]
-        for row, (lengths, query) in enumerate(zip(LENGTHS, QUERIES, strict=True))
-    ]
-    return [(parts[:-1], parts[-1]) for parts in rows]
+    rows = enumerate(zip(LENGTHS, QUERIES, strict=True))
+    return [prompt_parts(lengths, query, seed) for seed, (lengths, query) in rows]
 
 
 def linked(pic, method):
     """The batch, and each of its rows alone."""
-    rows = [([pic.compile(text) for text in chunks], query) for chunks, query in texts()]
+    rows = [(compiled(pic, chunks), query) for chunks, query in texts()]
     batch = pic.link([chunks for chunks, _ in rows], [query for _, query in rows], method)
     return batch, [pic.link(chunks, query, method) for chunks, query in rows]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("method", [LegoLink(3), CacheBlend(0.3)], ids=repr)
 def test_beams_find_the_same_sequences_as_alone(family, method):
     pic = pic_of(family)
     batch, alone = linked(pic, method)
     options = dict(max_new_tokens=8, num_beams=3, num_return_sequences=2, do_sample=False)
-    together = pic._model.model.generate(**batch, **options)[:, -8:]
+    together = pic.model.generate(**batch, **options)[:, -8:]
     for index, prompt in enumerate(alone):
-        single = pic._model.model.generate(**prompt, **options)[:, -8:]
+        single = pic.model.generate(**prompt, **options)[:, -8:]
         assert together[2 * index : 2 * index + 2].tolist() == single.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
     """Two samples a row; the logits behind every drawn token are those of the row fed the same."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, LegoLink(3))
     torch.manual_seed(3)
     out = model.generate(
@@ -93,11 +82,11 @@ def test_sampling_draws_from_the_distributions_of_each_row_alone(family):
             assert_close("logits", seen[sample], torch.cat(steps, dim=1)[0], 1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_sampled_batch_is_the_dense_one_of_the_same_seed(family):
     """Everything recomputed, so that the left-padded prompts fed as they are must agree."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, FullRecompute())
     options = dict(max_new_tokens=10, do_sample=True)
     for prompt in (batch, *alone):
@@ -108,20 +97,20 @@ def test_a_sampled_batch_is_the_dense_one_of_the_same_seed(family):
         assert model.generate(**prompt, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_choice_of_one_is_greedy_in_every_row(family):
     pic = pic_of(family)
     batch, alone = linked(pic, LegoLink(3))
     options = dict(max_new_tokens=8, do_sample=True, top_k=1)
-    together = pic._model.model.generate(**batch, **options)[:, -8:]
+    together = pic.model.generate(**batch, **options)[:, -8:]
     for row, prompt in zip(together, alone, strict=True):
-        greedy = pic._model.model.generate(**prompt, max_new_tokens=8, do_sample=False)
+        greedy = pic.model.generate(**prompt, max_new_tokens=8, do_sample=False)
         assert row.tolist() == greedy[0, -8:].tolist()
 
 
 def chat(pic, prompt, turns, tokens=5):
     """Answers to the prompt and to each turn after it, on one cache; new tokens only."""
-    model, held = pic._model.model, prompt["past_key_values"]
+    model, held = pic.model, prompt["past_key_values"]
     ids, mask, said = prompt["input_ids"], prompt["attention_mask"], []
     for turn in (None, *turns):
         if turn is not None:
@@ -139,7 +128,7 @@ def chat(pic, prompt, turns, tokens=5):
     return torch.cat(said, dim=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_chat_goes_on_behind_a_link_as_in_each_row_alone(family):
     pic = pic_of(family)
     batch, alone = linked(pic, LegoLink(3))
@@ -153,7 +142,7 @@ def test_chat_goes_on_behind_a_link_as_in_each_row_alone(family):
 def test_chat_reads_what_was_linked_and_not_a_full_prefill():
     """Against a decode by hand, token by token, on the layers that the link made."""
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     batch, alone = linked(pic, LegoLink(3))
     turn = random_ids(6, 3, seed=77)
     together = chat(pic, batch, [turn])
@@ -188,7 +177,7 @@ def test_chat_goes_on_behind_chunks_side_by_side(family):
 
 def answered(pic, prompt, **options):
     with prompt.attached():
-        out = pic._model.model.generate(**prompt, max_new_tokens=6, do_sample=False, **options)
+        out = pic.model.generate(**prompt, max_new_tokens=6, do_sample=False, **options)
     return out[:, -6:].tolist()
 
 
@@ -222,7 +211,7 @@ def test_a_deep_copy_of_the_cache_is_for_one_more_run():
         for held in (first, second):
             before = held.get_seq_length()
             runs.append(
-                pic._model.model.generate(
+                pic.model.generate(
                     **inputs, past_key_values=held, max_new_tokens=6, do_sample=False
                 )
             )
@@ -272,7 +261,7 @@ def test_every_method_is_among_the_arms():
 def one_step(pic, prompt):
     """Logits of the first token that generate makes."""
     with prompt.attached():
-        out = pic._model.model.generate(
+        out = pic.model.generate(
             **prompt, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
     return out.logits[0]

@@ -61,7 +61,7 @@ def test_a_mask_without_the_window_is_refused(window, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", [0, 3])
-@pytest.mark.parametrize("wrong", [dict(layout="interleaved"), dict(source="interleaved"), None])
+@pytest.mark.parametrize("wrong", [dict(pairing="interleaved"), dict(source="interleaved"), None])
 def test_a_wrong_rotation_is_refused(layer, wrong, dtype):
     model = HFModel(tiny_model("llama", dtype=dtype))
     model.rotations[layer] = wrong and replace(model.rotations[layer], **wrong)
@@ -95,14 +95,14 @@ class Shift(nn.Module):
 
 def test_a_state_outside_the_cache_is_refused():
     model = tiny_model("llama")
-    model.model.layers[1].mlp = Shift(model.model.layers[1].mlp)
+    model.model.layers[1].mlp = Shift(model.model.layers[1].mlp).eval()
     with pytest.raises(PICacheError, match="layer 2: keys of tokens recomputed at scattered"):
         PIC(model)
 
 
 def test_a_last_layer_that_is_wrong_shows_in_the_logits():
     model = tiny_model("llama")
-    model.model.layers[3].mlp = Shift(model.model.layers[3].mlp)
+    model.model.layers[3].mlp = Shift(model.model.layers[3].mlp).eval()
     with pytest.raises(PICacheError, match="logits after tokens recomputed at scattered"):
         PIC(model)
 

@@ -1,7 +1,6 @@
 """On a CUDA device: the same results, chunks from every tier, loading beside recomputing."""
 
 import math
-from functools import cache
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from picache import (
 )
 from picache.linking.linked_kv import LinkedKV
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled, full_logits, pic_of, prompt_parts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,28 +30,23 @@ LENGTHS = (7, 60, 33, 1, 90)
 SLEEP_CYCLES = 100_000_000  # some 50 ms: far longer than anything these tiny models do
 
 
-@cache
-def pic_of(family, device):
-    return PIC(tiny_model(family).to(device), flops_per_byte=None)
+def linked(pic, method):
+    documents, query = prompt_parts(LENGTHS)
+    return pic.link(compiled(pic, documents), query, method)
 
 
-def linked(pic, method, seed=0):
-    *documents, query = [random_ids(n, seed=seed + i) for i, n in enumerate((*LENGTHS, 9))]
-    return pic.link([pic.compile(document) for document in documents], query, method)
-
-
-def full_logits(model, seed=0):
-    ids = torch.cat([random_ids(n, seed=seed + i) for i, n in enumerate((*LENGTHS, 9))])
-    with torch.no_grad():
-        return model(ids[None].to(model.device)).logits[:, -1]
+def own_logits(model):
+    """Of the same prompt, by the model alone."""
+    documents, query = prompt_parts(LENGTHS)
+    return full_logits(model, torch.cat([*documents, query]))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_recompute_all_is_a_full_prefill(family):
-    pic = pic_of(family, "cuda")
+    pic = pic_of(family, device="cuda")
     logits = linked(pic, FullRecompute()).logits
     assert logits.is_cuda
-    assert_close("logits", logits, full_logits(pic._model.model))
+    assert_close("logits", logits, own_logits(pic.model))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +65,7 @@ def test_recompute_all_is_a_full_prefill(family):
     ids=str,
 )
 def test_a_method_gives_what_it_gives_on_the_cpu(method):
-    there, here = (linked(pic_of("llama", device), method) for device in ("cuda", "cpu"))
+    there, here = (linked(pic_of("llama", device=device), method) for device in ("cuda", "cpu"))
     assert_close("logits", there.logits.cpu(), here.logits, ratio=1e-3)
     for layers in zip(there["past_key_values"].layers, here["past_key_values"].layers, strict=True):
         for name in ("keys", "values"):
@@ -82,19 +77,19 @@ def test_a_method_gives_what_it_gives_on_the_cpu(method):
 def test_half_precision_stays_close_to_a_full_prefill(dtype):
     model = tiny_model("qwen3", dtype=dtype).to("cuda")
     logits = linked(PIC(model, flops_per_byte=None), FullRecompute()).logits
-    assert_close("logits", logits, full_logits(model), ratio=0.05)
+    assert_close("logits", logits, own_logits(model), ratio=0.05)
 
 
 def test_generating_goes_on_from_a_batch():
-    pic = pic_of("llama", "cuda")
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (12, 40, 25)]
+    pic = pic_of("llama", device="cuda")
+    chunks = chunks_of(pic, 12, 40, 25)
     queries = [random_ids(5, seed=1), random_ids(11, seed=2)]
     rows = [chunks, chunks[:2]]
     both = pic.link(rows, queries, LegoLink(4))
-    out = pic._model.model.generate(**both, max_new_tokens=12, do_sample=False)
+    out = pic.model.generate(**both, max_new_tokens=12, do_sample=False)
     for row, (some, query) in enumerate(zip(rows, queries, strict=True)):
         alone = pic.link(some, query, LegoLink(4))
-        one = pic._model.model.generate(**alone, max_new_tokens=12, do_sample=False)
+        one = pic.model.generate(**alone, max_new_tokens=12, do_sample=False)
         assert out[row, -12:].tolist() == one[0, -12:].tolist()
 
 
@@ -143,10 +138,10 @@ def test_the_next_layer_is_copied_while_this_one_is_computed(monkeypatch):
         torch.cuda._sleep(SLEEP_CYCLES)
         mark("layer 0 is done")
 
-    *documents, query = [random_ids(n, seed=i) for i, n in enumerate((*LENGTHS, 9))]
-    chunks = [pic.compile(document) for document in documents]
+    documents, query = prompt_parts(LENGTHS)
+    chunks = compiled(pic, documents)
     monkeypatch.setattr(LinkedKV, "_make", watched)
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(long)
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(long)
     try:
         report = pic.link(chunks, query, LegoLink(3)).report
     finally:

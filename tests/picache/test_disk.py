@@ -28,6 +28,7 @@ from picache.errors import CorruptChunk
 from picache.store import disk
 from picache.store.chunkfile import FORMAT, _seal
 from picache.store.files import MARKED, MARKER, STALE_SECONDS
+from tests.picache.helpers import same_kv
 
 ROOT = Path(__file__).parents[2]
 KEY = "ab" + "0" * 62
@@ -40,14 +41,6 @@ def chunk(seed=0, tokens=5, layers=3):
         (torch.randn(1, 2, tokens, 4, generator=made), torch.randn(1, 2, tokens, 4, generator=made))
         for _ in range(layers)
     ]
-
-
-def same(stored, kv):
-    return all(
-        torch.equal(mine, theirs)
-        for ours, given in zip(stored, kv, strict=True)
-        for mine, theirs in zip(ours, given, strict=True)
-    )
 
 
 def files(path):
@@ -71,7 +64,7 @@ def test_a_chunk_outlives_the_store_to_the_bit(folder):
     assert len(store) == 1
     found = store.get(KEY)
     assert (found.tier, found.num_layers, found.header.tokens) == ("disk", 3, 5)
-    assert same(found, chunk())
+    assert same_kv(found, chunk())
     assert store.get(OTHER) is None
     assert (store.hits, store.misses, store.corrupt) == (1, 1, 0)
 
@@ -99,7 +92,7 @@ def read(folder, key=KEY):
         assert key not in store
         assert store.get(key) is None
         store.put(key, chunk())  # compiled again
-        assert same(store.get(key), chunk())
+        assert same_kv(store.get(key), chunk())
     return loaded
 
 
@@ -131,7 +124,7 @@ def test_a_flipped_bit_or_a_cut_anywhere_never_gives_other_tensors(folder, where
     store = ChunkStore(path=folder)
     try:
         found = store.get(KEY)
-        assert found is None or (not cut and same(found.load(), chunk()))
+        assert found is None or (not cut and same_kv(found.load(), chunk()))
     except CorruptChunk:
         assert KEY not in store
     path.parent.mkdir(exist_ok=True)
@@ -157,7 +150,7 @@ def test_layers_before_the_damage_are_given_and_the_damaged_one_is_not(folder):
     store = ChunkStore(path=folder)
     found = store.get(KEY)
     for index in set(range(3)) - {damaged}:
-        assert same([found.layer(index)], chunk()[index : index + 1])
+        assert same_kv([found.layer(index)], chunk()[index : index + 1])
     with pytest.raises(CorruptChunk, match=f"fails the checksum of layer {damaged}"):
         found.layer(damaged)
     assert KEY not in store
@@ -189,7 +182,7 @@ def test_a_file_written_again_since_a_reader_found_damage_is_not_deleted(folder)
         quick.put(KEY, chunk())
     with pytest.raises(CorruptChunk):
         found.load()
-    assert same(slow.get(KEY), chunk())
+    assert same_kv(slow.get(KEY), chunk())
     assert (slow.corrupt, quick.corrupt, len(slow)) == (1, 1, 1)
     damage(path)  # the next damage is again deleted
     with pytest.raises(CorruptChunk):
@@ -216,7 +209,7 @@ def test_a_file_written_again_while_it_is_opened_is_not_deleted(folder, monkeypa
         patch.setattr(disk, "ChunkFile", opened)
         assert store.get(KEY) is None
     assert store.corrupt == 1
-    assert same(store.get(KEY), chunk(4))
+    assert same_kv(store.get(KEY), chunk(4))
 
 
 def test_a_remote_file_written_again_since_is_not_deleted():
@@ -233,7 +226,7 @@ def test_a_remote_file_written_again_since_is_not_deleted():
     quick.put(KEY, chunk())
     with pytest.raises(CorruptChunk):
         found.load()
-    assert same(slow.get(KEY), chunk())
+    assert same_kv(slow.get(KEY), chunk())
 
 
 def test_a_file_deleted_or_replaced_while_it_is_mapped_stays_readable(folder):
@@ -241,9 +234,9 @@ def test_a_file_deleted_or_replaced_while_it_is_mapped_stays_readable(folder):
     found = store.get(KEY)
     store.clear()
     assert not files(folder)
-    assert same(found, chunk())
+    assert same_kv(found, chunk())
     store.put(KEY, chunk())
-    assert same(found, chunk())
+    assert same_kv(found, chunk())
 
 
 def test_a_file_under_another_key_is_refused(folder):
@@ -252,7 +245,7 @@ def test_a_file_under_another_key_is_refused(folder):
     renamed.parent.mkdir()
     shutil.copy(path, renamed)
     assert read(folder, OTHER) is None
-    assert same(read(folder), chunk())
+    assert same_kv(read(folder), chunk())
 
 
 @pytest.mark.parametrize("source", [{"namespace": "tenant"}, {"storage": "int8"}])
@@ -339,7 +332,7 @@ def test_a_header_changed_without_its_checksum_is_refused(folder):
     assert read(folder) is None
     (path,) = files(folder)
     rewrite(path, lambda m, t: None)  # what the two tests above change is what they find
-    assert same(read(folder), chunk())
+    assert same_kv(read(folder), chunk())
 
 
 def test_a_pickle_under_the_name_of_a_chunk_is_not_opened(folder):
@@ -420,13 +413,13 @@ def test_a_full_disk_costs_a_warning_and_no_chunk(folder, monkeypatch, call):
         warnings.simplefilter("error")
         store.put("ef" + OTHER, chunk(2))
     assert store.disk_failures == 2
-    assert same(store.get(OTHER), chunk(1))
+    assert same_kv(store.get(OTHER), chunk(1))
     assert store.get(OTHER).tier == "device"
     assert len(files(folder)) == 1
     assert leftovers(folder) == []
     monkeypatch.undo()
     store.put(OTHER, chunk(1))
-    assert same(ChunkStore(path=folder).get(OTHER), chunk(1))
+    assert same_kv(ChunkStore(path=folder).get(OTHER), chunk(1))
 
 
 def test_a_chunk_that_fits_neither_memory_nor_a_full_disk_is_refused(folder, monkeypatch):
@@ -496,7 +489,7 @@ def test_another_process_s_new_chunk_is_found_and_a_deleted_one_is_a_miss(folder
     store = ChunkStore(path=folder)
     ChunkStore(path=folder).put(OTHER, chunk(1))
     assert OTHER in store
-    assert same(store.get(OTHER), chunk(1))
+    assert same_kv(store.get(OTHER), chunk(1))
     ChunkStore(path=folder).clear()
     assert store.get(OTHER) is None
     assert (store.corrupt, len(store)) == (0, 1)  # KEY is not yet known to be gone
@@ -531,7 +524,7 @@ def check_everything(path):
     for key in held:
         found = store.get(key)
         assert found is not None, f"{key} was there but damaged"
-        assert same(found, expected[key])
+        assert same_kv(found, expected[key])
     assert store.corrupt == 0
     return held
 
@@ -578,7 +571,7 @@ def test_two_processes_write_one_key_while_a_third_reads(tmp_path):
     while any(process.poll() is None for process in writers):
         found = store.get(KEY)
         if found is not None:
-            assert same(found, expected)
+            assert same_kv(found, expected)
             reads += 1
     assert [process.wait() for process in writers] == [0, 0]
     assert reads > 0
@@ -600,7 +593,7 @@ def test_threads_share_a_store(tmp_path):
                     found = store.get(keys[index])
                     if found is None:
                         store.put(keys[index], chunk(index))
-                    elif not same(found, chunk(index)):
+                    elif not same_kv(found, chunk(index)):
                         wrong.append(index)
         except Exception as error:
             wrong.append(error)
@@ -627,7 +620,7 @@ def test_a_memory_url_keeps_chunks_and_finds_damage():
     store.put(OTHER, chunk(1))
     again = ChunkStore(path=url)
     assert len(again) == 2
-    assert same(again.get(KEY), chunk())
+    assert same_kv(again.get(KEY), chunk())
     filesystem = fsspec.filesystem("memory")
     (path,) = (p for p in filesystem.find(url.removeprefix("memory:/")) if KEY in p)
     data = bytearray(filesystem.cat_file(path))
@@ -668,7 +661,7 @@ def test_a_url_of_a_full_file_system_costs_a_warning(monkeypatch):
 
 def test_a_file_url_is_the_local_path(tmp_path):
     ChunkStore(path=f"file://{tmp_path}/chunks").put(KEY, chunk())
-    assert same(ChunkStore(path=tmp_path / "chunks").get(KEY), chunk())
+    assert same_kv(ChunkStore(path=tmp_path / "chunks").get(KEY), chunk())
 
 
 def test_a_local_path_does_without_fsspec(tmp_path):

@@ -1,7 +1,5 @@
 """Linking against full prefill: where it must be equal it is, on every supported family."""
 
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,38 +10,20 @@ from transformers.cache_utils import DynamicLayer
 from picache import PIC, FullRecompute, LegoLink, LinkMethod, NaiveReuse, RandomRecompute
 from picache.methods.base import Layout
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
-
-FAMILIES = tuple(CONFIGS)
-LENGTHS = (7, 20, 33, 1, 18)
+from tests.picache.helpers import LENGTHS, compiled, pic_of, prefill, prompt_parts
 
 
-@cache
-def pic_of(family: str) -> PIC:
-    return PIC(tiny_model(family), flops_per_byte=None)
-
-
-def prompt_parts(lengths=LENGTHS, query=9, seed=0):
-    parts = [random_ids(n, seed=seed * 100 + i) for i, n in enumerate((*lengths, query))]
-    return parts[:-1], parts[-1]
-
-
-def prefill(model, ids):
-    with torch.no_grad():
-        out = model(ids[None], use_cache=True)
-    return out.logits[:, -1], out.past_key_values
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_recompute_all_is_a_full_prefill(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     prompt = pic.link(chunks, query, FullRecompute())
     logits, _ = prefill(model, ids)
     assert_close("logits", prompt.logits, logits)
-    oracle = pic._model.prefill(ids[None])
+    oracle = pic.hf.prefill(ids[None])
     for layer, (keys, values) in zip(prompt["past_key_values"].layers, oracle, strict=True):
         assert_close("keys", layer.keys, keys[:, :, :-1])
         assert_close("values", layer.values, values[:, :, :-1])
@@ -52,10 +32,10 @@ def test_recompute_all_is_a_full_prefill(family):
     assert linked.tolist() == dense.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_one_chunk_and_a_query_is_a_full_prefill(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     (document,), query = prompt_parts((23,), query=5)
     ids = torch.cat([document, query])
     prompt = pic.link([pic.compile(document)], query, NaiveReuse())
@@ -66,25 +46,25 @@ def test_one_chunk_and_a_query_is_a_full_prefill(family):
     assert prompt.report.tokens_recomputed == 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_k_as_long_as_the_longest_chunk_is_a_full_prefill(family):
     pic = pic_of(family)
     documents, query = prompt_parts()
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     prompt = pic.link(chunks, query, LegoLink(max(LENGTHS)))
-    logits, _ = prefill(pic._model.model, torch.cat([*documents, query]))
+    logits, _ = prefill(pic.model, torch.cat([*documents, query]))
     assert_close("logits", prompt.logits, logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_k_zero_is_naive_and_naive_is_not_full(family):
     pic = pic_of(family)
     documents, query = prompt_parts()
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     zero = pic.link(chunks, query, LegoLink(0))
     naive = pic.link(chunks, query, NaiveReuse())
     assert torch.equal(zero.logits, naive.logits)
-    logits, _ = prefill(pic._model.model, torch.cat([*documents, query]))
+    logits, _ = prefill(pic.model, torch.cat([*documents, query]))
     assert (naive.logits - logits).norm() > 0.01 * logits.norm(), "the test would see no error"
 
 
@@ -110,11 +90,11 @@ class Overridden(DynamicLayer):
         return query_length, 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_scattered_rows_equal_an_independent_oracle(family):
     """A dense forward over the whole prompt with stale keys and values put in by hand."""
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])
     rows = torch.tensor([7, 8, 9, 30, 41, 59, 60, 61, *range(len(ids) - len(query), len(ids))])
@@ -123,7 +103,7 @@ def test_scattered_rows_equal_an_independent_oracle(family):
         def recompute(self, layout, evidence):
             return rows[:8]
 
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     stale = pic.link(chunks, query, NaiveReuse())["past_key_values"].layers
     pad = torch.zeros_like(stale[0].keys[:, :, :1])  # the last row is fresh in any case
     layers = [
@@ -138,12 +118,12 @@ def test_scattered_rows_equal_an_independent_oracle(family):
         assert_close("values", mine.values, theirs.values[:, :, :-1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_ragged_batch_equals_its_rows(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     rows = [prompt_parts(), prompt_parts((5, 40), query=3, seed=1), prompt_parts((1,), 1, seed=2)]
-    chunks = [[pic.compile(d) for d in documents] for documents, _ in rows]
+    chunks = [compiled(pic, documents) for documents, _ in rows]
     queries = [query for _, query in rows]
     batch = pic.link(chunks, queries, LegoLink(3))
     out = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, -12:]
@@ -155,13 +135,13 @@ def test_a_ragged_batch_equals_its_rows(family):
     assert batch.report.tokens_total == sum(r.tokens_total for r in batch.reports)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_beams_and_samples_start_from_one_linked_prompt(family):
     pic = pic_of(family)
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])[None]
-    prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), query, FullRecompute())
     beams = dict(max_new_tokens=10, num_beams=3, num_return_sequences=2, do_sample=False)
     assert model.generate(**prompt, **beams).tolist() == model.generate(ids, **beams).tolist()
     sampled = dict(max_new_tokens=10, num_return_sequences=3, do_sample=True)
@@ -173,9 +153,9 @@ def test_beams_and_samples_start_from_one_linked_prompt(family):
 
 def test_generate_equals_a_manual_decode_on_the_linked_cache():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
-    prompt = pic.link([pic.compile(d) for d in documents], query, LegoLink(2))
+    prompt = pic.link(compiled(pic, documents), query, LegoLink(2))
     out = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, -8:].tolist()
     cache, tokens, ids = prompt["past_key_values"], [], prompt["input_ids"][:, -1:]
     for _ in range(8):
@@ -190,7 +170,7 @@ def test_generate_equals_a_manual_decode_on_the_linked_cache():
 def test_the_first_chunk_is_a_prefix_cache_hit_to_the_bit():
     pic = pic_of("qwen3")
     documents, query = prompt_parts()
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     prompt = pic.link(chunks, query, LegoLink(4))
     for layer, (keys, values) in zip(
         prompt["past_key_values"].layers, pic.store.get(chunks[0].key), strict=True
@@ -201,10 +181,10 @@ def test_the_first_chunk_is_a_prefix_cache_hit_to_the_bit():
 
 def test_chat_goes_on_after_a_link():
     pic = pic_of("llama")
-    model = pic._model.model
+    model = pic.model
     documents, query = prompt_parts()
     ids = torch.cat([*documents, query])[None]
-    prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), query, FullRecompute())
     cache = prompt["past_key_values"]
     first = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
     turn = torch.cat([first, random_ids(6, 1, seed=77)], dim=1)
@@ -215,10 +195,8 @@ def test_chat_goes_on_after_a_link():
 def test_a_prompt_can_be_used_again():
     pic = pic_of("llama")
     documents, query = prompt_parts()
-    prompt = pic.link([pic.compile(d) for d in documents], query)
-    runs = [
-        pic._model.model.generate(**prompt, max_new_tokens=6, do_sample=False) for _ in range(2)
-    ]
+    prompt = pic.link(compiled(pic, documents), query)
+    runs = [pic.model.generate(**prompt, max_new_tokens=6, do_sample=False) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -236,7 +214,7 @@ def test_any_layout_links(lengths, query, k, seed, data):
     documents, question = prompt_parts(tuple(lengths), query, seed)
     order = data.draw(st.permutations(range(len(documents))))
     documents = [documents[i] for i in order]
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     prompt = pic.link(chunks, question, LegoLink(k))
     ids = torch.cat([*documents, question])
     assert prompt["input_ids"][0].tolist() == ids.tolist()
@@ -244,19 +222,19 @@ def test_any_layout_links(lengths, query, k, seed, data):
     assert prompt.report.tokens_recomputed == recomputed
     assert prompt.report.tokens_reused == len(ids) - recomputed
     if k >= max((len(d) for d in documents[1:]), default=0):
-        assert_close("logits", prompt.logits, prefill(pic._model.model, ids)[0])
+        assert_close("logits", prompt.logits, prefill(pic.model, ids)[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_only_the_chosen_rows_go_through_the_layers(family):
     """Truly sparse: every linear layer sees the recomputed rows and nothing else."""
     pic = PIC(tiny_model(family), flops_per_byte=None)
     documents, query = prompt_parts()
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     rows: set[int] = set()
     hooks = [
         module.register_forward_pre_hook(lambda m, inputs: rows.add(inputs[0].shape[1]))
-        for layer in pic._model.decoder.layers
+        for layer in pic.hf.decoder.layers
         for module in layer.modules()
         if isinstance(module, torch.nn.Linear)
     ]
@@ -271,7 +249,7 @@ def test_a_chunk_may_stand_in_two_places():
     (document,), query = prompt_parts((13,))
     chunk = pic.compile(document)
     prompt = pic.link([chunk, chunk, chunk], query, LegoLink(13))
-    expected, _ = prefill(pic._model.model, torch.cat([document] * 3 + [query]))
+    expected, _ = prefill(pic.model, torch.cat([document] * 3 + [query]))
     assert_close("logits", prompt.logits, expected)
 
 
@@ -282,7 +260,7 @@ def test_linking_leaves_the_model_as_it_was():
     implementation = model.config._attn_implementation
     pic = PIC(model, flops_per_byte=None)
     documents, query = prompt_parts()
-    pic.link([pic.compile(d) for d in documents], query)
+    pic.link(compiled(pic, documents), query)
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == implementation
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -307,7 +285,7 @@ def test_half_precision_links_close_to_its_own_prefill(dtype):
     model = tiny_model("llama", dtype=dtype)
     pic = PIC(model, flops_per_byte=None)
     documents, query = prompt_parts()
-    prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), query, FullRecompute())
     logits, _ = prefill(model, torch.cat([*documents, query]))
     assert_close("logits", prompt.logits, logits, 3e-2 if dtype == torch.bfloat16 else 5e-3)
 
@@ -326,7 +304,7 @@ def test_any_batch_equals_its_rows(rows, k, family):
     """Logits and the whole cache, left-padded, of every row."""
     pic = pic_of(family)
     parts = [prompt_parts(tuple(lengths), query, seed=i) for i, (lengths, query) in enumerate(rows)]
-    chunks = [[pic.compile(document) for document in documents] for documents, _ in parts]
+    chunks = [compiled(pic, documents) for documents, _ in parts]
     batch = pic.link(chunks, [query for _, query in parts], LegoLink(k))
     mask, layers = batch["attention_mask"], batch["past_key_values"].layers
     for index, (row, (_, query)) in enumerate(zip(chunks, parts, strict=True)):

@@ -9,6 +9,7 @@ import torch
 from picache import PIC, ChunkStore, FullRecompute, LegoLink, PICacheError
 from picache.linking.linked_kv import LinkedKV
 from tests.helpers import assert_close, random_ids, tiny_model
+from tests.picache.helpers import compiled
 
 LENGTHS = (9, 30, 21)
 
@@ -19,7 +20,7 @@ def documents():
 
 def linked(pic, method=None):
     texts, query = documents()
-    return pic.link([pic.compile(text) for text in texts], query, method or LegoLink(3))
+    return pic.link(compiled(pic, texts), query, method or LegoLink(3))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def expected(model):
 
 
 def test_every_tier_links_to_the_bit(model, expected, tmp_path):
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     host = ChunkStore(device_bytes=one, host_bytes=math.inf)
     disk = ChunkStore(device_bytes=one, path=tmp_path)
     for store in (host, disk):
@@ -74,7 +75,7 @@ def test_tenants_do_not_mix(model, tmp_path):
 def test_reduced_storage_is_close_and_never_passes_as_exact(model, storage):
     pic, exact = PIC(model, store=ChunkStore(storage=storage)), PIC(model)
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     assert {c.key for c in chunks}.isdisjoint(exact.compile(text).key for text in texts)
     error = pic.link(chunks, query).logits - linked(exact, LegoLink()).logits
     assert 0 < error.norm() < 0.2 * linked(exact).logits.norm()
@@ -86,7 +87,7 @@ def test_reduced_storage_is_close_and_never_passes_as_exact(model, storage):
 def test_a_chunk_there_is_no_room_for_is_used_as_it_would_be_stored(model, storage):
     texts, query = documents()
     roomy = PIC(model, store=ChunkStore(storage=storage))
-    chunks = [roomy.compile(text) for text in texts]
+    chunks = compiled(roomy, texts)
     full = PIC(model, store=ChunkStore(device_bytes=1, storage=storage))
     prompt = full.link(chunks, query, LegoLink(3))
     assert not any(prompt.report.chunk_hits)
@@ -105,7 +106,7 @@ def test_a_damaged_file_is_compiled_again_in_the_middle_of_a_link(model, expecte
     store = ChunkStore(device_bytes=1, path=tmp_path)
     pic = PIC(model, store=store)
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     (file,) = tmp_path.rglob(f"{chunks[1].key}*")
     flip_last_byte(file)
     prompt = pic.link(chunks, query, LegoLink(3))
@@ -129,7 +130,7 @@ def test_the_next_layer_is_loaded_while_this_one_is_computed(model, monkeypatch,
     linked(PIC(model, store=ChunkStore(path=tmp_path)))
     pic = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path))
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     made, loaded = [], threading.Event()
     original = LinkedKV._make
 
@@ -144,7 +145,7 @@ def test_the_next_layer_is_loaded_while_this_one_is_computed(model, monkeypatch,
         assert loaded.wait(30), "layer 1 is not loaded until layer 0 is done"
 
     monkeypatch.setattr(LinkedKV, "_make", watched)
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(forward_hook)
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(forward_hook)
     try:
         pic.link(chunks, query, LegoLink(3))
     finally:
@@ -158,7 +159,7 @@ def test_an_error_in_the_loading_thread_reaches_the_caller(model, monkeypatch, t
     linked(PIC(model, store=ChunkStore(path=tmp_path)))
     pic = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path))
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     original = LinkedKV._make
 
     def failing(self, layer):
@@ -182,11 +183,11 @@ def full(model):
 
 
 def test_a_hot_chunk_comes_back_to_the_device(model):
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     store = ChunkStore(device_bytes=one, host_bytes=math.inf)
     pic = PIC(model, store=store)
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     assert store.get(chunks[0].key).tier == "host"
     pic.link(chunks[:1], query)
     assert store.get(chunks[0].key).tier == "device"
@@ -211,7 +212,7 @@ def in_another_thread(work):
 def while_linking(pic, chunks, query, work):
     """Link, `work` going on in another thread between layers 0 and 1; its error, and the prompt."""
     errors = []
-    handle = pic._model.decoder.layers[0].mlp.register_forward_hook(
+    handle = pic.hf.decoder.layers[0].mlp.register_forward_hook(
         lambda *_: errors.append(in_another_thread(work))
     )
     try:
@@ -224,9 +225,9 @@ def while_linking(pic, chunks, query, work):
 
 def test_nobody_evicts_a_chunk_that_a_link_is_reading(model, expected):
     texts, query = documents()
-    room = PIC(model)._model.bytes_per_token * sum(LENGTHS)
+    room = PIC(model).hf.bytes_per_token * sum(LENGTHS)
     pic = PIC(model, store=ChunkStore(device_bytes=room))
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     other = [(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))]
     error, prompt = while_linking(pic, chunks, query, lambda: pic.store.put("other", other))
     assert "3 of the 3 chunks in memory are pinned or in use" in str(error)
@@ -244,7 +245,7 @@ def test_nobody_deletes_a_file_that_a_link_is_reading(model, expected, tmp_path)
     store = ChunkStore(device_bytes=1, path=tmp_path, disk_bytes=room)
     pic = PIC(model, store=store)
     texts, query = documents()
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     other = [(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))]
     with pytest.warns(RuntimeWarning, match="do not fit disk_bytes"):
         error, prompt = while_linking(pic, chunks, query, lambda: store.put("other", other))
@@ -257,7 +258,7 @@ def test_nobody_deletes_a_file_that_a_link_is_reading(model, expected, tmp_path)
 
 def test_a_link_brings_up_what_fits_beside_what_it_reads(model):
     """Chunks of one link do not push each other down, link after link; others make room."""
-    one = PIC(model)._model.bytes_per_token * max(LENGTHS)
+    one = PIC(model).hf.bytes_per_token * max(LENGTHS)
     store = ChunkStore(device_bytes=one, host_bytes=math.inf)
     pic = PIC(model, store=store)
     texts, query = documents()

@@ -1,7 +1,5 @@
 """Every method against the slow definition of what it chooses, on one engine."""
 
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,6 @@ from transformers.cache_utils import DynamicLayer
 
 from picache import (
     A3,
-    PIC,
     CacheBlend,
     Combined,
     FullRecompute,
@@ -24,10 +21,9 @@ from picache import (
     RandomRecompute,
 )
 from picache.methods.base import Layout, top
-from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
+from tests.helpers import CONFIGS, assert_close, random_ids
+from tests.picache.helpers import LENGTHS, compiled, full_logits, linked, pic_of, prompt_parts
 
-FAMILIES = tuple(CONFIGS)
-LENGTHS = (7, 20, 33, 1, 18)
 EVERY = (
     A3(0.3),
     CacheBlend(0.3),
@@ -44,27 +40,6 @@ EVERY = (
     RandomRecompute(3),
     RandomRecompute(ratio=0.3),
 )
-
-
-@cache
-def pic_of(family: str) -> PIC:
-    return PIC(tiny_model(family), flops_per_byte=None)
-
-
-def parts(lengths=LENGTHS, query=9, seed=0):
-    made = [random_ids(n, seed=seed * 100 + i) for i, n in enumerate((*lengths, query))]
-    return made[:-1], made[-1]
-
-
-def linked(pic, method, lengths=LENGTHS, query=9, seed=0):
-    documents, question = parts(lengths, query, seed)
-    chunks = [pic.compile(document) for document in documents]
-    return pic.link(chunks, question, method), torch.cat([*documents, question])
-
-
-def full_logits(pic, ids):
-    with torch.no_grad():
-        return pic._model.model(ids[None]).logits[:, -1]
 
 
 class OneLayer(DynamicLayer):
@@ -90,10 +65,10 @@ class OneLayer(DynamicLayer):
 
 def stale_kv(pic, lengths=LENGTHS, query=9, query_alone=False):
     """Whole-prompt KV as compiled and moved, the query's rows of zeros or as compiled alone."""
-    documents, question = parts(lengths, query)
+    documents, question = prompt_parts(lengths, query)
     if query_alone:
         documents, question = [*documents, question], random_ids(1)
-    chunks = [pic.compile(document) for document in documents]
+    chunks = compiled(pic, documents)
     layers = pic.link(chunks, question, NaiveReuse())["past_key_values"].layers
     pad = 0 if query_alone else 1
     return [
@@ -106,11 +81,11 @@ def dense_with(pic, ids, stale, written):
     """The model's own dense forward with linked KV put in by hand, layer by layer."""
     layers = [OneLayer(kv, rows) for kv, rows in zip(stale, written, strict=True)]
     with torch.no_grad():
-        logits = pic._model.model(ids[None], past_key_values=Cache(layers=layers)).logits[:, -1]
+        logits = pic.model(ids[None], past_key_values=Cache(layers=layers)).logits[:, -1]
     return logits, layers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("metric", ["K", "V", "KV"])
 @pytest.mark.parametrize("layer1_kv", ["fresh_all", "selected_only"])
 def test_single_cacheblend_equals_a_dense_oracle(family, metric, layer1_kv):
@@ -132,7 +107,7 @@ def test_single_cacheblend_equals_a_dense_oracle(family, metric, layer1_kv):
     assert prompt.report.tokens_recomputed_per_layer == (entering, entering, len(rows), len(rows))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_gradual_cacheblend_equals_a_dense_oracle(family):
     """Layer by layer: choose among the rows that are left, by their deviation there."""
     pic = pic_of(family)
@@ -184,7 +159,7 @@ def test_naive_reuse_of_the_query_computes_one_row(family):
 
 def eager_attention(pic, ids, stale, layer):
     """The model's own attention weights from query rows over stale context, mean of all."""
-    model = pic._model.model
+    model = pic.model
     rows = torch.arange(sum(LENGTHS), len(ids))
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -198,7 +173,7 @@ def eager_attention(pic, ids, stale, layer):
     return out.attentions[layer][0, :, rows].mean(dim=(0, 1)), values
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_query_attention_is_the_models_own(family):
     """Against eager attention weights, which HF returns; A3 and ProphetKV follow from them."""
     pic = pic_of(family)
@@ -235,7 +210,7 @@ def test_value_norm_weighs_by_the_values():
     pic = pic_of("llama")
     stale = stale_kv(pic)
     _, ids = linked(pic, NaiveReuse())
-    model = pic._model.model
+    model = pic.model
     rows = torch.arange(sum(LENGTHS), len(ids))
     model.set_attn_implementation("eager")
     layers = [OneLayer(kv, rows) for kv in stale]
@@ -254,7 +229,7 @@ def test_value_norm_weighs_by_the_values():
     assert_close("mass", Spy.seen, expected[: sum(LENGTHS)], 1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_true_deviation_and_the_oracle(family):
     """Zero in layer 0 and in the prefix, elsewhere the distance from a full prefill."""
     pic = pic_of(family)
@@ -262,7 +237,7 @@ def test_true_deviation_and_the_oracle(family):
     _, ids = linked(pic, NaiveReuse())
     cache = DynamicCache()
     with torch.no_grad():
-        pic._model.model(ids[None], past_key_values=cache)
+        pic.model(ids[None], past_key_values=cache)
     expected = torch.stack(
         [
             (layer.keys - keys).square().sum((0, 1, 3)) + (layer.values - v).square().sum((0, 1, 3))
@@ -287,12 +262,12 @@ def test_true_deviation_and_the_oracle(family):
 @pytest.mark.parametrize("method", EVERY, ids=repr)
 def test_a_ragged_batch_equals_its_rows(method):
     pic = pic_of("qwen3")
-    rows = [parts(), parts((5, 40), 3, 1), parts((1, 2), 1, 2)]
-    chunks = [[pic.compile(d) for d in documents] for documents, _ in rows]
+    rows = [prompt_parts(), prompt_parts((5, 40), 3, 1), prompt_parts((1, 2), 1, 2)]
+    chunks = [compiled(pic, documents) for documents, _ in rows]
     batch = pic.link(chunks, [query for _, query in rows], method)
     alone = [pic.link(c, q, method) for c, (_, q) in zip(chunks, rows, strict=True)]
     assert torch.equal(batch.logits, torch.cat([one.logits for one in alone]))
-    model = pic._model.model
+    model = pic.model
     out = model.generate(**batch, max_new_tokens=6, do_sample=False)[:, -6:]
     singles = [model.generate(**one, max_new_tokens=6, do_sample=False)[0, -6:] for one in alone]
     assert out.tolist() == [one.tolist() for one in singles]
@@ -304,7 +279,7 @@ def test_one_chunk_and_a_query_is_exact(method):
     pic = pic_of("gemma3")
     prompt, ids = linked(pic, method, (23,), 5)
     if method.force_query:
-        assert_close("logits", prompt.logits, full_logits(pic, ids))
+        assert_close("logits", prompt.logits, full_logits(pic.model, ids))
     assert prompt.report.tokens_recomputed_per_layer[-1] == (5 if method.force_query else 1)
 
 
@@ -333,7 +308,7 @@ def test_ratios_are_kept_and_one_is_exact(lengths, query, seed, method, ratio):
     else:  # where only the last token is forced, it may be among the chosen
         assert last == expected + forced or (not chosen.force_query and last == max(expected, 1))
     if ratio == 1.0 and isinstance(chosen, A3 | OracleDeviation | ProphetKV):
-        assert_close("logits", prompt.logits, full_logits(pic, ids))
+        assert_close("logits", prompt.logits, full_logits(pic.model, ids))
     if ratio == 0.0 and isinstance(chosen, A3 | OracleDeviation | ProphetKV):
         naive, _ = linked(pic, NaiveReuse(), tuple(lengths), query, seed)
         assert torch.equal(prompt.logits, naive.logits)
@@ -345,7 +320,7 @@ def test_a_ratio_of_one_is_exact_for_cacheblend():
         for schedule in ("single", "gradual"):
             method = CacheBlend(1.0, schedule=schedule, layer1_kv=layer1_kv)
             prompt, ids = linked(pic, method)
-            assert_close("logits", prompt.logits, full_logits(pic, ids))
+            assert_close("logits", prompt.logits, full_logits(pic.model, ids))
 
 
 def test_positions_are_a_tensor_of_whole_numbers():

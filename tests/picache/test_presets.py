@@ -6,6 +6,7 @@ import torch
 from picache import PIC, PICacheError
 from picache.methods.presets import arms
 from tests.helpers import random_ids, tiny_model
+from tests.picache.helpers import compiled
 
 BOS = torch.tensor([1])
 
@@ -17,7 +18,7 @@ def linked(preset):
     prompts = {}
     for name, arm in arms(preset, k=4, ratio=0.25).items():
         pic = PIC(model, sinks=arm.sinks, flops_per_byte=None)
-        prompts[name] = pic.link([pic.compile(d) for d in documents], query, arm.method)
+        prompts[name] = pic.link(compiled(pic, documents), query, arm.method)
     return prompts
 
 

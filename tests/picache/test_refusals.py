@@ -10,6 +10,7 @@ import transformers
 import picache
 from picache import PIC, ChunkStore, LegoLink, LinkMethod, PICacheError, RandomRecompute
 from tests.helpers import SHAPE, files_importing, random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def pic():
 @pytest.mark.parametrize("lengths", [(12,), (7, 20, 33)])
 def test_the_whole_prompt_fed_again_is_refused(dtype, lengths):
     pic = PIC(tiny_model("llama", dtype=dtype))
-    model = pic._model.model
+    model = pic.model
     documents = [random_ids(n, seed=n) for n in lengths]
-    prompt = pic.link([pic.compile(d) for d in documents], random_ids(5, seed=2))
+    prompt = pic.link(compiled(pic, documents), random_ids(5, seed=2))
     covered, cache = prompt["input_ids"][:, :-1], prompt["past_key_values"]
     with pytest.raises(PICacheError, match=r"already holds \d+ tokens.*at least one token more"):
         model.generate(covered, past_key_values=cache, max_new_tokens=2)
@@ -38,21 +39,17 @@ def test_the_whole_prompt_fed_again_is_refused(dtype, lengths):
 
 
 def test_a_covered_padded_batch_is_refused(pic):
-    rows = [[pic.compile(random_ids(n, seed=n)) for n in lengths] for lengths in ((5, 9), (14, 8))]
+    rows = [chunks_of(pic, *lengths) for lengths in ((5, 9), (14, 8))]
     prompt = pic.link(rows, [random_ids(3), random_ids(4)])
     covered = {name: prompt[name][:, :-1] for name in ("input_ids", "attention_mask")}
     with pytest.raises(PICacheError, match="already holds 25 tokens"):
-        pic._model.model.generate(
-            **covered, past_key_values=prompt["past_key_values"], max_new_tokens=2
-        )
+        pic.model.generate(**covered, past_key_values=prompt["past_key_values"], max_new_tokens=2)
 
 
 def test_assisted_decoding_is_refused(pic):
     prompt = pic.link([pic.compile(random_ids(n)) for n in (7, 12)], random_ids(5))
     with pytest.raises(PICacheError, match="leave out assistant_model and prompt_lookup"):
-        pic._model.model.generate(
-            **prompt, prompt_lookup_num_tokens=3, max_new_tokens=5, eos_token_id=2
-        )
+        pic.model.generate(**prompt, prompt_lookup_num_tokens=3, max_new_tokens=5, eos_token_id=2)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,7 @@ def test_bad_links(pic):
     with pytest.raises(PICacheError, match="compiled with another model"):
         PIC(tiny_model("llama", seed=3)).link([chunk], random_ids(3))
     with torch.no_grad():
-        pic._model.model.model.layers[1].mlp.down_proj.weight[10:] += 1
+        pic.model.model.layers[1].mlp.down_proj.weight[10:] += 1
     with pytest.raises(PICacheError, match="compiled with another model"):
         pic.link([chunk], random_ids(3))
 
@@ -149,8 +146,8 @@ def test_unknown_models_are_refused():
 
 
 def test_an_error_inside_the_pass_leaves_nothing_attached(pic):
-    model = pic._model.model
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (5, 6)]
+    model = pic.model
+    chunks = chunks_of(pic, 5, 6)
     implementation = model.config._attn_implementation
     broken = model.model.layers[2].mlp.register_forward_pre_hook(lambda m, a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -164,7 +161,7 @@ def test_an_error_inside_the_pass_leaves_nothing_attached(pic):
 
 
 def test_a_batch_that_does_not_fit_the_cache(pic):
-    model = pic._model.model
+    model = pic.model
     row = [pic.compile(random_ids(5))]
     prompt = pic.link([row, row], [random_ids(3)] * 2)
     with pytest.raises(PICacheError, match="batch of 2, the model was given 3"):
@@ -182,6 +179,7 @@ def test_import_loads_no_transformers_and_no_sibling():
 
 def test_transformers_is_touched_in_files_that_say_so():
     assert files_importing("transformers", picache) == {
+        "hf/ambient.py",
         "hf/attention_switch.py",
         "hf/cache.py",
         "hf/model.py",
@@ -193,8 +191,8 @@ def test_bos_in_the_middle_is_dropped_or_kept():
     documents = [torch.cat([torch.tensor([1]), random_ids(n, seed=n)]) for n in (6, 7)]
     query = torch.cat([torch.tensor([1]), random_ids(3)])
     dropping, keeping = PIC(model), PIC(model, sinks="keep")
-    dropped = dropping.link([dropping.compile(d) for d in documents], query, LegoLink(99))
-    kept = keeping.link([keeping.compile(d) for d in documents], query, LegoLink(99))
+    dropped = dropping.link(compiled(dropping, documents), query, LegoLink(99))
+    kept = keeping.link(compiled(keeping, documents), query, LegoLink(99))
     assert dropped["input_ids"].tolist() == [
         [*documents[0].tolist(), *documents[1][1:].tolist(), *query[1:].tolist()]
     ]

@@ -5,12 +5,13 @@ import torch
 
 from picache import PIC, CacheBlend, FullRecompute, LegoLink, LinkReport, NaiveReuse, PICacheError
 from tests.helpers import assert_close, random_ids, tiny_model
+from tests.picache.helpers import chunks_of
 
 LENGTHS = (7, 20, 33, 1, 18)
 
 
 def link(pic, method, query=9):
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in LENGTHS]
+    chunks = chunks_of(pic, *LENGTHS)
     return pic.link(chunks, random_ids(query), method)
 
 
@@ -38,7 +39,7 @@ def test_flops_are_those_of_the_matrices_and_the_pairs():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.set_attn_implementation("eager")
         model(ids, logits_to_keep=1)
-    estimated = pic._model.flops([torch.arange(64)] * 4)
+    estimated = pic.hf.flops([torch.arange(64)] * 4)
     # The counter sees the whole square of scores, the estimate what causality leaves of it.
     square = 4 * 4 * 4 * 16 * (64 * 64 - 64 * 65 / 2)
     assert abs(estimated + square - counter.get_total_flops()) < 0.01 * estimated
@@ -67,8 +68,8 @@ def test_a_link_that_saves_nothing_is_a_full_prefill_and_says_so():
 
 def test_a_batch_says_how_many_rows_fell():
     pic = PIC(tiny_model("llama"), flops_per_byte=60)
-    long = [pic.compile(random_ids(n, seed=n)) for n in (3, 40)]
-    short = [pic.compile(random_ids(n, seed=n)) for n in (1, 6)]
+    long = chunks_of(pic, 3, 40)
+    short = chunks_of(pic, 1, 6)
     batch = pic.link([long, short], [random_ids(2)] * 2, LegoLink(6))
     assert batch.report.full_prefill.startswith("1 of 2 rows: linking would cost")
     single = pic.link(long, random_ids(2), LegoLink(6))

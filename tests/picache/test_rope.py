@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from picache import PIC, FullRecompute, PICacheError
 from picache.hf.rope import Rotation, calibrate, difference, frequencies, rotate
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled
 
 THETA = dict(rope_theta=10000.0)
 
@@ -70,13 +71,13 @@ SUPPORTED = {
 def test_other_rotary_kinds_link_exactly(kind):
     config, rotation = SUPPORTED[kind]
     pic = PIC(random_model(config), flops_per_byte=None)
-    found = pic._model.rotations[0]
-    assert (found.layout, found.rotary_dim) == (rotation.layout, rotation.rotary_dim)
+    found = pic.hf.rotations[0]
+    assert (found.pairing, found.rotary_dim) == (rotation.pairing, rotation.rotary_dim)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
-    prompt = pic.link([pic.compile(d) for d in documents], query, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), query, FullRecompute())
     with torch.no_grad():
-        expected = pic._model.model(torch.cat([*documents, query])[None]).logits[:, -1]
+        expected = pic.model(torch.cat([*documents, query])[None]).logits[:, -1]
     assert_close("logits", prompt.logits, expected)
 
 
@@ -88,8 +89,8 @@ def test_layer_zero_keys_moved_are_the_keys_of_full_prefill(family):
     pic = PIC(tiny_model(family), flops_per_byte=None)
     documents = [random_ids(n, seed=n) for n in (9, 21, 14)]
     query = random_ids(5, seed=5)
-    linked = pic.link([pic.compile(d) for d in documents], query, NaiveReuse())
-    full = pic._model.prefill(torch.cat([*documents, query])[None])
+    linked = pic.link(compiled(pic, documents), query, NaiveReuse())
+    full = pic.hf.prefill(torch.cat([*documents, query])[None])
     layer = linked["past_key_values"].layers[0]
     assert_close("keys", layer.keys, full[0][0][:, :, :-1])
     assert_close("values", layer.values, full[0][1][:, :, :-1])
@@ -125,10 +126,10 @@ def dynamic():
 def links_exactly(pic, lengths, query=5):
     documents = [random_ids(n, seed=n) for n in lengths]
     question = random_ids(query, seed=5)
-    prompt = pic.link([pic.compile(d) for d in documents], question, FullRecompute())
+    prompt = pic.link(compiled(pic, documents), question, FullRecompute())
     ids = torch.cat([*documents, question])[None]
     with torch.no_grad():
-        expected = pic._model.model(ids).logits[:, -1]
+        expected = pic.model(ids).logits[:, -1]
     assert_close("logits", prompt.logits, expected)
     return prompt, ids
 
@@ -137,7 +138,7 @@ def test_longrope_links_up_to_the_length_its_frequencies_hold_for():
     pic = PIC(random_model(longrope()))
     links_exactly(pic, (9, 21, 14))
     links_exactly(pic, (40, 60, 23))  # 128 tokens, the last with the short frequencies
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (40, 60, 24)]
+    chunks = chunks_of(pic, 40, 60, 24)
     with pytest.raises(PICacheError, match=r"prompt of 129 tokens.*with 24.*at most 128 tokens"):
         pic.link(chunks, random_ids(5))
     links_exactly(pic, (200, 5)[:1])  # one chunk beyond: compiled with the long frequencies
@@ -149,7 +150,7 @@ def test_longrope_generates_as_a_full_prefill_does():
     pic = PIC(random_model(longrope()))
     prompt, ids = links_exactly(pic, (9, 21, 14))
     run = dict(max_new_tokens=20, do_sample=False)
-    model = pic._model.model
+    model = pic.model
     assert torch.equal(model.generate(**prompt, **run), model.generate(ids, **run))
 
 
@@ -157,22 +158,22 @@ def test_longrope_generates_as_a_full_prefill_does():
 def test_a_long_forward_between_changes_nothing(config):
     """Such rotary modules keep the frequencies of the last text; chunks stay valid all the same."""
     pic = PIC(random_model(config))
-    model = pic._model.model
-    chunk, fingerprint = pic.compile(random_ids(9, seed=9)), pic._model.fingerprint
-    before = [p.clone() for p in pic._model.rotary._module.buffers()]
+    model = pic.model
+    chunk, fingerprint = pic.compile(random_ids(9, seed=9)), pic.hf.fingerprint
+    before = [p.clone() for p in pic.hf.rotary._module.buffers()]
     with torch.no_grad():
         model(random_ids(900, 1))
         model(random_ids(5, 1))
-    if not all(map(torch.equal, before, pic._model.rotary._module.buffers())):
+    if not all(map(torch.equal, before, pic.hf.rotary._module.buffers())):
         with pytest.raises(PICacheError, match="does not go back"):  # transformers 5.4, dynamic
             pic.compile(random_ids(8))
         return
-    assert pic._model.fingerprint == fingerprint
+    assert pic.hf.fingerprint == fingerprint
     links_exactly(pic, (9, 21, 14))
     with torch.no_grad():
         model(random_ids(900, 1))
     assert torch.equal(
-        pic.store.get(chunk.key).layer(0)[0], pic._model.prefill(random_ids(9, seed=9)[None])[0][0]
+        pic.store.get(chunk.key).layer(0)[0], pic.hf.prefill(random_ids(9, seed=9)[None])[0][0]
     )
 
 
@@ -269,3 +270,13 @@ def test_moves_compose(p, q, r, layout, scale):
     fresh = rotate(keys, at_q, layout)
     assert_close("fresh", rotate(rotated, difference(at_p, at_q), layout), fresh)
     assert torch.equal(moved[..., 6:], keys[..., 6:])
+
+
+def test_the_text_of_a_rotation_in_chunk_keys_does_not_change():
+    """Chunks that an earlier release wrote to disk are found under the same keys."""
+    rotation = Rotation("half", "interleaved", 8, offset=4, part=1)
+    text = "Rotation(source='half', layout='interleaved', rotary_dim=8, offset=4, part=1)"
+    assert str(rotation) == text
+    pic = PIC(tiny_model("llama"))
+    llama = "Rotation(source='half', layout='half', rotary_dim=16, offset=0, part=0)"
+    assert pic.hf.header("", "exact").rope == repr([llama])

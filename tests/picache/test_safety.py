@@ -18,6 +18,7 @@ from picache import (
 )
 from picache.linking.linked_kv import LinkedKV
 from tests.helpers import assert_close, random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled
 
 
 def trade(tensor, a, b):
@@ -58,14 +59,14 @@ def test_threads_take_turns_and_leave_the_model_as_it_was():
     expected = {}
     for seed in (1, 2):
         pic = PIC(model)
-        expected[seed] = pic.link([pic.compile(i) for i in ids], random_ids(3, seed=seed)).logits
+        expected[seed] = pic.link(compiled(pic, ids), random_ids(3, seed=seed)).logits
     wrong = []
 
     def work(seed):
         try:
             for _ in range(8):
                 pic = PIC(model)
-                chunks = [pic.compile(i) for i in ids]
+                chunks = compiled(pic, ids)
                 logits = pic.link(chunks, random_ids(3, seed=seed), CacheBlend(0.3)).logits
                 logits = pic.link(chunks, random_ids(3, seed=seed)).logits
                 if not torch.equal(logits, expected[seed]):
@@ -87,10 +88,10 @@ def test_a_link_goes_on_when_the_store_has_no_room():
     model = tiny_model("llama")
     texts = [random_ids(20, seed=s) for s in (1, 2)]
     roomy = PIC(model)
-    expected = roomy.link([roomy.compile(t) for t in texts], random_ids(3)).logits
-    store = ChunkStore(device_bytes=roomy._model.bytes_per_token * 20)
+    expected = roomy.link(compiled(roomy, texts), random_ids(3)).logits
+    store = ChunkStore(device_bytes=roomy.hf.bytes_per_token * 20)
     pic = PIC(model, store=store)
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     store.pin(chunks[1].key)
     prompt = pic.link(chunks, random_ids(3))
     assert torch.equal(prompt.logits, expected)
@@ -104,10 +105,10 @@ def test_a_disk_that_fails_is_not_a_damaged_file(tmp_path, monkeypatch):
     model = tiny_model("llama")
     texts = [random_ids(20, seed=s) for s in (1, 2)]
     first = PIC(model, store=ChunkStore(path=tmp_path))
-    expected = first.link([first.compile(t) for t in texts], random_ids(3)).logits
+    expected = first.link(compiled(first, texts), random_ids(3)).logits
     store = ChunkStore(device_bytes=1, path=tmp_path)
     pic = PIC(model, store=store)
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     files = sorted(tmp_path.rglob("*.safetensors"))
     from picache.store.chunkfile import ChunkFile
 
@@ -155,7 +156,7 @@ def test_a_damaged_chunk_that_stands_twice_is_counted_once(tmp_path):
 def test_reduced_storage_gives_the_same_before_and_after():
     pic = PIC(tiny_model("llama"), store=ChunkStore(storage="int8"))
     texts = [random_ids(20, seed=s) for s in (1, 2)]
-    chunks = [pic.compile(text) for text in texts]
+    chunks = compiled(pic, texts)
     hit = pic.link(chunks, random_ids(3)).logits
     pic.store.clear()
     missed = pic.link(chunks, random_ids(3))
@@ -198,7 +199,7 @@ def test_seconds_are_those_of_their_part(monkeypatch):
 
     monkeypatch.setattr(LinkedKV, "_make", slow)
     pic = PIC(tiny_model("llama"))
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (9, 80)]
+    chunks = chunks_of(pic, 9, 80)
     seconds = pic.link(chunks, random_ids(40), ProphetKV(0.5)).report.seconds
     assert seconds["recompute"] > 0
     assert 0 < seconds["choose"] < 0.2
@@ -206,7 +207,7 @@ def test_seconds_are_those_of_their_part(monkeypatch):
 
 def test_a_query_compiled_alone_costs_what_it_costs():
     pic = PIC(tiny_model("llama"), flops_per_byte=None)
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (9, 30)]
+    chunks = chunks_of(pic, 9, 30)
     naive = pic.link(chunks, random_ids(100), NaiveReuse()).report
     reused = pic.link(chunks, random_ids(100), NaiveReuse(force_query=False)).report
     assert 0.5 * naive.flops < reused.flops < naive.flops
@@ -216,7 +217,7 @@ def test_bytes_are_those_that_were_copied():
     pic = PIC(tiny_model("llama"), sinks=DummySinks(4))
     chunks = [pic.compile(random_ids(9), first=True), pic.compile(random_ids(30, seed=2))]
     report = pic.link(chunks, random_ids(3), LegoLink(2)).report
-    assert report.bytes_loaded == pic._model.bytes_per_token * 39
+    assert report.bytes_loaded == pic.hf.bytes_per_token * 39
 
 
 def test_prompts_compare_by_identity():

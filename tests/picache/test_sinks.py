@@ -5,6 +5,7 @@ import torch
 
 from picache import PIC, DummySinks, FullRecompute, LegoLink, PICacheError, SharedPrefix
 from tests.helpers import assert_close, random_ids, tiny_model
+from tests.picache.helpers import compiled
 
 BOS = 1
 SINKS = {
@@ -39,13 +40,13 @@ def test_what_is_linked_is_what_follows_the_sinks(name, family):
     start = 13
     layers = prompt["past_key_values"].layers
     for body in bodies[1:]:
-        by_hand = pic._model.prefill(torch.cat([lead, body])[None], start - len(lead))
+        by_hand = pic.hf.prefill(torch.cat([lead, body])[None], start - len(lead))
         for layer, (keys, values) in zip(layers, by_hand, strict=True):
             here = slice(start, start + len(body))
             assert_close("keys", layer.keys[:, :, here], keys[:, :, len(lead) :], 1e-4)
             assert_close("values", layer.values[:, :, here], values[:, :, len(lead) :])
         start += len(body)
-    first = pic._model.prefill(text[None, :13])
+    first = pic.hf.prefill(text[None, :13])
     for layer, (keys, _) in zip(layers, first, strict=True):
         assert_close("the exact prefix", layer.keys[:, :, :13], keys)
 
@@ -56,7 +57,7 @@ def test_recomputing_everything_is_exact_behind_any_sinks(sinks):
     pic = PIC(model, sinks=sinks, flops_per_byte=None)
     bos = torch.tensor([BOS])
     documents = [torch.cat([bos, random_ids(n, seed=n)]) for n in (5, 17, 8)]
-    prompt = pic.link([pic.compile(d) for d in documents], random_ids(3), FullRecompute())
+    prompt = pic.link(compiled(pic, documents), random_ids(3), FullRecompute())
     with torch.no_grad():
         logits = model(prompt["input_ids"]).logits[:, -1]
     assert_close("logits", prompt.logits, logits)

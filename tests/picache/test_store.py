@@ -14,6 +14,7 @@ import picache
 from picache import PIC, ChunkStore, LegoLink, PICacheError
 from picache.chunk import Header, chunk_key
 from tests.helpers import random_ids, tiny_model
+from tests.picache.helpers import chunks_of, compiled, same_kv
 
 
 def entry(nbytes, seed=0):
@@ -21,14 +22,6 @@ def entry(nbytes, seed=0):
     made = torch.Generator().manual_seed(seed)
     half = torch.randn(1, 1, nbytes // 8, 1, generator=made)
     return [(half, half + 1)]
-
-
-def same(stored, kv):
-    return all(
-        torch.equal(mine, theirs)
-        for ours, given in zip(stored, kv, strict=True)
-        for mine, theirs in zip(ours, given, strict=True)
-    )
 
 
 def test_the_least_recently_used_leaves_first():
@@ -109,7 +102,7 @@ def test_the_tiers_do_what_a_person_would_write_down(steps, budgets):
             assert (found is None) == (level is None)
             if found is not None:
                 assert found.tier == ("device", "host")[level]
-                assert same(found, content[key])
+                assert same_kv(found, content[key])
         elif what == "pin" and model.get(key) is not None:
             store.get(key)
             store.pin(key)
@@ -140,7 +133,7 @@ def test_what_leaves_the_device_goes_to_host_then_to_disk_then_nowhere(tmp_path)
         store.put(key, kv)
     assert [key for key in "abcd" if key in store] == ["b", "c", "d"]
     assert [store.get(key).tier for key in "bcd"] == ["disk", "host", "device"]
-    assert all(same(store.get(key), kept[key]) for key in "bcd")
+    assert all(same_kv(store.get(key), kept[key]) for key in "bcd")
     assert (store.evictions, store.demotions, len(store)) == (1, 5, 3)
     assert "device 1 chunks" in repr(store)
 
@@ -158,7 +151,7 @@ def test_promote_brings_a_chunk_back_up(tmp_path):
     assert [store.get(key).tier for key in "abc"] == ["disk", "host", "device"]
     assert store.promote("a", "cpu")
     assert [store.get(key).tier for key in "abc"] == ["device", "disk", "host"]
-    assert same(store.get("a"), entry(40, 0))
+    assert same_kv(store.get("a"), entry(40, 0))
     store.pin("a")
     assert not store.promote("b", "cpu")
     assert not store.promote("absent", "cpu")
@@ -177,7 +170,7 @@ def test_chunks_of_a_cuda_device_wait_in_page_locked_memory(tmp_path):
     assert store.promote("a", "cuda")
     assert store.get("a").layer(0)[0].is_cuda
     for seed, key in enumerate("abc"):
-        assert same([tuple(t.cpu() for t in layer) for layer in store.get(key)], entry(40, seed))
+        assert same_kv([tuple(t.cpu() for t in layer) for layer in store.get(key)], entry(40, seed))
 
 
 def test_by_cost_what_compiles_slowly_stays_until_it_has_aged():
@@ -285,7 +278,7 @@ def test_small_storage_halves_the_bytes_and_gives_the_dtype_back(storage, tmp_pa
     again = ChunkStore(path=tmp_path, storage=storage)
     for found in (store.get("a"), again.get("a")):
         assert all(t.dtype == torch.bfloat16 for layer in found for t in layer)
-        assert same(found, store.get("a").load())
+        assert same_kv(found, store.get("a").load())
         torch.testing.assert_close(found.layer(0)[1], kv[0][1], atol=0.05, rtol=0.08)
     assert "a" not in ChunkStore(path=tmp_path)
 
@@ -298,8 +291,8 @@ def test_a_chunk_is_read_one_layer_at_a_time_from_any_tier(tmp_path):
             store.put("a", kv)
         chunk = store.get("a")
         assert (chunk.tier, chunk.num_layers, len(chunk)) == (tier, 2, 2)
-        assert same([chunk.layer(1)], kv[1:])
-        assert same(chunk.load(), kv)
+        assert same_kv([chunk.layer(1)], kv[1:])
+        assert same_kv(chunk.load(), kv)
         with pytest.raises(IndexError, match="layer 2 of a chunk of 2"):
             chunk.layer(2)
 
@@ -330,7 +323,7 @@ def test_compiling_twice_is_a_hit_and_evicted_chunks_come_back():
     one = PIC(model).compile(random_ids(20)).nbytes
     pic = PIC(model, store=ChunkStore(device_bytes=2 * one))
     documents = [random_ids(20, seed=s) for s in range(3)]
-    chunks = [pic.compile(d) for d in documents]
+    chunks = compiled(pic, documents)
     assert pic.store.evictions == 1
     hits = pic.store.hits
     assert pic.compile(documents[2]) == chunks[2]
@@ -339,14 +332,14 @@ def test_compiling_twice_is_a_hit_and_evicted_chunks_come_back():
     # What is compiled again does not push out the others, which the link is about to read.
     assert (prompt.report.hits, prompt.report.misses) == (2, 1)
     whole = PIC(model)
-    expected = whole.link([whole.compile(d) for d in documents], random_ids(3), LegoLink(2))
+    expected = whole.link(compiled(whole, documents), random_ids(3), LegoLink(2))
     assert torch.equal(prompt.logits, expected.logits)
     assert pic.store.nbytes <= 2 * one
 
 
 def test_a_stored_chunk_comes_back_to_the_bit_and_links_do_not_touch_it():
     pic = PIC(tiny_model("llama"))
-    chunks = [pic.compile(random_ids(n, seed=n)) for n in (5, 12)]
+    chunks = chunks_of(pic, 5, 12)
     before = [[t.clone() for layer in pic.store.get(c.key) for t in layer] for c in chunks]
     pic.link(chunks, random_ids(4), LegoLink(12))
     after = [[t for layer in pic.store.get(c.key) for t in layer] for c in chunks]

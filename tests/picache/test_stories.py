@@ -31,16 +31,14 @@ def next_token_loss(story: str, method: LinkMethod) -> tuple[float, int]:
     rest = torch.tensor(ids[half:])
     prompt = pic().link(chunks, rest[:1], method)
     with torch.no_grad():
-        logits = pic()._model.model(rest[None, :-1], past_key_values=prompt["past_key_values"])
+        logits = pic().model(rest[None, :-1], past_key_values=prompt["past_key_values"])
     loss = torch.nn.functional.cross_entropy(logits.logits[0], rest[1:])
     return loss.item(), prompt.report.tokens_recomputed
 
 
 def test_greedy_text_is_the_published_one():
     ids, text = golden()
-    out = pic()._model.model.generate(
-        torch.tensor([[1]]), max_new_tokens=len(ids) - 1, do_sample=False
-    )
+    out = pic().model.generate(torch.tensor([[1]]), max_new_tokens=len(ids) - 1, do_sample=False)
     assert out[0].tolist() == ids
     assert StoriesTokenizer().decode(ids) == text
     assert StoriesTokenizer().encode(text) == ids[1:]
@@ -53,7 +51,7 @@ def test_next_token_loss_of_full_naive_and_legolink(story):
     ids = torch.tensor([1, *StoriesTokenizer().encode(text)])
     half = len(ids) // 2 // CHUNK * CHUNK
     with torch.no_grad():
-        logits = pic()._model.model(ids[None, :-1]).logits[0, half:]
+        logits = pic().model(ids[None, :-1]).logits[0, half:]
     plain = torch.nn.functional.cross_entropy(logits, ids[half + 1 :]).item()
     full, _ = next_token_loss(text, FullRecompute())
     naive, _ = next_token_loss(text, NaiveReuse())

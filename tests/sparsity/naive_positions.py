@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
-from tests.helpers import random_ids
+from tests.sparsity.helpers import padded_ids, run
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
@@ -120,25 +120,6 @@ class Naive:
         return out, None
 
 
-def run(model, cache, ids, padding, widths, positions=None):
-    """The logits of every forward's last column."""
-    logits, first = [], 0
-    for width in widths:
-        stop = first + width
-        mask = padding[:, :stop].long()
-        ranks = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:]
-        with torch.no_grad():
-            out = model(
-                input_ids=ids[:, first:stop],
-                attention_mask=mask,
-                position_ids=ranks if positions is None else torch.full_like(ranks, positions),
-                past_key_values=cache,
-            )
-        logits.append(out.logits[:, -1])
-        first = stop
-    return torch.stack(logits, 1)
-
-
 def naive(model, policy, ids, padding, widths):
     """The same by the twin."""
     twin, before = Naive(policy, model, padding), model.config._attn_implementation
@@ -151,8 +132,5 @@ def naive(model, policy, ids, padding, widths):
 
 
 def batch(total, pads=(4, 0)):
-    ids = random_ids(total, len(pads)).clamp(max=117)
-    padding = torch.ones_like(ids, dtype=torch.bool)
-    for b, pad in enumerate(pads):
-        padding[b, :pad] = False
-    return ids, padding
+    ids, padding = padded_ids(total, *pads)
+    return ids.clamp(max=117), padding

@@ -7,12 +7,10 @@ from hypothesis import strategies as st
 
 import sparsity
 from sparsity import SparseCache, StreamingLLM
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
-from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids, tiny_model
-from tests.sparsity.naive_positions import ROTATED, angles, batch, build, naive, run
+from tests.sparsity.helpers import DrivenLayer, run
+from tests.sparsity.naive_positions import ROTATED, angles, batch, build, naive
 
 POLICIES = [
     StreamingLLM(8),
@@ -84,23 +82,20 @@ def test_each_key_is_as_far_from_the_query_as_inside_the_cache(
     start = torch.zeros_like(rank)
     key = turn(bare, start.expand(-1, 2, -1), rank.expand(-1, 2, -1))
     query = turn(asked, start.expand(-1, 4, -1), rank.expand(-1, 4, -1))
-    retention, rows, first = Retention(policy, 0), Rows(), 0
     distances = []
 
     def move(keys, old, new):
         distances.append(new)
         return turn(keys, old, new)
 
-    retention.move = move
+    layer, first = DrivenLayer(policy, 0, 0.5, move), 0
     for width in (prompt, *later):
         stop = first + width
         mask = None if padding.all() else padding[:, :stop]
-        step = plan(rows, policy, 2, width, mask, key.device)
         new = slice(first, stop)
-        before = None if retention.pool is None else retention.pool.start.clone()
-        lazy = LazyMask(None, mask, False, lambda: None)
-        out = retention.attend(query[:, :, new], key[:, :, new], key[:, :, new], step, lazy, 0.5)
-        pool = retention.pool
+        before = None if layer.pool is None else layer.pool.start.clone()
+        out, step = layer.forward(query[:, :, new], key[:, :, new], key[:, :, new], mask)
+        pool = layer.pool
         for b in range(2):
             real = padding[b].nonzero()[:, 0]
             for column in (real[(real >= first) & (real < stop)]).tolist():
@@ -119,7 +114,7 @@ def test_each_key_is_as_far_from_the_query_as_inside_the_cache(
                 assert_close("output", out[b, column - first], (weights @ values)[:, 0], 1e-9)
                 if distances and step.single:  # no key is further away than the cache is long
                     assert at - int(distances[-1][b].min()) < policy.budget + policy.evict_every - 1
-        rows, first = step.then, stop
+        first = stop
 
 
 def test_positions_stay_within_the_budget_past_the_trained_length():

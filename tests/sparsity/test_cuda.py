@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from sparsity import Quest, RaaS, Random, SparseCache, StreamingLLM
 from tests.helpers import FAMILIES, random_ids, tiny_model
+from tests.sparsity.helpers import padded_inputs
 from tests.sparsity.zoo import AMPLE, TIGHT
 
 pytestmark = [
@@ -17,12 +18,9 @@ pytestmark = [
 
 
 def generate(model, cache, tokens=40, prompt=21):
-    ids = random_ids(prompt, 3).to(model.device)
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    return model.generate(
-        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=tokens, do_sample=False
-    ).cpu()
+    inputs = {name: t.to(model.device) for name, t in padded_inputs(prompt, 6, 0, 0).items()}
+    inputs |= {"past_key_values": cache, "max_new_tokens": tokens, "do_sample": False}
+    return model.generate(**inputs).cpu()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from sparsity import RaaS, SparseCache, SparsityError, detach
 from sparsity.hf.attach import is_attached
@@ -56,12 +57,30 @@ def test_beams_and_masks_go_through(model):
         ({"policy": "H2O", "policy_arguments": {"budgt": 3}}, "H2O takes no argument budgt"),
         ({"policy": RaaS(16), "policy_arguments": {"budget": 3}}, "has its arguments already"),
         ({"policy": "H2O", "policy_arguments": {"budget": 0}}, r"H2O\(budget=0\)"),
+        ({"policy": "H2O"}, "H2O needs budget: give it in policy_arguments, such as"),
+        ({"policy": RaaS}, "policy is the class RaaS, and not an object of it"),
+        ({"policy": RaaS(16), "past_key_values": ((torch.ones(1),) * 2,)}, "past is .*expected a"),
     ],
 )
 def test_bad_input_is_refused(model, given, says):
     with pytest.raises(SparsityError, match=says):
         shim(model, **given)
     assert not is_attached(model)
+
+
+def test_a_cache_that_is_given_is_gone_on_from(model):
+    """It is read, not written to; one that has a policy already is refused by its name."""
+    ids, past = random_ids(13, 2), DynamicCache()
+    expected = shim(model, policy=RaaS(64))
+    with torch.no_grad():
+        model(input_ids=ids[:, :9], past_key_values=past)
+    assert torch.equal(shim(model, policy=RaaS(64), past_key_values=past), expected)
+    assert past.get_seq_length() == 9
+    assert torch.equal(shim(model, policy=RaaS(64), past_key_values=DynamicCache()), expected)
+    cache = SparseCache(model, RaaS(64))
+    with pytest.raises(SparsityError, match=r"SparseCache.*without custom_generate"):
+        shim(model, policy=RaaS(64), past_key_values=cache)
+    detach(model)
 
 
 def test_an_attached_model_stays_attached(model):

@@ -27,6 +27,7 @@ from sparsity import (
     VaSE,
 )
 from tests.helpers import SHAPE, random_ids, tiny_model
+from tests.sparsity.helpers import left_as_it_was
 from tests.sparsity.zoo import TIGHT
 
 
@@ -58,7 +59,7 @@ def is_plain(model):
         (lambda: RaaS(64, attend="some"), "'all' or 'top'"),
         (lambda: RaaS(64, evict_every=24), "multiple of 16"),
         (lambda: RaaS(48, sinks=4, recent=17), "above 48"),
-        (lambda: QuestRaaS(64, prompt_budget=100), "use budget=96"),
+        (lambda: QuestRaaS(64, prompt_budget=100), "use prompt_budget=96"),
         (lambda: H2O(64, evict_every=0), "evict_every=0"),
         (lambda: H2O(64, sinks=32), "fewer sinks"),
         (lambda: H2O(64, normalise="length"), "'none' or 'age'"),
@@ -214,12 +215,10 @@ def test_unsupported_models_are_left_as_they_were(name):
     config = UNKNOWN[name]()
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
     model = kind.from_config(config).eval()
-    before = model.config._attn_implementation
-    for call in (lambda: SparseCache(model, RaaS(64)), lambda: sparsity.attach(model)):
-        with pytest.raises(SparsityError, match=r"use it with a cache|use a DynamicCache"):
-            call()
-    assert model.config._attn_implementation == before
-    assert not model.get_decoder()._forward_pre_hooks
+    with left_as_it_was(model):
+        for call in (lambda: SparseCache(model, RaaS(64)), lambda: sparsity.attach(model)):
+            with pytest.raises(SparsityError, match=r"use it with a cache|use a DynamicCache"):
+                call()
     with pytest.raises(SparsityError, match="PreTrainedModel"):
         sparsity.attach(torch.nn.Linear(2, 2))
 
@@ -307,8 +306,8 @@ def test_a_model_whose_layers_share_keys_is_refused():
         activation_sparsity_pattern=None,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    before = model.config._attn_implementation
-    with pytest.raises(SparsityError, match=r"shares? keys|between layers|cannot manage"):
+    with (
+        left_as_it_was(model),
+        pytest.raises(SparsityError, match=r"shares? keys|between layers|cannot manage"),
+    ):
         model(input_ids=random_ids(5, 1), past_key_values=SparseCache(model, RaaS(64)))
-    assert model.config._attn_implementation == before
-    assert not model.get_decoder()._forward_pre_hooks

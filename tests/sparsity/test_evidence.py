@@ -9,11 +9,10 @@ from sparsity import H2O, RKV, SnapKV
 from sparsity.policies import rkv
 from sparsity.policies.base import Needs
 from sparsity.retention.attention import attention_weights
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
-from sparsity.retention.lazy_mask import LazyMask
+from sparsity.retention.batch_rows import BatchRows, plan
 from sparsity.retention.query_weights import BLOCK, forward_weights, keep_last, keep_newest
 from tests.helpers import assert_close
+from tests.sparsity.helpers import DrivenLayer, causal_mask
 
 
 @pytest.mark.parametrize("group", ["mean", "max"])
@@ -24,12 +23,12 @@ def test_sums_in_blocks_equal_the_whole_matrix(length, group):
     keys = torch.randn(2, 2, length, 8, generator=g)
     padding = torch.ones(2, length, dtype=torch.bool)
     padding[0, :5] = False
-    step = plan(Rows(), H2O(8), 2, length, padding, query.device)
+    step = plan(BatchRows(), H2O(8), 2, length, padding, query.device)
     slots = torch.arange(length).expand(2, 1, -1).masked_fill(~padding[:, None], -1)
     sinks = torch.randn(4, generator=g)
     weigh = partial(attention_weights, scaling=0.3, softcap=2.0, sinks=sinks)
     needs = Needs(attention="all", group=group)
-    lazy = LazyMask(None, padding, False, lambda: None)
+    lazy = causal_mask(padding)
     got = forward_weights(query, query[:, :, -1], keys, slots, step, lazy, needs, weigh)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & padding[:, None, None]
     whole = weigh(query, keys, allowed)
@@ -67,18 +66,16 @@ def test_no_statistic_of_a_prompt_is_quadratic(policy):
                 return out
 
         query, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
-        step = plan(Rows(), policy, 1, length, None, query.device)
+        layer = DrivenLayer(policy, 0, 0.5)
         with Watch():
-            Retention(policy, 0).attend(
-                query, key, key, step, LazyMask(None, None, False, lambda: None), 0.5
-            )
+            layer.forward(query, key, key)
         largest.append(seen[0])
     assert largest[1] <= 2.1 * largest[0]
 
 
 def test_the_last_queries_by_rank_and_none_for_tokens_of_a_past_cache():
     """Three cached tokens and two new ones, window of four; then one more token, then padding."""
-    rows, policy = Rows(batch=1, seen=3), SnapKV(64, window=4)
+    rows, policy = BatchRows(batch=1, seen=3), SnapKV(64, window=4)
     queries, asked = torch.zeros(1, 1, 4, 1), torch.full((1, 4), -1)
     step = plan(rows, policy, 1, 2, None, queries.device)
     new = torch.tensor([13.0, 14.0]).view(1, 1, 2, 1)
@@ -104,7 +101,7 @@ def test_one_query_in_place_equals_the_window_made_anew(size):
     padding = torch.rand(3, 16, generator=g) < 0.7
     padding[:, 4] = True
     queries, asked = torch.zeros(3, 2, size, 4), torch.full((3, size), -1)
-    rows, fast = Rows(), None
+    rows, fast = BatchRows(), None
     for first, stop in [(0, 5)] + [(i, i + 1) for i in range(5, 16)]:
         query = torch.randn(3, 2, stop - first, 4, generator=g)
         whole = padding[:, first:stop].all() and not rows.ragged

@@ -9,14 +9,12 @@ from transformers import DynamicCache
 
 from sparsity import RaaS, Random, SparseCache, StreamingLLM
 from tests.helpers import FAMILIES, assert_close, random_ids, tiny_model
+from tests.sparsity.helpers import padded_inputs
 from tests.sparsity.zoo import AMPLE, TIGHT, asks_the_prompt, shallow_model
 
 
 def inputs(rows=2, length=13, pads=5):
-    ids = random_ids(length, rows)
-    mask = torch.ones_like(ids)
-    mask[0, :pads] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded_inputs(length, pads, *[0] * (rows - 1))
 
 
 def generate(model, cache, tokens=14, **kwargs):

@@ -9,6 +9,7 @@ from transformers.masking_utils import sdpa_mask
 import sparsity
 from sparsity import RaaS, SparseCache
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
+from tests.sparsity import helpers
 from tests.sparsity.twins import Twin
 from tests.sparsity.zoo import AMPLE, TIGHT
 
@@ -58,28 +59,13 @@ class Oracle:
 ORACLE = "retention_test_oracle"
 
 
-def run(model, cache, ids, padding, between=None):
+def run(model, cache, ids, padding):
     """Logits of every forward: the prompt, then the rest one token at a time."""
-    logits = []
-    for first, stop in [(0, PROMPT)] + [(i, i + 1) for i in range(PROMPT, ids.shape[1])]:
-        mask = padding[:, :stop].long()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:]
-        with torch.no_grad():
-            out = model(
-                input_ids=ids[:, first:stop],
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-            )
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1)
+    return helpers.run(model, cache, ids, padding, [PROMPT, *[1] * STEPS])
 
 
-def batch(rows=2):
-    ids = random_ids(PROMPT + STEPS, rows)
-    padding = torch.ones_like(ids, dtype=torch.bool)
-    padding[0, :PADS] = False
-    return ids, padding
+def batch(pads=(PADS, 0)):
+    return helpers.padded_ids(PROMPT + STEPS, *pads)
 
 
 @pytest.mark.parametrize(("family", "policy"), CASES, ids=str)
@@ -101,8 +87,7 @@ def test_sparse_equals_dense_masked_to_the_kept_set(family, policy):
 
 @pytest.mark.parametrize("policy", TIGHT, ids=str)
 def test_a_padded_row_equals_its_run_alone(policy, shallow):
-    ids, padding = batch(3)
-    padding[1, :9] = False
+    ids, padding = batch((PADS, 9, 0))
     together = run(shallow, SparseCache(shallow, policy), ids, padding)
     for b, pads in ((0, PADS), (1, 9), (2, 0)):
         cache, logits = SparseCache(shallow, policy), []

@@ -7,16 +7,14 @@ import torch
 
 from sparsity import SparseCache
 from tests.helpers import assert_close, random_ids
+from tests.sparsity.helpers import padded_inputs
 from tests.sparsity.zoo import TIGHT
 
 PROMPT, PADS, TOKENS = 13, 5, 14
 
 
 def inputs():
-    ids = random_ids(PROMPT, 2)
-    mask = torch.ones_like(ids)
-    mask[0, :PADS] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded_inputs(PROMPT, PADS, 0)
 
 
 def generate(model, policy, **mode):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsity import SparseCache
-from sparsity.retention.layer import Retention
+from sparsity.retention.layer import LayerRetention
 from tests.helpers import random_ids
 from tests.sparsity.zoo import TIGHT, shallow_model
 
@@ -26,12 +26,12 @@ def test_a_parked_cache_comes_back_by_itself(policy, monkeypatch):
     after = generate(model, expected, ids)
     cache = SparseCache(model, policy)
     generate(model, cache, random_ids(13, 2))
-    move = Retention.map
+    move = LayerRetention.map
 
     def turn(t):
         return ~t if t.dtype == torch.bool else -t
 
-    monkeypatch.setattr(Retention, "map", lambda self, to: move(self, lambda t: turn(to(t))))
+    monkeypatch.setattr(LayerRetention, "map", lambda self, to: move(self, lambda t: turn(to(t))))
     fork = copy.deepcopy(cache)
     for parked in (cache, fork):
         for i in range(len(cache.layers)):

@@ -1,9 +1,16 @@
 """What importing the package does, and what it exports."""
 
+import importlib
+import inspect
+import pydoc
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import sparsity
+from sparsity import SparseCache
 from tests.helpers import files_importing
 
 CODE = """
@@ -28,9 +35,13 @@ def test_import_loads_no_transformers_and_no_other_package():
 
 def test_public_names():
     assert sorted(sparsity.__all__) == [
+        "Evicting",
         "Full",
         "H2O",
         "LazyEviction",
+        "Needs",
+        "PageView",
+        "Policy",
         "PyramidKV",
         "Quest",
         "QuestRaaS",
@@ -45,6 +56,7 @@ def test_public_names():
         "StreamingLLM",
         "TOVA",
         "Then",
+        "Thresholds",
         "Trace",
         "VaSE",
         "attach",
@@ -55,6 +67,47 @@ def test_public_names():
     ]
     for name in sparsity.__all__:
         assert getattr(sparsity, name).__doc__
+        assert name in dir(sparsity)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("sparsity.knobs", ["Evicting"]),
+        ("sparsity.policy", ["Needs", "PageView", "Policy"]),
+        ("sparsity.milestones", ["Thresholds"]),
+    ],
+)
+def test_the_paths_that_the_docs_had_still_work_and_warn(path, names):
+    module = importlib.import_module(path)
+    for name in names:
+        with pytest.warns(DeprecationWarning, match=rf"{path}.{name} is now sparsity.{name}"):
+            assert getattr(module, name) is getattr(sparsity, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Unknown'"):
+        module.Unknown  # noqa: B018
+
+
+def test_help_shows_what_a_cache_is_made_of():
+    """One class, however late it is loaded: its own signature and docstring."""
+    assert list(inspect.signature(sparsity.SparseCache).parameters) == ["model", "policy", "past"]
+    assert "keeps what a policy keeps" in pydoc.render_doc(sparsity.SparseCache)
+    assert sparsity.SparseCache is SparseCache
+
+
+@pytest.mark.slow
+def test_type_checkers_see_the_names_that_are_loaded_late(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from sparsity import RaaS, SparseCache, attach, detach\nSparseCache(1, RaaS(1))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", str(script)],
+        capture_output=True,
+        text=True,
+        cwd=Path(sparsity.__file__).parents[1],
+    )
+    assert 'incompatible type "int"; expected "PreTrainedModel"' in found.stdout, found
+    assert "Found 1 error" in found.stdout, found
 
 
 def test_transformers_is_touched_in_files_that_say_so():

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 
+import sparsity
 from sparsity import (
     H2O,
     RKV,
@@ -14,11 +16,13 @@ from sparsity import (
     QuestRaaS,
     RaaS,
     SnapKV,
+    SparseCache,
     SparsityError,
     Then,
     VaSE,
 )
 from sparsity.policies.base import Needs
+from tests.helpers import random_ids
 from tests.sparsity.zoo import AMPLE, SMALL, TIGHT
 
 DEFAULTS = [
@@ -96,3 +100,17 @@ def test_what_cannot_be_offered_is_no_argument():
         PyramidKV(256, pin_prompt=True)
     with pytest.raises(SparsityError, match=r"QuestRaaS\(evict_every=None\)"):
         QuestRaaS(64, evict_every=None)
+
+
+def test_the_policy_that_the_docs_write_runs(shallow):
+    """From public names alone: the tokens whose keys are longest, and the newest."""
+    page = (Path(sparsity.__file__).parents[1] / "docs/sparsity.md").read_text()
+    code = page.split("## A policy of one's own\n\n```python\n")[1].split("```")[0]
+    names = {"__name__": "a_policy"}
+    exec(code, names)
+    cache = SparseCache(shallow, names["LargeKeys"](24))
+    shallow.generate(random_ids(13, 1), past_key_values=cache, max_new_tokens=30, do_sample=False)
+    assert cache.report().tokens_kept == (24, 24)
+    pool, newest = cache.retentions[0].pool, cache.get_seq_length() - 1
+    held = set(pool.slots[0, 0].tolist())
+    assert held >= set(range(newest - 15, newest + 1))

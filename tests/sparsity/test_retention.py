@@ -6,10 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsity import RaaS
-from sparsity.retention.batch_rows import Rows, plan
-from sparsity.retention.layer import Retention
-from sparsity.retention.lazy_mask import LazyMask
 from tests.helpers import assert_close
+from tests.sparsity.helpers import DrivenLayer
 from tests.sparsity.twins import Twin
 from tests.sparsity.zoo import SMALL, selects
 
@@ -55,17 +53,13 @@ def test_kept_set_and_output_equal_the_twin(policy, kind, seed, prompt, pads, la
         padding[:, prompt:] = torch.rand(2, total - prompt, generator=generator) < 0.7
     columns = [padding[b].nonzero()[:, 0].tolist() for b in range(2)]
     twins = [Twin(policy, 1, HEADS, SCALING) for _ in range(2)]
-    retention, rows, first = Retention(policy, 1), Rows(), 0
+    layer, first = DrivenLayer(policy, 1, SCALING), 0
     for width in (prompt, *later):
         stop = first + width
         query = make(kind, (2, HEADS * GROUP, width, DIM), generator)
         mask = None if padding.all() else padding[:, :stop]
-        step = plan(rows, policy, 2, width, mask, query.device)
-        lazy = LazyMask(None, mask, False, lambda: None)
         new = slice(first, stop)
-        out = retention.attend(
-            query, keys[:, :, new].clone(), values[:, :, new].clone(), step, lazy, SCALING
-        )
+        out, step = layer.forward(query, keys[:, :, new].clone(), values[:, :, new].clone(), mask)
         allowed = torch.zeros(2, HEADS, width, total, dtype=torch.bool)
         for b, real in enumerate(columns):
             before, after = int(padding[b, :first].sum()), int(padding[b, :stop].sum())
@@ -74,11 +68,11 @@ def test_kept_set_and_output_equal_the_twin(policy, kind, seed, prompt, pads, la
                 keys[b][:, real], values[b][:, real], asked, before, after, step.single
             )
             for h in range(HEADS):
-                held = sorted(s for s in retention.pool.slots[b, h].tolist() if s >= 0)
+                held = sorted(s for s in layer.pool.slots[b, h].tolist() if s >= 0)
                 assert held == [real[rank] for rank in sorted(kept[h])]
                 for rank in attended[h]:
                     allowed[b, h, :, real[rank]] = True
-        rows, first = step.then, stop
+        first = stop
         if selects(policy) and width == 1:
             continue  # whole numbers tie too often, and ties may go either way when reading
         causal = torch.arange(total) <= torch.arange(stop - width, stop)[:, None]
@@ -105,20 +99,17 @@ def test_raas_by_hand():
     Tokens 13-15 do nothing. Token 16 needs a page: B 8, C 8, D 12: a tie, the older B goes.
     """
     policy = RaaS(12, page_size=4, alpha=0.4, pin_prompt=False)
-    retention, rows = Retention(policy, 0), Rows()
-    lazy = LazyMask(None, None, False, lambda: None)
+    layer = DrivenLayer(policy)
     keys = torch.zeros(1, 1, 20, 1)
     keys[0, 0, 4:8] = 5.0
     starts = {}
     for first, stop in [(0, 8)] + [(i, i + 1) for i in range(8, 20)]:
         query = torch.full((1, 1, stop - first, 1), 1.0 if first == 8 else 0.0)
         key = keys[:, :, first:stop]
-        step = plan(rows, policy, 1, stop - first, None, key.device)
-        retention.attend(query, key, key, step, lazy, 1.0)
-        rows = step.then
-        starts[stop - 1] = retention.pool.start[0, 0].tolist()
+        layer.forward(query, key, key)
+        starts[stop - 1] = layer.pool.start[0, 0].tolist()
     assert starts[7] == [0, 4, -1]
     assert starts[8] == starts[11] == [0, 4, 8]
     assert starts[12] == starts[15] == [12, 4, 8]
     assert starts[16] == starts[19] == [12, 16, 8]
-    assert retention.pool.stamp[0, 0].tolist() == [12, 16, 8]
+    assert layer.pool.stamp[0, 0].tolist() == [12, 16, 8]

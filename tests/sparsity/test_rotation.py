@@ -10,6 +10,7 @@ from sparsity import RaaS, SnapKV, SparseCache, SparsityError, StreamingLLM, The
 from sparsity.policies.base import Needs
 from sparsity.retention.rotation import Rotation
 from tests.helpers import assert_close, random_ids
+from tests.sparsity.helpers import left_as_it_was
 from tests.sparsity.naive_positions import ROTATED, angles, build
 
 REFUSED = {
@@ -22,9 +23,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(layout):
-    move = Rotation(angles, layout)
+@pytest.mark.parametrize("pairing", ["half", "interleaved"])
+def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(pairing):
+    move = Rotation(angles, pairing)
     keys = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     at = [
         torch.randint(0, 99, (2, 3, 5), generator=torch.Generator().manual_seed(s)) for s in (1, 2)
@@ -33,7 +34,7 @@ def test_a_move_is_a_difference_of_rotations_and_leaves_the_rest(layout):
     assert_close("back", move(there, *reversed(at)), keys, 1e-12)
     assert torch.equal(there[..., 6:], keys[..., 6:])
     assert_close("length", there.norm(dim=-1), keys.norm(dim=-1), 1e-12)
-    first, second = (0, 3) if layout == "half" else (0, 1)  # the pair with frequency 1
+    first, second = (0, 3) if pairing == "half" else (0, 1)  # the pair with frequency 1
     by = at[1][0, 0, 0] - at[0][0, 0, 0]
     a, b = keys[0, 0, 0, first], keys[0, 0, 0, second]
     assert_close("by hand", there[0, 0, 0, first], a * by.cos() - b * by.sin(), 1e-6)
@@ -45,7 +46,7 @@ def test_a_rotation_is_found_on_the_model_itself(family, dtype):
     model = build(family).to(dtype)
     moves = [x.move for x in SparseCache(model, StreamingLLM(8)).retentions.values()]
     sparsity.detach(model)
-    found = {(m.layout, m.angles.written) for m in moves if isinstance(m, Rotation)}
+    found = {(m.pairing, m.angles.written) for m in moves if isinstance(m, Rotation)}
     assert found == {ROTATED[family]}
     assert sum(not isinstance(m, Rotation) for m in moves) == (family == "SmolLM3")
 
@@ -53,11 +54,11 @@ def test_a_rotation_is_found_on_the_model_itself(family, dtype):
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_model_without_a_proven_rotation_is_refused_and_left_as_it_was(family):
     model = build(family)
-    before = model.config._attn_implementation
-    with pytest.raises(SparsityError, match=rf"{REFUSED[family]}.*positions='absolute'"):
+    with (
+        left_as_it_was(model),
+        pytest.raises(SparsityError, match=rf"{REFUSED[family]}.*positions='absolute'"),
+    ):
         SparseCache(model, StreamingLLM(8))
-    assert model.config._attn_implementation == before
-    assert not model.get_decoder()._forward_pre_hooks
     cache = SparseCache(model, StreamingLLM(8, positions="absolute"))
     ids = random_ids(12, 1).clamp(max=117)
     model.generate(ids, past_key_values=cache, max_new_tokens=4)

@@ -183,6 +183,7 @@ class Twin:
             return {r: policy.mix * importance[r] - (1 - policy.mix) * redundancy[r] for r in pages}
         assert isinstance(policy, VaSE)
         span = {r: (self.values[head, r].max() - self.values[head, r].min()).item() for r in pages}
+        span = {r: twelve_bits(wide) for r, wide in span.items()}
         free = [r for r in pages if policy.sinks <= r <= now - policy.recent_kept]
         large = sorted(free, key=lambda r: (span[r], r), reverse=True)[: policy.large_kept]
         worth = {}
@@ -267,6 +268,11 @@ def recurrence(silent, longest):
     if longest == 0:
         return 0.0
     return 2 / (1 + math.exp(1 + silent / longest)) + 2 / (1 + math.exp(longest - 1))
+
+
+def twelve_bits(number):
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(mantissa * 2**12), exponent - 12)
 
 
 def mix(bits):

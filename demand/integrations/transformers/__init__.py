@@ -1,8 +1,8 @@
 """The policies of `demand` in the continuous batching of transformers, 5.20 up to below 6.
 
-`continuous_batching` is all that most need. With a manager of one's own: make a `JobTable`, start
-the manager inside `install`, ask `check_installed`, and wrap it in a `Batching`, or announce each
-request to the table by hand. Nothing is registered by the import.
+`continuous_batching` is all that most need. With a manager of your own: make a `JobTable`, start
+the manager inside `install`, call `check_installed`, and wrap the manager in a `Batching`, or
+announce each request to the table yourself. Importing registers nothing with transformers.
 """
 
 import transformers
@@ -13,7 +13,7 @@ from demand.integrations.transformers.compat import check_features, check_versio
 check_version(transformers.__version__)
 check_features(_engine)
 
-from demand.integrations.transformers.batching import (  # noqa: E402  # only on what was checked
+from demand.integrations.transformers.batching import (  # noqa: E402  # they import parts that were checked above
     Batching,
     continuous_batching,
 )

@@ -1,4 +1,4 @@
-"""Continuous batching of a model under a policy: start, submit, read, stop."""
+"""Continuous batching of a model in the order of a policy: submit requests, read their tokens."""
 
 import math
 import reprlib
@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from numbers import Integral
 from queue import Full
 from threading import Lock
-from typing import final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
@@ -19,12 +18,16 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationM
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from demand.arguments import check_instance, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.integrations.job_ledger import JobDetails
+from demand.integrations.transformers.attention import check_attention
 from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
-from demand.policies.base import Job, Policy
+from demand.policies.base import Policy
+from demand.policies.job import Job
 from demand.units import CostModel
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -45,32 +48,42 @@ def continuous_batching(
 ) -> Iterator["Batching"]:
     """Serve requests to `model` in the order of `policy` while the context is open.
 
-    Meanwhile use the model elsewhere only inside `manager.pause()`: a forward of transformers is
-    not safe in two threads at once.
+    A thread of its own runs the engine. In the meantime use the model elsewhere only inside
+    `batching.manager.pause()`: transformers is not safe with forwards in two threads at once.
 
-    Leaving it waits for the requests that are still there, or fails them if it is left by an
-    error; then the model, its generation config and transformers are as before.
+    Leaving the context waits for the requests that have not ended, or fails them if it is left by
+    an error; afterwards the model, its generation config and transformers are as they were.
 
     Args:
         model: a causal language model that transformers can batch continuously; on a CPU its
-            attention must be "sdpa" or "paged|eager".
-        policy: ranks the applications.
-        distributions: of their total demand in seconds, by name.
-        graphs: of the applications whose distribution is to be `graph.remaining()`.
-        cost: seconds of tokens; `None` takes that of the graphs, or the default without graphs.
-        config: of the engine; `max_requests_per_batch` is the width. Its `scheduler_type` is
-            replaced, and batching is synchronous.
+            attention must be "sdpa" or "eager".
+        policy: ranks the jobs, which are runs of applications.
+        distributions: of total demand in seconds, by name of the application.
+        graphs: demand graphs by name of the application; its distribution is `graph.remaining()`.
+        cost: seconds of service that a token stands for; `None` takes that of the graphs, or
+            `CostModel()` without graphs.
+        config: of the engine; `max_requests_per_batch` bounds how many requests run at a time.
+            Its `scheduler_type` is replaced, and batching is synchronous.
         generation_config: `None` takes the model's.
         clock: gives seconds.
-        seed: of the numbers that jobs draw and of the graphs' walks.
+        seed: of the random numbers that jobs draw, and of the graphs' walks.
 
     Raises:
-        DemandError: something that is no model, a batch of no requests or of no tokens, and what
-            `JobTable` and `check_installed` refuse; on leaving, an engine that failed, for
-            instance in the policy, unless the block is left by another error.
+        DemandError: something that is no model, a model whose attention function the engine
+            cannot run (that of a SparseCache: `sparsity.detach(model)` first), a batch of no
+            requests or of no tokens, and what `JobTable` and `check_installed` refuse; on leaving,
+            an engine that failed, for instance in the policy, unless the block is left by another
+            error.
     """
-    config = config or ContinuousBatchingConfig()
-    _check_engine(model, config)
+    _check_model(model)
+    config = _checked(ContinuousBatchingConfig() if config is None else config)
+    if generation_config is not None:
+        check_instance(
+            "generation_config",
+            generation_config,
+            GenerationConfig,
+            "a GenerationConfig of transformers, or None for the model's",
+        )
     jobs = JobTable(policy, distributions, graphs, cost, clock, seed)
     generation_config = deepcopy(generation_config or model.generation_config)
     with install(jobs, f"demand-{id(jobs):x}") as name:
@@ -98,41 +111,55 @@ def continuous_batching(
             manager.destroy()
 
 
-def _check_engine(model: object, config: ContinuousBatchingConfig) -> None:
+def _check_model(model: object) -> None:
     if not isinstance(model, GenerationMixin):
         raise DemandError(
             f"model is {reprlib.repr(model)}; expected a model of transformers that generates, "
             "such as AutoModelForCausalLM gives: load it first, and of a wrapper give what it wraps"
         )
+    check_attention(model)
+
+
+def _checked(config: ContinuousBatchingConfig) -> ContinuousBatchingConfig:
+    """`config` with its counts as whole numbers; `None` lets transformers choose, and stays."""
+    check_instance(
+        "config", config, ContinuousBatchingConfig, "a ContinuousBatchingConfig, or None"
+    )
+    config = replace(config)
     for name in ("max_requests_per_batch", "max_batch_tokens"):
-        value = getattr(config, name)
-        if value is not None and not _is_count(value):
-            raise DemandError(
-                f"{name} is {value!r}; expected a whole number from 1 on, or None to let "
-                "transformers choose"
-            )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+        if (value := getattr(config, name)) is not None:
+            setattr(config, name, whole_number(name, value, least=1))
+    return config
 
 
 @final
 class Batching:
-    """Submits requests of jobs to a manager of transformers, and reads what it generates.
+    """Submits requests to a manager of transformers, and reads the tokens it generates.
 
     Safe to use from several threads.
 
     Args:
         manager: started, and checked by `check_installed`. Only this object may read its results.
-        jobs: the table that its scheduler ranks by.
+        jobs: the table that its scheduler ranks by. Use its `open`, `close`, `learn` and `serve`
+            for jobs that make several requests.
 
     Attributes:
         manager: as given.
-        jobs: as given; `jobs.open`, `close`, `learn` and `serve` are for jobs of many requests.
+        jobs: as given.
+
+    Raises:
+        DemandError: a manager or a table of another kind.
     """
 
     def __init__(self, manager: ContinuousBatchingManager, jobs: JobTable) -> None:
+        check_instance(
+            "manager",
+            manager,
+            ContinuousBatchingManager,
+            "a started manager of "
+            "continuous batching, such as model.init_continuous_batching gives",
+        )
+        check_instance("jobs", jobs, JobTable, "a JobTable")
         self.manager = manager
         self.jobs = jobs
         self._lock = Lock()  # of what follows
@@ -147,39 +174,25 @@ class Batching:
         *,
         max_new_tokens: int,
         streaming: bool = False,
-        deadline_seconds: float = math.inf,
-        tenant: str | None = None,
-        weight: float = 1.0,
-        priority: int = 0,
-        demand_seconds: float = math.nan,
+        **details: Unpack[JobDetails],
     ) -> str:
-        """Submit an application that makes one request; give the id of the request.
+        """Submit a job that makes one request; give the id of the request.
 
         Args:
             input_ids: token ids of the prompt, a list or `[tokens]`.
-            application: its name.
-            max_new_tokens: tokens after which it ends, if no end-of-sequence token comes first.
+            application: name of the application that the job is a run of.
+            max_new_tokens: number of tokens to generate, if no end-of-sequence token comes first.
             streaming: whether `stream` is to give its tokens as they are generated.
-            deadline_seconds: this and the rest as for `JobTable.open`.
-            tenant: see there.
-            weight: see there.
-            priority: see there.
-            demand_seconds: see there.
+            details: of the job, as for `JobTable.open`.
 
         Raises:
-            DemandError: a prompt that is no list of tokens of the model, tokens that cannot fit
-                into the KV cache, a full queue or an engine that has stopped, and what
-                `JobTable.open` refuses.
+            DemandError: a prompt that is no list of the model's tokens, more tokens than the KV
+                cache can hold, a full queue, an engine that has stopped, and what `JobTable.open`
+                refuses.
         """
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         tokens = self._check(input_ids, max_new_tokens)
-        job = self.jobs.open(
-            application,
-            deadline_seconds=deadline_seconds,
-            tenant=tenant,
-            weight=weight,
-            priority=priority,
-            demand_seconds=demand_seconds,
-        )
+        job = self.jobs.open(application, **details)
         try:
             return self._submit(job, tokens, max_new_tokens, streaming)
         finally:
@@ -193,18 +206,29 @@ class Batching:
         max_new_tokens: int,
         streaming: bool = False,
     ) -> str:
-        """Submit a request of an open job; give the id of the request.
+        """Submit a request of a job that `jobs.open` gave; give the id of the request.
+
+        Args:
+            job: open, and of this table.
+            input_ids: token ids of the prompt, a list or `[tokens]`.
+            max_new_tokens: number of tokens to generate, if no end-of-sequence token comes first.
+            streaming: whether `stream` is to give its tokens as they are generated.
 
         Raises:
-            DemandError: as `submit`, or a job that is closed.
+            DemandError: as for `submit`, or a job that is closed or not in the table.
         """
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         return self._submit(job, self._check(input_ids, max_new_tokens), max_new_tokens, streaming)
 
     def result(self, request_id: str, timeout_seconds: float = math.inf) -> GenerationOutput:
-        """Wait for a request to end and take its output, of which `generated_tokens` is the text.
+        """Wait for a request to end, and take its output once: `.generated_tokens` are its tokens.
 
-        Sequences that transformers forked off it (`num_return_sequences`) are had by their own
-        ids, `{request_id}__child#0` and on.
+        Sequences that transformers forked off it (`num_return_sequences`) have ids of their own,
+        `{request_id}__child#0` and so on.
+
+        Args:
+            request_id: as `submit` or `request` gave it.
+            timeout_seconds: how long to wait at most.
 
         Raises:
             DemandError: the request failed, or is unknown, cancelled or taken already.
@@ -216,10 +240,14 @@ class Batching:
         return output
 
     def stream(self, request_id: str, timeout_seconds: float = math.inf) -> Iterator[int]:
-        """The tokens of a request submitted with `streaming=True`, as they are generated.
+        """Give the tokens of a request submitted with `streaming=True` as they are generated.
+
+        Args:
+            request_id: as `submit` or `request` gave it.
+            timeout_seconds: how long to wait at most, for all of them.
 
         Raises:
-            DemandError: as `result`.
+            DemandError: as for `result`.
             TimeoutError: it has not ended in time.
         """
         give_up = time.monotonic() + timeout_seconds
@@ -230,7 +258,7 @@ class Batching:
             given, finished = len(output.generated_tokens), output.is_finished()
 
     def cancel(self, request_id: str) -> None:
-        """Give up a request, and whatever was forked off it. Its KV is freed before the next step.
+        """Cancel a request and the sequences forked off it; their KV is freed before the next step.
 
         Raises:
             DemandError: the request is unknown, cancelled or taken already.
@@ -259,10 +287,6 @@ class Batching:
             raise DemandError(
                 f"input_ids go from {tokens.min()} to {tokens.max()}; the model knows the tokens "
                 f"from 0 to {vocabulary - 1}, and another would stop the engine for everyone"
-            )
-        if not _is_count(max_new_tokens):
-            raise DemandError(
-                f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1 on"
             )
         config = self.manager.continuous_batching_config
         assert config.num_blocks is not None  # the manager is up
@@ -308,19 +332,19 @@ class Batching:
     def _check_open(self, request_id: str) -> None:
         if request_id not in self._outputs:
             raise DemandError(
-                f"request {request_id!r} is not waited for: it is unknown, was cancelled, or its "
-                "result was taken; use the id that submit gave, once"
+                f"request {request_id!r} has no result to wait for: it is unknown, was cancelled, "
+                "or its result was taken; use the id that submit gave, once"
             )
 
     def _next(self, request_id: str, give_up: float) -> GenerationOutput:
-        """The next output of a request; outputs of others are put by for whoever asks for them."""
+        """The next output of a request; those of other requests are kept for their readers."""
         while True:
             running = self.manager.is_running()
             with self._reading:
-                if (output := self._put_by(request_id)) is not None:
+                if (output := self._kept(request_id)) is not None:
                     break
                 if (read := self.manager.get_result(timeout=0.02)) is not None:
-                    self._put_away(read)
+                    self._keep(read)
             if read is None and not running:
                 raise DemandError(f"the engine stopped before request {request_id!r} ended")
             if time.monotonic() > give_up:
@@ -330,12 +354,12 @@ class Batching:
             raise DemandError(f"request {request_id!r} failed in the engine: {output.error}")
         return output
 
-    def _put_away(self, output: GenerationOutput) -> None:
+    def _keep(self, output: GenerationOutput) -> None:
         with self._lock:
             if output.request_id in self._outputs:
                 self._outputs[output.request_id].append(output)
 
-    def _put_by(self, request_id: str) -> GenerationOutput | None:
+    def _kept(self, request_id: str) -> GenerationOutput | None:
         with self._lock:
             self._check_open(request_id)
             if not self._outputs[request_id]:

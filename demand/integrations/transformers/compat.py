@@ -1,4 +1,4 @@
-"""Which transformers the scheduler fits: a range of versions, and the names it stands on."""
+"""Which transformers the scheduler works with: versions, and the private parts that it uses."""
 
 import inspect
 from dataclasses import fields, is_dataclass
@@ -31,10 +31,10 @@ _STATE_FIELDS = (
 
 
 def check_version(found: str) -> None:
-    """Refuse a transformers outside the supported range.
+    """Refuse a version of transformers outside the supported range.
 
     Raises:
-        DemandError: `found` is older or newer than what the scheduler was written against.
+        DemandError: `found` is older or newer than the scheduler was written for.
     """
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
     if not OLDEST <= numbers < BELOW:
@@ -45,15 +45,15 @@ def check_version(found: str) -> None:
 
 
 def check_features(package: Any) -> None:
-    """Refuse a continuous batching whose parts are not the ones the scheduler was written against.
+    """Refuse a transformers whose continuous batching has other parts than the scheduler uses.
 
-    Its scheduler interface is not public, so a version in range can still differ.
+    Those parts are not public, so that even a version in range can differ.
 
     Args:
         package: `transformers.generation.continuous_batching`.
 
     Raises:
-        DemandError: names every part that is missing or has another signature.
+        DemandError: parts are missing or have another signature; it names each of them.
     """
     wrong = [
         f"{path}({', '.join(expected.split())})"
@@ -69,7 +69,7 @@ def check_features(package: Any) -> None:
     if wrong:
         raise DemandError(
             f"continuous batching of transformers {version('transformers')} has no "
-            f"{'; '.join(wrong)}, which the scheduler of demand stands on: use a version that "
+            f"{'; '.join(wrong)}, which the scheduler of demand uses: take a version that "
             "docs/transformers_scheduler.md lists as run"
         )
 

@@ -1,4 +1,4 @@
-"""Attach the scheduler to transformers, make sure that it is there, detach it."""
+"""Register the scheduler with transformers for a while, and check that a manager runs it."""
 
 import time
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from functools import partial
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
+from demand.arguments import check_instance
 from demand.errors import DemandError
 from demand.integrations.transformers.jobs import JobTable
 from demand.integrations.transformers.scheduler import RankScheduler
@@ -15,14 +16,20 @@ from demand.integrations.transformers.scheduler import RankScheduler
 
 @contextmanager
 def install(jobs: JobTable, name: str = "demand") -> Iterator[str]:
-    """Make `scheduler_type=name` mean: in the order of `jobs`, while the context is open.
+    """Register `RankScheduler` with transformers under `name` while the context is open.
 
-    A manager looks its scheduler up as it starts, in its own thread, and only warns where it finds
-    none: start it inside, and ask `check_installed` before leaving.
+    A manager finds its scheduler by that name as it starts, in its own thread, and only warns if
+    there is none. So start it inside the context, and call `check_installed` before leaving.
+
+    Args:
+        jobs: the table that the scheduler ranks by.
+        name: what to put into `ContinuousBatchingConfig.scheduler_type`; also what the context
+            gives.
 
     Raises:
-        DemandError: the name is taken.
+        DemandError: the name is taken, or `jobs` is no `JobTable`.
     """
+    check_instance("jobs", jobs, JobTable, "a JobTable")
     if name in SCHEDULER_MAPPING:
         raise DemandError(
             f"a scheduler named {name!r} is installed already; choose another name, or leave the "
@@ -38,13 +45,19 @@ def install(jobs: JobTable, name: str = "demand") -> Iterator[str]:
 def check_installed(
     manager: ContinuousBatchingManager, jobs: JobTable, timeout_seconds: float = 60.0
 ) -> RankScheduler:
-    """The scheduler of a started manager, which serves in the order of `jobs`.
+    """Check that a started manager serves in the order of `jobs`; give its scheduler.
+
+    Args:
+        manager: of transformers, started inside `install`.
+        jobs: the table given to `install`.
+        timeout_seconds: how long to wait for the manager to come up.
 
     Raises:
         DemandError: the manager was not started, did not come up in time, runs another
-            scheduler, batches asynchronously, which was never run with this one, or splits its
-            model over processes, which would rank apart.
+            scheduler, batches asynchronously, with which this scheduler was never run, or splits
+            its model over processes, each of which would rank by a clock of its own.
     """
+    check_instance("jobs", jobs, JobTable, "a JobTable")
     give_up = time.monotonic() + timeout_seconds
     while manager.batch_processor is None and manager.is_running():
         if time.monotonic() > give_up:

@@ -1,30 +1,42 @@
-"""Which job each request of an engine belongs to, and what service the jobs have had."""
+"""The jobs in an engine of transformers: the requests and the attained service of each."""
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Unpack, final
 
+from demand.arguments import check_callable, check_instance, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
-from demand.integrations.job_ledger import Ledger
-from demand.policies.base import Job, Policy, Rank
+from demand.integrations.job_ledger import JobDetails, JobLedger
+from demand.policies.base import Policy, Rank
+from demand.policies.job import Job
+from demand.seconds import check_seconds
 from demand.units import CostModel
 
 CHILD = "__child#"
-"""Between the id of a request and the number of a sequence that was forked off it."""
+"""Stands between the id of a request and the number of a sequence forked off it."""
 
 UNANNOUNCED = "unannounced request"
-"""Application of the requests that reach the engine without having been announced."""
+"""Name of the application of requests that reach the engine without being announced."""
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
+    """What the table keeps of one job.
+
+    Attributes:
+        job: as the policy sees it.
+        tokens: of each request or forked sequence, how many were prefilled and generated.
+        live: ids of its requests that have not ended.
+        seconds_outside: service it had outside the engine.
+        closed: whether it makes no further request.
+    """
+
     job: Job
-    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)  # prefilled, generated
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     live: set[str] = field(default_factory=set)
     seconds_outside: float = 0.0
     closed: bool = False
@@ -32,27 +44,29 @@ class _Entry:
 
 @final
 class JobTable:
-    """The jobs in an engine, their requests, and the order they are served in.
+    """The jobs in an engine of transformers, their requests, and the order to serve them in.
 
-    A job is one application from its arrival to its end. It is opened, makes any number of
-    requests, side by side or one after another, and is closed; it departs with its last request.
-    Attained service is the cost model's seconds of the prompt tokens prefilled and the tokens
-    generated, over all its requests; what is computed again after an eviction counts once. An
-    application that has no distribution is ranked by attained service, and a warning says so.
+    A job is one run of an application, from its arrival to its end. It is opened, makes any number
+    of requests, side by side or one after another, and is closed; it departs when it is closed and
+    its last request has ended. Its attained service is the cost model's seconds of all prompt
+    tokens prefilled and all tokens generated, over all its requests; tokens that are computed
+    again after an eviction count once. Jobs of an application without a distribution are ranked by
+    attained service, and a warning names it.
 
     Safe to use from several threads.
 
     Args:
         policy: ranks the jobs.
-        distributions: of total demand in seconds, by application name.
-        graphs: of the applications whose distribution is to be `graph.remaining()`.
-        cost: seconds of tokens; `None` takes that of the graphs, or the default without graphs.
+        distributions: of total demand in seconds, by name of the application.
+        graphs: demand graphs by name of the application; its distribution is `graph.remaining()`.
+        cost: seconds of service that a token stands for; `None` takes that of the graphs, or
+            `CostModel()` without graphs.
         clock: gives seconds; `now()` counts them from the making of the table.
-        seed: of the numbers that jobs draw (`Job.lottery`) and of the graphs' walks.
+        seed: of the random numbers that jobs draw (`Job.lottery`), and of the graphs' walks.
 
     Raises:
-        DemandError: something that is no policy, an application given twice, or cost models that
-            differ.
+        DemandError: an argument of the wrong kind, such as the class of a policy, an application
+            that has both a distribution and a graph, or cost models that differ.
     """
 
     def __init__(
@@ -64,12 +78,21 @@ class JobTable:
         clock: Callable[[], float] = time.monotonic,
         seed: int = 0,
     ) -> None:
+        example = 'a mapping from names, such as {"report": ...}, or None'
+        for name, given in (("distributions", distributions), ("graphs", graphs)):
+            check_instance(name, {} if given is None else given, Mapping, example)
         known, graphs = {**(distributions or {})}, {**(graphs or {})}
+        for application, graph in graphs.items():
+            check_instance(f"graph of {application!r}", graph, PDGraph, "a graph of PDGraph.fit")
+        if cost is not None:
+            check_instance("cost", cost, CostModel, "a CostModel, or None")
+        check_callable("clock", clock, "a function that gives seconds, such as time.monotonic")
+        seed = whole_number("seed", seed)
         if twice := sorted(known.keys() & graphs.keys()):
             raise DemandError(
                 f"applications {twice} have a distribution and a graph; give one of them"
             )
-        costs = {graph.cost for graph in graphs.values()} | ({cost} if cost else set())
+        costs = {graph.cost for graph in graphs.values()} | (set() if cost is None else {cost})
         if len(costs) > 1:
             raise DemandError(
                 f"cost models differ: {sorted(map(repr, costs))}; attained service and demand must "
@@ -77,7 +100,7 @@ class JobTable:
             )
         self.cost = costs.pop() if costs else CostModel()
         known |= {name: graph.remaining(seed=seed) for name, graph in graphs.items()}
-        self._ledger = Ledger(policy, known, seed)
+        self._ledger = JobLedger(policy, known, seed)
         self._clock, self._origin = clock, clock()
         self._lock = threading.RLock()
         self._entries: dict[int, _Entry] = {}
@@ -85,47 +108,27 @@ class JobTable:
 
     @property
     def policy(self) -> Policy:
-        """What ranks the jobs."""
+        """The policy that ranks the jobs."""
         return self._ledger.policy
 
     def now(self) -> float:
         """Seconds since the table was made."""
         return self._clock() - self._origin
 
-    def open(
-        self,
-        application: str,
-        *,
-        deadline_seconds: float = math.inf,
-        tenant: str | None = None,
-        weight: float = 1.0,
-        priority: int = 0,
-        demand_seconds: float = math.nan,
-    ) -> Job:
-        """Let an application arrive.
+    def open(self, application: str, **details: Unpack[JobDetails]) -> Job:
+        """Open a job: a run of `application` arrives now.
 
         Args:
             application: its name, by which its distribution is found.
-            deadline_seconds: from now, by when it should be finished; infinity for none.
-            tenant: who pays for it; `None` makes the application the tenant.
-            weight: share of the tenant relative to the others.
-            priority: class that a priority policy serves by, smaller first.
-            demand_seconds: its true total demand, for an oracle.
+            details: of the job, any of `deadline_seconds` (from now on), `tenant`, `weight`,
+                `priority` and `demand_seconds`; see `JobDetails`.
 
         Raises:
-            DemandError: as for `Ledger.open`: values that make no sense, or a job that the policy
-                cannot rank, such as one of unknown demand under an oracle.
+            DemandError: a value of the wrong kind or out of range, or a job that the policy cannot
+                rank, such as one of unknown demand under an oracle.
         """
         with self._lock:
-            job = self._ledger.open(
-                application,
-                self.now(),
-                deadline_seconds=deadline_seconds,
-                tenant=tenant,
-                weight=weight,
-                priority=priority,
-                demand_seconds=demand_seconds,
-            )
+            job = self._ledger.open(application, self.now(), **details)
             self._entries[job.index] = _Entry(job)
             return job
 
@@ -153,35 +156,47 @@ class JobTable:
             self._ledger.request(job, self.now())
 
     def close(self, job: Job) -> None:
-        """Say that `job` makes no further request."""
+        """Close `job`: it makes no further request, and departs once its last one has ended.
+
+        Raises:
+            DemandError: a job that has departed, or that another table opened.
+        """
         with self._lock:
             entry = self._entry(job)
             entry.closed = True
             self._depart_if_done(entry)
 
     def learn(self, job: Job, remaining: Distribution) -> None:
-        """Take in what is now known of the seconds that `job` still needs.
+        """Replace what is known of the demand of `job` by `remaining`: the seconds it still needs.
 
-        For instance between two stages of an agent, from `graph.remaining(progress)`.
+        For instance between two stages of an agent, by `graph.remaining(progress)`.
+
+        Raises:
+            DemandError: something that is no distribution, a job that has departed, or one that
+                another table opened.
         """
         with self._lock:
             self._ledger.learn(self._entry(job).job, remaining)
 
     def serve(self, job: Job, seconds: float) -> None:
-        """Count service that `job` had outside the engine, where demands count it: a tool's.
+        """Count `seconds` of service that `job` received outside the engine, such as in a tool.
+
+        Needed where the distributions of total demand include such seconds.
 
         Raises:
-            DemandError: seconds that are negative or not finite.
+            DemandError: seconds that are no number, negative or not finite, a job that has
+                departed, or one that another table opened.
         """
         with self._lock:
             entry = self._entry(job)
+            seconds = check_seconds("service", seconds)
             self._ledger.serve(job, seconds, self.now())
             entry.seconds_outside += seconds
 
     # What follows is for the scheduler of the engine.
 
     def entered(self, request_id: str) -> None:
-        """Note that the engine has a request; one that nobody announced is a job of its own."""
+        """Note that a request is in the engine; one that was not announced is a job of its own."""
         with self._lock:
             base = base_id(request_id)
             if base not in self._requests:
@@ -190,17 +205,25 @@ class JobTable:
                 self.close(job)
 
     def progressed(self, request_id: str, prefilled_tokens: int, generated_tokens: int) -> None:
-        """Bring the service of a request's job up to date; counts of tokens never fall."""
+        """Bring the attained service of a request's job up to date.
+
+        Args:
+            request_id: of the request, or of a sequence forked off it.
+            prefilled_tokens: of its prompt so far.
+            generated_tokens: so far. Neither count falls: after an eviction, which makes the
+                engine start over, the largest counts so far hold.
+        """
         with self._lock:
             entry = self._requests.get(base_id(request_id))
-            if entry is None:  # failed, and forgotten by who read that
+            if entry is None:  # it failed, and was forgotten when its failure was read
                 return
             before = entry.tokens.get(request_id, (0, 0))
             after = max(before[0], prefilled_tokens), max(before[1], generated_tokens)
             if after == before:
                 return
             entry.tokens[request_id] = after
-            # From whole tokens, so that sums of steps do not drift off the atoms of a demand.
+            # From the token counts, not by adding up steps: rounding errors would move the sum
+            # away from the values of the demand's distribution.
             attained = (
                 sum(prefilled for prefilled, _ in entry.tokens.values())
                 * self.cost.prefill_seconds_per_token
@@ -213,31 +236,33 @@ class JobTable:
             job.attained_service = attained
 
     def ranked(self, request_ids: Iterable[str]) -> list[str]:
-        """The ids, best first. Ties go to the earlier job, then as the ids came.
+        """Put requests in the order to serve them, best first.
+
+        Requests of equal rank go by the arrival of their jobs, then as they were given.
 
         Raises:
-            DemandError: a policy that ranks NaN.
+            DemandError: a policy that gives no rank: NaN, or what is no number at all.
         """
         with self._lock:
             now = self.now()
-            places: dict[int, tuple[Rank, int]] = {}
+            keys_of_jobs: dict[int, tuple[Rank, int]] = {}
             keys: dict[str, tuple[Rank, int]] = {}
             for request_id in request_ids:
                 job = self._requests[base_id(request_id)].job
-                if job.index not in places:
-                    places[job.index] = (self._ledger.rank(job, now), job.index)
-                keys[request_id] = places[job.index]
+                if job.index not in keys_of_jobs:
+                    keys_of_jobs[job.index] = (self._ledger.rank(job, now), job.index)
+                keys[request_id] = keys_of_jobs[job.index]
             return sorted(keys, key=keys.__getitem__)
 
     def runs(self, request_ids: Iterable[str]) -> None:
-        """Note which requests are in the batch."""
+        """Note which requests are in the present batch: their jobs are being served."""
         with self._lock:
             running = {self._requests[base_id(request_id)].job.index for request_id in request_ids}
             for index, entry in self._entries.items():
                 (self._ledger.start if index in running else self._ledger.stop)(entry.job)
 
     def ended(self, request_id: str) -> None:
-        """Forget a request that finished, failed or was cancelled; again is as good as once."""
+        """Forget a request that finished, failed or was cancelled. Again has no effect."""
         with self._lock:
             entry = self._requests.pop(request_id, None)
             if entry is not None:
@@ -245,13 +270,14 @@ class JobTable:
                 self._depart_if_done(entry)
 
     def __len__(self) -> int:
-        """Jobs in the table."""
+        """Number of jobs in the table."""
         return len(self._entries)
 
     def __repr__(self) -> str:
         return f"JobTable({self.policy!r}, {len(self)} jobs, {len(self._requests)} requests)"
 
     def _entry(self, job: Job) -> _Entry:
+        check_instance("job", job, Job, "a job that `open` gave")
         entry = self._entries.get(job.index)
         if entry is None or entry.job is not job:
             raise DemandError(
@@ -267,5 +293,5 @@ class JobTable:
 
 
 def base_id(request_id: str) -> str:
-    """The id that was submitted, of a request or of a sequence forked off it."""
+    """The id of the request that was submitted, given its own or that of a forked sequence."""
     return request_id.split(CHILD, 1)[0]

@@ -1,4 +1,4 @@
-"""Continuous batching in the order of a policy."""
+"""The scheduler of continuous batching that fills each batch in the order of a policy."""
 
 from typing import final
 
@@ -9,44 +9,47 @@ from transformers.generation.continuous_batching.requests import (
     RequestStatus,
 )
 from transformers.generation.continuous_batching.scheduler import Scheduler
+from typing_extensions import override
 
 from demand.integrations.transformers.jobs import JobTable, base_id
 
 Batch = tuple[list[FutureRequestState] | None, bool, int, int]
-"""What `schedule_batch` gives: the requests, whether all decode, query tokens, KV tokens read."""
+"""What `schedule_batch` gives: the requests of the batch, or `None` if some must be evicted first;
+whether all of them decode; how many query tokens; how many tokens of KV are read."""
 
 
 @final
 class RankScheduler(Scheduler):
     """Fills each batch with the requests whose jobs rank best.
 
-    The rules, each step:
+    A request is active while it holds KV, and waiting while it holds none. The rules of each step:
 
-    1. All requests are put in order: rank of their job, then order of arrival of the job, then
-       order of submission.
+    1. All requests are put in order: by the rank of their job, then by the arrival of the job,
+       then by their own submission.
     2. In that order they enter the batch until it has `max_requests_per_batch` of them, the token
-       budget is spent, or one lacks KV. Nobody after that one enters.
-    3. An active request left out keeps its KV and goes on later without computing anything again.
-    4. For a request that lacks KV, active requests after it in the order lose theirs, the last
-       one first, if that frees enough; they wait and are prefilled again (or copied back, with
+       budget is spent, or one lacks KV. No request after that one enters.
+    3. An active request that is left out keeps its KV, and goes on later without computing
+       anything again.
+    4. For a request that lacks KV, active requests after it in the order lose theirs, the last one
+       first, if that frees enough; they wait and are prefilled again (or copied back, with
        `cpu_offload_space`). A waiting request needs room for its whole prompt. Blocks that are
-       only kept for sharing go before anybody's.
+       kept only for sharing prefixes are freed before those of any request.
 
-    Departures from the scheduler interface of transformers: its `block_new_requests`, set when
-    somebody was evicted, is not obeyed, since rule 4 keeps the evicted out until they fit; and the
-    default safety margin is 0, since a margin ends the batch at the first prefill. transformers
-    never evicts its last active request: where that is all that could give room, it goes on.
+    Departures from the scheduler interface of transformers: its `block_new_requests`, set after an
+    eviction, is not obeyed, since rule 4 keeps evicted requests out until they fit; and the default
+    safety margin is 0, since a margin ends the batch at the first prefill. transformers never
+    evicts its last active request: where only that one could give room, it goes on.
 
     Args:
-        cache: of the engine.
+        cache: the paged KV cache of the engine.
         safety_margin: share of free KV below which only decoding requests and one prefill enter.
-        max_requests_per_batch: the width.
-        jobs: says whose the requests are, and ranks them.
+        max_requests_per_batch: how many requests a batch holds at most.
+        jobs: says which job each request belongs to, and ranks the jobs.
 
     Attributes:
-        steps: batches so far.
-        pauses: times an active request was left out of a batch after being in the one before.
-        evictions: times a request lost its KV.
+        steps: number of batches so far.
+        pauses: how often an active request was left out of a batch after being in the one before.
+        evictions: how often a request lost its KV.
     """
 
     def __init__(
@@ -60,17 +63,19 @@ class RankScheduler(Scheduler):
         self._prompt_tokens: dict[str, int] = {}  # of the requests in the engine
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
 
+    @override
     def reset(self) -> None:
-        """Start anew; what an earlier session left is gone."""
+        """Forget all requests and set the counters to 0."""
         super().reset()
         self.steps = self.pauses = self.evictions = 0
         self._in_batch: set[str] = set()
         self._forget_the_gone()
 
+    @override
     def add_waiting_request(self, state: RequestState) -> None:
-        """Take in a new request, or one that was evicted."""
+        """Let a request wait that is new, or that was evicted."""
         if state.request_id in self.waiting_requests:
-            # The engine was offered it as the last to evict; it had no KV to lose.
+            # It was offered for eviction while it waited, and so had no KV to lose.
             self.waiting_requests[state.request_id] = state
             return
         if state.request_id in self._prompt_tokens:
@@ -80,20 +85,28 @@ class RankScheduler(Scheduler):
             self._prompt_tokens[state.request_id] = len(state.initial_tokens)
         super().add_waiting_request(state)
 
+    @override
     def finish_request(self, request_id: str) -> None:
-        """Let go of a request that is over, or of its KV."""
+        """Free the KV of a request that has ended or is being evicted."""
         if request_id in self.active_requests:
             self._note_progress(self.active_requests[request_id])
         super().finish_request(request_id)
 
+    @override
     def clear_cancelled_requests(self) -> list[RequestState]:
-        """Let go of cancelled requests. The engine asks for it before every step."""
+        """Forget cancelled requests; the engine calls this before every step."""
         cancelled = super().clear_cancelled_requests()
         self._forget_the_gone()
         return cancelled
 
+    @override
     def schedule_batch(self, token_budget: int, cache_budget: int) -> Batch:
-        """The next batch; `None` for its requests if somebody has to be evicted first."""
+        """The next batch, by the rules above.
+
+        Args:
+            token_budget: how many tokens may be computed.
+            cache_budget: how many tokens of KV may be read.
+        """
         for request_id in self._in_batch & self.active_requests.keys():
             self._note_progress(self.active_requests[request_id])
         states = self.active_requests | self.waiting_requests
@@ -126,14 +139,18 @@ class RankScheduler(Scheduler):
     def _admit(
         self, ranked: list[RequestState], token_budget: int
     ) -> tuple[list[RequestState], list[tuple[RequestState, int]]]:
-        """Who enters by rules 2 and 4; or, where eviction helps, from whom to evict first.
+        """Which requests enter by rules 2 and 4; or, where eviction helps, which to offer for it.
 
-        The engine evicts from the end of what it is offered until all that is left can store the
-        tokens they come with.
+        The engine evicts from the end of the requests it is offered, until those that are left can
+        store the tokens given with them.
+
+        Args:
+            ranked: all requests, best first.
+            token_budget: how many tokens may be computed.
         """
         wanted: list[tuple[RequestState, int]] = []
         taken, free = 0, self.cache.compute_free_capacity(relative=False)
-        for place, state in enumerate(ranked):
+        for position, state in enumerate(ranked):
             if token_budget <= 0 or len(wanted) == self.max_requests_per_batch:
                 break
             decoding = state.status == RequestStatus.DECODING
@@ -144,7 +161,7 @@ class RankScheduler(Scheduler):
             if taken > free and self.cache.evict_cached_blocks():
                 free = self.cache.compute_free_capacity(relative=False)
             if taken > free:
-                later = self._active(ranked[place + 1 :])
+                later = self._active(ranked[position + 1 :])
                 if self._bytes_to_free(later) >= taken - free:
                     return [], [*wanted, (state, tokens), *((one, 0) for one in later)]
                 if not wanted:
@@ -166,7 +183,7 @@ class RankScheduler(Scheduler):
         )
 
     def _bytes_to_free(self, active: list[RequestState]) -> int:
-        """KV that can be had from active requests, of which one is always left."""
+        """Bytes of KV that evicting all of `active` would free, but for the last active request."""
         return sum(
             sum(block not in allocator.ledger.shared_ref_counts for block in blocks)
             * allocator.bytes_per_block

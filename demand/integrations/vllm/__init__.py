@@ -1,8 +1,8 @@
 """The policies of `demand` with vLLM, on two levels.
 
 `AdmissionController` stands in front of any OpenAI-compatible server and decides which call is
-sent next. `make_scheduler` makes a scheduler class that vLLM runs inside its engine, which may
-also take the place of a running request. The first needs httpx2, the second vLLM.
+sent next; it needs the package openai. `make_scheduler` makes a scheduler class that vLLM runs
+inside its engine, where it can also preempt a running request for a better one; it needs vLLM.
 """
 
 from demand.integrations.vllm.admission import AdmissionController, Counts

@@ -1,4 +1,4 @@
-"""Admission control in front of an OpenAI-compatible server: the order is decided here."""
+"""Admission control in front of an OpenAI-compatible server: which call is sent next."""
 
 import asyncio
 import math
@@ -8,23 +8,38 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, final
+from typing import TYPE_CHECKING, Any, Self, Unpack, final
 
+from demand.arguments import check_callable, check_instance, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.job_ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import JobDetails, JobLedger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
 from demand.integrations.vllm.failures import AttemptError, Retry
 from demand.integrations.vllm.run import Run
-from demand.integrations.vllm.server import Client, Server
+from demand.integrations.vllm.server import Server
 from demand.policies.base import Policy, Rank
 from demand.units import CostModel
+
+if TYPE_CHECKING:
+    from demand.integrations.vllm.client import Client
 
 
 @final
 @dataclass(frozen=True)
 class Counts:
-    """Where the calls stand: submitted = waiting + in_flight + finished + failed + cancelled."""
+    """How many calls are in which status; every call is counted exactly once.
+
+    At any time submitted = waiting + in_flight + finished + failed + cancelled.
+
+    Attributes:
+        submitted: all calls so far.
+        waiting: not sent yet, or waiting for their next attempt.
+        in_flight: sent to the server, whose answer has not ended.
+        finished: answered in full.
+        failed: refused, or out of attempts.
+        cancelled: given up by who submitted them.
+    """
 
     submitted: int
     waiting: int
@@ -36,39 +51,42 @@ class Counts:
 
 @final
 class AdmissionController:
-    """Holds calls back, and lets `in_flight` of them at a time through to the server.
+    """Holds calls back, and lets at most `in_flight` of them at a time through to the server.
 
-    Whenever a place is free, every call that waits is ranked anew by what its application has
-    attained until then, and the best goes; ties go to the application that arrived first, then to
-    the call submitted first. A call on the server is not recalled: order is decided between calls.
-    A call that fails is tried again or reported (`Retry`, `Call`); it gives its place up while it
-    waits. When the server sheds load (429, 503), nothing is sent until the delay is over.
+    Whenever fewer are in flight, every call that waits is ranked anew by the service its run has
+    attained until then, and the best is sent; ties go to the run that arrived first, then to the
+    call submitted first. A call in flight is not recalled: preemption is between calls only. A
+    call whose attempt fails is tried again or reported (`Retry`, `Call`); until it is sent again
+    it is not in flight, and another call may be. When the server sheds load (429, 503), nothing is
+    sent until the delay is over.
 
-    The next call of a run keeps the run's turn if it is submitted as soon as the previous one has
-    been awaited, with no other await between them.
+    A run keeps its turn if its next call is submitted right after the previous one has been
+    awaited, with no other await between them.
 
     Use it as an asynchronous context manager, once, within one event loop. On leaving, it waits
     for all calls; if the block raised, it cancels them.
 
     Args:
         server: where the calls go.
-        policy: ranks the applications.
-        distributions: their total demand in seconds, by name; see `Ledger` for unknown names.
-        in_flight: W, how many calls the server has at a time. Too few starve its batch; the
-            smaller it is, the more of the order is the policy's.
-        capacity: calls held at most, in flight included; `Run.submit` waits for room. Only calls
-            that are held are ranked, so keep it well above the number of applications.
-        priority: makes of a rank the integer sent as `priority` with each call, such as
+        policy: ranks the runs of applications.
+        distributions: total demand in seconds, by name of the application. A run of any other
+            application is ranked by attained service, and a warning names it.
+        in_flight: how many calls the server has at a time. With too few its batch is not full; the
+            fewer there are, the more of the order is the policy's.
+        capacity: how many calls are held at most, those in flight included; beyond it `Run.submit`
+            waits. Only calls that are held are ranked, so keep it well above the number of runs.
+        priority: turns a rank into the integer sent as `priority` with each call, such as
             `millisecond_priority`; for servers that order by it (vLLM with
             `--scheduling-policy priority`; others refuse the field). `None` sends none.
-        retry: how often and when a call is tried again.
-        cost: seconds of service that a token stands for.
-        clock: seconds, for policies that read the time; `None` counts from now on, so that ranks
-            by time stay within what `millisecond_priority` tells apart.
-        seed: of the policy's lottery and of the backoff.
+        retry: how often and when a call is tried again; `None` is `Retry()`.
+        cost: seconds of service that a token stands for; `None` is `CostModel()`.
+        clock: gives seconds, for policies that read the time; `None` counts from the making of the
+            controller, so that ranks by time stay within the range of `millisecond_priority`.
+        seed: of the random numbers that jobs draw, and of the random part of the backoff.
 
     Raises:
-        DemandError: no places, or fewer held than in flight; httpx2 not installed.
+        DemandError: an argument of the wrong kind, such as a URL in place of a `Server`, fewer
+            calls in flight than one, or less capacity than in flight; openai is not installed.
     """
 
     def __init__(
@@ -85,18 +103,30 @@ class AdmissionController:
         clock: Callable[[], float] | None = None,
         seed: int = 0,
     ) -> None:
+        check_instance("server", server, Server, 'a server, Server("http://127.0.0.1:8000/v1")')
+        retry = Retry() if retry is None else retry
+        check_instance("retry", retry, Retry, "Retry(attempts=5), say, or None for the default")
+        cost = CostModel() if cost is None else cost
+        check_instance("cost", cost, CostModel, "a CostModel, or None for the default")
+        if priority is not None:
+            check_callable("priority", priority, "a function such as millisecond_priority, or None")
+        if clock is not None:
+            check_callable("clock", clock, "a function that gives seconds, or None")
+        in_flight = whole_number("in_flight", in_flight)
+        capacity = whole_number("capacity", capacity)
+        seed = whole_number("seed", seed)
         if not 1 <= in_flight <= capacity:
             raise DemandError(
                 f"in_flight is {in_flight} and capacity is {capacity}; "
                 "expected 1 <= in_flight <= capacity"
             )
-        self._client = Client(server)
-        self._ledger = Ledger(policy, distributions, seed)
-        self._places = in_flight
+        self._client = _client_of(server)
+        self._ledger = JobLedger(policy, distributions, seed)
+        self._most_in_flight = in_flight
         self._room = asyncio.Semaphore(capacity)
         self._priority = priority
-        self._retry = Retry() if retry is None else retry
-        self._cost = CostModel() if cost is None else cost
+        self._retry = retry
+        self._cost = cost
         began = time.monotonic()
         self._clock = (lambda: time.monotonic() - began) if clock is None else clock
         self._rng = random.Random(seed)
@@ -140,11 +170,12 @@ class AdmissionController:
         for call in (*self._waiting, *self._in_flight):
             self._cancel(call)
         await self._idle.wait()
-        await self._client.__aexit__()
+        if self._entered:
+            await self._client.__aexit__()
 
     @property
     def counts(self) -> Counts:
-        """Where the calls stand now."""
+        """How many calls are in which status now."""
         return Counts(
             self._submitted,
             len(self._waiting),
@@ -154,18 +185,19 @@ class AdmissionController:
             self._over["cancelled"],
         )
 
-    def start(self, application: str, **known: Any) -> Run:
-        """A run of `application` begins; it is the unit that is ranked.
+    def start(self, application: str, **details: Unpack[JobDetails]) -> Run:
+        """Start a run of `application`: the job that is ranked, of which calls are submitted.
 
         Args:
             application: its name.
-            known: `deadline_seconds`, `tenant`, `weight`, `priority`, `demand_seconds`, as for
-                `Ledger.open`.
+            details: of the run, any of `deadline_seconds` (from now on), `tenant`, `weight`,
+                `priority` and `demand_seconds`; see `JobDetails`.
 
         Raises:
-            DemandError: as for `Ledger.open`.
+            DemandError: a value of the wrong kind or out of range, or a run that the policy cannot
+                rank, such as one of unknown demand under an oracle.
         """
-        job = self._ledger.open(application, self._clock(), **known)
+        job = self._ledger.open(application, self._clock(), **details)
         return Run(job, self._ledger, self._clock, self._submit)
 
     async def _submit(self, run: Run, path: str, body: Mapping[str, Any], restart: Restart) -> Call:
@@ -187,15 +219,15 @@ class AdmissionController:
         asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Fill the free places with the best of the calls that wait."""
+        """Send the best of the calls that wait, until `in_flight` of them are on the server."""
         now = asyncio.get_running_loop().time()
-        while len(self._in_flight) < self._places and now >= self._shed_until:
+        while len(self._in_flight) < self._most_in_flight and now >= self._shed_until:
             ready = [call for call in self._waiting if call.not_before <= now]
             if not ready:
                 break
             try:
                 self._send(*self._best(ready))
-            except Exception as error:  # of a policy: the calls that it cannot order are reported
+            except Exception as error:  # of a policy: each call that it cannot rank fails
                 for call in self._waiting.copy():
                     self._waiting.remove(call)
                     self._end(call, "failed", f"it could not be ranked: {error}", error)
@@ -217,7 +249,7 @@ class AdmissionController:
         self._ledger.start(call.job)
         task = asyncio.get_running_loop().create_task(self._serve(call, body))
         self._in_flight[call] = task
-        task.add_done_callback(partial(self._settle, call))
+        task.add_done_callback(partial(self._attempt_over, call))
 
     async def _serve(self, call: Call, body: Mapping[str, Any]) -> None:
         call.start_over()
@@ -228,8 +260,8 @@ class AdmissionController:
         )
         call.check_complete()
 
-    def _settle(self, call: Call, task: asyncio.Task[None]) -> None:
-        """An attempt is over: the one place where a call leaves the server."""
+    def _attempt_over(self, call: Call, task: asyncio.Task[None]) -> None:
+        """End a call whose attempt is over, or let it wait for another attempt."""
         del self._in_flight[call]
         if all(other.job is not call.job for other in self._in_flight):
             self._ledger.stop(call.job)
@@ -275,10 +307,22 @@ class AdmissionController:
             self._idle.set()
 
     def _set_timer(self, now: float) -> None:
-        """Dispatch again when the next retry is due, if nothing else does so before."""
+        """Dispatch again when the next retry is due, unless a call ends or is submitted before."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and len(self._in_flight) < self._places:
+        if self._waiting and len(self._in_flight) < self._most_in_flight:
             due = max(self._shed_until, min(call.not_before for call in self._waiting))
             self._timer = asyncio.get_running_loop().call_later(due - now, self._dispatch)
+
+
+def _client_of(server: Server) -> "Client":
+    try:
+        import openai  # noqa: F401  # what the module below stands on
+    except ImportError as error:
+        raise DemandError(
+            "calls over HTTP need openai; pip install 'picache[integrations]'"
+        ) from error
+    from demand.integrations.vllm.client import Client
+
+    return Client(server)

@@ -1,4 +1,4 @@
-"""What a request to an engine says of its application, in the fields that engines pass through."""
+"""How a request tells a scheduler inside an engine which run of which application it is of."""
 
 import math
 from collections.abc import Mapping
@@ -6,36 +6,35 @@ from dataclasses import dataclass, field
 from typing import Any, Self, final
 
 from demand.errors import DemandError
+from demand.integrations.job_ledger import JobDetails
 
 UNANNOTATED = "unannotated"
-"""Application of the requests that name none."""
+"""Name of the application of all requests that name none."""
 
 _PREFIX = "demand_"
-_NUMBERS = ("deadline_seconds", "weight", "priority", "demand_seconds")
+_DETAILS = JobDetails.__annotations__
 
 
 @final
 @dataclass(frozen=True)
 class Annotation:
-    """Which run of which application a request belongs to.
+    """Which run of which application a request belongs to, as `annotation` wrote it.
 
     Args:
-        application: its name.
-        run: identifies the run among those of the application; the requests of one run are ranked
-            together. Empty: the request is a run of its own.
-        last: whether it is the last request of the run.
-        known: `deadline_seconds`, `tenant`, `weight`, `priority`, `demand_seconds`, as for
-            `Ledger.open`; those of the first request of a run hold.
+        application: as for `annotation`, and so are the others.
+        run: see there.
+        last: see there.
+        details: see there.
     """
 
     application: str = UNANNOTATED
     run: str = ""
     last: bool = False
-    known: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
-        """Read what `annotation` wrote among other fields.
+        """Read the fields that `annotation` wrote; those of others are passed over.
 
         Raises:
             DemandError: an unknown field of ours, or a value of the wrong kind.
@@ -47,22 +46,32 @@ class Annotation:
         }
         application = _text(ours, "application", UNANNOTATED)
         run, last = _text(ours, "run", ""), ours.pop("last", 0)
-        known: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         for name, value in ours.items():
             number = isinstance(value, int | float) and not math.isnan(value)
-            if not (isinstance(value, str) if name == "tenant" else name in _NUMBERS and number):
+            good = isinstance(value, str) if name == "tenant" else number
+            if name not in _DETAILS or not good:
                 raise DemandError(f"{_PREFIX}{name} is {value!r}; expected what `annotation` makes")
-            known[name] = value
-        return cls(application, run, bool(last), known)
+            details[name] = value
+        return cls(application, run, bool(last), details)
 
 
 def annotation(
-    application: str, run: str = "", *, last: bool = False, **known: str | float
+    application: str, run: str = "", *, last: bool = False, **details: str | float
 ) -> dict[str, str | int | float]:
-    """Fields that tell a `make_scheduler` class what a request belongs to.
+    """Fields that tell a scheduler of `make_scheduler` which run a request belongs to.
 
     Hand them to vLLM as `SamplingParams(extra_args=...)`, or over HTTP as `vllm_xargs` in the
-    body; it passes both through to the scheduler unread. See `Annotation` for the arguments.
+    body of the request; it passes both on to the scheduler unread.
+
+    Args:
+        application: name of the application.
+        run: identifies the run among those of the application; the requests of one run are ranked
+            together. Empty for a request that is a run of its own.
+        last: whether it is the last request of the run.
+        details: of the run, any of `deadline_seconds`, `tenant`, `weight`, `priority` and
+            `demand_seconds`, as for `AdmissionController.start`. Those that the first request of
+            a run gives hold for all of it.
 
     Raises:
         DemandError: an unknown field, or a value of the wrong kind.
@@ -71,7 +80,7 @@ def annotation(
         f"{_PREFIX}application": application,
         f"{_PREFIX}run": run,
         f"{_PREFIX}last": int(last),
-        **{_PREFIX + name: value for name, value in known.items()},
+        **{_PREFIX + name: value for name, value in details.items()},
     }
     Annotation.of(fields)
     return fields

@@ -1,4 +1,4 @@
-"""One call: what its reader holds, from submission to the end."""
+"""One call to a server, as its reader holds it from submission to the end."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, final
 from demand.integrations.job_ledger import TokenMeter
 from demand.integrations.vllm.chunks import Chunk, Repetition, TokenCount, text_of
 from demand.integrations.vllm.failures import CallError, StreamBrokenError
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 Status = Literal["waiting", "in flight", "finished", "failed", "cancelled"]
 Restart = Literal["raise", "skip"]
@@ -15,25 +15,30 @@ Restart = Literal["raise", "skip"]
 
 @final
 class Call:
-    """A request in the hands of an `AdmissionController`; iterate over it, or await its `text`.
+    """A call submitted to an `AdmissionController`: iterate over it, or await its `text`.
 
-    Iterating hands chunks over as they arrive. `text` and `chunks` wait for the end, and so leave
-    the controller free to retry: what an attempt that fails had sent is dropped. Once a chunk has
-    been handed over, a broken stream cannot be retried unseen; `restart` says what happens then:
+    Iterating hands each chunk over as it arrives. `text` and `chunks` wait for the end, which
+    leaves the controller free to try again: whatever a failed attempt had sent is dropped. Once a
+    chunk has been handed over, a stream that breaks can no longer be retried behind the reader's
+    back; `restart` says what happens then:
 
-    - "raise": `StreamBrokenError`, and the call counts as failed.
-    - "skip": the call is made again and what the reader has is skipped, for as long as the new
-      stream repeats it letter by letter; where it tells another text, `StreamBrokenError`. For
-      plain text of one choice that the server generates deterministically.
+    - "raise": iterating raises `StreamBrokenError`, and the call counts as failed.
+    - "skip": the call is made again, and what the reader has already is skipped for as long as the
+      new stream repeats it letter by letter; where the text differs, `StreamBrokenError`. Meant
+      for plain text of one choice that the server generates deterministically.
 
-    No reader sees a token twice. A reader who is cancelled while waiting cancels the call.
+    No reader sees a token twice. Cancelling the asyncio task of a reader that waits for the call
+    cancels the call.
 
     Attributes:
-        number: position in order of submission.
-        job: the application it belongs to.
-        status: where it stands.
+        number: position in order of submission, from 0 on.
+        job: the run of an application that it belongs to.
+        path: of the endpoint, such as "completions".
+        body: of the request, as submitted.
+        status: "waiting", "in flight", "finished", "failed" or "cancelled".
         attempts: how often it was sent to the server.
-        given_up: whether somebody cancelled it, in time or not.
+        given_up: whether it was asked to be cancelled, even if it had ended by then.
+        not_before: second on the event loop's clock before which it is not sent again.
     """
 
     def __init__(
@@ -53,7 +58,7 @@ class Call:
         self.status: Status = "waiting"
         self.attempts = 0
         self.given_up = False
-        self.not_before = 0.0  # second on the event loop's clock until which a retry waits
+        self.not_before = 0.0
         self._restart = restart
         self._meter = meter
         self._cancel = cancel
@@ -82,7 +87,7 @@ class Call:
         return self._chunks[self._handed_over - 1]
 
     async def chunks(self) -> tuple[Chunk, ...]:
-        """All chunks, once the call has finished.
+        """Wait until the call has finished, and give all its chunks.
 
         Raises:
             CallError: it failed or was cancelled.
@@ -93,7 +98,7 @@ class Call:
         return tuple(self._chunks)
 
     async def text(self) -> str:
-        """The text of the first choice, once the call has finished.
+        """Wait until the call has finished, and give the text of its first choice.
 
         Raises:
             CallError: it failed or was cancelled.
@@ -102,11 +107,11 @@ class Call:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the call has ended: finished, failed or cancelled."""
         return self._ended.is_set()
 
     def cancel(self) -> None:
-        """Give the call up; its connection is closed. No effect once it has ended."""
+        """Cancel the call and close its connection. No effect once it has ended."""
         self._cancel(self)
 
     async def _wait_for(self, event: asyncio.Event) -> None:
@@ -116,20 +121,25 @@ class Call:
             self.cancel()
             raise
 
-    # For the controller.
+    # What follows is for the controller.
 
     def start_over(self) -> None:
-        """A new attempt is made.
+        """Prepare for another attempt: drop the chunks that were not handed over.
 
         Raises:
-            AttemptError: what was handed over cannot be matched with another stream.
+            AttemptError: what was handed over cannot be compared with a new stream, since it is
+                more than the text of one choice.
         """
         self._tokens = TokenCount()
         self._repetition = Repetition(self._chunks[: self._handed_over])
         del self._chunks[self._handed_over :]
 
     def take(self, chunk: Chunk) -> float:
-        """Take in a chunk of the present attempt; returns the seconds of service it stands for."""
+        """Take in a chunk of the present attempt; give the seconds of service it stands for.
+
+        Raises:
+            AttemptError: the chunk differs from what was handed over of an earlier attempt.
+        """
         self._tokens.add(chunk)
         beyond = self._repetition.beyond(chunk)
         if beyond is not None:
@@ -138,20 +148,26 @@ class Call:
         return self._meter.gained(self._tokens.input_tokens, self._tokens.output_tokens)
 
     def check_complete(self) -> None:
-        """The present attempt has come to its end.
+        """Check, at the end of an attempt, that it repeated all that was handed over before.
 
         Raises:
-            AttemptError: before it had repeated all that was handed over.
+            AttemptError: it ended too early for that.
         """
         self._repetition.check_over()
 
     @property
     def may_restart(self) -> bool:
-        """Whether another attempt can be made behind the reader's back."""
+        """Whether another attempt can be made without the reader noticing."""
         return self._handed_over == 0 or self._restart == "skip"
 
     def end(self, status: Status, reason: str = "", cause: BaseException | None = None) -> None:
-        """It is over, well or not."""
+        """End the call: its readers get the rest of it, or the error.
+
+        Args:
+            status: "finished", "failed" or "cancelled".
+            reason: what was seen, if it did not finish.
+            cause: the error behind that, if there was one.
+        """
         self.status = status
         if status != "finished":
             kind = StreamBrokenError if self._handed_over and status == "failed" else CallError

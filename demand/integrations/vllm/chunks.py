@@ -1,4 +1,4 @@
-"""What the chunks of a stream carry: text and token counts, and what a restarted stream repeats."""
+"""The chunks of a stream: their text, their tokens, and what a restarted stream repeats."""
 
 from collections.abc import Iterable
 from typing import Any, final
@@ -10,18 +10,21 @@ Chunk = dict[str, Any]
 
 
 def text_of(chunk: Chunk) -> str:
-    """Text that `chunk` adds to its first choice; empty if it adds none."""
+    """Text that `chunk` adds to the first choice; empty if it adds none."""
     return "".join(_text(choice) for choice in chunk["choices"] if choice.get("index", 0) == 0)
 
 
 @final
 class TokenCount:
-    """Tokens of one attempt, counted while they arrive.
+    """Counts the tokens of one attempt while they arrive.
 
-    By the usage that a chunk carries, where one does (vLLM puts it into every chunk if
-    `stream_options` has `continuous_usage_stats`, any server into the last if it has
-    `include_usage`); else one token for each piece of text, and an unknown number of input tokens
-    counts 0.
+    The `usage` that a chunk carries holds. vLLM puts it into every chunk if `stream_options` asks
+    for `continuous_usage_stats`, and any server into the last one if it asks for `include_usage`.
+    Until the first usage, each piece of text counts as one output token and the prompt as none.
+
+    Attributes:
+        input_tokens: of the prompt.
+        output_tokens: generated so far, over all choices.
     """
 
     def __init__(self) -> None:
@@ -29,7 +32,7 @@ class TokenCount:
         self.output_tokens = 0
 
     def add(self, chunk: Chunk) -> None:
-        """Count `chunk`."""
+        """Count the tokens of `chunk`, the next of the stream."""
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self.input_tokens = _count(usage, "prompt_tokens", self.input_tokens)
@@ -40,10 +43,11 @@ class TokenCount:
 
 @final
 class Repetition:
-    """The beginning of a restarted stream, which must repeat what was handed over, and is skipped.
+    """Skips the beginning of a restarted stream, which must repeat what was handed over.
 
     Args:
-        handed_over: the chunks that the reader already has.
+        handed_over: the chunks of earlier attempts that the reader has. They may be cut
+            differently from those of the new stream; only the text counts.
 
     Raises:
         AttemptError: one of them carries more than the text of one choice.
@@ -53,10 +57,10 @@ class Repetition:
         self._left = "".join(map(_plain_text, handed_over))
 
     def beyond(self, chunk: Chunk) -> Chunk | None:
-        """The part of `chunk` that the reader does not have yet; `None` if it has all of it.
+        """The part of `chunk` that the reader does not have yet; `None` if there is none.
 
         Raises:
-            AttemptError: the stream tells another text, or ends before the repetition does.
+            AttemptError: the text differs from what the reader has, or ends before it.
         """
         if not self._left:
             return chunk
@@ -64,7 +68,7 @@ class Repetition:
         known = min(len(text), len(self._left))
         ended = any(choice.get("finish_reason") for choice in chunk["choices"])
         if text[:known] != self._left[:known] or (ended and known < len(self._left)):
-            raise self._another_text()
+            raise self._differs()
         self._left = self._left[known:]
         if known == len(text) and not ended:
             return None
@@ -75,17 +79,17 @@ class Repetition:
         return {**chunk, "choices": [{**choice, "delta": delta}]}
 
     def check_over(self) -> None:
-        """The stream has ended.
+        """Check, at the end of the stream, that it repeated everything the reader has.
 
         Raises:
-            AttemptError: before it had repeated everything.
+            AttemptError: it did not.
         """
         if self._left:
-            raise self._another_text()
+            raise self._differs()
 
     @staticmethod
-    def _another_text() -> AttemptError:
-        return AttemptError("the restarted stream tells another text", again=False)
+    def _differs() -> AttemptError:
+        return AttemptError("the restarted stream differs from what was handed over", again=False)
 
 
 def _text(choice: dict[str, Any]) -> str:
@@ -101,7 +105,7 @@ def _plain_text(chunk: Chunk) -> str:
         if choice.get("index", 0) != 0 or extra or choice.get("logprobs"):
             raise AttemptError(
                 "what was handed over is more than the text of one choice, which cannot be "
-                "matched with a restarted stream",
+                "compared with a restarted stream",
                 again=False,
             )
     return text_of(chunk)

@@ -1,25 +1,26 @@
-"""Who gives way: the decision that schedulers inside an engine add to the order."""
+"""Which running requests are preempted so that better ones that wait can be served."""
 
 from collections.abc import Sequence
 
 from demand.policies.base import Rank
 
 Key = tuple[Rank, int]
-"""Rank, then place in order of arrival; smaller goes first."""
+"""What requests are sorted by, smallest first: rank of the run, then its number by arrival."""
 
 
 def displaced(running: Sequence[Key], waiting: Sequence[Key], slots: int) -> list[int]:
-    """Positions in `running` of those that give way to `waiting`, the worst first.
+    """Indices into `running` of the requests to preempt for some of `waiting`, largest key first.
 
-    After it the `slots` places go to the smallest ranks of all, except that a runner keeps its
-    place against a waiting one of equal rank, earlier or not: giving way costs the engine work,
-    and two of equal rank would only take turns. Waiting ones fill free places first, the smallest
-    key first. Each runner displaced makes room for exactly one that waits.
+    Requests that wait take free slots first, smallest key first. For each that is left over, the
+    running request of largest key is preempted, if its rank is strictly larger. At equal rank the
+    running one stays: preempting costs a prefill, and two of equal rank would only take turns.
+    Afterwards the requests of smallest rank hold the slots.
 
     Args:
-        running: those being served, in any order.
-        waiting: those that could be served at once.
-        slots: how many can be served; where more are running, nobody is displaced for the excess.
+        running: keys of the requests being served, in any order.
+        waiting: keys of those that could be served at once, in any order.
+        slots: how many requests can be served at a time. Where more are running already, none is
+            preempted for that reason.
     """
     free = max(slots - len(running), 0)
     best_waiting = sorted(waiting)[free:]

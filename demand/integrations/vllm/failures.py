@@ -5,26 +5,32 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import final
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
+from demand.seconds import check_seconds
 
 
 class CallError(DemandError):
-    """A call came to no answer: refused, out of attempts, or cancelled. Says what was seen."""
+    """A call got no answer: it was refused, ran out of attempts, or was cancelled.
+
+    The message says how many attempts were made and what the last one saw.
+    """
 
 
 class StreamBrokenError(CallError):
-    """A stream broke after some of it had been handed over, and could not be taken up again."""
+    """A stream broke after part of it had been handed over, and could not be continued."""
 
 
 @final
 class AttemptError(Exception):
-    """One attempt at a call failed.
+    """One attempt at a call failed. The controller tries again, or reports it as a `CallError`.
 
     Args:
         reason: what was seen.
-        again: whether another attempt may fare better.
-        shed: whether the server is shedding load, which concerns every call to it.
-        retry_after_seconds: how long the server asked to be left alone.
+        again: whether another attempt has a chance.
+        shed: whether the server is shedding load (429, 503), which concerns every call to it.
+        retry_after_seconds: how long the server asked clients to wait (Retry-After); `None` if it
+            did not ask.
     """
 
     def __init__(
@@ -44,19 +50,20 @@ class AttemptError(Exception):
 @final
 @dataclass(frozen=True)
 class Retry:
-    """Exponential backoff with a bound.
+    """How often a failed call is tried again, and after how long: bounded exponential backoff.
 
     The n-th retry waits between half and all of first_seconds * 2**(n - 1), drawn at random so
-    that clients do not return in step, or as long as the server's Retry-After asks, if that is
-    longer. A Retry-After over `longest_seconds` is not shortened: the call fails and says so.
+    that clients do not come back all at once, or as long as the server's Retry-After asks, if that
+    is longer. A Retry-After beyond `longest_seconds` is not shortened: the call fails instead.
 
     Args:
-        attempts: made at most, the first included.
-        first_seconds: delay before the first retry.
-        longest_seconds: a delay never exceeds it.
+        attempts: how many are made at most, the first included.
+        first_seconds: longest delay before the first retry.
+        longest_seconds: longest delay before any retry.
 
     Raises:
-        DemandError: attempts that are no whole number from 1 on, or delays out of order.
+        DemandError: attempts that are no whole number from 1 on, or delays that are no finite
+            seconds or out of order.
     """
 
     attempts: int = 5
@@ -64,8 +71,9 @@ class Retry:
     longest_seconds: float = 30.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attempts, int) or self.attempts < 1:
-            raise DemandError(f"attempts is {self.attempts!r}; expected a whole number from 1 on")
+        object.__setattr__(self, "attempts", whole_number("attempts", self.attempts, least=1))
+        for name in ("first_seconds", "longest_seconds"):
+            object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         if not 0.0 <= self.first_seconds <= self.longest_seconds:
             raise DemandError(
                 f"first_seconds is {self.first_seconds} and longest_seconds is "
@@ -75,7 +83,13 @@ class Retry:
     def delay_seconds(
         self, failure: AttemptError, attempts: int, rng: random.Random
     ) -> float | None:
-        """Seconds until the next attempt after `attempts` of them; `None` if there is none."""
+        """Seconds to wait before the next attempt; `None` if the call is not tried again.
+
+        Args:
+            failure: of the last attempt.
+            attempts: how many have been made.
+            rng: draws the delay.
+        """
         asked = failure.retry_after_seconds or 0.0
         if not failure.again or attempts >= self.attempts or asked > self.longest_seconds:
             return None

@@ -1,4 +1,4 @@
-"""Requests of an engine, ranked by their applications; knows nothing of the engine."""
+"""The requests in an engine, ranked by the runs they belong to; knows nothing of the engine."""
 
 import logging
 import math
@@ -6,22 +6,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from demand.arguments import whole_number
 from demand.errors import DemandError
-from demand.integrations.job_ledger import Ledger, TokenMeter
+from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
-from demand.policies.base import Job
+from demand.policies.job import Job
 from demand.units import CostModel
 
 logger = logging.getLogger(__name__)
 
 RunName = tuple[str, str]
+"""Application and run, as annotated."""
 
 
 @dataclass(slots=True)
 class _Run:
+    """A run with requests in the engine, or remembered from those it had.
+
+    Attributes:
+        job: what the policy sees of it.
+        requests: ids of its requests in the engine.
+        last: whether its last request has come.
+    """
+
     job: Job
-    requests: set[str] = field(default_factory=set)  # ids of those in the engine
+    requests: set[str] = field(default_factory=set)
     last: bool = False
 
 
@@ -34,30 +44,38 @@ class _Request:
 
 @final
 class Ranking:
-    """Which request goes first, by the service that its run has attained.
+    """Ranks the requests in an engine by the service that the runs they belong to have attained.
 
     Args:
-        ledger: opens and ranks the jobs.
+        ledger: opens and ranks the jobs, one for each run.
         cost: seconds of service that a token stands for.
-        idle_runs: how many runs are remembered that have no request in the engine and were not
-            declared over; beyond it the one idle for longest is forgotten.
+        idle_runs: how many runs are remembered that have no request in the engine and have not
+            been marked as over; beyond that number the one idle for longest is forgotten.
+
+    Raises:
+        DemandError: `idle_runs` that is no whole number from 0 on.
     """
 
-    def __init__(self, ledger: Ledger, cost: CostModel, idle_runs: int) -> None:
+    def __init__(self, ledger: JobLedger, cost: CostModel, idle_runs: int) -> None:
         self._ledger = ledger
         self._cost = cost
-        self._idle_runs = idle_runs
+        self._idle_runs = whole_number("idle_runs", idle_runs, least=0)
         self._runs: dict[RunName, _Run] = {}
         self._idle: dict[RunName, _Run] = {}  # a subset, idle for longest first
         self._running: dict[RunName, _Run] = {}
         self._requests: dict[str, _Request] = {}
 
     def add(self, request: str, fields: Mapping[str, Any], now: float) -> Key:
-        """Take in a request by its unique id; returns its key.
+        """Take in a request, and give the key by which it is sorted.
 
-        What is wrong with its annotation is logged, and the request is treated as unannotated: an
-        engine has others to serve, and no way to refuse one here. Without `demand_seconds` an
-        oracle ranks it last.
+        If its annotation is wrong, that is logged and the request is served as unannotated: an
+        engine has others to serve, and no way to refuse one at this point. An oracle ranks a
+        request without `demand_seconds` last.
+
+        Args:
+            request: its id, unique in the engine.
+            fields: what came with it, `annotation` among other things.
+            now: second on the engine's clock.
         """
         try:
             annotation = Annotation.of(fields)
@@ -75,20 +93,21 @@ class Ranking:
         return self.key(request, now)
 
     def key(self, request: str, now: float) -> Key:
-        """What the engine sorts `request` by now."""
+        """The key that `request` is sorted by at second `now`, smallest first."""
         job = self._requests[request].run.job
         return self._ledger.rank(job, now), job.index
 
     def serve(self, progress: Iterable[tuple[str, int, int]], now: float) -> set[str]:
-        """Count the service of requests that run.
+        """Count the service of the requests that are being served.
 
         Args:
-            progress: id, input tokens read and output tokens generated of each.
+            progress: of each, its id, input tokens read and output tokens generated.
             now: second on the engine's clock.
 
         Returns:
-            Ids of the requests whose keys may have changed: all of the runs that are served or
-            were until now, or all there are if serving one run can change the rank of others.
+            Ids of the requests whose keys may have changed: those of all runs that are served or
+            were served until now, or every request if serving one run can change the rank of
+            others (`Policy.reranks`).
         """
         served: dict[RunName, _Run] = {}
         for request, input_tokens, output_tokens in progress:
@@ -107,7 +126,7 @@ class Ranking:
         return {request for run in changed for request in run.requests}
 
     def finish(self, request: str, input_tokens: int, output_tokens: int, now: float) -> None:
-        """`request` has left the engine, with this many tokens read and generated."""
+        """Note that `request` has left the engine, with this many tokens read and generated."""
         entry = self._requests.pop(request)
         run = entry.run
         self._ledger.serve(run.job, entry.meter.gained(input_tokens, output_tokens), now)
@@ -132,7 +151,7 @@ class Ranking:
         name = (annotation.application, annotation.run) if annotation.run else ("", request)
         run = self._runs.get(name)
         if run is None:
-            known = {"demand_seconds": math.inf, **annotation.known}
-            run = _Run(self._ledger.open(annotation.application, now, **known))
+            details = {"demand_seconds": math.inf, **annotation.details}
+            run = _Run(self._ledger.open(annotation.application, now, **details))
             self._runs[name] = run
         return name, run

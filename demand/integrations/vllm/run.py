@@ -7,30 +7,31 @@ from typing import Any, Self, final, get_args
 
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.job_ledger import Ledger
+from demand.integrations.job_ledger import JobLedger
 from demand.integrations.vllm.call import Call, Restart
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 _PATHS = ("chat/completions", "completions")
 _OWN_FIELDS = ("priority", "stream")
 _USAGE = {"stream_options": {"include_usage": True}}
 
 Submit = Callable[["Run", str, Mapping[str, Any], Restart], Awaitable[Call]]
+"""How a run hands a path, a body and `restart` to its controller."""
 
 
 @final
 class Run:
     """A run of an application, from `AdmissionController.start` to `finish`; a context manager.
 
-    Its calls, one after another or side by side, accumulate the service that the policy ranks by.
+    Its calls, one after another or side by side, add to the service that the policy ranks it by.
 
     Attributes:
-        job: as the policy sees it.
+        job: what the policy sees of it.
         finished: whether `finish` was called.
     """
 
     def __init__(
-        self, job: Job, ledger: Ledger, clock: Callable[[], float], submit: Submit
+        self, job: Job, ledger: JobLedger, clock: Callable[[], float], submit: Submit
     ) -> None:
         self.job = job
         self._ledger = ledger
@@ -46,12 +47,14 @@ class Run:
         self.finish()
 
     async def submit(self, path: str, body: Mapping[str, Any], restart: Restart = "raise") -> Call:
-        """Submit a call; waits while the controller is full.
+        """Submit a call, and return as soon as the controller holds it; it may be sent much later.
 
         Args:
-            path: "chat/completions" or "completions".
-            body: of the request, without `stream` and `priority`.
-            restart: what to do when a stream breaks that was handed over in part; see `Call`.
+            path: of the endpoint, "chat/completions" or "completions".
+            body: of the request as JSON, without `stream` and `priority`, which the controller
+                sets.
+            restart: what to do when a stream breaks after part of it was handed over, "raise" or
+                "skip"; see `Call`.
 
         Raises:
             DemandError: a path or body that cannot be sent, a run that is finished, or a
@@ -70,7 +73,7 @@ class Run:
         if own:
             raise DemandError(f"the body has {own}, which the controller sets; leave them out")
         try:
-            sent = json.loads(json.dumps({**_USAGE, **body}, allow_nan=False))
+            sent = json.loads(_as_json({**_USAGE, **body}))
         except (TypeError, ValueError) as error:
             raise DemandError(f"the body cannot be sent as JSON: {error}") from error
         self._calls = [call for call in self._calls if not call.over]
@@ -81,23 +84,31 @@ class Run:
         return call
 
     def serve(self, seconds: float) -> None:
-        """Count service that the run got elsewhere, such as `seconds` in a tool.
+        """Count `seconds` of service that the run received elsewhere, such as in a tool.
 
-        For distributions of total demand that include such seconds.
+        Needed where the distributions of total demand include such seconds.
 
         Raises:
-            DemandError: seconds that are negative or not finite.
+            DemandError: seconds that are no number, negative or not finite.
         """
         self._ledger.serve(self.job, seconds, self._clock())
 
     def learn(self, remaining: Distribution) -> None:
-        """Take in what its progress says of its demand in seconds from here on."""
+        """Replace what is known of its demand by `remaining`: the seconds it needs from here on.
+
+        Raises:
+            DemandError: something that is no distribution.
+        """
         self._ledger.learn(self.job, remaining)
 
     def finish(self) -> None:
-        """It is over; calls of it that are not are cancelled. No effect a second time."""
+        """End the run and cancel those of its calls that have not ended. Again has no effect."""
         if not self.finished:
             self.finished = True
             for call in self._calls:
                 call.cancel()
             self._ledger.close(self.job, self._clock())
+
+
+def _as_json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, allow_nan=False, ensure_ascii=False).encode()

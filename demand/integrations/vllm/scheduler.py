@@ -1,13 +1,16 @@
-"""The one file that knows vLLM's scheduler, whose interface is not public (0.32.0 was read)."""
+"""A scheduler class for vLLM's engine; the one file that uses its private interface (0.32.0)."""
 
 import heapq
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
+from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.job_ledger import Ledger
+from demand.integrations.job_ledger import JobLedger
 from demand.integrations.vllm.displacement import displaced
 from demand.integrations.vllm.ranking import Ranking
 from demand.policies.base import Policy
@@ -31,27 +34,30 @@ def make_scheduler(
 ) -> type[Any]:
     """A scheduler class for vLLM that serves by `policy`; start vLLM with priority scheduling.
 
-    vLLM makes the instance, with arguments of its own, so what the policy needs has to be part of
-    the class. In one process hand the class over, `LLM(..., scheduler_cls=make_scheduler(...),
-    scheduling_policy="priority")`. An engine in a process of its own, `vllm serve` above all,
-    imports the class by name: assign it in a module, `Scheduler = make_scheduler(...)`, and pass
-    `--scheduler-cls that_module.Scheduler --scheduling-policy priority`.
+    vLLM makes the instance itself, with arguments of its own, so whatever the policy needs has to
+    be part of the class. Within one process hand the class over: `LLM(...,
+    scheduler_cls=make_scheduler(...), scheduling_policy="priority")`. An engine in a process of
+    its own, as with `vllm serve`, imports the class by name: assign it in a module, `Scheduler =
+    make_scheduler(...)`, and pass `--scheduler-cls that_module.Scheduler --scheduling-policy
+    priority`.
 
-    Requests say what they belong to by `annotation`. Every step the runs being served are ranked
-    anew by the service they attained, and so are their waiting requests; where all places are
-    taken, a waiting request of strictly smaller rank displaces the running one of largest rank,
-    which starts over from its prompt later (what it generated is kept, its KV is recomputed). When
-    KV blocks run out, vLLM's own rule applies: the running request of largest rank gives way.
+    Requests say which run they belong to by `annotation`. Every step the runs being served are
+    ranked anew by the service they have attained, with all their requests. When `max_num_seqs`
+    requests are running, one that waits and has a strictly smaller rank displaces the running one
+    of largest rank: that one is preempted, keeps its tokens, and has its KV recomputed later. When
+    KV blocks run out, vLLM's own rule preempts the running request of largest rank.
 
     Args:
         policy: ranks the runs.
-        distributions: total demand in seconds by application name; see `Ledger` for other names.
-        cost: seconds of service that a token stands for.
-        idle_runs: how many runs without a request in the engine are remembered.
-        seed: of the policy's lottery.
+        distributions: total demand in seconds, by name of the application. A run of any other
+            application is ranked by attained service, and a warning names it.
+        cost: seconds of service that a token stands for; `None` is `CostModel()`.
+        idle_runs: how many runs are remembered that have no request in the engine.
+        seed: of the random numbers that jobs draw.
 
     Raises:
-        DemandError: vLLM is missing, or of a version other than those this was verified on.
+        DemandError: vLLM is missing or of a version that this was not verified on, or an argument
+            of the wrong kind, such as the class of a policy.
     """
     try:
         import vllm
@@ -67,11 +73,13 @@ def make_scheduler(
             "AdmissionController in front of the server, which works with any version"
         )
 
-    def ranking() -> Ranking:
-        ledger = Ledger(policy, distributions, seed)
-        return Ranking(ledger, CostModel() if cost is None else cost, idle_runs)
+    cost = CostModel() if cost is None else cost
+    check_instance("cost", cost, CostModel, "a CostModel, or None for the default")
 
-    ranking()  # what is wrong with the policy or the distributions is said here
+    def ranking() -> Ranking:
+        return Ranking(JobLedger(policy, distributions, seed), cost, idle_runs)
+
+    ranking()  # refuses wrong arguments here, not in the process of the engine
     body = {
         "__doc__": f"Serves by {policy!r}.",
         "__module__": __name__,
@@ -81,12 +89,14 @@ def make_scheduler(
 
 
 class RankedScheduling(AsyncScheduler):
-    """What `make_scheduler` puts before vLLM's AsyncScheduler, which also schedules synchronously.
+    """Puts the key of `Ranking` into vLLM's priority queue, and preempts for better requests.
 
-    `Request.priority` becomes the key of `Ranking`: vLLM only ever compares it.
+    `make_scheduler` derives from it and from vLLM's AsyncScheduler, which also schedules
+    synchronously. `Request.priority` becomes the key of `Ranking`: vLLM does nothing but compare
+    it.
 
     Attributes:
-        displacements: running requests that gave their place to a better one.
+        displacements: how often a running request was preempted for a better one that waited.
     """
 
     make_ranking: ClassVar[Any]
@@ -102,22 +112,25 @@ class RankedScheduling(AsyncScheduler):
         self._ranking: Ranking = self.make_ranking()
         self.displacements = 0
 
+    @override
     def add_request(self, request: Any) -> None:
-        """Rank a request before it enters the queue."""
+        """Rank a request, then let vLLM queue it."""
         if request.request_id not in self.requests:  # else it continues a streaming session
             parameters = request.sampling_params
             fields = (parameters and parameters.extra_args) or {}
             request.priority = self._ranking.add(request.request_id, fields, time.monotonic())
         super().add_request(request)
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Rank anew, displace, then let vLLM fill the step."""
+        """Rank anew, preempt for better requests, then let vLLM fill the step."""
         self._rank_anew(time.monotonic())
         self._displace()
         return super().schedule(*args, **kwargs)
 
+    @override
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every request leaves through here, finished or aborted."""
+        """Forget a request; vLLM comes here with every one that finishes or is aborted."""
         self._ranking.finish(*_progress(request), time.monotonic())
         return super()._free_request(request, *args, **kwargs)
 
@@ -130,7 +143,7 @@ class RankedScheduling(AsyncScheduler):
                 heapq.heapify(queue._heap)  # noqa: SLF001
 
     def _displace(self) -> None:
-        """Preempt running requests for better ones that wait and could run at once."""
+        """Preempt running requests for better ones that wait and could be served at once."""
         if self.pause_state.name != "UNPAUSED" or not self.waiting or not self.running:
             return
         worst_rank = max(r.priority for r in self.running)[0]
@@ -150,11 +163,11 @@ class RankedScheduling(AsyncScheduler):
                 self.displacements += 1
 
     def _could_run(self, request: Any) -> bool:
-        """Whether `request` takes a place that becomes free, for sure.
+        """Whether `request` is sure to be served once another is preempted for it.
 
-        Not if it waits for something else, has output of before its own preemption under way, or
-        needs a LoRA adapter, of which a step holds only so many: its place might go to the very
-        request that was displaced for it, step after step.
+        It is not if it waits for something else, still awaits output from before its own
+        preemption, or needs a LoRA adapter, of which a step holds only so many. Otherwise the slot
+        might go back to the very request that was preempted for it, step after step.
         """
         stale = request.num_stale_output_tokens and not request.drop_stale_output
         blocked = self._is_blocked_waiting_status(request.status)
@@ -162,6 +175,6 @@ class RankedScheduling(AsyncScheduler):
 
 
 def _progress(request: Any) -> tuple[str, int, int]:
-    """Id, prompt tokens read and tokens generated; recomputation after preemption starts at 0."""
+    """Id, prompt tokens read and tokens generated, of which the former fall to 0 on preemption."""
     read = min(request.num_computed_tokens, request.num_prompt_tokens)
     return request.request_id, read, request.num_output_tokens

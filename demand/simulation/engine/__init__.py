@@ -1,4 +1,4 @@
-"""Continuous batching: an engine by its limits and step times, and applications served on it."""
+"""The engine simulator: applications served by continuous batching, step by step."""
 
 from demand.simulation.engine.engine import Engine, Preemption
 from demand.simulation.engine.pools import Pool, PoolReport

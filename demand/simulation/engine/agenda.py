@@ -1,4 +1,4 @@
-"""What is to happen, in order of time."""
+"""Actions that are to happen at a given second."""
 
 import math
 from collections.abc import Callable

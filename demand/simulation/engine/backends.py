@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import final
+from typing import cast, final
 
+from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -12,7 +13,7 @@ from demand.prewarm.base import Prewarmer, Successor
 from demand.prewarm.successors import backend_of, durations_of, successors_of
 from demand.simulation.engine.agenda import Action, Agenda
 from demand.simulation.engine.calls import call_groups
-from demand.simulation.engine.job_on_engine import Task
+from demand.simulation.engine.job_on_engine import JobOnEngine
 from demand.simulation.engine.pools import Pool, PoolReport
 from demand.simulation.engine.warm_pool import PlaceOf, WarmPool
 from demand.units import KINDS, CostModel, Execution, Unit
@@ -21,7 +22,7 @@ from demand.workloads.workload import Workload
 
 @final
 class Backends:
-    """The pools of a simulation, and who warms them when.
+    """The pools of a simulation: gives their instances to units, and warms them by a prewarmer.
 
     Args:
         pools: by name of a unit, or by kind for all units of the kind.
@@ -29,7 +30,7 @@ class Backends:
         pace: seconds of a call on the engine, for the prewarmer.
         graphs: by application.
         agenda: of the simulation.
-        place: order of tasks that wait for an instance.
+        place: order of jobs that wait for an instance.
     """
 
     def __init__(
@@ -46,45 +47,49 @@ class Backends:
         self._prewarmer = prewarmer
         self._pace = pace
         self._graphs = graphs
-        self._held: dict[Task, WarmPool] = {}
-        self._ahead: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
+        self._held: dict[JobOnEngine, WarmPool] = {}
+        self._known: dict[tuple[str, str], tuple[Distribution, list[tuple[Unit, Successor]]]] = {}
 
-    def acquire(self, task: Task, now: float, begin: Action) -> bool:
-        """Whether the backend of the unit of `task` is warm; else `begin` is called once it is."""
-        unit = task.execution.unit
+    def acquire(self, job: JobOnEngine, now: float, begin: Action) -> bool:
+        """Whether the backend of the unit of `job` is warm; if not, `begin` is called later."""
+        unit = job.execution.unit
         pool = backend_of(self._pools, unit)
         if pool is None:
             return True
-        self._held[task] = pool
-        return pool.acquire(task, unit, now, begin)
+        self._held[job] = pool
+        return pool.acquire(job, unit, now, begin)
 
-    def waits_for_its_turn(self, task: Task) -> bool:
+    def waits_for_its_turn(self, job: JobOnEngine) -> bool:
         """Whether the backend of the present unit is to be warmed only when its turn has come."""
-        unit = task.execution.unit
+        unit = job.execution.unit
         return not self._prewarmer.at_submission and backend_of(self._pools, unit) is not None
 
-    def release(self, task: Task, now: float) -> None:
-        """The present unit is over: its instance is free, and so is what will not be needed."""
+    def release(self, job: JobOnEngine, now: float) -> None:
+        """The unit of `job` is over: free its instance, and what was warmed for units not taken."""
         if not self._pools:
             return
-        task.alarms = []
-        held = self._held.pop(task, None)
-        following = task.run[task.at + 1].unit if task.at + 1 < len(task.run) else None
+        job.alarms = []
+        held = self._held.pop(job, None)
+        following = job.run[job.position + 1].unit if job.position + 1 < len(job.run) else None
         next_pool = None if following is None else backend_of(self._pools, following)
         for pool in self._pools.values():
             needed = following if pool is next_pool else None
             if pool is held:
-                pool.release(task, needed, now)
+                pool.release(job, needed, now)
             if following is None:
-                pool.depart(task, now)
+                pool.depart(job, now)
             else:
-                pool.lapse(task, needed, now)
+                pool.lapse(job, needed, now)
 
-    def plan(self, task: Task, now: float) -> list[tuple[float, Action]]:
-        """Warm what is due at once; (seconds of the present unit, action) for the rest."""
+    def plan(self, job: JobOnEngine, now: float) -> list[tuple[float, Action]]:
+        """Plan for what may follow the unit of `job`, and start the warm-ups due at once.
+
+        Returns:
+            The other warm-ups: (seconds from the start of the unit, what to do), earliest first.
+        """
         if not self._pools or self._prewarmer.knows == "nothing":
             return []
-        remaining, successors = self._outlook(task)
+        remaining, successors = self._what_follows(job)
         later = []
         for pool in dict.fromkeys(backend_of(self._pools, unit) for unit, _ in successors):
             assert pool is not None
@@ -92,52 +97,54 @@ class Backends:
             capacity = pool.free(now) * pool.pool.footprint
             offered = [s for _, s in successors if s.unit in own]
             for start in self._prewarmer.plan(remaining, offered, capacity):
-                action = partial(self._prewarm, task, task.at, pool, own[start.unit])
+                action = partial(self._prewarm, job, job.position, pool, own[start.unit])
                 if start.seconds > 0.0:
                     later.append((start.seconds, action))
                 else:
                     action(now)
         return sorted(later, key=_seconds)
 
-    def alarms(self, task: Task, later: Sequence[tuple[float, Action]]) -> None:
-        """Have `later` done when the llm unit of `task` has come that far.
+    def alarms(self, job: JobOnEngine, later: Sequence[tuple[float, Action]]) -> None:
+        """Set alarms to do `later` when the llm unit of `job` has come that far.
 
         Seconds of the unit are those of a call at the pace given, and how far it has come is what
         its calls have produced on average.
         """
         if not later:
             return
-        calls = task.execution.parallelism
-        given = sum(count * tokens for count, tokens, _ in call_groups(task.execution))
+        calls = job.execution.parallelism
+        given = sum(count * tokens for count, tokens, _ in call_groups(job.execution))
         prefill = given * self._pace.prefill_seconds_per_token
         rate = self._pace.decode_seconds_per_token
         for seconds, action in reversed(later):
             left = seconds * calls - prefill
-            task.alarms.append((max(1, math.ceil(left / rate)) if rate else 1, action))
+            job.alarms.append((max(1, math.ceil(left / rate)) if rate else 1, action))
 
     def reports(self, now: float) -> dict[str, PoolReport]:
-        """What has become of each pool by second `now`, the end."""
+        """What became of each pool, at second `now`, the end of the simulation."""
         return {name: pool.report(now) for name, pool in self._pools.items()}
 
-    def _prewarm(self, task: Task, at: int, pool: WarmPool, unit: Unit, now: float) -> None:
-        if task.at == at:
-            pool.prewarm(task, unit, now)
+    def _prewarm(self, job: JobOnEngine, at: int, pool: WarmPool, unit: Unit, now: float) -> None:
+        if job.position == at:
+            pool.prewarm(job, unit, now)
 
-    def _outlook(self, task: Task) -> tuple[Distribution, list[tuple[Unit, Successor]]]:
-        """What may follow the present unit, and how long that takes."""
-        execution = task.execution
+    def _what_follows(self, job: JobOnEngine) -> tuple[Distribution, list[tuple[Unit, Successor]]]:
+        """Seconds of the unit of `job`, and the units that may follow it and have a backend."""
+        execution = job.execution
         if self._prewarmer.knows == "truth":
             seconds = self._pace.seconds(execution, "critical_path")
-            return Distribution([seconds]), self._truth(task.run[task.at + 1 : task.at + 2])
-        key = task.job.application, execution.unit.name
-        if key not in self._ahead:
+            return Distribution([seconds]), self._truth(
+                job.run[job.position + 1 : job.position + 2]
+            )
+        key = job.application, execution.unit.name
+        if key not in self._known:
             graph = self._graphs[key[0]]
             if execution.unit in graph.units:
                 durations = durations_of(graph, key[1], self._pace)
-                self._ahead[key] = durations, successors_of(graph, key[1], self._configured)
+                self._known[key] = durations, successors_of(graph, key[1], self._configured)
             else:  # never seen: nothing is known of what follows
-                self._ahead[key] = Distribution([0.0]), []
-        return self._ahead[key]
+                self._known[key] = Distribution([0.0]), []
+        return self._known[key]
 
     def _truth(self, following: Sequence[Execution]) -> list[tuple[Unit, Successor]]:
         return [
@@ -145,6 +152,21 @@ class Backends:
             for e in following
             if (pool := backend_of(self._configured, e.unit)) is not None
         ]
+
+
+def checked_pools(backends: object) -> dict[str, Pool]:
+    """The pools that a caller gives, by name.
+
+    Raises:
+        DemandError: no mapping, a name that is no text, or something that is no pool.
+    """
+    expected = 'pools by name of a unit or kind, such as {"container": Pool.containers(8, 5.0)}'
+    check_instance("backends", backends, Mapping, expected)
+    pools = dict(cast(Mapping[str, Pool], backends))
+    for name, pool in pools.items():
+        check_instance("a name in backends", name, str, "the name of a unit or kind")
+        check_instance(f"backends[{name!r}]", pool, Pool, "a Pool, such as Pool.models(2, 4.0)")
+    return pools
 
 
 def check_pools(

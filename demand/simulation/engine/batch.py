@@ -4,29 +4,31 @@ from typing import final
 
 from demand.simulation.engine.blocks import Blocks
 from demand.simulation.engine.engine import Engine
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 
 
 @final
 class Batch:
-    """The batch of the coming step, which goes on from the last one; rule 4 of `Engine`.
+    """The requests of the coming step, and what the step does to their tokens and blocks.
 
-    Calls that decode stay until they are taken out and are not touched meanwhile: their tokens and
-    blocks follow from the number of steps. Those that do not are added for one step.
+    This is rule 4 of `Engine`. Requests that decode stay from step to step until they are taken
+    out, and nothing of them is written meanwhile: each makes one token a step, so that their
+    tokens and blocks follow from the number of steps carried out. Requests that still compute
+    their prompt are added anew for each step.
 
     Attributes:
         engine: its limits and times.
         blocks: the KV blocks.
         step: steps carried out.
-        formed: number of this batch.
+        formed: how many batches have been formed, this one included.
         decoding: requests that decode.
-        prefilling: calls that do not, with the tokens of their chunks.
-        room: requests that can be added.
-        budget: tokens that they can have.
-        size: requests.
-        kv_tokens: KV of them at the end of the step.
+        prefilling: calls that do not decode yet, with the tokens that each computes in this step.
+        room: how many requests can still be added.
+        budget: how many tokens they can have.
+        size: requests in the step.
+        kv_tokens: tokens whose KV they have at the end of the step.
         steady: whether the next step can be the same: each request decodes, nothing is copied.
-        requests: sum of sizes over all steps.
+        requests: sum of the sizes of all steps carried out.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -46,7 +48,7 @@ class Batch:
         self._seconds = 0.0
 
     def open(self) -> None:
-        """Let calls be added to those that decode, whose blocks must be free."""
+        """Start the next batch with the calls that decode; the blocks they need must be free."""
         self.blocks.take(self.blocks.growth(self.step, 1))
         self.room = self.engine.max_requests - self.decoding
         self.budget = self.engine.token_budget - self.decoding
@@ -60,28 +62,28 @@ class Batch:
             calls.formed = self.formed
             self.prefilling.append((calls, tokens))
             return
-        step, task = self.step, calls.task
+        step, job = self.step, calls.job
         calls.over = step + calls.output_tokens - calls.generated
-        if task.since != step:
-            task.generated, task.since = task.produced(step), step
-        task.decoding += calls.count
-        task.look = 0
+        if job.since_step != step:
+            job.generated, job.since_step = job.produced(step), step
+        job.decoding += calls.count
+        job.check_step = 0
         self.blocks.enter(calls, step)
         self.decoding += calls.count
         self._context += calls.computed * calls.count
 
-    def stop(self, task: Task) -> None:
-        """Take out the calls of `task` that decode, before the batch is open."""
-        self._stop(task, ahead=False)
+    def stop(self, job: JobOnEngine) -> None:
+        """Take out the calls of `job` that decode, before the batch is open."""
+        self._stop(job, ahead=False)
 
-    def displace(self, task: Task) -> None:
-        """Take out the calls of `task` that decode, to make room for others."""
-        self.room += task.decoding
-        self.budget += task.decoding
-        self._stop(task, ahead=True)
+    def displace(self, job: JobOnEngine) -> None:
+        """Take out the calls of `job` that decode, to make room for others."""
+        self.room += job.decoding
+        self.budget += job.decoding
+        self._stop(job, ahead=True)
 
     def close(self) -> None:
-        """Count what the step takes."""
+        """The batch is complete: count what its step takes."""
         moved = self.blocks.take_moved()
         self.size = self.engine.max_requests - self.room
         self.kv_tokens = self._context + self.decoding
@@ -96,13 +98,13 @@ class Batch:
             )
 
     def seconds(self, steps: int) -> float:
-        """Seconds of the step, or of `steps` of it if it is `steady`."""
+        """Seconds of the step; if it is `steady`, of `steps` such steps."""
         if self.steady:
             return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
         return self._seconds
 
     def advance(self, steps: int) -> None:
-        """Carry out the step, `steps` times over; `finish` is to be asked for what is over."""
+        """Carry out the step, `steps` times over. Ask `finish` afterwards which calls are over."""
         if steps > 1:
             self.blocks.take(self.blocks.growth(self.step + 1, steps - 1))
         self.blocks.count()
@@ -112,37 +114,41 @@ class Batch:
         for calls, tokens in self.prefilling:
             _compute(calls, tokens)
 
-    def finish(self, task: Task) -> bool:
-        """Take out the calls of `task` that are over; whether that ends its unit."""
+    def finish(self, job: JobOnEngine) -> bool:
+        """Take out the calls of `job` that are over.
+
+        Returns:
+            Whether those were the last of its unit.
+        """
         over = [
             calls
-            for calls in task.calls
+            for calls in job.calls
             if calls.over == self.step or calls.generated == calls.output_tokens
         ]
         if not over:
             return False
-        task.generated, task.since = task.produced(self.step), self.step
-        task.look = 0
+        job.generated, job.since_step = job.produced(self.step), self.step
+        job.check_step = 0
         for calls in over:
             if calls.over:
                 self._leave(calls, ahead=False)
-                task.decoding -= calls.count
+                job.decoding -= calls.count
             self.blocks.release(calls)
-            task.calls.remove(calls)
-            task.requests -= calls.count
-        if not task.calls:
-            self.blocks.forget(task)
-        return not task.calls
+            job.calls.remove(calls)
+            job.requests -= calls.count
+        if not job.calls:
+            self.blocks.forget(job)
+        return not job.calls
 
-    def _stop(self, task: Task, ahead: bool) -> None:
-        for calls in task.calls:
+    def _stop(self, job: JobOnEngine, ahead: bool) -> None:
+        for calls in job.calls:
             if calls.over:
                 self._leave(calls, ahead)
                 calls.formed = self.formed - 1
-        task.generated, task.since, task.decoding = task.produced(self.step), self.step, 0
+        job.generated, job.since_step, job.decoding = job.produced(self.step), self.step, 0
 
     def _leave(self, calls: Calls, ahead: bool) -> None:
-        """Bring calls that decode up to date, and take them out."""
+        """Take out calls that decode, once their tokens and KV are written down."""
         calls.generated = calls.output_tokens - (calls.over - self.step)
         calls.computed = calls.input_tokens + calls.generated - 1
         calls.over = 0
@@ -152,13 +158,13 @@ class Batch:
 
 
 def _compute(calls: Calls, tokens: int) -> None:
-    """Rule 4: the scheduled tokens get KV, and with none pending one more is produced."""
-    task, count = calls.task, calls.count
+    """Carry out rule 4 of `Engine` for one step: `tokens` get KV; with none left, one is made."""
+    job, count = calls.job, calls.count
     calls.computed += tokens
     new = min(calls.computed, calls.input_tokens) - calls.prefilled
     if new > 0:
         calls.prefilled += new
-        task.prefilled += new * count
+        job.prefilled += new * count
     if calls.pending == 0:
         calls.generated += 1
-        task.generated += count
+        job.generated += count

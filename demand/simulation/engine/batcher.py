@@ -1,54 +1,58 @@
-"""Chooses the requests of a step."""
+"""Forms the batch of each step: which requests are served, and which give way."""
 
 from collections.abc import Callable
 from heapq import heapify, heappush
-from operator import attrgetter
 from typing import final
 
 from demand.policies.base import Policy
 from demand.simulation.engine.batch import Batch
 from demand.simulation.engine.engine import Engine
-from demand.simulation.engine.job_on_engine import NEVER, NOBODY, UNKNOWN, Calls, Place, Task
-from demand.simulation.engine.order import RankOrder, Waiting
+from demand.simulation.engine.job_on_engine import NEVER, NOBODY, Calls, JobOnEngine
+from demand.simulation.engine.order import PlacedJobs, RankOrder
 
 
 @final
 class Batcher:
-    """The engine at work: rules 1 to 3 of `Engine`.
+    """Forms the batch of every step of an engine, by rules 1 to 3 of `Engine`.
 
-    The batch goes on from step to step. Calls of it that do not decode yet, and those that wait,
-    are served in order; one that lacks room, tokens or blocks displaces calls that decode and
-    come after it. Nobody else needs a rank.
+    A batch goes on from the last one: requests that decode stay in it as long as no better one
+    needs what they have. So only the others, those that wait and those whose prompt is not
+    computed yet, are gone through in the order of service. One for which the batch has no request,
+    tokens or blocks left displaces requests that decode and come after it in the order, the last
+    one first. No other job is ranked.
 
     Attributes:
-        order: the tasks with calls.
+        order: the jobs with calls.
         batch: the requests chosen.
-        partial: a task that has calls in the batch and others that wait; `None` if there is none.
+        partial: a job that has calls in the batch and others that wait; `None` if there is none.
         moved: whether being left out of the batch changed a rank, so that the next may be another.
-        until: steps carried out when a task of the batch is to be looked at.
+        until: steps carried out when some job of the batch is to be checked
+            (`JobOnEngine.check_step`).
         preemptions: times that a request was left out of the step after one it was in.
     """
 
     def __init__(self, engine: Engine, policy: Policy) -> None:
-        self.order = RankOrder(policy, engine.preemption != "none")
         self.batch = Batch(engine)
-        self.partial: Task | None = None
+        self.order = RankOrder(policy, self.batch)
+        self.partial: JobOnEngine | None = None
         self.moved = False
         self.until = 0
         self.preemptions = 0
 
-    def form(self, now: float, warm: Callable[[Task, float], bool]) -> None:
+    def form(self, now: float, warm: Callable[[JobOnEngine, float], bool]) -> None:
         """Choose the requests of the step that starts at second `now`.
 
-        When the turn of a task comes that is `cold`, `warm` is asked whether its backend is warm.
-        If not it is taken out of the order; the batch may be empty then.
+        Args:
+            now: second on the clock of the simulation.
+            warm: asked, when the turn of a `cold` job comes, whether its backend is warm. If not,
+                the job is left out, and the batch may be empty.
         """
         order, batch = self.order, self.batch
         batch.formed += 1
         again = self._to_serve_anew(now)
         batch.open()
-        served: list[Task] = []
-        passed_over: list[Task] = []
+        served: list[JobOnEngine] = []
+        passed_over: list[JobOnEngine] = []
         self.partial = None
         while self.partial is None:
             first = order.first(again)
@@ -56,69 +60,73 @@ class Batcher:
                 break
             last = None
             if not (batch.room and batch.budget):
-                last = self._last_after(first, now)
+                last = order.last_decoding_after(first, now)
                 if last is None:
                     break
-            task = order.pop(again)
-            if task.cold:
-                task.cold = False
-                if not warm(task, now):
+            job = order.pop(again)
+            if job.cold:
+                job.cold = False
+                if not warm(job, now):
                     continue
-            lacking = self._displace(task, last, again, now)
+            lacking = self._displace(job, last, again, now)
             room = batch.room
             if lacking is None:
-                if not self._serve(task):
-                    self.partial = task
+                if not self._serve(job):
+                    self.partial = job
             else:
                 self._serve_all(lacking)
-            (passed_over if batch.room == room else served).append(task)
+            (passed_over if batch.room == room else served).append(job)
         batch.blocks.trim()
-        passed_over += [task for _, task in again]
-        self._settle(served, passed_over, now)
+        passed_over += [job for _, job in again]
+        self._part_running_from_waiting(served, passed_over, now)
+        self._find_checks(now)
         batch.close()
 
-    def advance(self, steps: int, now: float) -> tuple[list[Task], list[Task]]:
+    def advance(self, steps: int, now: float) -> tuple[list[JobOnEngine], list[JobOnEngine]]:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
-            The tasks whose present unit ended with it, and those whose alarms may be due, both in
+            The jobs whose present unit ended with it, and those whose alarms may be due, both in
             order of arrival.
         """
         order, batch = self.order, self.batch
         batch.advance(steps)
         step = batch.step
-        touched = {calls.task: None for calls, _ in batch.prefilling}
-        for task in order.running:
-            if task.look <= step:
-                touched[task] = None
+        touched = {calls.job: None for calls, _ in batch.prefilling}
+        for job in order.running:
+            if job.check_step <= step:
+                touched[job] = None
         if order.reranks:  # who is served moves others
-            for task in order.running:
-                order.account(task, now, step)
+            for job in order.running:
+                order.count_service(job, now)
         ended = []
-        for task in touched:
-            if task.bound is not UNKNOWN and task.attained(step) >= task.bound_holds_until:
-                task.bound = UNKNOWN
-            if batch.finish(task):
-                order.account(task, now, step)
-                order.leave(task)
-                ended.append(task)
-        alarmed = [task for task in touched if task.alarms and task.calls]
+        for job in touched:
+            if job.bound is not None and job.attained(step) >= job.bound_until:
+                job.bound, job.exact = None, False
+            if batch.finish(job):
+                order.count_service(job, now)
+                order.leave(job)
+                ended.append(job)
+        alarmed = [job for job in touched if job.alarms and job.calls]
         ended.sort(key=_index)
         alarmed.sort(key=_index)
         return ended, alarmed
 
-    def _to_serve_anew(self, now: float) -> Waiting:
-        """Heap of the tasks of the last batch not all of whose calls decode.
+    def _to_serve_anew(self, now: float) -> PlacedJobs:
+        """The jobs of the last batch that are to be served anew: not all of their calls decode.
 
-        Where tokens or blocks do not suffice for the last batch, its last tasks are stopped and
-        among them, so that they suffice for the others.
+        Where tokens or blocks do not suffice for all of the last batch, its last jobs are stopped,
+        and are among those to be served anew.
+
+        Returns:
+            A heap of the jobs by their places.
         """
         order, batch, blocks = self.order, self.batch, self.batch.blocks
-        anew: dict[Task, tuple[int, int]] = {}
+        anew: dict[JobOnEngine, tuple[int, int]] = {}
         for calls, _ in batch.prefilling:
-            task = calls.task
-            if task not in anew and task.job.running and not task.steady:
-                anew[task] = self._asked(task)
+            job = calls.job
+            if job not in anew and job.running and not job.steady:
+                anew[job] = self._asked(job)
         if self.partial is not None and self.partial not in anew:
             anew[self.partial] = (0, 0)
         budget = batch.engine.token_budget - batch.decoding
@@ -127,30 +135,30 @@ class Batcher:
             budget -= tokens
             free -= needed
         if budget < 0 or free < 0:
-            last = sorted(order.running, key=lambda task: order.rank(task, now, batch.step))
+            last = sorted(order.running, key=lambda job: order.rank(job, now))
             while budget < 0 or free < 0:
-                task = last.pop()
-                tokens, needed = anew.get(task, (0, 0))
-                budget += task.decoding + tokens
+                job = last.pop()
+                tokens, needed = anew.get(job, (0, 0))
+                budget += job.decoding + tokens
                 free += needed + blocks.growth(batch.step, 1)
-                self.preemptions += task.decoding
-                batch.stop(task)
+                self.preemptions += job.decoding
+                batch.stop(job)
                 free -= blocks.growth(batch.step, 1)
-                anew[task] = (0, 0)
+                anew[job] = (0, 0)
         if order.reranks:
             order.rerank(now)
-        again = [(order.rank(task, now, batch.step), task) for task in anew]
+        again = [(order.rank(job, now), job) for job in anew]
         heapify(again)
         return again
 
-    def _asked(self, task: Task) -> tuple[int, int]:
-        """Tokens and blocks for the calls of `task` in the last batch that do not decode yet.
+    def _asked(self, job: JobOnEngine) -> tuple[int, int]:
+        """Tokens and blocks for the calls of `job` in the last batch that do not decode yet.
 
         They count as preempted until they are served.
         """
         batch = self.batch
         tokens = needed = 0
-        for calls in task.calls:
+        for calls in job.calls:
             if calls.formed == batch.formed - 1:
                 pending = calls.pending
                 tokens += pending * calls.count
@@ -159,9 +167,9 @@ class Batcher:
         return tokens, needed
 
     def _displace(
-        self, task: Task, last: Task | None, again: Waiting, now: float
+        self, job: JobOnEngine, last: JobOnEngine | None, again: PlacedJobs, now: float
     ) -> list[tuple[Calls, int, int]] | None:
-        """Stop those that decode and come after `task`, last first, until it has what it needs.
+        """Stop those that decode and come after `job`, last first, until it has what it needs.
 
         Args:
             last: of those, if it is known.
@@ -171,9 +179,9 @@ class Batcher:
             them can have theirs.
         """
         batch, blocks = self.batch, self.batch.blocks
-        requests = task.requests - task.decoding
+        requests = job.requests - job.decoding
         while requests > batch.room:
-            last = last or self._last_after(task.place, now)
+            last = last or self.order.last_decoding_after(job.place, now)
             if last is None:
                 return None
             self._give_way(last, again)
@@ -181,7 +189,7 @@ class Batcher:
         tokens = needed = 0
         lacking = []
         size = blocks.block_tokens
-        for calls in task.calls:
+        for calls in job.calls:
             if not calls.over:
                 known = calls.input_tokens + calls.generated
                 pending = known - calls.computed
@@ -190,43 +198,28 @@ class Batcher:
                 needed += lacks * calls.count
                 lacking.append((calls, pending, lacks))
         while tokens > batch.budget or needed > blocks.free:
-            last = last or self._last_after(task.place, now)
+            last = last or self.order.last_decoding_after(job.place, now)
             if last is None:
                 return None
             self._give_way(last, again)
             last = None
         return lacking
 
-    def _give_way(self, task: Task, again: Waiting) -> None:
-        """Stop the calls of `task` that decode, so that others can be served."""
-        if task.steady:
-            heappush(again, (task.place, task))
-        self.preemptions += task.decoding
-        self.batch.displace(task)
+    def _give_way(self, job: JobOnEngine, again: PlacedJobs) -> None:
+        """Stop the calls of `job` that decode, so that others can be served."""
+        if job.steady:
+            heappush(again, (job.place, job))
+        self.preemptions += job.decoding
+        self.batch.displace(job)
 
-    def _last_after(self, place: Place, now: float) -> Task | None:
-        """The last of the tasks that decode, if it comes after `place`; ranked only to tell."""
-        tasks = [task for task in self.order.running if task.bound > place and task.decoding]
-        if len(tasks) > 1:
-            tasks.sort(key=_bound, reverse=True)
-        last = None
-        for task in tasks:
-            if last is not None and task.bound < last.place:
-                break
-            if task.bound is not task.place:
-                self.order.rank(task, now, self.batch.step)
-            if task.place > (place if last is None else last.place):
-                last = task
-        return last
-
-    def _serve(self, task: Task) -> bool:
-        """Serve the calls of `task` that do not decode yet, as far as possible.
+    def _serve(self, job: JobOnEngine) -> bool:
+        """Serve the calls of `job` that do not decode yet, as far as possible.
 
         Returns:
             Whether all of them are.
         """
         batch = self.batch
-        for calls in task.calls:  # a part that is split off is next
+        for calls in job.calls:  # a part that is split off is next
             if calls.over:
                 continue
             room, budget = batch.room, batch.budget
@@ -235,7 +228,7 @@ class Batcher:
             pending = calls.input_tokens + calls.generated - calls.computed
             tokens = pending if pending < budget else budget
             if calls.count > room or calls.count * tokens > budget:
-                task.split(calls, min(room, budget // tokens))
+                job.split(calls, min(room, budget // tokens))
             if not batch.blocks.hold(calls, tokens):
                 return False
             if calls.formed == batch.formed - 1:
@@ -253,52 +246,54 @@ class Batcher:
                 self.preemptions -= calls.count
             batch.add(calls, tokens)
 
-    def _settle(self, served: list[Task], passed_over: list[Task], now: float) -> None:
-        """Let those that have no call in the batch wait, and find when to look at the others."""
-        order, step = self.order, self.batch.step
+    def _part_running_from_waiting(
+        self, served: list[JobOnEngine], passed_over: list[JobOnEngine], now: float
+    ) -> None:
+        """Let the jobs that have no call in the batch wait, and the others run."""
+        order = self.order
         self.moved = False
-        self.until = step + 1
-        for task in passed_over:
-            if task.decoding:
-                self.partial = task
+        for job in passed_over:
+            if job.decoding:
+                self.partial = job
             else:
-                place = task.place
-                order.stop(task, now)
-                self.moved |= task.place != place
-        for task in served:
-            order.start(task)
-        partial = self.partial
-        if partial is not None and not partial.job.running:
-            partial = self.partial = None
+                place = job.place
+                order.stop(job, now)
+                self.moved |= job.place != place
+        for job in served:
+            order.start(job)
+        if self.partial is not None and not self.partial.running:
+            self.partial = None
+
+    def _find_checks(self, now: float) -> None:
+        """Find when each running job is to be checked, and `until`, when the first of them is."""
+        order, partial, next_step = self.order, self.partial, self.batch.step + 1
+        self.until = next_step
         if order.reranks:
-            for task in order.running:
-                task.bound, task.look = UNKNOWN, step + 1
+            for job in order.running:
+                job.bound, job.exact, job.check_step = None, False, next_step
             return
-        if self.batch.prefilling:  # looks at the next step anyway
-            for task in order.running:
-                if task.bound is task.place:
-                    task.bound = UNKNOWN
+        if self.batch.prefilling:  # another batch is formed after this step anyway
+            for job in order.running:
+                if job.exact:
+                    job.bound, job.exact = None, False
             return
         best = order.best_waiting
         if partial is not None:
-            if partial.bound is not partial.place:
-                order.rank(partial, now, step)
+            if not partial.exact:
+                order.rank(partial, now)
             best = min(best, partial.place)
         until = NEVER
-        for task in order.running:
-            if task is not partial and (task.bound is task.place or task.bound > best):
-                order.watch(task, now, step, best)
-                if task.bound is UNKNOWN:
-                    until = step + 1
-            elif task.look <= step:
-                task.look = task.next_look(step)
-            if task.look < until:
-                until = task.look
+        for job in order.running:
+            if job is not partial and (job.exact or job.bound is None or job.bound > best):
+                order.find_bound(job, now, best)
+                if job.bound is None:
+                    until = next_step
+            elif job.check_step < next_step:
+                job.check_step = job.next_check(next_step - 1)
+            if job.check_step < until:
+                until = job.check_step
         self.until = until
 
 
-_bound = attrgetter("bound")
-
-
-def _index(task: Task) -> int:
-    return task.job.index
+def _index(job: JobOnEngine) -> int:
+    return job.index

@@ -3,12 +3,12 @@
 from typing import final
 
 from demand.simulation.engine.engine import Engine
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 
 
 @final
 class Blocks:
-    """The pool of blocks, rule 3 of `Engine`.
+    """The pool of KV blocks: gives, takes back, and makes room by rule 3 of `Engine`.
 
     Attributes:
         engine: how many there are, and what becomes of a call that loses them.
@@ -28,7 +28,7 @@ class Blocks:
         self.swapped = 0
         self.prefilled_again = 0
         self.block_tokens = engine.block_tokens  # looked up less often
-        self._tasks: dict[Task, None] = {}  # that may hold blocks
+        self._jobs: dict[JobOnEngine, None] = {}  # that may hold blocks
         self._holders = 0  # calls that do
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
         self._phases = [0] * engine.block_tokens
@@ -38,23 +38,26 @@ class Blocks:
         return -(-(calls.computed + tokens) // self.block_tokens) - calls.blocks
 
     def hold(self, calls: Calls, tokens: int) -> bool:
-        """Give the first of `calls` blocks for `tokens` more tokens, or refuse.
+        """Give blocks for `tokens` more tokens to as many of `calls` as can have them.
 
-        As many get them as can, and are parted from the rest.
+        Those are parted from the rest.
+
+        Returns:
+            Whether at least one could have them.
         """
-        needed, task = self.needed(calls, tokens), calls.task
+        needed, job = self.needed(calls, tokens), calls.job
         if needed * calls.count > self.free:
-            task.split(calls, max(self.free // needed, 1))
+            job.split(calls, max(self.free // needed, 1))
             if needed > self.free and not self._make_room(calls, needed):
                 return False
         self.give(calls, needed)
         return True
 
     def give(self, calls: Calls, needed: int) -> None:
-        """Give each of `calls` the blocks needed, which must be free, and what it has swapped."""
+        """Give each of `calls` the blocks needed, which must be free, and what it had swapped."""
         if needed:
             if not calls.blocks:
-                self._tasks[calls.task] = None
+                self._jobs[calls.job] = None
                 self._holders += calls.count
             self.free -= needed * calls.count
             calls.blocks += needed
@@ -63,11 +66,11 @@ class Blocks:
             calls.swapped = 0
 
     def enter(self, calls: Calls, step: int) -> None:
-        """Take note that `calls` decode from `step` on, for which they hold what they need."""
+        """`calls` decode from `step` on, for which they hold the blocks they need."""
         self._phases[(step - calls.computed) % self.block_tokens] += calls.count
 
     def leave(self, calls: Calls, step: int, ahead: bool) -> None:
-        """Take note that `calls` do not decode from `step` on; tokens are as of then.
+        """`calls` decode no longer from `step` on; their tokens are as of then.
 
         If blocks were taken for that step already, `ahead`, theirs are given back.
         """
@@ -79,7 +82,7 @@ class Blocks:
             self.free += calls.count
 
     def growth(self, step: int, steps: int) -> int:
-        """Blocks that those who decode need in `steps` steps, the first being `step`."""
+        """Blocks that the calls that decode need in `steps` steps, the first being `step`."""
         phases, size = self._phases, self.block_tokens
         if steps == 1:
             return phases[step % size]
@@ -92,11 +95,11 @@ class Blocks:
         return blocks + rounds * sum(phases) if rounds else blocks
 
     def take(self, blocks: int) -> None:
-        """Take blocks for those who decode; they must be free."""
+        """Take blocks for the calls that decode; they must be free."""
         self.free -= blocks
 
     def count(self) -> None:
-        """Take note of the blocks held at the end of a step."""
+        """A step has ended: note how many blocks are held, for `peak`."""
         held = self.engine.blocks - self.free
         if held > self.peak:
             self.peak = held
@@ -107,27 +110,31 @@ class Blocks:
         self._holders -= calls.count
         calls.blocks = 0
 
-    def forget(self, task: Task) -> None:
-        """Take out a task whose calls are all over."""
-        del self._tasks[task]
+    def forget(self, job: JobOnEngine) -> None:
+        """Take out a job whose calls are all over."""
+        del self._jobs[job]
 
     def trim(self) -> None:
-        """Let no more than `max_requests` requests hold KV, where the engine does not pause."""
+        """Under "recompute" and "swap", let no more than `max_requests` requests hold KV."""
         if self.engine.preemption in ("recompute", "swap"):
             while (excess := self._holders - self.engine.max_requests) > 0:
                 self._take(max(self._all(), key=_place), excess)
 
     def take_moved(self) -> int:
-        """Blocks copied since the last call."""
+        """How many blocks were copied to or from the host since this was last asked."""
         moved, self.moved = self.moved, 0
         self.swapped += moved
         return moved
 
     def _all(self) -> list[Calls]:
-        return [calls for task in self._tasks for calls in task.calls if calls.blocks]
+        return [calls for job in self._jobs for calls in job.calls if calls.blocks]
 
     def _make_room(self, calls: Calls, needed: int) -> bool:
-        """Free blocks of calls that come after `calls`, last first, if that is enough."""
+        """Free blocks of calls that come after `calls`, the last first, if that frees enough.
+
+        Returns:
+            Whether `needed` blocks are free now; if not, nothing has changed.
+        """
         place = calls.place
         later = [holder for holder in self._all() if holder.place > place]
         if self.free + sum(holder.blocks * holder.count for holder in later) < needed:
@@ -141,9 +148,9 @@ class Blocks:
     def _take(self, victims: Calls, most: int) -> None:
         """Take the blocks of the last of `victims`, `most` of them if they are more."""
         if most < victims.count:
-            task, at = victims.task, victims.task.calls.index(victims)
-            task.split(victims, victims.count - most)
-            victims = task.calls[at + 1]
+            job, at = victims.job, victims.job.calls.index(victims)
+            job.split(victims, victims.count - most)
+            victims = job.calls[at + 1]
         self.free += victims.blocks * victims.count
         self._holders -= victims.count
         if self.engine.preemption == "swap":

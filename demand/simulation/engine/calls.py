@@ -1,7 +1,8 @@
-"""The calls of an llm unit as an engine serves them: whole tokens."""
+"""The calls of an llm unit as requests of an engine, with whole numbers of tokens."""
 
 from collections.abc import Sequence
 
+from demand.arguments import instances_of
 from demand.errors import DemandError
 from demand.simulation.engine.engine import Engine
 from demand.units import CostModel, Execution
@@ -31,7 +32,7 @@ def call_groups(execution: Execution) -> list[tuple[int, int, int]]:
 
 
 def execution_seconds(execution: Execution, cost: CostModel) -> float:
-    """Seconds of service of an execution as the engine counts it: tokens whole, for an llm."""
+    """Seconds of service of an execution; those of an llm by the whole tokens that are served."""
     if execution.unit.kind != "llm":
         return cost.seconds(execution)
     given = made = 0
@@ -42,8 +43,8 @@ def execution_seconds(execution: Execution, cost: CostModel) -> float:
 
 
 def check_run(index: int, run: Sequence[Execution], engine: Engine) -> None:
-    """Raise `DemandError` for an empty run, or one with a request the engine can never hold."""
-    if not run:
+    """Raise `DemandError` unless `run` is a list of executions, of requests the engine can hold."""
+    if not instances_of(f"the run of job {index}", run, Execution):
         raise DemandError(f"the run of job {index} is empty; give the units it executes")
     for execution in run:
         if execution.unit.kind != "llm":

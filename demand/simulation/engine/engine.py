@@ -1,10 +1,11 @@
 """What a continuous-batching engine can hold, and how long its steps take."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
+from demand.arguments import set_whole_numbers
 from demand.errors import DemandError
+from demand.seconds import check_seconds
 
 Preemption = Literal["none", "pause", "recompute", "swap"]
 PREEMPTIONS: tuple[Preemption, ...] = get_args(Preemption)
@@ -76,11 +77,7 @@ class Engine:
     swap_seconds_per_block: float = 2e-4
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "token_budget", "blocks", "block_tokens"):
-            value = getattr(self, name)
-            if value < 1 or value % 1:
-                raise DemandError(f"{name} is {value}; expected a whole number of at least 1")
-            object.__setattr__(self, name, int(value))
+        set_whole_numbers(self, "max_requests", "token_budget", "blocks", "block_tokens", least=1)
         for name in (
             "base_seconds",
             "prefill_seconds_per_token",
@@ -88,9 +85,7 @@ class Engine:
             "kv_seconds_per_token",
             "swap_seconds_per_block",
         ):
-            value = getattr(self, name)
-            if not 0.0 <= value < math.inf:
-                raise DemandError(f"{name} is {value}; expected finite seconds of at least 0")
+            object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         if self.base_seconds + self.decode_seconds_per_request == 0.0:
             raise DemandError(
                 "base_seconds and decode_seconds_per_request are both 0, so that decoding takes "

@@ -10,8 +10,8 @@ def identical_steps(batcher: Batcher, now: float, until: float) -> int:
     """Number of steps, from second `now` on, for which forming the batch anew changes nothing.
 
     That is until a call is over, second `until` is reached, an alarm goes off, the blocks run
-    out, or the places of the jobs that are served may let another call in. A rank that changed as
-    its job was left out counts from the next step on.
+    out, or the order of the jobs may have changed so that another call comes in. Where the rank of
+    a job changed as it was left out of the batch, that is the next step already.
     """
     if not batcher.batch.steady or batcher.moved:
         return 1
@@ -54,20 +54,27 @@ def _steps_of_blocks(batcher: Batcher, most: int) -> int:
 
 
 def _steps_of_order(batcher: Batcher, now: float, most: int) -> int:
-    """Number of steps after which another call may come before one of the batch.
+    """Number of steps after which another call may come before one of the batch, at most `most`.
 
-    Bounds hold until a task is to be looked at. Only the task that is served in part is followed
-    from step to step: it must stay behind all others and before those that wait.
+    The bounds of the jobs in the batch hold for all of them. Only the job that is served in part
+    is ranked step by step: it must stay behind the bounds of all others, and before those that
+    wait.
     """
     order, partial, step = batcher.order, batcher.partial, batcher.batch.step
     if partial is None or not order.preemptive:
         return most
     best = order.best_waiting
-    worst = max([task.bound for task in order.running if task is not partial], default=FIRST)
+    worst = FIRST
+    for job in order.running:
+        if job is not partial:
+            if job.bound is None:
+                return 1
+            worst = max(worst, job.bound)
     steps = 0
     while steps < most and worst < partial.place < best:
         steps += 1
-        partial.job.attained_service = partial.attained(step + steps)
+        partial.attained_service = partial.attained(step + steps)
         order.place(partial, now)
-    partial.job.attained_service = partial.attained(step)
+        partial.exact = False  # that is where it will stand
+    partial.attained_service = partial.attained(step)
     return max(steps, 1)

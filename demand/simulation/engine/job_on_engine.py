@@ -1,26 +1,25 @@
-"""A job inside the engine: where it stands in its run, and the calls of its present unit."""
+"""A job on the engine: where it stands in its run, and the calls of its present unit."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from demand.policies.base import Job, Rank
+from demand.policies.base import Rank
+from demand.policies.job import Job
 from demand.simulation.engine.agenda import Action
 from demand.units import Execution
 
 Place = tuple[int, Rank, int]
-"""0 and the rank, or with preemption "none" 0 for units that have started and 1 for the rest,
-then when it started or the rank; last the index of the job."""
+"""Where a job stands in the order of service: (0, rank, index of the job). With preemption "none"
+units that have been served go first: (0, how many were before it, index), then (1, rank, index)."""
 
-# Before all places; then beyond all of them, each before the next.
+# They stand for places, and order like them: FIRST before all, then all places, ANY, NOBODY.
 FIRST: Place = (-1, 0.0, 0)
 ANY: Place = (2, 0.0, 0)
-"""Bound of a task whose place matters to nobody, since nobody waits."""
+"""Bound of a job whose place matters to nobody, since nobody waits."""
 NOBODY: Place = (3, 0.0, 0)
-"""Stands for the best that waits, where nobody does."""
-UNKNOWN: Place = (4, 0.0, 0)
-"""Bound of a task that is to be ranked anew."""
+"""Place of the best job waiting, where nobody waits."""
 NEVER = 1 << 62
 """A step that does not come."""
 
@@ -28,14 +27,14 @@ NEVER = 1 << 62
 @final
 @dataclass(slots=True, eq=False)
 class Calls:
-    """Requests of an llm unit that stand alike, neighbours in order.
+    """Requests of one llm unit that have come equally far, and follow each other in the order.
 
-    They split when they part, and do not join again.
-
-    While they decode, tokens and blocks are those of the step from which on they do: the rest
-    follows from `over`.
+    They are kept as one. When only some of them are served they split (`JobOnEngine.split`), and
+    do not join again. While they decode, the numbers below are those of the step at which they
+    began to: what has become of them since follows from `over`.
 
     Attributes:
+        job: whose unit it is.
         number: of the first of them within the unit.
         count: how many they are; all other numbers are for each.
         generated: output tokens produced.
@@ -49,7 +48,7 @@ class Calls:
             over if they stay; 0 while they do not.
     """
 
-    task: "Task"
+    job: "JobOnEngine"
     number: int
     count: int
     input_tokens: int
@@ -64,73 +63,74 @@ class Calls:
 
     @property
     def pending(self) -> int:
-        """Tokens known and without KV; 1 for those that have prefilled."""
+        """Tokens that are known and have no KV yet: 1 once the prompt is computed."""
         return self.input_tokens + self.generated - self.computed
 
     @property
     def place(self) -> tuple[Place, int]:
-        """What calls are ordered by."""
-        return (self.task.place, self.number)
+        """Where they stand in the order of service: the place of the job, then their number."""
+        return (self.job.place, self.number)
 
 
 @final
 @dataclass(slots=True, eq=False)
-class Task:
-    """A job that is being executed.
+class JobOnEngine(Job):
+    """A job that is being executed: what its policy sees, and what the engine notes.
 
     Attributes:
-        job: the job.
         entry: its position in the workload.
         run: what it executes.
         prefill_seconds_per_token: service of a token of a prompt.
         decode_seconds_per_token: service of a token produced.
         unit_seconds: seconds of service of each unit of `run`.
-        at: position in `run` of the present unit.
+        arrived_step: steps that had begun when it arrived.
+        position: of the present unit in `run`.
         calls: unfinished calls of the present unit, by number.
         requests: how many they are.
-        settled_seconds: service of the units that are over, by the cost model.
+        finished_seconds: service of the units that are over, by the cost model.
         prefilled: input tokens computed for the present unit, over its calls.
-        generated: output tokens produced for the present unit by step `since`, over its calls.
-        since: steps carried out by then.
+        generated: output tokens produced for the present unit by step `since_step`, over its calls.
+        since_step: steps carried out by then.
         decoding: calls that decode, a token in each step from then on.
-        place: what tasks are ordered by, as of the last ranking.
-        bound: what its place stays within while it is served. From a ranking until the batch is
-            settled it is the very object `place` (with preemption "none" for good).
-        bound_holds_until: attained service up to which it surely does.
-        look: steps carried out when it is to be looked at.
-        started: how many units had been served before the present one first was; -1 before.
+        place: where it stood in the order when it was last ranked.
+        exact: whether it stands there still, `bound` being that very place (with preemption "none"
+            for good, once it has been served).
+        bound: the worst place it can have come to (`BoundedRanks`); `None` where that is not known.
+        bound_until: attained service up to which `bound` surely holds.
+        check_step: steps carried out when something of it may be due: a call over, an alarm, or
+            the end of its bound.
+        first_served: how many units had been served before the present one first was; -1 before.
         cold: whether the backend of an llm unit is to be warmed when its turn comes.
         alarms: (output tokens produced for the present unit, what to do then), latest first.
-        arrived_step: steps that had begun when it arrived.
     """
 
-    job: Job
-    entry: int
-    run: Sequence[Execution]
-    prefill_seconds_per_token: float
-    decode_seconds_per_token: float
-    unit_seconds: Sequence[float]
-    at: int = -1
+    entry: int = 0
+    run: Sequence[Execution] = ()
+    prefill_seconds_per_token: float = 0.0
+    decode_seconds_per_token: float = 0.0
+    unit_seconds: Sequence[float] = ()
+    arrived_step: int = 0
+    position: int = -1
     calls: list[Calls] = field(default_factory=list)
     requests: int = 0
-    settled_seconds: float = 0.0
+    finished_seconds: float = 0.0
     prefilled: int = 0
     generated: int = 0
-    since: int = 0
+    since_step: int = 0
     decoding: int = 0
     place: Place = (0, math.nan, 0)
-    bound: Place = UNKNOWN
-    bound_holds_until: float = math.inf
-    look: int = NEVER
-    started: int = -1
+    exact: bool = False
+    bound: Place | None = None
+    bound_until: float = math.inf
+    check_step: int = NEVER
+    first_served: int = -1
     cold: bool = False
     alarms: list[tuple[int, Action]] = field(default_factory=list)
-    arrived_step: int = 0
 
     @property
     def execution(self) -> Execution:
-        """The present execution."""
-        return self.run[self.at]
+        """The unit that is being executed, with its calls."""
+        return self.run[self.position]
 
     @property
     def steady(self) -> bool:
@@ -139,37 +139,37 @@ class Task:
 
     def produced(self, step: int) -> int:
         """Output tokens of the present unit when `step` steps have been carried out."""
-        return self.generated + self.decoding * (step - self.since)
+        return self.generated + self.decoding * (step - self.since_step)
 
     def attained(self, step: int) -> float:
         """Seconds of service when `step` steps have been carried out."""
         return (
-            self.settled_seconds
+            self.finished_seconds
             + self.prefilled * self.prefill_seconds_per_token
-            + (self.generated + self.decoding * (step - self.since))  # `produced`, a call less
+            + (self.generated + self.decoding * (step - self.since_step))  # `produced`, a call less
             * self.decode_seconds_per_token
         )
 
-    def next_look(self, step: int) -> int:
+    def next_check(self, step: int) -> int:
         """Steps carried out when a call is over, an alarm is due or the bound may not hold."""
-        look = NEVER
+        check = NEVER
         for calls in self.calls:
-            if calls.over and calls.over < look:
-                look = calls.over
+            if calls.over and calls.over < check:
+                check = calls.over
         if not self.decoding:
-            return look
+            return check
         if self.alarms:
             tokens = self.alarms[-1][0] - self.produced(step)
-            look = min(look, step + max(1, -(-tokens // self.decoding)))
-        attained = self.bound_holds_until
-        if self.attained(look) >= attained:
+            check = min(check, step + max(1, -(-tokens // self.decoding)))
+        attained = self.bound_until
+        if self.attained(check) >= attained:
             per_step = self.decoding * self.decode_seconds_per_token
-            look = step + max(1, math.ceil((attained - self.attained(step)) / per_step))
-            while look > step + 1 and self.attained(look - 1) >= attained:
-                look -= 1
-            while self.attained(look) < attained:
-                look += 1
-        return look
+            check = step + max(1, math.ceil((attained - self.attained(step)) / per_step))
+            while check > step + 1 and self.attained(check - 1) >= attained:
+                check -= 1
+            while self.attained(check) < attained:
+                check += 1
+        return check
 
     def split(self, calls: Calls, count: int) -> None:
         """Part the first `count` of `calls`, which do not decode, from the rest."""

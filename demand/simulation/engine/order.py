@@ -5,147 +5,156 @@ from heapq import heapify, heappop, heappush
 from typing import final
 
 from demand.policies.base import Policy, rank_of
-from demand.policies.exact_thresholds import half_way, just_below
+from demand.policies.exact_thresholds import ROUNDING
 from demand.policies.wrapper import hook
-from demand.simulation.engine.job_on_engine import ANY, NOBODY, UNKNOWN, Place, Task
+from demand.simulation.bounded_ranks import BoundedRanks, threshold
+from demand.simulation.engine.batch import Batch
+from demand.simulation.engine.job_on_engine import ANY, NOBODY, JobOnEngine, Place
 
-Waiting = list[tuple[Place, Task]]
+PlacedJobs = list[tuple[Place, JobOnEngine]]
+"""A heap of jobs by their places."""
 
 
 @final
 class RankOrder:
-    """Tasks with calls: those of the last batch, and those waiting.
+    """The jobs that have calls: those with calls in the batch, which run, and those that wait.
 
-    The rank of a waiting job stands still (`Policy`), so that waiting tasks sit in a heap. A task
-    of the batch is ranked anew only when its place may have passed its `Task.bound`.
+    The rank of a waiting job stands still (`Policy`), so that waiting jobs sit in a heap. A job
+    that runs is ranked anew only when it may have come past its bound (`BoundedRanks`).
 
     Args:
         policy: ranks the jobs.
-        preemptive: whether a better rank goes before a unit that has started.
+        batch: of the step to come; says how many steps have been carried out.
 
     Attributes:
+        preemptive: whether a better rank goes before a unit that has been served.
         reranks: whether serving one job can change the rank of others (`Policy.reranks`).
-        running: tasks with a call in the last batch, in any order.
-        waiting: heap of (place, task) of the others.
+        running: jobs with a call in the last batch, in any order.
+        waiting: heap of (place, job) of the others.
         best_waiting: place of the first of them, `NOBODY` if there is none.
     """
 
-    def __init__(self, policy: Policy, preemptive: bool) -> None:
+    def __init__(self, policy: Policy, batch: Batch) -> None:
         self.policy = policy
         self.reranks = policy.reranks
-        self._served = hook(policy, "served")
-        self.preemptive = preemptive
-        self.running: list[Task] = []
-        self.waiting: Waiting = []
+        self.preemptive = batch.engine.preemption != "none"
+        self.running: list[JobOnEngine] = []
+        self.waiting: PlacedJobs = []
         self.best_waiting = NOBODY
-        self._started = 0
+        self._batch = batch
+        self._served = hook(policy, "served")
+        self._ranks = BoundedRanks(self.rank)
+        self._units_served = 0
 
     def __bool__(self) -> bool:
-        """Whether anybody has calls."""
+        """Whether any job has calls."""
         return bool(self.running or self.waiting)
 
-    def add(self, task: Task, now: float) -> None:
-        """Let `task` wait with the calls of a new unit."""
-        task.started = -1
-        self._wait(task, now)
+    def add(self, job: JobOnEngine, now: float) -> None:
+        """Let `job` wait with the calls of a new unit."""
+        job.first_served = -1
+        self._wait(job, now)
 
-    def first(self, again: Waiting) -> Place:
+    def first(self, again: PlacedJobs) -> Place:
         """Place of the first of the waiting and of the heap `again`, `NOBODY` if there is none."""
         best = self.best_waiting
         return again[0][0] if again and again[0][0] < best else best
 
-    def pop(self, again: Waiting) -> Task:
+    def pop(self, again: PlacedJobs) -> JobOnEngine:
         """Take out the first of the waiting and of the heap `again`."""
         if again and again[0][0] < self.best_waiting:
             return heappop(again)[1]
-        task = heappop(self.waiting)[1]
+        job = heappop(self.waiting)[1]
         self.best_waiting = self.waiting[0][0] if self.waiting else NOBODY
-        return task
+        return job
 
-    def start(self, task: Task) -> None:
-        """Take note that `task` has calls in the batch."""
-        job = task.job
-        if task.started < 0:
-            task.started = self._started
-            self._started += 1
+    def start(self, job: JobOnEngine) -> None:
+        """`job` has calls in the batch."""
+        if job.first_served < 0:
+            job.first_served = self._units_served
+            self._units_served += 1
         if not job.running:
             job.running = True
             job.started_at = job.attained_service
-            task.bound = UNKNOWN  # running may have changed its rank
-            self.running.append(task)
+            job.bound, job.exact = None, False  # running may have changed its rank
+            self.running.append(job)
 
-    def stop(self, task: Task, now: float) -> None:
-        """Let `task`, which has no calls in the batch, wait."""
-        if task.job.running:
-            self.leave(task)
-        self._wait(task, now)
+    def stop(self, job: JobOnEngine, now: float) -> None:
+        """Let `job`, which has no calls in the batch, wait."""
+        if job.running:
+            self.leave(job)
+        self._wait(job, now)
 
-    def leave(self, task: Task) -> None:
-        """Take out a task of the batch."""
-        task.job.running = False
-        self.running.remove(task)
+    def leave(self, job: JobOnEngine) -> None:
+        """Take out a running job."""
+        job.running = False
+        self.running.remove(job)
 
     def rerank(self, now: float) -> None:
         """Rank all that wait anew."""
-        self.waiting = [(self.place(task, now), task) for _, task in self.waiting]
+        self.waiting = [(self.place(job, now), job) for _, job in self.waiting]
         heapify(self.waiting)
         self.best_waiting = self.waiting[0][0] if self.waiting else NOBODY
 
-    def rank(self, task: Task, now: float, step: int) -> Place:
-        """Rank a running task anew, as of `step` steps carried out; its place, and its bound.
+    def rank(self, job: JobOnEngine, now: float) -> Place:
+        """Rank a running job as of the steps carried out.
 
         Raises:
-            DemandError: a rank of NaN.
+            DemandError: as `rank_of`.
         """
         if self._served is None:
-            task.job.attained_service = task.attained(step)
+            job.attained_service = job.attained(self._batch.step)
         else:
-            self.account(task, now, step)
-        task.bound = place = self.place(task, now)
+            self.count_service(job, now)
+        job.bound = place = self.place(job, now)
+        job.exact = True
         return place
 
-    def account(self, task: Task, now: float, step: int) -> None:
-        """Give the job of `task` the service of `step` steps carried out."""
-        job, attained = task.job, task.attained(step)
+    def count_service(self, job: JobOnEngine, now: float) -> None:
+        """Count what `job` attained in the steps carried out."""
+        attained = job.attained(self._batch.step)
         seconds = attained - job.attained_service
         job.attained_service = attained
         if self._served is not None and seconds > 0.0:
             self._served(job, seconds, now)
 
-    def watch(self, task: Task, now: float, step: int, best: Place) -> None:
-        """Find a bound on the place of a running task, and until when it holds.
+    def last_decoding_after(self, place: Place, now: float) -> JobOnEngine | None:
+        """The last of the running jobs that decode, if it goes after `place`."""
+        candidates = [
+            job for job in self.running if job.decoding and (job.bound is None or job.bound > place)
+        ]
+        return self._ranks.last_after(candidates, place, now)
 
-        It lies half-way to `best`, so that it need not be found again when `best` gets better.
+    def find_bound(self, job: JobOnEngine, now: float, best: Place) -> None:
+        """Bound the place of a running job half-way to `best`, and find when it is to be checked.
+
+        The bound is `None` where the job goes after `best` already.
         """
-        task.bound_holds_until = math.inf
+        job.bound_until = math.inf
         if best is NOBODY:
-            task.bound = ANY
+            job.bound, job.exact = ANY, False
         else:
-            place = task.place if task.bound is task.place else self.rank(task, now, step)
+            group, rank, index = place = job.place if job.exact else self.rank(job, now)
             if place > best:
-                task.bound = UNKNOWN
+                job.bound, job.exact = None, False
             elif self.preemptive:
-                threshold = half_way(place[1], best[1])
-                if threshold == best[1] and place[2] > best[2]:
-                    threshold = just_below(threshold)
-                task.bound = (place[0], threshold, place[2])
-                attained = self.policy.next_above(task.job, threshold)
-                # Sooner than later: quanta are counted with a slack (`policies.quanta`).
-                task.bound_holds_until = attained * (1.0 - 1e-9)
-        task.look = task.next_look(step)
+                highest = threshold(rank, index, best[1], best[2], halfway=True)
+                job.bound, job.exact = (group, highest, index), False
+                # Sooner than that: quanta may end a rounding sooner (`Policy.next_above`).
+                job.bound_until = self.policy.next_above(job, highest) * (1.0 - ROUNDING)
+        job.check_step = job.next_check(self._batch.step)
 
-    def place(self, task: Task, now: float) -> Place:
-        """Find the place of `task`, by what its job has attained."""
-        job = task.job
+    def place(self, job: JobOnEngine, now: float) -> Place:
+        """Find the place of `job`, by what it has attained."""
         if self.preemptive:
-            place = task.place = (0, rank_of(job, self.policy, now), job.index)
+            place = job.place = (0, rank_of(job, self.policy, now), job.index)
             return place
-        if task.started >= 0:
-            task.place = (0, task.started, job.index)
+        if job.first_served >= 0:
+            job.place = (0, job.first_served, job.index)
         else:
-            task.place = (1, rank_of(job, self.policy, now), job.index)
-        return task.place
+            job.place = (1, rank_of(job, self.policy, now), job.index)
+        return job.place
 
-    def _wait(self, task: Task, now: float) -> None:
-        heappush(self.waiting, (self.place(task, now), task))
+    def _wait(self, job: JobOnEngine, now: float) -> None:
+        heappush(self.waiting, (self.place(job, now), job))
         self.best_waiting = self.waiting[0][0]

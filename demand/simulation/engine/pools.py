@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
+from demand.arguments import positive_number, set_whole_numbers
 from demand.errors import DemandError
 from demand.prewarm.base import check_warm_seconds
+from demand.seconds import one_of_seconds
 
 Scope = Literal["job", "application", "unit"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -43,13 +45,12 @@ class Pool:
     footprint: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.slots < 1 or self.slots % 1:
-            raise DemandError(f"slots is {self.slots}; expected a whole number of at least 1")
-        check_warm_seconds(self.warm_seconds)
+        set_whole_numbers(self, "slots", least=1)
+        object.__setattr__(self, "warm_seconds", check_warm_seconds(self.warm_seconds))
+        object.__setattr__(self, "keep_seconds", one_of_seconds("keep_seconds", self.keep_seconds))
+        object.__setattr__(self, "footprint", positive_number("footprint", self.footprint))
         if not self.keep_seconds >= 0.0:
             raise DemandError(f"keep_seconds is {self.keep_seconds}; expected at least 0")
-        if not 0.0 < self.footprint < math.inf:
-            raise DemandError(f"footprint is {self.footprint}; expected it positive and finite")
         if self.scope not in SCOPES:
             raise DemandError(f"scope is {self.scope!r}; expected one of {', '.join(SCOPES)}")
 

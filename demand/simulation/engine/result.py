@@ -1,4 +1,4 @@
-"""What became of the jobs of an engine, and of the engine itself."""
+"""What became of jobs served by an engine, and of the engine itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from demand.simulation.result import Result
 @final
 @dataclass(frozen=True, eq=False)
 class EngineResult(Result):
-    """Jobs served by an engine in continuous batches.
+    """What became of each job served by an engine in continuous batches.
 
     A slowdown can be below 1 here: demand adds up the seconds of parallel calls, by the cost
     model, and the engine runs them side by side. Its events are jobs that arrive,
@@ -24,15 +24,15 @@ class EngineResult(Result):
     steps, repeated ones included. Its preemptions are of requests, not jobs.
 
     Attributes:
-        engine: that served them.
+        engine: its limits and times.
         completion_steps: `[n]` steps begun from arrival to finish.
-        steps: carried out.
-        decisions: times a batch was formed, empty ones too; what follows repeats the same step.
-        busy_seconds: that the steps took.
+        steps: how many were carried out.
+        decisions: how often a batch was formed, empty ones too; steps in between repeat the last.
+        busy_seconds: what the steps took.
         mean_batch: requests in a step, on average.
-        prefilled_again: wasted tokens, whose KV was lost and computed again.
-        swapped_blocks: copied to the host or back.
-        peak_blocks: most blocks held at once.
+        prefilled_again: tokens whose KV was lost and computed again.
+        swapped_blocks: blocks copied to the host or back.
+        peak_blocks: the most blocks held at once.
         backends: what became of each pool, by its name.
     """
 

@@ -6,27 +6,30 @@ from functools import partial
 
 import numpy as np
 
+from demand.arguments import check_instance, renamed_keyword
 from demand.errors import DemandError
-from demand.policies.base import Policy, Rank
-from demand.prewarm.base import Prewarmer
+from demand.policies.base import Policy, Rank, check_policy, rank_of
+from demand.prewarm.base import Prewarmer, check_prewarmer
 from demand.prewarm.baselines import NoPrewarm
-from demand.simulation.arrivals import arrivals_of
+from demand.refine.base import Refine
+from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.engine.agenda import Action, Agenda
-from demand.simulation.engine.backends import Backends, check_pools
+from demand.simulation.engine.backends import Backends, check_pools, checked_pools
 from demand.simulation.engine.batcher import Batcher
 from demand.simulation.engine.calls import call_groups, check_run, execution_seconds
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.identical_steps import identical_steps
-from demand.simulation.engine.job_on_engine import Calls, Task
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
 from demand.simulation.job_maker import JobMaker
-from demand.simulation.queue.simulate import Refine
+from demand.simulation.refining import check_refine, learn
 from demand.units import CostModel, Execution, Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
+@renamed_keyword("cost", "service_cost")
 def simulate_engine(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -36,7 +39,7 @@ def simulate_engine(
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
     refine: Refine | None = None,
-    cost: CostModel | None = None,
+    service_cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
@@ -54,8 +57,8 @@ def simulate_engine(
     while a step is in progress is taken in when it ends, in order of time; of one moment, ends of
     units go before arrivals.
 
-    Between two looks the same step is repeated: its end, an arrival, the last block or the age at
-    which a rank crosses another are found by search.
+    Between two decisions the same step is repeated: the end of a request, an arrival, the last
+    block and the age at which a rank crosses another are found by search.
 
     Args:
         workload: with `runs`; the result of a closed loop has the jobs as they arrived.
@@ -64,37 +67,46 @@ def simulate_engine(
         backends: by name of a unit, or by kind for all other units of the kind.
         prewarm: warms backends ahead; `None` for `NoPrewarm`.
         pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
-            over; `None` for `cost`.
+            over; `None` for `service_cost`.
         refine: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
-        cost: seconds of service of tokens, on the scale of the distributions of `workload`;
-            `None` for that of the application's graph, or the default where it has none.
+        service_cost: seconds of attained service that a token counts for, on the scale of the
+            distributions of `workload`; not what it takes on the engine. `None` for the cost model
+            of the application's graph, or the default where it has none. Up to the last release
+            it was named `cost`.
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
-        DemandError: a workload without runs, an empty run, a request larger than all blocks, a
-            policy that ranks NaN, a pool for an unknown unit, or a prewarmer that needs graphs
-            where there are none.
+        DemandError: an argument of the wrong kind, a workload without runs, an empty run, a
+            request larger than all blocks, a policy whose rank is no number, a pool for an unknown
+            unit, or a prewarmer that needs graphs where there are none.
     """
-    jobs = workload.jobs if isinstance(workload, ClosedLoop) else workload
-    if jobs.runs is None:
+    entries = entries_of(workload)
+    check_policy("policy", policy)
+    if entries.runs is None:
         raise DemandError(
             "the workload has no runs, and an engine serves requests, not seconds; give "
             "Workload(runs=...), the executions of each job"
         )
+    check_refine(refine, entries)
     engine = Engine() if engine is None else engine
     prewarm = NoPrewarm() if prewarm is None else prewarm
-    pools = {} if backends is None else dict(backends)
-    for entry, run in enumerate(jobs.runs):
+    check_instance("engine", engine, Engine, "an engine, such as Engine(max_requests=64)")
+    check_prewarmer("prewarm", prewarm)
+    for name, model in (("pace", pace), ("service_cost", service_cost)):
+        if model is not None:
+            check_instance(name, model, CostModel, "a CostModel, or None")
+    pools = {} if backends is None else checked_pools(backends)
+    for entry, run in enumerate(entries.runs):
         check_run(entry, run, engine)
-    check_pools(pools, prewarm, jobs, jobs.runs)
-    costs = {name: cost or _cost(jobs, name) for name in jobs.distributions}
-    simulation = _Simulation(workload, jobs, jobs.runs, policy, engine, costs, seed, refine)
+    check_pools(pools, prewarm, entries, entries.runs)
+    costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
+    simulation = _Simulation(workload, entries, entries.runs, policy, engine, costs, seed, refine)
     simulation.backends = Backends(
         pools,
         prewarm,
-        pace or cost or CostModel(),
-        jobs.graphs,
+        pace or service_cost or CostModel(),
+        entries.graphs,
         simulation.agenda,
         simulation.place,
     )
@@ -107,7 +119,7 @@ class _Simulation:
     def __init__(
         self,
         workload: Workload | ClosedLoop,
-        jobs: Workload,
+        entries: Workload,
         runs: Sequence[Sequence[Execution]],
         policy: Policy,
         engine: Engine,
@@ -121,7 +133,7 @@ class _Simulation:
         self.costs = costs
         self.refine = refine
         self.arrivals = arrivals_of(workload)
-        self.jobs = JobMaker(jobs, policy, seed)
+        self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
         self.batcher = Batcher(engine, policy)
         self.entries: list[int] = []  # in order of arrival
@@ -136,8 +148,8 @@ class _Simulation:
         self.alarms = 0
 
     def run(self) -> EngineResult:
-        now, order, jobs = 0.0, self.batcher.order, len(self.workload)
-        while self.finished < jobs:
+        now, order, count = 0.0, self.batcher.order, len(self.workload)
+        while self.finished < count:
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
@@ -148,7 +160,11 @@ class _Simulation:
         return self.result(now)
 
     def step(self, now: float) -> float:
-        """Form a batch, and repeat its step as long as nothing changes; the second it ends."""
+        """Form a batch, and repeat its step as long as nothing changes.
+
+        Returns:
+            The second at which the last of these steps ends.
+        """
         batcher = self.batcher
         batcher.form(now, self.warm)
         self.decisions += 1
@@ -163,16 +179,16 @@ class _Simulation:
         if upcoming <= now:
             self.happen(now)
         ended, alarmed = batcher.advance(steps, now)
-        for task in ended:
-            self.end_unit(task, now)
-        for task in alarmed:
-            while task.alarms and task.alarms[-1][0] <= task.produced(batcher.batch.step):
+        for job in ended:
+            self.end_unit(job, now)
+        for job in alarmed:
+            while job.alarms and job.alarms[-1][0] <= job.produced(batcher.batch.step):
                 self.alarms += 1
-                task.alarms.pop()[1](now)
+                job.alarms.pop()[1](now)
         return now
 
     def next_second(self) -> float:
-        """When something happens outside of the engine; infinity for never."""
+        """The second at which something next happens outside of the engine; infinity for never."""
         timed, arrival = self.agenda.next, self.arrivals.next
         return timed if timed < arrival else arrival
 
@@ -189,90 +205,82 @@ class _Simulation:
     def arrive(self, now: float) -> None:
         entry = self.arrivals.take()
         job = self.jobs.make(entry, len(self.entries), now)
-        run, cost = self.runs[entry], self.costs[job.application]
-        unit_seconds = [execution_seconds(execution, cost) for execution in run]
-        job.demand = sum(unit_seconds)
+        cost = self.costs[job.application]
+        job.entry, job.run, job.arrived_step = entry, self.runs[entry], self.steps
+        job.prefill_seconds_per_token = cost.prefill_seconds_per_token
+        job.decode_seconds_per_token = cost.decode_seconds_per_token
+        job.unit_seconds = [execution_seconds(execution, cost) for execution in job.run]
+        job.demand = sum(job.unit_seconds)
         self.entries.append(entry)
         self.arrived_at.append(now)
         self.policy.arrived(job, now)
-        task = Task(
-            job,
-            entry,
-            run,
-            cost.prefill_seconds_per_token,
-            cost.decode_seconds_per_token,
-            unit_seconds,
-            arrived_step=self.steps,
-        )
-        self.start_unit(task, now)
+        self.start_unit(job, now)
 
-    def start_unit(self, task: Task, now: float) -> None:
-        task.at += 1
-        task.job.requested = now
-        later = self.backends.plan(task, now)
-        if task.execution.unit.kind != "llm":
-            if self.backends.acquire(task, now, partial(self.begin, task, later)):
-                self.begin(task, later, now)
+    def start_unit(self, job: JobOnEngine, now: float) -> None:
+        job.position += 1
+        job.requested = now
+        later = self.backends.plan(job, now)
+        if job.execution.unit.kind != "llm":
+            if self.backends.acquire(job, now, partial(self.begin, job, later)):
+                self.begin(job, later, now)
             return
-        task.prefilled = task.generated = 0
+        job.prefilled = job.generated = 0
         number = 0
-        for count, given, made in call_groups(task.execution):
-            task.calls.append(Calls(task, number, count, given, made))
+        for count, given, made in call_groups(job.execution):
+            job.calls.append(Calls(job, number, count, given, made))
             number += count
-        task.requests = number
+        job.requests = number
         self.requests += number
-        self.backends.alarms(task, later)
-        task.cold = self.backends.waits_for_its_turn(task)
-        if task.cold or self.warm(task, now):
-            self.submit(task, now)
+        self.backends.alarms(job, later)
+        job.cold = self.backends.waits_for_its_turn(job)
+        if job.cold or self.warm(job, now):
+            self.submit(job, now)
 
-    def warm(self, task: Task, now: float) -> bool:
-        """Whether the backend of an llm unit is warm; else it is submitted once it is."""
-        return self.backends.acquire(task, now, partial(self.submit, task))
+    def warm(self, job: JobOnEngine, now: float) -> bool:
+        """Whether the backend of an llm unit is warm; if not, the unit is submitted once it is."""
+        return self.backends.acquire(job, now, partial(self.submit, job))
 
-    def submit(self, task: Task, now: float) -> None:
-        """The requests of an llm unit wait for their turn."""
-        self.batcher.order.add(task, now)
+    def submit(self, job: JobOnEngine, now: float) -> None:
+        """Let the requests of an llm unit wait for their turn."""
+        self.batcher.order.add(job, now)
 
-    def begin(self, task: Task, later: Sequence[tuple[float, Action]], now: float) -> None:
-        """A unit outside of the engine begins."""
-        seconds = task.execution.seconds
+    def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
+        """Begin a unit that is executed outside of the engine."""
+        seconds = job.execution.seconds
         assert seconds is not None
         for after, action in later:
             self.agenda.add(now + after, action)
-        self.agenda.add(now + seconds, partial(self.end_unit, task))
+        self.agenda.add(now + seconds, partial(self.end_unit, job))
 
-    def end_unit(self, task: Task, now: float) -> None:
-        job, execution = task.job, task.execution
-        task.settled_seconds += task.unit_seconds[task.at]
-        task.prefilled = task.generated = 0
-        seconds = task.settled_seconds - job.attained_service
-        job.attained_service = task.settled_seconds
+    def end_unit(self, job: JobOnEngine, now: float) -> None:
+        execution = job.execution
+        job.finished_seconds += job.unit_seconds[job.position]
+        job.prefilled = job.generated = 0
+        seconds = job.finished_seconds - job.attained_service
+        job.attained_service = job.finished_seconds
         if execution.unit.kind != "llm" and seconds > 0.0:
             self.policy.served(job, seconds, now)
-        self.backends.release(task, now)
-        if task.at + 1 == len(task.run):
-            self.finish(task, now)
+        self.backends.release(job, now)
+        if job.position + 1 == len(job.run):
+            self.finish(job, now)
             return
         if self.refine is not None:
-            remaining = self.refine(job.application, Progress(task.run[: task.at + 1]))
-            job.learn(remaining, self.policy.table(remaining))
-        self.start_unit(task, now)
+            learn(job, Progress(job.run[: job.position + 1]), self.refine, self.policy)
+        self.start_unit(job, now)
 
-    def finish(self, task: Task, now: float) -> None:
-        job = task.job
+    def finish(self, job: JobOnEngine, now: float) -> None:
         self.finished += 1
         self.completion_times[job.index] = now - job.arrival
-        self.completion_steps[job.index] = self.steps - task.arrived_step
+        self.completion_steps[job.index] = self.steps - job.arrived_step
         self.policy.departed(job, now)
-        self.arrivals.finished(task.entry, now)
+        self.arrivals.finished(job.entry, now)
 
-    def place(self, task: Task, now: float) -> tuple[Rank, int]:
-        """Order of tasks that wait for a backend."""
-        return self.policy.rank(task.job, now), task.job.index
+    def place(self, job: JobOnEngine, now: float) -> tuple[Rank, int]:
+        """Where `job` stands among those that wait for a backend: rank, order of arrival."""
+        return rank_of(job, self.policy, now), job.index
 
     def events(self) -> int:
-        """What happened: to jobs, to requests, at a time or alarm of its own, and steps."""
+        """How much happened: to jobs, to requests, at a second or alarm of its own, and steps."""
         requests = 2 * self.requests + self.batcher.preemptions
         timed = self.agenda.happened + self.alarms
         return len(self.entries) + requests + timed + self.steps

@@ -8,12 +8,14 @@ from typing import final
 
 from demand.policies.base import Rank
 from demand.simulation.engine.agenda import Action, Agenda
-from demand.simulation.engine.job_on_engine import Task
+from demand.simulation.engine.job_on_engine import JobOnEngine
 from demand.simulation.engine.pools import Pool, PoolReport
 from demand.units import Unit
 
 Key = int | str
-PlaceOf = Callable[[Task, float], tuple[Rank, int]]
+"""Who can use an instance: the index of a job, or the name of an application or a unit."""
+
+PlaceOf = Callable[[JobOnEngine, float], tuple[Rank, int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +25,7 @@ class _Instance:
     ready: float  # second at which it ends
     users: int = 0
     used: bool = False
-    reserved: set[Task] = field(default_factory=set)
+    reserved: set[JobOnEngine] = field(default_factory=set)
     idle_since: float = 0.0
 
     def idle(self, now: float) -> bool:
@@ -31,80 +33,90 @@ class _Instance:
 
 
 @dataclass(slots=True, eq=False)
-class _Waiting:
-    task: Task
+class _Claim:
+    job: JobOnEngine
     key: Key
-    since: float
+    since: float  # second from which on its unit waits
     begin: Action
 
 
 @final
 class WarmPool:
-    """The instances of one pool, and the units that wait for them."""
+    """The instances of one pool, and the units that wait for one.
+
+    Args:
+        pool: what it can hold.
+        agenda: of the simulation; told when a warm-up ends and when an idle instance expires.
+        place: rank and order of arrival of a job, by which waiting units are served.
+    """
 
     def __init__(self, pool: Pool, agenda: Agenda, place: PlaceOf) -> None:
         self.pool = pool
         self._agenda = agenda
         self._place = place
         self._instances: list[_Instance] = []
-        self._held: dict[Task, _Instance] = {}
-        self._waiting: list[_Waiting] = []
+        self._held: dict[JobOnEngine, _Instance] = {}
+        self._claims: list[_Claim] = []
         self._counts = {"warm": 0, "late": 0, "cold": 0, "unused": 0}
         self._wait = self._idle = self._unused = 0.0
 
-    def acquire(self, task: Task, unit: Unit, now: float, begin: Action) -> bool:
-        """Give `task` an instance for `unit`: whether one is warm; else `begin` is called later."""
-        self._waiting.append(_Waiting(task, self._key(task, unit), now, begin))
-        return self._serve(now, newcomer=task)
+    def acquire(self, job: JobOnEngine, unit: Unit, now: float, begin: Action) -> bool:
+        """Give `job` an instance for `unit`.
 
-    def release(self, task: Task, following: Unit | None, now: float) -> None:
-        """The unit of `task` is over; its instance stays if the unit `following` can use it."""
-        instance = self._held.pop(task)
+        Returns:
+            Whether one is warm now; if not, `begin` is called once it is.
+        """
+        self._claims.append(_Claim(job, self._key(job, unit), now, begin))
+        return self._serve(now, newcomer=job)
+
+    def release(self, job: JobOnEngine, following: Unit | None, now: float) -> None:
+        """The unit of `job` is over; its instance stays if the unit `following` can use it."""
+        instance = self._held.pop(job)
         instance.users -= 1
         if not instance.users:
             instance.idle_since = now
-        if following is not None and instance.key == self._key(task, following):
-            instance.reserved.add(task)
+        if following is not None and instance.key == self._key(job, following):
+            instance.reserved.add(job)
         self._rest(instance, now)
         self._serve(now)
 
-    def prewarm(self, task: Task, unit: Unit, now: float) -> None:
-        """Have an instance warm for `task`, as far as slots allow, and keep it until `lapse`."""
-        key = self._key(task, unit)
-        instance = self._usable(task, key, now)
+    def prewarm(self, job: JobOnEngine, unit: Unit, now: float) -> None:
+        """Have an instance warm for `job` ahead of time, if there is a slot; kept until `lapse`."""
+        key = self._key(job, unit)
+        instance = self._usable(job, key, now)
         if instance is None:
             instance = self._start(key, now, demanded=False)
             if instance is None:
                 return
-            self._agenda.add(instance.ready, self._look)
-        instance.reserved.add(task)
+            self._agenda.add(instance.ready, self._serve_those_waiting)
+        instance.reserved.add(job)
 
-    def lapse(self, task: Task, following: Unit | None, now: float) -> None:
-        """Give up what was reserved for a unit that does not follow."""
-        key = self._key(task, following) if following is not None else None
+    def lapse(self, job: JobOnEngine, following: Unit | None, now: float) -> None:
+        """Give up what was reserved for `job`, but for what the unit `following` can use."""
+        key = self._key(job, following) if following is not None else None
         freed = False
-        for instance in [i for i in self._instances if task in i.reserved and i.key != key]:
-            instance.reserved.remove(task)
+        for instance in [i for i in self._instances if job in i.reserved and i.key != key]:
+            instance.reserved.remove(job)
             self._rest(instance, now)
             freed = True
         if freed:
             self._serve(now)
 
-    def depart(self, task: Task, now: float) -> None:
-        """The job is over, and what only it could use."""
-        self.lapse(task, None, now)
+    def depart(self, job: JobOnEngine, now: float) -> None:
+        """The job is over: give up what was reserved for it, and end what only it could use."""
+        self.lapse(job, None, now)
         if self.pool.scope == "job":
-            for instance in [i for i in self._instances if i.key == task.job.index]:
+            for instance in [i for i in self._instances if i.key == job.index]:
                 self._remove(instance, now)
             self._serve(now)
 
     def free(self, now: float) -> int:
-        """Slots that a prewarm could take."""
+        """How many slots a warm-up ahead of time could take."""
         pool = self.pool
         return pool.slots - sum(bool(i.reserved) or not i.idle(now) for i in self._instances)
 
     def report(self, now: float) -> PoolReport:
-        """What has become of it by second `now`, the end."""
+        """What became of the pool, at second `now`, the end of the simulation."""
         for instance in list(self._instances):
             self._remove(instance, now)
         counts = self._counts
@@ -120,57 +132,64 @@ class WarmPool:
             self._unused,
         )
 
-    def _serve(self, now: float, newcomer: Task | None = None) -> bool:
-        """Let waiting units have instances, best rank first, until one finds no slot.
+    def _serve(self, now: float, newcomer: JobOnEngine | None = None) -> bool:
+        """Give instances to the units that wait, best rank first, until one finds no slot.
 
-        Those whose instance is warm begin, but for the `newcomer`: whether it can.
+        Those whose instance is warm begin, but for that of `newcomer`.
+
+        Returns:
+            Whether the unit of `newcomer` can begin.
         """
         at_once = False
-        while self._waiting:
-            waiting = min(self._waiting, key=lambda w: self._place(w.task, now))
-            ready = self._give(waiting, now)
+        while self._claims:
+            claim = min(self._claims, key=lambda claim: self._place(claim.job, now))
+            ready = self._give(claim, now)
             if ready == math.inf:
                 break
-            self._waiting.remove(waiting)
+            self._claims.remove(claim)
             if ready > now:
-                self._agenda.add(ready, waiting.begin)
-            elif waiting.task is newcomer:
+                self._agenda.add(ready, claim.begin)
+            elif claim.job is newcomer:
                 at_once = True
             else:
-                waiting.begin(now)
+                claim.begin(now)
         return at_once
 
-    def _give(self, waiting: _Waiting, now: float) -> float:
-        """Give an instance, if there is a slot; second at which it is warm."""
-        task = waiting.task
-        instance, how = self._usable(task, waiting.key, now), "cold"
+    def _give(self, claim: _Claim, now: float) -> float:
+        """Give `claim` an instance.
+
+        Returns:
+            The second at which it is warm; infinity if there is no slot for one.
+        """
+        job = claim.job
+        instance, how = self._usable(job, claim.key, now), "cold"
         if instance is None:
-            instance = self._start(waiting.key, now, demanded=True)
+            instance = self._start(claim.key, now, demanded=True)
             if instance is None:
                 return math.inf
         else:
             how = "warm" if instance.ready <= now else "late"
         self._counts[how] += 1
         self._count_idle(instance, now)
-        instance.reserved.discard(task)
+        instance.reserved.discard(job)
         instance.users += 1
         instance.used = True
-        self._held[task] = instance
+        self._held[job] = instance
         ready = max(now, instance.ready)
-        self._wait += ready - waiting.since
+        self._wait += ready - claim.since
         return ready
 
-    def _look(self, now: float) -> None:
+    def _serve_those_waiting(self, now: float) -> None:
         self._serve(now)
 
-    def _usable(self, task: Task, key: Key, now: float) -> _Instance | None:
-        """An instance of `key` that `task` may have: its own, else the one warm soonest."""
+    def _usable(self, job: JobOnEngine, key: Key, now: float) -> _Instance | None:
+        """An instance of `key` that `job` may have: its own, else the one warm soonest."""
         found = [
             i
             for i in self._instances
-            if i.key == key and (self.pool.shared or (not i.users and i.reserved <= {task}))
+            if i.key == key and (self.pool.shared or (not i.users and i.reserved <= {job}))
         ]
-        return min(found, key=lambda i: (task not in i.reserved, i.ready), default=None)
+        return min(found, key=lambda i: (job not in i.reserved, i.ready), default=None)
 
     def _start(self, key: Key, now: float, demanded: bool) -> _Instance | None:
         if len(self._instances) == self.pool.slots:
@@ -213,7 +232,7 @@ class WarmPool:
         if not instance.users:
             instance.idle_since = now
 
-    def _key(self, task: Task, unit: Unit) -> Key:
+    def _key(self, job: JobOnEngine, unit: Unit) -> Key:
         if self.pool.scope == "job":
-            return task.job.index
-        return task.job.application if self.pool.scope == "application" else unit.name
+            return job.index
+        return job.application if self.pool.scope == "application" else unit.name

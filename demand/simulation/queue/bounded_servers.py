@@ -1,13 +1,13 @@
 """Several servers, of which few running jobs are ranked when another arrives or leaves."""
 
-from operator import attrgetter
 from typing import final
 
 from demand.policies.base import Policy
-from demand.policies.exact_thresholds import half_way, just_below
-from demand.simulation.queue.job_in_service import Task
+from demand.policies.exact_thresholds import ROUNDING
+from demand.simulation.bounded_ranks import BoundedRanks, threshold
+from demand.simulation.queue.job_in_service import JobInService
 from demand.simulation.queue.servers import Servers
-from demand.simulation.queue.waiting import WaitingPlace
+from demand.simulation.queue.waiting import RankedJob
 
 
 def servers_for(policy: Policy, servers: int) -> Servers:
@@ -20,39 +20,43 @@ def servers_for(policy: Policy, servers: int) -> Servers:
 
 @final
 class BoundedServers(Servers):
-    """Serves the same jobs as `Servers`.
+    """Serves the same jobs as `Servers`, and ranks only those whose bounds do not tell.
 
-    A running task has a bound on its place, half-way to the best one waiting, so that only those
-    are ranked whose bounds come after whoever wants a server. A task that reached its bound is
-    looked at next where its rank rises over the best one waiting.
+    A running job stops where its bound ends (`BoundedRanks`), half-way to the best job waiting. It
+    is then ranked, and stops next where its rank rises over that of the best job waiting.
     """
 
-    def look(self, task: Task, now: float) -> bool:
-        """Look at a running task that reached its stop before the end of a unit.
+    def __init__(self, policy: Policy, servers: int) -> None:
+        super().__init__(policy, servers)
+        self._ranks = BoundedRanks(self._rank_and_go_halfway)
+
+    def stop_within_unit(self, job: JobInService, now: float) -> bool:
+        """A running job reached its stop, and that is not the end of a unit.
 
         Returns:
             Whether that is an event; half-way it is none, unless the rank rose over the best.
         """
-        self.settled = False
-        self._rank(task, now)
+        self.in_order = False
+        self._rank(job, now)
         best = self._waiting.best
-        event = not task.half_way or (best is not None and task.place > best)
-        task.half_way = event  # after a look half-way the next is at the best one waiting
+        event = not job.halfway or (best is not None and job.place > best)
+        job.halfway = event  # after a stop half-way the next is at the best one waiting
         return event
 
-    def end_unit(self, task: Task) -> None:
-        """Take note that a unit of a running task has ended, which may change its rank."""
-        self.settled = False
-        task.bound = None
+    def end_unit(self, job: JobInService) -> None:
+        """A unit of a running job has ended, which may change its rank."""
+        self.in_order = job.exact = False
+        job.bound = None
 
-    def _start(self, task: Task, now: float) -> None:
-        super()._start(task, now)
-        task.bound = None
-        task.half_way = True
+    def _start(self, job: JobInService, now: float) -> None:
+        super()._start(job, now)
+        job.bound = None
+        job.exact = False
+        job.halfway = True
 
-    def _settle(self, now: float) -> None:
+    def _put_in_order(self, now: float) -> None:
         waiting, running = self._waiting, self.running
-        self.settled = True
+        self.in_order = True
         for _ in range(len(running)):
             if waiting.best is None:
                 break
@@ -65,51 +69,40 @@ class BoundedServers(Servers):
             assert place is not None
             if worst.place < place and best.place < place:
                 break  # all others came before `worst`
-        for task in running:
-            if task.bound is None or task.bound is task.place:
-                self._watch(task, now)
+        for job in running:
+            if job.exact or job.bound is None:
+                self._set_stop(job, now)
 
-    def _last_after(self, place: WaitingPlace, now: float) -> Task | None:
-        """The last of the running tasks, if it comes after `place`; all that may are ranked."""
-        tasks = [
-            task
-            for task in self.running
-            if task.bound is None or task.bound > place or task.bound_until <= now
+    def _last_after(self, place: RankedJob, now: float) -> JobInService | None:
+        """The last of the running jobs, if it goes after `place`."""
+        candidates = [
+            job
+            for job in self.running
+            if job.bound is None or job.bound > place or job.bound_until <= now
         ]
-        for task in tasks:
-            if task.bound is None or (task.bound_until <= now and task.bound is not task.place):
-                self._rank(task, now)
-        if len(tasks) > 1:
-            tasks.sort(key=_bound, reverse=True)
-        last = None
-        for task in tasks:
-            if last is not None and _bound(task) < last.place:
-                break
-            if task.bound is not task.place:
-                self._rank(task, now)
-                task.half_way = True
-            if task.place > (place if last is None else last.place):
-                last = task
-        return last
+        for job in candidates:
+            if job.bound is None or (job.bound_until <= now and not job.exact):
+                self._rank(job, now)
+        return self._ranks.last_after(candidates, place, now)
 
-    def _watch(self, task: Task, now: float) -> None:
+    def _rank_and_go_halfway(self, job: JobInService, now: float) -> None:
+        """Rank a job whose bound did not tell: its next one lies half-way again."""
+        self._rank(job, now)
+        job.halfway = True
+
+    def _set_stop(self, job: JobInService, now: float) -> None:
         best = self._waiting.best
         if best is None:
-            self._stop(task, None)
-            task.bound = None
+            self._stop_above(job, None)
+            job.bound, job.exact = None, False
             return
-        if task.bound is not task.place:
-            self._rank(task, now)
-        place, threshold = task.place, best[0]
-        if task.half_way:
-            threshold = half_way(place[0], threshold)
-        if place[1] > best[1] and threshold == best[0]:
-            threshold = just_below(threshold)
-        self._stop(task, threshold)
+        if not job.exact:
+            self._rank(job, now)
+        rank, index = place = job.place
+        highest = threshold(rank, index, best[0], best[1], job.halfway)
+        self._stop_above(job, highest)
         # A rank that is worse since it is served may be beyond the best already.
-        task.bound = (threshold, place[1]) if place < best else None
-        # Sooner than the stop: quanta are counted with a slack (`policies.quanta`).
-        task.bound_until = task.stop - 1e-9 * task.stop_age
-
-
-_bound = attrgetter("bound")
+        job.bound = (highest, index) if place < best else None
+        job.exact = False
+        # Sooner than the stop: quanta may end a rounding sooner (`Policy.next_above`).
+        job.bound_until = job.stop - ROUNDING * job.stop_attained

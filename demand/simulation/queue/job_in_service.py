@@ -1,48 +1,49 @@
-"""A job as the servers of the simulator see it."""
+"""A job as the servers of the queue keep it."""
 
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from demand.policies.base import Job, Rank
+from demand.policies.base import Rank
+from demand.policies.job import Job
 
 Place = tuple[Rank, int]
-"""Rank and order of arrival."""
+"""Where a job stands in the order of service: its rank, then its order of arrival, which no other
+job shares."""
 
 
 @final
 @dataclass(slots=True, eq=False)
-class Task:
-    """A job in the queue, and how its service goes on.
+class JobInService(Job):
+    """A job in the queue, waiting or running: what its policy sees, and what the servers note.
 
     Attributes:
-        job: the job.
         entry: its position in the workload.
         ends: attained service at the end of each of its units, its demand last.
-        line: in which it waits, if the policy `reranks`.
-        at: units finished.
-        since: second as of which `job.attained_service` is known, while it is served.
-        stop_age: attained service at which it is looked at, if nothing happens before.
+        units_finished: how many of them it has reached.
+        line_key: key of its line (`Policy.line`), if the policy `reranks`.
+        since: second as of which `attained_service` is known, while it runs.
+        stop_attained: attained service at which it stops, if nothing happens before: the end of a
+            unit, or where its rank may exceed that of the best job waiting.
         stop: second at which it attains that.
-        place: its rank as of the last ranking, and its order of arrival, which no other task
-            shares.
-        bound: what its place stays within while it is served, if that is known; from a ranking
-            until it is watched the very object `place`.
-        bound_until: second up to which it surely does.
-        half_way: whether it is looked at half-way to the best that waits, which is no event;
-            this and the bounds are of `BoundedServers`.
+        place: where it stood when it was last ranked.
+        exact: whether it stands there still, `bound` being that very place.
+        bound: the worst place it can have come to (`BoundedRanks`); `None` where that is not known.
+        bound_until: second up to which `bound` surely holds.
+        halfway: whether it stops half-way to the best job waiting, where nothing happens but that
+            its bound is found anew.
     """
 
-    job: Job
-    entry: int
-    ends: Sequence[float]
-    line: Hashable = None
-    at: int = 0
+    entry: int = 0
+    ends: Sequence[float] = ()
+    units_finished: int = 0
+    line_key: Hashable = None
     since: float = 0.0
-    stop_age: float = 0.0
+    stop_attained: float = 0.0
     stop: float = math.inf
     place: Place = (math.nan, 0)
+    exact: bool = False
     bound: Place | None = None
     bound_until: float = math.inf
-    half_way: bool = False
+    halfway: bool = False

@@ -1,27 +1,24 @@
-"""Preemptive-resume queue with one or more servers, simulated event by event."""
+"""A preemptive-resume queue with one or more servers, simulated event by event."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
 
-from demand.distribution.distribution import Distribution
-from demand.errors import DemandError
-from demand.policies.base import Policy
+from demand.arguments import whole_number
+from demand.policies.base import Policy, check_policy
 from demand.policies.wrapper import hook
-from demand.simulation.arrivals import arrivals_of
+from demand.refine.base import Refine
+from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
-from demand.simulation.queue.job_in_service import Task
+from demand.simulation.queue.job_in_service import JobInService
+from demand.simulation.refining import check_refine, learn
 from demand.simulation.result import Result
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
-
-Refine = Callable[[str, Progress], Distribution]
-"""(application, progress) to the distribution of the seconds it still needs."""
 
 
 @final
@@ -62,14 +59,14 @@ def simulate(
     one waiting, an age the policy gives (`Policy.next_above`). The simulated events are therefore
     arrivals, completions, ends of units and these crossings; there is no time step.
     With several servers a running job is ranked only where a bound on its rank does not tell
-    whether it comes after another; it is looked at once more at its bound, which is no event.
+    whether it comes after another; reaching its bound is no event.
     O(events * (log n + servers)), and for a policy that `reranks`, O(events * jobs present), or
     of lines present where it names them (`Policy.line`).
     Crossings add little as a rule; but where ranks rise with every atom (falling hazard under
     Gittins, or SERPT on two far modes) jobs of near-equal rank take turns, up to once per atom
     and job.
 
-    Ends of units are looked at if `refine` is given or the policy ranks by request: the next unit
+    Ends of units are events if `refine` is given or the policy ranks by request: the next unit
     is then a new request (`Job.requested`), and what `refine` says of the units finished so far is
     what the scheduler knows from there on. The seconds of a unit are those of the cost model of
     the application's graph (`workload.graphs`), or of the default one.
@@ -83,19 +80,16 @@ def simulate(
         refine: a `DemandEstimator`, or any other answer to how much is left.
 
     Raises:
-        DemandError: servers that are not a whole number of at least 1; a policy that ranks NaN or
-            contradicts itself; where ends of units matter, a workload without runs, or a
-            run whose units do not add up to its demand.
+        DemandError: a workload, policy or refine that is none; servers that are not a whole number
+            of at least 1; a policy whose rank is no number, or that contradicts itself; where ends
+            of units matter, a workload without runs, or a run whose units do not add up to its
+            demand.
     """
-    entries = workload.jobs if isinstance(workload, ClosedLoop) else workload
-    if servers < 1 or servers % 1:
-        raise DemandError(f"servers is {servers}; expected a whole number of at least 1")
-    if refine is not None and entries.runs is None:
-        raise DemandError(
-            "refine is asked at the end of every unit, and the workload has no runs; give "
-            "Workload(runs=...), the executions of each job"
-        )
-    return _Simulation(workload, entries, policy, int(servers), seed, refine).run()
+    entries = entries_of(workload)
+    check_policy("policy", policy)
+    check_refine(refine, entries)
+    servers = whole_number("servers", servers, least=1)
+    return _Simulation(workload, entries, policy, servers, seed, refine).run()
 
 
 class _Simulation:
@@ -113,7 +107,7 @@ class _Simulation:
         self.refine = refine
         self.runs = entries.runs if refine is not None or policy.by_request else None
         self.arrivals = arrivals_of(workload)
-        self.jobs = JobMaker(entries, policy, seed)
+        self.jobs = JobMaker(entries, policy, JobInService, seed)
         self.server_count = servers
         self.servers = servers_for(policy, servers)
         self.arrived, self.departed = hook(policy, "arrived"), hook(policy, "departed")
@@ -127,21 +121,21 @@ class _Simulation:
         reranks = self.policy.reranks
         while True:
             now = arrivals.next
-            stopped: list[Task] = []
-            for task in running:
-                if task.stop < now:
-                    now, stopped = task.stop, [task]
-                elif task.stop == now:
-                    stopped.append(task)
+            stopped: list[JobInService] = []
+            for job in running:
+                if job.stop < now:
+                    now, stopped = job.stop, [job]
+                elif job.stop == now:
+                    stopped.append(job)
             if now == math.inf:
                 return self.result()
             if stopped or reranks:
                 servers.serve(stopped, now)
-                for task in stopped:
-                    if task.stop_age == task.ends[task.at]:
+                for job in stopped:
+                    if job.stop_attained == job.ends[job.units_finished]:
                         self.events += 1
-                        self.reach(task, now)
-                    elif servers.look(task, now):
+                        self.end_unit(job, now)
+                    elif servers.stop_within_unit(job, now):
                         self.events += 1
             while arrivals.next == now:
                 self.events += 1
@@ -151,32 +145,32 @@ class _Simulation:
     def arrive(self, now: float) -> None:
         entry = self.arrivals.take()
         job = self.jobs.make(entry, len(self.entries), now)
+        job.entry = entry
         self.entries.append(entry)
         self.arrived_at.append(now)
         if self.arrived is not None:
             self.arrived(job, now)
-        ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
-        self.servers.add(Task(job, entry, ends))
+        job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
+        self.servers.add(job)
 
-    def reach(self, task: Task, now: float) -> None:
-        """A task is at the end of a unit, or at its own."""
-        job, ends, at = task.job, task.ends, task.at
-        while at < len(ends) and ends[at] <= job.attained_service:
-            at += 1
-        if at == len(ends):
-            self.servers.leave(task)
+    def end_unit(self, job: JobInService, now: float) -> None:
+        """A job is at the end of a unit, its last one perhaps."""
+        ends, finished = job.ends, job.units_finished
+        while finished < len(ends) and ends[finished] <= job.attained_service:
+            finished += 1
+        if finished == len(ends):
+            self.servers.leave(job)
             self.completion_times[job.index] = now - job.arrival
             if self.departed is not None:
                 self.departed(job, now)
-            self.arrivals.finished(task.entry, now)
+            self.arrivals.finished(job.entry, now)
             return
-        self.servers.end_unit(task)
-        task.at = at
+        self.servers.end_unit(job)
+        job.units_finished = finished
         job.requested = now
         if self.refine is not None and self.runs is not None:
-            run = self.runs[task.entry]
-            remaining = self.refine(job.application, Progress(run[:at]))
-            job.learn(remaining, self.policy.table(remaining))
+            progress = Progress(self.runs[job.entry][:finished])
+            learn(job, progress, self.refine, self.policy)
 
     def result(self) -> SimulationResult:
         workload = self.workload

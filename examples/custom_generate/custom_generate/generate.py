@@ -10,7 +10,7 @@ model.generate(
 )
 """
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 try:
@@ -38,13 +38,20 @@ def generate(
         model: a transformers model for text generation.
         policy: a policy such as `sparsity.RaaS(budget=1024)`, or the name of one.
         policy_arguments: of a policy given by name.
-        arguments: of `generate`; a cache in `past_key_values` is gone on from.
+        arguments: of `generate`. A cache of transformers in `past_key_values` is read and gone on
+            from, and stays as it is; a `SparseCache` has its policy already and is refused.
 
     Raises:
-        SparsityError: on an unknown name or argument, and as `sparsity.SparseCache` does.
+        SparsityError: on an unknown name, an unknown or missing argument, a `SparseCache`, and as
+            `sparsity.SparseCache` does.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     past = given.pop("past_key_values", None)
+    if isinstance(past, sparsity.SparseCache):
+        raise sparsity.SparsityError(
+            "past_key_values is a SparseCache, which decodes under its own policy: call "
+            "model.generate(..., past_key_values=cache) without custom_generate"
+        )
     chosen = _policy(policy, policy_arguments or {})
     with keep_attached(model):
         cache = sparsity.SparseCache(model, chosen, past=past)
@@ -68,5 +75,11 @@ def _policy(policy: Policy | str, arguments: dict[str, Any]) -> Policy:
     if unknown := sorted(set(arguments) - set(accepted)):
         raise sparsity.SparsityError(
             f"{policy} takes no argument {', '.join(unknown)}: it has {', '.join(accepted)}"
+        )
+    needed = [f.name for f in fields(known[policy]) if f.init and f.default is MISSING]
+    if missing := sorted(set(needed) - set(arguments)):
+        raise sparsity.SparsityError(
+            f"{policy} needs {', '.join(missing)}: give it in policy_arguments, such as "
+            f"policy_arguments={{'{missing[0]}': ...}}"
         )
     return known[policy](**arguments)

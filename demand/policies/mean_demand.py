@@ -1,17 +1,17 @@
-"""Applications never seen before: they are ranked by attained service, and a warning says so."""
+"""Mean demand as a rank, also of applications never seen before: their attained service."""
 
 import math
 
 from demand.distribution.atoms import RESOLUTION_SECONDS
 from demand.distribution.never_seen import NEVER_SEEN
 from demand.distribution.rank_table import RankTable
-from demand.policies.base import Job
+from demand.policies.job import Job
 
 _BY_ATTAINED_SERVICE = RankTable(NEVER_SEEN)
 
 
 def has_mean(job: Job) -> bool:
-    """Whether the application of `job` was seen, so that `mean_demand` stands still."""
+    """Whether the application of `job` was seen before: `mean_demand` then stands still."""
     return job.prior.mean() > RESOLUTION_SECONDS
 
 

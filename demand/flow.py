@@ -1,0 +1,69 @@
+"""Does every run of an application come to an end? And the way that one takes."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from demand.units import END, START
+
+
+class FlowFault(NamedTuple):
+    """What keeps runs of an application from ending.
+
+    Attributes:
+        unit: from which a run cannot go on; "start" for the beginning.
+        problem: in words.
+        seen: what was given instead.
+    """
+
+    unit: str
+    problem: str
+    seen: str
+
+
+def flow_fault(
+    entries: Collection[str], successors: Mapping[str, Collection[str]]
+) -> FlowFault | None:
+    """The first thing that keeps a run from leading from "start", or from any unit, to "end".
+
+    Args:
+        entries: names of the units with which runs may begin.
+        successors: for each unit, the names of those that may follow it, "end" among them.
+    """
+    if not successors:
+        return FlowFault(START, "an application without stages", "give one or more")
+    if not entries or set(entries) - set(successors):
+        return FlowFault(START, "expected names of stages", f"seen: {sorted(set(entries))}")
+    for name, following in successors.items():
+        if not following or set(following) - {*successors, END}:
+            seen = f"seen: {sorted(set(following))}"
+            return FlowFault(name, "expected names of stages, or end", seen)
+    endless = without_end(successors)
+    if endless:
+        return FlowFault(endless[0], "end cannot be reached", f"from any of: {endless}")
+    return None
+
+
+def without_end(successors: Mapping[str, Collection[str]]) -> list[str]:
+    """Names from which no chain of successors leads to "end", in the order given."""
+    before = defaultdict(list)
+    for name, following in successors.items():
+        for successor in following:
+            before[successor].append(name)
+    ending, found = {END}, [END]
+    while found:
+        for name in before[found.pop()]:
+            if name not in ending:
+                ending.add(name)
+                found.append(name)
+    return [name for name in successors if name not in ending]
+
+
+def visits(first: str, following: Callable[[str], str]) -> Iterator[str]:
+    """The units of one run, from `first` on: each is yielded before `following` is asked for the
+    next, until that is "end".
+    """
+    name = first
+    while name != END:
+        yield name
+        name = following(name)

@@ -1,0 +1,40 @@
+"""Models compiled with torch.compile: forwards of this package run them without compilation."""
+
+import sys
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+class _NeverCompiled:
+    """Inside its ``with`` block, functions that torch.compile has wrapped run as plain Python.
+
+    A sparse pass has another shape every time and writes into tensors that it is given, so that
+    compiling it gains nothing. The switch of torch holds for the whole process: the first thread
+    that enters turns it, and the last one that leaves turns it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # Where the compiler was never loaded nothing is compiled; loading it takes a second.
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+never_compiled = _NeverCompiled()

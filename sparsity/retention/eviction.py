@@ -1,0 +1,68 @@
+"""What a policy notes of each forward, and the order of eviction that follows from it."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparsity.policies.base import PageView, Policy
+from sparsity.retention.batch_rows import Step
+from sparsity.retention.query_weights import Weigh, window_weights
+
+
+def observe(policy: Policy, pages: PageView, query: Tensor, scaling: float, step: Step) -> PageView:
+    """The pages with the stamps and sums that `policy` gives them after a forward.
+
+    Rows to which the forward brought no real token keep what they had.
+
+    Args:
+        policy: the policy that observes.
+        pages: the pages held, the new tokens among them.
+        query: of each row's newest real token, `[batch, query_heads, head_dim]`.
+        scaling: factor on a query-key product before the softmax.
+        step: the forward.
+
+    Returns:
+        `pages` itself where the policy notes nothing.
+    """
+    noted = policy.observe(query, pages, scaling)
+    if noted is pages:
+        return pages
+    goes_on = (step.after > step.before)[:, None, None]
+    return replace(
+        pages,
+        stamp=torch.where(goes_on, noted.stamp.to(pages.stamp.dtype), pages.stamp),
+        sums=torch.where(goes_on[..., None], noted.sums, pages.sums),
+    )
+
+
+def eviction_order(
+    policy: Policy, pages: PageView, spared: Tensor, queries: Tensor, asked: Tensor, weigh: Weigh
+) -> Tensor:
+    """The number of each page in the order of eviction: 0 goes first.
+
+    Places without a page come before all others, then the page with the least priority, of equals
+    the oldest; the pages of `spared` come last.
+
+    Args:
+        policy: the policy whose `priority` decides.
+        pages: the pages held.
+        spared: bool `[batch, kv_heads, P]`, True for pages that are not evicted.
+        queries: the last queries, see `keep_last`; read only if the policy needs a `window`.
+        asked: the rank of each of them, see `keep_last`.
+        weigh: the layer's own attention weights.
+
+    Returns:
+        int64 `[batch, kv_heads, P]`.
+    """
+    if policy.needs.window:
+        assert pages.keys is not None
+        rank = pages.rank.masked_fill(~pages.filled, -1)
+        window = window_weights(queries, asked, pages.keys, rank, policy.needs, weigh)
+        pages = replace(pages, window=window)
+    worth = policy.priority(pages)
+    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(spared, torch.inf)
+    worth = worth.masked_fill(pages.start < 0, -torch.inf)
+    by_age = pages.start.argsort(dim=-1, stable=True)
+    by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
+    return by_age.gather(-1, by_worth).argsort(-1)
