@@ -132,9 +132,8 @@ def _full_prefill(
     forward(input_ids=ids, logits_to_keep=1)
     _wait(model)
     seconds = time.perf_counter() - begun
-    out: Any = model.generate(
-        ids, attention_mask=torch.ones_like(ids), **_greedy(model, new_tokens)
-    )
+    mask = torch.ones_like(ids)
+    out = forward.generate(ids, attention_mask=mask, **_greedy(model, new_tokens))
     decoded = out[0, ids.shape[1] :]
     target = decoded
     if problem.answers:
@@ -155,15 +154,15 @@ def _linked(
     new_tokens: int,
 ) -> _Run:
     """Decode behind a linked prompt, and force what full prefill was forced to."""
+    forward: Any = model
     with prompt.attached():
-        out: Any = model.generate(**prompt, **_greedy(model, new_tokens))
+        out = forward.generate(**prompt, **_greedy(model, new_tokens))
         fed = torch.cat([full.ids[:, -1:], full.target[None, :-1]], dim=1)
         places: dict[str, Tensor] = {}
         if "position_ids" in prompt:  # chunks side by side: positions are not the tokens counted
             steps = torch.arange(fed.shape[1], device=fed.device)
             places = {"position_ids": prompt["position_ids"][:, -1:] + steps}
         cache = prompt["past_key_values"]
-        forward: Any = model
         logits = forward(input_ids=fed, past_key_values=cache, **places).logits[0]
     text = str(tokenizer.decode(out[0, full.ids.shape[1] :], skip_special_tokens=True))
     share = prompt.report.tokens_recomputed / prompt.report.tokens_total
