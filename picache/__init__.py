@@ -9,6 +9,8 @@ After EPIC (arXiv 2410.15332).
 """
 
 from picache.chunk import Chunk
+from picache.compare import compare
+from picache.comparison import Comparison
 from picache.errors import CorruptChunk, PICacheError, StoreFull
 from picache.linking.prompt import LinkedPrompt
 from picache.linking.report import LinkReport
@@ -27,6 +29,7 @@ from picache.methods import (
 from picache.methods.base import Evidence, Layout, LinkMethod
 from picache.methods.presets import Arm, arms
 from picache.pic import PIC
+from picache.problem import Problem
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk
 
@@ -39,6 +42,7 @@ __all__ = [
     "Chunk",
     "ChunkStore",
     "Combined",
+    "Comparison",
     "CorruptChunk",
     "DummySinks",
     "Evidence",
@@ -51,10 +55,12 @@ __all__ = [
     "NaiveReuse",
     "OracleDeviation",
     "PICacheError",
+    "Problem",
     "ProphetKV",
     "RandomRecompute",
     "SharedPrefix",
     "StoreFull",
     "StoredChunk",
     "arms",
+    "compare",
 ]

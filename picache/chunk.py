@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ class Header:
 
 def chunk_key(ids: tuple[int, ...], header: Header) -> str:
     """The key of a chunk: SHA-256 over its token ids and the header, `compile_seconds` excepted."""
-    identity = asdict(header)
-    del identity["compile_seconds"]
+    identity = {name: value for name, value in vars(header).items() if name != "compile_seconds"}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     digest.update(array("q", ids).tobytes())
     return digest.hexdigest()

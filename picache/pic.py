@@ -28,23 +28,30 @@ Document = str | Sequence[int] | Tensor | Mapping[str, Any]
 class PIC:
     """Position-independent caching on a HuggingFace causal language model.
 
-    The first chunk of a prompt is an exact prefix and is reused as it is; the query behind the last
-    chunk is recomputed in full. The chunks between are approximate unless they are recomputed.
+    `compile` prefills a text chunk alone and keeps its keys and values (KV); `link` moves the KV of
+    several chunks to their positions in a prompt and recomputes the tokens that a link method
+    chooses, after EPIC (arXiv 2410.15332). The first chunk of a prompt is an exact prefix and is
+    reused as it is; the query behind the last chunk is recomputed in full. The chunks between are
+    approximate unless they are recomputed.
 
     Args:
-        model: a causal language model on transformers' attention interface, with rotary positions
-            that `picache.hf.rope.calibrate` can measure.
+        model: a causal language model of transformers with rotary positions, in evaluation mode and
+            wholly in memory. A short prompt is linked at once, to see that the result is that of
+            the model's own prefill.
         tokenizer: needed to compile and link text; not for token ids.
         store: where compiled chunks are kept; by default a `ChunkStore` without a bound.
-        sinks: what a chunk is compiled behind where it does not stand first. "drop": its own BOS,
-            if it begins with one, which is left out of the prompt. "keep": the same, but left in,
-            as in EPIC's code. `DummySinks` or `SharedPrefix`: those, which are left out.
+        sinks: the tokens that a chunk is compiled behind where it does not stand first, so that
+            they and not its own first tokens become attention sinks. "drop": what the tokenizer
+            adds in front of it, such as a BOS, which is left out of the prompt. "keep": the same,
+            but left in, as in EPIC's code. `DummySinks` or `SharedPrefix`: those, which are left
+            out.
         flops_per_byte: what copying and rotating a byte of compiled KV costs, in floating-point
             operations of a prefill. Where recomputing the chosen tokens and loading the KV would
             cost as much as a full prefill by this estimate, the prompt is prefilled in full, which
-            is exact, and the report says so. The default is low, so that this happens only in
-            clear cases; KV in the device's own memory costs some 200, from further away more. None
-            links whatever it costs. Methods that choose again in each layer always link.
+            is exact, and the report says so. On a GPU, KV in its own memory costs about 200 and KV
+            from the host or a disk more; the default is lower, so that only clear cases are
+            prefilled in full. None links whatever it costs. Methods that choose again in each
+            layer, as `CacheBlend` does, always link.
 
     Attributes:
         model: the transformers model that was handed in.
@@ -146,6 +153,8 @@ class PIC:
     def compile(self, document: Document, first: bool = False) -> Chunk:
         """Prefill one chunk alone and keep its KV; the same tokens again are found in the store.
 
+        Compile and link one model in one thread, or let other threads that run it wait meanwhile.
+
         Args:
             document: text, or token ids: a list, an array, a 1-D or ``[1, tokens]`` tensor, or
                 what the tokenizer returned for one text. Special tokens that the tokenizer adds to
@@ -159,9 +168,10 @@ class PIC:
         Raises:
             StoreFull: when the store has no room; the store is unchanged.
             PICacheError: when the document is empty, out of the vocabulary, or longer than the
-                model's positions; the store is unchanged.
+                model's positions, or when the model would make other KV than its key stands for (in
+                training mode, under autocast, in another dtype than before); the store is
+                unchanged.
         """
-        self.hf.refuse_ambient()
         text = self._text_ids(document, "a document")
         form = self._form(text, self._header(), first)
         limit = self.hf.max_length
@@ -193,16 +203,22 @@ class PIC:
         Args:
             chunks: compiled chunks in prompt order; or a list of such lists, for a batch.
             query: what follows the last chunk, text or token ids as for `compile`; or a list with
-                one query for each row, for a batch.
-            method: says which tokens to recompute; `LegoLink()` by default.
+                one query for each prompt, for a batch.
+            method: says which tokens of the chunks behind the first to recompute; by default
+                ``LegoLink(k=16)``, the first 16 of each.
+
+        Returns:
+            The arguments of ``model.generate(**prompt)``. It holds the KV of every token but the
+            last, the logits of the first new token, and a report of what was reused, recomputed and
+            left out. It may be used any number of times.
 
         Raises:
-            PICacheError: on an empty list, an empty query, a chunk of another model, or a prompt
-                longer than the model's positions; the store is unchanged.
+            PICacheError: on an empty list, an empty query, a chunk of another model, a prompt
+                longer than the model's positions, or a model in a state that `compile` refuses; the
+                store is unchanged.
         """
         watch = Stopwatch()
         method = _as_method(method)
-        self.hf.refuse_ambient()
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]

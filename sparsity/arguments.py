@@ -35,15 +35,17 @@ def whole_number(
     return whole
 
 
-def whole_numbers(name: str, values: Iterable[object], least: int | None = None) -> list[int]:
-    """Each of `values` as an int, see `whole_number`.
+def whole_numbers(name: str, values: Iterable[object]) -> list[int]:
+    """Each of `values`, at least one, as an int, see `whole_number`.
 
     Raises:
-        SparsityError: as `whole_number` does, and for what is no sequence.
+        SparsityError: as `whole_number` does, and for what is no sequence or empty.
     """
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    given = _scalar(values)
+    items = [] if isinstance(given, str | bytes) or not isinstance(given, Iterable) else list(given)
+    if not items:
         raise SparsityError(f"{name}={values!r}: expected a list of whole numbers, such as [0, 3]")
-    return [whole_number(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
+    return [whole_number(f"{name}[{i}]", value) for i, value in enumerate(items)]
 
 
 def share(name: str, value: object, above: bool = False, of: str = "") -> float:
@@ -103,6 +105,20 @@ def take_share(config: object, field: str, above: bool = False) -> None:
     object.__setattr__(config, field, number)
 
 
+def take_flag(config: object, field: str) -> None:
+    """Put the bool that was meant into `field` of a frozen dataclass: of Python, numpy or torch.
+
+    Raises:
+        SparsityError: for anything else, text and numbers included, whose truth would be taken.
+    """
+    value = getattr(config, field)
+    flag = _scalar(value)
+    if not isinstance(flag, bool):
+        said = _said(field, value, type(config).__name__)
+        raise SparsityError(f"{said}: expected True or False")
+    object.__setattr__(config, field, flag)
+
+
 def _said(name: str, value: object, of: str) -> str:
     """The argument as a call writes it."""
     return f"{of}({name}={value!r})" if of else f"{name}={value!r}"
@@ -110,8 +126,16 @@ def _said(name: str, value: object, of: str) -> str:
 
 def _real(value: object) -> int | float | None:
     """The number in `value`; None for a bool and for what is no number."""
-    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
-        value = value.item()
+    value = _scalar(value)
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _scalar(value: object) -> object:
+    """A 0-d array or tensor as the Python object in it; anything else, masked arrays too, as is."""
+    if isinstance(value, np.ma.MaskedArray) or not isinstance(
+        value, Tensor | np.ndarray | np.generic
+    ):
+        return value
+    return value.item() if value.ndim == 0 else value

@@ -5,13 +5,14 @@ of the weights that is part of a chunk's key. Each is refused by its own name: w
 at every compile and link before the store is asked, and inside the forward itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from picache.chunk import KV
 from picache.errors import PICacheError
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
@@ -39,30 +40,28 @@ def refuse_other_objects(model: object) -> None:
 
 @dataclass(frozen=True)
 class ModelState:
-    """What a model's keys and values depend on, besides the values of its weights.
+    """What a model's keys and values depend on; read in one walk over its modules.
 
     Attributes:
-        dtype: of its weights.
+        weights: its parameters and then its buffers, by name; one that is tied stands there once.
+        dtypes: of the parameters, by name.
         quantised: names what its weights are quantised by; empty where they are not.
         packed: the first module whose weights are neither parameters nor buffers; empty for none.
         training: the first module in training mode; None where all are in evaluation mode.
-        tensors: how many parameters and buffers it has.
-        away: the names of those that are not in memory.
-        devices: the kinds of device the others are on.
     """
 
-    dtype: torch.dtype
+    weights: tuple[tuple[str, Tensor], ...]
+    dtypes: dict[str, torch.dtype]
     quantised: str
     packed: str
     training: str | None
-    tensors: int
-    away: tuple[str, ...]
-    devices: frozenset[str]
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelState":
         """The state the model is in now."""
         quantised, packed, training = "", "", None
+        parameters: dict[int, tuple[str, Tensor]] = {}
+        buffers: dict[int, tuple[str, Tensor]] = {}
         for where, module in model.named_modules():
             # Linear layers and embeddings do the same in both modes, and
             # resize_token_embeddings makes new ones in training mode.
@@ -70,23 +69,32 @@ class ModelState:
                 training = where
             if not packed and type(module).__module__.startswith(_PACKING):
                 packed, quantised = where, f"{type(module).__name__} ({where})"
-        tensors = [*model.named_parameters(), *model.named_buffers()]
-        devices = {tensor.device.type for _, tensor in tensors}
-        away = tuple(name for name, tensor in tensors if tensor.device.type == "meta")
-        quantised = next(filter(None, (_fewer_bits(*one) for one in tensors)), quantised)
+            prefix = where and f"{where}."
+            # named_parameters and named_buffers would walk the modules once more each.
+            for found, held in ((parameters, module._parameters), (buffers, module._buffers)):  # noqa: SLF001
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        found.setdefault(id(tensor), (prefix + name, tensor))
+        weights = (*parameters.values(), *buffers.values())
+        quantised = next(filter(None, (_fewer_bits(*one) for one in weights)), quantised)
         quantizer = getattr(model, "hf_quantizer", None)  # set by transformers where it quantised
-        if quantizer is not None:
+        if quantised and quantizer is not None:  # of a GGUF file the weights are plain again
             quantised = type(quantizer).__name__
-        kinds = frozenset(devices - {"meta"})
-        return cls(model.dtype, quantised, packed, training, len(tensors), away, kinds)
+        dtypes = {name: tensor.dtype for name, tensor in parameters.values()}
+        return cls(weights, dtypes, quantised, packed, training)
+
+    def without_weights(self) -> "ModelState":
+        """The same to compare with later, which keeps no weight in memory that is replaced."""
+        return replace(self, weights=())
 
 
 def _fewer_bits(name: str, tensor: Tensor) -> str:
     """Names the type of a quantised weight; empty for one that is not."""
     if is_traceable_wrapper_subclass(tensor):
         return f"{type(tensor).__name__} ({name})"
-    small = tensor.dim() > 1 and tensor.itemsize == 1 and tensor.dtype != torch.bool
-    return f"{tensor.dtype} ({name})" if small else ""
+    packed = tensor.itemsize == 1 or not tensor.is_floating_point()  # int32 holds several (GPTQ)
+    plain = tensor.dtype in (torch.bool, torch.int64)  # masks and indices
+    return f"{tensor.dtype} ({name})" if tensor.dim() > 1 and packed and not plain else ""
 
 
 def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> ModelState:
@@ -108,14 +116,16 @@ def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> Mo
             f"{what} is in training mode, where dropout changes keys and values{also}: call "
             "model.eval() first"
         )
-    if now.away:
+    kinds = {tensor.device.type for _, tensor in now.weights}
+    if "meta" in kinds:
+        away = [where for where, tensor in now.weights if tensor.device.type == "meta"]
         raise PICacheError(
-            f"{len(now.away)} of the {now.tensors} weights of {name} are not in memory (the first "
-            f"is {now.away[0]!r}): they were offloaded to disk or to the CPU (device_map, "
+            f"{len(away)} of the {len(now.weights)} weights of {name} are not in memory (the first "
+            f"is {away[0]!r}): they were offloaded to disk or to the CPU (device_map, "
             "accelerate's cpu_offload), or never loaded. What is not here cannot be told from "
             "other weights: load the whole model, on several devices if it fits none"
         )
-    for kind in sorted(now.devices):
+    for kind in sorted(kinds):
         refuse_autocast(kind)
     if now.packed:
         raise PICacheError(
@@ -125,21 +135,28 @@ def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> Mo
             "a token's keys depend on the tokens computed with it: load the model without "
             "quantisation, or quantise the weights alone"
         )
-    if made is not None and now.dtype != made.dtype:
-        raise PICacheError(
-            f"{name} had weights in {made.dtype} when PIC was made of it and has {now.dtype} now: "
-            "make a new PIC(model); chunks of the two are kept apart"
-        )
-    if made is not None and now.quantised != made.quantised:
+    if made is not None:
+        _refuse_changes(name, made, now)
+    return now
+
+
+def _refuse_changes(name: str, made: ModelState, now: ModelState) -> None:
+    """Raise PICacheError where a model is quantised or has a dtype otherwise than it had."""
+    remedy = "make a new PIC(model); chunks of the two are kept apart"
+    if now.quantised != made.quantised:
         before, after = (
             f"quantised by {one}" if one else "not quantised"
             for one in (made.quantised, now.quantised)
         )
         raise PICacheError(
-            f"{name} was {before} when PIC was made of it and is {after} now: make a new "
-            "PIC(model); chunks of the two are kept apart"
+            f"{name} was {before} when PIC was made of it and is {after} now: {remedy}"
         )
-    return now
+    for where, dtype in now.dtypes.items():  # those that are new, as of an adapter, may have any
+        if (had := made.dtypes.get(where, dtype)) != dtype:
+            raise PICacheError(
+                f"{name} ({where}) had weights in {had} when PIC was made of it and has "
+                f"{dtype} now: {remedy}"
+            )
 
 
 def refuse_autocast(kind: str) -> None:
@@ -153,3 +170,14 @@ def refuse_autocast(kind: str) -> None:
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False)). To have the model in "
             f"that dtype, load it with dtype={torch.get_autocast_dtype(kind)}"
         )
+
+
+def refuse_other_dtype(fed: KV, held: KV, holder: str) -> None:
+    """Raise PICacheError where a forward makes keys or values in another dtype than is held."""
+    for name, new, old in zip(("keys", "values"), fed, held, strict=True):
+        if new.dtype != old.dtype:
+            raise PICacheError(
+                f"this forward makes {name} in {new.dtype}, {holder} them in {old.dtype}: run "
+                "every forward outside of torch.autocast and with the model in the dtype it was "
+                "linked in, or make a new PIC(model) and link again"
+            )

@@ -1,17 +1,14 @@
-"""Two transformers caches: one for a sparse pass, and one that `generate` goes on from."""
+"""The caches that forwards of this package write into: a prefill, and a sparse pass."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import override
 
 from picache.chunk import KV
-from picache.errors import PICacheError
-from picache.hf.ambient import refuse_autocast
-from picache.hf.attention_switch import Attachment
+from picache.hf.ambient import refuse_autocast, refuse_other_dtype
 from picache.hf.sparse_pass import KVByLayer, SparsePass
 
 
@@ -56,7 +53,7 @@ class ScatterLayer(DynamicLayer):
         """Write the recomputed tokens' keys and values; return those of the whole prompt."""
         refuse_autocast(key_states.device.type)
         keys, values = self.kv[self.index]
-        _refuse_dtype((key_states, value_states), (keys, values), "the compiled chunks hold")
+        refuse_other_dtype((key_states, value_states), (keys, values), "the compiled chunks hold")
         chosen = self.running.replaced((key_states, value_states), (keys, values))
         positions, fresh = self.running.positions, (key_states, value_states)
         if chosen is not None:
@@ -72,193 +69,6 @@ class ScatterLayer(DynamicLayer):
     @override
     def get_seq_length(self) -> int:
         return self.length
-
-
-class LinkedLayer(DynamicLayer):
-    """One layer of a linked prompt, from which `generate` goes on as from a `DynamicLayer`.
-
-    It repeats its rows by itself when beams or ``num_return_sequences`` ask for more.
-
-    Args:
-        keys: of the prompt, ``[batch, kv_heads, tokens, head_dim]``.
-        values: the same of the values.
-        index: which layer this is.
-        attach: attaches the link method's attention to the model; None where there is none.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-    is_croppable = False
-
-    def __init__(
-        self, keys: Tensor, values: Tensor, index: int, attach: Attachment | None = None
-    ) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.index, self.attach = keys, values, index, attach
-
-    @override
-    def crop(self, *args: object, **kwargs: object) -> None:
-        """Refused: assisted decoding feeds the prompt again and then rolls back."""
-        _refuse_assistance()
-
-    def activate_past_recording(self) -> None:
-        """Refused before any token is fed: assisted decoding asks for it and rolls back later."""
-        _refuse_assistance()
-
-    @override
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> KV:
-        """Append new tokens; the batch may grow once by a factor, for beams and several sequences.
-
-        Raises:
-            PICacheError: when the batch does not fit, when the whole prompt is fed again, or when
-                the method's attention is not attached.
-        """
-        if self.attach is not None and not self.attach.on:
-            raise PICacheError(
-                "this prompt's method changes positions and attention while decoding too: run "
-                "generate inside `with prompt.attached():`"
-            )
-        held_kv = (self.keys, self.values)
-        _refuse_dtype((key_states, value_states), held_kv, "the linked cache holds")
-        batch, held = key_states.shape[0], self.keys.shape[0]
-        if batch % held:
-            raise PICacheError(
-                f"the linked cache holds a batch of {held}, the model was given {batch}: "
-                "link one prompt per row, or generate from this prompt's own input_ids"
-            )
-        beams = batch // held
-        if self.index == 0:
-            self._refuse_fed_again(key_states[::beams], value_states[::beams])
-        if beams > 1:
-            self.batch_repeat_interleave(beams)
-        return super().update(key_states, value_states)
-
-    @override
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens are attended to, and from which on; called before a forward's layers.
-
-        Raises:
-            PICacheError: when the forward has no tokens.
-        """
-        if query_length == 0:
-            raise PICacheError(
-                f"the cache already holds {self.keys.shape[2]} tokens and the model was given no "
-                "new ones: generate feeds what input_ids has beyond the cache, so pass the whole "
-                "text as input_ids (the prompt's ids, the answer so far, the new turn), with at "
-                "least one token more than the cache and ones in attention_mask for all of it"
-            )
-        return super().get_mask_sizes(query_length)
-
-    def _refuse_fed_again(self, *new: Tensor) -> None:
-        """Raise PICacheError where new keys and values of layer 0 are of tokens held already."""
-        fed, held = new[0].shape[2], self.keys.shape[2]
-        same_positions = fed > 1 and self._holds(*new)
-        if fed > held and not same_positions and self._repeats(*new):
-            raise PICacheError(
-                f"the cache already holds {held} tokens and the model was given the whole text "
-                f"again behind them, in one forward of {fed}: model.generate(**prompt) feeds the "
-                "last token alone, and the logits of model(**prompt) are prompt.logits. To go on "
-                "by hand, feed what the cache does not hold: model(input_ids=prompt.input_ids"
-                "[:, -1:], attention_mask=prompt.attention_mask, "
-                "past_key_values=prompt.past_key_values)"
-            )
-        if not same_positions:
-            return
-        if fed > held:
-            raise PICacheError(
-                f"the cache already holds {held} tokens and the model was given some of them "
-                f"again, in one forward of all {fed}: that is what generate does with "
-                "use_cache=False, where a linked prompt is of no use. Leave out use_cache; in a "
-                "forward of your own, feed only what the cache does not hold"
-            )
-        raise PICacheError(
-            f"the cache already holds {held} tokens and the model was given some of them again: "
-            "pass input_ids with at least one token more than the cache, and take a fresh cache "
-            "from the prompt (prompt['past_key_values']) for each run; for assisted decoding, "
-            "which feeds it again, leave out assistant_model and prompt_lookup_num_tokens"
-        )
-
-    def _repeats(self, *new: Tensor) -> bool:
-        """Whether the new tokens begin with all tokens of the cache, in order, at any positions.
-
-        In layer 0 the values, or the keys where those are latents (MLA), depend on the token alone
-        and not on its position.
-        """
-        held = self.keys.shape[2]
-        for old, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
-            spread = old.var(dim=2, correction=0).sum(dim=(1, 2))
-            if held == 1:  # a single token has no variance
-                spread = 0.01 * old.square().sum(dim=(1, 2, 3))
-            distance = (old - fed[:, :, :held].float()).square().sum(dim=(1, 3))
-            same = distance / spread.clamp_min(1e-30)[:, None] < 0.01
-            if bool(same.all(dim=1).any()):  # one row is enough: others may differ by padding
-                return True
-        return False
-
-    def _holds(self, *new: Tensor) -> bool:
-        """Whether the first new tokens are in the cache of layer 0 already, one after the other.
-
-        The keys and values of layer 0 depend on the token and its position alone. Equal ones are
-        therefore tokens of the prompt that were fed at their old positions again; the same tokens
-        at later positions differ by a rotation, of the keys or, where keys are latents (MLA), of
-        the values. Distances are compared with the variance of what is held, which a large bias
-        does not widen, and up to eight consecutive tokens must agree. The bound, a hundredth of the
-        variance, is far above the rounding of half precision.
-        """
-        count = min(new[0].shape[2], 8, self.keys.shape[2])
-        same = torch.ones_like(self.keys[:, 0, :, 0], dtype=torch.bool)
-        for held, fed in zip((self.keys.float(), self.values.float()), new, strict=True):
-            spread = held.var(dim=2, correction=0).sum(dim=(1, 2)).clamp_min(1e-30)
-            for offset in range(count):
-                distance = (held - fed[:, :, offset : offset + 1].float()).square().sum(dim=(1, 3))
-                same &= (distance / spread[:, None] < 0.01).roll(-offset, dims=1)
-        return bool(same[:, : same.shape[1] - count + 1].any())
-
-
-def _refuse_dtype(fed: KV, held: KV, holder: str) -> None:
-    """Raise PICacheError where a forward makes keys or values in another dtype than is held."""
-    for name, new, old in zip(("keys", "values"), fed, held, strict=True):
-        if new.dtype != old.dtype:
-            raise PICacheError(
-                f"this forward makes {name} in {new.dtype}, {holder} them in {old.dtype}: run "
-                "every forward outside of torch.autocast and with the model in the dtype it was "
-                "linked in, or make a new PIC(model) and link again"
-            )
-
-
-def _refuse_assistance() -> None:
-    raise PICacheError(
-        "a linked cache cannot roll back, so assisted and prompt-lookup decoding and crop() are "
-        "refused: leave out assistant_model and prompt_lookup_num_tokens"
-    )
-
-
-class LinkedCache(Cache):
-    """The cache that `PIC.link` hands to `generate`: it holds every prompt token but the last.
-
-    Args:
-        kv: keys and values layer by layer, each ``[batch, kv_heads, tokens, head_dim]``.
-        attach: attaches the link method's attention to the model; None where there is none.
-    """
-
-    def __init__(self, kv: list[KV], attach: Attachment | None = None) -> None:
-        self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
-        self._attach = attach
-        super().__init__(layers=list(self._linked))
-
-    def fork(self) -> "LinkedCache":
-        """Another cache on the same tensors; safe, since layers append by concatenation."""
-        return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
-
-    def on(self, device: torch.device) -> "LinkedCache":
-        """Another cache with copies of the tensors on a device."""
-        # Not named `to`: accelerate moves whatever has that between devices, layer by layer.
-        moved = [(layer.keys.to(device), layer.values.to(device)) for layer in self._linked]
-        return LinkedCache(moved, self._attach)
 
 
 def held_by(cache: DynamicCache) -> list[KV]:

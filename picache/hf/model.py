@@ -3,7 +3,7 @@
 All contact with transformers stands in the files of this folder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
@@ -58,7 +58,7 @@ class HFModel:
     def __init__(self, model: PreTrainedModel) -> None:
         refuse_other_objects(model)
         name = type(model).__name__
-        self._made = refuse_ambient(model)
+        self._made = refuse_ambient(model).without_weights()
         if model.config.is_encoder_decoder or not model.can_generate():
             raise PICacheError(f"{name} is not a causal language model: PIC links decoder prompts")
         if model._is_stateful:  # noqa: SLF001 - no public name for it
@@ -122,13 +122,6 @@ class HFModel:
                 f"{type(self.model).__name__} does not state that it uses transformers' attention "
                 f"interface, and linking it was tried in vain: {error}"
             ) from error
-
-    def refuse_ambient(self) -> None:
-        """Raise PICacheError where KV made now would not be what its key stands for.
-
-        See `picache.hf.ambient`.
-        """
-        refuse_ambient(self.model, self._made)
 
     @property
     def vocab_size(self) -> int:
@@ -404,13 +397,20 @@ class HFModel:
     def header(self, namespace: str, storage: str) -> Header:
         """All that the KV of this model's chunks depends on besides the text and its sinks.
 
+        It is asked for before a store is, at every compile and every link.
+
         Args:
             namespace: of the store.
             storage: how the store keeps tensors.
+
+        Raises:
+            PICacheError: where KV made now would depend on something else too, such as dropout or
+                autocast; see `picache.hf.ambient`.
         """
+        now = refuse_ambient(self.model, self._made)
         return Header(
             model=type(self.model).__name__,
-            fingerprint=self.fingerprint,
+            fingerprint=self._fingerprint(now.weights),
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
             dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
             rope=repr(sorted({str(rotation) for rotation in self.rotations})),
@@ -418,8 +418,7 @@ class HFModel:
             storage=storage,
         )
 
-    @property
-    def fingerprint(self) -> str:
+    def _fingerprint(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """A hash of the configuration and of every parameter and buffer.
 
         Models of one configuration with different weights or dtypes do not share chunks. The hash
@@ -430,10 +429,7 @@ class HFModel:
         overwrite them; the configuration determines them.
         """
         moving = {id(buffer) for buffer in self.rotary.length_dependent_buffers()}
-        buffers = [(name, b) for name, b in self.model.named_buffers() if id(b) not in moving]
-        tensors = [
-            one for name, t in (*self.model.named_parameters(), *buffers) for one in plain(name, t)
-        ]
+        tensors = [one for name, t in weights if id(t) not in moving for one in plain(name, t)]
         versions = [
             (t.data_ptr(), 0 if t.is_inference() else t._version)  # noqa: SLF001
             for _, t in tensors

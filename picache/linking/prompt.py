@@ -16,7 +16,7 @@ from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
     from picache.hf.attention_switch import Attachment
-    from picache.hf.cache import LinkedCache
+    from picache.hf.linked_cache import LinkedCache
     from picache.hf.model import HFModel
 
 
@@ -122,7 +122,7 @@ def batched(
         pad_id: token id of the padding.
         watch: started when linking began.
     """
-    from picache.hf.cache import LinkedCache  # transformers is loaded with the model
+    from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
 
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)

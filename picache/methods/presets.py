@@ -12,7 +12,9 @@ from picache.sinks import DummySinks, Sinks
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of a comparison.
+    """One arm of a comparison: a link method, and how to make the `PIC` that links by it.
+
+    ``PIC(model, sinks=arm.sinks, flops_per_byte=arm.flops_per_byte).link(..., method=arm.method)``
 
     Attributes:
         method: the argument of `PIC.link`.

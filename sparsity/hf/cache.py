@@ -19,7 +19,7 @@ from sparsity.hf.attach import (
     keep_attached,
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.forward_checks import check_autocast, check_states
+from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -213,9 +213,14 @@ class SparseCache(ServedCache, Cache):
         self._state.abandon()
 
     def give_up(self, why: str) -> NoReturn:
-        """Detach the model, which cannot be served right, and raise SparsityError."""
+        """Detach the model, which cannot be served right, and raise SparsityError.
+
+        Gradient checkpointing of a part in training mode is found only here, where it has left out
+        the cache; it is not the model's fault, and the model stays attached.
+        """
         for decoder, attachment in list(ATTACHED.items()):
             if attachment.token == self._model:
+                check_checkpointing(decoder)
                 del ATTACHED[decoder]
                 attachment.undo(decoder)
         raise SparsityError(f"SparseCache does not support this model: {why}. It was detached")
@@ -252,13 +257,13 @@ class SparseCache(ServedCache, Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take the rows of `beam_idx`, int64 `[rows]`, in that order, as beam search does."""
-        beam_idx = torch.as_tensor(beam_idx)
+        beam_idx = _row_index("beam_idx", beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices` (int64 numbers or a bool mask), in that order."""
-        indices = torch.as_tensor(indices)
+        indices = _row_index("indices", indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
 
@@ -277,6 +282,17 @@ class SparseCache(ServedCache, Cache):
         """Refused with SparsityError, unless there is nothing to remove."""
         if tokens_to_remove:
             refuse_rollback()
+
+
+def _row_index(name: str, given: Any) -> Tensor:
+    """Numbers of rows, or a bool for each row, as a tensor; SparsityError for anything else."""
+    index = None if isinstance(given, str) else torch.as_tensor(given)
+    if index is None or index.dim() != 1 or index.is_floating_point() or index.is_complex():
+        raise SparsityError(
+            f"{name}={given!r}: expected the numbers of the rows to take, such as [0, 2], or a "
+            "bool for each row"
+        )
+    return index
 
 
 def _check_past(past: object) -> None:

@@ -30,17 +30,24 @@ def check_call(decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
     if any(given is not None and given.is_meta for given in tokens):
         raise SparsityError(WEIGHTS_AWAY)
     if decoder.training:
-        _check_training(decoder)
+        check_checkpointing(decoder)
+        _check_dropout(decoder)
 
 
-def _check_training(decoder: PreTrainedModel) -> None:
+def check_checkpointing(decoder: PreTrainedModel) -> None:
+    """Raise SparsityError where gradient checkpointing leaves out the cache of a layer."""
+    for path, module in decoder.named_modules():
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            name = f"{type(decoder).__name__}{'.' if path else ''}{path}"
+            raise SparsityError(
+                f"gradient checkpointing is on and {name} is in training mode, where transformers "
+                "leaves out every cache; call model.eval(), or "
+                "model.gradient_checkpointing_disable()"
+            )
+
+
+def _check_dropout(decoder: PreTrainedModel) -> None:
     name = type(decoder).__name__
-    if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-        raise SparsityError(
-            f"gradient checkpointing is on and {name} is in training mode, where transformers "
-            "leaves out every cache; call model.eval(), or "
-            "model.gradient_checkpointing_disable()"
-        )
     drops = [
         f"{path or name} (p={module.p})"
         for path, module in decoder.named_modules()
@@ -83,7 +90,16 @@ def check_states(layer: Any, index: int, keys: Tensor, values: Tensor) -> None:
     if not isinstance(layer, RetainedLayer):
         pairs.pop()  # transformers' own layers may widen their values
     for new, held in pairs:
-        if held is not None and held.dtype != new.dtype:
+        if held is None:
+            continue
+        if held.shape[1] != new.shape[1] or held.shape[3] != new.shape[3]:
+            shapes = [f"{t.shape[1]} KV heads of {t.shape[3]} numbers" for t in (held, new)]
+            raise SparsityError(
+                f"layer {index} of this SparseCache holds {shapes[0]}, and the model has "
+                f"{shapes[1]}: what was handed in as past is another model's. Hand in a cache that "
+                "this model filled"
+            )
+        if held.dtype != new.dtype:
             raise SparsityError(
                 f"layer {index} of this SparseCache holds {held.dtype}, and this forward brings "
                 f"{new.dtype}: the model was converted since (model.bfloat16(), "

@@ -35,8 +35,8 @@ class Needs:
             pages of one token. All other tokens keep their position in the text.
 
     Raises:
-        SparsityError: for `moved` together with `attention`, `window` or `summaries`, which are
-            computed from keys at their position in the text.
+        SparsityError: for arguments out of range, and for `moved` together with `attention`,
+            `window` or `summaries`, which are computed from keys at their position in the text.
     """
 
     summaries: bool = False
@@ -48,6 +48,11 @@ class Needs:
     moved: int = 0
 
     def __post_init__(self) -> None:
+        for field in ("window", "sums", "moved"):
+            if type(getattr(self, field)) is not int or getattr(self, field) < 0:
+                take_whole_number(self, field, least=0)
+        check_choice("Needs", "attention", self.attention, (None, "newest", "all"))
+        check_group("Needs", self.group)
         if self.moved and (self.attention or self.window or self.summaries):
             raise SparsityError(
                 f"{self}: attention weights and page summaries are those of keys at their position "

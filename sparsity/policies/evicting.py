@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sparsity.arguments import take_flag
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Group, PageView, Policy, check_budget, check_count, check_group
 
@@ -49,6 +50,8 @@ class Evicting(Policy):
         check_budget(self)
         for field in ("sinks", "dense_layers"):
             check_count(self, field)
+        for field in ("pin_prompt", "shared_heads"):
+            take_flag(self, field)
         if self.recent is not None:
             check_count(self, "recent")
         name, size = type(self).__name__, self.page_size

@@ -161,7 +161,7 @@ def milestone_map(
     )
     figure.colorbar(image, label="share of the attention")
     if path is not None:
-        figure.savefig(path, dpi=120)
+        figure.savefig(Path(path).expanduser(), dpi=120)
     return figure
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sparsity.arguments import whole_number, whole_numbers
+from sparsity.arguments import described, whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.recorded.trace import LayerTrace, Trace
@@ -119,8 +119,12 @@ def record(
         )
     max_bytes = whole_number("max_bytes", max_bytes, least=0)
     prompt = inputs.get("input_ids", inputs.get("inputs"))
-    if prompt is None:
-        raise SparsityError("record needs input_ids, int64 [1, tokens], to generate from")
+    if not isinstance(prompt, Tensor) or prompt.dim() != 2:
+        given = f"[{', '.join(map(str, prompt.shape))}]" if isinstance(prompt, Tensor) else None
+        raise SparsityError(
+            f"input_ids is {given or described(prompt)}: record needs a tensor, int64 [1, tokens], "
+            "to generate from, such as tokenizer(text, return_tensors='pt').input_ids"
+        )
     with keep_attached(model):
         cache = SparseCache(model, Full())
         managed = sorted(cache.retentions)

@@ -267,7 +267,7 @@ def check_columns(seen: int, queries: int, mask: object, positions: Tensor | Non
     if isinstance(mask, Tensor):
         given = mask.shape[1]
     elif seen and queries and positions is not None and positions.dim() == 2:
-        given = min(int(positions.max()) + 1, expected)
+        given = min(int(positions.max()) + 1, expected) if positions.numel() else 0
     if queries == 0:
         raise SparsityError(
             f"the cache has seen {seen} tokens, and the model is called with none that is new. "

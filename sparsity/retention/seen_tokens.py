@@ -18,17 +18,22 @@ class SeenTokens:
 
     Attributes:
         ids: of the first columns, int64 `[batch, columns]`; None while none are known.
+        prompt: columns that came before the first single token.
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None
+        self.prompt = 0
         self._taken: list[Tensor] = []  # rows taken since `ids` was set, one after the other
         self._handed: Tensor | None = None  # to `generate`; what is new in it is about to be fed
+        self._in_chunks = False  # whether `generate` has fed a text that is still to be compared
 
     def hand(self, ids: Tensor, arguments: dict[str, Any], seen: int) -> None:
         """Note the text that `generate` is at, before what is new in it is fed to the model.
 
         When `generate` begins, the text is compared with what was fed; while it decodes, it is not.
+        Of a prompt in chunks (`prefill_chunk_size`) the whole text is shown only once the chunks
+        are fed: it is compared then.
 
         Args:
             ids: the text, int64 `[batch, tokens]`.
@@ -42,7 +47,12 @@ class SeenTokens:
         if arguments.get("inputs_embeds") is not None or ids.dim() != 2:
             return
         if seen and arguments.get("next_sequence_length") is None:
+            self._in_chunks = True
             return  # nothing is to be cut off: a chunk of a prompt, or new tokens alone
+        if self._in_chunks:
+            self._in_chunks = False
+            if ids.shape[1] == seen + 1:  # the whole text, and the first token that it gave
+                self._check(ids, arguments.get("attention_mask"), seen, in_chunks=True)
         begins = arguments.get("is_first_iteration", False)
         if begins and seen:
             self._check(ids, arguments.get("attention_mask"), seen)
@@ -57,6 +67,8 @@ class SeenTokens:
             stop: column after its last.
         """
         handed, self._handed = self._handed, None
+        if not self.prompt or (self.prompt == seen and stop - seen > 1):
+            self.prompt = stop
         if handed is not None and handed.shape[1] == stop:
             self._set(handed)
         elif new is not None and seen == 0:
@@ -76,7 +88,7 @@ class SeenTokens:
             self._taken.append(index)
 
     def check_not_again(self, new: Tensor, seen: int) -> None:
-        """Refuse a forward whose new tokens begin with all that was seen, two tokens or more.
+        """Refuse a forward whose new tokens begin with the prompt once more, two tokens or more.
 
         Waits for the device.
 
@@ -87,19 +99,31 @@ class SeenTokens:
         Raises:
             SparsityError: for tokens that are fed again.
         """
-        known = self._known(new, seen)
-        if known is None or known.shape[1] < 2 or new.shape[1] < seen:
+        prompt = self.prompt
+        if prompt < 2 or new.shape[1] < prompt:
+            return
+        known = self._known(new, prompt)
+        if known is None or known.shape[1] < prompt:
             return
         if _first_difference(known, new, None) is None:
+            again = f"{seen}" if prompt == seen else f"first {prompt} of the {seen}"
             raise SparsityError(
-                f"the {seen} tokens that the cache has seen are fed again: a forward takes what is "
-                "new, such as input_ids[:, cache.get_seq_length():] (generate cuts that out by "
+                f"the {again} tokens that the cache has seen are fed again: a forward takes what "
+                "is new, such as input_ids[:, cache.get_seq_length():] (generate cuts that out by "
                 "itself). If the text does repeat itself, say so by position_ids or an "
                 f"attention_mask of all {seen + new.shape[1]} tokens; for another text call "
                 "cache.reset()"
             )
 
-    def _check(self, ids: Tensor, mask: Tensor | None, seen: int) -> None:
+    def _check(self, ids: Tensor, mask: Tensor | None, seen: int, in_chunks: bool = False) -> None:
+        """Refuse a text that does not begin with what is known of the first `seen` columns.
+
+        Args:
+            ids: the text, int64 `[batch, tokens]`.
+            mask: nonzero for real tokens, as `ids`; None when all are real.
+            seen: columns that were fed so far.
+            in_chunks: whether what was new in it was fed already, in chunks.
+        """
         if ids.shape[1] < seen:
             raise SparsityError(
                 f"generate was given {ids.shape[1]} tokens, and the cache has seen {seen}: none of "
@@ -109,6 +133,14 @@ class SeenTokens:
         first = None if known is None else _first_difference(known, ids, mask)
         if known is not None and first is not None:
             row, column = first
+            if in_chunks:
+                raise SparsityError(
+                    "generate has fed in chunks (prefill_chunk_size) what was new by length in a "
+                    "text that does not begin with what the cache had seen: at token "
+                    f"{column} of row {row} it had seen {int(known[row, column])} and was "
+                    f"given {int(ids[row, column])}. What the cache holds is of two texts now: "
+                    "call cache.reset()"
+                )
             raise SparsityError(
                 f"the cache holds another text than generate was given: at token {column} of row "
                 f"{row} it has seen {int(known[row, column])} and was given "

@@ -1,7 +1,9 @@
 """State around a forward that would change KV: refused by its own name, or part of the key."""
 
+import gc
 import re
 import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -10,8 +12,10 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from picache import PIC, CacheBlend, ChunkStore, FullRecompute, LegoLink, PICacheError
+from picache.hf.ambient import ModelState
 from tests.helpers import assert_close, random_ids, tiny_model
 
 QUERY = random_ids(5, seed=9)
@@ -133,6 +137,41 @@ def test_a_dtype_changed_since_pic_is_refused_by_name(dtype):
     refused(tiny_model("llama"), says, change=lambda model: model.to(dtype))
 
 
+def test_a_dtype_changed_in_one_layer_alone_is_refused_by_the_weight():
+    says = (
+        r"\(model.layers.1.mlp.gate_proj.weight\) had weights in torch.float32.*torch.float64 now"
+    )
+    refused(tiny_model("llama"), says, change=lambda model: model.model.layers[1].mlp.double())
+
+
+def test_weights_that_come_later_may_have_another_dtype():
+    """As an adapter in float32 on a model in half precision; it is part of the key."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    pic = PIC(model)
+    before = pic.compile(random_ids(9)).key
+    model.model.layers[0].register_parameter("adapter", nn.Parameter(torch.ones(3)))
+    assert pic.compile(random_ids(9)).key != before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_every_parameter_and_buffer_is_seen_once(family):
+    model = tiny_model(family, tie_word_embeddings=True)
+    expected = [*model.named_parameters(), *model.named_buffers()]
+    seen = ModelState.of(model).weights
+    assert [name for name, _ in seen] == [name for name, _ in expected]
+    assert all(mine is theirs for (_, mine), (_, theirs) in zip(seen, expected, strict=True))
+
+
+def test_the_state_to_compare_with_keeps_no_replaced_weight_in_memory():
+    model = tiny_model("llama")
+    pic = PIC(model)
+    old = weakref.ref(model.lm_head.weight)
+    model.lm_head = nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    pic.compile([5, 3])
+    gc.collect()
+    assert old() is None
+
+
 def test_a_vocabulary_that_grows_or_shrinks_is_part_of_the_key():
     model = tiny_model("llama")
     pic = PIC(model)
@@ -237,6 +276,26 @@ def test_weights_made_of_other_tensors_are_told_apart_by_those():
 def test_quantised_activations_are_the_cause_that_is_named():
     with pytest.raises(PICacheError, match=r"quantised by torch.int8.*activations quantised by"):
         PIC(quantise(tiny_model("llama"), Int8Activations))
+
+
+def test_plain_weights_of_a_gguf_file_are_not_blamed():
+    """transformers sets its quantizer on such a model, whose weights it has dequantised."""
+    model = tiny_model("llama")
+    model.hf_quantizer = type("GgufHfQuantizer", (), {})()
+    prompt = (pic := PIC(model)).link(compiled(pic), QUERY, FullRecompute())
+    with torch.no_grad():
+        assert_close("logits", prompt.logits, model(prompt.input_ids).logits[:, -1])
+    learned = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=128)).eval()
+    learned.hf_quantizer = model.hf_quantizer
+    with pytest.raises(PICacheError, match=r"^GPT2LMHeadModel has no rotary embedding module"):
+        PIC(learned)
+
+
+def test_weights_packed_into_wider_integers_count_as_quantised():
+    model = tiny_model("llama")
+    model.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+    model.register_buffer("position_ids", torch.zeros(1, 4, dtype=torch.int64))
+    assert ModelState.of(model).quantised == "torch.int32 (qweight)"
 
 
 def test_weights_packed_out_of_sight_are_refused():

@@ -50,6 +50,26 @@ def test_a_direct_forward_of_the_whole_prompt_names_its_logits(family, dtype, ro
     assert_close("logits", by_hand, prompt.logits, 1e-5 if dtype == torch.float32 else 5e-2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_that_is_held_and_no_more_fed_again_is_refused(family, dtype):
+    model, prompt = linked(family, dtype)
+    cache = prompt.past_key_values
+    before = held(cache)
+    with pytest.raises(PICacheError, match=r"holds 23 tokens.*whole text again.*forward of 23"):
+        model(prompt.input_ids[:, :-1], past_key_values=cache)
+    assert unchanged(cache, before)
+
+
+def test_the_token_that_is_held_alone_may_come_a_second_time():
+    pic = PIC(tiny_model("llama"))
+    prompt = pic.link([pic.compile([5])], [5])
+    with torch.no_grad():
+        expected = pic.model(torch.tensor([[5, 5]])).logits[:, -1]
+        fed = pic.model(prompt.input_ids[:, -1:], past_key_values=prompt.past_key_values).logits
+    assert_close("logits", fed[:, -1], expected, 1e-5)
+
+
 def test_the_whole_chat_fed_to_a_used_cache_is_refused():
     model, prompt = linked()
     cache = prompt.past_key_values

@@ -23,6 +23,7 @@ def test_public_names():
         "Chunk",
         "ChunkStore",
         "Combined",
+        "Comparison",
         "CorruptChunk",
         "DummySinks",
         "Evidence",
@@ -36,12 +37,14 @@ def test_public_names():
         "OracleDeviation",
         "PIC",
         "PICacheError",
+        "Problem",
         "ProphetKV",
         "RandomRecompute",
         "SharedPrefix",
         "StoreFull",
         "StoredChunk",
         "arms",
+        "compare",
     ]
 
 

@@ -160,6 +160,12 @@ def test_gradient_checkpointing_is_refused_by_its_name():
             generate(model, PROMPT, make())
     assert model.config._attn_implementation == "kv_retention"  # not to blame, not detached
     model.eval()  # where transformers does not checkpoint
+    model.get_decoder().layers[1].train()  # a part alone: seen where it leaves out the cache
+    part = r"gradient checkpointing is on and LlamaModel\.layers\.1 is in training mode"
+    with pytest.raises(SparsityError, match=part):
+        generate(model, PROMPT, SparseCache(model, RaaS(64)))
+    assert model.config._attn_implementation == "kv_retention"
+    model.eval()
     assert torch.equal(generate(model, PROMPT, cache), generate(model, PROMPT, None))
 
 

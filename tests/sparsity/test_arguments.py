@@ -1,5 +1,6 @@
 """Numbers of any kind are taken; what is none is refused by its name."""
 
+from dataclasses import fields
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import sparsity
-from sparsity import H2O, RaaS, SnapKV, SparsityError, Then, milestone_map, record, replay
+from sparsity import H2O, Needs, RaaS, SnapKV, SparsityError, Then, milestone_map, record, replay
 from sparsity.arguments import share, whole_number
 from sparsity.recorded.milestones import Thresholds
 from tests.helpers import random_ids, tiny_model
@@ -33,10 +34,13 @@ def test_large_floats_are_exact():
 @pytest.mark.parametrize(
     "given",
     [True, np.True_, torch.tensor(True), "3", b"3", None, 1.5, np.inf, -np.inf, np.nan, 3j,
-     np.array([3.0]), torch.tensor([3]), np.timedelta64(3, "s"), np.str_("3"), 0, -1.0],
+     np.array([3.0]), torch.tensor([3]), np.ma.masked, np.ma.array(3, mask=True),
+     np.timedelta64(3, "s"), np.str_("3"), 0, -1.0],
 )  # fmt: skip
 def test_what_is_no_whole_number_is_named(given):
-    with pytest.raises(SparsityError, match=r"budget=.*: expected a whole number of at least 1"):
+    with pytest.raises(
+        SparsityError, match=r"(?s)budget=.*: expected a whole number of at least 1"
+    ):
         whole_number("budget", given, least=1)
 
 
@@ -46,7 +50,9 @@ def test_shares_of_any_kind(kind):
     assert type(share("alpha", kind(0.25))) is float
 
 
-@pytest.mark.parametrize("given", ["0.1", None, True, np.nan, 1, -0.1, [0.1], np.array([0.1])])
+@pytest.mark.parametrize(
+    "given", ["0.1", None, True, np.nan, 1, -0.1, [0.1], np.array([0.1]), np.ma.masked]
+)
 def test_what_is_no_share_is_named(given):
     with pytest.raises(SparsityError, match=r"alpha=.*: expected a share in \[0, 1\)"):
         share("alpha", given)
@@ -100,6 +106,34 @@ def test_a_share_of_a_policy(policy, name):
             made(512, **{name: wrong})
 
 
+FLAGGED = ("RaaS", "H2O", "Random", "SnapKV", "TOVA", "RKV", "LazyEviction", "VaSE", "QuestRaaS")
+
+
+@pytest.mark.parametrize("name", FLAGGED)
+def test_a_flag_is_true_or_false_and_no_text(name):
+    """The truth of "False" is True: it would be taken for the opposite of what was meant."""
+    policy = getattr(sparsity, name)
+    flags = [f.name for f in fields(policy) if f.init and f.name in ("pin_prompt", "shared_heads")]
+    assert flags
+    for flag in flags:
+        for made in (np.bool_, np.array, torch.tensor):
+            given = policy(512, **{flag: made(True)})
+            assert given == policy(512, **{flag: True})
+            assert getattr(given, flag) is True
+            assert hash(given) == hash(policy(512, **{flag: True}))
+        for wrong in ("False", 0, None, np.array([True])):
+            with pytest.raises(SparsityError, match=rf"{name}\({flag}=.*: expected True or False"):
+                policy(512, **{flag: wrong})
+
+
+def test_what_a_policy_needs_is_checked():
+    assert repr(Needs(window=4.0, sums=np.int64(1))) == repr(Needs(window=4, sums=1))
+    for wrong in ({"window": "4"}, {"sums": -1}, {"moved": 1.5}, {"attention": "al"},
+                  {"group": "median"}):  # fmt: skip
+        with pytest.raises(SparsityError, match=rf"Needs\({next(iter(wrong))}=.*: expected"):
+            Needs(**wrong)
+
+
 def test_two_policies_made_with_floats():
     given = Then(SnapKV(128.0, page_size=16.0), RaaS(1e3 * 1.024))
     assert given == Then(SnapKV(128, page_size=16), RaaS(1024))
@@ -113,7 +147,7 @@ def test_thresholds_take_numbers_of_any_kind():
             Thresholds(**wrong)
 
 
-def test_recordings_take_whole_numbers_of_any_kind(tmp_path):
+def test_recordings_take_whole_numbers_of_any_kind(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     model, ids = tiny_model("llama"), random_ids(9, 1)
     given = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
@@ -125,7 +159,10 @@ def test_recordings_take_whole_numbers_of_any_kind(tmp_path):
     )
     assert str(found) == str(expected)
     assert (trace.mass(np.int64(1), page_size=4.0) == trace.mass(1, 4)).all()
-    milestone_map(trace, torch.tensor(1), kv_head=1.0, page_size=np.int64(4))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture = "~/map.png"
+    milestone_map(trace, torch.tensor(1), kv_head=1.0, page_size=np.int64(4), path=picture)
+    assert (tmp_path / "map.png").exists()
     for wrong in ({"layers": 3}, {"layers": [1.5]}, {"layers": "12"}, {"max_bytes": "1e9"}):
         with pytest.raises(SparsityError, match=rf"{next(iter(wrong))}.*expected a"):
             record(model, **given | wrong)

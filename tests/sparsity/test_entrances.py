@@ -67,6 +67,27 @@ WRONG = {
         lambda m, t: record(None, input_ids=random_ids(3, 1)),
         f"model is None: {MODEL}",
     ),
+    "record a list": (
+        lambda m, t: record(m, input_ids=[[1, 2, 3]]),
+        "input_ids is [[1, 2, 3]]: record needs a tensor, int64 [1, tokens]",
+    ),
+    "record a text": (lambda m, t: record(m, input_ids="a text"), "input_ids is 'a text': record"),
+    "record a row alone": (
+        lambda m, t: record(m, input_ids=random_ids(3, 1)[0]),
+        "input_ids is [3]: record needs a tensor, int64 [1, tokens]",
+    ),
+    "record no layer": (
+        lambda m, t: record(m, layers=[], input_ids=random_ids(3, 1)),
+        "layers=[]: expected a list of whole numbers",
+    ),
+    "replay no layer": (
+        lambda m, t: replay(t, H2O(64), layers=[]),
+        "layers=[]: expected a list of whole numbers",
+    ),
+    "replay a number": (
+        lambda m, t: replay(t, H2O(64), layers=torch.tensor(1)),
+        "layers=tensor(1): expected a list of whole numbers",
+    ),
     "past of tuples": (
         lambda m, t: SparseCache(m, H2O(64), past=((torch.ones(1), torch.ones(1)),)),
         f": {PAST}; put keys and values into one: DynamicCache().update(keys, values, layer)",
@@ -117,6 +138,19 @@ def test_an_empty_past_is_none(model):
     detach(model)
 
 
+@pytest.mark.parametrize(("heads", "size"), [(3, 16), (2, 8)])
+def test_a_past_of_another_model_is_refused(heads, size, model):
+    past = DynamicCache()
+    for layer in range(2):
+        past.update(torch.zeros(1, heads, 5, size), torch.zeros(1, heads, 5, size), layer)
+    cache = SparseCache(model, RaaS(64), past=past)
+    said = f"holds {heads} KV heads of {size} numbers, and the model has 2 KV heads of 16 numbers"
+    for _ in range(2):  # nothing was changed: it is refused for its cause once more
+        with pytest.raises(SparsityError, match=said):
+            model.generate(random_ids(9, 1), max_new_tokens=4, past_key_values=cache)
+    detach(model)
+
+
 def test_rows_are_named_by_lists_and_arrays_too(model):
     ids = random_ids(9, 3)
     cache = SparseCache(model, RaaS(64))
@@ -126,6 +160,15 @@ def test_rows_are_named_by_lists_and_arrays_too(model):
         cache.batch_select_indices([2, 0])
         cache.batch_repeat_interleave(2.0)
         cache.reorder_cache([3, 0])
+    assert torch.equal(cache.layers[1].keys, keys[[0, 2]])
+    for wrong in (1, [[0, 1]], [0.0, 1.0], [], "01"):  # the first two would change the shapes
+        for name, take in (
+            ("indices", cache.batch_select_indices),
+            ("beam_idx", cache.reorder_cache),
+        ):
+            said = re.escape(f"{name}={wrong!r}: expected the numbers of the rows to take")
+            with pytest.raises(SparsityError, match=said):
+                take(wrong)
     assert torch.equal(cache.layers[1].keys, keys[[0, 2]])
     with pytest.raises(SparsityError, match="repeats=0: expected a whole number of at least 1"):
         cache.batch_repeat_interleave(0)

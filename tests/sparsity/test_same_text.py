@@ -120,6 +120,47 @@ def test_the_tokens_of_a_direct_loop_are_known_as_far_as_the_prompt(shallow):
     assert generate(shallow, history, cache).shape == (1, 21)
 
 
+@pytest.mark.parametrize("way", ["loop", "generate", "two turns"])
+def test_a_prompt_fed_again_after_decoding_is_refused(way, shallow):
+    """All of it, or the prompt alone, which is shorter than what was seen."""
+    cache = SparseCache(shallow, RaaS(64))
+    with torch.no_grad():
+        if way == "loop":
+            shallow(input_ids=PROMPT, past_key_values=cache)
+            for token in (7, 8, 9):
+                shallow(input_ids=torch.tensor([[token]]), past_key_values=cache)
+        else:
+            out = generate(shallow, PROMPT, cache)
+            if way == "two turns":
+                generate(shallow, torch.cat([out, OTHER[:, :5]], 1), cache)
+        before, seen = state(cache), cache.get_seq_length()
+        for ids in (PROMPT, torch.cat([PROMPT, OTHER], 1)):
+            with pytest.raises(SparsityError, match=f"first 12 of the {seen} tokens .* fed again"):
+                shallow(input_ids=ids, past_key_values=cache)
+            assert_unchanged(cache, before)
+        for turn in (PROMPT[:, :11], PROMPT[:, 1:]):  # begins alike, or ends alike
+            shallow(input_ids=turn, past_key_values=cache)
+
+
+def test_chunks_of_another_text_are_refused(shallow):
+    """In `generate` they are cut out by their length, before anything shows the whole text."""
+    cache = SparseCache(shallow, Full())
+    out = generate(shallow, PROMPT, cache, prefill_chunk_size=5)
+    assert torch.equal(out, generate(shallow, PROMPT, None))
+    turn = torch.cat([out, OTHER[:, :9]], 1)
+    fork = copy.deepcopy(cache)
+    got = generate(shallow, turn, cache, prefill_chunk_size=4)
+    assert torch.equal(got, generate(shallow, turn, None))
+    for length, said in (
+        (30, r"prefill_chunk_size.*call cache\.reset"),
+        (9, "Hand generate the full"),
+    ):
+        with pytest.raises(SparsityError, match=said):
+            generate(shallow, OTHER[:, :length], fork, prefill_chunk_size=4)
+    fork.reset()
+    generate(shallow, OTHER, fork, prefill_chunk_size=4)
+
+
 def test_padding_is_not_compared(shallow):
     """What stands under the padding is nobody's text; a real token there is."""
     ids, mask = random_ids(9, 2), torch.ones(2, 9, dtype=torch.int64)

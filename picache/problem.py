@@ -1,0 +1,88 @@
+"""A question on documents, and the pieces of text that a prompt for it is linked from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from picache.errors import PICacheError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the documents while a template is rendered
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question on documents, with the answers that count as right.
+
+    Args:
+        documents: texts, in the order they stand in the prompt; each becomes a chunk.
+        question: asked behind the documents.
+        answers: any of them is right, the first is the one whose likelihood is measured; none
+            where only distances from full prefill are wanted.
+        instruction: what stands before the documents.
+        lead: how the answer begins, given to the model; what it goes on with is compared.
+
+    Raises:
+        PICacheError: no documents, an empty one, or a question that is no text.
+    """
+
+    documents: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...] = ()
+    instruction: str = ""
+    lead: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "answers"):
+            texts = getattr(self, name)
+            if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
+                raise PICacheError(f"{name} must be a tuple of texts, none empty, got {texts!r}")
+            object.__setattr__(self, name, tuple(texts))
+        if not self.documents:
+            raise PICacheError("a Problem needs at least one document")
+        if not isinstance(self.question, str):
+            raise PICacheError(f"question must be a text, got {self.question!r}")
+
+
+class Pieces(NamedTuple):
+    """A prompt in pieces: the first chunk, an exact prefix; one chunk a document; the query."""
+
+    prefix: str
+    documents: tuple[str, ...]
+    query: str
+
+
+def pieces(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
+    """The prompt of `problem` in pieces, by the tokenizer's chat template where it has one.
+
+    Under a template the documents stand inside the user's turn, and the query ends with the
+    assistant's turn opened and the lead. Without one the texts follow each other as they are.
+    """
+    documents = tuple(f"{document}\n\n" for document in problem.documents)
+    instruction = f"{problem.instruction}\n\n" if problem.instruction else ""
+    if not tokenizer.chat_template:
+        bos = tokenizer.bos_token or ""
+        lead = f" {problem.lead}" if problem.lead else ""
+        return Pieces(f"{bos}{instruction}", documents, f"{problem.question}{lead}")
+    turn = [{"role": "user", "content": f"{instruction}{_MARK}{problem.question}"}]
+    whole = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    before, _, behind = whole.partition(_MARK)
+    return Pieces(before, documents, f"{behind}{problem.lead}")
+
+
+def check_problems(problems: Sequence[Problem]) -> None:
+    """Refuse what is no list of problems.
+
+    Raises:
+        PICacheError: an empty list, or an entry of another kind.
+    """
+    if isinstance(problems, Problem) or not len(problems):
+        raise PICacheError("problems must be a list of at least one Problem")
+    for index, problem in enumerate(problems):
+        if not isinstance(problem, Problem):
+            raise PICacheError(
+                f"problem {index} is a {type(problem).__name__}; expected a "
+                "picache.Problem(documents, question, answers)"
+            )

@@ -1,0 +1,192 @@
+"""Comparisons of link methods: what they measure, what they refuse, how they show themselves."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from picache import (
+    Arm,
+    Comparison,
+    DummySinks,
+    FullRecompute,
+    LegoLink,
+    NaiveReuse,
+    PICacheError,
+    Problem,
+    compare,
+)
+from picache.compare import FULL, METRICS, begins, f1
+from picache.problem import pieces
+from tests.helpers import tiny_model
+
+WORDS = "the cat dog bird sits sleeps sings on mat roof where is who a b c d e f".split()
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant :{% endif %}"
+)
+
+
+def tokenizer_of(template=None):
+    vocabulary = {w: i for i, w in enumerate(["<s>", "<unk>", "user", "assistant", ":", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", eos_token="<unk>"
+    )
+    made.add_special_tokens({"additional_special_tokens": ["<s>"]})
+    made.chat_template = template
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+PROBLEMS = [
+    Problem(("the cat sits on the mat", "the dog sleeps on"), "where is the cat", ("mat",)),
+    Problem(("a bird sings", "the cat sleeps", "the dog sits"), "who sings", ("bird", "a bird")),
+    Problem(("the dog sits on a mat",), "who sits", ("dog",), lead="the"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
+def test_recomputing_everything_measures_what_full_prefill_measures(model, template):
+    result = compare(
+        model, tokenizer_of(template), PROBLEMS, [FullRecompute(), NaiveReuse()], progress=False
+    )
+    assert list(result) == [FULL, "FullRecompute()", "NaiveReuse(force_query=True)"]
+    assert result.problems == 3
+    full, exact = result.measured[FULL], result.measured["FullRecompute()"]
+    for metric in ("accuracy", "f1", "agreement"):
+        np.testing.assert_array_equal(exact[metric], full[metric])
+    assert abs(exact["extra_nll"]).max() < 1e-5
+    assert exact["kl"].max() < 1e-8
+    naive = result.measured["NaiveReuse(force_query=True)"]
+    assert naive["kl"].min() > 1e-7  # chunks that saw nothing of each other
+    assert (naive["recomputed"] < 1.0).all()
+
+
+def test_numbers_are_those_of_a_computation_by_hand(model):
+    """One problem, naive: the ids as the pieces say, the answer's likelihood behind the link."""
+    tokenizer, problem = tokenizer_of(), PROBLEMS[0]
+    result = compare(model, tokenizer, [problem], [LegoLink(2)], progress=False)
+    prefix, documents, query = pieces(problem, tokenizer)
+    ids = tokenizer(" ".join([prefix, *documents, query]), return_tensors="pt")["input_ids"]
+    answer = tokenizer("mat", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = model(torch.cat([ids, answer], 1)).logits[0, -2].double().log_softmax(-1)
+    from picache import PIC
+
+    pic = PIC(model, tokenizer, flops_per_byte=None)
+    chunks = [pic.compile(text, first=not i) for i, text in enumerate((prefix, *documents))]
+    prompt = pic.link(chunks, query, LegoLink(2))
+    assert torch.equal(prompt["input_ids"], ids)
+    linked = prompt.logits[0].double().log_softmax(-1)
+    measured = result.measured["LegoLink(k=2)"]
+    expected = float(plain[answer[0, 0]] - linked[answer[0, 0]])
+    assert measured["extra_nll"][0] == pytest.approx(expected, abs=1e-5)
+    expected = float((plain.exp() * (plain - linked)).sum())
+    assert measured["kl"][0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_answers_only_distances_are_measured(model):
+    problem = Problem(("the cat sits", "the dog sleeps"), "who sits")
+    result = compare(model, tokenizer_of(), [problem], [NaiveReuse()], progress=False, new_tokens=3)
+    row = result["NaiveReuse(force_query=True)"]
+    assert math.isnan(row["accuracy"].estimate)
+    assert math.isnan(row["f1"].estimate)
+    assert row["kl"].estimate > 0.0
+    assert json.loads(result.to_json())["table"][1]["accuracy"] is None
+
+
+def test_arms_are_named_and_may_differ_in_sinks(model):
+    arms = [LegoLink(2), Arm(LegoLink(2), DummySinks(2))]
+    result = compare(model, tokenizer_of(), PROBLEMS[:1], arms, progress=False)
+    assert list(result)[1:] == [
+        "LegoLink(k=2)",
+        "LegoLink(k=2), DummySinks(count=2, token=None)",
+    ]
+    named = {"ours": LegoLink(2), "theirs": NaiveReuse()}
+    assert list(compare(model, tokenizer_of(), PROBLEMS[:1], named, progress=False))[1:] == [
+        "ours",
+        "theirs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(problems=[]), "at least one Problem"),
+        (dict(problems=["who"]), "problem 0 is a str"),
+        (dict(methods=[]), "methods is empty"),
+        (dict(methods=[LegoLink(1), LegoLink(1)]), r"two arms are named 'LegoLink\(k=1\)'"),
+        (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full prefill'"),
+        (dict(methods=[LegoLink]), "is no link method"),
+        (dict(methods=LegoLink(1)), "methods must be a list"),
+        (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    model, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(model, "forward", None)  # nothing may run
+    given = dict(problems=PROBLEMS, methods=[NaiveReuse()]) | arguments
+    with pytest.raises(PICacheError, match=message):
+        compare(model, tokenizer_of(), progress=False, **given)
+
+
+def test_other_ids_are_no_comparison(model):
+    arms = [NaiveReuse(), Arm(NaiveReuse(), "keep")]
+    tokenizer = tokenizer_of()
+    problem = Problem(("<s> the cat sits", "<s> the dog sleeps"), "who sits", ("cat",))
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", None, [("<s>", 0)]
+    )
+    with pytest.raises(PICacheError, match="arms of one comparison share their ids"):
+        compare(model, tokenizer, [problem], arms, progress=False)
+
+
+def test_intervals_are_paired():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=200) * 10
+    a, b = hard + rng.normal(size=200) * 0.1, hard + 0.5
+    result = Comparison({"a": {"nll": a}, "b": {"nll": b}})
+    apart = result.difference("b", "nll")
+    assert apart.low < 0.5 < apart.high
+    assert apart.high - apart.low < 0.1  # what both share cancels
+    assert result["a"]["nll"].high - result["a"]["nll"].low > 1.0
+    with pytest.raises(PICacheError, match="there is no arm 'c'; there are a, b"):
+        result["c"]
+    with pytest.raises(PICacheError, match="no 'kl' of 'a'"):
+        result.difference("a", "kl")
+
+
+def test_a_comparison_shows_itself(model, tmp_path):
+    result = compare(model, tokenizer_of(), PROBLEMS, [NaiveReuse()], progress=False)
+    assert "3 problems, 95 % intervals" in str(result)
+    assert all(metric.replace("_", " ") in str(result) for metric in METRICS)
+    assert "<table>" in result._repr_html_()
+    axes = result.figure("recomputed", "kl")
+    assert axes.get_xlabel() == "recomputed"
+    assert len(axes.texts) == 2
+    path = tmp_path / "result.json"
+    result.to_json(path)
+    record = json.loads(path.read_text())
+    assert list(record["values"]) == list(result)
+    assert record["table"][0]["arm"] == FULL
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_answers_are_read_as_squad_reads_them():
+    assert begins("The cat, on a mat", "cat on mat") == 1.0
+    assert begins("No, the cat", "cat") == 0.0
+    assert f1("the cat sat", "cat") == pytest.approx(2 / 3)
+    assert f1("dog", "cat") == 0.0
