@@ -111,6 +111,7 @@ class ChunkStore:
         evictions: how many were lost altogether for want of room.
         corrupt: how many damaged or foreign files were found, and removed.
         disk_failures: how many chunks could not be written to disk.
+        failures: what tiers failed at and how often, by kind; see `StoreStats`.
 
     Raises:
         PICacheError: when a bound is not positive, a name unknown, or `path` is not a chunk store,

@@ -140,8 +140,11 @@ class Disk:
             try:
                 self._files.fill(temporary, data)
                 self._index.publish(key, nbytes, header, temporary)
-            except BaseException:
-                self._index.release(key, temporary)
+            except BaseException as error:
+                try:
+                    self._index.release(key, temporary)
+                except Exception as second:  # the first is the cause; what is left is swept later
+                    error.add_note(f"nor could {temporary} be deleted: {second}")
                 raise
         finally:
             being_written.discard(temporary.rpartition("/")[2])

@@ -542,6 +542,35 @@ def test_compiling_into_a_store_with_no_room_but_a_disk_that_fails_is_no_error(
         PIC(model, store=ChunkStore(device_bytes=1)).compile(TEXTS[0])
 
 
+def test_the_cause_is_counted_though_what_was_written_cannot_be_deleted_either(
+    tmp_path, monkeypatch
+):
+    kept = ChunkStore(path=tmp_path)
+    kept.put(KEY, chunk())
+    size = path_of(tmp_path, KEY).stat().st_size
+    store = ChunkStore(path=tmp_path, disk_bytes=3 * size)
+    original = files.LocalFiles.fill
+
+    def full(self, temporary, data):
+        original(self, temporary, data)
+        raise OSError(errno.EIO, "Input/output error")
+
+    def refused(*args, **kwargs):
+        raise TimeoutError("locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.LocalFiles, "fill", full)
+        patch.setattr(folder_index.FolderIndex, "release", refused)
+        with pytest.warns(RuntimeWarning, match="Input/output error"):
+            store.put(OTHER, chunk(1))
+    assert store.failures == {"disk write: OSError": 1}
+    assert len(list(tmp_path.rglob("*.tmp"))) == 1
+    for index in range(3):  # whoever needs the room has it
+        store.put(OTHER[:-1] + str(index), chunk(index))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
 def test_interrupts_are_not_failures(filled, monkeypatch):
     folder, chunks = filled
 
