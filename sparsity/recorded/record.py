@@ -120,10 +120,10 @@ def record(
     max_bytes = whole_number("max_bytes", max_bytes, least=0)
     prompt = inputs.get("input_ids", inputs.get("inputs"))
     if not isinstance(prompt, Tensor) or prompt.dim() != 2:
-        given = f"[{', '.join(map(str, prompt.shape))}]" if isinstance(prompt, Tensor) else None
+        given = list(prompt.shape) if isinstance(prompt, Tensor) else described(prompt)
         raise SparsityError(
-            f"input_ids is {given or described(prompt)}: record needs a tensor, int64 [1, tokens], "
-            "to generate from, such as tokenizer(text, return_tensors='pt').input_ids"
+            f"input_ids is {given}: record needs input_ids, a tensor int64 [1, tokens], to "
+            "generate from, such as tokenizer(text, return_tensors='pt').input_ids"
         )
     with keep_attached(model):
         cache = SparseCache(model, Full())

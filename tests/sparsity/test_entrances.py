@@ -69,12 +69,12 @@ WRONG = {
     ),
     "record a list": (
         lambda m, t: record(m, input_ids=[[1, 2, 3]]),
-        "input_ids is [[1, 2, 3]]: record needs a tensor, int64 [1, tokens]",
+        "input_ids is [[1, 2, 3]]: record needs input_ids, a tensor int64 [1, tokens]",
     ),
     "record a text": (lambda m, t: record(m, input_ids="a text"), "input_ids is 'a text': record"),
     "record a row alone": (
         lambda m, t: record(m, input_ids=random_ids(3, 1)[0]),
-        "input_ids is [3]: record needs a tensor, int64 [1, tokens]",
+        "input_ids is [3]: record needs input_ids, a tensor int64 [1, tokens]",
     ),
     "record no layer": (
         lambda m, t: record(m, layers=[], input_ids=random_ids(3, 1)),
