@@ -79,17 +79,20 @@ def gittins_pieces(tails: Tails) -> Pieces:
     ages, weights, survival, _, _ = tails
     hull = Hull.of(tails)
     point, by, served, finished = hull.passed()
-    up = hull.slopes[point] * finished - served
-    own = np.arange(len(weights))  # the gap of the piece whose tangent point is the end of the gap
-    order = np.argsort(
-        np.concatenate([by, own]), kind="stable"
-    )  # that piece is the last of its gap
-    gap = np.concatenate([by, own])[order]
-    starts, stops, alive = ages[gap], ages[gap + 1], survival[gap]
-    beyond = np.concatenate([served + hull.served[point], np.zeros(own.size)])[order]
-    mass = np.concatenate([finished + hull.finished[point], weights])[order]
-    ends = stops - np.concatenate([up, np.zeros(own.size)])[order] / alive
-    ends = np.maximum(ends, starts)
+    # The pieces of a gap: one for each point passed over, then that whose tangent point is the end
+    # of the gap. So before each of the former there are as many of the latter as gaps.
+    pieces = point.size + weights.size
+    passing = by + np.arange(point.size)
+    last = np.ones(pieces, dtype=np.bool_)
+    last[passing] = False
+    gap = np.empty(pieces, dtype=np.int64)
+    gap[passing], gap[last] = by, np.arange(weights.size)
+    mass, beyond, up = np.empty(pieces), np.zeros(pieces), np.zeros(pieces)
+    mass[passing], mass[last] = finished + hull.finished[point], weights
+    beyond[passing] = served + hull.served[point]
+    up[passing] = hull.slopes[point] * finished - served
+    starts, stops, alive = ages[gap], ages[1:][gap], survival[gap]
+    ends = np.maximum(stops - up / alive, starts)
     ends = np.minimum(ends, stops)
     # Where an end is rounded down, the line that ends there is still the lower one at that age.
     here = (beyond + (stops - ends) * alive) / mass
@@ -135,7 +138,8 @@ def _bucket_pieces(tails: Tails, artifact: bool) -> Pieces:
         first, k, end, alive = i[some], k[some], ends[some], survival[i[some]]
         done = finished_between(first, k)
         if artifact:  # E[X - a; X - a <= D] alive / done^2
-            own = _served_to_completion(tails, first, k, end)
+            between = served_between(first + 1, k)
+            own = _served_to_completion(tails, between, first, k, end)
             values[row, some] = own * alive / done**2
             rates[row, some] = alive / done
         else:  # E[min(X - a, D)] / done, where a + D = (1 - share) a + share m
@@ -147,15 +151,17 @@ def _bucket_pieces(tails: Tails, artifact: bool) -> Pieces:
     return _lower_envelope(starts, ends, values, rates)
 
 
-def _served_to_completion(tails: Tails, first: Ints, last: Ints, age: Floats) -> Floats:
+def _served_to_completion(
+    tails: Tails, between: Floats, first: Ints, last: Ints, age: Floats
+) -> Floats:
     """`[m]` sums of P(X = x_j) (x_j - age) over first < j <= last, each from its own age on.
 
-    What all jobs are served up to x_last, less what those that live on are. Where that would be a
-    difference of two numbers that are nearly the same, the sum itself.
+    What all jobs are served up to x_last, less what those that live on are; `between` is how much
+    of the first is served from x_(first+1) on. Where that would be a difference of two numbers
+    that are nearly the same, the sum itself.
     """
-    ages, weights, survival, areas, _ = tails
-    alive = survival[first]
-    everybody = (ages[first + 1] - age) * alive + RangeSums(areas)(first + 1, last)
+    ages, weights, survival, _, _ = tails
+    everybody = (ages[first + 1] - age) * survival[first] + between
     sums: Floats = everybody - (ages[last] - age) * survival[last]
     for at in np.flatnonzero(sums < LEAST_SHARE * everybody):
         own = slice(first[at], last[at])
