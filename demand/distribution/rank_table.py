@@ -23,7 +23,7 @@ from demand.distribution.rank_pieces import (
 from demand.distribution.rank_variants import RankOptions, check_variant
 from demand.distribution.rank_with_costs import CostedRanks
 from demand.errors import DemandError
-from demand.seconds import Floats, as_seconds, check_age
+from demand.seconds import Floats, as_seconds, check_age, one_number
 
 
 class RanksByAge(Protocol):
@@ -124,7 +124,13 @@ class RankTable:
         return ranks
 
     def at(self, age: float) -> float:
-        """Rank of one age: the same number as `self(age)`, without numpy's overhead."""
+        """Rank of one age: the same number as `self(age)`, without numpy's overhead.
+
+        Raises:
+            DemandError: an age that is negative, not finite or no single number of seconds.
+        """
+        if type(age) is not float:
+            age = check_age(age)
         if 0.0 < age < self._largest:
             return self._inside(age)
         if age == 0.0:
@@ -136,7 +142,14 @@ class RankTable:
 
         Between jumps ranks only fall, so the answer is `age` itself, a jump, or a doubling of
         the largest atom.
+
+        Raises:
+            DemandError: an age that is negative or not finite, or a threshold that is no number.
         """
+        if type(age) is not float or type(threshold) is not float or threshold != threshold:
+            age, threshold = check_age(age), one_number("threshold", threshold)
+            if threshold != threshold:
+                raise DemandError("threshold is NaN; expected a rank, such as that of another job")
         if threshold == math.inf:
             return math.inf
         if threshold < self._highest or age >= self._largest:
