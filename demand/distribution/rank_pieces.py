@@ -79,20 +79,17 @@ def gittins_pieces(tails: Tails) -> Pieces:
     ages, weights, survival, _, _ = tails
     hull = Hull.of(tails)
     point, by, served, finished = hull.passed()
-    # The pieces of a gap: one for each point passed over, then that whose tangent point is the end
-    # of the gap. So before each of the former there are as many of the latter as gaps.
-    pieces = point.size + weights.size
-    passing = by + np.arange(point.size)
-    last = np.ones(pieces, dtype=np.bool_)
-    last[passing] = False
-    gap = np.empty(pieces, dtype=np.int64)
-    gap[passing], gap[last] = by, np.arange(weights.size)
-    mass, beyond, up = np.empty(pieces), np.zeros(pieces), np.zeros(pieces)
-    mass[passing], mass[last] = finished + hull.finished[point], weights
-    beyond[passing] = served + hull.served[point]
-    up[passing] = hull.slopes[point] * finished - served
-    starts, stops, alive = ages[gap], ages[1:][gap], survival[gap]
-    ends = np.maximum(stops - up / alive, starts)
+    up = hull.slopes[point] * finished - served
+    own = np.arange(len(weights))  # the gap of the piece whose tangent point is the end of the gap
+    order = np.argsort(
+        np.concatenate([by, own]), kind="stable"
+    )  # that piece is the last of its gap
+    gap = np.concatenate([by, own])[order]
+    starts, stops, alive = ages[gap], ages[gap + 1], survival[gap]
+    beyond = np.concatenate([served + hull.served[point], np.zeros(own.size)])[order]
+    mass = np.concatenate([finished + hull.finished[point], weights])[order]
+    ends = stops - np.concatenate([up, np.zeros(own.size)])[order] / alive
+    ends = np.maximum(ends, starts)
     ends = np.minimum(ends, stops)
     # Where an end is rounded down, the line that ends there is still the lower one at that age.
     here = (beyond + (stops - ends) * alive) / mass

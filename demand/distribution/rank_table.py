@@ -129,10 +129,11 @@ class RankTable:
         Raises:
             DemandError: an age that is negative, not finite or no single number of seconds.
         """
-        if type(age) is not float:
-            age = check_age(age)
-        if 0.0 < age < self._largest:
-            return self._inside(age)
+        try:
+            if 0.0 < age < self._largest:
+                return self._inside(age)
+        except (TypeError, ValueError):  # no number, which costs nothing to tell like this
+            return self.at(check_age(age))
         if age == 0.0:
             return self._at_zero
         return float(self._beyond_samples(np.asarray(check_age(age))))
@@ -146,13 +147,15 @@ class RankTable:
         Raises:
             DemandError: an age that is negative or not finite, or a threshold that is no number.
         """
-        if type(age) is not float or type(threshold) is not float or threshold != threshold:
-            age, threshold = check_age(age), one_number("threshold", threshold)
-            if threshold != threshold:
-                raise DemandError("threshold is NaN; expected a rank, such as that of another job")
-        if threshold == math.inf:
-            return math.inf
-        if threshold < self._highest or age >= self._largest:
+        try:
+            jumps_matter = threshold < self._highest or age >= self._largest
+        except (TypeError, ValueError):
+            return self.next_above(check_age(age), one_number("threshold", threshold))
+        if not threshold < math.inf:
+            if threshold == math.inf:
+                return math.inf
+            raise DemandError("threshold is NaN; expected a rank, such as that of another job")
+        if jumps_matter:
             if self.at(age) > threshold:
                 return age
             found = self._jumps.first_above(age, threshold)
