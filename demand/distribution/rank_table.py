@@ -148,19 +148,18 @@ class RankTable:
             DemandError: an age that is negative or not finite, or a threshold that is no number.
         """
         try:
-            jumps_matter = threshold < self._highest or age >= self._largest
+            if threshold < self._highest or age >= self._largest:
+                if self.at(age) > threshold:
+                    return age
+                found = self._jumps.first_above(age, threshold)
+                if found < math.inf:
+                    return found
         except (TypeError, ValueError):
             return self.next_above(check_age(age), one_number("threshold", threshold))
         if not threshold < math.inf:
             if threshold == math.inf:
                 return math.inf
             raise DemandError("threshold is NaN; expected a rank, such as that of another job")
-        if jumps_matter:
-            if self.at(age) > threshold:
-                return age
-            found = self._jumps.first_above(age, threshold)
-            if found < math.inf:
-                return found
         if self._options.variant == "hermes_artifact":
             return math.inf
         cost = self._options.preemption_cost
