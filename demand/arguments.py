@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, SupportsFloat, TypeVar, cast
 
@@ -130,6 +130,18 @@ def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[I
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
     return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
+
+
+def mapping_of(name: str, value: object, expected: str) -> dict[Any, Any]:
+    """`value` as a new dict, or `DemandError` unless it is a mapping.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        expected: what to say was expected, such as "runs by application".
+    """
+    check_instance(name, value, Mapping, f"a mapping: {expected}")
+    return dict(cast("Mapping[Any, Any]", value))
 
 
 def warn_renamed(function: str, old: str, new: str) -> None:

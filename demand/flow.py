@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from demand.units import END, START
+
+U = TypeVar("U")
 
 
 class FlowFault(NamedTuple):
@@ -59,11 +61,14 @@ def without_end(successors: Mapping[str, Collection[str]]) -> list[str]:
     return [name for name in successors if name not in ending]
 
 
-def visits(first: str, following: Callable[[str], str]) -> Iterator[str]:
+def visits(first: U, following: Callable[[U], U], end: U) -> Iterator[U]:
     """The units of one run, from `first` on: each is yielded before `following` is asked for the
-    next, until that is "end".
+    next, until that is `end`.
+
+    Every random run goes this way, whatever is drawn at a unit, and whether units are known by
+    name or by number.
     """
-    name = first
-    while name != END:
-        yield name
-        name = following(name)
+    unit = first
+    while unit != end:
+        yield unit
+        unit = following(unit)

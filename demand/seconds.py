@@ -85,6 +85,8 @@ def _read_one(name: str, value: object, durations: bool) -> float:
 def _read(name: str, values: object, durations: bool) -> Floats:
     if type(values) is np.ndarray and values.dtype == np.float64:
         return values.copy()
+    if isinstance(values, list | tuple) and not {bool, np.bool}.isdisjoint(map(type, values)):
+        raise DemandError(f"{name} holds truth values; expected {_expected(durations)}")
     if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
         raise DemandError(
             f"{name} has {np.ma.count_masked(values)} masked entries, which have no value; "
@@ -99,7 +101,7 @@ def _read(name: str, values: object, durations: bool) -> Floats:
     kind = array.dtype.kind
     if kind in "iuf":
         return array.astype(np.float64)
-    expected = "numbers of seconds, timedelta64 or timedelta" if durations else "plain numbers"
+    expected = _expected(durations)
     # numpy would give numbers in a list the unit of the durations beside them.
     if kind == "m" and durations and not isinstance(values, list | tuple):
         return _durations(name, array)
@@ -116,6 +118,10 @@ def _read(name: str, values: object, durations: bool) -> Floats:
     raise DemandError(
         f"{name} holds {what.get(kind, 'records')} ({array.dtype}); expected {expected}"
     )
+
+
+def _expected(durations: bool) -> str:
+    return "numbers of seconds, timedelta64 or timedelta" if durations else "plain numbers"
 
 
 def _entry(place: str, entry: Any, durations: bool, expected: str) -> float:

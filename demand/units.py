@@ -242,8 +242,10 @@ class CostModel:
         `longest_output_tokens`.
 
         Raises:
-            DemandError: an unknown `parallel_calls`.
+            DemandError: what is no execution, or an unknown `parallel_calls`.
         """
+        if type(execution) is not Execution:
+            instance_of("execution", execution, Execution)
         if demand is not None:  # not by the decorator, which would take as long as the rest
             if parallel_calls != "sum":
                 raise DemandError("seconds is given parallel_calls= and its old name; drop demand=")
@@ -263,7 +265,12 @@ class CostModel:
 
     @renamed_keyword("demand", "parallel_calls")
     def run_seconds(self, run: Sequence[Execution], parallel_calls: ParallelCalls = "sum") -> float:
-        """Total seconds of a run: its demand. Units follow each other on either count."""
+        """Total seconds of a run: its demand. Units follow each other on either count.
+
+        Raises:
+            DemandError: what is no list of executions, or an unknown `parallel_calls`.
+        """
+        run = check_run("run", run)
         return sum(self.seconds(execution, parallel_calls) for execution in run)
 
     def _call_seconds(
@@ -321,9 +328,17 @@ class Progress:
     elapsed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "executed", check_run("executed", self.executed))
-        for name in ("attained_seconds", "elapsed_seconds"):
-            value = getattr(self, name)
+        executed, attained, elapsed = self.executed, self.attained_seconds, self.elapsed_seconds
+        if executed != () or type(executed) is not tuple:
+            object.__setattr__(self, "executed", check_run("executed", executed))
+        if self.current is not None:
+            if not isinstance(self.current, str):
+                raise DemandError(
+                    f"current is {self.current!r:.200}; expected the name of a unit, or None"
+                )
+        elif type(attained) is type(elapsed) is float and attained == elapsed == 0.0:
+            return
+        for name, value in (("attained_seconds", attained), ("elapsed_seconds", elapsed)):
             if type(value) is not float:
                 value = one_of_seconds(name, value)
                 object.__setattr__(self, name, value)

@@ -100,25 +100,28 @@ class Hull(NamedTuple):
         """
         areas, weights = tails.areas.tolist(), tails.weights.tolist()
         n = len(areas)
-        after, slopes = [n] * (n + 1), [*(tails.areas / tails.weights).tolist(), math.inf]
+        after, slopes = [*range(1, n + 1), n], [*(tails.areas / tails.weights).tolist(), math.inf]
         served, finished = [*areas, 0.0], [*weights, 0.0]
         by, served_before, finished_before = [n] * (n + 1), [0.0] * (n + 1), [0.0] * (n + 1)
+        edge = math.inf  # slopes[k], k being the point to which i may be joined
         for i in range(n - 1, -1, -1):
-            k, slope = i + 1, slopes[i]
-            if slope > slopes[k]:
-                area, beyond, mass = areas[i], 0.0, weights[i]
-                while slope > slopes[k]:
+            slope = slopes[i]
+            if slope > edge:
+                k, area, beyond, mass = i + 1, areas[i], 0.0, weights[i]
+                while slope > edge:
                     by[k] = i
                     served_before[k] = beyond
                     finished_before[k] = mass
                     beyond += served[k]
                     mass += finished[k]
                     k = after[k]
+                    edge = slopes[k]
                     slope = (area + beyond) / mass
                 slopes[i] = slope
                 served[i] = area + beyond
                 finished[i] = mass
-            after[i] = k
+                after[i] = k
+            edge = slope
         return cls(
             np.frombuffer(array("q", after), np.int64),
             np.frombuffer(array("d", served)),

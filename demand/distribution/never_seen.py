@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+from demand.arguments import check_instance, instance_of
 from demand.distribution.distribution import Distribution
 
 NEVER_SEEN = Distribution([0.0])
@@ -19,6 +20,7 @@ def known_of(application: str, distributions: Mapping[str, Distribution]) -> Dis
 
     The standard warning filter shows the warning once for each application.
     """
+    check_instance("distributions", distributions, Mapping, "a mapping: a Distribution by name")
     found = distributions.get(application)
     if found is None:
         warnings.warn(
@@ -27,7 +29,7 @@ def known_of(application: str, distributions: Mapping[str, Distribution]) -> Dis
             stacklevel=2,
         )
         return NEVER_SEEN
-    return found
+    return instance_of(f"distribution of {application!r}", found, Distribution)
 
 
 def unseen(attained_seconds: float = 0.0) -> Distribution:

@@ -23,12 +23,11 @@ class RangeSums:
         numbers: `[n]`, positive.
     """
 
-    __slots__ = ("_from", "_from_list", "_list", "_numbers")
+    __slots__ = ("_from", "_from_list", "_numbers")
 
     def __init__(self, numbers: Floats) -> None:
         self._numbers = np.append(numbers, 0.0)
         self._from = np.append(np.cumsum(numbers[::-1])[::-1], 0.0)  # sum of the numbers from each
-        self._list: list[float] = numbers.tolist()
         self._from_list: list[float] = self._from.tolist()
 
     def __call__(self, first: Ints, end: Ints) -> Floats:
@@ -47,4 +46,4 @@ class RangeSums:
         difference = begins - self._from_list[end]
         if difference >= LEAST_SHARE * begins or first == end:
             return difference
-        return math.fsum(self._list[first:end])
+        return math.fsum(self._numbers[first:end].tolist())

@@ -135,7 +135,8 @@ def _bucket_pieces(tails: Tails, artifact: bool) -> Pieces:
         first, k, end, alive = i[some], k[some], ends[some], survival[i[some]]
         done = finished_between(first, k)
         if artifact:  # E[X - a; X - a <= D] alive / done^2
-            own = _served_to_completion(tails, first, k, end)
+            between = served_between(first + 1, k)
+            own = _served_to_completion(tails, between, first, k, end)
             values[row, some] = own * alive / done**2
             rates[row, some] = alive / done
         else:  # E[min(X - a, D)] / done, where a + D = (1 - share) a + share m
@@ -147,15 +148,17 @@ def _bucket_pieces(tails: Tails, artifact: bool) -> Pieces:
     return _lower_envelope(starts, ends, values, rates)
 
 
-def _served_to_completion(tails: Tails, first: Ints, last: Ints, age: Floats) -> Floats:
+def _served_to_completion(
+    tails: Tails, between: Floats, first: Ints, last: Ints, age: Floats
+) -> Floats:
     """`[m]` sums of P(X = x_j) (x_j - age) over first < j <= last, each from its own age on.
 
-    What all jobs are served up to x_last, less what those that live on are. Where that would be a
-    difference of two numbers that are nearly the same, the sum itself.
+    What all jobs are served up to x_last, less what those that live on are; `between` is how much
+    of the first is served from x_(first+1) on. Where that would be a difference of two numbers
+    that are nearly the same, the sum itself.
     """
-    ages, weights, survival, areas, _ = tails
-    alive = survival[first]
-    everybody = (ages[first + 1] - age) * alive + RangeSums(areas)(first + 1, last)
+    ages, weights, survival, _, _ = tails
+    everybody = (ages[first + 1] - age) * survival[first] + between
     sums: Floats = everybody - (ages[last] - age) * survival[last]
     for at in np.flatnonzero(sums < LEAST_SHARE * everybody):
         own = slice(first[at], last[at])

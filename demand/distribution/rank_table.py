@@ -23,7 +23,7 @@ from demand.distribution.rank_pieces import (
 from demand.distribution.rank_variants import RankOptions, check_variant
 from demand.distribution.rank_with_costs import CostedRanks
 from demand.errors import DemandError
-from demand.seconds import Floats, as_seconds, check_age
+from demand.seconds import Floats, as_seconds, check_age, one_number
 
 
 class RanksByAge(Protocol):
@@ -124,9 +124,16 @@ class RankTable:
         return ranks
 
     def at(self, age: float) -> float:
-        """Rank of one age: the same number as `self(age)`, without numpy's overhead."""
-        if 0.0 < age < self._largest:
-            return self._inside(age)
+        """Rank of one age: the same number as `self(age)`, without numpy's overhead.
+
+        Raises:
+            DemandError: an age that is negative, not finite or no single number of seconds.
+        """
+        try:
+            if 0.0 < age < self._largest:
+                return self._inside(age)
+        except (TypeError, ValueError):  # no number, which costs nothing to tell like this
+            return self.at(check_age(age))
         if age == 0.0:
             return self._at_zero
         return float(self._beyond_samples(np.asarray(check_age(age))))
@@ -136,15 +143,23 @@ class RankTable:
 
         Between jumps ranks only fall, so the answer is `age` itself, a jump, or a doubling of
         the largest atom.
+
+        Raises:
+            DemandError: an age that is negative or not finite, or a threshold that is no number.
         """
-        if threshold == math.inf:
-            return math.inf
-        if threshold < self._highest or age >= self._largest:
-            if self.at(age) > threshold:
-                return age
-            found = self._jumps.first_above(age, threshold)
-            if found < math.inf:
-                return found
+        try:
+            if threshold < self._highest or age >= self._largest:
+                if self.at(age) > threshold:
+                    return age
+                found = self._jumps.first_above(age, threshold)
+                if found < math.inf:
+                    return found
+        except (TypeError, ValueError):
+            return self.next_above(check_age(age), one_number("threshold", threshold))
+        if not threshold < math.inf:
+            if threshold == math.inf:
+                return math.inf
+            raise DemandError("threshold is NaN; expected a rank, such as that of another job")
         if self._options.variant == "hermes_artifact":
             return math.inf
         cost = self._options.preemption_cost

@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from demand.arguments import instance_of, instances_of
+from demand.arguments import instance_of, instances_of, mapping_of
 from demand.errors import DemandError
 from demand.graph.walks import WalkArrays
+from demand.seconds import one_number
 from demand.units import END, START, CostModel, Execution, ParallelCalls, Unit, check_run
 
 
@@ -34,8 +35,10 @@ class GivenUnit:
     def __post_init__(self) -> None:
         instance_of("unit", self.unit, Unit)
         object.__setattr__(self, "executions", check_run("executions", self.executions))
-        object.__setattr__(self, "successors", dict(self.successors))
         name = self.unit.name
+        expected = "the probability of each next unit, by name"
+        successors = mapping_of(f"successors of unit {name!r}", self.successors, expected)
+        object.__setattr__(self, "successors", successors)
         if not self.executions:
             raise DemandError(f"unit {name!r} has no executions; give at least one")
         for execution in self.executions:
@@ -50,6 +53,7 @@ class GivenUnit:
 def check_probabilities(what: str, probabilities: Mapping[str, float]) -> None:
     """Raise `DemandError` unless all are in [0, 1] and their sum is 1 within 1e-6."""
     for name, probability in probabilities.items():
+        probability = one_number(f"{what}: the probability of {name!r}", probability)
         if not 0.0 <= probability <= 1.0:
             raise DemandError(f"{what}: {name!r} has probability {probability}; expected 0 to 1")
     total = math.fsum(probabilities.values())

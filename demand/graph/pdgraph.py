@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.arguments import instance_of, renamed_keyword, whole_number
+from demand.arguments import instance_of, mapping_of, renamed_keyword, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
 from demand.graph.given_units import GivenUnit, check_given, given_arrays
 from demand.graph.run_columns import RunColumns, decayed
 from demand.graph.walks import MAX_UNITS, WalkArrays
-from demand.seconds import Floats
+from demand.seconds import Floats, one_number
 from demand.units import (
     CostModel,
     Execution,
@@ -68,12 +68,14 @@ class PDGraph:
         cost: CostModel | None = None,
         half_life_runs: float | None = None,
     ) -> None:
-        if half_life_runs is not None and not 0.0 < half_life_runs < math.inf:
-            raise DemandError(
-                f"half_life_runs is {half_life_runs}; expected a positive number of runs, or None "
-                "to weigh all remembered runs alike"
-            )
-        self.name = name
+        if half_life_runs is not None:
+            half_life_runs = one_number("half_life_runs", half_life_runs)
+            if not 0.0 < half_life_runs < math.inf:
+                raise DemandError(
+                    f"half_life_runs is {half_life_runs}; expected a positive number of runs, or "
+                    "None to weigh all remembered runs alike"
+                )
+        self.name = instance_of("name", name, str)
         self.window = whole_number("window", window, least=1)
         self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.half_life_runs = half_life_runs
@@ -103,6 +105,8 @@ class PDGraph:
                 a unit name with two kinds.
         """
         graph = cls(name, window, cost, half_life_runs)
+        if not isinstance(runs, Iterable):
+            raise DemandError(f"runs is {runs!r:.200}; expected a list of runs, each of executions")
         for run in runs:
             graph.observe(run)
         if not graph._runs:
@@ -133,9 +137,10 @@ class PDGraph:
             DemandError: probabilities that do not sum to 1, a successor that is no unit, a unit
                 given twice, or a loop with no way out.
         """
+        entries = mapping_of("entries", entries, "the probability of each first unit, by name")
         check_given(units, entries)
         graph = cls(name, cost=cost)
-        graph._given = (tuple(units), dict(entries))
+        graph._given = (tuple(units), entries)
         graph.walk_arrays()
         return graph
 

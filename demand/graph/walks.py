@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from demand.arguments import instance_of
 from demand.distribution.atoms import beyond_samples
 from demand.errors import DemandError
-from demand.flow import without_end
+from demand.flow import visits, without_end
 from demand.graph.run_columns import Ints, RunColumns, decayed
 from demand.seconds import Floats
 from demand.units import END, START, ParallelCalls, Progress
@@ -184,6 +185,7 @@ class WalkArrays:
             DemandError: an unknown unit, among those executed too.
         """
         at = START
+        instance_of("progress", progress, Progress)
         for execution in progress.executed:
             at = execution.unit.name
             self.node(at)
@@ -240,12 +242,14 @@ class WalkArrays:
             DemandError: it is not over after `steps` units.
         """
         path: list[tuple[int, int]] = []
-        node = self.nodes[START]
-        while node:
+
+        def following(node: int) -> int:
             drawn = int(self._draw(np.array([node]), rng)[0])
             path.append((node, drawn - int(self.offsets[node])))
-            node = int(self.successors[drawn])
-            if len(path) > steps + 1:
+            return int(self.successors[drawn])
+
+        for _ in visits(self.nodes[START], following, self.nodes[END]):
+            if len(path) > steps:
                 raise DemandError(f"a run is not over after {steps} units; raise max_units")
         return path[1:]
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +18,9 @@ Rank = float | tuple[float, ...]
 """Smaller is served first. Tuples compare entry by entry: a class, then a rank within it. All
 ranks that one policy gives are of one form, and none is NaN."""
 
-_INFINITY = math.inf
+
+_HUGE = 2.0**1023
+"""Whole numbers from here on are refused as ranks: thresholds between ranks are floats."""
 
 
 class Policy(ABC):
@@ -117,18 +119,8 @@ def rank_of(job: Job, policy: Policy, now: float) -> Rank:
         DemandError: a rank that is neither a number nor a tuple of numbers, or is NaN.
     """
     rank = policy.rank(job, now)
-    if type(rank) is float:  # nearly all are: the rest may take longer
-        if rank == rank:
-            return rank
-    elif type(rank) is tuple:
-        try:
-            for entry in rank:  # a generator would cost as much as the rank
-                if not entry <= _INFINITY:  # NaN is not; what is no number cannot be asked
-                    break
-            else:
-                return rank
-        except (TypeError, ValueError):
-            pass
+    if type(rank) is float and rank == rank:  # nearly all are: the rest may take longer
+        return rank
     return _checked(rank, job, policy)
 
 
@@ -166,10 +158,17 @@ def table_of(job: Job) -> Any:
 
 
 def _checked(rank: object, job: Job, policy: Policy) -> Rank:
-    """`rank` if it is one or several numbers; 0-d arrays and tensors as the float they hold."""
+    """`rank`, of which nothing is known yet; 0-d arrays and tensors as the float they hold."""
+    if isinstance(rank, tuple) and rank:
+        for entry in rank:  # a generator would cost as much as the rank
+            kind = type(entry)
+            if not ((kind is float and entry == entry) or (kind is int and -_HUGE < entry < _HUGE)):
+                break
+        else:
+            return rank
     entries = rank if isinstance(rank, tuple) else (rank,)
     numbers = [found for entry in entries if (found := _number(entry)) is not None]
-    if len(numbers) < len(entries):
+    if len(numbers) < len(entries) or not entries:
         raise DemandError(
             f"{policy!r} ranked job {job.index} {rank!r:.200}; expected a number or a tuple of "
             "numbers, of which the smallest goes first: have `rank` return one for every job"
@@ -182,7 +181,9 @@ def _checked(rank: object, job: Job, policy: Policy) -> Rank:
 def _number(value: Any) -> float | None:
     """`value` if it is a number, the float that a 0-d array or tensor holds, or `None`."""
     if isinstance(value, Real) and not isinstance(value, np.timedelta64):
-        return cast(float, value)
+        number = cast(float, value)
+        huge = isinstance(value, Rational) and not -_HUGE < number < _HUGE
+        return None if huge else number
     try:
         return one_number("rank", value)
     except DemandError:

@@ -9,6 +9,7 @@ from demand.distribution.distribution import Distribution
 from demand.distribution.rank_table import RankTable
 from demand.policies.base import Policy, table_of
 from demand.policies.job import Job
+from demand.seconds import check_seconds
 
 
 @final
@@ -40,6 +41,8 @@ class Gittins(Policy):
     preemption_cost: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("quantum", "preemption_cost"):
+            object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         self.table(Distribution([1.0]))  # refuses what it cannot build
 
     @override

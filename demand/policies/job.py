@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from demand.arguments import instance_of
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.seconds import one_number
 
 
 class Service:
@@ -125,32 +127,33 @@ class Job(Service):
     state: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if not (
-            -math.inf < self.arrival < math.inf
-            and self.deadline == self.deadline
-            and 0.0 <= self.attained_service < math.inf
-            and 0.0 < self.weight < math.inf
-            and -math.inf <= self.priority <= math.inf
-            and not self.demand < 0.0
-        ):
+        if type(self.distribution) is not Distribution:
+            instance_of(f"distribution of job {self.index}", self.distribution, Distribution)
+        try:
+            good = (
+                -math.inf < self.arrival < math.inf
+                and -math.inf <= self.deadline <= math.inf
+                and 0.0 <= self.attained_service < math.inf
+                and 0.0 < self.weight < math.inf
+                and -math.inf <= self.priority <= math.inf
+                and not self.demand < 0.0
+            )
+        except TypeError:  # what is no number compares with none
+            good = False
+        if not good:
             self._refuse()
         self.prior = self.distribution
         self.requested = self.arrival
 
     def _refuse(self) -> None:
         for name, good, expected in (
-            ("arrival", math.isfinite(self.arrival), "finite seconds"),
-            ("deadline", self.deadline == self.deadline, "seconds, infinity for none"),
-            (
-                "attained_service",
-                0.0 <= self.attained_service < math.inf,
-                "finite seconds of at least 0",
-            ),
-            ("weight", 0.0 < self.weight < math.inf, "a positive finite number, 1 for all alike"),
-            ("priority", -math.inf <= self.priority <= math.inf, "a number, 0 for all alike"),
-            ("demand", not self.demand < 0.0, "seconds of at least 0, NaN if unknown"),
+            ("arrival", math.isfinite, "finite seconds"),
+            ("deadline", lambda x: x == x, "seconds, infinity for none"),
+            ("attained_service", lambda x: 0.0 <= x < math.inf, "finite seconds of at least 0"),
+            ("weight", lambda x: 0.0 < x < math.inf, "a positive finite number, 1 for all alike"),
+            ("priority", lambda x: x == x, "a number, 0 for all alike"),
+            ("demand", lambda x: not x < 0.0, "seconds of at least 0, NaN if unknown"),
         ):
-            if not good:
-                raise DemandError(
-                    f"{name} of job {self.index} is {getattr(self, name)}; expected {expected}"
-                )
+            value = getattr(self, name)
+            if not good(one_number(f"{name} of job {self.index}", value)):
+                raise DemandError(f"{name} of job {self.index} is {value}; expected {expected}")

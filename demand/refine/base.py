@@ -64,6 +64,7 @@ class Refinement(ABC):
 
 def seconds_so_far(cost: CostModel, progress: Progress, parallel_calls: ParallelCalls) -> float:
     """Seconds received since the application started."""
+    instance_of("progress", progress, Progress)
     return cost.run_seconds(progress.executed, parallel_calls) + progress.current_seconds(
         parallel_calls
     )

@@ -1,13 +1,13 @@
 """Are the predicted distributions right? PIT, CRPS and coverage on held-out runs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.arguments import instance_of, renamed_keyword, whole_number
+from demand.arguments import check_callable, instance_of, renamed_keyword, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.plotting import axes
@@ -149,6 +149,9 @@ def calibrate(
     Raises:
         DemandError: no run reaches any of the points, or a unit the graph does not know.
     """
+    check_callable("predict", predict, "a function such as refinement.fit(graph).remaining")
+    if not isinstance(runs, Iterable):
+        raise DemandError(f"runs is {runs!r:.200}; expected a list of runs, each of executions")
     after_units = [whole_number("after_units", units, least=0) for units in after_units]
     runs = [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
@@ -159,7 +162,8 @@ def calibrate(
         for run in runs:
             if len(run) > units:
                 left = cost.run_seconds(run[units:], parallel_calls)
-                predicted = predict(Progress(executed=run[:units])).condition(0.0)
+                told = predict(Progress(executed=run[:units]))
+                predicted = instance_of("what predict says", told, Distribution).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:
             asked.append((units, rows))

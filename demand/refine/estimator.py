@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import final
 
-from demand.arguments import instance_of, renamed_keyword
+from demand.arguments import instance_of, mapping_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import unseen
 from demand.graph.pdgraph import PDGraph
@@ -57,7 +57,7 @@ class DemandEstimator:
         check_parallel_calls(parallel_calls)
         self.graphs = {
             name: instance_of(f"graph of {name!r}", graph, PDGraph)
-            for name, graph in graphs.items()
+            for name, graph in mapping_of("graphs", graphs, "a PDGraph by application").items()
         }
         self.refinement = (
             NoRefinement()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from demand.arguments import instance_of
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints, RunColumns
 from demand.seconds import Floats
@@ -64,7 +65,7 @@ class ProgressFeatures:
         Raises:
             DemandError: an unknown unit.
         """
-        executed = progress.executed
+        executed = instance_of("progress", progress, Progress).executed
         tokens = np.array([(e.input_tokens, e.output_tokens) for e in executed]).reshape(-1, 2)
         seconds = np.array([self.cost.seconds(e, self.parallel_calls) for e in executed])
         unit = np.array([self._number(e) for e in executed], dtype=np.int64)

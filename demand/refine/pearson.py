@@ -14,7 +14,7 @@ from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import ATTRIBUTES, Ints, RunColumns
 from demand.graph.walks import MAX_UNITS, WalkArrays, check_over
 from demand.refine.base import Refined, Refinement
-from demand.seconds import Floats
+from demand.seconds import Floats, one_number
 from demand.units import CostModel, Execution, ParallelCalls, Progress
 
 
@@ -57,8 +57,10 @@ class PearsonFilter(Refinement):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold < 1.0:
-            raise DemandError(f"threshold is {self.threshold}; expected 0 <= threshold < 1")
+        threshold = one_number("threshold", self.threshold)
+        object.__setattr__(self, "threshold", threshold)
+        if not 0.0 <= threshold < 1.0:
+            raise DemandError(f"threshold is {threshold}; expected 0 <= threshold < 1")
         set_whole_numbers(self, "buckets", "minimum", "walks", least=1)
         set_whole_numbers(self, "seed", least=0)
 
@@ -142,6 +144,7 @@ class FilteredWalks(Refined):
 
     def kept(self, progress: Progress) -> dict[int, Ints]:
         """Positions of the samples kept, for each node where a filter applies."""
+        instance_of("progress", progress, Progress)
         last = {execution.unit.name: execution for execution in progress.executed}
         kept = {}
         for node, filters in self.filters.items():

@@ -7,9 +7,9 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from demand.arguments import instances_of, whole_number
+from demand.arguments import instance_of, instances_of, whole_number
 from demand.errors import DemandError
-from demand.policies.base import Policy
+from demand.policies.base import Policy, check_policy
 from demand.policies.job import Job
 from demand.units import CostModel, Execution
 from demand.workloads.workload import Workload
@@ -32,10 +32,12 @@ class JobMaker(Generic[J]):
         seed: of the lottery.
 
     Raises:
-        DemandError: a seed that is not a whole number of at least 0.
+        DemandError: no workload, no policy, or a seed that is not a whole number of at least 0.
     """
 
     def __init__(self, workload: Workload, policy: Policy, kind: type[J], seed: int = 0) -> None:
+        instance_of("workload", workload, Workload)
+        check_policy("policy", policy)
         self._workload = workload
         self._kind = kind
         self._state = policy.new_state()

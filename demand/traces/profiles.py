@@ -10,7 +10,7 @@ from demand.errors import DemandError
 from demand.flow import flow_fault, visits
 from demand.seconds import as_numbers, as_seconds
 from demand.traces.schema import Session, Span
-from demand.units import Kind, Unit
+from demand.units import END, Kind, Unit
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ApplicationProfile:
         """
         spans: list[Span] = []
         first = str(rng.choice(self.entries))
-        for at in visits(first, lambda name: str(rng.choice(self.stages[name].successors))):
+        for at in visits(first, lambda name: str(rng.choice(self.stages[name].successors)), END):
             stage = self.stages[at]
             calls = int(rng.choice(stage.parallelism)) if stage.parallelism else 1
             spans.append(

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from demand.arguments import instance_of, whole_number
+from demand.arguments import instance_of, mapping_of, share, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -46,6 +46,8 @@ def recorded_applications(
         DemandError: no applications, fewer than two runs of one, or a share that leaves one of
             its halves empty.
     """
+    runs = mapping_of("runs", runs, "recorded runs by application")
+    training_share = share("training_share", training_share)
     if not runs:
         raise DemandError("there are no applications; give recorded runs by name")
     if known not in ("runs", "graph"):
@@ -54,6 +56,8 @@ def recorded_applications(
     streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(len(runs))
     applications = []
     for (name, recorded), rng in zip(runs.items(), streams, strict=True):
+        if not isinstance(recorded, Sequence):
+            raise DemandError(f"runs[{name!r}] is {recorded!r:.200}; expected a list of runs")
         recorded = [check_run(f"runs[{name!r}][{at}]", run) for at, run in enumerate(recorded)]
         count = round(training_share * len(recorded))
         if not 0 < count < len(recorded):

@@ -82,7 +82,7 @@ class RunGenerator:
     def run(self, rng: np.random.Generator) -> list[Execution]:
         """Draw one run, from the first stage to "end"."""
         executed = []
-        for name in visits(next(iter(self.stages)), lambda name: self._following(name, rng)):
+        for name in visits(next(iter(self.stages)), lambda name: self._following(name, rng), END):
             stage = self.stages[name]
             executed.append(self._execute(Unit(name, stage.kind), stage, rng))
         return executed

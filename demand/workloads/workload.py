@@ -1,6 +1,6 @@
 """A stream of jobs, and how to draw one from applications."""
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -8,7 +8,15 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from demand.arguments import instance_of, instances_of, whole_number
+from demand.arguments import (
+    check_callable,
+    instance_of,
+    instances_of,
+    mapping_of,
+    positive_number,
+    positive_seconds,
+    whole_number,
+)
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -64,12 +72,19 @@ class Application:
                 f"application {self.name!r} has its own sampler and no mean_seconds; give the "
                 "true mean of what it draws, which sets the arrival rate"
             )
-        for what, value in (("weight", self.weight), ("mean_seconds", self.true_mean_seconds)):
-            if not 0.0 < value < np.inf:
-                raise DemandError(
-                    f"{what} of application {self.name!r} is {value}; "
-                    "expected a positive finite number"
-                )
+        instance_of("name of an application", self.name, str)
+        if self.graph is not None:
+            instance_of(f"graph of {self.name!r}", self.graph, PDGraph)
+        instance_of(f"cost of {self.name!r}", self.cost, CostModel)
+        for sampler in ("sample", "sample_runs"):
+            if getattr(self, sampler) is not None:
+                what = f"{sampler} of {self.name!r}"
+                check_callable(what, getattr(self, sampler), "a function of (generator, n)")
+        what = f"of application {self.name!r}"
+        object.__setattr__(self, "weight", positive_number(f"weight {what}", self.weight))
+        mean = positive_seconds(f"mean_seconds {what}", self.true_mean_seconds)
+        if self.mean_seconds is not None:
+            object.__setattr__(self, "mean_seconds", mean)
 
     @property
     def true_mean_seconds(self) -> float:
@@ -153,12 +168,17 @@ class Workload:
             if not (np.isfinite(numbers) & (numbers >= 0.0)).all():
                 raise DemandError(f"{name} has a negative or non-finite entry; expected seconds")
         n = self.arrivals.size
-        fill("applications", tuple(self.applications))
-        fill("distributions", dict(self.distributions))
-        for name, known in self.distributions.items():
-            instance_of(f"distribution of {name!r}", known, Distribution)
+        fill("applications", _names("applications", self.applications))
+        for field_name, kind in (("distributions", Distribution), ("graphs", PDGraph)):
+            given = getattr(self, field_name)
+            by_name = mapping_of(field_name, given, f"a {kind.__name__} by application")
+            for name, value in by_name.items():
+                instance_of(f"{field_name.removesuffix('s')} of {name!r}", value, kind)
+            fill(field_name, by_name)
+        weights = mapping_of("weights", self.weights, "a share by tenant").items()
+        fill("weights", {t: positive_number(f"weight of tenant {t!r}", w) for t, w in weights})
         fill("deadlines", as_seconds("deadlines", _or(self.deadlines, np.full(n, np.inf))))
-        fill("tenants", tuple(_or(self.tenants, self.applications)))
+        fill("tenants", _names("tenants", _or(self.tenants, self.applications)))
         fill("priorities", tuple(_or(self.priorities, [0] * n)))
         for name in ("arrivals", "demands", "deadlines"):
             getattr(self, name).setflags(write=False)
@@ -182,14 +202,15 @@ class Workload:
                 "their jobs by attained service"
             )
         for priority in set(self.priorities):
-            if not isinstance(priority, Real) or priority != priority:
+            if (
+                not isinstance(priority, Real)
+                or isinstance(priority, np.timedelta64)
+                or priority != priority
+            ):
                 raise DemandError(
                     f"priorities have {priority!r}; expected numbers, smaller first: 0 for all "
                     "that are alike"
                 )
-        for tenant, weight in self.weights.items():
-            if not 0.0 < weight < np.inf:
-                raise DemandError(f"weight of tenant {tenant!r} is {weight}; expected it positive")
 
     def _check_lengths(self, n: int) -> None:
         columns: dict[str, Sized] = {
@@ -200,6 +221,8 @@ class Workload:
             "priorities": self.priorities,
         }
         if self.runs is not None:
+            if isinstance(self.runs, str) or not isinstance(self.runs, Sequence):
+                raise DemandError(f"runs is {self.runs!r:.200}; expected a list of runs, one a job")
             columns["runs"] = self.runs
         for name, column in columns.items():
             if len(column) != n:
@@ -273,6 +296,12 @@ def poisson_workload(
         runs=runs if all(application.sample_runs for application in applications) else None,
         graphs={a.name: a.graph for a in applications if a.graph is not None},
     )
+
+
+def _names(what: str, given: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(given, Iterable):
+        raise DemandError(f"{what} is {given!r:.200}; expected a list of names, one a job")
+    return tuple(given)
 
 
 def _or(given: T | None, default: T) -> T:

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from demand import (
+    FCFS,
     Application,
+    CostModel,
     CurrentUnit,
     DemandError,
     DemandEstimator,
     Distribution,
     Execution,
     GivenUnit,
+    Job,
+    JobMaker,
     NearestRuns,
     NoRefinement,
     PDGraph,
@@ -28,6 +32,7 @@ from demand import (
     closed_loop,
     drift,
     hermes_applications,
+    known_of,
     poisson_workload,
     rank_many,
     recorded_applications,
@@ -40,6 +45,7 @@ from demand.traces import Span, read_opentelemetry
 LLM, TOOL = Unit("plan", "llm"), Unit("search", "tool")
 RUN = [Execution(LLM, 10, 5), Execution(TOOL, seconds=2.0)]
 GRAPH = PDGraph.fit([RUN, RUN])
+LONG = PDGraph.fit([[Execution(TOOL, seconds=1.0 + at)] * 3 for at in range(40)])
 KNOWN = {"a": Distribution([1.0, 2.0])}
 JOBS = Workload([0.0, 1.0], [1.0, 2.0], ["a", "a"], KNOWN)
 MOMENTS = np.array(["2026-01-01T00:00", "2026-01-01T00:01"], "datetime64[s]")
@@ -89,6 +95,69 @@ MASKED = np.ma.MaskedArray([1.0, 2.0], [False, True])
             )
         ),
         (lambda: WholeRuns().remaining(GRAPH, RUN), "progress is .* expected a Progress"),
+        *(
+            (lambda r=r: r.fit(GRAPH).remaining(RUN), "progress is .* expected a Progress")
+            for r in (CurrentUnit(), NoRefinement(), WholeRuns(), PearsonFilter())
+        ),
+        *(
+            (lambda r=r: r.fit(LONG).remaining(RUN), "progress is .* expected a Progress")
+            for r in (NearestRuns(), ProgressRegression())
+        ),
+        (lambda: PDGraph.fit(RUN[0]), "runs is Execution.*; expected a list of runs"),
+        (lambda: PDGraph.fit(None), "runs is None; expected a list of runs"),
+        (lambda: PDGraph(5), "name is 5; expected a str"),
+        (lambda: PDGraph(half_life_runs="3"), "half_life_runs holds text"),
+        (lambda: Progress((), TOOL), "current is Unit.*expected the name of a unit"),
+        (lambda: CostModel().run_seconds(RUN[0]), "run is a single execution"),
+        (lambda: CostModel().seconds(RUN), "execution is .*expected an Execution"),
+        (lambda: PearsonFilter("x"), "threshold holds text"),
+        (
+            lambda: GivenUnit(TOOL, RUN[1:], ["end"]),
+            r"successors of .*expected a mapping",
+        ),
+        (lambda: GivenUnit(TOOL, RUN[1:], {"end": "1"}), "the probability of 'end' holds text"),
+        (
+            lambda: PDGraph.from_units([GivenUnit(TOOL, RUN[1:], {"end": 1.0})], ["search"]),
+            r"entries is \['search'\]; expected a mapping",
+        ),
+        (lambda: DemandEstimator(GRAPH), "graphs is PDGraph.*expected a mapping"),
+        (lambda: calibrate(PDGraph, [RUN]), "predict is the class PDGraph; expected a function"),
+        (lambda: calibrate(lambda p: 5.0, [RUN]), "what predict says is 5.0; expected a Distribut"),
+        (lambda: calibrate(lambda p: KNOWN["a"], None), "runs is None; expected a list of runs"),
+        (lambda: known_of("a", {"a": 1.0}), "distribution of 'a' is 1.0"),
+        (lambda: known_of("a", None), "distributions is None; expected a mapping"),
+        (lambda: Job(0, "a", 0.0, [1.0]), r"distribution of job 0 is \[1.0\]"),
+        (lambda: Job(0, "a", "0", KNOWN["a"]), "arrival of job 0 holds text"),
+        (lambda: Job(0, "a", 0.0, KNOWN["a"], deadline=None), "deadline of job 0 is None"),
+        (lambda: Job(0, "a", 0.0, KNOWN["a"], weight=[1.0]), "weight of job 0 has shape"),
+        (lambda: JobMaker(Workload, FCFS(), Job), "workload is the class Workload"),
+        (lambda: JobMaker(JOBS, FCFS, Job), "policy is the class FCFS"),
+        (lambda: RankTable(KNOWN["a"]).at("1"), "age holds text"),
+        (lambda: RankTable(KNOWN["a"]).at(MOMENTS), "age holds moments"),
+        (lambda: RankTable(KNOWN["a"]).at([0.5, 1.0]), "age has shape"),
+        (lambda: RankTable(KNOWN["a"]).next_above("1", 1.0), "age holds text"),
+        (lambda: RankTable(KNOWN["a"]).next_above(0.5, None), "threshold is None"),
+        (lambda: RankTable(KNOWN["a"]).next_above(0.5, float("nan")), "threshold is NaN"),
+        (lambda: recorded_applications([RUN, RUN]), "runs is .*expected a mapping"),
+        (lambda: recorded_applications({"a": None}), r"runs\['a'\] is None; expected a list"),
+        (
+            lambda: recorded_applications({"a": [RUN, RUN]}, training_share="0.5"),
+            "training_share holds text",
+        ),
+        (lambda: Application("a", KNOWN["a"], weight="1"), "weight of application 'a' holds text"),
+        (lambda: Application("a", KNOWN["a"], graph=PDGraph), "graph of 'a' is the class PDGraph"),
+        (lambda: Application("a", KNOWN["a"], 5.0, 1.0), "sample of 'a' is 5.0"),
+        (lambda: Application(5, KNOWN["a"]), "name of an application is 5"),
+        (lambda: Workload([0], [1], 5, KNOWN), "applications is 5; expected a list"),
+        (lambda: Workload([0], [1], ["a"], KNOWN, tenants=5), "tenants is 5; expected a list"),
+        (
+            lambda: Workload([0], [1], ["a"], KNOWN, priorities=[np.timedelta64(1, "s")]),
+            "priorities have .*expected numbers",
+        ),
+        (lambda: Workload([0], [1], ["a"], None), "distributions is None; expected a mapping"),
+        (lambda: Workload([0], [1], ["a"], KNOWN, runs="x"), "runs is 'x'; expected a list"),
+        (lambda: Workload([0], [1], ["a"], KNOWN, graphs={"a": PDGraph}), "graph of 'a' is the cl"),
+        (lambda: Workload([0], [1], ["a"], KNOWN, weights={"a": "1"}), "weight of .* holds text"),
         (lambda: Span("a", "tool", seconds="1"), "seconds of span 'a' holds text"),
         (lambda: Span("a", "llm", input_tokens=None), "input_tokens of span 'a' is None"),
         (lambda: drift([RUN, RUN], 1), "graph is .* expected a PDGraph"),

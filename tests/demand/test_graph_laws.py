@@ -20,7 +20,8 @@ def executions(draw):
     if KINDS[name] == "llm":
         tokens = draw(st.lists(st.integers(1, 500), min_size=calls, max_size=calls))
         return Execution.of_calls(Unit(name, "llm"), input_tokens=tokens, output_tokens=tokens)
-    seconds = draw(st.lists(st.floats(0.0, 50.0), min_size=calls, max_size=calls))
+    measured = st.floats(0.0, 50.0, allow_subnormal=False)  # of those even a mean is rounded to 0
+    seconds = draw(st.lists(measured, min_size=calls, max_size=calls))
     return Execution.of_calls(Unit(name, KINDS[name]), seconds=seconds)
 
 

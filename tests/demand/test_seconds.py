@@ -58,6 +58,8 @@ REFUSED = [
     (np.ma.MaskedArray([1.0, 2.0], mask=[False, True]), "1 masked entries"),
     (["1", "2"], "values holds text"),
     ([1.0, "2"], "values holds text"),
+    ([1.0, True], "values holds truth values"),
+    ((np.True_, 1.0), "values holds truth values"),
     (np.array([b"1"]), "values holds bytes"),
     (np.array([True, False]), "truth values"),
     ([1.0 + 0j], "complex numbers"),

@@ -67,7 +67,11 @@ class Says(Policy):
         return self.answer
 
 
-NO_NUMBERS = [None, "3", [1.0], {}, 1j, np.array([1.0, 2.0]), np.timedelta64(3, "s")]
+HUGE = 10**400
+NO_NUMBERS = [
+    *(None, "3", [1.0], {}, (), HUGE, Fraction(HUGE, 3), 1j),
+    *(np.array([1.0, 2.0]), np.timedelta64(3, "s")),
+]
 SCHEDULERS = {
     "queue": lambda policy: simulate(queue(), policy),
     "several servers": lambda policy: simulate(queue(), policy, servers=2),
@@ -239,6 +243,8 @@ def test_a_seed_is_a_whole_number():
 SETTINGS = {
     "quantum": LAS,
     "quantum of VTC": VTC,
+    "quantum of Gittins": lambda x: Gittins(quantum=x),
+    "preemption_cost": lambda x: Gittins(preemption_cost=x),
     "quantum of LeastSlack": lambda x: LeastSlack(quantum=x),
     "seconds": lambda x: Quantum(FCFS(), x),
     "cap": lambda x: Aging(FCFS(), x, 1.0),
