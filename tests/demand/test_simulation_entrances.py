@@ -141,7 +141,11 @@ def test_a_class_in_place_of_a_policy_is_told_to_be_called():
         simulate(runs(), LAS)
 
 
-@pytest.mark.parametrize("wrong", [Workload, None, [RUN], RUN[0], bimodal_mix], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [Workload, None, [RUN], RUN[0], bimodal_mix],
+    ids=["class", "None", "list", "run", "function"],
+)
 @pytest.mark.parametrize("simulator", [simulate, simulate_engine])
 def test_what_is_no_workload_is_refused(simulator, wrong):
     with pytest.raises(DemandError, match=r"workload is .*expected a Workload or a ClosedLoop"):
