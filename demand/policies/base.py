@@ -119,8 +119,18 @@ def rank_of(job: Job, policy: Policy, now: float) -> Rank:
         DemandError: a rank that is neither a number nor a tuple of numbers, or is NaN.
     """
     rank = policy.rank(job, now)
-    if type(rank) is float and rank == rank:  # nearly all are: the rest may take longer
-        return rank
+    if type(rank) is float:  # nearly all are: the rest may take longer
+        if rank == rank:
+            return rank
+    elif type(rank) is tuple:
+        try:
+            total = 0.0
+            for entry in rank:  # numbers have a sum, a finite one if they are; no faster way found
+                total += entry
+            if type(total) is float and -_HUGE < total < _HUGE and rank:
+                return rank
+        except (TypeError, OverflowError):
+            pass
     return _checked(rank, job, policy)
 
 
@@ -158,14 +168,7 @@ def table_of(job: Job) -> Any:
 
 
 def _checked(rank: object, job: Job, policy: Policy) -> Rank:
-    """`rank`, of which nothing is known yet; 0-d arrays and tensors as the float they hold."""
-    if isinstance(rank, tuple) and rank:
-        for entry in rank:  # a generator would cost as much as the rank
-            kind = type(entry)
-            if not ((kind is float and entry == entry) or (kind is int and -_HUGE < entry < _HUGE)):
-                break
-        else:
-            return rank
+    """`rank`, of which nothing is known; 0-d arrays and tensors as the float they hold."""
     entries = rank if isinstance(rank, tuple) else (rank,)
     numbers = [found for entry in entries if (found := _number(entry)) is not None]
     if len(numbers) < len(entries) or not entries:
