@@ -65,12 +65,12 @@ class BoundedRanks(Generic[J]):
             candidates.sort(key=_bound, reverse=True)
         last = None
         for job in candidates:
-            if last is not None and job.bound < last.place:
+            if last is not None and job.bound < place:
                 break  # and so are all that follow
             if not job.exact:
                 self._rank(job, now)
-            if job.place > (place if last is None else last.place):
-                last = job
+            if job.place > place:
+                last, place = job, job.place
         return last
 
 

@@ -80,6 +80,8 @@ class BoundedServers(Servers):
             for job in self.running
             if job.bound is None or job.bound > place or job.bound_until <= now
         ]
+        if not candidates:
+            return None
         for job in candidates:
             if job.bound is None or (job.bound_until <= now and not job.exact):
                 self._rank(job, now)
