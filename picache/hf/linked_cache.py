@@ -111,8 +111,10 @@ class LinkedLayer(DynamicLayer):
             raise PICacheError(
                 f"the cache already holds {held} tokens and the model was given some of them "
                 f"again, in one forward of all {fed}: that is what generate does with "
-                "use_cache=False, where a linked prompt is of no use. Leave out use_cache; in a "
-                "forward of your own, feed only what the cache does not hold"
+                "use_cache=False, where a linked prompt is of no use, and in assisted decoding. "
+                "Leave out use_cache; for assisted decoding leave out assistant_model and "
+                "prompt_lookup_num_tokens; in a forward of your own, feed only what the cache "
+                "does not hold"
             )
         raise PICacheError(
             f"the cache already holds {held} tokens and the model was given some of them again: "

@@ -75,6 +75,7 @@ class ServedCache(ABC):
         """Detach the model and raise SparsityError."""
 
 
+@torch.compiler.disable
 def retention_mask(
     batch_size: int,
     q_length: int,

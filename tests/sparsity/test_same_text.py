@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -17,6 +19,8 @@ from sparsity.retention.seen_tokens import SeenTokens
 from tests.helpers import random_ids
 from tests.sparsity.zoo import shallow_model
 
+# In 5.4 chunks of a prompt begin at its first token, whatever the cache holds; not so in 5.17.
+BEGINS_ANEW = Version(transformers.__version__) < Version("5.17")
 PROMPT = random_ids(12, 1)
 OTHER = random_ids(30, 1, seed=9)
 
@@ -149,6 +153,10 @@ def test_chunks_of_another_text_are_refused(shallow):
     assert torch.equal(out, generate(shallow, PROMPT, None))
     turn = torch.cat([out, OTHER[:, :9]], 1)
     fork = copy.deepcopy(cache)
+    if BEGINS_ANEW:
+        with pytest.raises(SparsityError, match="Hand generate the full"):
+            generate(shallow, turn, cache, prefill_chunk_size=4)
+        return
     got = generate(shallow, turn, cache, prefill_chunk_size=4)
     assert torch.equal(got, generate(shallow, turn, None))
     for length, said in (

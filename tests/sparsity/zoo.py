@@ -159,7 +159,8 @@ def enlarged(policy, times):
 
 def shallow_model(family):
     """A tiny model of two layers, one of them with a sliding window in hybrid families."""
-    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3" else {}
+    first = "sliding_attention" if family == "gemma3" else "full_attention"
+    kinds = {"layer_types": [first, "full_attention"]} if family in ("gemma3", "qwen3") else {}
     return tiny_model(family, num_hidden_layers=2, **kinds)
 
 
