@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +30,9 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if math.isnan(self.estimate):
+            return "-"
+        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +95,14 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
             sides.append(self.measured[name][metric])
         return self._interval(sides[0] - sides[1])
 
+    @cached_property
+    def _draws(self) -> NDArray[np.int64]:
+        """Problems drawn for each resample, `[RESAMPLES, problems]`: the same for all intervals."""
+        size = self.problems
+        return np.random.default_rng(self.seed).integers(size, size=(RESAMPLES, size))
+
     def _interval(self, values: NDArray[np.float64]) -> Interval:
-        size = len(values)
-        draws = np.random.default_rng(self.seed).integers(size, size=(RESAMPLES, size))
-        low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
+        low, high = np.quantile(values[self._draws].mean(axis=1), [0.025, 0.975])
         return Interval(float(values.mean()), float(low), float(high))
 
     @property
@@ -115,7 +122,7 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         rows = [["arm", *(m.replace("_", " ") for m in metrics)]]
         for arm in self:
             found = self[arm]
-            rows.append([arm, *(_shown(found[m]) for m in metrics)])
+            rows.append([arm, *(str(found[m]) for m in metrics)])
         return rows
 
     def __str__(self) -> str:
@@ -177,16 +184,15 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         text = json.dumps(_finite(record), indent=1)
         if path is not None:
             target = Path(path)
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-                file.write(text + "\n")
-            os.replace(file.name, target)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text + "\n")
+                os.replace(temporary, target)
+            except BaseException:
+                os.unlink(temporary)
+                raise
         return text
-
-
-def _shown(interval: Interval) -> str:
-    if math.isnan(interval.estimate):
-        return "-"
-    return f"{interval.estimate:.3g} [{interval.low:.3g}, {interval.high:.3g}]"
 
 
 def _finite(value: Any) -> Any:
