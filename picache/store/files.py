@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -163,6 +164,7 @@ class LocalFiles(Files):
         path = self.root / name
         path.parent.mkdir(exist_ok=True)
         os.replace(self.root / temporary, path)
+        self.touch(name)
 
     @override
     def settle(self, name: str) -> None:
@@ -186,10 +188,18 @@ class LocalFiles(Files):
 
     @override
     def touch(self, name: str) -> None:
-        """Set the file's time of modification, which every process takes for its last use."""
+        """Set the file's time of modification, which every process takes for its last use.
+
+        The system's own stamp is some milliseconds coarse, in which several chunks are used; but
+        it is all that may be set on another user's file.
+        """
+        now = time.time_ns()
         try:
-            os.utime(self.root / name)
-        except OSError:  # evicted by another process, or another user's: nothing to mark
+            try:
+                os.utime(self.root / name, ns=(now, now))
+            except PermissionError:
+                os.utime(self.root / name)
+        except OSError:  # evicted by another process, or not ours to write: nothing to mark
             return
 
 

@@ -702,3 +702,17 @@ def test_a_local_path_does_without_fsspec(tmp_path):
         ChunkStore(path={str(tmp_path)!r})
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
+def test_chunks_used_in_quick_succession_go_in_the_order_of_their_use(tmp_path):
+    """A file system's own stamps are equal for uses a few milliseconds apart."""
+    store = ChunkStore(device_bytes=1, path=tmp_path)
+    keys = [f"{n:02x}{n}" for n in range(20)]
+    for key in keys:
+        store.put(key, chunk(seed=1))
+    used = sorted(keys, key=lambda key: key[::-1])
+    for key in used:
+        store.get(key)
+    times = {file.name.split(".")[0]: file.stat().st_mtime_ns for file in files(tmp_path)}
+    assert sorted(keys, key=times.__getitem__) == used
+    assert len(set(times.values())) == len(keys)
