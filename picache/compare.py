@@ -35,7 +35,9 @@ METRICS = {
 }
 """What `compare` measures of each problem."""
 
-FULL = "full prefill"
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
+
+FULL = "full"
 
 
 @torch.no_grad()
@@ -98,7 +100,8 @@ def compare(
                 values[name], problem, _linked(model, tokenizer, prompt, full, new_tokens), full
             )
     arrays = {n: {m: np.array(v) for m, v in found.items()} for n, found in values.items()}
-    return Comparison(arrays, {"model": model.name_or_path, "seed": seed}, seed)
+    settings = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
+    return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
 
 
 @dataclass(frozen=True)

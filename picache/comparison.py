@@ -1,4 +1,8 @@
-"""Arms measured on the same problems: a table with paired intervals, a figure, a JSON file."""
+"""Arms measured on the same things: a table with paired intervals, a figure, a JSON file.
+
+The packages do not import each other, so this file stands in each of them, the same but for the
+error; `tests/test_comparison.py` holds the copies together.
+"""
 
 import json
 import math
@@ -23,7 +27,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean over problems, with its 95 % bootstrap interval."""
+    """A mean, with the ends of its 95 % bootstrap interval."""
 
     estimate: float
     low: float
@@ -37,19 +41,24 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison(Mapping[str, Mapping[str, Interval]]):
-    """What each arm measured, problem by problem; ``result["LegoLink(k=16)"]["accuracy"]``.
+    """What each arm measured, on the same units; ``result["LegoLink(k=16)"]["accuracy"]``.
 
-    Intervals are percentile bootstraps over problems. The problems drawn are the same for all arms
-    and metrics, so that what two arms share cancels in `difference`.
+    A unit is a problem, a text or a seed. Intervals are percentile bootstraps over units. The units
+    drawn are the same for all arms and metrics, so that what two arms share cancels in
+    `difference`.
 
     Args:
-        measured: by arm, then by metric, one number a problem, `[problems]`; the first arm is the
+        measured: by arm, then by metric, one number a unit, fp64 `[units]`; the first arm is the
             reference.
+        unit: what the numbers are of, in the plural: "problems".
+        higher_is_better: the metrics of which more is better; of all others less is.
         settings: whatever else belongs to the record: model, versions, seed.
         seed: of the bootstrap.
     """
 
     measured: dict[str, dict[str, NDArray[np.float64]]]
+    unit: str
+    higher_is_better: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -70,12 +79,12 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         return next(iter(self.measured))
 
     @property
-    def problems(self) -> int:
-        """How many problems every arm was measured on."""
+    def units(self) -> int:
+        """How many problems, texts or seeds every arm was measured on."""
         return len(next(iter(self.measured[self.reference].values())))
 
     def difference(self, arm: str, metric: str, of: str | None = None) -> Interval:
-        """Mean of (arm - other) over problems, paired, with its interval.
+        """Mean of (arm - other) over units, paired, with its interval.
 
         Args:
             arm: name of the arm.
@@ -95,10 +104,21 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
             sides.append(self.measured[name][metric])
         return self._interval(sides[0] - sides[1])
 
+    def loss(self, arm: str, metric: str, of: str | None = None) -> Interval:
+        """How much worse an arm is than the other, paired: positive where it is worse.
+
+        Raises:
+            PICacheError: as `difference`.
+        """
+        found = self.difference(arm, metric, of)
+        if metric not in self.higher_is_better:
+            return found
+        return Interval(-found.estimate, -found.high, -found.low)
+
     @cached_property
     def _draws(self) -> NDArray[np.int64]:
-        """Problems drawn for each resample, `[RESAMPLES, problems]`: the same for all intervals."""
-        size = self.problems
+        """Units drawn for each resample, `[RESAMPLES, units]`: the same for all intervals."""
+        size = self.units
         return np.random.default_rng(self.seed).integers(size, size=(RESAMPLES, size))
 
     def _interval(self, values: NDArray[np.float64]) -> Interval:
@@ -132,7 +152,7 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
             "  ".join([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
             for name, *rest in cells
         ]
-        return "\n".join([*lines, f"{self.problems} problems, 95 % intervals of the mean"])
+        return "\n".join([*lines, self._caption])
 
     __repr__ = __str__
 
@@ -140,8 +160,11 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         head, *rows = self._cells()
         lines = ["<tr>" + "".join(f"<th>{escape(c)}</th>" for c in head) + "</tr>"]
         lines += ["<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows]
-        caption = f"{self.problems} problems, 95 % intervals of the mean"
-        return f"<table><caption>{caption}</caption>{''.join(lines)}</table>"
+        return f"<table><caption>{escape(self._caption)}</caption>{''.join(lines)}</table>"
+
+    @property
+    def _caption(self) -> str:
+        return f"{self.units} {self.unit}, 95 % intervals of the mean"
 
     def figure(self, x: str, y: str, ax: "Axes | None" = None) -> "Axes":
         """One metric against another, a point an arm, with the interval of `y`.

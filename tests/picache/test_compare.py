@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from picache import (
     Arm,
-    Comparison,
     DummySinks,
     FullRecompute,
     LegoLink,
@@ -61,7 +60,8 @@ def test_recomputing_everything_measures_what_full_prefill_measures(model, templ
         model, tokenizer_of(template), PROBLEMS, [FullRecompute(), NaiveReuse()], progress=False
     )
     assert list(result) == [FULL, "FullRecompute()", "NaiveReuse(force_query=True)"]
-    assert result.problems == 3
+    assert result.units == 3
+    assert list(result[FULL]) == list(METRICS)
     full, exact = result.measured[FULL], result.measured["FullRecompute()"]
     for metric in ("accuracy", "f1", "agreement"):
         np.testing.assert_array_equal(exact[metric], full[metric])
@@ -126,7 +126,7 @@ def test_arms_are_named_and_may_differ_in_sinks(model):
         (dict(problems=["who"]), "problem 0 is a str"),
         (dict(methods=[]), "methods is empty"),
         (dict(methods=[LegoLink(1), LegoLink(1)]), r"two arms are named 'LegoLink\(k=1\)'"),
-        (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full prefill'"),
+        (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full'"),
         (dict(methods=[LegoLink]), "is no link method"),
         (dict(methods=LegoLink(1)), "methods must be a list"),
         (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
@@ -152,37 +152,6 @@ def test_other_ids_are_no_comparison(model):
     )
     with pytest.raises(PICacheError, match="arms of one comparison share their ids"):
         compare(model, tokenizer, [problem], arms, progress=False)
-
-
-def test_intervals_are_paired():
-    rng = np.random.default_rng(0)
-    hard = rng.normal(size=200) * 10
-    a, b = hard + rng.normal(size=200) * 0.1, hard + 0.5
-    result = Comparison({"a": {"nll": a}, "b": {"nll": b}})
-    apart = result.difference("b", "nll")
-    assert apart.low < 0.5 < apart.high
-    assert apart.high - apart.low < 0.1  # what both share cancels
-    assert result["a"]["nll"].high - result["a"]["nll"].low > 1.0
-    with pytest.raises(PICacheError, match="there is no arm 'c'; there are a, b"):
-        result["c"]
-    with pytest.raises(PICacheError, match="no 'kl' of 'a'"):
-        result.difference("a", "kl")
-
-
-def test_a_comparison_shows_itself(model, tmp_path):
-    result = compare(model, tokenizer_of(), PROBLEMS, [NaiveReuse()], progress=False)
-    assert "3 problems, 95 % intervals" in str(result)
-    assert all(metric.replace("_", " ") in str(result) for metric in METRICS)
-    assert "<table>" in result._repr_html_()
-    axes = result.figure("recomputed", "kl")
-    assert axes.get_xlabel() == "recomputed"
-    assert len(axes.texts) == 2
-    path = tmp_path / "result.json"
-    result.to_json(path)
-    record = json.loads(path.read_text())
-    assert list(record["values"]) == list(result)
-    assert record["table"][0]["arm"] == FULL
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_answers_are_read_as_squad_reads_them():
