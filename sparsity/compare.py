@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity.hf.cache import SparseCache
+    from sparsity.hf.decoding import DenseRun, PolicyRun
 
 T = TypeVar("T")
 
@@ -96,6 +97,11 @@ def compare(
     from sparsity.hf.forward_checks import check_call
 
     decoder = decoder_of(model)
+    if not model.can_generate():
+        raise SparsityError(
+            f"{type(model).__name__} does not generate text, so there is nothing to compare: load "
+            "the model with AutoModelForCausalLM"
+        )
     check_call(decoder, {})
     _check_lengths(tasks, unit, getattr(decoder.config, "max_position_embeddings", None))
     with keep_attached(model):
@@ -137,28 +143,12 @@ def _measured(
     progress: bool,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[str]]]:
     """By arm: the values of each metric, and what was decoded for problems with answers."""
-    from sparsity.hf.decoding import run_dense, run_policy
-
     stop = _stop_tokens(model, tokenizer)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (DENSE, *caches)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
-    dense = None
-    for task, name in _bar([(task, name) for task in tasks for name in values], progress):
-        prompt = torch.tensor(task.prompt, device=model.device)
-        most = task.most if task.answers else 0
-        if name == DENSE:
-            target = None
-            if task.target is not None:
-                target = torch.tensor(task.target, device=model.device)
-            with _detached(model):
-                dense = run_dense(model, prompt, target, task.most, stop)
-            run: Any = dense
-            numbers = {"extra_nll": 0.0, "kl": 0.0, "agreement": 1.0}
-        else:
-            assert dense is not None
-            run = run_policy(model, caches[name], prompt, dense, most, stop)
-            caches[name].reset()
-            numbers = {m: getattr(run, m) for m in ("extra_nll", "kl", "agreement")}
+    runs = ((task, name, run) for task in tasks for name, run in _runs(model, task, caches, stop))
+    for task, name, run in _bar(runs, len(tasks) * len(values), progress):
+        numbers = {"extra_nll": run.extra_nll, "kl": run.kl, "agreement": run.agreement}
         if task.answers:
             text = str(tokenizer.decode(run.decoded, skip_special_tokens=True))
             decoded[name].append(text)
@@ -167,6 +157,25 @@ def _measured(
         for metric, value in numbers.items():
             values[name].setdefault(metric, []).append(value)
     return values, decoded
+
+
+def _runs(
+    model: "PreTrainedModel",
+    task: _Task,
+    caches: "dict[str, SparseCache]",
+    stop: frozenset[int],
+) -> "Iterator[tuple[str, DenseRun | PolicyRun]]":
+    """Dense, and then each policy, along one text; the logits of dense are gone at the end."""
+    from sparsity.hf.decoding import run_dense, run_policy
+
+    prompt = torch.tensor(task.prompt, device=model.device)
+    target = None if task.target is None else torch.tensor(task.target, device=model.device)
+    with _detached(model):
+        dense = run_dense(model, prompt, target, task.most, stop)
+    yield DENSE, dense
+    for name, cache in caches.items():
+        yield name, run_policy(model, cache, prompt, dense, task.most if task.answers else 0, stop)
+        cache.reset()
 
 
 def _marks(said: str, answers: tuple[str, ...]) -> dict[str, float]:
@@ -263,6 +272,12 @@ def _of_problem(problem: Problem, tokenizer: Any, new_tokens: int) -> _Task:
 
 def _check_lengths(tasks: Sequence[_Task], unit: str, limit: int | None) -> None:
     for index, task in enumerate(tasks):
+        for part, ids in (("prompt", task.prompt), ("continuation", task.target)):
+            if ids is not None and not ids:
+                raise SparsityError(
+                    f"the {part} of {unit} {index} has no tokens: give a text that the tokenizer "
+                    "makes tokens of"
+                )
         count = len(task.prompt) + max(len(task.target or ()), task.most)
         if limit is not None and count > limit:
             raise SparsityError(
@@ -296,12 +311,12 @@ def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase")
     return frozenset(found) if isinstance(found, list) else frozenset({int(found)})
 
 
-def _bar(jobs: list[T], progress: bool) -> Iterable[T]:
-    """The jobs, with a bar where one is wanted and tqdm is there."""
+def _bar(runs: Iterable[T], total: int, progress: bool) -> Iterable[T]:
+    """The runs, with a bar where one is wanted and tqdm is there."""
     if not progress:
-        return jobs
+        return runs
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return jobs
-    return tqdm(jobs, desc="texts under policies")
+        return runs
+    return tqdm(runs, desc="texts under policies", total=total)

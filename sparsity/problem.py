@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 _SAID = re.compile(r"####|\banswer\s*(?:is\b\s*:?|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)")
-_WORD = re.compile(r"((?<![\w)}\]])-)?\\?(\d+(?:\.\d+)?|[^\W_]+)")  # a sign belongs to its word
+_WORD = re.compile(r"((?<![\w)}\]])-)?\\?(\d+(?:\.\d+)?|[^\W_]+|[+*/^=<>])")  # with its sign
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _ARTICLES = frozenset({"a", "an", "the"})
 
@@ -92,7 +92,7 @@ def is_right(said: str, answer: str) -> float:
 
     An answer that is a number is held against the last number said: "so 3 + 4 = 7 apples" says 7.
     Of any other, what was said must begin with its words, case, punctuation and articles aside,
-    signs not: the model may go on.
+    signs not: the model may go on, so that "x + 1" says x.
     """
     number = _only_number(answer)
     if number is not None:

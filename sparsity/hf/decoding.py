@@ -98,6 +98,7 @@ class DenseRun:
         decoded: what was decoded greedily behind the prompt; empty where nothing was to be.
         kept_bytes: bytes of its cache at the end of the text, where it is largest.
         step_seconds: median of its steps.
+        extra_nll, kl, agreement: as of `PolicyRun`, of dense against itself.
     """
 
     target: Tensor
@@ -105,6 +106,9 @@ class DenseRun:
     decoded: list[int]
     kept_bytes: int
     step_seconds: float
+    extra_nll: float = 0.0
+    kl: float = 0.0
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from sparsity.compare import DENSE, METRICS
 from sparsity.hf.attach import is_attached
 from sparsity.hf.decoding import TIMED_STEPS
 from sparsity.problem import final_answer, is_right, overlap, prompt_ids
-from tests.helpers import random_ids
+from tests.helpers import random_ids, tiny_model
 from tests.sparsity.helpers import left_as_it_was
 
 CHAT = (
@@ -244,6 +246,11 @@ def test_without_answers_only_distances_are_measured(llama):
         (dict(texts_or_problems=[text(9)]), "text 0 has 9 tokens, fewer than .* = 10"),
         (dict(texts_or_problems=[TEXTS[0], text(600)]), "text 1 needs 600 tokens .* 512 positions"),
         (dict(texts_or_problems=PROBLEMS, new_tokens=500), "problem 0 needs 513 .* new_tokens"),
+        (
+            dict(texts_or_problems=[Problem("w1", (), " ")]),
+            "continuation of problem 0 has no",
+        ),
+        (dict(texts_or_problems=[Problem(" ")]), "the prompt of problem 0 has no tokens"),
         (dict(policies=[]), "policies is empty"),
         (dict(policies={}), "policies is empty"),
         (dict(policies=[RaaS(32), RaaS(32)]), r"two arms are named .RaaS\(budget=32"),
@@ -270,6 +277,21 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     given |= arguments
     with left_as_it_was(llama), pytest.raises(SparsityError, match=message):
         compare(tokenizer=numbered_tokenizer(), progress=False, **given)
+
+
+def test_a_model_without_logits_is_refused(llama):
+    with pytest.raises(SparsityError, match="LlamaModel does not generate text"):
+        compare(llama.model, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8)
+
+
+@pytest.mark.parametrize("family", ["mistral_sliding", "gemma3", "qwen2"])
+def test_layers_with_windows_are_what_they_are_in_dense(family):
+    model = tiny_model(family)
+    arms = {"all": Full(), "few": H2O(16)}
+    result = compare(model, numbered_tokenizer(), TEXTS, arms, prompt_tokens=8, progress=False)
+    assert result.measured["all"]["kl"].max() < 1e-8
+    decides = family != "mistral_sliding"  # which has windows in all layers
+    assert (result.measured["few"]["kl"].min() > 1e-6) == decides
 
 
 def test_a_model_that_drops_at_random_is_refused(llama, monkeypatch):
@@ -354,6 +376,8 @@ def test_the_final_answer_of_a_chain_of_thought(text, said):
         ("B", "A", 0.0),
         (r"-\frac{1}{2}", r"\frac{1}{2}", 0.0),
         (r"$-\frac{1}{2}$", r"-\frac{1}{2}", 1.0),
+        ("x^{2}", "x^2", 1.0),
+        ("x + 2", "x^2", 0.0),
         ("?", "!", 0.0),
         ("", "cat", 0.0),
     ],
@@ -381,6 +405,16 @@ def test_overlap_is_that_of_squad():
 def test_what_is_no_problem_is_refused(arguments, message):
     with pytest.raises(SparsityError, match=message):
         Problem(**(dict(prompt="who") | arguments))
+
+
+def test_the_example_of_the_docs_runs(llama, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "sparsity.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "compare(" in b]
+    monkeypatch.chdir(tmp_path)
+    names = {"model": llama, "tokenizer": numbered_tokenizer(), "texts": [text(170)]}
+    exec(compile(block, "docs/sparsity.md", "exec"), names)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert [row["arm"] for row in record["table"]] == [DENSE, "RaaS", "Quest", "random"]
 
 
 def test_the_step_is_the_median(llama, monkeypatch):
