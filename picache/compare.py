@@ -4,8 +4,7 @@ import math
 import string
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picache.arguments import whole_number
+from picache.chunk import Chunk
 from picache.comparison import Comparison
 from picache.errors import PICacheError
 from picache.linking.prompt import LinkedPrompt
 from picache.methods.base import LinkMethod
 from picache.methods.presets import Arm
 from picache.pic import PIC
-from picache.problem import Problem, check_problems, pieces
+from picache.problem import Problem, answer_ids, check_problems, pieces
+from picache.sinks import Sinks
+from picache.text_ids import ids_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from picache.hf.decoding import Answered, Prefilled
 
 METRICS = {
     "accuracy": "whether the greedy answer begins with an answer, case and punctuation aside",
@@ -38,6 +43,9 @@ METRICS = {
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 FULL = "full"
+
+KEPT = 2**30
+"""Bytes of compiled chunks beyond which those of earlier problems are let go."""
 
 
 @torch.no_grad()
@@ -76,119 +84,126 @@ def compare(
     """
     check_problems(problems)
     arms = _named(methods)
+    new_tokens = whole_number("compare needs a whole number of new_tokens", new_tokens, least=1)
     _check_lengths(model, tokenizer, problems, new_tokens)
-    pics = {
-        sinks: PIC(model, tokenizer, sinks=sinks, flops_per_byte=None)
-        for sinks in dict.fromkeys(arm.sinks for arm in arms.values())
-    }
+    from picache.hf.decoding import answers  # transformers is loaded with the model
+
+    linker = _Linker(model, tokenizer, arms)
+    ends = _ends(model)
     values: dict[str, dict[str, list[float]]] = {n: {m: [] for m in METRICS} for n in (FULL, *arms)}
-    for problem in _bar(problems, progress):
-        full: _Run | None = None
-        for name, arm in arms.items():
-            prompt = _link(pics[arm.sinks], tokenizer, problem, arm.method)
-            ids = prompt["input_ids"]
-            if full is None:
-                full = _full_prefill(model, tokenizer, problem, ids, new_tokens)
-                _record(values[FULL], problem, full, full)
-            if not torch.equal(ids, full.ids):
-                raise PICacheError(
-                    f"arm {name!r} links {ids.shape[1]} tokens where others link "
-                    f"{full.ids.shape[1]}: arms of one comparison share their ids, so compare "
-                    "sinks='keep' on its own"
-                )
-            _record(
-                values[name], problem, _linked(model, tokenizer, prompt, full, new_tokens), full
-            )
-    arrays = {n: {m: np.array(v) for m, v in found.items()} for n, found in values.items()}
+    for index, problem in enumerate(_bar(problems, len(arms), progress)):
+        target = None
+        if problem.answers:
+            target = torch.tensor(answer_ids(problem, tokenizer), device=model.device)
+        found = answers(model, linker.prompts(index, problem), new_tokens, ends, target)
+        full = next(found)
+        if target is None:
+            target = full.tokens
+        for name, answered in zip(values, (full, *found), strict=True):
+            text = str(tokenizer.decode(answered.tokens, skip_special_tokens=True))
+            _record(values[name], problem, answered, full, target, text)
+    arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
     settings = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One arm on one problem.
+class _Linker:
+    """Links the prompt of a problem by every arm; what arms or problems share is compiled once."""
 
-    ids: the prompt, int64 `[1, tokens]`. target: the tokens that are teacher-forced, `[answer]`.
-    log_probabilities: of every token at each of them, fp64 `[answer, vocab_size]`. answer: what was
-    decoded. recomputed: share of the prompt. seconds: to the logits of the first new token.
-    """
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arms: dict[str, Arm]
+    ) -> None:
+        self._pic = PIC(model, tokenizer, flops_per_byte=None)
+        self._tokenizer, self._arms = tokenizer, arms
+        sinks = dict.fromkeys(arm.sinks for arm in arms.values())
+        self._pics = {each: self._pic.behind(each) for each in sinks}
+        self._compiled: dict[tuple[Sinks, str, bool], Chunk] = {}
 
-    ids: Tensor
-    target: Tensor
-    log_probabilities: Tensor
-    answer: str
-    recomputed: float
-    seconds: float
+    def prompts(self, index: int, problem: Problem) -> "Iterator[Prefilled]":
+        """The prompt of `problem` prefilled in full, then by each arm; the same ids in all."""
+        from picache.hf.decoding import Prefilled  # transformers is loaded with the model
+
+        if self._pic.store.nbytes > KEPT:
+            self._pic.store.clear()
+            self._compiled.clear()
+        ids: Tensor | None = None
+        for name, arm in self._arms.items():
+            try:
+                prompt = self._link(problem, arm)
+            except PICacheError as error:
+                raise PICacheError(f"arm {name!r} on problem {index}: {error}") from error
+            if ids is None:
+                ids = prompt.input_ids
+                yield self._full_prefill(ids)
+            if not torch.equal(prompt.input_ids, ids):
+                raise PICacheError(
+                    f"arm {name!r} links {prompt.input_ids.shape[1]} tokens where others link "
+                    f"{ids.shape[1]}: arms of one comparison share their ids, so compare "
+                    "sinks='keep' on its own"
+                )
+            place, attached = ids.shape[1] - 1, None
+            if (
+                "position_ids" in prompt
+            ):  # chunks side by side, and attention changed while decoding
+                place, attached = int(prompt["position_ids"][0, -1]), prompt.attached
+            report = prompt.report
+            share = report.tokens_recomputed / report.tokens_total
+            yield Prefilled(
+                ids[:, -1:],
+                prompt.logits,
+                prompt.past_key_values.kv,
+                place,
+                share,
+                report.seconds["first_token"],
+                attached,
+            )
+
+    def _full_prefill(self, ids: Tensor) -> "Prefilled":
+        """The model's own forward, nothing reused."""
+        from picache.hf.decoding import Prefilled
+
+        self._pic.hf.finish()
+        begun = time.perf_counter()
+        logits, kv = self._pic.hf.full_prefill(ids[0])
+        self._pic.hf.finish()
+        seconds = time.perf_counter() - begun
+        held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
+        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, seconds)
+
+    def _link(self, problem: Problem, arm: Arm) -> LinkedPrompt:
+        prefix, documents, query = pieces(problem, self._tokenizer)
+        texts = [*([prefix] if prefix else []), *documents]
+        chunks = [self._chunk(arm.sinks, text, not place) for place, text in enumerate(texts)]
+        return self._pics[arm.sinks].link(chunks, query, method=arm.method)
+
+    def _chunk(self, sinks: Sinks, text: str, first: bool) -> Chunk:
+        """A chunk compiled behind `sinks`, unless it has been already."""
+        key = (sinks, text, first)
+        if key not in self._compiled:
+            self._compiled[key] = self._pics[sinks].compile(text, first=first)
+        return self._compiled[key]
 
 
-def _full_prefill(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+def _record(
+    into: dict[str, list[float]],
     problem: Problem,
-    ids: Tensor,
-    new_tokens: int,
-) -> _Run:
-    """The model's own forward, nothing reused."""
-    _wait(model)
-    begun = time.perf_counter()
-    forward: Any = model
-    forward(input_ids=ids, logits_to_keep=1)
-    _wait(model)
-    seconds = time.perf_counter() - begun
-    mask = torch.ones_like(ids)
-    out = forward.generate(ids, attention_mask=mask, **_greedy(model, new_tokens))
-    decoded = out[0, ids.shape[1] :]
-    target = decoded
-    if problem.answers:
-        space = " " if problem.lead else ""
-        answer = tokenizer(space + problem.answers[0], add_special_tokens=False)["input_ids"]
-        target = torch.tensor(answer, device=ids.device)
-    whole = torch.cat([ids, target[None, :-1]], dim=1)
-    logits: Tensor = forward(input_ids=whole, logits_to_keep=len(target)).logits[0, -len(target) :]
-    text = str(tokenizer.decode(decoded, skip_special_tokens=True))
-    return _Run(ids, target, logits.double().log_softmax(-1), text, 1.0, seconds)
-
-
-def _linked(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: LinkedPrompt,
-    full: _Run,
-    new_tokens: int,
-) -> _Run:
-    """Decode behind a linked prompt, and force what full prefill was forced to."""
-    forward: Any = model
-    with prompt.attached():
-        out = forward.generate(**prompt, **_greedy(model, new_tokens))
-        fed = torch.cat([full.ids[:, -1:], full.target[None, :-1]], dim=1)
-        places: dict[str, Tensor] = {}
-        if "position_ids" in prompt:  # chunks side by side: positions are not the tokens counted
-            steps = torch.arange(fed.shape[1], device=fed.device)
-            places = {"position_ids": prompt["position_ids"][:, -1:] + steps}
-        cache = prompt["past_key_values"]
-        logits = forward(input_ids=fed, past_key_values=cache, **places).logits[0]
-    text = str(tokenizer.decode(out[0, full.ids.shape[1] :], skip_special_tokens=True))
-    share = prompt.report.tokens_recomputed / prompt.report.tokens_total
-    seconds = prompt.report.seconds["first_token"]
-    return _Run(full.ids, full.target, logits.double().log_softmax(-1), text, share, seconds)
-
-
-def _record(into: dict[str, list[float]], problem: Problem, run: _Run, full: _Run) -> None:
-    """Append what `run` measures, held against `full`, to the lists of its arm."""
-    nll, own = (
-        -float(r.log_probabilities.gather(1, full.target[:, None]).mean()) for r in (run, full)
-    )
-    divergence = full.log_probabilities.exp() * (full.log_probabilities - run.log_probabilities)
-    same = run.log_probabilities.argmax(-1) == full.log_probabilities.argmax(-1)
+    arm: "Answered",
+    full: "Answered",
+    target: Tensor,
+    answer: str,
+) -> None:
+    """Append what an arm measures, held against full prefill, to its lists."""
+    ours, reference = arm.log_probabilities, full.log_probabilities
+    nll, own = (-float(one.gather(1, target[:, None]).mean()) for one in (ours, reference))
     known = bool(problem.answers)
     measured = {
-        "accuracy": max(map(partial(begins, run.answer), problem.answers)) if known else math.nan,
-        "f1": max(map(partial(f1, run.answer), problem.answers)) if known else math.nan,
+        "accuracy": max(map(partial(begins, answer), problem.answers)) if known else math.nan,
+        "f1": max(map(partial(f1, answer), problem.answers)) if known else math.nan,
         "extra_nll": nll - own,
-        "kl": float(divergence.sum(-1).mean()),
-        "agreement": float(same.double().mean()),
-        "recomputed": run.recomputed,
-        "first_token_seconds": run.seconds,
+        "kl": float((reference.exp() * (reference - ours)).sum(-1).mean()),
+        "agreement": float((ours.argmax(-1) == reference.argmax(-1)).double().mean()),
+        "recomputed": arm.recomputed,
+        "first_token_seconds": arm.seconds,
     }
     for metric, value in measured.items():
         into[metric].append(value)
@@ -241,15 +256,6 @@ def _name(method: LinkMethod | Arm) -> str:
     return repr(method)
 
 
-def _link(
-    pic: PIC, tokenizer: "PreTrainedTokenizerBase", problem: Problem, method: LinkMethod
-) -> LinkedPrompt:
-    prefix, documents, query = pieces(problem, tokenizer)
-    first = [pic.compile(prefix, first=True)] if prefix else []
-    rest = [pic.compile(text, first=not first and not i) for i, text in enumerate(documents)]
-    return pic.link([*first, *rest], query, method=method)
-
-
 def _check_lengths(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -257,31 +263,33 @@ def _check_lengths(
     new_tokens: int,
 ) -> None:
     """Refuse a prompt that does not fit, before anything runs."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)  # some models state no limit
+    embedding: Any = model.get_input_embeddings()
     for index, problem in enumerate(problems):
         prefix, documents, query = pieces(problem, tokenizer)
-        parts = (*((prefix,) if prefix else ()), *documents, query)
-        count = sum(len(tokenizer(part)["input_ids"]) for part in parts) + new_tokens
+        texts = [*([prefix] if prefix else []), *documents, query]
+        count = new_tokens
+        if problem.answers:
+            count = max(count, len(answer_ids(problem, tokenizer)))
+        for place, text in enumerate(texts):
+            found = ids_of_text(text, tokenizer, embedding.weight.shape[0], f"problem {index}")
+            count += len(found.ids) - (found.lead if place else 0)
         if limit is not None and count > limit:
             raise PICacheError(
-                f"problem {index} needs {count} tokens and the model has {limit} positions: give "
-                "fewer or shorter documents"
+                f"problem {index} needs {count} tokens, its answer included, and the model has "
+                f"{limit} positions: give fewer or shorter documents"
             )
 
 
-def _greedy(model: "PreTrainedModel", new_tokens: int) -> dict[str, Any]:
+def _ends(model: "PreTrainedModel") -> frozenset[int]:
+    """The tokens that end an answer, by the model's generation settings."""
     config: Any = model.generation_config
-    pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
-    pad = pad[0] if isinstance(pad, list) else pad
-    return {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad or 0}
+    ends = config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def _wait(model: "PreTrainedModel") -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-
-
-def _bar(problems: Sequence[Problem], progress: bool) -> Iterable[Problem]:
+def _bar(problems: Sequence[Problem], arms: int, progress: bool) -> Iterable[Problem]:
     """The problems, with a bar where one is wanted and tqdm is there."""
     if not progress:
         return problems
@@ -289,4 +297,4 @@ def _bar(problems: Sequence[Problem], progress: bool) -> Iterable[Problem]:
         from tqdm.auto import tqdm
     except ImportError:
         return problems
-    return tqdm(problems, desc="problems")
+    return tqdm(problems, desc=f"full prefill and {arms} methods", unit="problem")

@@ -1,6 +1,7 @@
 """`PIC`: compile chunks once, link them in any order."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,19 @@ class PIC:
             f"PIC({type(self.model).__name__}, {len(self.hf.rotations)} layers, "
             f"{self.model.dtype}, {tokenizer}, sinks={self.sinks!r}, {self.store!r})"
         )
+
+    def behind(self, sinks: Sinks) -> "PIC":
+        """The same model, tokenizer and store, with chunks compiled behind something else.
+
+        Cheaper than another `PIC`: the model is not measured again, its weights are hashed once.
+
+        Args:
+            sinks: as for `PIC`.
+        """
+        other = copy(self)
+        other.sinks = as_sinks(sinks)
+        other._lead = self._leading(other.sinks)  # noqa: SLF001 - one of ours
+        return other
 
     def _leading(self, sinks: Sinks) -> tuple[int, ...]:
         """The dummies or the prefix that chunks are compiled behind; empty for their own BOS."""

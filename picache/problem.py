@@ -58,7 +58,11 @@ def pieces(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
     """The prompt of `problem` in pieces, by the tokenizer's chat template where it has one.
 
     Under a template the documents stand inside the user's turn, and the query ends with the
-    assistant's turn opened and the lead. Without one the texts follow each other as they are.
+    assistant's turn opened and the lead; a model that can think is told to answer at once
+    (``enable_thinking=False``). Without one the texts follow each other as they are.
+
+    Raises:
+        PICacheError: the template does not render the user's turn as it is written.
     """
     documents = tuple(f"{document}\n\n" for document in problem.documents)
     instruction = f"{problem.instruction}\n\n" if problem.instruction else ""
@@ -67,9 +71,40 @@ def pieces(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
         lead = f" {problem.lead}" if problem.lead else ""
         return Pieces(f"{bos}{instruction}", documents, f"{problem.question}{lead}")
     turn = [{"role": "user", "content": f"{instruction}{_MARK}{problem.question}"}]
-    whole = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    whole = str(
+        tokenizer.apply_chat_template(
+            turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    )
+    if whole.count(_MARK) != 1:
+        raise PICacheError(
+            f"the documents cannot be placed in {problem.question!r}: rendered, the user's turn "
+            f"has {whole.count(_MARK)} places for them. Leave U+FFFC out of the instruction and "
+            "the question; else the chat template changes what users write, and problems need "
+            "tokenizer.chat_template = None"
+        )
     before, _, behind = whole.partition(_MARK)
     return Pieces(before, documents, f"{behind}{problem.lead}")
+
+
+def answer_ids(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens by which the first answer of `problem` goes on from its query.
+
+    A space stands between the two, unless the query ends with one or with a new line. Where the
+    query's last token would change by what follows, the answer's tokens are those of its text
+    alone.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    query = pieces(problem, tokenizer).query
+    answer = problem.answers[0]
+    if query and not query[-1].isspace():
+        answer = f" {answer}"
+    alone, whole = ids(query), ids(query + answer)
+    goes_on = len(whole) > len(alone) and whole[: len(alone)] == alone
+    return whole[len(alone) :] if goes_on else ids(answer)
 
 
 def check_problems(problems: Sequence[Problem]) -> None:

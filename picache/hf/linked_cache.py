@@ -180,9 +180,14 @@ class LinkedCache(Cache):
         self._attach = attach
         super().__init__(layers=list(self._linked))
 
+    @property
+    def kv(self) -> list[KV]:
+        """Keys and values by layer, as they are now."""
+        return [(layer.keys, layer.values) for layer in self._linked]
+
     def fork(self) -> "LinkedCache":
         """Another cache on the same tensors; safe, since layers append by concatenation."""
-        return LinkedCache([(layer.keys, layer.values) for layer in self._linked], self._attach)
+        return LinkedCache(self.kv, self._attach)
 
     def on(self, device: torch.device) -> "LinkedCache":
         """Another cache with copies of the tensors on a device."""

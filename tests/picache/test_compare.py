@@ -2,24 +2,30 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
+from importlib import import_module as module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from picache import (
+    PIC,
     Arm,
     DummySinks,
     FullRecompute,
     LegoLink,
+    LinkMethod,
     NaiveReuse,
     PICacheError,
     Problem,
     compare,
 )
 from picache.compare import FULL, METRICS, begins, f1
+from picache.hf.model import HFModel
 from picache.problem import pieces
 from tests.helpers import tiny_model
 
@@ -81,8 +87,6 @@ def test_numbers_are_those_of_a_computation_by_hand(model):
     answer = tokenizer("mat", add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         plain = model(torch.cat([ids, answer], 1)).logits[0, -2].double().log_softmax(-1)
-    from picache import PIC
-
     pic = PIC(model, tokenizer, flops_per_byte=None)
     chunks = [pic.compile(text, first=not i) for i, text in enumerate((prefix, *documents))]
     prompt = pic.link(chunks, query, LegoLink(2))
@@ -129,6 +133,7 @@ def test_arms_are_named_and_may_differ_in_sinks(model):
         (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full'"),
         (dict(methods=[LegoLink]), "is no link method"),
         (dict(methods=LegoLink(1)), "methods must be a list"),
+        (dict(new_tokens=0), "whole number of new_tokens, got 0"),
         (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
     ],
 )
@@ -145,13 +150,89 @@ def test_other_ids_are_no_comparison(model):
     arms = [NaiveReuse(), Arm(NaiveReuse(), "keep")]
     tokenizer = tokenizer_of()
     problem = Problem(("<s> the cat sits", "<s> the dog sleeps"), "who sits", ("cat",))
-    from tokenizers import processors
-
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         "<s> $A", None, [("<s>", 0)]
     )
     with pytest.raises(PICacheError, match="arms of one comparison share their ids"):
         compare(model, tokenizer, [problem], arms, progress=False)
+
+
+def test_full_prefill_answers_as_the_model_does_on_its_own():
+    """By `generate`, from the whole prompt as one text; no PIC in sight."""
+    model, tokenizer = tiny_model("llama"), tokenizer_of()
+    with torch.no_grad():  # only words are ever answered
+        model.lm_head.weight[[0, 1, *range(len(tokenizer), 128)]] = 0.0
+    answered = []
+    for problem in PROBLEMS:
+        text = " ".join([problem.question, problem.lead])
+        prompt = "".join(["<s> ", *(f"{d}\n\n" for d in problem.documents), text])
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        answered.append(tokenizer.decode(out[0, ids.shape[1] :]))
+    right = [replace(p, answers=(a,)) for p, a in zip(PROBLEMS, answered, strict=True)]
+    result = compare(model, tokenizer, right, [NaiveReuse()], new_tokens=3, progress=False)
+    assert result[FULL]["accuracy"].estimate == 1.0
+    assert result[FULL]["f1"].estimate == 1.0
+    assert len(set(answered)) > 1
+
+
+def test_what_two_problems_share_is_compiled_once(model, monkeypatch):
+    calls = []
+    prefill = HFModel.prefill
+    monkeypatch.setattr(HFModel, "prefill", lambda *a, **k: calls.append(1) or prefill(*a, **k))
+    one = Problem(("the cat sits", "the dog sleeps"), "who sits", ("cat",))
+    two = Problem(("the dog sleeps", "a bird sings"), "who sings", ("bird",))
+    arms = [NaiveReuse(), LegoLink(2), Arm(LegoLink(2), DummySinks(2))]
+    PIC(model)
+    begun = len(calls)
+    result = compare(model, tokenizer_of(), [one, two], arms, progress=False)
+    # A PIC's own check, a BOS that stands first, and three documents: alone, and behind dummies.
+    assert len(calls) - begun == begun + 1 + 3 + 3
+    kept = module("picache.compare")
+    monkeypatch.setattr(kept, "KEPT", 0)
+    begun_again = len(calls)
+    again = compare(model, tokenizer_of(), [one, two], arms, progress=False)
+    assert len(calls) - begun_again == begun + 2 * (1 + 2 + 2)
+    for arm in result:
+        for metric in set(METRICS) - {"first_token_seconds"}:
+            np.testing.assert_array_equal(result.measured[arm][metric], again.measured[arm][metric])
+
+
+@dataclass(frozen=True)
+class Refuses(LinkMethod):
+    def recompute(self, layout, evidence):
+        raise PICacheError("not with this model: use another")
+
+
+def test_a_method_that_refuses_is_named_with_the_problem(model):
+    with pytest.raises(PICacheError, match=r"arm 'mine' on problem 0: not with this model"):
+        compare(model, tokenizer_of(), PROBLEMS, {"mine": Refuses()}, progress=False)
+
+
+def test_positions_are_those_of_the_text_part_of_a_composite_model(monkeypatch):
+    """Gemma 3 keeps its positions in text_config; its own configuration names none."""
+    model = tiny_model("llama")
+    inner = model.config
+    outer = SimpleNamespace(get_text_config=lambda decoder: inner)
+    monkeypatch.setattr(model, "config", outer)
+    with pytest.raises(PICacheError, match=f"the model has {inner.max_position_embeddings} posit"):
+        compare(model, tokenizer_of(), PROBLEMS, [NaiveReuse()], progress=False, new_tokens=10**6)
+
+
+def test_a_prompt_that_just_fits_is_not_refused():
+    """Special tokens that the tokenizer adds to every piece are left out, so are not counted."""
+    tokenizer = tokenizer_of()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A <unk>", None, [("<s>", 0), ("<unk>", 1)]
+    )
+    problem = Problem(("the cat sits", "the dog sits", "a bird sings"), "who", ("cat",))
+    model = tiny_model("llama")
+    fits = model.config.max_position_embeddings - (1 + 3 * 3 + 1)
+    check = module("picache.compare")._check_lengths
+    check(model, tokenizer, [problem], fits)
+    with pytest.raises(PICacheError, match="problem 0 needs"):
+        check(model, tokenizer, [problem], fits + 1)
 
 
 def test_answers_are_read_as_squad_reads_them():

@@ -88,6 +88,24 @@ def test_keys_tell_sinks_apart():
         PIC(model, sinks=DummySinks(2)).link([chunks[1]], random_ids(2))
 
 
+def test_the_same_pic_behind_other_sinks_is_another_pic_with_them():
+    model = tiny_model("llama")
+    documents = [random_ids(n, seed=n) for n in (5, 9, 12)]
+    first = PIC(model, sinks="drop")
+    for sinks in ("keep", DummySinks(3, token=7), "drop"):
+        behind, made = first.behind(sinks), PIC(model, sinks=sinks)
+        assert behind.sinks == sinks
+        assert behind.store is first.store
+        ours, theirs = compiled(behind, documents), compiled(made, documents)
+        assert ours == theirs
+        query = random_ids(4, seed=4)
+        linked = behind.link(ours, query, LegoLink(2)), made.link(theirs, query, LegoLink(2))
+        assert torch.equal(linked[0].logits, linked[1].logits)
+    assert first.sinks == "drop"
+    with pytest.raises(PICacheError, match="sinks must be 'drop', 'keep'"):
+        first.behind("none")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
