@@ -76,7 +76,8 @@ def compare(
         seed: of the intervals.
 
     Returns:
-        A `Comparison` with the metrics of `METRICS`, full prefill first.
+        A `Comparison` with the metrics of `METRICS`, full prefill first. The greedy answers stand
+        in its `settings["decoded"]`, by arm.
 
     Raises:
         PICacheError: no problems, no methods, two arms of one name, a prompt longer than the
@@ -91,6 +92,7 @@ def compare(
     linker = _Linker(model, tokenizer, arms)
     ends = _ends(model)
     values: dict[str, dict[str, list[float]]] = {n: {m: [] for m in METRICS} for n in (FULL, *arms)}
+    decoded: dict[str, list[str]] = {name: [] for name in values}
     for index, problem in enumerate(_bar(problems, len(arms), progress)):
         target = None
         if problem.answers:
@@ -101,9 +103,11 @@ def compare(
             target = full.tokens
         for name, answered in zip(values, (full, *found), strict=True):
             text = str(tokenizer.decode(answered.tokens, skip_special_tokens=True))
+            decoded[name].append(text)
             _record(values[name], problem, answered, full, target, text)
     arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
     settings = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
+    settings["decoded"] = decoded
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
 
 
