@@ -36,7 +36,7 @@ import picache
 import sparsity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import models  # noqa: E402
+import models
 
 BEHIND_DUMMIES = "LegoLink-4, 4 dummies"
 METHODS: dict[str, picache.LinkMethod | picache.Arm] = {
@@ -112,9 +112,7 @@ def show(record: dict) -> None:
     print(plain(jobs, SCHEDULING))
 
 
-def own_documents(
-    name: str, paths: list[Path], question: str, new_tokens: int, out: Path
-) -> None:
+def own_documents(name: str, paths: list[Path], question: str, new_tokens: int, out: Path) -> None:
     """Link the user's files on any model: what each arm answers, costs, and how far it strays."""
     model, tokenizer = models.load(name)
     documents = tuple(path.read_text().strip() for path in paths)
