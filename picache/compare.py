@@ -76,8 +76,8 @@ def compare(
         seed: of the intervals.
 
     Returns:
-        A `Comparison` with the metrics of `METRICS`, full prefill first. The greedy answers stand
-        in its `settings["decoded"]`, by arm.
+        A `Comparison` with the metrics of `METRICS`, full prefill first. Its settings hold the
+        tokens of each prompt and the greedy answers: `settings["decoded"]`, by arm.
 
     Raises:
         PICacheError: no problems, no methods, two arms of one name, a prompt longer than the
@@ -106,8 +106,8 @@ def compare(
             decoded[name].append(text)
             _record(values[name], problem, answered, full, target, text)
     arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
-    settings = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
-    settings["decoded"] = decoded
+    settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
+    settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
 
 
@@ -122,6 +122,7 @@ class _Linker:
         sinks = dict.fromkeys(arm.sinks for arm in arms.values())
         self._pics = {each: self._pic.behind(each) for each in sinks}
         self._compiled: dict[tuple[Sinks, str, bool], Chunk] = {}
+        self.prompt_tokens: list[int] = []  # of each problem's prompt
 
     def prompts(self, index: int, problem: Problem) -> "Iterator[Prefilled]":
         """The prompt of `problem` prefilled in full, then by each arm; the same ids in all."""
@@ -138,6 +139,7 @@ class _Linker:
                 raise PICacheError(f"arm {name!r} on problem {index}: {error}") from error
             if ids is None:
                 ids = prompt.input_ids
+                self.prompt_tokens.append(ids.shape[1])
                 yield self._full_prefill(ids)
             if not torch.equal(prompt.input_ids, ids):
                 raise PICacheError(

@@ -1,5 +1,7 @@
 """The rows of the quickstart's tables, and the columns they are shown in."""
 
+import numpy as np
+
 from picache import Comparison as LinkComparison
 from sparsity import Comparison as RetentionComparison
 
@@ -41,15 +43,20 @@ def linking_rows(result: LinkComparison) -> list[Row]:
     rows = result.table
     for row in rows:
         seconds = result.measured[str(row["arm"])]["first_token_seconds"]
-        row["first_token_seconds"] = float(sorted(seconds)[len(seconds) // 2])
-        ratios = sorted(seconds / full)
-        row["time_of_full"] = float(ratios[len(ratios) // 2])
+        row["first_token_seconds"] = float(np.median(seconds))
+        row["time_of_full"] = float(np.median(seconds / full))
         row["problems"] = result.units
+        row["prompt_tokens"] = float(np.mean(result.settings["prompt_tokens"]))
     return rows
 
 
 def retention_rows(result: RetentionComparison) -> list[Row]:
-    return [row | {"texts": result.units} for row in result.table]
+    """A row an arm, and what the texts are."""
+    about = {
+        "texts": result.units,
+        "prompt_tokens": float(np.mean(result.settings["prompt_tokens"])),
+    }
+    return [row | about for row in result.table]
 
 
 def shown(results: dict[str, list[Row]]) -> dict[str, list[Row]]:

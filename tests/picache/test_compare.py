@@ -68,6 +68,10 @@ def test_recomputing_everything_measures_what_full_prefill_measures(model, templ
     assert list(result) == [FULL, "FullRecompute()", "NaiveReuse(force_query=True)"]
     assert result.units == 3
     assert list(result[FULL]) == list(METRICS)
+    assert len(result.settings["prompt_tokens"]) == 3
+    said = result.settings["decoded"]
+    assert list(said) == list(result)
+    assert said["FullRecompute()"] == said[FULL]
     full, exact = result.measured[FULL], result.measured["FullRecompute()"]
     for metric in ("accuracy", "f1", "agreement"):
         np.testing.assert_array_equal(exact[metric], full[metric])
