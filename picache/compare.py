@@ -5,6 +5,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from picache.chunk import Chunk
 from picache.comparison import Comparison
 from picache.errors import PICacheError
 from picache.linking.prompt import LinkedPrompt
+from picache.methods import FullRecompute
 from picache.methods.base import LinkMethod
 from picache.methods.presets import Arm
 from picache.pic import PIC
@@ -70,7 +72,7 @@ def compare(
         problems: questions with documents; without answers only `agreement` and `kl`, on what full
             prefill answers, are measured.
         methods: what to compare, named by their repr; an `Arm` also names its sinks. Or a mapping
-            that gives names.
+            that gives names, such as `picache.arms`; its "full" is the full prefill.
         new_tokens: how many tokens are decoded for an answer, greedily.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
@@ -119,8 +121,10 @@ class _Linker:
     ) -> None:
         self._pic = PIC(model, tokenizer, flops_per_byte=None)
         self._tokenizer, self._arms = tokenizer, arms
-        sinks = dict.fromkeys(arm.sinks for arm in arms.values())
-        self._pics = {each: self._pic.behind(each) for each in sinks}
+        self._pics: dict[Sinks, PIC] = {}
+        for name, arm in arms.items():
+            with _naming(f"arm {name!r}"):
+                self._pics[arm.sinks] = self._pics.get(arm.sinks) or self._pic.behind(arm.sinks)
         self._compiled: dict[tuple[Sinks, str, bool], Chunk] = {}
         self.prompt_tokens: list[int] = []  # of each problem's prompt
 
@@ -133,10 +137,8 @@ class _Linker:
             self._compiled.clear()
         ids: Tensor | None = None
         for name, arm in self._arms.items():
-            try:
+            with _naming(f"arm {name!r} on problem {index}"):
                 prompt = self._link(problem, arm)
-            except PICacheError as error:
-                raise PICacheError(f"arm {name!r} on problem {index}: {error}") from error
             if ids is None:
                 ids = prompt.input_ids
                 self.prompt_tokens.append(ids.shape[1])
@@ -188,6 +190,15 @@ class _Linker:
         if key not in self._compiled:
             self._compiled[key] = self._pics[sinks].compile(text, first=first)
         return self._compiled[key]
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Inside the block an error says what it happened to."""
+    try:
+        yield
+    except PICacheError as error:
+        raise PICacheError(f"{what}: {error}") from error
 
 
 def _record(
@@ -248,9 +259,17 @@ def _named(
     for name, method in pairs:
         if not isinstance(method, LinkMethod | Arm):
             raise PICacheError(f"{method!r} is no link method: give one such as LegoLink(k=16)")
+        arm = method if isinstance(method, Arm) else Arm(method)
+        if name == FULL and isinstance(arm.method, FullRecompute):
+            continue  # what every arm is held against, and comes first anyway
         if name in arms or name == FULL:
             raise PICacheError(f"two arms are named {name!r}: give a mapping of names to methods")
-        arms[name] = method if isinstance(method, Arm) else Arm(method)
+        if arm.flops_per_byte is not None:
+            raise PICacheError(
+                f"arm {name!r} would be a full prefill where linking costs as much: arms that are "
+                "compared link whatever it costs, so leave out flops_per_byte"
+            )
+        arms[name] = arm
     if not arms:
         raise PICacheError("methods is empty: full prefill has nothing to be compared with")
     return arms

@@ -37,9 +37,11 @@ def arms(
     "random" draws LegoLink's k tokens of each chunk, "random-ratio" CacheBlend's share of all.
 
     - "fair": the whole query is computed in every arm, the prompt has one BOS, all arms see the
-      same tokens. CacheBlend filters gradually, as its paper describes.
+      same tokens. CacheBlend filters gradually, as its paper describes. LegoLink's k tokens are an
+      arm twice, the second time behind four dummies ("LegoLink-16, 4 dummies"), which no prompt
+      contains: what dummies and recomputation do together, which the authors did not run.
     - "paper": as EPIC (arXiv 2410.15332) and CacheBlend (arXiv 2405.16444) describe it: as "fair",
-      and LegoLink-0 compiles behind four dummies.
+      but LegoLink-0 alone compiles behind four dummies.
     - "repo": as EPIC's code runs it: every chunk and the query begin with a BOS that stays in the
       prompt (so that LegoLink's k counts it; full prefill runs on the same tokens), and naive reuse
       and CacheBlend compile the query alone and recompute its last token only.
@@ -60,6 +62,8 @@ def arms(
         raise PICacheError("arms(k=0): 'LegoLink-0' is an arm already: give k of at least 1")
     repo = preset == "repo"
     sinks: Sinks = "keep" if repo else "drop"
+    blend = CacheBlend.repo(ratio) if repo else CacheBlend.paper(ratio)
+    both = {f"LegoLink-{k}, 4 dummies": Arm(LegoLink(k), DummySinks(4))}
     return {
         "full": Arm(FullRecompute(), sinks),
         "naive": Arm(NaiveReuse(force_query=not repo), sinks),
@@ -67,5 +71,6 @@ def arms(
         "random-ratio": Arm(RandomRecompute(ratio=ratio), sinks),
         "LegoLink-0": Arm(LegoLink(0), "drop" if preset == "fair" else DummySinks(4)),
         f"LegoLink-{k}": Arm(LegoLink(k), sinks),
-        "CacheBlend": Arm(CacheBlend.repo(ratio) if repo else CacheBlend.paper(ratio), sinks),
+        **(both if preset == "fair" else {}),
+        "CacheBlend": Arm(blend, sinks),
     }

@@ -22,6 +22,7 @@ from picache import (
     NaiveReuse,
     PICacheError,
     Problem,
+    arms,
     compare,
 )
 from picache.compare import FULL, METRICS, begins, f1
@@ -127,6 +128,15 @@ def test_arms_are_named_and_may_differ_in_sinks(model):
     ]
 
 
+def test_the_fair_arms_are_compared_with_full_prefill_first(model):
+    made = arms("fair", k=2)
+    result = compare(model, tokenizer_of(CHAT), PROBLEMS[:2], made, progress=False)
+    assert list(result) == list(made)
+    behind, alone = (result.measured[name] for name in ("LegoLink-2, 4 dummies", "LegoLink-2"))
+    np.testing.assert_array_equal(behind["recomputed"], alone["recomputed"])
+    assert (behind["kl"] != alone["kl"]).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,6 +145,8 @@ def test_arms_are_named_and_may_differ_in_sinks(model):
         (dict(methods=[]), "methods is empty"),
         (dict(methods=[LegoLink(1), LegoLink(1)]), r"two arms are named 'LegoLink\(k=1\)'"),
         (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full'"),
+        (dict(methods=[Arm(LegoLink(1), flops_per_byte=1.0)]), "leave out flops_per_byte"),
+        (dict(methods={FULL: FullRecompute()}), "methods is empty"),
         (dict(methods=[LegoLink]), "is no link method"),
         (dict(methods=LegoLink(1)), "methods must be a list"),
         (dict(new_tokens=0), "whole number of new_tokens, got 0"),
@@ -212,6 +224,9 @@ class Refuses(LinkMethod):
 def test_a_method_that_refuses_is_named_with_the_problem(model):
     with pytest.raises(PICacheError, match=r"arm 'mine' on problem 0: not with this model"):
         compare(model, tokenizer_of(), PROBLEMS, {"mine": Refuses()}, progress=False)
+    arms = {"good": NaiveReuse(), "bad": Arm(NaiveReuse(), DummySinks(2, token=999))}
+    with pytest.raises(PICacheError, match="arm 'bad': DummySinks holds token id 999"):
+        compare(model, tokenizer_of(), PROBLEMS, arms, progress=False)
 
 
 def test_positions_are_those_of_the_text_part_of_a_composite_model(monkeypatch):

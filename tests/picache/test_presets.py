@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from picache import PIC, PICacheError
-from picache.methods.presets import arms
+from picache import PIC, DummySinks, LegoLink, PICacheError
+from picache.methods.presets import Arm, arms
 from tests.helpers import random_ids, tiny_model
 from tests.picache.helpers import compiled
 
@@ -30,12 +30,26 @@ def test_fair_arms_run_on_one_token_list_with_one_bos():
     assert all(p.report.tokens_recomputed_per_layer[-1] >= 6 for p in prompts.values())
     recomputed = {name: prompt.report.tokens_recomputed for name, prompt in prompts.items()}
     assert recomputed["LegoLink-4"] == recomputed["random"] == 4 + 4 + 6
+    assert recomputed["LegoLink-4, 4 dummies"] == recomputed["LegoLink-4"]
     assert recomputed["random-ratio"] == int(0.25 * (20 + 31)) + 6
     assert recomputed["LegoLink-0"] == recomputed["naive"] == 6
 
 
+def test_the_fair_arm_behind_dummies_is_legolink_behind_them():
+    made = arms("fair", k=4)["LegoLink-4, 4 dummies"]
+    assert made == Arm(LegoLink(4), DummySinks(4))
+    assert list(arms("fair", k=4)) == [
+        *("full", "naive", "random", "random-ratio", "LegoLink-0", "LegoLink-4"),
+        *("LegoLink-4, 4 dummies", "CacheBlend"),
+    ]
+    prompts = linked("fair")
+    behind, alone = prompts["LegoLink-4, 4 dummies"], prompts["LegoLink-4"]
+    assert not torch.equal(behind.logits, alone.logits), "chunks saw the dummies"
+
+
 def test_paper_arms_differ_in_the_dummies():
     fair, paper = linked("fair"), linked("paper")
+    assert set(fair) - set(paper) == {"LegoLink-4, 4 dummies"}
     for name, prompt in paper.items():
         same = torch.equal(prompt.logits, fair[name].logits)
         assert same == (name != "LegoLink-0"), name
