@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -280,6 +282,14 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
         compare(tokenizer=numbered_tokenizer(), progress=False, **given)
 
 
+def test_a_pinned_prompt_may_leave_as_much_room_as_the_text_takes(shallow):
+    call = dict(prompt_tokens=14, progress=False)
+    result = compare(shallow, numbered_tokenizer(), [text(16)], {"r": RaaS(16)}, **call)
+    assert result.measured["r"]["kl"][0] < 1e-8  # nothing was evicted
+    with pytest.raises(SparsityError, match="room for 2 of the 3 behind it"):
+        compare(shallow, numbered_tokenizer(), [text(17)], {"r": RaaS(16)}, **call)
+
+
 def test_a_model_without_logits_is_refused(shallow):
     with pytest.raises(SparsityError, match="LlamaModel does not generate text"):
         compare(shallow.model, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8)
@@ -380,11 +390,19 @@ def test_the_final_answer_of_a_chain_of_thought(text, said):
         ("x^{2}", "x^2", 1.0),
         ("x + 2", "x^2", 0.0),
         ("?", "!", 0.0),
+        (" ? ", "?", 1.0),
         ("", "cat", 0.0),
     ],
 )
 def test_what_is_right(said, answer, right):
     assert is_right(said, answer) == right
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_what_says_the_answer_is_right_and_marks_are_shares(said, answer):
+    assert is_right(answer, answer) == overlap(answer, answer) == 1.0
+    assert is_right(said, answer) in (0.0, 1.0)
+    assert 0.0 <= overlap(said, answer) <= 1.0
 
 
 def test_overlap_is_that_of_squad():
