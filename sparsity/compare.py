@@ -116,7 +116,9 @@ def compare(
         "seed": seed,
     }
     if unit == "problem":
-        settings |= {"new_tokens": new_tokens, "decoded": decoded}
+        settings["new_tokens"] = new_tokens
+        if tasks[0].answers:
+            settings["decoded"] = decoded
     arrays = {n: {m: np.array(v) for m, v in found.items()} for n, found in values.items()}
     return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed)
 

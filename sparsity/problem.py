@@ -99,12 +99,16 @@ def is_right(said: str, answer: str) -> float:
         found = _NUMBER.findall(_THOUSANDS.sub("", said))
         return float(bool(found) and float(found[-1]) == number)
     words, expected = _words(said, answer)
+    if not expected:  # an answer without a word, such as "?"
+        return float(said.strip() == answer.strip())
     return float(words[: len(expected)] == expected)
 
 
 def overlap(said: str, answer: str) -> float:
     """Token F1 of SQuAD: overlap of the words of what was said with those of the answer."""
     words, expected = _words(said, answer)
+    if not expected:
+        return is_right(said, answer)
     both = (Counter(words) & Counter(expected)).total()
     return 2.0 * both / (len(words) + len(expected)) if both else 0.0
 
@@ -123,4 +127,4 @@ def _words(said: str, answer: str) -> tuple[list[str], list[str]]:
     ]
     if set(both[1]) - _ARTICLES:
         both = [[word for word in words if word not in _ARTICLES] for words in both]
-    return both[0], both[1] or [answer.strip().lower()]
+    return both[0], both[1]

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +48,7 @@ def numbered_tokenizer(template=None):
     """Word "w7" is token 7."""
     made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -88,9 +90,9 @@ def distances_by_hand(dense, other, target):
     ]
 
 
-def test_a_policy_that_keeps_all_measures_what_dense_measures(llama):
+def test_a_policy_that_keeps_all_measures_what_dense_measures(shallow):
     arms = {"all": Full(), "few": StreamingLLM(12)}
-    result = compare(llama, numbered_tokenizer(), TEXTS, arms, prompt_tokens=8, progress=False)
+    result = compare(shallow, numbered_tokenizer(), TEXTS, arms, prompt_tokens=8, progress=False)
     assert list(result) == [DENSE, "all", "few"]
     assert list(result[DENSE]) == MEASURES
     assert set(MEASURES) < set(METRICS)
@@ -107,38 +109,39 @@ def test_a_policy_that_keeps_all_measures_what_dense_measures(llama):
 
 @pytest.mark.parametrize("policy", [StreamingLLM(12), H2O(16), Quest(8, 4, dense_layers=0)])
 @pytest.mark.parametrize("tokens", [10, 11, 8 + TIMED_STEPS, 45])
-def test_numbers_are_those_of_a_plain_loop(llama, policy, tokens):
+def test_numbers_are_those_of_a_plain_loop(shallow, policy, tokens):
     """Also where dense is read in one piece, or has nothing to be read beside its timed steps."""
     tokenizer, ids = numbered_tokenizer(), ids_of(text(tokens))
     result = compare(
-        llama, tokenizer, [text(tokens)], [policy], prompt_tokens=8, progress=False
+        shallow, tokenizer, [text(tokens)], [policy], prompt_tokens=8, progress=False
     ).measured
     target = ids[0, 8:]
-    dense = by_hand(llama, None, ids, 8)
-    cache = SparseCache(llama, policy)
-    other = by_hand(llama, cache, ids, 8)
+    dense = by_hand(shallow, None, ids, 8)
+    cache = SparseCache(shallow, policy)
+    other = by_hand(shallow, cache, ids, 8)
     found = [result[repr(policy)][metric][0] for metric in DISTANCES]
     assert found == pytest.approx(distances_by_hand(dense, other, target), abs=1e-6)
     with torch.no_grad():
-        llama(input_ids=ids[:, -1:], past_key_values=cache)  # the last token is fed, too
+        shallow(input_ids=ids[:, -1:], past_key_values=cache)  # the last token is fed, too
     assert result[repr(policy)]["kept_bytes"][0] == cache.report().peak_bytes
-    assert result[DENSE]["kept_bytes"][0] == 4 * 2 * 2 * 16 * 4 * tokens  # layers, K and V, heads
+    # of two layers keys and values of two heads of 16 numbers of 4 bytes
+    assert result[DENSE]["kept_bytes"][0] == 2 * 2 * 2 * 16 * 4 * tokens
     assert min(result[DENSE]["step_seconds"][0], result[repr(policy)]["step_seconds"][0]) > 0.0
 
 
-def test_random_eviction_is_further_from_dense_than_a_larger_budget_is(llama):
+def test_random_eviction_is_further_from_dense_than_a_larger_budget_is(shallow):
     arms = {"few": Random(10, recent=2), "more": Random(30, recent=2)}
-    result = compare(llama, numbered_tokenizer(), TEXTS, arms, prompt_tokens=8, progress=False)
+    result = compare(shallow, numbered_tokenizer(), TEXTS, arms, prompt_tokens=8, progress=False)
     assert result.difference("few", "kl", of="more").low > 0.0
     assert result.difference("few", "kept_bytes", of="more").high < 0.0
     assert result.loss("few", "agreement").low > 0.0
 
 
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
-def test_what_is_decoded_is_what_generate_decodes(llama, template):
+def test_what_is_decoded_is_what_generate_decodes(shallow, template):
     arms = {"all": Full(), "few": StreamingLLM(6), "random": Random(20, recent=2)}
     tokenizer = numbered_tokenizer(template)
-    result = compare(llama, tokenizer, PROBLEMS, arms, new_tokens=15, progress=False)
+    result = compare(shallow, tokenizer, PROBLEMS, arms, new_tokens=15, progress=False)
     assert (result.units, result.unit) == (2, "problems")
     assert list(result[DENSE]) == [*DISTANCES, "accuracy", "f1", "kept_bytes", "step_seconds"]
     decoded = result.settings["decoded"]
@@ -147,15 +150,15 @@ def test_what_is_decoded_is_what_generate_decodes(llama, template):
         prompt = ids_of(f"w1 w2 {problem.prompt} w1 w3" if template else problem.prompt)
         assert prompt_ids(problem, tokenizer) == prompt[0].tolist()
         for name, policy in {DENSE: None, **arms}.items():
-            cache = None if policy is None else SparseCache(llama, policy)
-            out = llama.generate(
+            cache = None if policy is None else SparseCache(shallow, policy)
+            out = shallow.generate(
                 prompt, past_key_values=cache, max_new_tokens=15, do_sample=False, eos_token_id=None
             )
             assert decoded[name][index] == tokenizer.decode(out[0, prompt.shape[1] :]), name
         dense = torch.cat([prompt, ids_of(decoded[DENSE][index])], 1)  # all arms are forced to it
         rows = [
-            by_hand(llama, cache, dense, prompt.shape[1])
-            for cache in (None, SparseCache(llama, arms["few"]))
+            by_hand(shallow, cache, dense, prompt.shape[1])
+            for cache in (None, SparseCache(shallow, arms["few"]))
         ]
         found = [result.measured["few"][metric][index] for metric in DISTANCES]
         expected = distances_by_hand(*rows, dense[0, prompt.shape[1] :])
@@ -163,50 +166,50 @@ def test_what_is_decoded_is_what_generate_decodes(llama, template):
 
 
 @pytest.mark.parametrize("new_tokens", [1, 4, 12])
-def test_a_continuation_is_forced_and_what_is_decoded_is_not(llama, new_tokens):
+def test_a_continuation_is_forced_and_what_is_decoded_is_not(shallow, new_tokens):
     """Also where arms would go on as the continuation does, up to its end and beyond."""
     tokenizer, prompt = numbered_tokenizer(), ids_of(text(13))
-    own = llama.generate(prompt, max_new_tokens=12, do_sample=False)[0, 13:]
+    own = shallow.generate(prompt, max_new_tokens=12, do_sample=False)[0, 13:]
     said = " ".join(f"w{i}" for i in own[:6].tolist())
     problems = [Problem(text(13), ("w5",), end) for end in (said, text(7), f"{said} w0 w0 w0")]
     arms = {"all": Full(), "few": StreamingLLM(6)}
-    result = compare(llama, tokenizer, problems, arms, new_tokens=new_tokens, progress=False)
+    result = compare(shallow, tokenizer, problems, arms, new_tokens=new_tokens, progress=False)
     decoded = result.settings["decoded"]
     assert decoded[DENSE] == decoded["all"] == [tokenizer.decode(own[:new_tokens])] * 3
-    few = llama.generate(
+    few = shallow.generate(
         prompt,
-        past_key_values=SparseCache(llama, arms["few"]),
+        past_key_values=SparseCache(shallow, arms["few"]),
         max_new_tokens=new_tokens,
         do_sample=False,
     )
     assert decoded["few"] == [tokenizer.decode(few[0, 13:])] * 3
     ids = torch.cat([prompt, ids_of(text(7))], 1)
-    rows = [by_hand(llama, c, ids, 13) for c in (None, SparseCache(llama, arms["few"]))]
+    rows = [by_hand(shallow, c, ids, 13) for c in (None, SparseCache(shallow, arms["few"]))]
     found = [result.measured["few"][metric][1] for metric in DISTANCES]
     assert found == pytest.approx(distances_by_hand(*rows, ids[0, 13:]), abs=1e-6)
 
 
-def test_decoding_stops_where_the_model_does(llama):
+def test_decoding_stops_where_the_model_does(shallow):
     prompt = ids_of(text(13))
-    own = llama.generate(prompt, max_new_tokens=12, do_sample=False)[0, 13:].tolist()
-    llama.generation_config.eos_token_id = [own[3], 999]
+    own = shallow.generate(prompt, max_new_tokens=12, do_sample=False)[0, 13:].tolist()
+    shallow.generation_config.eos_token_id = [own[3], 999]
     expected = own[: own.index(own[3]) + 1]
     arms = {"all": Full(), "few": StreamingLLM(6)}
     tokenizer = numbered_tokenizer()
     result = compare(
-        llama, tokenizer, [Problem(text(13), ("w5",))], arms, new_tokens=12, progress=False
+        shallow, tokenizer, [Problem(text(13), ("w5",))], arms, new_tokens=12, progress=False
     )
     for name in (DENSE, "all"):
         assert result.settings["decoded"][name] == [tokenizer.decode(expected)]
 
 
-def test_answers_are_marked_where_the_user_looks_for_them(llama):
+def test_answers_are_marked_where_the_user_looks_for_them(shallow):
     tokenizer, prompt = numbered_tokenizer(), ids_of(text(13))
-    own = llama.generate(prompt, max_new_tokens=6, do_sample=False)[0, 13:]
+    own = shallow.generate(prompt, max_new_tokens=6, do_sample=False)[0, 13:]
     last = tokenizer.decode(own[-1:])
     problems = [Problem(text(13), ("w0", last)), Problem(text(13), (f"{last} w0",))]
     result = compare(
-        llama,
+        shallow,
         tokenizer,
         problems,
         [Full()],
@@ -219,10 +222,10 @@ def test_answers_are_marked_where_the_user_looks_for_them(llama):
         np.testing.assert_allclose(result.measured[name]["f1"], [1.0, 2 / 3])
 
 
-def test_without_answers_only_distances_are_measured(llama):
+def test_without_answers_only_distances_are_measured(shallow):
     problem = Problem(text(13))
     result = compare(
-        llama,
+        shallow,
         numbered_tokenizer(),
         [problem],
         {"few": StreamingLLM(6)},
@@ -267,21 +270,29 @@ def test_without_answers_only_distances_are_measured(llama):
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
-    llama, monkeypatch, arguments, message
+    shallow, monkeypatch, arguments, message
 ):
     def forward(*args, **kwargs):
         raise AssertionError("nothing may run")
 
-    monkeypatch.setattr(llama, "forward", forward)
-    given = dict(model=llama, texts_or_problems=TEXTS, policies=[Full()], prompt_tokens=8)
+    monkeypatch.setattr(shallow, "forward", forward)
+    given = dict(model=shallow, texts_or_problems=TEXTS, policies=[Full()], prompt_tokens=8)
     given |= arguments
-    with left_as_it_was(llama), pytest.raises(SparsityError, match=message):
+    with left_as_it_was(shallow), pytest.raises(SparsityError, match=message):
         compare(tokenizer=numbered_tokenizer(), progress=False, **given)
 
 
-def test_a_model_without_logits_is_refused(llama):
+def test_a_pinned_prompt_may_leave_as_much_room_as_the_text_takes(shallow):
+    call = dict(prompt_tokens=14, progress=False)
+    result = compare(shallow, numbered_tokenizer(), [text(16)], {"r": RaaS(16)}, **call)
+    assert result.measured["r"]["kl"][0] < 1e-8  # nothing was evicted
+    with pytest.raises(SparsityError, match="room for 2 of the 3 behind it"):
+        compare(shallow, numbered_tokenizer(), [text(17)], {"r": RaaS(16)}, **call)
+
+
+def test_a_model_without_logits_is_refused(shallow):
     with pytest.raises(SparsityError, match="LlamaModel does not generate text"):
-        compare(llama.model, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8)
+        compare(shallow.model, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8)
 
 
 @pytest.mark.parametrize("family", ["mistral_sliding", "gemma3", "qwen2"])
@@ -294,11 +305,11 @@ def test_layers_with_windows_are_what_they_are_in_dense(family):
     assert (result.measured["few"]["kl"].min() > 1e-6) == decides
 
 
-def test_a_model_that_drops_at_random_is_refused(llama, monkeypatch):
-    llama.config.attention_dropout = 0.5
-    llama.train()
+def test_a_model_that_drops_at_random_is_refused(shallow, monkeypatch):
+    shallow.config.attention_dropout = 0.5
+    shallow.train()
     with pytest.raises(SparsityError, match="drops at random"):
-        compare(llama, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8, progress=False)
+        compare(shallow, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8, progress=False)
 
 
 @dataclass(frozen=True)
@@ -310,37 +321,37 @@ class Failing(Evicting):
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_the_model_is_left_as_it_was(llama, attached):
-    weights, ids = copy.deepcopy(llama.state_dict()), ids_of(text(20))
+def test_the_model_is_left_as_it_was(shallow, attached):
+    weights, ids = copy.deepcopy(shallow.state_dict()), ids_of(text(20))
     cache = None
     if attached:  # one that the user is in the middle of
-        cache = SparseCache(llama, H2O(8))
-        expected = by_hand(llama, SparseCache(llama, H2O(8)), ids, 12)
-        first = by_hand(llama, cache, ids[:, :15], 12)
-    before = llama(ids).logits
+        cache = SparseCache(shallow, H2O(8))
+        expected = by_hand(shallow, SparseCache(shallow, H2O(8)), ids, 12)
+        first = by_hand(shallow, cache, ids[:, :15], 12)
+    before = shallow(ids).logits
     call = dict(prompt_tokens=8, progress=False)
-    compare(llama, numbered_tokenizer(), TEXTS[:1], [H2O(16), Quest(32)], **call)
-    assert is_attached(llama) == attached
+    compare(shallow, numbered_tokenizer(), TEXTS[:1], [H2O(16), Quest(32)], **call)
+    assert is_attached(shallow) == attached
     with pytest.raises(RuntimeError, match="no worth"):
-        compare(llama, numbered_tokenizer(), TEXTS[:1], [Full(), Failing(12)], **call)
-    assert is_attached(llama) == attached
-    assert torch.equal(llama(ids).logits, before)
-    for name, tensor in llama.state_dict().items():
+        compare(shallow, numbered_tokenizer(), TEXTS[:1], [Full(), Failing(12)], **call)
+    assert is_attached(shallow) == attached
+    assert torch.equal(shallow(ids).logits, before)
+    for name, tensor in shallow.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
     if attached:
         torch.testing.assert_close(first, expected[:3])
-        rest = by_hand(llama, cache, ids[:, 14:], 1)
+        rest = by_hand(shallow, cache, ids[:, 14:], 1)
         torch.testing.assert_close(rest, expected[2:][1:])
-        sparsity.detach(llama)
-    with left_as_it_was(llama):
-        assert llama.config._attn_implementation == "sdpa"
+        sparsity.detach(shallow)
+    with left_as_it_was(shallow):
+        assert shallow.config._attn_implementation == "sdpa"
 
 
-def test_a_bar_is_shown_where_it_is_wanted(llama, capfd):
+def test_a_bar_is_shown_where_it_is_wanted(shallow, capfd):
     call = dict(prompt_tokens=8)
-    compare(llama, numbered_tokenizer(), TEXTS[:1], [Full()], progress=False, **call)
+    compare(shallow, numbered_tokenizer(), TEXTS[:1], [Full()], progress=False, **call)
     assert capfd.readouterr().err == ""
-    compare(llama, numbered_tokenizer(), TEXTS[:1], [Full()], **call)
+    compare(shallow, numbered_tokenizer(), TEXTS[:1], [Full()], **call)
     assert "2/2" in capfd.readouterr().err
 
 
@@ -379,11 +390,19 @@ def test_the_final_answer_of_a_chain_of_thought(text, said):
         ("x^{2}", "x^2", 1.0),
         ("x + 2", "x^2", 0.0),
         ("?", "!", 0.0),
+        (" ? ", "?", 1.0),
         ("", "cat", 0.0),
     ],
 )
 def test_what_is_right(said, answer, right):
     assert is_right(said, answer) == right
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_what_says_the_answer_is_right_and_marks_are_shares(said, answer):
+    assert is_right(answer, answer) == overlap(answer, answer) == 1.0
+    assert is_right(said, answer) in (0.0, 1.0)
+    assert 0.0 <= overlap(said, answer) <= 1.0
 
 
 def test_overlap_is_that_of_squad():
@@ -407,17 +426,17 @@ def test_what_is_no_problem_is_refused(arguments, message):
         Problem(**(dict(prompt="who") | arguments))
 
 
-def test_the_example_of_the_docs_runs(llama, tmp_path, monkeypatch):
+def test_the_example_of_the_docs_runs(shallow, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "sparsity.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "compare(" in b]
     monkeypatch.chdir(tmp_path)
-    names = {"model": llama, "tokenizer": numbered_tokenizer(), "texts": [text(170)]}
+    names = {"model": shallow, "tokenizer": numbered_tokenizer(), "texts": [text(170)]}
     exec(compile(block, "docs/sparsity.md", "exec"), names)
     record = json.loads((tmp_path / "result.json").read_text())
     assert [row["arm"] for row in record["table"]] == [DENSE, "RaaS", "Quest", "random"]
 
 
-def test_the_step_is_the_median(llama, monkeypatch):
+def test_the_step_is_the_median(shallow, monkeypatch):
     """Of dense over the steps in the middle, of the others over all behind the prompt."""
     from sparsity.hf import decoding
 
@@ -431,7 +450,7 @@ def test_the_step_is_the_median(llama, monkeypatch):
 
     monkeypatch.setattr(decoding.time, "perf_counter", clock)
     result = compare(
-        llama, numbered_tokenizer(), [text(30)], {"all": Full()}, prompt_tokens=8, progress=False
+        shallow, numbered_tokenizer(), [text(30)], {"all": Full()}, prompt_tokens=8, progress=False
     )
     took = [b - a for a, b in zip(spans[::2], spans[1::2], strict=True)]
     assert len(took) == TIMED_STEPS + 22
