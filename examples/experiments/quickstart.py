@@ -204,10 +204,12 @@ def main() -> None:
     except models.ModelMissingError as error:
         parser.error(f"{error}; or use --model reference")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quickstart.json").write_text(json.dumps(record, indent=1) + "\n")
+    of_model = "" if args.model == "smollm2" else f"_{Path(args.model).name}"
+    path = args.out / f"quickstart{of_model}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
     show(record)
-    draw(record, args.out / "quickstart.png")
-    print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'quickstart.json'} and quickstart.png")
+    draw(record, path.with_suffix(".png"))
+    print(f"\n{record['seconds']:.0f} s; wrote {path} and .png")
 
 
 if __name__ == "__main__":
