@@ -56,7 +56,7 @@ def _of_linking(record: dict) -> Iterator[Claim]:
     gone = naive > 10 * full and first < 0.1 * naive
     yield Claim(
         "EPIC",
-        "chunks compiled alone bring attention sinks of their own; recomputing first tokens ends it",
+        "chunks compiled alone bring attention sinks, which recomputing first tokens ends",
         f"attention on first tokens: full {full:.1%}, naive {naive:.1%}, LegoLink-1 {first:.1%}",
         "confirmed" if gone else "refuted",
     )

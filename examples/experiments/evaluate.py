@@ -2,7 +2,6 @@
 
 import time
 from functools import cache
-from math import sqrt
 from pathlib import Path
 
 import torch
@@ -28,15 +27,6 @@ def loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return load(name)
-
-
-def wilson_interval(right: int, problems: int) -> list[float]:
-    """95 % interval of a proportion (Wilson), which stays inside [0, 1]."""
-    z, share = 1.96, right / problems
-    centre = share + z * z / (2 * problems)
-    spread = z * sqrt(share * (1 - share) / problems + z * z / (4 * problems * problems))
-    scale = 1 + z * z / problems
-    return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
 
 
 def first_token_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
