@@ -45,6 +45,7 @@ METRICS = {
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 FULL = "full"
+ARTICLES = frozenset({"a", "an", "the"})
 
 KEPT = 2**30
 """Bytes of compiled chunks beyond which those of earlier problems are let go."""
@@ -226,21 +227,33 @@ def _record(
         into[metric].append(value)
 
 
-def words(text: str) -> list[str]:
-    """Words of a text in small letters, without punctuation and articles (SQuAD's rule)."""
-    plain = "".join(" " if c in string.punctuation else c for c in text.lower())
-    return [word for word in plain.split() if word not in ("a", "an", "the")]
+def words(text: str, answer: str) -> tuple[list[str], list[str]]:
+    """Words of both in small letters, without punctuation and articles (SQuAD's rule).
+
+    An answer of nothing but articles ("A" of several choices) or punctuation is taken as it stands.
+    """
+    for left_out in (string.punctuation, ""):
+        both = [
+            "".join(" " if c in left_out else c for c in each.lower()).split()
+            for each in (text, answer)
+        ]
+        if set(both[1]) - ARTICLES:
+            found, expected = ([word for word in each if word not in ARTICLES] for each in both)
+            return found, expected
+        if both[1]:
+            break
+    return both[0], both[1]
 
 
 def begins(text: str, answer: str) -> float:
     """1 where `text` begins with the words of `answer`, else 0."""
-    expected = words(answer)
-    return float(words(text)[: len(expected)] == expected)
+    found, expected = words(text, answer)
+    return float(found[: len(expected)] == expected)
 
 
 def f1(text: str, answer: str) -> float:
     """Token F1 of SQuAD: overlap of the words of `text` with those of `answer`."""
-    found, expected = words(text), words(answer)
+    found, expected = words(text, answer)
     both = sum((Counter(found) & Counter(expected)).values())
     return 2.0 * both / (len(found) + len(expected)) if both else 0.0
 

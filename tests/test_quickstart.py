@@ -32,7 +32,12 @@ def test_it_runs_to_its_end_on_the_reference_model(tmp_path):
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr
-    for printed in ("the question:", "LegoLink-4, 4 dummies", "StreamingLLM", "bimodal: Gittins"):
+    for printed in (
+        "The first of 3 questions",
+        "LegoLink-4, 4 dummies",
+        "StreamingLLM",
+        "bimodal: Gittins",
+    ):
         assert printed in run.stdout
     assert (tmp_path / "quickstart_reference.png").stat().st_size > 10_000
     made = json.loads((tmp_path / "quickstart_reference.json").read_text())

@@ -78,15 +78,20 @@ def policies(budget: int) -> dict[str, sparsity.Policy]:
     }
 
 
-def one_question(problem: picache.Problem, result: picache.Comparison) -> dict:
-    """The first question, and what it was answered with."""
-    said = {arm: answers[0].strip() for arm, answers in result.settings["decoded"].items()}
-    lead = f"{problem.lead} ..." if problem.lead else ""
-    print(f"\n{len(problem.documents)} passages, the question: {problem.question}")
-    print(f"The answer is begun: {lead}" if lead else "", f"Right: {problem.answers[0]}\n")
-    for arm in ("full", "naive", "LegoLink-4", BEHIND_DUMMIES):
-        print(f"  {arm:22} {said[arm]}")
-    return {"question": problem.question, "answers": problem.answers, "lead": lead, "said": said}
+def some_answers(problems: list[picache.Problem], result: picache.Comparison) -> list[dict]:
+    """The first questions, and what they were answered with."""
+    asked = []
+    print(
+        f"\nThe first of {len(problems)} questions, each on {len(problems[0].documents)} passages:"
+    )
+    for index, problem in enumerate(problems[:3]):
+        said = {arm: " ".join(d[index].split()) for arm, d in result.settings["decoded"].items()}
+        one = {"question": problem.question, "lead": problem.lead, "answer": problem.answers[0]}
+        asked.append(one | {"said": said})
+        print(f"\n{problem.question}\n{problem.lead} ... (right: {problem.answers[0]})")
+        for arm in ("full", "naive", "LegoLink-4", BEHIND_DUMMIES):
+            print(f"    {arm:22} {said[arm]}")
+    return asked
 
 
 def scheduling(jobs: int, seeds: int, load: float) -> list[dict]:
@@ -137,7 +142,7 @@ def measure(args: argparse.Namespace) -> dict:
     model, tokenizer = models.load(args.model)
     problems = link_problems(args.model, args.questions)
     linking = picache.compare(model, tokenizer, problems, METHODS, new_tokens=6)
-    asked = one_question(problems[0], linking)
+    asked = some_answers(problems, linking)
     sinks = attention_on_first_tokens(
         model,
         tokenizer,
@@ -156,7 +161,7 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "configuration": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)},
         "environment": environment(),
-        "one_question": asked,
+        "answers": asked,
         "linking": linking_rows(linking),
         "attention_on_first_tokens": sinks,
         "retention": retention_rows(retention),

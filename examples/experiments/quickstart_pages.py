@@ -90,17 +90,12 @@ def whole(record: dict) -> str:
     return "\n\n".join([*(part(record, _everything) for part in parts), _beneath(record)])
 
 
-def question(record: dict) -> str:
-    """One question, and what each arm answered."""
-    asked = record["one_question"]
-    lines = [
-        f"> {asked['question']} ({asked['lead']})",
-        "",
-        "| arm | goes on with |",
-        "| --- | --- |",
-    ]
-    lines += [f"| {arm} | {' '.join(said.split())} |" for arm, said in asked["said"].items()]
-    return "\n".join([*lines, "", f"Right is: {asked['answers'][0]}."])
+def answers(record: dict) -> str:
+    """The first questions, and what some arms answered."""
+    arms = ("full", "naive", "LegoLink-4", "LegoLink-4, 4 dummies")
+    columns = {"question": "{question} {lead} ...", "right": "{answer}"}
+    columns |= {arm: f"{{said[{arm}]}}" for arm in arms}
+    return markdown(record["answers"], columns)
 
 
 def sinks(record: dict) -> str:

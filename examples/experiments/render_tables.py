@@ -21,9 +21,9 @@ import replay_policies
 import retention_accuracy
 import schedule
 from quickstart_pages import (
+    answers,
     cap_page,
     markdown,
-    question,
     sinks,
     six_rows_linking,
     six_rows_retention,
@@ -120,7 +120,7 @@ def scenario(name: str) -> Callable[[dict], str]:
 
 PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "README.md": {"quickstart": [six_rows_linking, six_rows_retention, six_rows_scheduling]},
-    "docs/real_model.md": {"quickstart": [question, whole, sinks]},
+    "docs/real_model.md": {"quickstart": [answers, whole, sinks]},
     "docs/claims.md": {"quickstart": [claims.table]},
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {

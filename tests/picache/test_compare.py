@@ -259,3 +259,8 @@ def test_answers_are_read_as_squad_reads_them():
     assert begins("No, the cat", "cat") == 0.0
     assert f1("the cat sat", "cat") == pytest.approx(2 / 3)
     assert f1("dog", "cat") == 0.0
+    assert begins("B. because", "A") == 0.0  # one of several choices is no article
+    assert begins("A, because", "A") == 1.0
+    assert begins("the", "A") == 0.0
+    assert begins("? well", "?") == 1.0
+    assert begins("well", "?") == 0.0
