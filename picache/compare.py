@@ -38,6 +38,7 @@ METRICS = {
     "kl": "KL(full || arm) in nats, mean over the answer's tokens",
     "agreement": "share of the answer's tokens that full prefill finds likeliest and the arm too",
     "recomputed": "share of the prompt's tokens that went through the layers, mean over layers",
+    "operations": "floating-point operations of the prompt as a share of full prefill's, estimated",
     "first_token_seconds": "seconds to the logits of the first new token, chunks compiled before",
 }
 """What `compare` measures of each problem."""
@@ -45,6 +46,8 @@ METRICS = {
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 FULL = "full"
+
+_ARTICLES = frozenset(("a", "an", "the"))
 
 KEPT = 2**30
 """Bytes of compiled chunks beyond which those of earlier problems are let go."""
@@ -156,6 +159,7 @@ class _Linker:
                 prompt.past_key_values.kv,
                 place,
                 share,
+                report.flops / report.flops_full_prefill,
                 report.seconds["first_token"],
                 attached,
             )
@@ -170,7 +174,7 @@ class _Linker:
         self._pic.hf.finish()
         seconds = time.perf_counter() - begun
         held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
-        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, seconds)
+        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 1.0, seconds)
 
     def _link(self, problem: Problem, arm: Arm) -> LinkedPrompt:
         prefix, documents, query = pieces(problem, self._tokenizer)
@@ -214,27 +218,36 @@ def _record(
         "kl": float((reference.exp() * (reference - ours)).sum(-1).mean()),
         "agreement": float((ours.argmax(-1) == reference.argmax(-1)).double().mean()),
         "recomputed": arm.recomputed,
+        "operations": arm.operations,
         "first_token_seconds": arm.seconds,
     }
     for metric, value in measured.items():
         into[metric].append(value)
 
 
-def words(text: str) -> list[str]:
-    """Words of a text in small letters, without punctuation and articles (SQuAD's rule)."""
-    plain = "".join(" " if c in string.punctuation else c for c in text.lower())
-    return [word for word in plain.split() if word not in ("a", "an", "the")]
+def words(text: str, answer: str) -> tuple[list[str], list[str]]:
+    """Words of both in small letters, without punctuation and articles (SQuAD's rule).
+
+    Where that leaves nothing of the answer, such as "A" or "+", both keep what it is made of.
+    """
+    small = [text.lower(), answer.lower()]
+    bare = ["".join(" " if c in string.punctuation else c for c in one).split() for one in small]
+    if not bare[1]:
+        bare = [one.split() for one in small]
+    if set(bare[1]) - _ARTICLES:
+        bare = [[word for word in one if word not in _ARTICLES] for one in bare]
+    return bare[0], bare[1]
 
 
 def begins(text: str, answer: str) -> float:
     """1 where `text` begins with the words of `answer`, else 0."""
-    expected = words(answer)
-    return float(words(text)[: len(expected)] == expected)
+    found, expected = words(text, answer)
+    return float(found[: len(expected)] == expected)
 
 
 def f1(text: str, answer: str) -> float:
     """Token F1 of SQuAD: overlap of the words of `text` with those of `answer`."""
-    found, expected = words(text), words(answer)
+    found, expected = words(text, answer)
     both = sum((Counter(found) & Counter(expected)).values())
     return 2.0 * both / (len(found) + len(expected)) if both else 0.0
 
