@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -101,6 +101,8 @@ class Chunk:
             the chunk's own sink, and are left out where it does not stand first in a prompt.
         dropped: ids of special tokens that the tokenizer added and that no prompt contains: an EOS
             behind the text, or a second BOS in front of a text that begins with one.
+        ends: how its text begins and ends, to look at where texts meet (`picache.seams`); None
+            where it was compiled from token ids.
     """
 
     key: str
@@ -108,6 +110,7 @@ class Chunk:
     nbytes: int
     lead: int = 0
     dropped: tuple[int, ...] = ()
+    ends: tuple[str, str] | None = field(default=None, compare=False)
 
     @property
     def num_tokens(self) -> int:

@@ -37,6 +37,7 @@ METRICS = {
     "kl": "KL(full || arm) in nats, mean over the answer's tokens",
     "agreement": "share of the answer's tokens that full prefill finds likeliest and the arm too",
     "recomputed": "share of the prompt's tokens that went through the layers, mean over layers",
+    "operations": "floating-point operations of the prompt as a share of full prefill's, estimated",
     "first_token_seconds": "seconds to the logits of the first new token, chunks compiled before",
 }
 """What `compare` measures of each problem."""
@@ -44,7 +45,8 @@ METRICS = {
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 FULL = "full"
-ARTICLES = frozenset({"a", "an", "the"})
+
+_ARTICLES = frozenset(("a", "an", "the"))
 
 KEPT = 2**30
 """Bytes of compiled chunks beyond which those of earlier problems are let go."""
@@ -162,6 +164,7 @@ class _Linker:
                 prompt.past_key_values.kv,
                 place,
                 share,
+                report.flops / report.flops_full_prefill,
                 report.seconds["first_token"],
                 attached,
             )
@@ -176,7 +179,7 @@ class _Linker:
         self._pic.hf.finish()
         seconds = time.perf_counter() - begun
         held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
-        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, seconds)
+        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 1.0, seconds)
 
     def _link(self, problem: Problem, arm: Arm) -> LinkedPrompt:
         prefix, documents, query = pieces(problem, self._tokenizer)
@@ -223,6 +226,7 @@ def _record(
         "kl": float((reference.exp() * (reference - ours)).sum(-1).mean()),
         "agreement": float((ours.argmax(-1) == reference.argmax(-1)).double().mean()),
         "recomputed": arm.recomputed,
+        "operations": arm.operations,
         "first_token_seconds": arm.seconds,
     }
     for metric, value in measured.items():
@@ -232,19 +236,15 @@ def _record(
 def words(text: str, answer: str) -> tuple[list[str], list[str]]:
     """Words of both in small letters, without punctuation and articles (SQuAD's rule).
 
-    An answer of nothing but articles ("A" of several choices) or punctuation is taken as it stands.
+    Where that leaves nothing of the answer, such as "A" or "+", both keep what it is made of.
     """
-    for left_out in (string.punctuation, ""):
-        both = [
-            "".join(" " if c in left_out else c for c in each.lower()).split()
-            for each in (text, answer)
-        ]
-        if set(both[1]) - ARTICLES:
-            found, expected = ([word for word in each if word not in ARTICLES] for each in both)
-            return found, expected
-        if both[1]:
-            break
-    return both[0], both[1]
+    small = [text.lower(), answer.lower()]
+    bare = ["".join(" " if c in string.punctuation else c for c in one).split() for one in small]
+    if not bare[1]:
+        bare = [one.split() for one in small]
+    if set(bare[1]) - _ARTICLES:
+        bare = [[word for word in one if word not in _ARTICLES] for one in bare]
+    return bare[0], bare[1]
 
 
 def begins(text: str, answer: str) -> float:

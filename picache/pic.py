@@ -16,6 +16,7 @@ from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
+from picache.seams import cut_at_seams, ends_of, seams
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
 from picache.text_ids import TextIds, as_ids, ids_as_given, ids_of_text
@@ -200,7 +201,30 @@ class PIC:
             except CorruptChunk:  # the store has dropped it
                 self._fetch(form)
         nbytes = self.hf.bytes_per_token * len(form.ids)
-        return Chunk(form.key, text.ids, nbytes, text.lead, text.dropped)
+        ends = ends_of(document) if isinstance(document, str) else None
+        return Chunk(form.key, text.ids, nbytes, text.lead, text.dropped, ends)
+
+    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenize texts as one, and cut the ids where the texts meet.
+
+        Texts that are compiled one by one have other tokens where they meet than the joined text:
+        the report of a link counts such seams. Compile and link what this returns to have the
+        tokens of the joined text instead. A chunk's ids, and with them its key, then depend on what
+        stands beside it: the same text beside another is compiled again where the seam changes it.
+
+        Args:
+            texts: in prompt order, the query last: ``*documents, question``.
+
+        Returns:
+            The token ids of each text. A token that straddles a seam goes to the text in which it
+            begins. Special tokens that the tokenizer adds in front of texts stand in front of each,
+            as they do when it is compiled as text.
+
+        Raises:
+            PICacheError: without a fast tokenizer, or on a text that is empty, or left without a
+                token of its own.
+        """
+        return cut_at_seams(texts, self.tokenizer, self.hf.vocab_size)
 
     def _fetch(self, form: Form) -> FetchedChunk:
         """Find a chunk in the store or compile it; `StoreFull` when the store has no room."""
@@ -296,7 +320,10 @@ class PIC:
         skip = 0 if self.sinks == "keep" else asked.lead
         if len(asked.ids) == skip:
             raise PICacheError("the query is only a BOS: give at least one token to answer")
-        return Row(tuple(forms), asked.ids[skip:], (*asked.ids[:skip], *asked.dropped))
+        ends = [chunk.ends for chunk in chunks]
+        ends.append(ends_of(query) if isinstance(query, str) else None)
+        dropped = (*asked.ids[:skip], *asked.dropped)
+        return Row(tuple(forms), asked.ids[skip:], dropped, seams(ends, self.tokenizer))
 
     def _refuse_too_long(self, rows: list[Row]) -> None:
         """Raise PICacheError for a row that needs more positions than the model has."""

@@ -26,6 +26,7 @@ class Prefilled:
         kv: keys and values by layer, of every token but the last.
         position: rotary position of the last token.
         recomputed: share of its tokens that went through the layers, the mean over layers.
+        operations: floating-point operations as a share of a full prefill's, estimated.
         seconds: what it took to come to the logits.
         attached: makes the block in which the model serves this prompt alone, where its method
             changes attention; None where it does not.
@@ -36,6 +37,7 @@ class Prefilled:
     kv: list[KV]
     position: int
     recomputed: float
+    operations: float
     seconds: float
     attached: Callable[[], AbstractContextManager[None]] | None = None
 
@@ -49,12 +51,14 @@ class Answered:
             ``[tokens]``.
         log_probabilities: of every token at each token of the target, fp64 ``[target, vocab]``.
         recomputed: see `Prefilled`.
+        operations: see `Prefilled`.
         seconds: see `Prefilled`.
     """
 
     tokens: Tensor
     log_probabilities: Tensor
     recomputed: float
+    operations: float
     seconds: float
 
 
@@ -82,7 +86,7 @@ def answers(
         logits = _Feeding(model, batch).feed(fed, keep=len(target))
         for tokens, row, prompt in zip(decoded, logits, batch.prompts, strict=True):
             forced = row.double().log_softmax(-1)
-            yield Answered(tokens, forced, prompt.recomputed, prompt.seconds)
+            yield Answered(tokens, forced, prompt.recomputed, prompt.operations, prompt.seconds)
 
 
 class _Batch:

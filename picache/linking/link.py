@@ -30,11 +30,13 @@ class Row:
         chunks: as they are prefilled; the first is an exact prefix of the prompt.
         query: token ids of what follows the last chunk.
         query_dropped: ids of special tokens that came with the query and are not in the prompt.
+        seams: see `LinkReport`.
     """
 
     chunks: tuple[Form, ...]
     query: tuple[int, ...]
     query_dropped: tuple[int, ...] = ()
+    seams: tuple[bool | None, ...] = ()
 
     @property
     def ids(self) -> Tensor:
@@ -148,6 +150,7 @@ def link_row(
         full_prefill=done.full_prefill,
         store_failures=dict(store.failures - failures_before),
         dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
+        seams=row.seams,
     )
     return LinkedRow(ids, layout, done.kv, done.logits, report)
 

@@ -42,6 +42,9 @@ class LinkReport:
         dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
             that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
             In a batch, row after row.
+        seams: for each place where two texts of the prompt meet, in order, whether the joined text
+            would have other tokens there (`PIC.cut` gives those); None where token ids were given.
+            In a batch, row after row.
     """
 
     method: str
@@ -55,6 +58,7 @@ class LinkReport:
     full_prefill: str = ""
     store_failures: dict[str, int] = field(default_factory=dict)
     dropped: tuple[tuple[int, ...], ...] = ()
+    seams: tuple[bool | None, ...] = ()
 
     @property
     def tokens_recomputed(self) -> int:
@@ -105,6 +109,10 @@ class LinkReport:
             entries.insert(
                 1, ("left out", f"{len(left_out)} special tokens ({', '.join(left_out)})")
             )
+        if changed := sum(map(bool, self.seams)):
+            known = sum(seam is not None for seam in self.seams)
+            text = f"{changed} of {known} have other tokens than the joined text (see PIC.cut)"
+            entries.insert(1, ("seams", text))
         if self.full_prefill:
             entries.insert(0, ("full prefill", self.full_prefill))
         if self.store_failures:
@@ -151,6 +159,7 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         seconds={name: sum(r.seconds[name] for r in rows) for name in rows[0].seconds}
         | {"first_token": seconds},
         dropped=tuple(tokens for r in rows for tokens in r.dropped),
+        seams=tuple(seam for r in rows for seam in r.seams),
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
         store_failures=dict(sum((Counter(r.store_failures) for r in rows), Counter())),
     )

@@ -79,6 +79,8 @@ def test_recomputing_everything_measures_what_full_prefill_measures(model, templ
     naive = result.measured["NaiveReuse(force_query=True)"]
     assert naive["kl"].min() > 1e-7  # chunks that saw nothing of each other
     assert (naive["recomputed"] < 1.0).all()
+    assert (full["operations"] == 1.0).all()
+    assert (naive["operations"] < exact["operations"]).all()
 
 
 def test_numbers_are_those_of_a_computation_by_hand(model):
@@ -266,3 +268,7 @@ def test_answers_are_read_as_squad_reads_them():
     assert begins("the", "A") == 0.0
     assert begins("? well", "?") == 1.0
     assert begins("well", "?") == 0.0
+    # Without articles and punctuation nothing is left of these; they are no answer to everything.
+    assert [begins(said, "A") for said in ("a", "A) mat", "cat", "")] == [1.0, 1.0, 0.0, 0.0]
+    assert begins("+", "+") == f1("+", "+") == 1.0
+    assert begins("-", "+") == f1("-", "+") == f1("cat", "A") == 0.0

@@ -32,13 +32,13 @@ def prefilled(pic, prompts):
     ids = prompts[0].input_ids
     logits, kv = pic.hf.full_prefill(ids[0])
     held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
-    yield Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 0.5)
+    yield Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 1.0, 0.5)
     for prompt in prompts:
         place, attached = ids.shape[1] - 1, None
         if "position_ids" in prompt:
             place, attached = int(prompt["position_ids"][0, -1]), prompt.attached
         kv = prompt.past_key_values.kv
-        yield Prefilled(ids[:, -1:], prompt.logits, kv, place, 0.25, 0.1, attached)
+        yield Prefilled(ids[:, -1:], prompt.logits, kv, place, 0.25, 0.3, 0.1, attached)
 
 
 def one_by_one(model, prompts, target):
@@ -78,6 +78,7 @@ def test_a_batch_answers_as_each_prompt_does_alone(model, monkeypatch, room, len
             answered.log_probabilities, logits.double().log_softmax(-1), atol=1e-4, rtol=0
         )
     assert [one.recomputed for one in found] == [1.0, 0.25, 0.25, 0.25, 0.25]
+    assert [one.operations for one in found] == [1.0, 0.3, 0.3, 0.3, 0.3]
     assert len({tuple(one.tokens.tolist()) for one in found}) > 1, "the arms answer differently"
 
 
