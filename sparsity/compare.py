@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,14 +11,15 @@ from sparsity.arguments import described, whole_number
 from sparsity.comparison import Comparison
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
-from sparsity.problem import Problem, final_answer, is_right, overlap, prompt_ids
+from sparsity.problem import Problem, final_answer, is_right, overlap
 from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.tasks import Task, batches_of, check_lengths, steps_of, tasks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsity.hf.cache import SparseCache
-    from sparsity.hf.decoding import DenseRun, PolicyRun
+    from sparsity.hf.decoding import Run
 
 T = TypeVar("T")
 
@@ -28,8 +29,8 @@ METRICS = {
     "agreement": "share of those tokens at which dense and the arm find the same word likeliest",
     "accuracy": "whether the answer in what the arm decodes is right; where problems have answers",
     "f1": "overlap of its words with those of the best answer; where problems have answers",
-    "kept_bytes": "most bytes of KV cache held at once along the forced text",
-    "step_seconds": "seconds of a decoding step, median over the steps of a text",
+    "kept_bytes": "most bytes of KV cache at once along the forced text: of its batch, by rows",
+    "step_seconds": "seconds of a decoding step of the batch, median over the steps of a text",
 }
 """What `compare` measures of each text or problem."""
 
@@ -47,6 +48,7 @@ def compare(
     *,
     prompt_tokens: int = 64,
     new_tokens: int = 256,
+    batch_size: int = 1,
     final: Callable[[str], str] = final_answer,
     progress: bool = True,
     seed: int = 0,
@@ -59,17 +61,24 @@ def compare(
     else what dense decodes; where problems have answers, every arm also decodes one by itself,
     greedily (the likeliest token, whatever the `generation_config`).
 
-    The logits of dense are kept while its text is worked on, as the model gives them: in fp32
-    200 MB for 1,000 tokens of a vocabulary of 50,000. All that is measured is computed in fp64
-    from one token's at a time.
+    Texts of like length go through together, `batch_size` at a time, prompts padded on the left.
+    Policies decide for each row by itself, so that the distances and answers are those of one at a
+    time, but for rounding (with other shapes a matrix product adds up in another order). A batch
+    goes on to its longest text; of rows that have ended nothing more counts. `kept_bytes` is what
+    the batch holds, padding included, divided by its rows, and `step_seconds` the batch's step.
+
+    The logits of dense are kept while its batch is worked on, as the model gives them: in fp32
+    200 MB for each row of 1,000 tokens of a vocabulary of 50,000. All that is measured is computed
+    in fp64 from one step's at a time.
 
     Args:
         model: as for `SparseCache`; afterwards it is attached, or not, as it was before.
         tokenizer: of the model; its chat template is used for problems, if it has one.
-        texts_or_problems: texts, or `Problem`s; one at a time, without batches.
+        texts_or_problems: texts, or `Problem`s, each on its own.
         policies: what to compare, named by their repr; or a mapping that gives names.
         prompt_tokens: how many first tokens of a text are its prompt.
         new_tokens: how many tokens are decoded for a problem, at most.
+        batch_size: how many texts or problems are worked on together, at most.
         final: finds in a decoded text the part that is held against the answers; see
             `sparsity.problem.final_answer` and `is_right`.
         progress: whether to show a bar, where tqdm is installed.
@@ -87,11 +96,13 @@ def compare(
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, least=1)
     new_tokens = whole_number("new_tokens", new_tokens, least=1)
+    batch_size = whole_number("batch_size", batch_size, least=1)
     seed = whole_number("seed", seed, least=0)
     if not callable(final):
         raise SparsityError(f"final is {described(final)}: expected a function of a text")
     arms = _named(policies)
-    unit, tasks = _tasks(texts_or_problems, tokenizer, prompt_tokens, new_tokens)
+    unit, tasks = tasks_of(texts_or_problems, tokenizer, prompt_tokens, new_tokens)
+    batches = batches_of(tasks, batch_size)
     from sparsity.hf.attach import decoder_of, keep_attached
     from sparsity.hf.cache import SparseCache
     from sparsity.hf.forward_checks import check_call
@@ -103,16 +114,17 @@ def compare(
             "the model with AutoModelForCausalLM"
         )
     check_call(decoder, {})
-    _check_lengths(tasks, unit, getattr(decoder.config, "max_position_embeddings", None))
+    check_lengths(tasks, batches, unit, getattr(decoder.config, "max_position_embeddings", None))
     with keep_attached(model):
         caches = {name: SparseCache(model, policy) for name, policy in arms.items()}
         for name, cache in caches.items():
-            _check_room(name, cache, tasks, unit)
-        values, decoded = _measured(model, tokenizer, tasks, caches, final, progress)
+            _check_room(name, cache, tasks, batches, unit)
+        values, decoded = _measured(model, tokenizer, tasks, batches, caches, final, progress)
     settings: dict[str, Any] = {
         "model": model.name_or_path,
         "policies": {name: repr(policy) for name, policy in arms.items()},
         "prompt_tokens": [len(task.prompt) for task in tasks],
+        "batch_size": batch_size,
         "seed": seed,
     }
     if unit == "problem":
@@ -123,60 +135,61 @@ def compare(
     return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed)
 
 
-class _Task(NamedTuple):
-    """One text or problem in token ids.
-
-    prompt: fed at once. target: fed one by one; None for what dense decodes. most: how many tokens
-    are decoded; 0 for none. answers: that are right.
-    """
-
-    prompt: list[int]
-    target: list[int] | None
-    most: int = 0
-    answers: tuple[str, ...] = ()
-
-
 def _measured(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    tasks: Sequence[_Task],
+    tasks: Sequence[Task],
+    batches: Sequence[Sequence[int]],
     caches: "dict[str, SparseCache]",
     final: Callable[[str], str],
     progress: bool,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[str]]]:
-    """By arm: the values of each metric, and what was decoded for problems with answers."""
+    """By arm, in the order of the tasks: each metric, and what was decoded where there are answers.
+
+    Args:
+        batches: the numbers of the tasks that are worked on together.
+    """
     stop = _stop_tokens(model, tokenizer)
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in (DENSE, *caches)}
-    decoded: dict[str, list[str]] = {name: [] for name in values}
-    runs = ((task, name, run) for task in tasks for name, run in _runs(model, task, caches, stop))
-    for task, name, run in _bar(runs, len(tasks) * len(values), progress):
-        numbers = {"extra_nll": run.extra_nll, "kl": run.kl, "agreement": run.agreement}
-        if task.answers:
-            text = str(tokenizer.decode(run.decoded, skip_special_tokens=True))
-            decoded[name].append(text)
-            numbers |= _marks(final(text), task.answers)
-        numbers |= {"kept_bytes": float(run.kept_bytes), "step_seconds": run.step_seconds}
-        for metric, value in numbers.items():
-            values[name].setdefault(metric, []).append(value)
-    return values, decoded
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (DENSE, *caches)}
+    decoded: dict[str, dict[int, str]] = {name: {} for name in found}
+    runs = (
+        (batch, name, run)
+        for batch in batches
+        for name, run in _runs(model, [tasks[i] for i in batch], caches, stop)
+    )
+    for batch, name, rows in _bar(runs, len(batches) * len(found), progress):
+        for index, run in zip(batch, rows, strict=True):
+            numbers = {"extra_nll": run.extra_nll, "kl": run.kl, "agreement": run.agreement}
+            if answers := tasks[index].answers:
+                text = str(tokenizer.decode(run.decoded, skip_special_tokens=True))
+                decoded[name][index] = text
+                numbers |= _marks(final(text), answers)
+            numbers |= {"kept_bytes": run.kept_bytes, "step_seconds": run.step_seconds}
+            found[name][index] = numbers
+    values = {
+        name: {metric: [of[i][metric] for i in range(len(tasks))] for metric in of[0]}
+        for name, of in found.items()
+    }
+    return values, {name: [of[i] for i in sorted(of)] for name, of in decoded.items()}
 
 
 def _runs(
     model: "PreTrainedModel",
-    task: _Task,
+    tasks: Sequence[Task],
     caches: "dict[str, SparseCache]",
     stop: frozenset[int],
-) -> "Iterator[tuple[str, DenseRun | PolicyRun]]":
-    """Dense, and then each policy, along one text; the logits of dense are gone at the end."""
-    from sparsity.hf.decoding import run_dense, run_policy
+) -> "Iterator[tuple[str, list[Run]]]":
+    """Dense, and then each policy, along one batch; the logits of dense are gone at the end."""
+    from sparsity.hf.decoding import End, run_dense, run_policy
 
-    prompt = torch.tensor(task.prompt, device=model.device)
-    target = None if task.target is None else torch.tensor(task.target, device=model.device)
+    prompts = [task.prompt for task in tasks]
+    known = [task.target for task in tasks if task.target is not None]
     with _detached(model):
-        dense = run_dense(model, prompt, target, task.most, stop)
-    yield DENSE, dense
+        forced, runs = run_dense(model, prompts, known or None, End(tasks[0].most, stop))
+    yield DENSE, runs
+    end = End(tasks[0].most if tasks[0].answers else 0, stop)
     for name, cache in caches.items():
-        yield name, run_policy(model, cache, prompt, dense, task.most if task.answers else 0, stop)
+        yield name, run_policy(model, cache, prompts, forced, end)
         cache.reset()
 
 
@@ -226,81 +239,26 @@ def _named(policies: Sequence[Policy] | Mapping[str, Policy]) -> dict[str, Polic
     return arms
 
 
-def _tasks(
-    given: Sequence[str] | Sequence[Problem],
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt_tokens: int,
-    new_tokens: int,
-) -> tuple[str, list[_Task]]:
-    """What the numbers are of, "text" or "problem", and each of them in token ids."""
-    if not isinstance(given, list | tuple) or not given:
-        raise SparsityError(
-            f"texts_or_problems is {described(given)}: expected a list of at least one text or "
-            "sparsity.Problem"
-        )
-    kind, unit = (Problem, "problem") if isinstance(given[0], Problem) else (str, "text")
-    tasks = []
-    for index, one in enumerate(given):
-        if not isinstance(one, kind):
-            raise SparsityError(
-                f"{unit} {index} is {described(one)}: expected texts only or Problems only, each "
-                "on its own, without batches"
-            )
-        if isinstance(one, Problem):
-            if bool(one.answers) != bool(given[0].answers):
-                raise SparsityError(
-                    f"problem {index} has {len(one.answers)} answers and problem 0 "
-                    f"{len(given[0].answers)}: give answers to all problems or to none"
-                )
-            tasks.append(_of_problem(one, tokenizer, new_tokens))
-            continue
-        ids = list(tokenizer(one)["input_ids"])
-        if len(ids) < prompt_tokens + 2:
-            raise SparsityError(
-                f"text {index} has {len(ids)} tokens, fewer than prompt_tokens + 2 = "
-                f"{prompt_tokens + 2}: give longer texts or a smaller prompt_tokens"
-            )
-        tasks.append(_Task(ids[:prompt_tokens], ids[prompt_tokens:]))
-    return unit, tasks
-
-
-def _of_problem(problem: Problem, tokenizer: Any, new_tokens: int) -> _Task:
-    target = None
-    if problem.continuation is not None:
-        target = list(tokenizer(problem.continuation, add_special_tokens=False)["input_ids"])
-    most = new_tokens if problem.answers or target is None else 0
-    return _Task(prompt_ids(problem, tokenizer), target, most, problem.answers)
-
-
-def _check_lengths(tasks: Sequence[_Task], unit: str, limit: int | None) -> None:
-    for index, task in enumerate(tasks):
-        for part, ids in (("prompt", task.prompt), ("continuation", task.target)):
-            if ids is not None and not ids:
-                raise SparsityError(
-                    f"the {part} of {unit} {index} has no tokens: give a text that the tokenizer "
-                    "makes tokens of"
-                )
-        count = len(task.prompt) + max(len(task.target or ()), task.most)
-        if limit is not None and count > limit:
-            raise SparsityError(
-                f"{unit} {index} needs {count} tokens and the model has {limit} positions: give "
-                f"shorter {unit}s" + (" or fewer new_tokens" if task.most else "")
-            )
-
-
-def _check_room(name: str, cache: "SparseCache", tasks: Sequence[_Task], unit: str) -> None:
-    """Refuse a policy whose pinned pages would fill its budget half way through a text."""
+def _check_room(
+    name: str,
+    cache: "SparseCache",
+    tasks: Sequence[Task],
+    batches: Sequence[Sequence[int]],
+    unit: str,
+) -> None:
+    """Refuse a policy whose pinned pages would fill its budget half way through a batch."""
     policy = cache.policy
     if not any(layer >= policy.dense_layers for layer in cache.retentions):
         return  # it decides in no layer
+    steps = steps_of(tasks, batches)
     for index, task in enumerate(tasks):
         step = plan(BatchRows(), policy, 1, len(task.prompt), None, torch.device("cpu"))
-        room, steps = step.then.room, max(len(task.target or ()), task.most)
-        if room is not None and room < steps:
+        room = step.then.room
+        if room is not None and room < steps[index]:
             raise SparsityError(
                 f"{name!r} pins the {len(task.prompt)} tokens of the prompt of {unit} {index}, and "
-                f"its budget of {policy.budget} has room for {room} of the {steps} behind it: "
-                "raise the budget, or use pin_prompt=False"
+                f"its budget of {policy.budget} has room for {room} of the {steps[index]} behind "
+                f"it{task.of_batch(steps[index])}: raise the budget, or use pin_prompt=False"
             )
 
 
@@ -321,4 +279,4 @@ def _bar(runs: Iterable[T], total: int, progress: bool) -> Iterable[T]:
         from tqdm.auto import tqdm
     except ImportError:
         return runs
-    return tqdm(runs, desc="texts under policies", total=total)
+    return tqdm(runs, desc="batches under policies", total=total)
