@@ -11,6 +11,8 @@ first. `demand.traces` reads what others recorded; `demand.integrations` has the
 inside transformers and vLLM. All times are seconds, all ranks are smaller-first. Needs numpy alone.
 """
 
+from demand.compare import compare
+from demand.comparison import Comparison
 from demand.distribution.distribution import Distribution
 from demand.distribution.rank import gittins_brute_force, gittins_rank
 from demand.distribution.rank_table import RankTable, rank_many
@@ -162,6 +164,8 @@ __all__ = [
     "with_arrivals",
     "with_deadlines",
     # compare
+    "compare",
+    "Comparison",
     "Interval",
     "bootstrap_interval",
     "paired_ratio_interval",

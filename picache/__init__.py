@@ -30,6 +30,7 @@ from picache.methods.base import Evidence, Layout, LinkMethod
 from picache.methods.presets import Arm, arms
 from picache.pic import PIC
 from picache.problem import Problem
+from picache.problem_file import load_problems
 from picache.sinks import DummySinks, SharedPrefix
 from picache.store import ChunkStore, StoredChunk
 
@@ -63,4 +64,5 @@ __all__ = [
     "StoredChunk",
     "arms",
     "compare",
+    "load_problems",
 ]

@@ -1,6 +1,5 @@
 """Link methods against full prefill, on the same questions about the same documents."""
 
-import math
 import string
 import time
 from collections import Counter
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from picache.hf.decoding import Answered, Prefilled
 
 METRICS = {
-    "accuracy": "whether the greedy answer begins with an answer, case and punctuation aside",
-    "f1": "overlap of the words of the greedy answer with those of the best answer",
+    "accuracy": "whether the greedy answer begins with an answer; where problems have answers",
+    "f1": "overlap of its words with those of the best answer; where problems have answers",
     "extra_nll": "nats a token of the first answer above full prefill, teacher-forced",
     "kl": "KL(full || arm) in nats, mean over the answer's tokens",
     "agreement": "share of the answer's tokens that full prefill finds likeliest and the arm too",
@@ -72,8 +71,8 @@ def compare(
     Args:
         model: a causal language model that `PIC` can link.
         tokenizer: of the model; its chat template is used if it has one (`picache.problem.pieces`).
-        problems: questions with documents; without answers only `agreement` and `kl`, on what full
-            prefill answers, are measured.
+        problems: questions with documents, all with answers or none; without, what full prefill
+            answers stands for the answer, and accuracy and f1 are left out.
         methods: what to compare, named by their repr; an `Arm` also names its sinks. Or a mapping
             that gives names, such as `picache.arms`; its "full" is the full prefill.
         new_tokens: how many tokens are decoded for an answer, greedily.
@@ -81,11 +80,12 @@ def compare(
         seed: of the intervals.
 
     Returns:
-        A `Comparison` with the metrics of `METRICS`, full prefill first.
+        A `Comparison` with the metrics of `METRICS`, full prefill first. Its settings hold the
+        tokens of each prompt and the greedy answers: `settings["decoded"]`, by arm.
 
     Raises:
-        PICacheError: no problems, no methods, two arms of one name, a prompt longer than the
-            model's positions; before anything runs.
+        PICacheError: no problems, answers to some of them only, no methods, two arms of one name,
+            a prompt longer than the model's positions; before anything runs.
     """
     check_problems(problems)
     arms = _named(methods)
@@ -95,7 +95,8 @@ def compare(
 
     linker = _Linker(model, tokenizer, arms)
     ends = _ends(model)
-    values: dict[str, dict[str, list[float]]] = {n: {m: [] for m in METRICS} for n in (FULL, *arms)}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
+    decoded: dict[str, list[str]] = {name: [] for name in values}
     for index, problem in enumerate(_bar(problems, len(arms), progress)):
         target = None
         if problem.answers:
@@ -106,9 +107,11 @@ def compare(
             target = full.tokens
         for name, answered in zip(values, (full, *found), strict=True):
             text = str(tokenizer.decode(answered.tokens, skip_special_tokens=True))
+            decoded[name].append(text)
             _record(values[name], problem, answered, full, target, text)
     arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
-    settings = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
+    settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
+    settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
 
 
@@ -125,6 +128,7 @@ class _Linker:
             with _naming(f"arm {name!r}"):
                 self._pics[arm.sinks] = self._pics.get(arm.sinks) or self._pic.behind(arm.sinks)
         self._compiled: dict[tuple[Sinks, str, bool], Chunk] = {}
+        self.prompt_tokens: list[int] = []  # of each problem's prompt
 
     def prompts(self, index: int, problem: Problem) -> "Iterator[Prefilled]":
         """The prompt of `problem` prefilled in full, then by each arm; the same ids in all."""
@@ -139,6 +143,7 @@ class _Linker:
                 prompt = self._link(problem, arm)
             if ids is None:
                 ids = prompt.input_ids
+                self.prompt_tokens.append(ids.shape[1])
                 yield self._full_prefill(ids)
             if not torch.equal(prompt.input_ids, ids):
                 raise PICacheError(
@@ -210,10 +215,13 @@ def _record(
     """Append what an arm measures, held against full prefill, to its lists."""
     ours, reference = arm.log_probabilities, full.log_probabilities
     nll, own = (-float(one.gather(1, target[:, None]).mean()) for one in (ours, reference))
-    known = bool(problem.answers)
-    measured = {
-        "accuracy": max(map(partial(begins, answer), problem.answers)) if known else math.nan,
-        "f1": max(map(partial(f1, answer), problem.answers)) if known else math.nan,
+    measured = {}
+    if problem.answers:
+        measured = {
+            "accuracy": max(map(partial(begins, answer), problem.answers)),
+            "f1": max(map(partial(f1, answer), problem.answers)),
+        }
+    measured |= {
         "extra_nll": nll - own,
         "kl": float((reference.exp() * (reference - ours)).sum(-1).mean()),
         "agreement": float((ours.argmax(-1) == reference.argmax(-1)).double().mean()),
@@ -222,7 +230,7 @@ def _record(
         "first_token_seconds": arm.seconds,
     }
     for metric, value in measured.items():
-        into[metric].append(value)
+        into.setdefault(metric, []).append(value)
 
 
 def words(text: str, answer: str) -> tuple[list[str], list[str]]:

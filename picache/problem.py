@@ -113,7 +113,7 @@ def check_problems(problems: Sequence[Problem]) -> None:
     """Refuse what is no list of problems.
 
     Raises:
-        PICacheError: an empty list, or an entry of another kind.
+        PICacheError: an empty list, an entry of another kind, or answers to some of them only.
     """
     if isinstance(problems, Problem) or not len(problems):
         raise PICacheError("problems must be a list of at least one Problem")
@@ -122,4 +122,9 @@ def check_problems(problems: Sequence[Problem]) -> None:
             raise PICacheError(
                 f"problem {index} is a {type(problem).__name__}; expected a "
                 "picache.Problem(documents, question, answers)"
+            )
+        if bool(problem.answers) != bool(problems[0].answers):
+            raise PICacheError(
+                f"problem {index} has {len(problem.answers)} answers and problem 0 "
+                f"{len(problems[0].answers)}: give answers to all problems or to none"
             )

@@ -8,6 +8,8 @@ budgets are in tokens.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparsity.compare import compare
+from sparsity.comparison import Comparison
 from sparsity.errors import SparsityError
 from sparsity.policies import (
     H2O,
@@ -27,6 +29,7 @@ from sparsity.policies import (
 )
 from sparsity.policies.base import Needs, PageView, Policy
 from sparsity.policies.evicting import Evicting
+from sparsity.problem import Problem
 from sparsity.recorded.milestones import Thresholds, milestone_map
 from sparsity.recorded.record import record
 from sparsity.recorded.replay import Replay, replay
@@ -41,12 +44,14 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "Comparison",
     "Evicting",
     "Full",
     "LazyEviction",
     "Needs",
     "PageView",
     "Policy",
+    "Problem",
     "PyramidKV",
     "Quest",
     "QuestRaaS",
@@ -63,6 +68,7 @@ __all__ = [
     "Trace",
     "VaSE",
     "attach",
+    "compare",
     "detach",
     "milestone_map",
     "record",

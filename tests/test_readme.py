@@ -110,11 +110,13 @@ def test_the_quickstart_links_own_files_on_any_model(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command + files, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert "compiled 2 documents" in run.stdout
-    rows = json.loads((tmp_path / "own_documents.json").read_text())["linking"]
+    assert "LegoLink-4, 4 dummies" in run.stdout
+    record = json.loads((tmp_path / "own_documents.json").read_text())
+    rows = record["linking"]
     assert [row["arm"] for row in rows][:2] == ["full", "naive"]
-    assert rows[0]["kl_to_full"] < 1e-9 < rows[1]["kl_to_full"]
-    assert rows[1]["tokens_recomputed"] == 2
+    assert rows[0]["kl"] < 1e-9 < rows[1]["kl"]
+    assert rows[1]["recomputed"] == pytest.approx(2 / 67)
+    assert all(answers[0] in run.stdout for answers in record["decoded"].values())
     files[1] = str(tmp_path / "absent.txt")
     run = subprocess.run(command + files, capture_output=True, text=True, env=environment)
     assert run.returncode == 2

@@ -1,213 +1,177 @@
-"""Three papers measured on a small trained model, in about three minutes on two CPU cores.
+"""The papers' claims on a real pretrained model, in some minutes on two CPU cores.
 
     python examples/experiments/quickstart.py
     python examples/experiments/quickstart.py --model NAME_OR_PATH --documents a.txt b.txt \
         --question "..."
 
-The first form writes `quickstart.json` and `quickstart.png` into --out. The second links your own
-files in front of your own question on any HuggingFace model.
+The first form asks SmolLM2-135M-Instruct questions on passages, decodes along real text and serves
+simulated applications, and writes `quickstart.json` and `quickstart.png` into --out. The second
+links your own files in front of your own question, on any HuggingFace model.
 """
 
 import argparse
 import json
-import statistics
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
 import transformers
+from attention_on_sinks import attention_on_first_tokens
 from environment import environment
-from evaluate import (
-    LINK_ARMS,
-    REFERENCE_MODEL,
-    Row,
-    first_token_seconds,
-    linking,
-    load,
-    retention,
-    scheduling,
+from questions import link_problems, texts
+from quickstart_figure import draw
+from quickstart_tables import (
+    LINKING,
+    SCHEDULING,
+    linking_rows,
+    plain,
+    retention_columns,
+    retention_rows,
+    shown,
 )
 
-from picache import PIC
+import demand
+import picache
+import sparsity
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import models
 
-def table(rows: list[Row], columns: dict[str, str]) -> str:
-    """Rows as aligned text; `columns` maps a heading to a format string over the row."""
-    cells = [list(columns), *([text.format(**row) for text in columns.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = []
-    for line in cells:
-        first, *rest = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        lines.append("  ".join([first, *rest]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-LINKING = {
-    "linking": "{arm}",
-    "accuracy": "{accuracy:.3f}",
-    "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
-    "KL to full": "{kl_to_full:.1e}",
-    "recomputed": "{tokens_recomputed:.0f} of {prompt_tokens:.0f}",
-    "first token": "{first_token_ms:.1f} ms",
-    "long prompt": "{long_tokens_recomputed} of {long_prompt_tokens}",
-    "its first token": "{long_first_token_ms:.1f} ms",
+BEHIND_DUMMIES = "LegoLink-4, 4 dummies"
+METHODS: dict[str, picache.LinkMethod | picache.Arm] = {
+    "naive": picache.NaiveReuse(),
+    "random-4": picache.RandomRecompute(4),
+    "LegoLink-1": picache.LegoLink(1),
+    "LegoLink-4": picache.LegoLink(4),
+    "LegoLink-16": picache.LegoLink(16),
+    BEHIND_DUMMIES: picache.Arm(picache.LegoLink(4), picache.DummySinks(4)),
+    "CacheBlend 15 %": picache.CacheBlend(0.15),
+    "ProphetKV 15 %": picache.ProphetKV(0.15),
+    "oracle 15 %": picache.OracleDeviation(0.15),
 }
-RETENTION = {
-    "retention": "{arm}",
-    "budget": "{budget_text}",
-    "accuracy": "{accuracy:.3f}",
-    "95 % interval": "{interval[0]:.3f}-{interval[1]:.3f}",
-    "decoded": "{decoded_tokens:.0f}",
-    "peak KV": "{peak_kv_kib:.0f} KiB",
-    "step": "{milliseconds_a_token:.1f} ms",
-}
-SCHEDULING = {
-    "scheduling": "{mix}: {arm}",
-    "mean": "{mean_seconds:.0f} s",
-    "P95": "{p95_seconds:.0f} s",
-    "mean / FCFS": "{mean_to_fcfs:.2f}",
-    "P95 / FCFS": "{p95_to_fcfs:.2f}",
+SCHEDULERS = [
+    demand.FCFS(),
+    demand.RandomOrder(),
+    demand.ClassMean(),
+    demand.SERPT(),
+    demand.Gittins(),
+    demand.Oracle(),
+]
+WORKLOADS = {
+    "hermes": demand.hermes_applications,
+    "bimodal": demand.bimodal_applications,
 }
 
 
-def prepare(results: dict) -> dict[str, list[Row]]:
-    """The three lists of rows, with milliseconds and KiB for reading."""
-    for row in results["linking"]:
-        row["first_token_ms"] = 1e3 * row["first_token_seconds"]
-        row["long_first_token_ms"] = 1e3 * row["long_first_token_seconds"]
-    for row in results["retention"]:
-        row["peak_kv_kib"] = row["peak_kv_bytes"] / 1024
-        row["budget_text"] = str(row["budget"] or "all")
-    return results
+def policies(budget: int) -> dict[str, sparsity.Policy]:
+    """Policies at one budget, in every layer."""
+    return {
+        "random": sparsity.Random(budget),
+        "StreamingLLM": sparsity.StreamingLLM(budget),
+        "H2O": sparsity.H2O(budget),
+        "SnapKV, decoding too": sparsity.SnapKV(
+            budget, window=budget // 4, evict_every=budget // 4
+        ),
+        "Quest": sparsity.Quest(budget, dense_layers=0),
+        "RaaS": sparsity.RaaS(budget),
+    }
 
 
-def show(results: dict[str, list[Row]]) -> None:
-    results = prepare(results)
-    link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
+def some_answers(problems: list[picache.Problem], result: picache.Comparison) -> list[dict]:
+    """The first questions, and what they were answered with."""
+    asked = []
     print(
-        f"\nLookup in 8 documents, cut into chunks of {link[0]['chunk_tokens']} tokens, "
-        f"{link[0]['problems']} problems; long prompt: many documents"
+        f"\nThe first of {len(problems)} questions, each on {len(problems[0].documents)} passages:"
     )
-    print(table(link, LINKING))
-    print(
-        f"\nReasoning, {kept[0]['problems']} problems of {kept[0]['prompt_tokens']:.0f} "
-        f"prompt tokens, batch {kept[0]['batch_size']}; KV of one row"
-    )
-    print(table(kept, RETENTION))
+    for index, problem in enumerate(problems[:3]):
+        said = {arm: " ".join(d[index].split()) for arm, d in result.settings["decoded"].items()}
+        one = {"question": problem.question, "lead": problem.lead, "answer": problem.answers[0]}
+        asked.append(one | {"said": said})
+        print(f"\n{problem.question}\n{problem.lead} ... (right: {problem.answers[0]})")
+        for arm in ("full", "naive", "LegoLink-4", BEHIND_DUMMIES):
+            print(f"    {arm:22} {said[arm]}")
+    return asked
+
+
+def scheduling(jobs: int, seeds: int, load: float) -> list[dict]:
+    """Completion times of every policy on both workloads, a row each."""
+    rows = []
+    for mix, applications in WORKLOADS.items():
+        draw_jobs = partial(demand.poisson_workload, applications(), load, jobs)
+        result = demand.compare(draw_jobs, SCHEDULERS, range(seeds))
+        about = {"mix": mix, "load": load, "jobs": jobs, "seeds": seeds}
+        rows += [row | about for row in result.table]
+    return rows
+
+
+def show(record: dict) -> None:
+    """Print the tables."""
+    rows = shown(record)
+    link, kept, jobs = (rows[name] for name in ("linking", "retention", "scheduling"))
+    print(f"\nQuestions on chunks compiled apart and linked: {link[0]['problems']} questions")
+    print(plain(link, LINKING))
+    print(f"\nDecoding with part of the KV cache: {kept[0]['texts']} texts")
+    print(plain(kept, retention_columns(kept)))
     print(f"\nCompletion time, load {jobs[0]['load']}, {jobs[0]['jobs']} jobs x {jobs[0]['seeds']}")
-    print(table(jobs, SCHEDULING))
-
-
-def figure(results: dict[str, list[Row]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplot_mosaic(
-        [["accuracy", "retention", "scheduling"], ["divergence", "retention", "scheduling"]],
-        figsize=(15, 5.2),
-        layout="constrained",
-    )
-    above, below = axes["accuracy"], axes["divergence"]
-    middle, right = axes["retention"], axes["scheduling"]
-    for marker, row in zip("*os^vD<Px", results["linking"], strict=False):
-        low, high = row["interval"]
-        x, y = row["tokens_recomputed"] / row["prompt_tokens"], row["accuracy"]
-        spread = [[max(0, y - low)], [max(0, high - y)]]
-        above.errorbar(x, y, spread, fmt=marker, capsize=3, label=row["arm"])
-        if row["kl_to_full"] > 0:
-            below.plot(x, row["kl_to_full"], marker)
-        else:
-            below.plot([], [], marker)  # keeps the colours in step
-    above.set(
-        ylabel="answer accuracy",
-        title=f"Linking: lookup in chunks of {results['linking'][0]['chunk_tokens']} tokens",
-        xlim=(0, 1.05),
-        ylim=(-0.03, 1.06),
-    )
-    above.legend(fontsize=7, ncols=2)
-    below.set(
-        xlabel="share of the prompt recomputed",
-        ylabel="KL to full prefill",
-        yscale="log",
-        xlim=(0, 1.05),
-    )
-    names = dict.fromkeys(row["arm"] for row in results["retention"])
-    for marker, name in zip("*os^v", names, strict=True):
-        rows = [row for row in results["retention"] if row["arm"] == name]
-        x = [row["peak_kv_bytes"] / 1024 for row in rows]
-        y = [row["accuracy"] for row in rows]
-        low = [max(0, a - row["interval"][0]) for a, row in zip(y, rows, strict=True)]
-        high = [max(0, row["interval"][1] - a) for a, row in zip(y, rows, strict=True)]
-        middle.errorbar(x, y, [low, high], fmt=marker, capsize=3, label=name)
-    middle.legend(fontsize=8)
-    budgets = sorted({row["budget"] for row in results["retention"]} - {0})
-    middle.set(
-        xlabel="peak KV, KiB a sequence",
-        ylabel="answer accuracy",
-        title=f"Retention: reasoning, budgets {', '.join(map(str, budgets))} tokens",
-        ylim=(-0.03, 1.06),
-    )
-    middle.margins(x=0.2)
-    mixes = list(dict.fromkeys(row["mix"] for row in results["scheduling"]))
-    for i, mix in enumerate(mixes):
-        rows = [row for row in results["scheduling"] if row["mix"] == mix]
-        places = [place + 0.4 * i for place in range(len(rows))]
-        right.bar(places, [row["mean_to_fcfs"] for row in rows], 0.38, label=f"{mix}: mean")
-        right.plot(places, [row["p95_to_fcfs"] for row in rows], "k_", markersize=12)
-    right.plot([], [], "k_", label="P95")
-    right.set_xticks([place + 0.2 for place in range(len(rows))], [row["arm"] for row in rows])
-    right.tick_params(axis="x", labelrotation=20)
-    right.set(ylabel="completion time / FCFS", title=f"Scheduling at load {rows[0]['load']}")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    print(plain(jobs, SCHEDULING))
 
 
 def own_documents(name: str, paths: list[Path], question: str, new_tokens: int, out: Path) -> None:
-    """Link the user's files on any model: what each arm answers, costs, and how far it strays.
-
-    The texts are joined as they are, with an empty line after each file; no chat template.
-    """
-    model, tokenizer = load(name)
-    pic = PIC(model, tokenizer)
-    documents = [path.read_text().strip() + "\n\n" for path in paths]
-    begun = time.perf_counter()
-    chunks = [pic.compile(document) for document in documents]
-    print(f"compiled {len(chunks)} documents in {time.perf_counter() - begun:.2f} s: {pic.store}\n")
-    ids = pic.link(chunks, question, LINK_ARMS[0][1])["input_ids"]
-    with torch.no_grad():
-        full = model(ids, logits_to_keep=1).logits[:, -1].double().log_softmax(-1)
-    plain = statistics.median(first_token_seconds(model, ids) for _ in range(3))
-    print(f"full prefill: {ids.shape[1]} tokens, first token after {1e3 * plain:.1f} ms\n")
-    rows = []
-    for arm, method, bos in LINK_ARMS:
-        if bos:
-            continue  # the tokenizer decides whether a document begins with a BOS
-        prompt = pic.link(chunks, question, method)
-        linked = prompt.logits.double().log_softmax(-1)
-        divergence = float((full.exp() * (full - linked)).sum())
-        tokens = model.generate(**prompt, max_new_tokens=new_tokens, do_sample=False)
-        answer = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-        row = {"arm": arm, "kl_to_full": divergence, "answer": answer, **vars(prompt.report)}
-        rows.append(row | {"tokens_recomputed": prompt.report.tokens_recomputed})
-        print(f"{arm}: KL to full {divergence:.2e}\n{prompt.report}\nanswer: {answer!r}\n")
-
+    """Link the user's files on any model: what each arm answers, costs, and how far it strays."""
+    model, tokenizer = models.load(name)
+    documents = tuple(path.read_text().strip() for path in paths)
+    problem = picache.Problem(documents, question)
+    result = picache.compare(model, tokenizer, [problem], METHODS, new_tokens=new_tokens)
+    for arm, (answer,) in result.settings["decoded"].items():
+        print(f"\n{arm}: {answer.strip()!r}")
+    columns = {name: LINKING[name] for name in ("linking", "KL", "recomputed", "first token")}
+    rows = shown({"linking": linking_rows(result), "retention": []})["linking"]
+    print(f"\n{plain(rows, columns)}")
     configuration = {"model": name, "documents": [str(p) for p in paths], "question": question}
-    record = {
-        "configuration": configuration,
-        "environment": environment(),
-        "full_prefill_seconds": plain,
-        "linking": rows,
-    }
+    record = {"configuration": configuration, "environment": environment(), "linking": rows}
     out.mkdir(parents=True, exist_ok=True)
+    record["decoded"] = result.settings["decoded"]
     (out / "own_documents.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {out / 'own_documents.json'}")
+    print(f"\nwrote {out / 'own_documents.json'}")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """The whole record; `args` as `main` reads them."""
+    begun = time.perf_counter()
+    model, tokenizer = models.load(args.model)
+    problems = link_problems(args.model, args.questions)
+    linking = picache.compare(model, tokenizer, problems, METHODS, new_tokens=6)
+    asked = some_answers(problems, linking)
+    sinks = attention_on_first_tokens(
+        model,
+        tokenizer,
+        problems[:4],
+        {"naive": picache.NaiveReuse(), "LegoLink-1": picache.LegoLink(1)},
+    )
+    along = texts(args.model, args.texts, args.tokens, tokenizer)
+    retention = sparsity.compare(
+        model,
+        tokenizer,
+        along,
+        policies(args.budget),
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=500,
+    )
+    return {
+        "configuration": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)},
+        "environment": environment(),
+        "answers": asked,
+        "linking": linking_rows(linking),
+        "attention_on_first_tokens": sinks,
+        "retention": retention_rows(retention),
+        "scheduling": scheduling(args.jobs, args.seeds, args.load),
+        "values": {
+            "linking": json.loads(linking.to_json())["values"],
+            "retention": json.loads(retention.to_json())["values"],
+        },
+        "seconds": time.perf_counter() - begun,
+    }
 
 
 def main() -> None:
@@ -215,53 +179,42 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for JSON and PNG")
-    parser.add_argument("--model", default=str(REFERENCE_MODEL), help="name or path of an HF model")
+    parser.add_argument(
+        "--model", default="smollm2", help='"smollm2", "reference", or an HF model by name or path'
+    )
     parser.add_argument("--documents", type=Path, nargs="+", help="text files to link, in order")
     parser.add_argument("--question", help="what to ask after the documents")
-    parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer")
-    parser.add_argument("--link-problems", type=int, default=100)
-    parser.add_argument("--chunk-tokens", type=int, default=24, help="tokens of a chunk")
-    parser.add_argument("--reasoning-problems", type=int, default=24)
-    parser.add_argument(
-        "--budgets", type=int, nargs="+", default=[384, 512], help="tokens kept by a KV head"
-    )
+    parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer to it")
+    parser.add_argument("--questions", type=int, default=12, help="on the passages, of 72")
+    parser.add_argument("--texts", type=int, default=4, help="to decode along, of 12")
+    parser.add_argument("--tokens", type=int, default=320, help="of a text")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of them, fed at once")
+    parser.add_argument("--budget", type=int, default=128, help="tokens kept by a KV head")
     parser.add_argument("--jobs", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--load", type=float, default=0.9)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if (args.documents is None) != (args.question is None):
         parser.error("--documents and --question go together")
-    if args.documents:
-        for path in args.documents:
-            if not path.is_file() or not path.read_text().strip():
-                parser.error(f"{path} is no file with text in it")
-        own_documents(args.model, args.documents, args.question, args.new_tokens, args.out)
-        return
-    if args.model != str(REFERENCE_MODEL):
-        parser.error(
-            "another --model needs --documents and --question: the tasks of the tables "
-            "are those the reference model was trained on"
-        )
-    begun = time.perf_counter()
-    model, tokenizer = load(args.model)
-    results = {
-        "linking": linking(model, tokenizer, args.link_problems, args.chunk_tokens),
-        "retention": retention(model, tokenizer, args.reasoning_problems, args.budgets),
-        "scheduling": scheduling(args.jobs, range(4), args.load),
-    }
+    try:
+        if args.documents:
+            for path in args.documents:
+                if not path.is_file() or not path.read_text().strip():
+                    parser.error(f"{path} is no file with text in it")
+            own_documents(args.model, args.documents, args.question, args.new_tokens, args.out)
+            return
+        record = measure(args)
+    except models.ModelMissingError as error:
+        parser.error(f"{error}; or use --model reference")
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "configuration": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        | {"model": "examples/reference_model"},
-        "environment": environment(),
-        "seconds": time.perf_counter() - begun,
-        **results,
-    }
-    (args.out / "quickstart.json").write_text(json.dumps(record, indent=1) + "\n")
-    show(results)
-    figure(results, args.out / "quickstart.png")
-    print(f"\n{record['seconds']:.0f} s; wrote {args.out / 'quickstart.json'} and quickstart.png")
+    of_model = "" if args.model == "smollm2" else f"_{Path(args.model).name}"
+    path = args.out / f"quickstart{of_model}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    show(record)
+    draw(record, path.with_suffix(".png"))
+    print(f"\n{record['seconds']:.0f} s; wrote {path} and .png")
 
 
 if __name__ == "__main__":

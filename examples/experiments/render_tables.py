@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import claims
 import demand_tables
 import link_accuracy
 import past_trained_length
@@ -19,51 +20,19 @@ import refinement
 import replay_policies
 import retention_accuracy
 import schedule
-from quickstart import LINKING, RETENTION, SCHEDULING, prepare
+from quickstart_pages import (
+    answers,
+    cap_page,
+    markdown,
+    sinks,
+    six_rows_linking,
+    six_rows_retention,
+    six_rows_scheduling,
+    whole,
+)
 
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
-
-
-def markdown(rows: list[dict], columns: dict[str, str]) -> str:
-    """Rows as a Markdown table; `columns` maps a heading to a format string over the row."""
-    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
-    lines += [[text.format(**row) for text in columns.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def tables(record: dict) -> str:
-    """What stands between the markers."""
-    results = prepare(record)
-    link, kept, jobs = (results[name] for name in ("linking", "retention", "scheduling"))
-    where = record["environment"]
-    tokens = kept[0]["prompt_tokens"] + kept[0]["decoded_tokens"]
-    return "\n\n".join(
-        [
-            (
-                f"Lookup in 8 documents whose text is cut into chunks of {link[0]['chunk_tokens']} "
-                f"tokens, {link[0]['problems']} problems; the long prompt has 112 documents, all "
-                "compiled before. Every method on this and on whole documents: "
-                "[docs/linking.md](docs/linking.md)."
-            ),
-            markdown(link, LINKING),
-            (
-                f"Reasoning, {kept[0]['problems']} problems of about {tokens:.0f} tokens, at "
-                f"two budgets, batch {kept[0]['batch_size']}; peak KV of one row."
-            ),
-            markdown(kept, RETENTION),
-            (
-                f"Completion time at load {jobs[0]['load']}, {jobs[0]['jobs']} jobs, mean of "
-                f"{jobs[0]['seeds']} seeds."
-            ),
-            markdown(jobs, SCHEDULING),
-            (
-                f"From `docs/results/quickstart.json`: {where['hardware']}, "
-                f"{where['threads']} threads, torch {where['torch']}, "
-                f"transformers {where['transformers']}."
-            ),
-        ]
-    )
 
 
 def scaling_table(record: dict) -> str:
@@ -140,43 +109,6 @@ def store_table(record: dict) -> str:
     return f"{markdown(record['rows'], columns)}\n\n{beneath}"
 
 
-CAP = """# Where each method stands: context, accuracy, performance
-
-The CAP principle (arXiv 2405.11299): serving context (C), accuracy (A) and performance (P) trade
-off. What each method does to the three, from `docs/results/quickstart.json` (the reference model,
-generated tasks; see the README for the conditions).
-
-| method | C: tokens served | A: exact match | P: cost against the first row of its kind |
-| --- | ---: | ---: | ---: |
-{rows}
-
-Linking is placed on the long prompt, accuracy on 8 documents. Scheduling changes no context and no
-answer; its P is the mean completion time on the bimodal mix.
-"""
-
-
-def cap_page(record: dict) -> str:
-    """docs/cap.md."""
-    rows = []
-    full = record["linking"][0]["long_first_token_seconds"]
-    for row in record["linking"]:
-        ratio = row["long_first_token_seconds"] / full
-        cells = (row["long_prompt_tokens"], f"{row['accuracy']:.3f}", f"{ratio:.2f} of the time")
-        rows.append((f"link: {row['arm']}", *cells))
-    full = record["retention"][0]["peak_kv_bytes"]
-    for row in record["retention"]:
-        tokens = f"{row['prompt_tokens'] + row['decoded_tokens']:.0f}"
-        ratio = row["peak_kv_bytes"] / full
-        cells = (tokens, f"{row['accuracy']:.3f}", f"{ratio:.2f} of the bytes")
-        budget = f" at {row['budget']}" if row["budget"] else ""
-        rows.append((f"retain: {row['arm']}{budget}", *cells))
-    for row in record["scheduling"]:
-        if row["mix"] == "bimodal":
-            ratio = f"{row['mean_to_fcfs']:.2f} of the time"
-            rows.append((f"schedule: {row['arm']}", "same", "same", ratio))
-    return CAP.format(rows="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
-
-
 def scenario(name: str) -> Callable[[dict], str]:
     """Every policy on one scenario of scheduling.json."""
 
@@ -187,7 +119,10 @@ def scenario(name: str) -> Callable[[dict], str]:
 
 
 PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
-    "README.md": {"quickstart": [tables]},
+    "README.md": {"quickstart": [six_rows_linking, six_rows_retention, six_rows_scheduling]},
+    "docs/real_model.md": {"quickstart": [answers, whole, sinks]},
+    "docs/claims.md": {"quickstart": [claims.table]},
+    "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_accuracy": [link_accuracy.tables],
         "link_scaling": [scaling_table],

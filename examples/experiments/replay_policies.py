@@ -9,7 +9,9 @@ every policy over them, and draws where attention goes. Writes `replay.json` and
 
 import argparse
 import json
+import math
 import random
+import statistics
 import time
 from pathlib import Path
 
@@ -32,6 +34,12 @@ MEASURES = (
     "milestone_mass",
     "phoenix_survival",
 )
+
+
+def mean(values: list[float]) -> float | None:
+    """Over the runs that have such pages (NaN for the others); None where none has."""
+    there = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(there) if there else None
 
 
 def kinds_by_layer(traces: list[Trace], page_size: int, thresholds: Thresholds) -> list[dict]:
@@ -79,11 +87,9 @@ def table(record: dict) -> str:
         if "refused" in row:
             lines.append(f"| {row['arm']} | refused | | | | | |")
             continue
-        lines.append(
-            f"| {row['arm']} | {row['kept_mass']:.3f} | +{row['regret']:.3f} | {row['recall']:.3f} "
-            f"| {row['prompt_survival']:.2f} | {row['milestone_mass']:.3f} "
-            f"| {row['phoenix_survival']:.2f} |"
-        )
+        formats = zip(MEASURES, (".3f", "+.3f", ".3f", ".2f", ".3f", ".2f"), strict=True)
+        cells = ("-" if row[name] is None else format(row[name], how) for name, how in formats)
+        lines.append(f"| {row['arm']} | {' | '.join(cells)} |")
     lines += ["", "| layer | " + " | ".join(NAMES) + " | phoenix pages in the prompt |"]
     lines.append("| --- |" + " ---: |" * (len(NAMES) + 1))
     for row in record["kinds"]:
@@ -126,7 +132,7 @@ def main() -> None:
                 replay(trace, policy(args.budget), None, args.page_size, args.budget, limits, False)
                 for trace in traces
             ]
-            row |= {m: float(np.nanmean([getattr(r, m) for r in results])) for m in MEASURES}
+            row |= {m: mean([getattr(r, m) for r in results]) for m in MEASURES}
         except SparsityError as error:
             row["refused"] = str(error)
         rows.append(row)

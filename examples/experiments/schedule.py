@@ -19,71 +19,51 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 from environment import environment
 from schedule_arms import ENGINE_JOBS, SWEPT, Arm, Scenario, mean_seconds, policies, scenarios
 from schedule_figure import figure
-from tqdm import tqdm
 
 from demand import (
-    bootstrap_interval,
+    Application,
+    Comparison,
+    compare,
     hermes_applications,
     paired_ratio_interval,
     poisson_workload,
-    simulate,
 )
-from demand.simulation.engine import simulate_engine
-from demand.simulation.result import Result
-from demand.workloads import Application, Workload
+from demand.compare import FURTHER, FURTHER_OF_ENGINE
 
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 COMPARED = ("mean_seconds", "p95_seconds", "p99_seconds")
 BASELINES = ("FCFS", "request FCFS", "class mean", "oracle")
 
 
-def served(scenario: Scenario, arm: Arm, workload: Workload, seed: int) -> Result:
-    """One run."""
-    if scenario.engine is None:
-        return simulate(workload, arm.policy, seed=seed)
-    return simulate_engine(workload, arm.policy, scenario.engine, seed=seed)
-
-
-def compared(scenario: Scenario, arms: Sequence[Arm], seeds: int, progress: tqdm) -> list[dict]:
+def compared(scenario: Scenario, arms: Sequence[Arm], seeds: int) -> list[dict]:
     """A row for each policy: figures over seeds, and ratios to the baselines."""
-    runs: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms}
-    for seed in range(seeds):
-        workload = scenario.draw(seed=seed)
-        for arm, results in runs.items():
-            progress.set_postfix_str(f"{scenario.name}, {arm.name}")
-            results.append(served(scenario, arm, workload, seed).summary())
-            progress.update()
-    columns = {
-        arm.name: {name: [result[name] for result in results] for name in results[0]}
-        for arm, results in runs.items()
-    }
-    return [row(arm, columns) for arm in arms]
+    print(scenario.name)
+    result = compare(
+        scenario.draw,
+        {arm.name: arm.policy for arm in arms},
+        range(seeds),
+        engine=scenario.engine,
+        also=[*FURTHER, *(FURTHER_OF_ENGINE if scenario.engine else ())],
+    )
+    return [row(arm, result) for arm in arms]
 
 
-def row(arm: Arm, columns: dict[str, dict[str, list[float]]]) -> dict:
+def row(arm: Arm, result: Comparison) -> dict:
     """Figures of one policy with their intervals; what a workload does not have is left out."""
-    mine = columns[arm.name]
-    figures = {
-        name: bootstrap_interval(values)._asdict()
-        for name, values in mine.items()
-        if np.isfinite(values).all()
-    }
+    figures = {name: interval._asdict() for name, interval in result[arm.name].items()}
     ratios = {
         f"{name}_over_{baseline.replace(' ', '_').lower()}": paired_ratio_interval(
-            mine[name], columns[baseline][name]
+            result.measured[arm.name][name], result.measured[baseline][name]
         )._asdict()
         for name, baseline in product(COMPARED, BASELINES)
     }
     return {"policy": arm.name, "knows": arm.knows, **figures, **ratios}
 
 
-def against_load(
-    applications: Sequence[Application], jobs: int, seeds: int, progress: tqdm
-) -> list[dict]:
+def against_load(applications: Sequence[Application], jobs: int, seeds: int) -> list[dict]:
     """The same jobs, arriving faster."""
     unit = mean_seconds(applications)
     arms = [arm for arm in policies(unit, timed=False) if arm.name in SWEPT]
@@ -91,7 +71,7 @@ def against_load(
     for load in LOADS:
         drawn = partial(poisson_workload, applications, load, jobs)
         scenario = Scenario(f"hermes {load}", f"Hermes mix, load {load}", unit, drawn)
-        swept.append({"load": load, "rows": compared(scenario, arms, seeds, progress)})
+        swept.append({"load": load, "rows": compared(scenario, arms, seeds)})
     return swept
 
 
@@ -188,18 +168,16 @@ def main() -> None:
     begun = time.perf_counter()
     hermes = hermes_applications()
     chosen = scenarios(hermes, args.load, args.jobs, args.traces)
-    runs = sum(len(scenario.arms()) for scenario in chosen) + len(LOADS) * len(SWEPT)
-    with tqdm(total=runs * args.seeds) as progress:
-        results = [
-            {
-                "name": scenario.name,
-                "title": scenario.title,
-                "mean_demand_seconds": scenario.unit,
-                "rows": compared(scenario, scenario.arms(), args.seeds, progress),
-            }
-            for scenario in chosen
-        ]
-        swept = against_load(hermes, args.jobs, args.seeds, progress)
+    results = [
+        {
+            "name": scenario.name,
+            "title": scenario.title,
+            "mean_demand_seconds": scenario.unit,
+            "rows": compared(scenario, scenario.arms(), args.seeds),
+        }
+        for scenario in chosen
+    ]
+    swept = against_load(hermes, args.jobs, args.seeds)
     claims = {f"load {each['load']}": claim(each["rows"]) for each in swept} | {
         each["name"]: claim(each["rows"]) for each in results if "engine" in each["name"]
     }

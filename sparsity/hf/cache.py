@@ -240,6 +240,7 @@ class SparseCache(ServedCache, Cache):
             managed=managed,
             num_bytes=sum(layer_bytes(layer) for layer in self.layers),
             peak_bytes=self._state.peak_bytes,
+            past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
         )
 
     def reset(self) -> None:
@@ -260,12 +261,14 @@ class SparseCache(ServedCache, Cache):
         beam_idx = _row_index("beam_idx", beam_idx)
         super().reorder_cache(beam_idx)
         self._state.take(beam_idx)
+        self._state.measure(self._stock_bytes)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows of `indices` (int64 numbers or a bool mask), in that order."""
         indices = _row_index("indices", indices)
         super().batch_select_indices(indices)
         self._state.take(indices)
+        self._state.measure(self._stock_bytes)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, copies next to each other."""
@@ -273,6 +276,7 @@ class SparseCache(ServedCache, Cache):
         super().batch_repeat_interleave(repeats)
         if (batch := self._state.rows.batch) is not None:
             self._state.take(torch.arange(batch).repeat_interleave(repeats))
+        self._state.measure(self._stock_bytes)
 
     def activate_past_recording(self) -> None:
         """Refused with SparsityError: assisted decoding would go back."""

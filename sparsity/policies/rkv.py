@@ -13,7 +13,7 @@ from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import window_scores
 from sparsity.policies.snapkv import check_kernel
 
-BLOCK = 256  # tokens whose similarities to all others are in memory at once
+BLOCK = 128  # keys whose similarities to all others are in memory at once
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ class RKV(Evicting):
 def redundancies(keys: Tensor, start: Tensor, threshold: float) -> Tensor:
     """Mean similarity of each key to all others, put through a softmax over the keys.
 
-    Memory is linear in the number of keys: similarities are computed in blocks.
+    All similarities of a key sum up to its product with the sum of all keys, so that only those of
+    near-duplicates are looked for. Memory is linear in the number of keys. Waits for the device.
 
     Args:
         keys: `[batch, kv_heads, N, head_dim]`.
         start: rank of each key's token, -1 for none, `[batch, kv_heads, N]`.
-        threshold: cosine similarity above which the newest near-duplicate is spared.
+        threshold: cosine similarity above which the newest near-duplicate is spared, at least 0.
 
     Returns:
         float32 or wider, `[batch, kv_heads, N]`.
@@ -96,15 +97,60 @@ def redundancies(keys: Tensor, start: Tensor, threshold: float) -> Tensor:
     used = start >= 0
     unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
     unit = unit.masked_fill(~used[..., None], 0)
-    total = torch.zeros_like(unit[..., 0])
-    index = torch.arange(start.shape[-1], device=keys.device)
-    for first in range(0, start.shape[-1], BLOCK):
-        own = index[first : first + BLOCK, None]
-        similar = unit[:, :, first : first + BLOCK] @ unit.mT
-        similar = similar.masked_fill(own == index, 0)
-        close = (similar > threshold) & used[:, :, None]
-        newest = start[:, :, None].masked_fill(~close, -1).max(-1, keepdim=True)
-        spared = (newest.values >= 0) & (index == newest.indices)
-        total = total + similar.masked_fill(spared, 0).sum(2)
+    total = (unit @ unit.sum(2)[..., None])[..., 0] - (unit * unit).sum(-1)
+    newest_first = start.argsort(dim=-1, descending=True)
+    index = newest_first[..., None].expand_as(unit)
+    spared = _spared(unit.gather(2, index), used.gather(-1, newest_first), threshold)
+    total = total - spared.gather(-1, newest_first.argsort(-1))
     count = used.sum(-1, keepdim=True).clamp(min=1)
     return (total / count).masked_fill(~used, -torch.inf).softmax(-1)
+
+
+def _spared(unit: Tensor, used: Tensor, threshold: float) -> Tensor:
+    """What is not counted of each key's similarities: those to the keys it is spared by.
+
+    A key spares the first other key that it is more similar to than `threshold`. Most find one
+    among the newest, so the keys are gone through in blocks, each with the keys that have found
+    none so far.
+
+    Args:
+        unit: keys of length 1, newest first, `[batch, kv_heads, N, head_dim]`; 0 for none.
+        used: whether there is a key, bool `[batch, kv_heads, N]`.
+        threshold: at least 0, so that a key of length 0 is similar to none.
+
+    Returns:
+        `[batch, kv_heads, N]`.
+    """
+    spared, searching = torch.zeros_like(unit[..., 0]), used
+    for first in range(0, unit.shape[2], BLOCK):
+        rows = _first_true(searching)
+        if rows.shape[-1] == 0:
+            break
+        block = unit[:, :, first : first + BLOCK]
+        similar = _take_rows(unit, rows) @ block.mT
+        own = (rows - first)[..., None]  # a key is no duplicate of itself
+        inside, own = (own >= 0) & (own < block.shape[2]), own.clamp(0, block.shape[2] - 1)
+        similar.scatter_(-1, own, similar.gather(-1, own).masked_fill_(inside, 0))
+        found = (similar > threshold).any(-1) & searching.gather(-1, rows)
+        searching = searching.scatter(-1, rows, searching.gather(-1, rows) & ~found)
+        finding = _first_true(found)
+        similar, found = _take_rows(similar, finding), found.gather(-1, finding)
+        place = torch.arange(block.shape[2], device=unit.device)
+        nearest = (similar > threshold).to(torch.int8).argmax(-1, keepdim=True)
+        chosen = (place == nearest) & found[..., None]
+        spared[:, :, first : first + BLOCK] = similar.masked_fill(~chosen, 0).sum(2)
+    return spared
+
+
+def _first_true(flags: Tensor) -> Tensor:
+    """Where `flags`, bool `[batch, kv_heads, n]`, are True: int64 `[batch, kv_heads, most of any]`.
+
+    Where fewer are True, places of others follow.
+    """
+    most = int(flags.sum(-1).max())
+    return flags.to(torch.int8).argsort(dim=-1, descending=True)[..., :most]
+
+
+def _take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """`tokens` `[batch, kv_heads, n, d]` at `rows` `[batch, kv_heads, K]`."""
+    return tokens.gather(2, rows[..., None].expand(-1, -1, -1, tokens.shape[-1]))

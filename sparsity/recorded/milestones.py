@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 NAMES = ("milestone", "phoenix", "steady", "unused")
+NONE_COUNTED = "none counted: no page has left the newest tokens (Thresholds.local)"
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,16 @@ class Kinds:
     returns: Tensor
 
     def share(self, name: str) -> float:
-        """Share of the counted pages of a kind: "milestone", "phoenix", "steady" or "unused"."""
-        counts = {one: int(getattr(self, one).sum()) for one in NAMES}
-        return counts[name] / max(1, sum(counts.values()))
+        """Share of the counted pages of a kind: "milestone", "phoenix", "steady" or "unused".
+
+        0 where no page is counted.
+        """
+        return int(getattr(self, name).sum()) / max(1, self.counted)
+
+    @property
+    def counted(self) -> int:
+        """Pages that have a kind, summed over KV heads."""
+        return sum(int(getattr(self, one).sum()) for one in NAMES)
 
     @property
     def phoenixes_in_prompt(self) -> float:
@@ -83,7 +91,11 @@ class Kinds:
         return float((self.phoenix & self.prompt).sum() / self.phoenix.sum())
 
     def __str__(self) -> str:
+        if not self.counted:
+            return NONE_COUNTED
         shares = ", ".join(f"{name} {self.share(name):.1%}" for name in NAMES)
+        if not self.phoenix.any():
+            return shares
         return f"{shares}; {self.phoenixes_in_prompt:.1%} of the phoenix pages in the prompt"
 
 

@@ -11,7 +11,7 @@ from sparsity.arguments import check_instance, whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
-from sparsity.recorded.milestones import Kinds, Thresholds, classify
+from sparsity.recorded.milestones import NONE_COUNTED, Kinds, Thresholds, classify
 from sparsity.recorded.trace import Trace, check_trace, per_page
 from sparsity.retention.batch_rows import BatchRows, plan
 from sparsity.retention.layer import LayerRetention
@@ -90,26 +90,38 @@ class Replay:
 
     @property
     def milestone_mass(self) -> float:
-        """Share of the attention to milestone pages that is kept."""
+        """Share of the attention to milestone pages that is kept; NaN when there are none."""
         return self._mean("milestone_mass")
 
     @property
     def phoenix_survival(self) -> float:
-        """Share of the steps at which a phoenix page matters again that attend to it."""
+        """Share of the steps at which a phoenix page matters again that attend to it.
+
+        NaN when there are no phoenix pages.
+        """
         return self._mean("phoenix_survival")
+
+    def _pages(self, name: str, found: str) -> str:
+        """Their share of the pages and what was found of them; that there are none, if so."""
+        kinds = [one.kinds for one in self.layers.values()]
+        counted = sum(one.counted for one in kinds)
+        if not counted:
+            return NONE_COUNTED
+        if not any(getattr(one, name).any() for one in kinds):
+            return f"none among the {counted:,} pages counted"
+        return f"{sum(one.share(name) for one in kinds) / len(kinds):.1%}, {found}"
 
     def __str__(self) -> str:
         first = next(iter(self.layers.values()))
         heads, steps = first.kept_mass.shape
-        kinds = [one.kinds for one in self.layers.values()]
-        milestones = sum(k.share("milestone") for k in kinds) / len(kinds)
-        phoenixes = sum(k.share("phoenix") for k in kinds) / len(kinds)
+        milestones = self._pages("milestone", f"{self.milestone_mass:.3f} of their attention")
+        phoenixes = self._pages("phoenix", f"{self.phoenix_survival:.3f} of their returns")
         lines = (
             ("attention kept", f"{self.kept_mass:.3f}, with hindsight {self.regret:+.3f}"),
             ("top pages", f"{self.recall:.3f} attended to"),
             ("prompt", f"{self.prompt_survival:.3f} held at the end"),
-            ("milestone pages", f"{milestones:.1%}, {self.milestone_mass:.3f} of their attention"),
-            ("phoenix pages", f"{phoenixes:.1%}, {self.phoenix_survival:.3f} of their returns"),
+            ("milestone pages", milestones),
+            ("phoenix pages", phoenixes),
         )
         text = [f"{steps} decoded tokens, {len(self.layers)} layers of {heads} KV heads"]
         text += [f"{name:<17}{what}" for name, what in lines]

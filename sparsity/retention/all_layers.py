@@ -124,6 +124,14 @@ class AllLayers:
         self.new_ids = None
         self.turn.leave()
         self.rows, self.decoding, self.step = self.step.then, self.step.single, None
+        self.measure(other_bytes)
+
+    def measure(self, other_bytes: Callable[[], int]) -> None:
+        """Raise the peak to what is held, where more was allocated since this was last called.
+
+        Args:
+            other_bytes: counts the bytes held by layers that are not managed.
+        """
         managed = self.retentions.values()
         if any(retention.reallocated for retention in managed):
             held = other_bytes() + sum(retention.num_bytes for retention in managed)

@@ -31,9 +31,11 @@ class LayerRetention:
         past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
             first forward takes in (only then is it known which columns are padding); never written
             to.
-        reallocated: whether tensors were allocated since this was last set to False.
-        transient_bytes: bytes of the keys and values of the last forward of several tokens, before
-            it was pruned.
+        past_bytes: bytes of `past` as it was handed over; 0 without one.
+        borrowed: whether `past` still is the other cache's own tensors, and not copies of rows.
+        reallocated: whether more was allocated since this was last set to False.
+        transient_bytes: bytes of keys and values that were in memory besides while it was: of
+            several tokens before they were pruned, of fewer places or rows before they were more.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class LayerRetention:
         self.move: Move | None = None
         self.pool: PagePool | None = None
         self.past = past
+        self.past_bytes = storage_bytes(list(past or ()))
+        self.borrowed = past is not None
         self.reallocated = False
         self.transient_bytes = 0
 
@@ -58,8 +62,8 @@ class LayerRetention:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of every tensor held, those that the policy needs included."""
-        tensors = list(self.past or ())
+        """Bytes of every tensor of its own, those that the policy needs included."""
+        tensors = [] if self.borrowed else list(self.past or ())
         if self.pool is not None:
             tensors += self.pool.tensors().values()
         return storage_bytes(tensors)
@@ -67,14 +71,22 @@ class LayerRetention:
     def clear(self) -> None:
         """Forget everything; as new."""
         self.pool, self.past = None, None
+        self.borrowed, self.past_bytes = False, 0
         self.reallocated, self.transient_bytes = False, 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to every tensor held; the first dimension of each is the batch."""
+        before, borrowed = self.held, self.borrowed
         if self.pool is not None:
             self.pool = self.pool.map(change)
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
+        if before is None or self.held is None:
+            return
+        if self.held[0] is not before[0]:
+            self.borrowed = False
+        if self.held[0].shape[0] > before[0].shape[0]:
+            self._note_more(() if borrowed else before)
 
     def note_attended(self, slots: Tensor) -> None:
         """Called with the columns that a single new token attends to; does nothing here.
@@ -135,9 +147,10 @@ class LayerRetention:
         pool, policy = self.pool, self.policy
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
-        places = pool.start.shape[-1]
+        keys, values = pool.keys, pool.values
         pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
-        self.reallocated = self.reallocated or pool.start.shape[-1] != places
+        if pool.keys is not keys:
+            self._note_more((keys, values))
         view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
         chosen = policy.select(newest, view)
@@ -221,9 +234,13 @@ class LayerRetention:
             weigh=weigh,
         )
         self.pool = pool.rebuilt(new, self.policy)
-        self.past, self.reallocated = None, True
-        self.transient_bytes = key.nbytes + value.nbytes
+        self.past, self.borrowed = None, False
+        self._note_more((key, value))
         return out
+
+    def _note_more(self, besides: tuple[Tensor, ...]) -> None:
+        """Note that more was allocated, and what keys and values were in memory besides."""
+        self.reallocated, self.transient_bytes = True, sum(t.nbytes for t in besides)
 
     def _joined(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and columns of all that is held, and then of all that is new.

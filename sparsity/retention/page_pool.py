@@ -20,14 +20,20 @@ from sparsity.retention.several_tokens import (
     take_tokens,
 )
 
+# A pool that is full grows by one place in SHARE, or by places for LEAST tokens if those are more.
+# Each step then copies SHARE tokens on average, which is little beside what attention reads.
+SHARE, LEAST = 16, 16
+
 
 @dataclass
 class PagePool:
     """Keys and values of one layer in pages of `size` tokens; each KV head has pages of its own.
 
     There are C places for pages, and N = C * size for tokens. A page may lie in any place, and a
-    new one takes the first free place. Under a policy that bounds the pages held, all C places are
-    there after the first forward, and decoding allocates nothing.
+    new one takes the first free place. After a forward of several tokens there are as many places
+    as pages. While decoding they become more with the text, by a sixteenth at a time, so that it
+    happens rarely and little is empty. Under a policy that bounds the pages held there are never
+    more places than that, and once they are there decoding allocates nothing.
 
     Attributes:
         size: tokens a page.
@@ -208,10 +214,7 @@ class PagePool:
         keep, pinned = prune(layout, pages, new, policy, queries, asked)
         held = int(keep.sum(-1).max())
         outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
-        most = policy.pages_held
-        kept, is_page = kept_places(
-            pages.start, keep, max(held, 0 if most is None else most + outside)
-        )
+        kept, is_page = kept_places(pages.start, keep, held)
         source = take_pages(layout.source, kept, self.size)
         filled = take_pages(pages.filled, kept, self.size) & is_page.repeat_interleave(
             self.size, -1
@@ -247,7 +250,7 @@ class PagePool:
             self._evict(opens[..., None], step, policy, most, weigh)
         bounds = [self.held + 1, -(-step.longest_after // self.size)]
         self.held = min(bounds if most is None else [*bounds, most + self.outside])
-        self._grow(self.held)
+        self._grow(self.held, None if most is None else most + self.outside)
         self.high = max(self.high, self.held)
         free = (self.start[..., : self.high] < 0).to(torch.int8).argmax(-1)  # the first one
         self.current = torch.where(opens, free, self.current)
@@ -277,12 +280,19 @@ class PagePool:
         elif surplus > 1:  # or the next step would try again; a wait for the device now and then
             self.held = int((self.start[..., : self.high] >= 0).sum(-1).max())
 
-    def _grow(self, pages: int) -> None:
-        """Allocate places for a row of `pages` pages, and some more, so that it happens rarely."""
+    def _grow(self, pages: int, most: int | None) -> None:
+        """Allocate places for a row of `pages` pages, and some more, so that it happens rarely.
+
+        Args:
+            pages: held by a row from now on.
+            most: pages that a row will ever hold while decoding; None for no bound.
+        """
         have = self.start.shape[-1]
         if pages <= have:
             return
-        more = max(pages - have, -(-64 // self.size), have // 8)
+        more = max(pages - have, -(-LEAST // self.size), have // SHARE)
+        if most is not None:
+            more = max(pages, min(have + more, most)) - have
 
         def longer(old: Tensor, places: int, empty: int) -> Tensor:
             shape = (*old.shape[:2], places, *old.shape[3:])

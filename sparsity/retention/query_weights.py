@@ -23,12 +23,13 @@ def forward_weights(
 ) -> Tensor:  # fmt: skip
     """Attention weights of a forward over the keys held, as `Needs.attention` asks for them.
 
-    Memory is linear in n: the sum over all queries is taken in blocks.
+    Memory is linear in n: the sum over all queries is taken in blocks. Under plain causality a
+    block is not multiplied with the keys of this forward that come after it.
 
     Args:
         query: of this forward, `[batch, query_heads, q, head_dim]`.
         newest: the query of each row's newest real token, `[batch, query_heads, head_dim]`.
-        keys: `[batch, kv_heads, n, head_dim]`.
+        keys: `[batch, kv_heads, n, head_dim]`, those of this forward last, in order.
         slots: the columns of the keys, -1 for none, `[batch, kv_heads or 1, n]`.
         step: the forward.
         mask: of the forward.
@@ -41,16 +42,19 @@ def forward_weights(
     if needs.attention == "newest" or query.shape[2] == 1:
         allowed = (slots >= 0)[:, :, None]
         return reduce_group(weigh(newest[:, :, None], keys, allowed), needs.group)[:, :, 0]
-    first, total = step.stop - step.queries, None
+    first, length = step.stop - step.queries, keys.shape[2]
+    total = keys.new_zeros(keys.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
     for start in range(0, step.queries, BLOCK):
         block = slice(start, min(start + BLOCK, step.queries))
         columns = torch.arange(first + block.start, first + block.stop, device=keys.device)
-        weights = reduce_group(weigh(query[:, :, block], keys, mask(columns, slots)), needs.group)
+        reach = slice(length if mask.rule is not None else length - (step.queries - block.stop))
+        allowed = mask(columns, slots[..., reach])
+        weights = weigh(query[:, :, block], keys[:, :, reach], allowed)
+        weights = reduce_group(weights, needs.group)
         if step.valid is not None:  # the queries of padding say nothing
             real = step.valid[:, columns - step.first]
             weights = weights * real[:, None, :, None]
-        total = weights.sum(2) if total is None else total + weights.sum(2)
-    assert total is not None
+        total[..., reach] += weights.sum(2)
     return total
 
 

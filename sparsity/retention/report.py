@@ -17,10 +17,15 @@ class Report:
             transformers manages.
         managed: whether the policy decides in this layer; False for layers that transformers
             manages itself (sliding windows, linear attention).
-        num_bytes: bytes of all tensors held now: keys, values, and what policies need (page minima
-            and maxima, stamps, sums, last queries).
-        peak_bytes: the most bytes that were held at once, the layer that a forward of several
-            tokens was passing through counted before it was pruned.
+        num_bytes: bytes of all tensors of this cache now: keys, values, and what policies need
+            (page minima and maxima, stamps, sums, last queries).
+        peak_bytes: the most bytes of its own tensors at once: the layer that a forward of several
+            tokens was passing through counts before it was pruned, and one whose places became
+            more counts with the places it had.
+        past_bytes: bytes of the keys and values handed over by `past=` for the layers that the
+            policy decides in; in neither of the two above, since they are read and stay the other
+            cache's. This one lets go of them, layer by layer, in its first forward: until then up
+            to `peak_bytes` + `past_bytes` are in memory. 0 without `past`.
     """
 
     policy: Policy
@@ -30,14 +35,14 @@ class Report:
     managed: tuple[bool, ...]
     num_bytes: int
     peak_bytes: int
+    past_bytes: int = 0
 
     def __str__(self) -> str:
         """A few lines for people."""
-        lines = [
-            f"{self.policy}",
-            f"{self.tokens_seen:,} tokens seen",
-            f"{self.num_bytes:,} bytes held, {self.peak_bytes:,} at the peak",
-        ]
+        held = f"{self.num_bytes:,} bytes held, {self.peak_bytes:,} at the peak"
+        if self.past_bytes:
+            held += f", besides {self.past_bytes:,} of the cache it went on from"
+        lines = [f"{self.policy}", f"{self.tokens_seen:,} tokens seen", held]
         if not any(self.managed):
             lines.append("no layer has full attention: the policy decides nothing in this model")
         runs: list[tuple[int, int, str]] = []

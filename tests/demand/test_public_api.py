@@ -16,6 +16,7 @@ def test_exports():
         "CallbackBackend",
         "ClassMean",
         "ClosedLoop",
+        "Comparison",
         "CostAwarePlanner",
         "CostModel",
         "CurrentUnit",
@@ -68,6 +69,7 @@ def test_exports():
         "bootstrap_interval",
         "calibrate",
         "closed_loop",
+        "compare",
         "drift",
         "gittins_brute_force",
         "gittins_rank",
@@ -115,7 +117,7 @@ def test_everything_public_is_documented(name):
 
 
 def test_import_loads_only_numpy():
-    heavy = "torch transformers scipy networkx matplotlib httpx2 openai picache sparsity"
+    heavy = "torch transformers scipy networkx matplotlib tqdm httpx2 openai picache sparsity"
     check = (
         f"import sys, demand; found = set('{heavy}'.split()) & set(sys.modules); assert not found"
     )

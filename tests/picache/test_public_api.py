@@ -45,6 +45,7 @@ def test_public_names():
         "StoredChunk",
         "arms",
         "compare",
+        "load_problems",
     ]
 
 

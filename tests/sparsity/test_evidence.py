@@ -1,9 +1,13 @@
 """Statistics of long forwards are taken in blocks: the same numbers, in linear memory."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsity import H2O, RKV, SnapKV
 from sparsity.policies import rkv
@@ -39,16 +43,112 @@ def test_sums_in_blocks_equal_the_whole_matrix(length, group):
     assert_close("newest", newest, whole[:, :, -1])
 
 
-def test_redundancy_in_blocks_equals_the_whole_matrix(monkeypatch):
-    keys = torch.randn(2, 2, 23, 8, generator=torch.Generator().manual_seed(0))
-    start = torch.arange(23).expand(2, 2, -1).clone()
-    start[0, :, 4], keys[1, :, 7] = -1, 0
-    whole = rkv.redundancies(keys, start, 0.3)
-    assert whole[0, :, 4].eq(0).all()
-    assert_close("all places", whole.sum(-1), torch.ones(2, 2))
-    for block in (1, 5, 22):
-        monkeypatch.setattr(rkv, "BLOCK", block)
-        assert_close(f"blocks of {block}", rkv.redundancies(keys, start, 0.3), whole)
+def test_a_rule_of_the_model_lets_a_block_see_what_comes_after_it():
+    """Tokens of one image attend to each other both ways; here the whole text is one."""
+    query = torch.randn(1, 2, BLOCK + 9, 8)
+    length = query.shape[2]
+    step = plan(BatchRows(), H2O(8), 1, length, None, query.device)
+    both_ways = replace(causal_mask(), rule=lambda b, h, q, k: (q >= 0) & (k >= 0))
+    slots = torch.arange(length).expand(1, 1, -1)
+    needs = Needs(attention="all")
+    got = forward_weights(
+        query, query[:, :, -1], query, slots, step, both_ways, needs, attention_weights
+    )
+    assert_close("both ways", got, attention_weights(query, query).mean(2).sum(2))
+
+
+def test_blocks_of_queries_meet_no_keys_that_come_after_them():
+    query, blocks = torch.randn(1, 1, 12 * BLOCK, 4), []
+
+    def weigh(query, keys, allowed):
+        blocks.append((query.shape[2], keys.shape[2]))
+        return attention_weights(query, keys, allowed)
+
+    step = plan(BatchRows(), H2O(8), 1, query.shape[2], None, query.device)
+    slots, needs = torch.arange(query.shape[2]).expand(1, 1, -1), Needs(attention="all")
+    forward_weights(query, query[:, :, -1], query, slots, step, causal_mask(), needs, weigh)
+    assert blocks == [(BLOCK, BLOCK * (i + 1)) for i in range(12)]
+
+
+def redundancies_of_all_pairs(keys, start, threshold):
+    """`rkv.redundancies` from the whole matrix of similarities, summed pair by pair."""
+    used = start >= 0
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    unit = F.normalize(keys.to(wide), dim=-1).masked_fill(~used[..., None], 0)
+    similar = unit @ unit.mT
+    similar.diagonal(dim1=-2, dim2=-1).zero_()
+    close = (similar > threshold) & used[:, :, None]
+    newest = start[:, :, None].masked_fill(~close, -1).max(-1, keepdim=True)
+    place = torch.arange(start.shape[-1])
+    spared = (newest.values >= 0) & (place == newest.indices)
+    mean = similar.masked_fill(spared, 0).sum(2) / used.sum(-1, keepdim=True).clamp(min=1)
+    return mean.masked_fill(~used, -torch.inf).softmax(-1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_redundancy_equals_that_of_all_pairs(data):
+    """Places in any order, some unused, keys that come again, keys of zero, any block."""
+    seed, length = data.draw(st.integers(0, 999)), data.draw(st.sampled_from([1, 2, 7, 63, 130]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    threshold = data.draw(st.sampled_from([0.0, 0.313, 0.707, 0.97]))
+    common = data.draw(st.sampled_from([0.0, 1.5]))  # what makes keys resemble each other
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(2, 3, length, 8, generator=generator) + common
+    keys[0, :, length // 2] = keys[0, :, 0]
+    keys[1, 0, length // 3] = 0
+    start = torch.stack([torch.randperm(length, generator=generator) for _ in range(6)])
+    start = start.view(2, 3, length).to(torch.int32)
+    start[0, 1:, 1::3] = -1
+    start[1, 2] = data.draw(st.sampled_from([-1, 5]))  # a head without a key
+    start[1, 2, 1:] = -1
+    block, usual = data.draw(st.sampled_from([1, 5, 64, 128])), rkv.BLOCK
+    try:
+        rkv.BLOCK = block
+        got = rkv.redundancies(keys.to(dtype), start, threshold)
+    finally:
+        rkv.BLOCK = usual
+    whole = redundancies_of_all_pairs(keys.to(dtype), start, threshold)
+    torch.testing.assert_close(got, whole, rtol=3e-6, atol=0, equal_nan=True)
+
+
+def test_redundancy_by_hand():
+    """Keys at 0, 90 and 0 degrees and one at 45: the newest near-duplicate is not charged.
+
+    Cosines: 0-2 are 1, those with key 3 are .707, those with key 1 else 0. Above .5 key 0 is like
+    2 and 3 and spares 3, and so do keys 1 and 2; key 3 is like 0, 1 and 2 and spares 2.
+    """
+    half = 0.5**0.5
+    keys = torch.tensor([[1.0, 0], [0, 3], [2, 0], [5, 5]])[None, None]
+    start = torch.arange(4, dtype=torch.int32)[None, None]
+    means = torch.tensor([1 + half, half, 1.0, 0]) / 4
+    assert_close("by hand", rkv.redundancies(keys, start, 0.5)[0, 0], means.softmax(0))
+
+
+def numbers_made(compute):
+    """How many numbers the tensors have that `compute` makes, each view counted too."""
+    made = [0]
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                made[0] += out.numel()
+            return out
+
+    with Watch():
+        compute()
+    return made[0]
+
+
+@pytest.mark.parametrize(("likeness", "most"), [(2.0, 0.8), (0.0, 3.5)])
+def test_redundancy_does_not_go_through_all_pairs_many_times(likeness, most):
+    """Not even once where keys have near-duplicates among the newest; before, ten times."""
+    length = 2048
+    keys = torch.randn(1, 1, length, 16, generator=torch.Generator().manual_seed(0)) + likeness
+    start = torch.arange(length, dtype=torch.int32)[None, None]
+    made = numbers_made(lambda: rkv.redundancies(keys, start, 0.75))
+    assert made <= most * length**2
 
 
 @pytest.mark.parametrize("policy", [H2O(64), SnapKV(64, window=8), RKV(64)], ids=str)

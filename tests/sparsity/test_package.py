@@ -35,6 +35,7 @@ def test_import_loads_no_transformers_and_no_other_package():
 
 def test_public_names():
     assert sorted(sparsity.__all__) == [
+        "Comparison",
         "Evicting",
         "Full",
         "H2O",
@@ -42,6 +43,7 @@ def test_public_names():
         "Needs",
         "PageView",
         "Policy",
+        "Problem",
         "PyramidKV",
         "Quest",
         "QuestRaaS",
@@ -60,6 +62,7 @@ def test_public_names():
         "Trace",
         "VaSE",
         "attach",
+        "compare",
         "detach",
         "milestone_map",
         "record",

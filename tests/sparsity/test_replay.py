@@ -1,5 +1,8 @@
 """A recorded dense run, what policies would have kept of it, and what its pages were used for."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -232,6 +235,44 @@ def test_a_water_column_is_a_milestone_and_a_return_a_phoenix():
     assert kinds.phoenixes_in_prompt == 1
     assert kinds.returns.nonzero().tolist() == [[0, 300, 0]]
     assert "milestone 33.3%" in str(kinds)
+
+
+def test_a_mean_of_nothing_is_said_in_words(trace):
+    """No share and no NaN where no page is of the kind, or none was counted at all."""
+    none_counted = "none counted: no page has left the newest tokens (Thresholds.local)"
+    counted = 2 * 4 * ((PROMPT + NEW - 1) // 4)  # heads, layers, pages that are whole at the end
+    never = Thresholds(alpha=0.99, gap=400, local=0)
+    text = str(replay(trace, RaaS(64), page_size=4, thresholds=never, progress=False))
+    assert f"milestone pages  none among the {counted} pages counted" in text
+    assert f"phoenix pages    none among the {counted} pages counted" in text
+    all_local = Thresholds(local=400)
+    result = replay(trace, RaaS(64), page_size=4, thresholds=all_local, progress=False)
+    assert f"milestone pages  {none_counted}" in str(result)
+    assert f"phoenix pages    {none_counted}" in str(result)
+    assert "nan" not in (text + str(result)).lower()
+    assert math.isnan(result.milestone_mass)
+    assert math.isnan(result.phoenix_survival)
+    assert str(result.layers[0].kinds) == none_counted
+    assert {result.layers[0].kinds.share(name) for name in NAMES} == {0}
+
+
+def test_kinds_without_a_phoenix_say_nothing_of_where_they_are():
+    mass = torch.zeros(1, 400, 3)
+    mass[0, 40:90, 1] = 0.5
+    kinds = classify(mass, prompt_tokens=16, page_size=16)
+    assert kinds.counted == 3
+    assert str(kinds) == "milestone 33.3%, phoenix 0.0%, steady 0.0%, unused 66.7%"
+
+
+def test_the_experiment_writes_no_nan(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "experiments"))
+    import replay_policies
+
+    assert replay_policies.mean([math.nan, 0.25, 0.75]) == 0.5
+    row = dict.fromkeys(replay_policies.MEASURES, 0.5) | {"arm": "RaaS", "regret": 0.125}
+    row["phoenix_survival"] = replay_policies.mean([math.nan, math.nan])
+    lines = replay_policies.table({"rows": [row], "kinds": []}).splitlines()
+    assert lines[2] == "| RaaS | 0.500 | +0.125 | 0.500 | 0.50 | 0.500 | - |"
 
 
 def test_a_map_is_drawn(trace, tmp_path):

@@ -1,0 +1,53 @@
+"""What the quickstart asks a model: questions on passages, and texts to decode along.
+
+A real model answers questions on the passages of `examples/data`; the reference model, which knows
+three hundred words, the tasks it was trained on.
+"""
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+from reference_tasks import LOOKUP_SYSTEM, lookup_problem, reasoning_problem
+
+import picache
+import sparsity
+
+DATA = Path(__file__).parents[1] / "data"
+DOCUMENTS = 8
+LINK_SEED, REASONING_SEED = 2 * 10**9, 3 * 10**9
+
+
+def link_problems(model: str, count: int) -> list[picache.Problem]:
+    """`count` questions, each on eight documents; spread over the passages."""
+    if model == "reference":
+        rng = random.Random(LINK_SEED)
+        return [_lookup(rng) for _ in range(count)]
+    problems = picache.load_problems(DATA / "passages.json", documents=DOCUMENTS)
+    if count > len(problems):
+        raise SystemExit(f"there are {len(problems)} questions, not {count}")
+    return [problems[i * len(problems) // count] for i in range(count)]
+
+
+def _lookup(rng: random.Random, chunk_tokens: int = 24) -> picache.Problem:
+    """Facts on towns, cut into pieces wherever they fall, and a sentence to complete."""
+    problem = lookup_problem(rng, DOCUMENTS)
+    words = " ".join(problem.documents).split()  # one word, one token
+    starts = range(0, len(words), chunk_tokens)
+    pieces = tuple(" ".join(words[i : i + chunk_tokens]) for i in starts)
+    instruction = LOOKUP_SYSTEM.removeprefix("<bos> ")
+    return picache.Problem(pieces, problem.query(), (problem.questions[0][1],), instruction)
+
+
+def texts(model: str, count: int, tokens: int, tokenizer) -> list[str] | list[sparsity.Problem]:
+    """`count` texts of `tokens` tokens; chains of thought to decode for the reference model."""
+    if model == "reference":
+        draw = partial(reasoning_problem, random.Random(REASONING_SEED), 40)
+        chains = [draw() for _ in range(count)]
+        return [sparsity.Problem(chain.prompt, (chain.answer,)) for chain in chains]
+    found = json.loads((DATA / "texts.json").read_text())["texts"]
+    if count > len(found):
+        raise SystemExit(f"there are {len(found)} texts, not {count}")
+    ids = (tokenizer(each["text"])["input_ids"][:tokens] for each in found[:count])
+    return [tokenizer.decode(each) for each in ids]

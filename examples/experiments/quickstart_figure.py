@@ -1,0 +1,95 @@
+"""The quickstart's picture: four questions, each answered by a panel."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GREY, RED, GREEN, BLUE = "#8a8a8a", "#c44e52", "#2f8f5b", "#4c72b0"
+
+
+def colour(arm: str) -> str:
+    """Grey for the reference and chance, red for reuse as it is, green for what the papers add."""
+    if arm.startswith("LegoLink") or arm in ("RaaS", "Gittins"):
+        return GREEN
+    if arm == "naive":
+        return RED
+    return GREY if arm in ("full", "dense", "FCFS") or arm.startswith("random") else BLUE
+
+
+def draw(record: dict, path: Path) -> None:
+    """Write the picture of a record of `quickstart.py`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    _answers(record["linking"], axes[0, 0])
+    _sinks(record["attention_on_first_tokens"], axes[0, 1])
+    _retention(record["retention"], axes[1, 0])
+    _scheduling(record["scheduling"], axes[1, 1])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _answers(rows: list[dict], ax: "Axes") -> None:
+    places = range(len(rows))[::-1]
+    for place, row in zip(places, rows, strict=True):
+        share, (low, high) = row["accuracy"], row["accuracy_interval"]
+        spread = [[max(0.0, share - low)], [max(0.0, high - share)]]
+        ax.barh(place, share, xerr=spread, color=colour(row["arm"]), ecolor="black", capsize=2)
+        note = f"{row['recomputed']:.0%} recomputed, {row['time_of_full']:.2f} of the time"
+        ax.text(1.02, place, note, va="center", fontsize=8, transform=ax.get_yaxis_transform())
+    ax.set_yticks(places, [row["arm"] for row in rows])
+    ax.set(
+        xlim=(0, 1),
+        xlabel="questions answered right (95 % interval)",
+        title="Chunks compiled apart: are questions on them still answered?",
+    )
+
+
+def _sinks(layers: dict[str, list[float]], ax: "Axes") -> None:
+    for arm, shares in layers.items():
+        ax.plot(range(len(shares)), shares, marker="o", ms=3, color=colour(arm), label=arm)
+    ax.set(
+        xlabel="layer",
+        ylabel="share of the question's attention",
+        ylim=(0, None),
+        title="Why: attention on the first tokens of the chunks",
+    )
+    ax.legend()
+
+
+def _retention(rows: list[dict], ax: "Axes") -> None:
+    places = range(len(rows))[::-1]
+    for place, row in zip(places, rows, strict=True):
+        mean, (low, high) = row["extra_nll"], row["extra_nll_interval"]
+        spread = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        ax.barh(place, mean, xerr=spread, color=colour(row["arm"]), ecolor="black", capsize=2)
+        note = f"holds {row['kept_bytes'] / 2**20:.1f} MiB"
+        ax.text(1.02, place, note, va="center", fontsize=8, transform=ax.get_yaxis_transform())
+    ax.axvline(0.0, color="black", linewidth=0.8)
+    ax.set_yticks(places, [row["arm"] for row in rows])
+    ax.set(
+        xlabel="nats a token above dense attention (95 % interval)",
+        title="Decoding with part of the KV cache: what does it cost?",
+    )
+
+
+def _scheduling(rows: list[dict], ax: "Axes") -> None:
+    mixes = list(dict.fromkeys(row["mix"] for row in rows))
+    for index, mix in enumerate(mixes):
+        of_mix = [row for row in rows if row["mix"] == mix]
+        places = [place + 0.4 * index for place in range(len(of_mix))]
+        ax.bar(places, [row["mean_to_fcfs"] for row in of_mix], 0.38, label=f"{mix}: mean")
+        ax.plot(places, [row["p95_to_fcfs"] for row in of_mix], "k_", markersize=12)
+    ax.plot([], [], "k_", label="P95")
+    ax.set_xticks([place + 0.2 for place in range(len(of_mix))], [row["arm"] for row in of_mix])
+    ax.tick_params(axis="x", labelrotation=20)
+    ax.set(
+        ylabel="completion time / first come, first served",
+        title=f"Serving in another order: how long do applications take? (load {rows[0]['load']})",
+    )
+    ax.legend(fontsize=8)
