@@ -16,7 +16,7 @@ from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
-from picache.seams import cut_at_seams, ends_of, seams
+from picache.seams import Seams, cut_at_seams, ends_of
 from picache.sinks import DummySinks, SharedPrefix, Sinks
 from picache.store import ChunkStore
 from picache.text_ids import TextIds, as_ids, ids_as_given, ids_of_text
@@ -89,6 +89,7 @@ class PIC:
         self.model = model
         self._bos = self._special("bos_token_id")
         self._lead = self._leading(sinks)
+        self._seams = Seams(self.tokenizer)
 
     def __repr__(self) -> str:
         tokenizer = "no tokenizer" if self.tokenizer is None else type(self.tokenizer).__name__
@@ -323,7 +324,7 @@ class PIC:
         ends = [chunk.ends for chunk in chunks]
         ends.append(ends_of(query) if isinstance(query, str) else None)
         dropped = (*asked.ids[:skip], *asked.dropped)
-        return Row(tuple(forms), asked.ids[skip:], dropped, seams(ends, self.tokenizer))
+        return Row(tuple(forms), asked.ids[skip:], dropped, self._seams.between(ends))
 
     def _refuse_too_long(self, rows: list[Row]) -> None:
         """Raise PICacheError for a row that needs more positions than the model has."""

@@ -25,7 +25,8 @@ class Problem:
         lead: how the answer begins, given to the model; what it goes on with is compared.
 
     Raises:
-        PICacheError: no documents, an empty one, or a question that is no text.
+        PICacheError: no documents, an empty one, or a question, instruction or lead that is no
+            text.
     """
 
     documents: tuple[str, ...]
@@ -42,8 +43,9 @@ class Problem:
             object.__setattr__(self, name, tuple(texts))
         if not self.documents:
             raise PICacheError("a Problem needs at least one document")
-        if not isinstance(self.question, str):
-            raise PICacheError(f"question must be a text, got {self.question!r}")
+        for name in ("question", "instruction", "lead"):
+            if not isinstance(getattr(self, name), str):
+                raise PICacheError(f"{name} must be a text, got {getattr(self, name)!r}")
 
 
 class Pieces(NamedTuple):

@@ -6,6 +6,7 @@ than at the end of all text. The tokens of texts one by one are then not those o
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,26 +23,37 @@ def ends_of(text: str) -> tuple[str, str]:
     return text[:WINDOW], text[-WINDOW:]
 
 
-def seams(
-    ends: Sequence[tuple[str, str] | None], tokenizer: Callable[..., Any] | None
-) -> tuple[bool | None, ...]:
-    """For each place where two texts meet, whether the joined text has other tokens there.
+class Seams:
+    """Tells, for one tokenizer, where joined texts have other tokens; a seam is looked at once.
 
     Args:
-        ends: of the texts in prompt order, see `ends_of`; None for what was given as token ids.
         tokenizer: of the model; None where there is none, and no text.
-
-    Returns:
-        One entry for each pair of neighbours; None where one of them is no text.
     """
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer else []
+    def __init__(self, tokenizer: Callable[..., Any] | None) -> None:
+        self._tokenizer: Any = tokenizer
+        self._changes = lru_cache(maxsize=2**14)(self._look)
 
-    return tuple(
-        None if one is None or two is None else ids(one[1] + two[0]) != ids(one[1]) + ids(two[0])
-        for one, two in pairwise(ends)
-    )
+    def between(self, ends: Sequence[tuple[str, str] | None]) -> tuple[bool | None, ...]:
+        """For each place where two texts meet, whether the joined text has other tokens there.
+
+        Args:
+            ends: of the texts in prompt order, see `ends_of`; None for what was given as token ids.
+
+        Returns:
+            One entry for each pair of neighbours; None where one of them is no text.
+        """
+        return tuple(
+            None if one is None or two is None else self._changes(one[1], two[0])
+            for one, two in pairwise(ends)
+        )
+
+    def _look(self, before: str, behind: str) -> bool:
+        left, right, both = (
+            list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (before, behind, before + behind)
+        )
+        return bool(left + right != both)
 
 
 def cut_at_seams(texts: Sequence[str], tokenizer: Any, vocab_size: int) -> list[list[int]]:

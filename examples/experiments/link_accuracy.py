@@ -2,52 +2,51 @@
 
     python examples/experiments/link_accuracy.py --out docs/results
 
-Lookups on the reference model, every arm on the same questions. Writes `link_accuracy.json`,
-`link_accuracy.png`, and with --out docs/results the page docs/linking.md. Intervals are paired
-bootstraps over questions: each resample draws the same questions for both arms.
+Lookups on the reference model by `picache.compare`, every arm on the same questions. Writes
+`link_accuracy.json` and `link_accuracy.png`; `render_tables.py` then writes docs/linking.md.
+Intervals are paired bootstraps over questions: each resample draws the same ones for all arms.
 """
 
 import argparse
 import json
 import random
 import time
-from collections.abc import Iterable
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from environment import environment
 from evaluate import REFERENCE_MODEL, cut, loaded
 from parallel import spread
-from reference_tasks import LOOKUP_SYSTEM, LookupProblem, lookup_problem
+from reference_tasks import BOS, LOOKUP_SYSTEM, LookupProblem, lookup_problem
 
 from picache import (
     A3,
     APE,
-    PIC,
+    Arm,
     CacheBlend,
-    ChunkStore,
     Combined,
+    Comparison,
     DummySinks,
-    FullRecompute,
     LegoLink,
     LinkMethod,
     NaiveReuse,
     OracleDeviation,
+    Problem,
     ProphetKV,
     RandomRecompute,
     SharedPrefix,
+    compare,
 )
 
 RATIOS = (0.05, 0.15, 0.3, 0.5)
-Arm = tuple[str, str, LinkMethod]  # family, label, method
 
 
-def method_arms() -> list[Arm]:
-    """Every method over its budgets; random at LegoLink's tokens a chunk and at every ratio."""
-    arms: list[Arm] = [
-        ("full", "full", FullRecompute()),
+def method_arms() -> list[tuple[str, str, LinkMethod]]:
+    """Family, label and method, over all budgets; random at LegoLink's tokens and every ratio."""
+    arms: list[tuple[str, str, LinkMethod]] = [
         ("naive", "naive", NaiveReuse()),
         ("naive, query compiled alone", "naive, repo", NaiveReuse(force_query=False)),
     ]
@@ -83,154 +82,103 @@ def control(family: str, label: str) -> str | None:
     return f"random {label.rpartition(' ')[2]}"
 
 
-def sink_arms() -> list[tuple[str, object, bool]]:
-    """What chunks are compiled behind: label, policy, whether documents begin with a BOS."""
-    return [
-        ("nothing", "drop", False),
-        ("BOS, dropped", "drop", True),
-        ("BOS, kept", "keep", True),
-        *((f"{m} dumm{'y' if m == 1 else 'ies'}", DummySinks(m), False) for m in (1, 2, 4, 8)),
-        ("the system prompt", SharedPrefix(LOOKUP_SYSTEM), False),
-    ]
-
-
-def sink_methods(policy: object) -> dict[str, LinkMethod]:
-    """What is linked under each policy; APE only behind a shared prefix, as its paper compiles."""
+def sink_arms() -> dict[str, dict[str, Arm]]:
+    """What is linked behind what; APE only behind a shared prefix, as its paper compiles."""
     methods = {"reused": LegoLink(0), "LegoLink-1": LegoLink(1), "LegoLink-4": LegoLink(4)}
-    if isinstance(policy, SharedPrefix):
-        return {**methods, "APE, T = S = 0.9": APE(), "APE, T = S = 1": APE(1, 1)}
-    return methods
+    ape = {"APE, T = S = 0.9": APE(), "APE, T = S = 1": APE(1, 1)}
+    dummies = {f"{m} dumm{'y' if m == 1 else 'ies'}": DummySinks(m) for m in (1, 2, 4, 8)}
+    shared = {"the system prompt": SharedPrefix(LOOKUP_SYSTEM)}
+    return {
+        label: {
+            name: Arm(method, sinks)
+            for name, method in {**methods, **(ape if label in shared else {})}.items()
+        }
+        for label, sinks in {"nothing": "drop", **dummies, **shared}.items()
+    }
 
 
-class Measured:
-    """What one arm did, question by question."""
+def problem_of(made: LookupProblem, chunk_tokens: int | None = None) -> Problem:
+    """The first question; chunks are the documents, or pieces of so many tokens."""
+    texts = made.documents if chunk_tokens is None else cut(made.documents, chunk_tokens)
+    instruction = made.system.removeprefix(BOS).strip()
+    return Problem(tuple(texts), made.query(), (made.questions[0][1],), instruction)
 
-    def __init__(self) -> None:
-        self.right: list[float] = []
-        self.divergence: list[float] = []
-        self.recomputed: list[float] = []
-        self.flops: list[float] = []
 
-    def add(self, prompt, answer: int, full: torch.Tensor) -> None:
-        """Record one link: `full` are the log-probabilities of a full prefill."""
-        linked = prompt.logits.double().log_softmax(-1)
-        self.right.append(float(linked.argmax() == answer))
-        self.divergence.append(float((full.exp() * (full - linked)).sum()))
-        self.recomputed.append(prompt.report.tokens_recomputed / prompt.report.tokens_total)
-        self.flops.append(prompt.report.flops / prompt.report.flops_full_prefill)
+def compared_on(path: str, arms: Mapping[str, LinkMethod | Arm], some: list[Problem]) -> Comparison:
+    """All arms on some of the problems; the answers are one token long."""
+    model, tokenizer = loaded(path)
+    return compare(model, tokenizer, some, arms, new_tokens=1, progress=False)
 
-    def extend(self, other: "Measured") -> None:
-        """Go on with what was measured on other questions."""
-        for name, values in vars(other).items():
-            vars(self)[name].extend(values)
+
+def compared(
+    path: str,
+    arms: Mapping[str, LinkMethod | Arm],
+    problems: list[Problem],
+    seed: int,
+    workers: int,
+    what: str,
+) -> Comparison:
+    """All arms on all problems, eight at a time, by one process or several."""
+    parts = [problems[i : i + 8] for i in range(0, len(problems), 8)]
+    done = list(spread(partial(compared_on, path, arms), parts, workers, what))
+    measured = {
+        arm: {m: np.concatenate([part.measured[arm][m] for part in done]) for m in metrics}
+        for arm, metrics in done[0].measured.items()
+    }
+    return replace(done[0], measured=measured, seed=seed)
 
 
 def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> list[float]:
-    """95 % percentile interval of the mean."""
+    """95 % percentile interval of the mean (for `retention_accuracy.py`)."""
     picks = rng.integers(0, len(values), (resamples, len(values)))
     return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
 
 
-@cache
-def pic_behind(path: str, label: str = "nothing") -> PIC:
-    """One for each kind of sinks in a process, on one store."""
-    model, tokenizer = loaded(path)
-    store = ChunkStore() if label == "nothing" else pic_behind(path).store
-    policies = {name: policy for name, policy, _ in sink_arms()}
-    # Every arm links, whatever it costs: the arms are to be compared, not served.
-    return PIC(model, tokenizer, store, sinks=policies[label], flops_per_byte=None)
+def summary(result: Comparison, arm: str) -> dict:
+    """Means over questions with intervals; accuracy also as the paired difference from full."""
+    found = result[arm]
+    row = {"problems": result.units}
+    for name, interval in {
+        "accuracy": found["accuracy"],
+        "accuracy_minus_full": result.difference(arm, "accuracy"),
+        "kl_to_full": found["kl"],
+    }.items():
+        row |= {name: interval.estimate, f"{name}_interval": list(interval[1:])}
+    shares = {"share_recomputed": "recomputed", "share_of_flops": "operations"}
+    return row | {name: found[metric].estimate for name, metric in shares.items()}
 
 
-def methods_on(path: str, chunk_tokens: int | None, problem: LookupProblem) -> dict[str, Measured]:
-    """Every method on one question; documents as chunks, or cut into pieces."""
-    pic = pic_behind(path)
-    measured = {label: Measured() for _, label, _ in method_arms()}
-    answer = pic.tokenizer(problem.questions[0][1])["input_ids"][0]
-    texts = problem.documents if chunk_tokens is None else cut(problem.documents, chunk_tokens)
-    chunks = [pic.compile(text) for text in (problem.system, *texts)]
-    full = torch.empty(0)
-    for _, label, method in method_arms():
-        prompt = pic.link(chunks, problem.query(), method)
-        if label == "full":
-            full = prompt.logits.double().log_softmax(-1)
-        measured[label].add(prompt, answer, full)
-    pic.store.clear()
-    return measured
-
-
-def measure_methods(
-    path: str, made: list[LookupProblem], chunk_tokens: int | None, seed: int, workers: int
-) -> list[dict]:
-    """Every method on the same questions."""
-    task = partial(methods_on, path, chunk_tokens)
-    measured = together(spread(task, made, workers, f"chunks of {chunk_tokens or 'a document'}"))
-    draws = np.random.default_rng(seed)
-    rows = []
+def method_rows(result: Comparison) -> list[dict]:
+    """Every method, and how it does beside random recomputation of as many tokens."""
+    rows = [{"arm": "full", "family": "full", **summary(result, "full")}]
     for family, label, _ in method_arms():
-        row = summary(measured[label], measured["full"], draws)
+        row = {"arm": label, "family": family, **summary(result, label)}
         if (beside := control(family, label)) is not None:
-            mine, drawn = measured[label], measured[beside]
-            for name in ("right", "divergence"):
-                difference = np.subtract(getattr(mine, name), getattr(drawn, name))
-                row[f"{name}_minus_random"] = float(difference.mean())
-                row[f"{name}_minus_random_interval"] = bootstrap(difference, draws)
-        rows.append({"arm": label, "family": family, **row})
+            for name, metric in {"right": "accuracy", "divergence": "kl"}.items():
+                interval = result.difference(label, metric, of=beside)
+                row[f"{name}_minus_random"] = interval.estimate
+                row[f"{name}_minus_random_interval"] = list(interval[1:])
+        rows.append(row)
     return rows
 
 
-def sinks_on(path: str, problem: LookupProblem) -> dict[tuple[str, str], Measured]:
-    """One question behind every kind of sinks, with and without recomputed tokens."""
-    plain, query = pic_behind(path), problem.query()
-    answer = plain.tokenizer(problem.questions[0][1])["input_ids"][0]
-    chunks = [plain.compile(text) for text in (problem.system, *problem.documents)]
-    prompt = plain.link(chunks, query, FullRecompute())
-    full = prompt.logits.double().log_softmax(-1)
-    measured = {("full", "full"): Measured()}
-    measured["full", "full"].add(prompt, answer, full)
-    for label, policy, bos in sink_arms():
-        pic, before = pic_behind(path, label), f"{plain.tokenizer.bos_token} " if bos else ""
-        chunks = [pic.compile(problem.system, first=True)]
-        chunks += [pic.compile(before + text) for text in problem.documents]
-        for name, method in sink_methods(policy).items():
-            measured[label, name] = Measured()
-            measured[label, name].add(pic.link(chunks, query, method), answer, full)
-    plain.store.clear()
-    return measured
-
-
-def measure_sinks(path: str, made: list[LookupProblem], seed: int, workers: int) -> list[dict]:
-    """What chunks are compiled behind."""
-    measured = together(spread(partial(sinks_on, path), made, workers, "compiled behind"))
-    reference = measured.pop(("full", "full"))
-    draws = np.random.default_rng(seed)
-    return [
-        {"compiled_behind": label, "method": name, **summary(one, reference, draws)}
-        for (label, name), one in measured.items()
-    ]
-
-
-def together(parts: Iterable[dict]) -> dict:
-    """What was measured on single questions, as if on all of them, in their order."""
-    whole: dict = {}
-    for part in parts:
-        for arm, one in part.items():
-            whole.setdefault(arm, Measured()).extend(one)
-    return whole
-
-
-def summary(one: Measured, full: Measured, draws: np.random.Generator) -> dict:
-    """Means over questions with intervals; accuracy also as the paired difference from full."""
-    right, divergence = np.array(one.right), np.array(one.divergence)
+def measured(path: str, made: list[LookupProblem], chunk_tokens: int, seed: int, workers: int):
+    """The record's rows: documents as chunks, pieces as chunks, what chunks are compiled behind."""
+    methods = {label: method for _, label, method in method_arms()}
+    behind = sink_arms()
+    arms = {f"{b}: {name}": arm for b, some in behind.items() for name, arm in some.items()}
+    run = partial(compared, path, seed=seed, workers=workers)
+    whole = [problem_of(one) for one in made]
+    pieces = [problem_of(one, chunk_tokens) for one in made]
+    sinks = run(arms, whole, what="compiled behind")
     return {
-        "problems": len(right),
-        "accuracy": float(right.mean()),
-        "accuracy_interval": bootstrap(right, draws),
-        "accuracy_minus_full": float((right - np.array(full.right)).mean()),
-        "accuracy_minus_full_interval": bootstrap(right - np.array(full.right), draws),
-        "kl_to_full": float(divergence.mean()),
-        "kl_to_full_interval": bootstrap(divergence, draws),
-        "share_recomputed": float(np.mean(one.recomputed)),
-        "share_of_flops": float(np.mean(one.flops)),
+        "documents": method_rows(run(methods, whole, what="chunks are documents")),
+        "cut": method_rows(run(methods, pieces, what="chunks are pieces")),
+        "sinks": [
+            {"compiled_behind": b, "method": name, **summary(sinks, f"{b}: {name}")}
+            for b, some in behind.items()
+            for name in some
+        ],
     }
 
 
@@ -357,9 +305,7 @@ def main() -> None:
         "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
         | {"model": "examples/reference_model"},
         "environment": environment(),
-        "documents": measure_methods(args.model, made, None, args.seed, args.workers),
-        "cut": measure_methods(args.model, made, args.chunk_tokens, args.seed, args.workers),
-        "sinks": measure_sinks(args.model, made, args.seed, args.workers),
+        **measured(args.model, made, args.chunk_tokens, args.seed, args.workers),
     }
     record["seconds"] = time.perf_counter() - begun
     args.out.mkdir(parents=True, exist_ok=True)

@@ -91,3 +91,9 @@ class Letters:
 def test_a_space_stands_before_an_answer_where_a_word_ends(question, lead, pairs, expected):
     problem = Problem(("d",), question, ("ma",), lead=lead)
     assert answer_ids(problem, Letters(*pairs)) == expected
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "lead"])
+def test_what_is_no_text_is_named(name):
+    with pytest.raises(PICacheError, match=f"{name} must be a text, got None"):
+        Problem(**{"documents": ("d",), "question": "q", name: None})

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from picache import PIC, LegoLink, PICacheError
-from picache.seams import cut_at_seams, ends_of, seams
+from picache.seams import Seams, cut_at_seams, ends_of
 from tests.helpers import tiny_model
 
 BOS, EOS = "<s>", "</s>"
@@ -92,7 +92,7 @@ def test_cut_ids_joined_are_those_of_the_joined_text(given_texts):
 @settings(deadline=None, max_examples=150)
 @given(texts)
 def test_what_the_report_counts_is_seen_on_the_whole_texts_too(given_texts):
-    found = seams([ends_of(text) for text in given_texts], BARE)
+    found = Seams(BARE).between([ends_of(text) for text in given_texts])
     assert found == tuple(ids(a + b) != ids(a) + ids(b) for a, b in pairwise(given_texts))
 
 
@@ -150,6 +150,21 @@ def test_the_report_says_where_the_joined_text_has_other_tokens(model):
     whole = pic.link([pic.compile("the cat")], " sat").report
     assert whole.seams == (False,)
     assert "seams" not in str(whole)
+
+
+def test_a_seam_is_looked_at_once():
+    calls = []
+
+    def tokenizer(text, **kwargs):
+        calls.append(text)
+        return BARE(text, **kwargs)
+
+    looking = Seams(tokenizer)
+    ends = [ends_of(text) for text in TEXTS]
+    assert looking.between(ends) == looking.between(ends)
+    assert len(calls) == 3 * (len(TEXTS) - 1)
+    assert looking.between([ends[0], None, ends[1]]) == (None, None)
+    assert looking.between(ends[:1]) == ()
 
 
 def test_a_chunk_is_found_again_where_its_seams_are_the_same(model):
