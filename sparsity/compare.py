@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -75,7 +76,8 @@ def compare(
         model: as for `SparseCache`; afterwards it is attached, or not, as it was before.
         tokenizer: of the model; its chat template is used for problems, if it has one.
         texts_or_problems: texts, or `Problem`s, each on its own.
-        policies: what to compare, named by their repr; or a mapping that gives names.
+        policies: what to compare, each named by its class and by what it has other than the
+            defaults: "RaaS(budget=1024)". Or a mapping that gives names.
         prompt_tokens: how many first tokens of a text are its prompt.
         new_tokens: how many tokens are decoded for a problem, at most.
         batch_size: how many texts or problems are worked on together, at most.
@@ -212,12 +214,21 @@ def _detached(model: "PreTrainedModel") -> Iterator[None]:
         attach(model)
 
 
+def _name(policy: Any) -> str:
+    """Class of a policy, and what it has other than the defaults."""
+    if not is_dataclass(policy) or isinstance(policy, type):
+        return repr(policy)
+    given = [(field, getattr(policy, field.name)) for field in fields(policy) if field.init]
+    shown = [f"{field.name}={value!r}" for field, value in given if value != field.default]
+    return f"{type(policy).__name__}({', '.join(shown)})"
+
+
 def _named(policies: Sequence[Policy] | Mapping[str, Policy]) -> dict[str, Policy]:
     """Policies by name, each name once."""
     if isinstance(policies, Mapping):
         pairs = list(policies.items())
     elif isinstance(policies, list | tuple):
-        pairs = [(repr(policy), policy) for policy in policies]
+        pairs = [(_name(policy), policy) for policy in policies]
     else:
         raise SparsityError(
             f"policies is {described(policies)}: expected a list of policies, or a mapping of "

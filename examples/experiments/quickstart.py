@@ -157,6 +157,7 @@ def measure(args: argparse.Namespace) -> dict:
         policies(args.budget),
         prompt_tokens=args.prompt_tokens,
         new_tokens=500,
+        batch_size=args.batch_size,
     )
     return {
         "configuration": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)},
@@ -186,10 +187,11 @@ def main() -> None:
     parser.add_argument("--question", help="what to ask after the documents")
     parser.add_argument("--new-tokens", type=int, default=48, help="tokens of an answer to it")
     parser.add_argument("--questions", type=int, default=12, help="on the passages, of 72")
-    parser.add_argument("--texts", type=int, default=4, help="to decode along, of 12")
-    parser.add_argument("--tokens", type=int, default=320, help="of a text")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of them, fed at once")
-    parser.add_argument("--budget", type=int, default=128, help="tokens kept by a KV head")
+    parser.add_argument("--texts", type=int, default=6, help="to decode along, of 12")
+    parser.add_argument("--tokens", type=int, default=192, help="of a text")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of them, fed at once")
+    parser.add_argument("--budget", type=int, default=96, help="tokens kept by a KV head")
+    parser.add_argument("--batch-size", type=int, default=6, help="texts decoded along together")
     parser.add_argument("--jobs", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--load", type=float, default=0.9)
