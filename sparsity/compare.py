@@ -63,10 +63,12 @@ def compare(
     greedily (the likeliest token, whatever the `generation_config`).
 
     Texts of like length go through together, `batch_size` at a time, prompts padded on the left.
-    Policies decide for each row by itself, so that the distances and answers are those of one at a
-    time, but for rounding (with other shapes a matrix product adds up in another order). A batch
-    goes on to its longest text; of rows that have ended nothing more counts. `kept_bytes` is what
-    the batch holds, padding included, divided by its rows, and `step_seconds` the batch's step.
+    Policies decide for each row by itself (of `Random`, rows share the random numbers, as texts one
+    at a time do), so that distances and answers are those of one at a time, but for rounding: a
+    matrix product of other shapes adds up in another order. A batch goes on to its longest text;
+    of rows that have ended nothing more counts. `kept_bytes` is what the batch holds, padding
+    included, divided by its rows, and `step_seconds` the step of the batch: all its rows report the
+    same, so that the intervals of these two are too narrow.
 
     The logits of dense are kept while its batch is worked on, as the model gives them: in fp32
     200 MB for each row of 1,000 tokens of a vocabulary of 50,000. All that is measured is computed
@@ -93,8 +95,8 @@ def compare(
     Raises:
         SparsityError: no texts, no policies, two arms of one name, a text shorter than its prompt
             and two tokens or longer than the model's positions, answers to some problems only, a
-            policy that cannot serve the model or whose budget the prompt fills; before anything
-            runs.
+            policy that cannot serve the model or whose budget the prompt fills, either of them
+            perhaps only where a batch goes on to its longest; before anything runs.
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, least=1)
     new_tokens = whole_number("new_tokens", new_tokens, least=1)
