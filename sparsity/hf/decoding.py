@@ -229,13 +229,12 @@ def run_policy(
     logits = decoding.read(ids, keep=1)[:, 0]
     apart: list[Tensor] = []
     said: list[list[int]] = [[] for _ in prompts]
-    for column, expected in enumerate(forced.logits):
-        tokens = forced.tokens[:, column]
+    for tokens, expected in zip(forced.tokens.unbind(1), forced.logits, strict=True):
         apart.append(_apart(expected, logits, tokens))
         going = [row for row, already in enumerate(said) if not end.reached(already)]
-        if going:  # so far they have said what they were forced to
+        if going:  # so far they have said what they were fed, be it behind the end of their text
             own, given = logits.argmax(-1).tolist(), tokens.tolist()
-            if all(column < forced.lengths[row] and own[row] == given[row] for row in going):
+            if all(own[row] == given[row] for row in going):
                 for row in going:
                     said[row].append(own[row])
             else:

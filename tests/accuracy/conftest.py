@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.accuracy.needles import needles
+from picache.problem_file import holds_texts, load_texts
+from tests.accuracy.needles import DATA, needles
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,7 +30,15 @@ def kv_model_name(pytestconfig):
 
 @pytest.fixture(scope="session")
 def link_problems(request, pytestconfig):
-    """As the plugin's; without ``--kv-problems``, needles in the passages of examples/data."""
-    if pytestconfig.getoption("--kv-problems"):
+    """As the plugin's; without a file of problems, needles in the passages of examples/data."""
+    if not all(map(holds_texts, pytestconfig.getoption("--kv-problems"))):
         return request.getfixturevalue("link_problems")
     return needles()[: pytestconfig.getoption("--kv-limit")]
+
+
+@pytest.fixture(scope="session")
+def reasoning_texts(request, pytestconfig):
+    """As the plugin's; without a file of texts, six of examples/data: they take a while."""
+    if any(map(holds_texts, pytestconfig.getoption("--kv-problems"))):
+        return request.getfixturevalue("reasoning_texts")
+    return load_texts(DATA / "texts.json")[:6][: pytestconfig.getoption("--kv-limit")]

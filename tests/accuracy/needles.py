@@ -11,7 +11,7 @@ from pathlib import Path
 
 from picache import Problem
 
-PASSAGES = Path(__file__).parents[2] / "examples" / "data" / "passages.json"
+DATA = Path(__file__).parents[2] / "examples" / "data"
 INSTRUCTION = "Read the passages and answer the question."
 # Each is one token of SmolLM2's and of most vocabularies.
 WORDS = (
@@ -20,14 +20,14 @@ WORDS = (
 ).split()
 
 
-def needles(documents: int = 5, seed: int = 0) -> tuple[Problem, ...]:
+def needles(documents: int = 4, seed: int = 0) -> tuple[Problem, ...]:
     """One question a passage, put to `documents` passages; each of these holds a password.
 
     Args:
         documents: passages of a problem.
         seed: draws the passwords, and which passages stand together.
     """
-    passages = json.loads(PASSAGES.read_text(encoding="utf-8"))["passages"]
+    passages = json.loads((DATA / "passages.json").read_text(encoding="utf-8"))["passages"]
     draw = random.Random(seed)
     words = draw.sample(WORDS, len(passages))
     names = [_inside_a_sentence(passage["title"]) for passage in passages]
