@@ -113,7 +113,7 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         found = self.difference(arm, metric, of)
         if metric not in self.higher_is_better:
             return found
-        return Interval(-found.estimate, -found.high, -found.low)
+        return Interval(*(0.0 - value for value in (found.estimate, found.high, found.low)))
 
     @cached_property
     def _draws(self) -> NDArray[np.int64]:

@@ -61,13 +61,15 @@ def pieces(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> Pieces:
 
     Under a template the documents stand inside the user's turn, and the query ends with the
     assistant's turn opened and the lead; a model that can think is told to answer at once
-    (``enable_thinking=False``). Without one the texts follow each other as they are.
+    (``enable_thinking=False``). Without one the texts follow each other as they are. Each ends with
+    one newline, behind which most tokenizers begin a token anew, so that the texts linked have the
+    tokens of the joined text.
 
     Raises:
         PICacheError: the template does not render the user's turn as it is written.
     """
-    documents = tuple(f"{document}\n\n" for document in problem.documents)
-    instruction = f"{problem.instruction}\n\n" if problem.instruction else ""
+    documents = tuple(f"{document}\n" for document in problem.documents)
+    instruction = f"{problem.instruction}\n" if problem.instruction else ""
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token or ""
         lead = f" {problem.lead}" if problem.lead else ""

@@ -185,7 +185,7 @@ def test_full_prefill_answers_as_the_model_does_on_its_own():
     answered = []
     for problem in PROBLEMS:
         text = " ".join([problem.question, problem.lead])
-        prompt = "".join(["<s> ", *(f"{d}\n\n" for d in problem.documents), text])
+        prompt = "".join(["<s> ", *(f"{d}\n" for d in problem.documents), text])
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
