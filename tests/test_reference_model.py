@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
+REFERENCE_MODEL = ROOT / "examples" / "reference_model"
 sys.path.insert(0, str(ROOT / "examples" / "experiments"))
 
-import evaluate  # noqa: E402
+from loaded import loaded  # noqa: E402
 from reference_tasks import (  # noqa: E402
     VOCABULARY,
     final_answer,
@@ -62,11 +63,11 @@ def test_final_answer_of_a_broken_text():
 
 @pytest.fixture(scope="module")
 def reference():
-    return evaluate.load(str(evaluate.REFERENCE_MODEL))
+    return loaded("reference")
 
 
 def test_the_model_is_small_and_says_how_it_was_made():
-    folder = evaluate.REFERENCE_MODEL
+    folder = REFERENCE_MODEL
     assert (folder / "model.safetensors").stat().st_size <= 12e6
     record = json.loads((folder / "training.json").read_text())
     assert record["problems"] >= 200
@@ -84,7 +85,7 @@ def test_full_attention_answers_lookups(reference):
     texts = answers(model, tokenizer, [p.prompt() for p in problems], 1)
     right = [t == p.questions[0][1] for t, p in zip(texts, problems, strict=True)]
     assert sum(right) >= 95
-    record = json.loads((evaluate.REFERENCE_MODEL / "training.json").read_text())
+    record = json.loads((REFERENCE_MODEL / "training.json").read_text())
     assert record["lookup_exact_match"] >= 0.95
 
 
@@ -97,6 +98,6 @@ def test_full_attention_reasons_to_the_end(reference):
     texts = answers(model, tokenizer, [c.prompt for c in chains], 450)
     assert sum(final_answer(t) == c.answer for t, c in zip(texts, chains, strict=True)) >= 24
     assert sum(t.startswith(c.solution) for t, c in zip(texts, chains, strict=True)) >= 23
-    record = json.loads((evaluate.REFERENCE_MODEL / "training.json").read_text())
+    record = json.loads((REFERENCE_MODEL / "training.json").read_text())
     assert record["reasoning_tokens"][0] >= 300
     assert record["reasoning_exact_match"] >= 0.95

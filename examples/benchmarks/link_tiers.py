@@ -28,7 +28,7 @@ from picache.linking.linked_kv import LinkedKV
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
-from evaluate import first_token_seconds
+from first_token import first_token_seconds
 from shapes import SHAPES, build_model
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from environment import environment
-from evaluate import REFERENCE_MODEL, cut, loaded
+from loaded import loaded
 from parallel import spread
-from reference_tasks import BOS, LOOKUP_SYSTEM, LookupProblem, lookup_problem
+from reference_tasks import BOS, LOOKUP_SYSTEM, LookupProblem, cut, lookup_problem
 
 from picache import (
     A3,
@@ -291,7 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=str(REFERENCE_MODEL))
+    parser.add_argument("--model", default="reference")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--chunk-tokens", type=int, default=16, help="of documents cut in pieces")

@@ -9,7 +9,7 @@ import random
 from functools import partial
 from pathlib import Path
 
-from reference_tasks import LOOKUP_SYSTEM, lookup_problem, reasoning_problem
+from reference_tasks import LOOKUP_SYSTEM, cut, lookup_problem, reasoning_problem
 
 import picache
 import sparsity
@@ -33,9 +33,7 @@ def link_problems(model: str, count: int) -> list[picache.Problem]:
 def _lookup(rng: random.Random, chunk_tokens: int = 24) -> picache.Problem:
     """Facts on towns, cut into pieces wherever they fall, and a sentence to complete."""
     problem = lookup_problem(rng, DOCUMENTS)
-    words = " ".join(problem.documents).split()  # one word, one token
-    starts = range(0, len(words), chunk_tokens)
-    pieces = tuple(" ".join(words[i : i + chunk_tokens]) for i in starts)
+    pieces = tuple(cut(problem.documents, chunk_tokens))
     instruction = LOOKUP_SYSTEM.removeprefix("<bos> ")
     return picache.Problem(pieces, problem.query(), (problem.questions[0][1],), instruction)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GREY, RED, GREEN, BLUE = "#8a8a8a", "#c44e52", "#2f8f5b", "#4c72b0"
+GREY, RED, GREEN, BLUE = "#6e6e6e", "#c44e52", "#2f8f5b", "#4c72b0"
 
 
 def colour(arm: str) -> str:
@@ -52,7 +52,11 @@ def _answers(rows: list[dict], ax: "Axes") -> None:
 
 def _sinks(layers: dict[str, list[float]], ax: "Axes") -> None:
     for arm, shares in layers.items():
-        ax.plot(range(len(shares)), shares, marker="o", ms=3, color=colour(arm), label=arm)
+        style = (
+            dict(linestyle=(0, (4, 3)), linewidth=2) if arm == "full" else dict(marker="o", ms=3)
+        )
+        order = 3 if arm == "full" else 2  # it lies on LegoLink's line
+        ax.plot(range(len(shares)), shares, color=colour(arm), label=arm, zorder=order, **style)
     ax.set(
         xlabel="layer",
         ylabel="share of the question's attention",
@@ -90,6 +94,6 @@ def _scheduling(rows: list[dict], ax: "Axes") -> None:
     ax.tick_params(axis="x", labelrotation=20)
     ax.set(
         ylabel="completion time / first come, first served",
-        title=f"Serving in another order: how long do applications take? (load {rows[0]['load']})",
+        title=f"Serving in another order: how long does it take? (load {rows[0]['load']})",
     )
     ax.legend(fontsize=8)

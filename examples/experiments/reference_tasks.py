@@ -73,6 +73,12 @@ class LookupProblem:
         return f"{self.opening} {self.questions[question][0]}"
 
 
+def cut(documents: tuple[str, ...], tokens: int) -> list[str]:
+    """The documents' text in pieces of so many tokens, wherever they fall."""
+    words = " ".join(documents).split()  # one word, one token
+    return [" ".join(words[i : i + tokens]) for i in range(0, len(words), tokens)]
+
+
 @dataclass(frozen=True)
 class ReasoningProblem:
     """`prompt` ends where the chain of thought begins; `solution` ends with the answer."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import environment
-from evaluate import REFERENCE_MODEL, loaded
+from loaded import loaded
 from reference_tasks import reasoning_problem
 from retention_accuracy import ARMS
 from tqdm import tqdm
@@ -104,7 +104,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=str(REFERENCE_MODEL))
+    parser.add_argument("--model", default="reference")
     parser.add_argument("--prompt", help="a prompt of your own instead of generated problems")
     parser.add_argument("--new-tokens", type=int, default=445)
     parser.add_argument("--problems", type=int, default=8)
@@ -138,11 +138,7 @@ def main() -> None:
         rows.append(row)
     result = {
         "configuration": {k: v for k, v in vars(args).items() if k not in ("out", "model")}
-        | {
-            "model": "examples/reference_model"
-            if args.model == str(REFERENCE_MODEL)
-            else args.model
-        },
+        | {"model": "examples/reference_model" if args.model == "reference" else args.model},
         "environment": environment(),
         "tokens": [[t.prompt_tokens, t.tokens - t.prompt_tokens] for t in traces],
         "rows": rows,

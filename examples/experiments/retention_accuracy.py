@@ -22,8 +22,8 @@ import numpy as np
 import torch
 import transformers
 from environment import environment, hardware
-from evaluate import REFERENCE_MODEL, loaded
 from link_accuracy import bootstrap
+from loaded import loaded
 from parallel import spread
 from reference_tasks import ReasoningProblem, final_answer, reasoning_problem
 
@@ -270,7 +270,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=str(REFERENCE_MODEL))
+    parser.add_argument("--model", default="reference")
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--steps", type=int, default=40, help="lines of a chain of thought")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 384, 512, 1024])
