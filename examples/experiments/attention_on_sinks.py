@@ -30,9 +30,11 @@ def attention_on_first_tokens(
     before = model.config._attn_implementation  # noqa: SLF001 - transformers has no public reader
     for problem in problems:
         prefix, documents, query = pieces(problem, tokenizer)
-        chunks = [pic.compile(text, first=not i) for i, text in enumerate((prefix, *documents))]
-        lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
-        ends = lengths.cumsum(0)
+        texts = [*([prefix] if prefix else []), *documents]
+        chunks = [pic.compile(text, first=not i) for i, text in enumerate(texts)]
+        # A BOS in front of a chunk is left out of the prompt, but for the first.
+        lengths = [chunk.num_tokens - (chunk.lead if i else 0) for i, chunk in enumerate(chunks)]
+        ends = torch.tensor(lengths).cumsum(0)
         firsts, question = ends[:-1], int(ends[-1])
         prompts = {name: pic.link(chunks, query, method) for name, method in methods.items()}
         ids = next(iter(prompts.values())).input_ids

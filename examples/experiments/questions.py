@@ -48,4 +48,4 @@ def texts(model: str, count: int, tokens: int, tokenizer) -> list[str] | list[sp
     if count > len(found):
         raise SystemExit(f"there are {len(found)} texts, not {count}")
     ids = (tokenizer(each["text"])["input_ids"][:tokens] for each in found[:count])
-    return [tokenizer.decode(each) for each in ids]
+    return [tokenizer.decode(each, skip_special_tokens=True) for each in ids]

@@ -19,6 +19,7 @@ from pathlib import Path
 import transformers
 from attention_on_sinks import attention_on_first_tokens
 from environment import environment
+from own_documents import own_documents
 from questions import link_problems, texts
 from quickstart_figure import draw
 from quickstart_tables import (
@@ -39,10 +40,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 
 BEHIND_DUMMIES = "LegoLink-4, 4 dummies"
+SINK_PROBLEMS = 4  # in which attention is looked at
 METHODS: dict[str, picache.LinkMethod | picache.Arm] = {
     "naive": picache.NaiveReuse(),
     "random-4": picache.RandomRecompute(4),
     "LegoLink-1": picache.LegoLink(1),
+    "LegoLink-2": picache.LegoLink(2),
     "LegoLink-4": picache.LegoLink(4),
     "LegoLink-16": picache.LegoLink(16),
     BEHIND_DUMMIES: picache.Arm(picache.LegoLink(4), picache.DummySinks(4)),
@@ -94,21 +97,18 @@ def some_answers(problems: list[picache.Problem], result: picache.Comparison) ->
     return asked
 
 
-def scheduling(jobs: int, seeds: int, load: float) -> list[dict]:
-    """Completion times of every policy on both workloads, a row each."""
-    rows = []
+def scheduling(jobs: int, seeds: int, load: float) -> dict[str, demand.Comparison]:
+    """Completion times of every policy, by mix."""
+    found = {}
     for mix, applications in WORKLOADS.items():
         draw_jobs = partial(demand.poisson_workload, applications(), load, jobs)
-        result = demand.compare(draw_jobs, SCHEDULERS, range(seeds))
-        about = {"mix": mix, "load": load, "jobs": jobs, "seeds": seeds}
-        rows += [row | about for row in result.table]
-    return rows
+        found[mix] = demand.compare(draw_jobs, SCHEDULERS, range(seeds))
+    return found
 
 
 def show(record: dict) -> None:
     """Print the tables."""
-    rows = shown(record)
-    link, kept, jobs = (rows[name] for name in ("linking", "retention", "scheduling"))
+    link, kept, jobs = (shown(record[name]) for name in ("linking", "retention", "scheduling"))
     print(f"\nQuestions on chunks compiled apart and linked: {link[0]['problems']} questions")
     print(plain(link, LINKING))
     print(f"\nDecoding with part of the KV cache: {kept[0]['texts']} texts")
@@ -117,39 +117,17 @@ def show(record: dict) -> None:
     print(plain(jobs, SCHEDULING))
 
 
-def own_documents(name: str, paths: list[Path], question: str, new_tokens: int, out: Path) -> None:
-    """Link the user's files on any model: what each arm answers, costs, and how far it strays."""
-    model, tokenizer = models.load(name)
-    documents = tuple(path.read_text().strip() for path in paths)
-    problem = picache.Problem(documents, question)
-    result = picache.compare(model, tokenizer, [problem], METHODS, new_tokens=new_tokens)
-    for arm, (answer,) in result.settings["decoded"].items():
-        print(f"\n{arm}: {answer.strip()!r}")
-    columns = {name: LINKING[name] for name in ("linking", "KL", "recomputed", "first token")}
-    rows = shown({"linking": linking_rows(result), "retention": []})["linking"]
-    print(f"\n{plain(rows, columns)}")
-    configuration = {"model": name, "documents": [str(p) for p in paths], "question": question}
-    record = {"configuration": configuration, "environment": environment(), "linking": rows}
-    out.mkdir(parents=True, exist_ok=True)
-    record["decoded"] = result.settings["decoded"]
-    (out / "own_documents.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwrote {out / 'own_documents.json'}")
-
-
 def measure(args: argparse.Namespace) -> dict:
     """The whole record; `args` as `main` reads them."""
     begun = time.perf_counter()
     model, tokenizer = models.load(args.model)
     problems = link_problems(args.model, args.questions)
+    along = texts(args.model, args.texts, args.tokens, tokenizer)
     linking = picache.compare(model, tokenizer, problems, METHODS, new_tokens=6)
     asked = some_answers(problems, linking)
-    sinks = attention_on_first_tokens(
-        model,
-        tokenizer,
-        problems[:4],
-        {"naive": picache.NaiveReuse(), "LegoLink-1": picache.LegoLink(1)},
-    )
-    along = texts(args.model, args.texts, args.tokens, tokenizer)
+    looked_at = problems[:: max(1, len(problems) // SINK_PROBLEMS)][:SINK_PROBLEMS]
+    methods = {"naive": picache.NaiveReuse(), "LegoLink-1": picache.LegoLink(1)}
+    sinks = attention_on_first_tokens(model, tokenizer, looked_at, methods)
     retention = sparsity.compare(
         model,
         tokenizer,
@@ -159,20 +137,43 @@ def measure(args: argparse.Namespace) -> dict:
         new_tokens=500,
         batch_size=args.batch_size,
     )
+    completion = scheduling(args.jobs, args.seeds, args.load)
+    values = {"linking": linking, "retention": retention, **completion}
     return {
-        "configuration": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)},
+        "configuration": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+        | {"sink_problems": len(looked_at), "seed": linking.seed},
         "environment": environment(),
         "answers": asked,
         "linking": linking_rows(linking),
         "attention_on_first_tokens": sinks,
         "retention": retention_rows(retention),
-        "scheduling": scheduling(args.jobs, args.seeds, args.load),
-        "values": {
-            "linking": json.loads(linking.to_json())["values"],
-            "retention": json.loads(retention.to_json())["values"],
-        },
+        "scheduling": [
+            row | {"mix": mix, "load": args.load, "jobs": args.jobs, "seeds": args.seeds}
+            for mix, result in completion.items()
+            for row in result.table
+        ],
+        "values": {name: json.loads(result.to_json())["values"] for name, result in values.items()},
         "seconds": time.perf_counter() - begun,
     }
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse before anything runs what would be refused half way."""
+    if (args.documents is None) != (args.question is None):
+        parser.error("--documents and --question go together")
+    for path in args.documents or ():
+        if not path.is_file() or not path.read_text().strip():
+            parser.error(f"{path} is no file with text in it")
+    if args.questions < 1 or args.texts < 1:
+        parser.error("--questions and --texts must be at least 1")
+    if args.tokens < args.prompt_tokens + 2:
+        parser.error(f"--tokens {args.tokens} must be at least --prompt-tokens plus 2")
+    if args.budget is None:
+        args.budget = 384 if args.model == "reference" else 96  # it pins prompts of 250 tokens
+    elif args.budget <= args.prompt_tokens:
+        parser.error(f"--budget {args.budget} must be more than --prompt-tokens, which are pinned")
+    if args.seeds < 2:
+        parser.error("--seeds must be at least 2: an interval over one would have no width")
 
 
 def main() -> None:
@@ -190,27 +191,27 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=6, help="to decode along, of 12")
     parser.add_argument("--tokens", type=int, default=192, help="of a text")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of them, fed at once")
-    parser.add_argument("--budget", type=int, default=96, help="tokens kept by a KV head")
+    parser.add_argument("--budget", type=int, help="tokens kept by a KV head; 96, or 384")
     parser.add_argument("--batch-size", type=int, default=6, help="texts decoded along together")
     parser.add_argument("--jobs", type=int, default=3000)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--load", type=float, default=0.9)
     args = parser.parse_args()
+    check(parser, args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if (args.documents is None) != (args.question is None):
-        parser.error("--documents and --question go together")
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
         if args.documents:
-            for path in args.documents:
-                if not path.is_file() or not path.read_text().strip():
-                    parser.error(f"{path} is no file with text in it")
-            own_documents(args.model, args.documents, args.question, args.new_tokens, args.out)
+            own_documents(
+                args.model, METHODS, args.documents, args.question, args.new_tokens, args.out
+            )
             return
         record = measure(args)
     except models.ModelMissingError as error:
         parser.error(f"{error}; or use --model reference")
-    args.out.mkdir(parents=True, exist_ok=True)
+    except (picache.PICacheError, sparsity.SparsityError, demand.DemandError) as error:
+        parser.error(str(error))
     of_model = "" if args.model == "smollm2" else f"_{Path(args.model).name}"
     path = args.out / f"quickstart{of_model}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -33,7 +33,7 @@ def _beneath(record: dict) -> str:
 
 
 def _linking(record: dict, wanted: Callable[[dict], bool]) -> str:
-    rows = shown(record)["linking"]
+    rows = shown(record["linking"])
     about = (
         f"{rows[0]['problems']} questions, each on passages of a prompt of "
         f"{rows[0]['prompt_tokens']:.0f} tokens (mean), compiled one by one before; NLL of the "
@@ -43,7 +43,7 @@ def _linking(record: dict, wanted: Callable[[dict], bool]) -> str:
 
 
 def _retention(record: dict, wanted: Callable[[dict], bool]) -> str:
-    rows, asked = shown(record)["retention"], record["configuration"]
+    rows, asked = shown(record["retention"]), record["configuration"]
     along = (
         f"{rows[0]['texts']} texts of {asked['tokens']} tokens, {asked['prompt_tokens']} of them "
         "the prompt"

@@ -59,16 +59,21 @@ def retention_rows(result: RetentionComparison) -> list[Row]:
     return [row | about for row in result.table]
 
 
-def shown(results: dict[str, list[Row]]) -> dict[str, list[Row]]:
+def shown(rows: list[Row]) -> list[Row]:
     """Rows with what the columns show besides: times and bytes for reading."""
-    linking, retention = results["linking"], results["retention"]
-    for row in linking:
-        seconds = float(row["first_token_seconds"])
-        row["seconds_text"] = f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
-    for row in retention:
-        row["milliseconds_a_step"] = 1e3 * float(row["step_seconds"])
-        row["kept_bytes_text"] = f"{float(row['kept_bytes']) / 2**20:.1f} MiB"
-    return results
+    made = []
+    for row in rows:
+        texts: Row = {}
+        if "first_token_seconds" in row:
+            seconds = float(row["first_token_seconds"])
+            texts["seconds_text"] = (
+                f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
+            )
+        if "kept_bytes" in row:
+            texts["milliseconds_a_step"] = 1e3 * float(row["step_seconds"])
+            texts["kept_bytes_text"] = f"{float(row['kept_bytes']) / 2**20:.1f} MiB"
+        made.append(row | texts)
+    return made
 
 
 def retention_columns(rows: list[Row]) -> dict[str, str]:
