@@ -52,6 +52,8 @@ FURTHER_OF_ENGINE = {
 }
 """The same, where there is an engine."""
 
+DRAWN = ("mean_to_fcfs", "p95_to_fcfs")
+
 HIGHER_IS_BETTER = frozenset({"jain", "deadline_hits"})
 
 REFERENCE = "FCFS"
@@ -143,7 +145,7 @@ def compare(
         "refine": None if refine is None else repr(refine),
         "seed": seed,
     }
-    return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed)
+    return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)
 
 
 def _figures(result: Result) -> dict[str, float]:

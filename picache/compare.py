@@ -1,8 +1,6 @@
 """Link methods against full prefill, on the same questions about the same documents."""
 
-import string
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from picache.answers import begins, f1
 from picache.arguments import whole_number
 from picache.chunk import Chunk
 from picache.comparison import Comparison
@@ -44,9 +43,9 @@ METRICS = {
 
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
-FULL = "full"
+DRAWN = ("recomputed", "extra_nll")
 
-_ARTICLES = frozenset(("a", "an", "the"))
+FULL = "full"
 
 KEPT = 2**30
 """Bytes of compiled chunks beyond which those of earlier problems are let go."""
@@ -84,8 +83,9 @@ def compare(
         tokens of each prompt and the greedy answers: `settings["decoded"]`, by arm.
 
     Raises:
-        PICacheError: no problems, answers to some of them only, no methods, two arms of one name,
-            a prompt longer than the model's positions; before anything runs.
+        PICacheError: no problems, answers to some of them only or longer than new_tokens, no
+            methods, two arms of one name, some arms that keep the BOS of chunks and some that do
+            not, a prompt longer than the model's positions; before anything runs.
     """
     check_problems(problems)
     arms = _named(methods)
@@ -94,14 +94,14 @@ def compare(
     from picache.hf.decoding import answers  # transformers is loaded with the model
 
     linker = _Linker(model, tokenizer, arms)
-    ends = _ends(model)
+    stop = _stop_tokens(model, tokenizer)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
     for index, problem in enumerate(_bar(problems, len(arms), progress)):
         target = None
         if problem.answers:
             target = torch.tensor(answer_ids(problem, tokenizer), device=model.device)
-        found = answers(model, linker.prompts(index, problem), new_tokens, ends, target)
+        found = answers(model, linker.prompts(index, problem), new_tokens, stop, target)
         full = next(found)
         if target is None:
             target = full.tokens
@@ -112,7 +112,7 @@ def compare(
     arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
     settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
     settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
-    return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed)
+    return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, DRAWN)
 
 
 class _Linker:
@@ -234,33 +234,6 @@ def _record(
         into.setdefault(metric, []).append(value)
 
 
-def words(text: str, answer: str) -> tuple[list[str], list[str]]:
-    """Words of both in small letters, without punctuation and articles (SQuAD's rule).
-
-    Where that leaves nothing of the answer, such as "A" or "+", both keep what it is made of.
-    """
-    small = [text.lower(), answer.lower()]
-    bare = ["".join(" " if c in string.punctuation else c for c in one).split() for one in small]
-    if not bare[1]:
-        bare = [one.split() for one in small]
-    if set(bare[1]) - _ARTICLES:
-        bare = [[word for word in one if word not in _ARTICLES] for one in bare]
-    return bare[0], bare[1]
-
-
-def begins(text: str, answer: str) -> float:
-    """1 where `text` begins with the words of `answer`, else 0."""
-    found, expected = words(text, answer)
-    return float(found[: len(expected)] == expected)
-
-
-def f1(text: str, answer: str) -> float:
-    """Token F1 of SQuAD: overlap of the words of `text` with those of `answer`."""
-    found, expected = words(text, answer)
-    both = sum((Counter(found) & Counter(expected)).values())
-    return 2.0 * both / (len(found) + len(expected)) if both else 0.0
-
-
 def _named(
     methods: Sequence[LinkMethod | Arm] | Mapping[str, LinkMethod | Arm],
 ) -> dict[str, Arm]:
@@ -288,6 +261,13 @@ def _named(
         arms[name] = arm
     if not arms:
         raise PICacheError("methods is empty: full prefill has nothing to be compared with")
+    keeping = [name for name, arm in arms.items() if arm.sinks == "keep"]
+    if keeping and len(keeping) < len(arms):
+        other = next(name for name in arms if name not in keeping)
+        raise PICacheError(
+            f"arm {keeping[0]!r} keeps the BOS of its chunks in the prompt and arm {other!r} does "
+            "not: arms of one comparison share their ids, so compare sinks='keep' on its own"
+        )
     return arms
 
 
@@ -312,6 +292,7 @@ def _check_lengths(
         texts = [*([prefix] if prefix else []), *documents, query]
         count = new_tokens
         if problem.answers:
+            _check_answers(index, problem, tokenizer, new_tokens)
             count = max(count, len(answer_ids(problem, tokenizer)))
         for place, text in enumerate(texts):
             found = ids_of_text(text, tokenizer, embedding.weight.shape[0], f"problem {index}")
@@ -323,11 +304,31 @@ def _check_lengths(
             )
 
 
-def _ends(model: "PreTrainedModel") -> frozenset[int]:
-    """The tokens that end an answer, by the model's generation settings."""
+def _check_answers(
+    index: int, problem: Problem, tokenizer: "PreTrainedTokenizerBase", new_tokens: int
+) -> None:
+    """Refuse answers without tokens, and those that nothing decoded could be."""
+    if not answer_ids(problem, tokenizer):
+        raise PICacheError(
+            f"the answer {problem.answers[0]!r} of problem {index} has no tokens: give a text that "
+            "the tokenizer makes tokens of"
+        )
+    each = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in problem.answers]
+    shortest = min(map(len, each))
+    if shortest > new_tokens:
+        raise PICacheError(
+            f"the answers of problem {index} have {shortest} tokens or more and new_tokens is "
+            f"{new_tokens}, so that no arm could be right: raise new_tokens"
+        )
+
+
+def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids that end an answer: those of the model, else that of the tokenizer."""
     config: Any = model.generation_config
-    ends = config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    found = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found) if isinstance(found, list) else frozenset({int(found)})
 
 
 def _bar(problems: Sequence[Problem], arms: int, progress: bool) -> Iterable[Problem]:

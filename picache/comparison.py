@@ -54,6 +54,7 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         higher_is_better: the metrics of which more is better; of all others less is.
         settings: whatever else belongs to the record: model, versions, seed.
         seed: of the bootstrap.
+        drawn: the two metrics that `figure` draws if none are named; by default the first two.
     """
 
     measured: dict[str, dict[str, NDArray[np.float64]]]
@@ -61,6 +62,7 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
     higher_is_better: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    drawn: tuple[str, str] | None = None
 
     def __getitem__(self, arm: str) -> dict[str, Interval]:
         if arm not in self.measured:
@@ -166,8 +168,14 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
     def _caption(self) -> str:
         return f"{self.units} {self.unit}, 95 % intervals of the mean"
 
-    def figure(self, x: str, y: str, ax: "Axes | None" = None) -> "Axes":
+    def figure(
+        self, x: str | None = None, y: str | None = None, ax: "Axes | None" = None
+    ) -> "Axes":
         """One metric against another, a point an arm, with the interval of `y`.
+
+        Args:
+            x, y: names of metrics; those of `drawn` by default.
+            ax: axes to draw into; those of a new figure by default, which is ``axes.figure``.
 
         Raises:
             PICacheError: matplotlib is not installed, or a metric that was not measured.
@@ -180,6 +188,9 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
                     'a picture needs matplotlib: pip install "picache[plots]"'
                 ) from error
             ax = Figure(figsize=(6.4, 4.4), layout="constrained").add_subplot()
+        first, *others = self.measured[self.reference]
+        across, up = self.drawn or (first, others[0] if others else first)
+        x, y = x or across, y or up
         for metric in (x, y):
             if metric not in self.measured[self.reference]:
                 known = ", ".join(self.measured[self.reference])

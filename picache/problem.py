@@ -25,8 +25,8 @@ class Problem:
         lead: how the answer begins, given to the model; what it goes on with is compared.
 
     Raises:
-        PICacheError: no documents, an empty one, or a question, instruction or lead that is no
-            text.
+        PICacheError: no documents, a blank document or answer, or a question, instruction or lead
+            that is no text.
     """
 
     documents: tuple[str, ...]
@@ -38,8 +38,8 @@ class Problem:
     def __post_init__(self) -> None:
         for name in ("documents", "answers"):
             texts = getattr(self, name)
-            if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
-                raise PICacheError(f"{name} must be a tuple of texts, none empty, got {texts!r}")
+            if isinstance(texts, str) or not all(isinstance(t, str) and t.strip() for t in texts):
+                raise PICacheError(f"{name} must be a tuple of texts, none blank, got {texts!r}")
             object.__setattr__(self, name, tuple(texts))
         if not self.documents:
             raise PICacheError("a Problem needs at least one document")

@@ -8,6 +8,7 @@ It takes what `compare` of any of the three packages returns. The pytest plugin 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from picache.errors import PICacheError
@@ -23,6 +24,8 @@ class _Result(Protocol):
 
     @property
     def units(self) -> int: ...
+
+    def __getitem__(self, arm: str) -> Mapping[str, Any]: ...
 
     def loss(self, arm: str, metric: str, of: str | None = None) -> Any: ...
 
@@ -53,6 +56,12 @@ def assert_within(
     """
     if isinstance(by, bool) or not isinstance(by, int | float) or not math.isfinite(by):
         raise PICacheError(f"by must be a number in units of {metric!r}, got {by!r}")
+    measured = result[result.reference]
+    if metric in ("accuracy", "f1") and not {"accuracy", "f1"} & set(measured):
+        raise PICacheError(
+            f"{metric!r} was not measured, which takes problems with answers: give them answers, "
+            f"or choose another metric of {', '.join(measured)}"
+        )
     loss = result.loss(arm, metric, of)
     if any(map(math.isnan, loss)):
         raise PICacheError(

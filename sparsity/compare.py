@@ -37,6 +37,8 @@ METRICS = {
 
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
+DRAWN = ("kept_bytes", "extra_nll")
+
 DENSE = "dense"
 
 
@@ -136,7 +138,7 @@ def compare(
         if tasks[0].answers:
             settings["decoded"] = decoded
     arrays = {n: {m: np.array(v) for m, v in found.items()} for n, found in values.items()}
-    return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed)
+    return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed, DRAWN)
 
 
 def _measured(

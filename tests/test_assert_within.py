@@ -112,6 +112,12 @@ def test_a_metric_without_numbers_is_refused_by_name(comparison):
         assert_within(result, "arm")
 
 
+def test_without_answers_there_is_no_accuracy(comparison):
+    result = comparison({"full": {"kl": np.zeros(3)}, "arm": {"kl": np.ones(3)}}, "problems")
+    with pytest.raises(PICacheError, match=r"takes problems with answers: .* another metric of kl"):
+        assert_within(result, "arm")
+
+
 def test_what_was_not_measured_is_refused_by_the_comparison(comparison):
     result = shares(comparison, {"full": 2, "arm": 1})
     for wrong in (dict(arm="other"), dict(arm="arm", of="x"), dict(arm="arm", metric="f1")):

@@ -1,5 +1,6 @@
 """What `compare` of each package returns: paired intervals, a table, a figure, a JSON file."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -91,6 +92,10 @@ def test_it_shows_itself(result):
     axes = result.figure("right", "nll")
     assert axes.get_xlabel() == "right"
     assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    assert result.figure().get_ylabel() == "right"  # the first two metrics
+    drawn = dataclasses.replace(result, drawn=("right", "nll"))
+    assert (drawn.figure().get_xlabel(), drawn.figure().get_ylabel()) == ("right", "nll")
+    assert drawn.figure(ax=axes) is axes
 
 
 def test_names_are_no_markup(comparison):

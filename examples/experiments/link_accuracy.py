@@ -128,12 +128,6 @@ def compared(
     return replace(done[0], measured=measured, seed=seed)
 
 
-def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> list[float]:
-    """95 % percentile interval of the mean (for `retention_accuracy.py`)."""
-    picks = rng.integers(0, len(values), (resamples, len(values)))
-    return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
-
-
 def summary(result: Comparison, arm: str) -> dict:
     """Means over questions with intervals; accuracy also as the paired difference from full."""
     found = result[arm]

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import transformers
 from environment import environment, hardware
-from link_accuracy import bootstrap
 from loaded import loaded
 from parallel import spread
 from reference_tasks import ReasoningProblem, final_answer, reasoning_problem
@@ -171,6 +170,12 @@ def joined(record: dict, earlier: dict) -> dict:
         "rows": sorted(rows.values(), key=lambda row: (row["budget"], order.index(row["arm"]))),
         "seconds": earlier["seconds"] + record["seconds"],
     }
+
+
+def bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int = 2000) -> list[float]:
+    """95 % percentile interval of the mean."""
+    picks = rng.integers(0, len(values), (resamples, len(values)))
+    return np.quantile(values[picks].mean(axis=1), [0.025, 0.975]).tolist()
 
 
 def summaries(measured: list[dict], seed: int) -> list[dict]:

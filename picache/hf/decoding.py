@@ -67,7 +67,7 @@ def answers(
     model: PreTrainedModel,
     prompts: Iterable[Prefilled],
     new_tokens: int,
-    ends: frozenset[int],
+    stop: frozenset[int],
     target: Tensor | None = None,
 ) -> Iterator[Answered]:
     """Decode behind every prompt, greedily, and force the same tokens behind all of them.
@@ -76,11 +76,11 @@ def answers(
         model: a causal language model.
         prompts: of one length; no more of them are held at a time than go into one batch.
         new_tokens: how many tokens to decode, at least 1.
-        ends: the tokens that end an answer.
+        stop: ids of the tokens that end an answer.
         target: what is forced, int64 ``[tokens]``; what is decoded behind the first prompt if None.
     """
     for batch in _batches(prompts):
-        decoded = _decoded(model, batch, new_tokens, ends)
+        decoded = _decoded(model, batch, new_tokens, stop)
         target = decoded[0] if target is None else target
         fed = torch.cat([batch.last, target[None, :-1].expand(len(decoded), -1)], dim=1)
         logits = _Feeding(model, batch).feed(fed, keep=len(target))
@@ -133,21 +133,21 @@ class _Feeding:
 
 
 def _decoded(
-    model: PreTrainedModel, batch: _Batch, new_tokens: int, ends: frozenset[int]
+    model: PreTrainedModel, batch: _Batch, new_tokens: int, stop: frozenset[int]
 ) -> list[Tensor]:
     """The answers of a batch, each int64 ``[at most new_tokens]``."""
     feeding = _Feeding(model, batch)
     chosen = batch.logits.argmax(-1, keepdim=True)
     new, fed = chosen, torch.cat([batch.last, chosen], dim=1)
-    while new.shape[1] < new_tokens and not all(ends & set(row) for row in new.tolist()):
+    while new.shape[1] < new_tokens and not all(stop & set(row) for row in new.tolist()):
         chosen = feeding.feed(fed)[:, -1].argmax(-1, keepdim=True)
         new, fed = torch.cat([new, chosen], dim=1), chosen
-    return [_until(row, ends) for row in new]
+    return [_until(row, stop) for row in new]
 
 
-def _until(answer: Tensor, ends: frozenset[int]) -> Tensor:
+def _until(answer: Tensor, stop: frozenset[int]) -> Tensor:
     """An answer up to the token that ends it, that token included."""
-    over = next((i for i, token in enumerate(answer.tolist()) if token in ends), len(answer))
+    over = next((i for i, token in enumerate(answer.tolist()) if token in stop), len(answer))
     return answer[: over + 1]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from picache import PICacheError
 from picache.problem_file import holds_texts, load_texts
 from tests.accuracy.needles import DATA, needles
 
@@ -28,10 +29,18 @@ def kv_model_name(pytestconfig):
         pytest.fail(str(error), pytrace=False)
 
 
+def texts_are_in(config):
+    """Of each file that is named, whether it holds texts; an error of one line where none is."""
+    try:
+        return [holds_texts(file) for file in config.getoption("--kv-problems")]
+    except PICacheError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def link_problems(request, pytestconfig):
     """As the plugin's; without a file of problems, needles in the passages of examples/data."""
-    if not all(map(holds_texts, pytestconfig.getoption("--kv-problems"))):
+    if not all(texts_are_in(pytestconfig)):
         return request.getfixturevalue("link_problems")
     return needles()[: pytestconfig.getoption("--kv-limit")]
 
@@ -39,6 +48,6 @@ def link_problems(request, pytestconfig):
 @pytest.fixture(scope="session")
 def reasoning_texts(request, pytestconfig):
     """As the plugin's; without a file of texts, six of examples/data: they take a while."""
-    if any(map(holds_texts, pytestconfig.getoption("--kv-problems"))):
+    if any(texts_are_in(pytestconfig)):
         return request.getfixturevalue("reasoning_texts")
     return load_texts(DATA / "texts.json")[:6][: pytestconfig.getoption("--kv-limit")]

@@ -23,7 +23,8 @@ from picache import (
     arms,
     compare,
 )
-from picache.compare import FULL, METRICS, begins, f1
+from picache.answers import begins, f1
+from picache.compare import FULL, METRICS
 from picache.hf.model import HFModel
 from picache.problem import pieces
 from tests.helpers import tiny_model
@@ -147,6 +148,15 @@ def test_the_fair_arms_are_compared_with_full_prefill_first(model):
             "problem 1 has 0 answers and problem 0 1",
         ),
         (dict(methods=[]), "methods is empty"),
+        (
+            dict(methods={"a": Arm(LegoLink(1), "keep"), "b": LegoLink(1)}),
+            "arm 'a' keeps the BOS of its chunks in the prompt and arm 'b' does not",
+        ),
+        (dict(methods=arms("repo")), "arms of one comparison share their ids"),
+        (
+            dict(problems=[Problem(("the cat",), "who", ("a b c", "a b c d"))], new_tokens=2),
+            "the answers of problem 0 have 3 tokens or more and new_tokens is 2",
+        ),
         (dict(methods=[LegoLink(1), LegoLink(1)]), r"two arms are named 'LegoLink\(k=1\)'"),
         (dict(methods={FULL: LegoLink(1)}), "two arms are named 'full'"),
         (dict(methods=[Arm(LegoLink(1), flops_per_byte=1.0)]), "leave out flops_per_byte"),
