@@ -104,7 +104,9 @@ def sinks(record: dict) -> str:
         {"arm": arm, "mean": np.mean(layers), "largest": max(layers)}
         for arm, layers in record["attention_on_first_tokens"].items()
     ]
-    return markdown(rows, {"arm": "{arm}", "mean": "{mean:.1%}", "largest layer": "{largest:.1%}"})
+    columns = {"arm": "{arm}", "mean of layers": "{mean:.1%}", "largest layer": "{largest:.1%}"}
+    count = record["configuration"]["sink_problems"]
+    return f"{markdown(rows, columns)}\n\n{count} questions, spread over the passages."
 
 
 CAP = """# Where each method stands: context, accuracy, performance
