@@ -93,6 +93,29 @@ def test_it_is_made_once_and_checked_when_read(models, wheel):
     assert bytes(damaged) != weights.read_bytes()
 
 
+def test_what_another_process_made_meanwhile_is_left_whole(models, wheel, monkeypatch):
+    first, made = models._dequantise, []
+
+    def slow(gguf, into):
+        first(gguf, into)
+        if not made:
+            made.append(None)
+            made[0] = models.smollm2_folder().stat().st_ino  # the other one, from end to end
+
+    monkeypatch.setattr(models, "_dequantise", slow)
+    folder = models.smollm2_folder()
+    assert folder.stat().st_ino == made[0]
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_model_that_is_not_there_is_named_in_a_line(models, tmp_path):
+    for name in (str(tmp_path / "nothing"), str(tmp_path)):
+        with pytest.raises(models.ModelMissingError, match="cannot be loaded as a model") as error:
+            models.load(name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"gone": "0"}'])
 def test_a_folder_without_a_true_manifest_is_made_again(models, wheel, manifest):
     folder = models.smollm2_folder()

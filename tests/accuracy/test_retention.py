@@ -20,7 +20,9 @@ def retained(kv_model, kv_tokenizer, reasoning_texts):
         "StreamingLLM": StreamingLLM(BUDGET),
         "random": Random(BUDGET, pin_prompt=False),
     }
-    return compare(kv_model, kv_tokenizer, texts, policies, prompt_tokens=PROMPT)
+    return compare(
+        kv_model, kv_tokenizer, texts, policies, prompt_tokens=PROMPT, batch_size=len(texts)
+    )
 
 
 def test_quest_loses_little(retained):
