@@ -69,6 +69,9 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
             raise DemandError(f"there is no arm {arm!r}; there are {', '.join(self.measured)}")
         return {metric: self._interval(v) for metric, v in self.measured[arm].items()}
 
+    def __contains__(self, arm: object) -> bool:
+        return arm in self.measured
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.measured)
 

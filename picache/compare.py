@@ -90,6 +90,7 @@ def compare(
     check_problems(problems)
     arms = _named(methods)
     new_tokens = whole_number("compare needs a whole number of new_tokens", new_tokens, least=1)
+    seed = whole_number("compare needs a whole number as its seed", seed, least=0)
     _check_lengths(model, tokenizer, problems, new_tokens)
     from picache.hf.decoding import answers  # transformers is loaded with the model
 

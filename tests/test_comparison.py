@@ -78,6 +78,8 @@ def test_a_loss_is_positive_where_an_arm_is_worse(result):
 def test_what_was_not_measured_is_refused(result, refusal):
     with pytest.raises(refusal, match="there is no arm 'c'; there are a, b"):
         result["c"]
+    assert "a" in result
+    assert "c" not in result
     with pytest.raises(refusal, match="no 'kl' of 'a'"):
         result.difference("a", "kl")
     with pytest.raises(refusal, match="no metric 'kl'; there are nll, right"):

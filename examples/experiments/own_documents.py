@@ -16,6 +16,14 @@ import models
 COLUMNS = {name: LINKING[name] for name in ("linking", "KL", "recomputed", "first token")}
 
 
+def text_of(path: Path) -> str:
+    """What a file in UTF-8 says; nothing where it is in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        return ""
+
+
 def own_documents(
     name: str,
     methods: Mapping[str, picache.LinkMethod | picache.Arm],
@@ -26,7 +34,7 @@ def own_documents(
 ) -> None:
     """Link the files on any model: what each arm answers, costs, and how far it strays."""
     model, tokenizer = models.load(name)
-    problem = picache.Problem(tuple(path.read_text().strip() for path in paths), question)
+    problem = picache.Problem(tuple(map(text_of, paths)), question)
     result = picache.compare(model, tokenizer, [problem], methods, new_tokens=new_tokens)
     for arm, (answer,) in result.settings["decoded"].items():
         print(f"\n{arm}: {answer.strip()!r}")

@@ -16,6 +16,7 @@ import sparsity
 
 DATA = Path(__file__).parents[1] / "data"
 DOCUMENTS = 8
+AT_MOST = {"questions": 72, "texts": 12}  # that there are
 LINK_SEED, REASONING_SEED = 2 * 10**9, 3 * 10**9
 
 
@@ -25,8 +26,6 @@ def link_problems(model: str, count: int) -> list[picache.Problem]:
         rng = random.Random(LINK_SEED)
         return [_lookup(rng) for _ in range(count)]
     problems = picache.load_problems(DATA / "passages.json", documents=DOCUMENTS)
-    if count > len(problems):
-        raise SystemExit(f"there are {len(problems)} questions, not {count}")
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
@@ -45,7 +44,8 @@ def texts(model: str, count: int, tokens: int, tokenizer) -> list[str] | list[sp
         chains = [draw() for _ in range(count)]
         return [sparsity.Problem(chain.prompt, (chain.answer,)) for chain in chains]
     found = json.loads((DATA / "texts.json").read_text())["texts"]
-    if count > len(found):
-        raise SystemExit(f"there are {len(found)} texts, not {count}")
-    ids = (tokenizer(each["text"])["input_ids"][:tokens] for each in found[:count])
+    ids = [tokenizer(each["text"])["input_ids"][:tokens] for each in found[:count]]
+    shortest = min(map(len, ids))
+    if shortest < tokens:
+        raise sparsity.SparsityError(f"a text has {shortest} tokens, and --tokens is {tokens}")
     return [tokenizer.decode(each, skip_special_tokens=True) for each in ids]

@@ -19,8 +19,8 @@ from pathlib import Path
 import transformers
 from attention_on_sinks import attention_on_first_tokens
 from environment import environment
-from own_documents import own_documents
-from questions import link_problems, texts
+from own_documents import own_documents, text_of
+from questions import AT_MOST, link_problems, texts
 from quickstart_figure import draw
 from quickstart_tables import (
     LINKING,
@@ -162,10 +162,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.documents is None) != (args.question is None):
         parser.error("--documents and --question go together")
     for path in args.documents or ():
-        if not path.is_file() or not path.read_text().strip():
+        if not path.is_file() or not text_of(path):
             parser.error(f"{path} is no file with text in it")
-    if args.questions < 1 or args.texts < 1:
-        parser.error("--questions and --texts must be at least 1")
+    there = (
+        {"questions": args.questions, "texts": args.texts} if args.model == "reference" else AT_MOST
+    )
+    for name, most in there.items():
+        if not 1 <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name)} must be 1 to {most}")
     if args.tokens < args.prompt_tokens + 2:
         parser.error(f"--tokens {args.tokens} must be at least --prompt-tokens plus 2")
     if args.budget is None:

@@ -94,6 +94,6 @@ def _scheduling(rows: list[dict], ax: "Axes") -> None:
     ax.tick_params(axis="x", labelrotation=20)
     ax.set(
         ylabel="completion time / first come, first served",
-        title=f"Serving in another order: how long does it take? (load {rows[0]['load']})",
+        title="Serving in another order: how long does it take?",
     )
     ax.legend(fontsize=8)

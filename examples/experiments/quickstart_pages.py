@@ -11,8 +11,8 @@ SCHEDULED = {
     ("hermes", "FCFS"),
     ("hermes", "ClassMean"),
     ("hermes", "Gittins"),
-    ("bimodal", "FCFS"),
     ("bimodal", "ClassMean"),
+    ("bimodal", "SERPT"),
     ("bimodal", "Gittins"),
 }
 
