@@ -24,7 +24,12 @@ pytest_plugins = ["pytester"]
 
 PROBLEMS = [
     {"documents": ["the cat sits on the mat"], "question": "who sits", "answers": ["cat"]},
-    {"documents": ["a bird sings", "the dog sleeps"], "question": "who sings", "lead": "a"},
+    {
+        "documents": ["a bird sings", "the dog sleeps"],
+        "question": "who sings",
+        "answers": ["bird"],
+        "lead": "a",
+    },
     {"documents": ["the dog sleeps"], "question": "who sleeps", "answers": ["dog"]},
 ]
 

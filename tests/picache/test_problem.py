@@ -16,8 +16,8 @@ THINKS = CHAT + "{% if enable_thinking is not defined or enable_thinking %}<thin
 
 def whole(problem, template):
     """The rendering with the documents where they belong, by the template itself."""
-    content = f"{problem.instruction}\n\n" if problem.instruction else ""
-    content += "".join(f"{d}\n\n" for d in problem.documents) + problem.question
+    content = f"{problem.instruction}\n" if problem.instruction else ""
+    content += "".join(f"{d}\n" for d in problem.documents) + problem.question
     turn = [{"role": "user", "content": content}]
     rendered = tokenizer_of(template).apply_chat_template(
         turn, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -32,7 +32,7 @@ def test_pieces_joined_are_what_the_template_renders(template, instruction, ques
     problem = Problem(PROBLEM.documents, question, instruction=instruction, lead="on the")
     prefix, documents, query = pieces(problem, tokenizer_of(template))
     assert prefix + "".join(documents) + query == whole(problem, template)
-    assert documents == ("the cat sits \n\n", " the dog\n\n")
+    assert documents == ("the cat sits \n", " the dog\n")
     assert query.endswith("on the")
     assert "<think>" not in query
 
@@ -47,7 +47,7 @@ def test_the_mark_in_a_question_is_refused_and_in_a_document_is_text():
     with pytest.raises(PICacheError, match=r"has 2 places for them. Leave U\+FFFC out"):
         pieces(Problem(("a",), "what is \ufffc"), tokenizer_of(CHAT))
     problem = Problem(("a picture \ufffc",), "who")
-    assert pieces(problem, tokenizer_of(CHAT)).documents == ("a picture \ufffc\n\n",)
+    assert pieces(problem, tokenizer_of(CHAT)).documents == ("a picture \ufffc\n",)
 
 
 @pytest.mark.parametrize("template", [None, CHAT])
