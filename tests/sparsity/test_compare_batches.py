@@ -26,6 +26,7 @@ from sparsity.hf import decoding
 from sparsity.tasks import Task, batches_of
 from tests.helpers import tiny_model
 from tests.sparsity.test_compare import CHAT, DISTANCES, ids_of, numbered_tokenizer, text
+from tests.sparsity.zoo import shallow_model
 
 ARMS = {
     "Full": Full(),
@@ -67,7 +68,7 @@ def results(model, given, batch_size, arms=ARMS, template=None, **arguments):
     return alone, together
 
 
-MODELS = {family: tiny_model(family, num_hidden_layers=2) for family in ("llama", "qwen3")}
+MODELS = {family: shallow_model(family) for family in ("llama", "qwen3")}
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
