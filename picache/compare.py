@@ -59,6 +59,7 @@ def compare(
     methods: Sequence[LinkMethod | Arm] | Mapping[str, LinkMethod | Arm],
     *,
     new_tokens: int = 16,
+    metrics: Sequence[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
@@ -75,6 +76,8 @@ def compare(
         methods: what to compare, named by their repr; an `Arm` also names its sinks. Or a mapping
             that gives names, such as `picache.arms`; its "full" is the full prefill.
         new_tokens: how many tokens are decoded for an answer, greedily.
+        metrics: which of `METRICS` to measure, so that one that needs answers is refused where
+            there are none; by default all that can be.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
 
@@ -83,12 +86,14 @@ def compare(
         tokens of each prompt and the greedy answers: `settings["decoded"]`, by arm.
 
     Raises:
-        PICacheError: no problems, answers to some of them only or longer than new_tokens, no
-            methods, two arms of one name, some arms that keep the BOS of chunks and some that do
-            not, a prompt longer than the model's positions; before anything runs.
+        PICacheError: no problems, answers to some of them only or longer than new_tokens, a metric
+            that needs answers where there are none, no methods, two arms of one name, some arms
+            that keep the BOS of chunks and some that do not, a prompt longer than the model's
+            positions; before anything runs.
     """
     check_problems(problems)
     arms = _named(methods)
+    wanted = _wanted(metrics, bool(problems[0].answers))
     new_tokens = whole_number("compare needs a whole number of new_tokens", new_tokens, least=1)
     seed = whole_number("compare needs a whole number as its seed", seed, least=0)
     _check_lengths(model, tokenizer, problems, new_tokens)
@@ -110,10 +115,11 @@ def compare(
             text = str(tokenizer.decode(answered.tokens, skip_special_tokens=True))
             decoded[name].append(text)
             _record(values[name], problem, answered, full, target, text)
-    arrays = {n: {m: np.array(v) for m, v in of.items()} for n, of in values.items()}
+    arrays = {n: {m: np.array(of[m]) for m in wanted} for n, of in values.items()}
     settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
     settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
-    return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, DRAWN)
+    drawn = DRAWN if set(DRAWN) <= set(wanted) else None
+    return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, drawn)
 
 
 class _Linker:
@@ -233,6 +239,21 @@ def _record(
     }
     for metric, value in measured.items():
         into.setdefault(metric, []).append(value)
+
+
+def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
+    """The metrics asked for, which can be measured; in the order of `METRICS`."""
+    known = [name for name in METRICS if answered or name not in ("accuracy", "f1")]
+    if metrics is None:
+        return known
+    if isinstance(metrics, str) or not metrics:
+        raise PICacheError(f"metrics must be a list of names, got {metrics!r}")
+    for name in metrics:
+        if name not in METRICS:
+            raise PICacheError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+        if name not in known:
+            raise PICacheError(f"{name!r} needs answers: give them, or leave it out")
+    return [name for name in known if name in metrics]
 
 
 def _named(

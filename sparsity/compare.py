@@ -53,6 +53,7 @@ def compare(
     new_tokens: int = 256,
     batch_size: int = 1,
     final: Callable[[str], str] = final_answer,
+    metrics: Sequence[str] | None = None,
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
@@ -87,6 +88,8 @@ def compare(
         batch_size: how many texts or problems are worked on together, at most.
         final: finds in a decoded text the part that is held against the answers; see
             `sparsity.problem.final_answer` and `is_right`.
+        metrics: which of `METRICS` to measure, so that one that needs answers is refused where
+            there are none; by default all that can be.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
 
@@ -108,6 +111,7 @@ def compare(
         raise SparsityError(f"final is {described(final)}: expected a function of a text")
     arms = _named(policies)
     unit, tasks = tasks_of(texts_or_problems, tokenizer, prompt_tokens, new_tokens)
+    wanted = _wanted(metrics, bool(tasks[0].answers))
     batches = batches_of(tasks, batch_size)
     from sparsity.hf.attach import decoder_of, keep_attached
     from sparsity.hf.cache import SparseCache
@@ -137,8 +141,9 @@ def compare(
         settings["new_tokens"] = new_tokens
         if tasks[0].answers:
             settings["decoded"] = decoded
-    arrays = {n: {m: np.array(v) for m, v in found.items()} for n, found in values.items()}
-    return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed, DRAWN)
+    arrays = {n: {m: np.array(of[m]) for m in wanted} for n, of in values.items()}
+    drawn = DRAWN if set(DRAWN) <= set(wanted) else None
+    return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed, drawn)
 
 
 def _measured(
@@ -225,6 +230,21 @@ def _name(policy: Any) -> str:
     given = [(field, getattr(policy, field.name)) for field in fields(policy) if field.init]
     shown = [f"{field.name}={value!r}" for field, value in given if value != field.default]
     return f"{type(policy).__name__}({', '.join(shown)})"
+
+
+def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
+    """The metrics asked for, which can be measured; in the order of `METRICS`."""
+    known = [name for name in METRICS if answered or name not in ("accuracy", "f1")]
+    if metrics is None:
+        return known
+    if isinstance(metrics, str) or not metrics:
+        raise SparsityError(f"metrics must be a list of names, got {metrics!r}")
+    for name in metrics:
+        if name not in METRICS:
+            raise SparsityError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+        if name not in known:
+            raise SparsityError(f"{name!r} needs answers: give them, or leave it out")
+    return [name for name in known if name in metrics]
 
 
 def _named(policies: Sequence[Policy] | Mapping[str, Policy]) -> dict[str, Policy]:

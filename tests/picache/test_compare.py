@@ -115,6 +115,15 @@ def test_without_answers_only_distances_are_measured(model):
         result.difference("NaiveReuse(force_query=True)", "accuracy")
 
 
+def test_metrics_can_be_chosen(model):
+    asked = ["kl", "accuracy"]
+    result = compare(
+        model, tokenizer_of(), PROBLEMS[:1], [LegoLink(2)], progress=False, metrics=asked
+    )
+    assert list(result["LegoLink(k=2)"]) == ["accuracy", "kl"]
+    assert result.figure().get_ylabel() == "kl"
+
+
 def test_arms_are_named_and_may_differ_in_sinks(model):
     arms = [LegoLink(2), Arm(LegoLink(2), DummySinks(2))]
     result = compare(model, tokenizer_of(), PROBLEMS[:1], arms, progress=False)
@@ -148,6 +157,12 @@ def test_the_fair_arms_are_compared_with_full_prefill_first(model):
             "problem 1 has 0 answers and problem 0 1",
         ),
         (dict(methods=[]), "methods is empty"),
+        (dict(metrics=["speed"]), "there is no metric 'speed'; there are accuracy, f1"),
+        (dict(metrics="kl"), "metrics must be a list"),
+        (
+            dict(problems=[Problem(("the cat sits",), "who sits")], metrics=["kl", "accuracy"]),
+            "'accuracy' needs answers: give them",
+        ),
         (
             dict(methods={"a": Arm(LegoLink(1), "keep"), "b": LegoLink(1)}),
             "arm 'a' keeps the BOS of its chunks in the prompt and arm 'b' does not",
