@@ -34,15 +34,21 @@ def draw(record: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _answers(rows: list[dict], ax: "Axes") -> None:
+def _bars(rows: list[dict], metric: str, notes: list[str], ax: "Axes") -> None:
+    """A bar an arm with its interval, the first on top, and a note to its right."""
     places = range(len(rows))[::-1]
-    for place, row in zip(places, rows, strict=True):
-        share, (low, high) = row["accuracy"], row["accuracy_interval"]
-        spread = [[max(0.0, share - low)], [max(0.0, high - share)]]
-        ax.barh(place, share, xerr=spread, color=colour(row["arm"]), ecolor="black", capsize=2)
-        note = f"{row['recomputed']:.0%} recomputed, {row['time_of_full']:.2f} of the time"
-        ax.text(1.02, place, note, va="center", fontsize=8, transform=ax.get_yaxis_transform())
+    beside = ax.get_yaxis_transform()
+    for place, row, note in zip(places, rows, notes, strict=True):
+        mean, (low, high) = row[metric], row[f"{metric}_interval"]
+        spread = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        ax.barh(place, mean, xerr=spread, color=colour(row["arm"]), ecolor="black", capsize=2)
+        ax.text(1.02, place, note, va="center", fontsize=8, transform=beside)
     ax.set_yticks(places, [row["arm"] for row in rows])
+
+
+def _answers(rows: list[dict], ax: "Axes") -> None:
+    cost = "{recomputed:.0%} recomputed, {time_of_full:.2f} of the time"
+    _bars(rows, "accuracy", [cost.format(**row) for row in rows], ax)
     ax.set(
         xlim=(0, 1),
         xlabel="questions answered right (95 % interval)",
@@ -67,15 +73,9 @@ def _sinks(layers: dict[str, list[float]], ax: "Axes") -> None:
 
 
 def _retention(rows: list[dict], ax: "Axes") -> None:
-    places = range(len(rows))[::-1]
-    for place, row in zip(places, rows, strict=True):
-        mean, (low, high) = row["extra_nll"], row["extra_nll_interval"]
-        spread = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
-        ax.barh(place, mean, xerr=spread, color=colour(row["arm"]), ecolor="black", capsize=2)
-        note = f"holds {row['kept_bytes'] / 2**20:.1f} MiB"
-        ax.text(1.02, place, note, va="center", fontsize=8, transform=ax.get_yaxis_transform())
+    notes = [f"holds {row['kept_bytes'] / 2**20:.1f} MiB" for row in rows]
+    _bars(rows, "extra_nll", notes, ax)
     ax.axvline(0.0, color="black", linewidth=0.8)
-    ax.set_yticks(places, [row["arm"] for row in rows])
     ax.set(
         xlabel="nats a token above dense attention (95 % interval)",
         title="Decoding with part of the KV cache: what does it cost?",
