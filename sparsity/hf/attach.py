@@ -38,10 +38,12 @@ class ServedCache(ABC):
     Attributes:
         layers: of the cache, by index in the model.
         autocast: the dtype of `torch.autocast` in this forward; None where it is off.
+        signature: all that an armed step depends on, see `sparsity.hf.compiled_step`.
     """
 
     layers: list[Any]
     autocast: torch.dtype | None
+    signature: str
 
     @property
     @abstractmethod
@@ -279,7 +281,7 @@ class Attachment:
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hook before a forward: check it, and hand the cache on to the attention function."""
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, ServedCache) and cache.armed:
+        if isinstance(cache, ServedCache) and cache.armed and cache.signature:
             return args, {**kwargs, KWARG: cache}
         return self._before(decoder, args, kwargs)
 

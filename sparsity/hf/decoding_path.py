@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
 from sparsity.errors import SparsityError
@@ -111,8 +111,3 @@ def why_not_compiled(config: Any, mode: Any) -> str | None:
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "torch.autocast is on"
     return None
-
-
-def compile_config() -> CompileConfig:
-    """How `generate` compiles a step: into one graph, that CUDA graphs replay."""
-    return CompileConfig(fullgraph=True, dynamic=False)

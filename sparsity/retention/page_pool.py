@@ -122,7 +122,8 @@ class PagePool:
     def is_like(self, other: "PagePool") -> bool:
         """Whether both are of one batch, and their keys and values of one kind."""
         return all(
-            (a.shape[:2], a.shape[3], a.dtype, a.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
+            (a.shape[:2], a.shape[3], a.dtype, a.device)
+            == (b.shape[:2], b.shape[3], b.dtype, b.device)
             for a, b in ((self.keys, other.keys), (self.values, other.values))
         )
 
