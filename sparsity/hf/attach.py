@@ -21,8 +21,8 @@ from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
-from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.generate_watch import unwatch, watch
+from sparsity.hf.layers import RetainedLayer
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask

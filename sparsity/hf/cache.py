@@ -21,7 +21,7 @@ from sparsity.hf.attach import (
 from sparsity.hf.autocast import autocast_dtype, lowered
 from sparsity.hf.compiled_step import compile_config, signature
 from sparsity.hf.decoding_path import COMPILED, choose_places, why_not_compiled
-from sparsity.hf.forward_checks import check_autocast, check_call, check_checkpointing, check_states
+from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,

@@ -74,8 +74,8 @@ def _of_model(model: nn.Module) -> Iterator[str]:
     """What each module and config has that is no module, tensor or function of its class."""
     for name, module in model.named_modules():
         plain = {key: _plain(value) for key, value in vars(module).items()}
-        tensors = {key: _kind(x) for key, x in module._parameters.items() if x is not None}
-        tensors |= {key: _kind(x) for key, x in module._buffers.items() if x is not None}
+        tensors = {key: _kind(x) for key, x in module.named_parameters(recurse=False)}
+        tensors |= {key: _kind(x) for key, x in module.named_buffers(recurse=False)}
         yield f"{name}{type(module)}{plain}{tensors}"
 
 

@@ -178,7 +178,7 @@ class AllLayers:
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
         self.armed = False
         if step.single and self.clock is not None:
-            self.clock.valid.copy_(True if step.valid is None else step.valid[:, -1])
+            self.clock.expect(None if step.valid is None else step.valid[:, -1])
             self._make_room(step.stop - 1)
 
     def withdraw(self) -> None:
