@@ -12,9 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-LOG2_E = 1.4426950408889634
 MOST_SPLITS = 64
-TILE_BYTES = 160 * 1024  # of shared memory, for the keys and values that are on their way
+WAVES = 2  # programs for each processor
+WIDEST_TILE = 64 * 1024  # bytes of keys and values that a program holds at once
+SHARED_BYTES = 160 * 1024  # for the keys and values that are on their way
+MOST_UNTRIMMED = 4096  # tokens
 
 
 @triton.jit
@@ -63,7 +65,7 @@ def split_kernel(
     DIRECT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Attention over every SPLITS-th block of BLOCK pages; a lane for each token of them.
+    """Attention over every SPLITS-th tile of BLOCK tokens, pages padded to a power of two.
 
     TRIM reads no key of a place that is empty and stops at the last page, for pools with room.
     DIRECT is for a single part, which needs no join. WIDE multiplies in float32, for Triton's
@@ -83,26 +85,26 @@ def split_kernel(
     q = tl.load(q_at, mask=(g < G)[:, None] & (d < D)[None, :], other=0).to(keys.dtype.element_ty)
     if WIDE:
         q = q.to(tl.float32)
-    lane = tl.arange(0, BLOCK * S_PAD)
-    lane_page = lane // S_PAD
-    inside = lane % S_PAD
+    lane = tl.arange(0, BLOCK)
     starts = start + b * start_b + h * start_h
     keys_at = keys + b * key_b + h * key_h
     values_at = values + b * value_b + h * value_h
 
-    end = tl.cdiv(listed, BLOCK)
+    end = tl.cdiv(listed * S_PAD, BLOCK)
     if TRIM:
+        PAGES: tl.constexpr = max(1, BLOCK // S_PAD)  # a tile
         own = tl.arange(0, OWN_PAD)
-        at = (split + (own // BLOCK) * SPLITS) * BLOCK + own % BLOCK
-        begun = tl.load(starts + at, mask=at < listed, other=-1)
-        rounds = tl.max(tl.where(begun >= 0, own // BLOCK + 1, 0), 0)
+        own_page = (split + (own // PAGES) * SPLITS) * BLOCK // S_PAD + own % PAGES
+        own_start = tl.load(starts + own_page, mask=own_page < listed, other=-1)
+        rounds = tl.max(tl.where(own_start >= 0, own // PAGES + 1, 0), 0)
         end = tl.minimum(end, split + rounds * SPLITS)
 
     most = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
-    for block in range(split, end, SPLITS):
-        at = block * BLOCK + lane_page
+    for tile in range(split, end, SPLITS):
+        at = (tile * BLOCK + lane) // S_PAD
+        inside = (tile * BLOCK + lane) % S_PAD
         wanted = (at < listed) & (inside < S)
         page = at
         if LISTED:
@@ -152,6 +154,90 @@ def split_kernel(
 
 
 @triton.jit
+def join(
+    partial,
+    lse,
+    sinks,
+    out,
+    row,
+    part,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """The output of one query head from its parts."""
+    LOG2: tl.constexpr = 1.4426950408889634
+    head = row * G + part
+    split = tl.arange(0, SPLITS_PAD)
+    dv = tl.arange(0, DV_PAD)
+    at = partial + (head * SPLITS + split)[:, None] * DV + dv[None, :]
+    parts = tl.load(at, mask=(split < SPLITS)[:, None] & (dv < DV)[None, :], other=0)
+    logs = tl.load(lse + head * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    most = tl.max(logs, 0)
+    if SINKS:
+        sink = tl.load(sinks + (row % H) * G + part).to(tl.float32) * LOG2
+        most = tl.maximum(most, sink)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    share = tl.exp2(logs - base)
+    total = tl.sum(share, 0)
+    if SINKS:
+        total += tl.exp2(sink - base)
+    joined = tl.sum(parts * share[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + head * DV + dv, joined, mask=dv < DV)
+
+
+@triton.jit
+def weigh(
+    lse,
+    scores,
+    starts,
+    now,
+    sinks,
+    weights,
+    row,
+    first,
+    tokens,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
+    MAX: tl.constexpr,
+):
+    """The weights of BLOCK tokens from `first` on, reduced over the query heads of the group."""
+    LOG2: tl.constexpr = 1.4426950408889634
+    g = tl.arange(0, G_PAD)
+    split = tl.arange(0, SPLITS_PAD)
+    parts = (row * G + g)[:, None] * SPLITS + split[None, :]
+    there = (g < G)[:, None] & (split < SPLITS)[None, :]
+    logs = tl.load(lse + parts, mask=there, other=float("-inf"))
+    token = first + tl.arange(0, BLOCK)
+    begun = tl.load(starts + token // S, mask=token < tokens, other=-1)
+    held = (begun >= 0) & (begun + token % S <= tl.load(now + row // H))
+    at = scores + (row * G + g)[:, None] * tokens + token[None, :]
+    s = tl.load(at, mask=(g < G)[:, None] & held[None, :], other=float("-inf"))
+    most = tl.max(logs, 1)
+    if SINKS:
+        sink = tl.load(sinks + (row % H) * G + g, mask=g < G, other=0).to(tl.float32) * LOG2
+        most = tl.maximum(most, sink)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(tl.exp2(logs - base[:, None]), 1)
+    if SINKS:
+        total += tl.exp2(sink - base)
+    whole = base + tl.log2(tl.where(total == 0, 1.0, total))
+    weight = tl.exp2(s - whole[:, None])
+    reduced = tl.max(weight, 0) if MAX else tl.sum(weight, 0) / G
+    tl.store(weights + row * tokens + token, reduced, mask=token < tokens)
+
+
+@triton.jit
 def combine_kernel(
     partial,
     lse,
@@ -177,109 +263,52 @@ def combine_kernel(
     MAX: tl.constexpr,
 ):
     """The first G programs of a row join the parts of a query head, the others weigh tokens."""
-    LOG2: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    split = tl.arange(0, SPLITS_PAD)
     if part < G:
-        head = row * G + part
-        logs = tl.load(lse + head * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
-        most = tl.max(logs, 0)
-        if SINKS:
-            sink = tl.load(sinks + (row % H) * G + part).to(tl.float32) * LOG2
-            most = tl.maximum(most, sink)
-        base = tl.where(most == float("-inf"), 0.0, most)
-        share = tl.exp2(logs - base)
-        total = tl.sum(share, 0)
-        if SINKS:
-            total += tl.exp2(sink - base)
-        dv = tl.arange(0, DV_PAD)
-        at = partial + (head * SPLITS + split)[:, None] * DV + dv[None, :]
-        parts = tl.load(at, mask=(split < SPLITS)[:, None] & (dv < DV)[None, :], other=0)
-        joined = tl.sum(parts * share[:, None], 0) / tl.where(total == 0, 1.0, total)
-        tl.store(out + head * DV + dv, joined, mask=dv < DV)
+        join(partial, lse, sinks, out, row, part, H, G, DV, DV_PAD, SPLITS, SPLITS_PAD, SINKS)
     else:
-        g = tl.arange(0, G_PAD)
-        inner = (row * G + g)[:, None] * SPLITS + split[None, :]
-        mask = (g < G)[:, None] & (split < SPLITS)[None, :]
-        logs = tl.load(lse + inner, mask=mask, other=float("-inf"))
-        most = tl.max(logs, 1)
-        if SINKS:
-            sink = tl.load(sinks + (row % H) * G + g, mask=g < G, other=0).to(tl.float32) * LOG2
-            most = tl.maximum(most, sink)
-        base = tl.where(most == float("-inf"), 0.0, most)
-        total = tl.sum(tl.exp2(logs - base[:, None]), 1)
-        if SINKS:
-            total += tl.exp2(sink - base)
-        whole = base + tl.log2(tl.where(total == 0, 1.0, total))
-        token = (part - G) * BLOCK + tl.arange(0, BLOCK)
-        begun = tl.load(
-            start + (row // H) * start_b + (row % H) * start_h + token // S,
-            mask=token < tokens,
-            other=-1,
-        )
-        held = (begun >= 0) & (begun + token % S <= tl.load(now + row // H))
-        at = scores + (row * G + g)[:, None] * tokens + token[None, :]
-        s = tl.load(at, mask=(g < G)[:, None] & held[None, :], other=float("-inf"))
-        weight = tl.exp2(s - whole[:, None])
-        reduced = tl.max(weight, 0) if MAX else tl.sum(weight, 0) / G
-        tl.store(weights + row * tokens + token, reduced, mask=token < tokens)
+        first = (part - G) * BLOCK
+        starts = start + (row // H) * start_b + (row % H) * start_h
+        weigh(lse, scores, starts, now, sinks, weights, row, first, tokens,
+              H, G, G_PAD, S, SPLITS, SPLITS_PAD, BLOCK, SINKS, MAX)  # fmt: skip
 
 
 class Plan(NamedTuple):
     """How the keys are laid over the device, from shapes alone.
 
     Args:
-        block: pages a tile, a power of two.
+        tile: tokens a tile, a power of two of at least 16.
         splits: parts of the keys of a row and KV head.
         warps: a program.
         stages: tiles on their way at once.
         trim: see `split_kernel`.
     """
 
-    block: int
+    tile: int
     splits: int
     warps: int
     stages: int
     trim: bool
 
 
-def plan(
-    rows: int,
-    listed: int,
-    page_size: int,
-    dims: int,
-    itemsize: int,
-    processors: int,
-    tile: int = 64,
-    waves: float = 2.0,
-    warps: int = 4,
-    trim: bool | None = None,
-) -> Plan:
+def plan(rows: int, listed: int, page_size: int, token_bytes: int, processors: int) -> Plan:
     """The plan for `rows` (batch times KV heads) that attend to `listed` pages each.
 
     Args:
         rows: batch times KV heads.
         listed: pages a row attends to.
         page_size: tokens a page.
-        dims: numbers of a key and a value together, each padded to a power of two.
-        itemsize: bytes of one of them.
+        token_bytes: of a key and a value, each padded to a power of two.
         processors: of the device.
-        tile: tokens a tile.
-        waves: programs for each processor.
-        warps: a program.
-        trim: see `split_kernel`; None to choose: only where so many places may be empty that
-            reading them is dearer than waiting to know.
     """
-    padded = triton.next_power_of_2(page_size)
-    block = max(1, tile // padded, 16 // padded)
-    blocks = max(1, triton.cdiv(listed, block))
-    splits = max(1, min(round(waves * processors / rows), blocks, MOST_SPLITS))
-    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))  # as many, none without a block
-    stages = max(1, min(3, TILE_BYTES // (block * padded * dims * itemsize)))
-    if trim is None:
-        trim = listed * page_size > 4096
-    return Plan(block, splits, warps, stages, trim)
+    tile = max(16, min(64, WIDEST_TILE // triton.next_power_of_2(token_bytes)))
+    tiles = max(1, triton.cdiv(listed * triton.next_power_of_2(page_size), tile))
+    splits = max(1, min(round(WAVES * processors / rows), tiles, MOST_SPLITS))
+    splits = triton.cdiv(tiles, triton.cdiv(tiles, splits))  # as many, none without a tile
+    stages = max(1, min(3, SHARED_BYTES // (tile * token_bytes)))
+    # Where many places may be empty, reading them is dearer than waiting to know.
+    return Plan(tile, splits, 4, stages, trim=listed * page_size > MOST_UNTRIMMED)
 
 
 def processors_of(tensor: Tensor) -> int:
@@ -302,13 +331,13 @@ def decode_attention_op(
     softcap: float | None,
     sinks: Tensor | None,
     weights: str | None,
-    block: int = 0,
+    tile: int = 0,
     splits: int = 0,
     warps: int = 0,
     stages: int = 0,
     trim: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_attention` by the kernels; a `block` of 0 takes the plan of `plan`.
+    """`decode_attention` by the kernels; a `tile` of 0 takes the plan of `plan`.
 
     Without weights the second result is empty.
     """
@@ -321,16 +350,10 @@ def decode_attention_op(
     listed = start.shape[-1] if pages is None else pages.shape[-1]
     padded_dim = max(16, triton.next_power_of_2(head_dim))
     padded_value = max(16, triton.next_power_of_2(value_dim))
-    chosen = Plan(block, splits, warps, stages, trim)
-    if not block:
-        chosen = plan(
-            batch * heads,
-            listed,
-            page_size,
-            padded_dim + padded_value,
-            keys.element_size(),
-            processors_of(keys),
-        )
+    chosen = Plan(tile, splits, warps, stages, trim)
+    if not tile:
+        token_bytes = (padded_dim + padded_value) * keys.element_size()
+        chosen = plan(batch * heads, listed, page_size, token_bytes, processors_of(keys))
     direct = chosen.splits == 1 and weights is None
     out = values.new_empty(batch, heads * groups, value_dim)
     none = query.new_empty(0, dtype=torch.float32)  # neither read nor written
@@ -342,7 +365,8 @@ def decode_attention_op(
         scores = none.new_empty(batch, heads, groups, tokens)
         reduced = none.new_empty(batch, heads, tokens)
     padded_group = max(16, triton.next_power_of_2(groups))
-    rounds = triton.cdiv(triton.cdiv(listed, chosen.block), chosen.splits)
+    padded_page = triton.next_power_of_2(page_size)
+    rounds = triton.cdiv(triton.cdiv(listed * padded_page, chosen.tile), chosen.splits)
     wrap_triton(split_kernel)[(batch * heads, chosen.splits)](
         query,
         keys,
@@ -377,14 +401,14 @@ def decode_attention_op(
         DV=value_dim,
         DV_PAD=padded_value,
         S=page_size,
-        S_PAD=triton.next_power_of_2(page_size),
-        BLOCK=chosen.block,
+        S_PAD=padded_page,
+        BLOCK=chosen.tile,
         SPLITS=chosen.splits,
         LISTED=pages is not None,
         SINKS=sinks is not None,
         SCORES=weights is not None,
         TRIM=chosen.trim and pages is None,
-        OWN_PAD=triton.next_power_of_2(rounds * chosen.block),
+        OWN_PAD=triton.next_power_of_2(rounds * max(1, chosen.tile // padded_page)),
         DIRECT=direct,
         WIDE=not keys.is_cuda,
         num_warps=chosen.warps,

@@ -138,8 +138,7 @@ def attend_both(case, dtype, plan, listed, softcap, sinks, weights, seed=0):
     if plan is None:
         return decode_attention_op(*args), expected, now
     tile, splits, trim = plan
-    block = max(1, tile // (1 << (size - 1).bit_length()))
-    got = decode_attention_op(*args, block, splits, 4, 1, trim)
+    got = decode_attention_op(*args, tile, splits, 4, 1, trim)
     return got, expected, now
 
 
