@@ -22,6 +22,7 @@ from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
+from sparsity.hf.own_attention import forget, own_attention, own_mask, remember
 from sparsity.hf.prompt_check import unwatch_prompts, watch_prompts
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
@@ -88,20 +89,26 @@ def retention_mask(
     **kwargs: Any,
 ) -> LazyMask:
     """The mask function for transformers: keeps the rule as a `LazyMask`, makes no tensor."""
-    dense = partial(
-        sdpa_mask,
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        use_vmap=use_vmap,
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
         **kwargs,
+    }
+    return LazyMask(
+        rule=None if mask_function is causal_mask_function else mask_function,
+        padding=attention_mask,
+        custom=use_vmap,
+        dense=partial(sdpa_mask, **arguments),
+        lengths=(q_length, kv_length),
+        masks=partial(own_mask, arguments=arguments),
+        plain=kwargs.get("allow_is_causal_skip", True),  # transformers' own word for it
     )
-    rule = None if mask_function is causal_mask_function else mask_function
-    return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
 def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -127,8 +134,20 @@ def retention_attention(
     is_causal: bool | None = None,
     sparse_cache: ServedCache | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function for transformers: managed layers by their policy, others densely."""
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function for transformers.
+
+    Layers under a policy by their policy, and others by the function that the model had before it
+    was attached; that function computes whole prompts of both.
+    """
+    own = None
+    if sparse_cache is None or query.shape[2] > 1:
+        given = kwargs | {"scaling": scaling, "dropout": dropout}
+        maybe = {"softcap": softcap, "s_aux": s_aux, "is_causal": is_causal}
+        given |= {name: value for name, value in maybe.items() if value is not None}
+        own = own_attention(module, attention_mask, given)
+        if own is not None and sparse_cache is None:  # exactly as if it were not attached
+            return own.call(query, key, value, given)
     if not _REFUSED.isdisjoint(kwargs):
         _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -141,6 +160,7 @@ def retention_attention(
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
             scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+            scores["own"] = own
             dtype = sparse_cache.autocast
             if dtype is None:
                 return sparse_cache.attend(layer, query, key, value, **scores), None
@@ -149,6 +169,8 @@ def retention_attention(
                 return sparse_cache.attend(layer, query, key, value, **scores), None
         if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
+        if own is not None and not own.refused(query, key, value):
+            return own(query, key, value), None
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
     causal = module.is_causal if is_causal is None else is_causal
     causal = bool(causal) and mask is None and query.shape[2] > 1
@@ -201,6 +223,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         unwatch_prompts(decoder)
+        forget(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 
@@ -303,6 +326,7 @@ def attach(model: PreTrainedModel) -> None:
             f"{name} is not written on transformers' attention interface, so its attention cannot "
             "be reached; use it with a cache of transformers"
         )
+    remember(decoder, now)
     if attached:  # the implementation was set anew in between: that is what to go back to
         ATTACHED[decoder].previous = now
         return

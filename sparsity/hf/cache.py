@@ -241,6 +241,7 @@ class SparseCache(ServedCache, Cache):
             num_bytes=sum(layer_bytes(layer) for layer in self.layers),
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
+            prompt_attention=self._state.prompt_attention,
         )
 
     def reset(self) -> None:
