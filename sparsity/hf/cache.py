@@ -301,7 +301,7 @@ class SparseCache(ServedCache, Cache):
         state.reached.add(index)
         assert state.step is not None
         if state.clock is not None and state.step.single:
-            mask = scores.pop("mask")
+            mask, _ = scores.pop("mask"), scores.pop("own")
             if mask.rule is not None or mask.custom:
                 raise SparsityError(
                     "a mask beyond padding was handed in for a single new token, and a cache of "
@@ -360,6 +360,7 @@ class SparseCache(ServedCache, Cache):
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
             decoding=self._decoding(),
+            prompt_attention=self._state.prompt_attention,
         )
 
     def _decoding(self) -> str:

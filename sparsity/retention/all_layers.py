@@ -246,6 +246,12 @@ class AllLayers:
         seen = int(self.rows.real.sum()) * tokens.shape[1]
         return int(tokens.max()), seen - int(tokens.sum())
 
+    @property
+    def prompt_attention(self) -> str:
+        """See `Report`."""
+        used = (self.retentions[layer].prompt_attention for layer in sorted(self.retentions))
+        return ", ".join(dict.fromkeys(name for name in used if name))
+
     def take(self, index: Tensor) -> None:
         """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""
         self.catch_up()

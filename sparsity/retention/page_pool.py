@@ -138,6 +138,8 @@ class PagePool:
         Args:
             now: rank of each row's newest token, int64 `[batch]`.
         """
+        if self.high == self.start.shape[-1]:
+            return self._whole_view(now)
         pages, tokens = self.high, self.high * self.size
         return PageView(
             start=self.start[..., :pages],
@@ -149,6 +151,26 @@ class PagePool:
             kmax=None if self.kmax is None else self.kmax[:, :, :pages],
             keys=self.keys[:, :, :tokens],
             values=self.values[:, :, :tokens],
+            weights=None,
+            window=None,
+            now=now[:, None, None],
+            page_size=self.size,
+            layer=self.layer,
+            first_head=self.first_head,
+        )
+
+    def _whole_view(self, now: Tensor) -> PageView:
+        """`view` where no place is above the high-water mark."""
+        return PageView(
+            start=self.start,
+            stamp=self.stamp,
+            sums=self.sums,
+            pinned=self.pinned,
+            filled=self.slots >= 0,
+            kmin=self.kmin,
+            kmax=self.kmax,
+            keys=self.keys,
+            values=self.values,
             weights=None,
             window=None,
             now=now[:, None, None],
