@@ -83,6 +83,10 @@ class ServedCache(ABC):
         """Attention of one managed layer in an armed step."""
 
     @abstractmethod
+    def step_begins(self) -> None:
+        """Open an armed step."""
+
+    @abstractmethod
     def stepped(self) -> None:
         """Close an armed step that has gone through."""
 
@@ -302,8 +306,11 @@ class Attachment:
 
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hook before a forward: check it, and hand the cache on to the attention function."""
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, ServedCache) and cache.armed and cache.signature:
+        cache, new = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        new = kwargs.get("inputs_embeds") if new is None else new
+        one = new is not None and new.shape[1] == 1 and kwargs.get("attention_mask") is None
+        if one and isinstance(cache, ServedCache) and cache.armed and cache.signature:
+            cache.step_begins()
             return args, {**kwargs, KWARG: cache}
         return self._before(decoder, args, kwargs)
 

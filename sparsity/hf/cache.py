@@ -235,6 +235,10 @@ class SparseCache(ServedCache, Cache):
             query, key, value = (lowered(x, self.autocast) for x in (query, key, value))
             return layer.retention.decode(query, key, value, clock, **scores)
 
+    def step_begins(self) -> None:
+        """Open an armed step."""
+        self._state.step_begins()
+
     def stepped(self) -> None:
         """Close an armed step."""
         self._state.stepped()

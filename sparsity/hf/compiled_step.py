@@ -45,7 +45,7 @@ def _kept(guard: Any) -> bool:
     if guard.name.startswith("G["):  # code; of what it reads, only torch's global hooks may change
         return "_global_" in guard.name
     _, inside, path = guard.name.partition("past_key_values']")
-    return not inside or path in ("", ".signature", "._state.armed")
+    return not inside or path in ("", ".signature", "._state.armed", "._state.begun")
 
 
 def signature(model: nn.Module, retentions: dict[int, LayerRetention], more: object) -> str:
