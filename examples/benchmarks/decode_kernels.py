@@ -76,7 +76,8 @@ class Pool:
         self.sums = torch.rand(batch, heads, places, 1, device=device)
         self.pinned = torch.zeros(batch, heads, places, dtype=torch.bool, device=device)
         self.kmin, self.kmax = torch.randn(2, batch, heads, places, dims[0], **to).sort(0).values
-        self.kmin, self.kmax = self.kmin.contiguous(), self.kmax.contiguous()
+        # Of a memory of its own each: what shares memory is copied where a graph changes it.
+        self.kmin, self.kmax = self.kmin.clone(), self.kmax.clone()
         self.current = self.start.argmax(-1)
         self.worth = torch.where(self.start < 0, -torch.inf, torch.rand_like(self.start.float()))
 

@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 
 MOST_SPLITS = 64
 WAVES = 2  # programs for each processor
-WIDEST_TILE = 64 * 1024  # bytes of keys and values that a program holds at once
+WIDEST_TILE = 32 * 1024  # bytes of keys and values that a program holds at once
 SHARED_BYTES = 160 * 1024  # for the keys and values that are on their way
 MOST_UNTRIMMED = 4096  # tokens
 
