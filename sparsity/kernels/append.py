@@ -33,7 +33,8 @@ def append(
     `append_reference`.
 
     Args:
-        keys: `[batch, kv_heads, N, head_dim]`, N = C * page_size; contiguous, as are the next nine.
+        keys: `[batch, kv_heads, N, head_dim]`, N = C * page_size; contiguous and of a
+            memory of its own, as are the next nine: torch's compiler copies what shares memory.
         values: `[batch, kv_heads, N, value_dim]`.
         slots: column of the token in each place, -1 for none; int32 `[batch, kv_heads, N]`.
         start: rank of the first token of each page, -1 for an unused place; int32

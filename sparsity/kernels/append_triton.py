@@ -113,8 +113,9 @@ def append_kernel(
         goes_on = d < tl.where(real & (inside != 0), D, 0)
         low = tl.load(kmin + bounds, mask=goes_on, other=0)
         high = tl.load(kmax + bounds, mask=goes_on, other=0)
-        low = tl.where(goes_on & (low < new_key), low, new_key)
-        high = tl.where(goes_on & (high > new_key), high, new_key)
+        wide = new_key.to(tl.float32)
+        low = tl.where(goes_on & (low.to(tl.float32) < wide), low, new_key)
+        high = tl.where(goes_on & (high.to(tl.float32) > wide), high, new_key)
         tl.store(kmin + bounds, low, mask=written)
         tl.store(kmax + bounds, high, mask=written)
 
@@ -152,6 +153,7 @@ def append_op(
     column: Tensor,
     valid: Tensor,
     page_size: int,
+    warps: int = 4,
 ) -> None:
     """`append` by the kernel; see there for the arguments."""
     batch, heads, _, head_dim = keys.shape
@@ -168,8 +170,8 @@ def append_op(
         stamp,
         sums,
         pinned,
-        keys if kmin is None else kmin,  # neither read nor written then, as below
-        keys if kmax is None else kmax,
+        rank if kmin is None else kmin,  # neither read nor written then, as below
+        rank if kmax is None else kmax,
         current,
         key,
         value,
@@ -196,5 +198,5 @@ def append_op(
         BOUNDS=kmin is not None,
         WORTH=worth is not None,
         BLOCK=min(MOST_PLACES, triton.next_power_of_2(places)),
-        num_warps=4,
+        num_warps=warps,
     )

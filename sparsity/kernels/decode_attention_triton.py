@@ -14,7 +14,7 @@ from torch.library import triton_op, wrap_triton
 
 MOST_SPLITS = 64
 WAVES = 2  # programs for each processor
-WIDEST_TILE = 64 * 1024  # bytes of keys and values that a program holds at once
+WIDEST_TILE = 32 * 1024  # bytes of keys and values that a program holds at once
 SHARED_BYTES = 160 * 1024  # for the keys and values that are on their way
 MOST_UNTRIMMED = 4096  # tokens
 
@@ -44,6 +44,7 @@ def split_kernel(
     start_h,
     listed,
     tokens,
+    splits,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     H: tl.constexpr,
@@ -56,7 +57,6 @@ def split_kernel(
     S: tl.constexpr,
     S_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
     LISTED: tl.constexpr,
     SINKS: tl.constexpr,
     SCORES: tl.constexpr,
@@ -65,7 +65,7 @@ def split_kernel(
     DIRECT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Attention over every SPLITS-th tile of BLOCK tokens, pages padded to a power of two.
+    """Attention over every `splits`-th tile of BLOCK tokens, pages padded to a power of two.
 
     TRIM reads no key of a place that is empty and stops at the last page, for pools with room.
     DIRECT is for a single part, which needs no join. WIDE multiplies in float32, for Triton's
@@ -94,15 +94,15 @@ def split_kernel(
     if TRIM:
         PAGES: tl.constexpr = max(1, BLOCK // S_PAD)  # a tile
         own = tl.arange(0, OWN_PAD)
-        own_page = (split + (own // PAGES) * SPLITS) * BLOCK // S_PAD + own % PAGES
+        own_page = (split + (own // PAGES) * splits) * BLOCK // S_PAD + own % PAGES
         own_start = tl.load(starts + own_page, mask=own_page < listed, other=-1)
         rounds = tl.max(tl.where(own_start >= 0, own // PAGES + 1, 0), 0)
-        end = tl.minimum(end, split + rounds * SPLITS)
+        end = tl.minimum(end, split + rounds * splits)
 
     most = tl.full([G_PAD], float("-inf"), tl.float32)
     total = tl.zeros([G_PAD], tl.float32)
     acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
-    for tile in range(split, end, SPLITS):
+    for tile in range(split, end, splits):
         at = (tile * BLOCK + lane) // S_PAD
         inside = (tile * BLOCK + lane) % S_PAD
         wanted = (at < listed) & (inside < S)
@@ -148,7 +148,7 @@ def split_kernel(
     if DIRECT:
         tl.store(out + (row * G + g)[:, None] * DV + dv[None, :], acc, mask=mask)
     else:
-        part = (row * G + g) * SPLITS + split
+        part = (row * G + g) * splits + split
         tl.store(partial + part[:, None] * DV + dv[None, :], acc, mask=mask)
         tl.store(lse + part, most + tl.log2(total), mask=g < G)
 
@@ -391,6 +391,7 @@ def decode_attention_op(
         start.stride(1),
         listed,
         tokens,
+        chosen.splits,
         SCALE=scaling,
         CAP=softcap or 0.0,
         H=heads,
@@ -403,7 +404,6 @@ def decode_attention_op(
         S=page_size,
         S_PAD=padded_page,
         BLOCK=chosen.tile,
-        SPLITS=chosen.splits,
         LISTED=pages is not None,
         SINKS=sinks is not None,
         SCORES=weights is not None,

@@ -33,10 +33,10 @@ def close(got, expected, dtype):
 APPENDS = [
     # batch, heads, places, size, dim, value_dim, dtype, used, worth, bounds
     (3, 2, 7, 3, 80, 64, torch.float32, 7, True, True),
-    (4, 1, 5, 1, 64, 80, torch.bfloat16, 5, True, False),
+    (4, 1, 5, 2, 64, 80, torch.bfloat16, 5, True, True),
     (2, 2, 6, 16, 128, 128, torch.float16, 4, True, True),
     (3, 2, 9, 4, 64, 64, torch.float32, 6, False, True),
-    (2, 1, 2050, 1, 64, 64, torch.float32, 2050, True, False),
+    (2, 1, 2050, 1, 64, 64, torch.float16, 2050, True, False),
     (1, 1, 1, 5, 20, 24, torch.float32, 1, True, True),
 ]
 

@@ -33,7 +33,7 @@ def random_pool(batch, heads, places, size, dim, value_dim, dtype, used=None, se
         "stamp": start + 1,
         "sums": torch.rand(batch, heads, places, 2, generator=g),
         "pinned": torch.rand(batch, heads, places, generator=g) < 0.3,
-        "kmin": kmin,
-        "kmax": kmax,
+        "kmin": kmin.clone(),
+        "kmax": kmax.clone(),
         "current": start.argmax(-1),
     }, now

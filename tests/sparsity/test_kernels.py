@@ -49,6 +49,16 @@ def test_kernels_equal_their_twins_on_the_device():
     assert "skipped" not in done.stdout
 
 
+@needs_triton
+def test_kernels_build_for_a_gpu(monkeypatch):
+    """The interpreter takes what the compiler refuses, which needs no device to say so."""
+    from tests.sparsity.kernel_builds import build_all
+
+    for name, spilled, shared in build_all(monkeypatch):
+        assert spilled == 0, name
+        assert shared < 227 * 1024, name
+
+
 # --- the twins, in words ---
 
 
