@@ -210,13 +210,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tiny", action="store_true", help="rehearse: small model, contexts / 32")
+    parser.add_argument("--tiny", action="store_true", help="rehearse: small model, contexts / 16")
     parser.add_argument("--window", type=int, default=64, help="steps in a compiled arm's window")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.began = time.perf_counter()
-    args.scale = 32 if args.tiny else 1024
+    args.scale = 64 if args.tiny else 1024
     if args.tiny:
         args.shape, args.dtype = "llama-tiny", "float32"
     return args

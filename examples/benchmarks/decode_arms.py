@@ -19,7 +19,7 @@ def policy_of(cell: Cell) -> Policy:
     budget = cell.budget or 0
     make = {
         "Full": Full,
-        "Random": lambda: Random(budget),
+        "Random": lambda: Random(budget, pin_prompt=False),
         "StreamingLLM": lambda: StreamingLLM(budget),
         "H2O": lambda: H2O(budget),
         "SnapKV": lambda: SnapKV(budget, evict_every=EVICT_EVERY),

@@ -105,13 +105,15 @@ def profile_rows(clock: Clock) -> dict:
 
     Returns:
         "kernels": name, times a step and microseconds a step, the longest first;
-        "busy_us", "step_us": a step's kernels and the step itself on the GPU's own clock;
+        "busy_us", "step_us": a step's kernels and the step itself on the GPU's own clock (on a
+        CPU what stands for kernels is torch's own operations);
         "graph_launches": a step; "between_launches_us": median from one graph launch to the next.
     """
     assert clock.profile is not None
     on_device, launches = [], []
     for event in clock.profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if on_gpu or (not clock.cuda and event.cpu_parent is None):
             on_device.append(event)
         elif event.name.startswith("cudaGraphLaunch"):
             launches.append(event.time_range.start)

@@ -64,18 +64,34 @@ Layer = tuple[Tensor, Tensor]  # keys and values, [batch, kv_heads, tokens, head
 def of_torch(backend: SDPBackend) -> Callable:
     """torch's own attention; "flash" is flash-attn 2's kernel, split along the keys."""
 
-    def build(query: Tensor, layers: list[Layer]) -> Callable[[], None]:
-        def run() -> None:
+    def build(query: Tensor, layers: list[Layer]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
             with sdpa_kernel(backend):
-                for key, value in layers:
-                    sdpa(query, key, value, enable_gqa=True)
+                return [sdpa(query, *layer, enable_gqa=True)[:, :, 0] for layer in layers]
 
         return run
 
     return build
 
 
-def of_flashinfer(query: Tensor, layers: list[Layer]) -> Callable[[], None]:
+def of_pages(query: Tensor, layers: list[Layer]) -> Callable[[], list[Tensor]]:
+    """Ours, over pages of 16 tokens, all of them full."""
+    from sparsity.kernels.decode_attention import decode_attention
+
+    batch, _, tokens, _ = layers[0][0].shape
+    start = torch.arange(0, tokens, PAGE, dtype=torch.int32, device=query.device)
+    start = start.expand(batch, KV_HEADS, -1).contiguous()
+    now = torch.full((batch,), tokens - 1, device=query.device)
+    asked = query[:, :, 0].contiguous()
+
+    def run() -> list[Tensor]:
+        scaling = HEAD_DIM**-0.5
+        return [decode_attention(asked, *kv, start, now, PAGE, scaling)[0] for kv in layers]
+
+    return run
+
+
+def of_flashinfer(query: Tensor, layers: list[Layer]) -> Callable[[], list[Tensor]]:
     """FlashInfer's batch decode over pages of 16 tokens; built by nvcc in its first call."""
     import flashinfer
 
@@ -93,67 +109,63 @@ def of_flashinfer(query: Tensor, layers: list[Layer]) -> Callable[[], None]:
         paged_kv_indices_buffer=torch.empty_like(listed),
         paged_kv_last_page_len_buffer=torch.empty_like(last),
     )
-    wrapper.plan(
-        first,
-        listed,
-        last,
-        HEADS,
-        KV_HEADS,
-        HEAD_DIM,
-        PAGE,
-        q_data_type=query.dtype,
-        kv_data_type=query.dtype,
-    )
+    kind = dict(q_data_type=query.dtype, kv_data_type=query.dtype)
+    wrapper.plan(first, listed, last, HEADS, KV_HEADS, HEAD_DIM, PAGE, **kind)
 
     def paged(kept: Tensor) -> Tensor:  # [batch * pages, kv_heads, page, head_dim]
         return kept.unflatten(2, (pages, PAGE)).transpose(1, 2).flatten(0, 1).contiguous()
 
     paged_layers = [(paged(key), paged(value)) for key, value in layers]
     asked = query[:, :, 0].contiguous()
-
-    def run() -> None:
-        for layer in paged_layers:
-            wrapper.run(asked, layer)
-
-    return run
+    return lambda: [wrapper.run(asked, layer) for layer in paged_layers]
 
 
-def of_flash_attn_4(query: Tensor, layers: list[Layer]) -> Callable[[], None]:
-    """flash-attn 4, which does not split along the keys on Hopper."""
-    from flash_attn.cute import flash_attn_func
-
-    asked = query.transpose(1, 2)
-    turned = [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in layers]
-
-    def run() -> None:
-        for key, value in turned:
-            flash_attn_func(asked, key, value, causal=False)
-
-    return run
-
-
-def of_flash_attn(query: Tensor, layers: list[Layer]) -> Callable[[], None]:
+def of_flash_attn(query: Tensor, layers: list[Layer]) -> Callable[[], list[Tensor]]:
     """flash-attn 2's decode attention over a cache."""
     from flash_attn import flash_attn_with_kvcache
 
-    asked = query.transpose(1, 2)
-    turned = [(key.transpose(1, 2), value.transpose(1, 2)) for key, value in layers]
+    asked, turned = token_first(query, layers)
+    return lambda: [flash_attn_with_kvcache(asked, *layer)[:, 0] for layer in turned]
 
-    def run() -> None:
-        for key, value in turned:
-            flash_attn_with_kvcache(asked, key, value)
+
+def of_flash_attn_4(query: Tensor, layers: list[Layer]) -> Callable[[], list[Tensor]]:
+    """flash-attn 4, which does not split along the keys on Hopper."""
+    from flash_attn.cute import flash_attn_func
+
+    asked, turned = token_first(query, layers)
+
+    def run() -> list[Tensor]:
+        outs = [flash_attn_func(asked, *layer, causal=False) for layer in turned]
+        return [(out[0] if isinstance(out, tuple) else out)[:, 0] for out in outs]
 
     return run
+
+
+def token_first(query: Tensor, layers: list[Layer]) -> tuple[Tensor, list[Layer]]:
+    """The same as `[batch, tokens, heads, head_dim]`, as flash-attn lays it out in memory."""
+    turned = [tuple(kept.transpose(1, 2).contiguous() for kept in layer) for layer in layers]
+    return query.transpose(1, 2).contiguous(), turned
 
 
 KERNELS: dict[str, tuple[str, Callable]] = {  # the package that each needs
     "torch, flash": ("torch", of_torch(SDPBackend.FLASH_ATTENTION)),
     "torch, cuDNN": ("torch", of_torch(SDPBackend.CUDNN_ATTENTION)),
+    "ours, over pages": ("sparsity.kernels", of_pages),
     "FlashInfer": ("flashinfer", of_flashinfer),
     "flash-attn 2": ("flash_attn_2_cuda", of_flash_attn),
     "flash-attn 4": ("flash_attn.cute", of_flash_attn_4),
 }
-ON_CPU: dict[str, tuple[str, Callable]] = {"torch, math": ("torch", of_torch(SDPBackend.MATH))}
+ON_CPU: dict[str, tuple[str, Callable]] = {
+    "torch, math": ("torch", of_torch(SDPBackend.MATH)),
+    "ours, over pages": ("sparsity.kernels", of_pages),
+}
+
+
+def difference(query: Tensor, layer: Layer, found: Tensor) -> float:
+    """The largest absolute difference from float32, so that no wrong layout is timed."""
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = sdpa(query.float(), layer[0].float(), layer[1].float(), enable_gqa=True)
+    return (found.reshape(wanted[:, :, 0].shape).float() - wanted[:, :, 0]).abs().max().item()
 
 
 def installed(package: str) -> bool:
@@ -191,7 +203,9 @@ def kernel_rows(device: torch.device, tiny: bool) -> list[dict]:
                 continue
             begun = time.perf_counter()
             try:
-                run = captured(build(query, layers), device)
+                run = build(query, layers)
+                row["difference"] = difference(query, layers[-1], run()[-1])
+                run = captured(run, device)
                 row["build_seconds"] = time.perf_counter() - begun
                 row["microseconds"] = 1e6 * seconds_of(run, device) / count
             except Exception as error:

@@ -168,6 +168,7 @@ def kernels(record: dict) -> str:
         "tokens held": "{tokens:,}",
         "microseconds": "{microseconds:.1f}",
         "of copy": "{of_copy:.0%}",
+        "off float32": "{difference:.0e}",
     }
     lines = [markdown(rows, columns)]
     lines += [f"\n{kernel} was not measured: {why}." for kernel, why in absent.items()]
