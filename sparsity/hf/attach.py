@@ -3,7 +3,7 @@
 import inspect
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePath
@@ -22,7 +22,7 @@ from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
 from sparsity.hf.layers import RetainedLayer
-from sparsity.hf.prompt_check import unwatch_prompts, watch_prompts
+from sparsity.hf.generate_watch import unwatch, watch
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
@@ -43,9 +43,45 @@ class ServedCache(ABC):
     layers: list[Any]
     autocast: torch.dtype | None
 
+    @property
     @abstractmethod
-    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
-        """Check the text that `generate` is at, before it is cut down to what is new."""
+    def armed(self) -> bool:
+        """Whether the next forward is a step of decoding that was checked beforehand.
+
+        Such a step is tensor operations only, and may be traced by torch.compile.
+        """
+
+    @abstractmethod
+    def generate_begins(self, config: Any, mode: Any) -> None:
+        """Check what `generate` is about to do.
+
+        Args:
+            config: the generation config of this call, which may be changed.
+            mode: the generation mode, as transformers has it.
+        """
+
+    @abstractmethod
+    def prepare(
+        self, own: Callable[..., Any], input_ids: Tensor, args: tuple[Any, ...], kwargs: Any
+    ) -> dict[str, Any]:
+        """Prepare the inputs of a forward of `generate`, after a look at the whole text.
+
+        Args:
+            own: the model's `prepare_inputs_for_generation`.
+            input_ids: the text so far, where a forward has only what is new.
+            args: further arguments of `own`.
+            kwargs: further arguments of `own`.
+        """
+
+    @abstractmethod
+    def decode(
+        self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
+    ) -> Tensor:
+        """Attention of one managed layer in an armed step."""
+
+    @abstractmethod
+    def stepped(self) -> None:
+        """Close an armed step that has gone through."""
 
     @abstractmethod
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
@@ -75,8 +111,18 @@ class ServedCache(ABC):
         """Detach the model and raise SparsityError."""
 
 
+def retention_mask(*args: Any, **kwargs: Any) -> LazyMask | None:
+    """The mask function for transformers: keeps the rule as a `LazyMask`, makes no tensor.
+
+    In a compiled step of decoding there is no mask: what is held is real, and older than the query.
+    """
+    if torch.compiler.is_compiling() and kwargs.get("mask_function") is causal_mask_function:
+        return None
+    return _lazy_mask(*args, **kwargs)
+
+
 @torch.compiler.disable
-def retention_mask(
+def _lazy_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -87,7 +133,7 @@ def retention_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> LazyMask:
-    """The mask function for transformers: keeps the rule as a `LazyMask`, makes no tensor."""
+    """What transformers asks for, as a rule that is not evaluated yet."""
     dense = partial(
         sdpa_mask,
         batch_size=batch_size,
@@ -113,8 +159,43 @@ def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-@torch.compiler.disable
 def retention_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function for transformers: managed layers by their policy, others densely."""
+    cache = kwargs.get(KWARG)
+    if cache is not None and cache.armed:
+        return _decode_attention(module, query, key, value, *args, **kwargs)
+    return _retention_attention(module, query, key, value, *args, **kwargs)
+
+
+def _decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: LazyMask | Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sparse_cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in an armed step."""
+    index: int = module.layer_idx  # type: ignore[assignment]
+    rule = attention_mask.rule if isinstance(attention_mask, LazyMask) else attention_mask
+    if rule is not None:
+        raise SparsityError(
+            f"{type(module).__name__} masks some of the tokens held from a new one, and a compiled "
+            "step of decoding has no mask: make the cache with static=False"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    return sparse_cache.decode(sparse_cache.layers[index], query, key, value, **scores), None
+
+
+@torch.compiler.disable
+def _retention_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -128,7 +209,7 @@ def retention_attention(
     sparse_cache: ServedCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function for transformers: managed layers by their policy, others densely."""
+    """Attention in any other forward."""
     if not _REFUSED.isdisjoint(kwargs):
         _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -157,10 +238,29 @@ def retention_attention(
     return out, None
 
 
-def _show_prompt(input_ids: Tensor, arguments: dict[str, Any]) -> None:
-    cache = arguments.get("past_key_values")
+def _prepare_inputs(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a model's `prepare_inputs_for_generation`."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ServedCache):
+        return own(*args, **kwargs)
+    given = dict(kwargs)
+    ids, rest = (args[0], args[1:]) if args else (given.pop("input_ids"), ())
+    return cache.prepare(own, ids, rest, given)
+
+
+def _prepare_cache(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a model's `_prepare_cache_for_generation`, the first that sees config and cache."""
+    config, given, mode = args[:3]
+    cache = given.get("past_key_values")
     if isinstance(cache, ServedCache):
-        cache.check_prompt(input_ids, arguments)
+        cache.generate_begins(config, mode)
+    return own(*args, **kwargs)
+
+
+_WATCHED = {
+    "prepare_inputs_for_generation": _prepare_inputs,
+    "_prepare_cache_for_generation": _prepare_cache,
+}
 
 
 class Attachment:
@@ -174,11 +274,17 @@ class Attachment:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True, always_call=True),
         )
-        watch_prompts(decoder, model, _show_prompt)
+        watch(decoder, model, _WATCHED)
 
-    @torch.compiler.disable
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hook before a forward: check it, and hand the cache on to the attention function."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, ServedCache) and cache.armed:
+            return args, {**kwargs, KWARG: cache}
+        return self._before(decoder, args, kwargs)
+
+    @torch.compiler.disable
+    def _before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         cache = arguments.get("past_key_values")
         if not isinstance(cache, ServedCache):
@@ -187,20 +293,26 @@ class Attachment:
         cache.begin(self.token, arguments)
         return args, {**kwargs, KWARG: cache}
 
-    @torch.compiler.disable
     def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Hook after a forward, or after its failure (then there is no output): close it."""
         cache = kwargs.get(KWARG)
-        if cache is not None and output is None:
-            cache.abandon()
+        if cache is not None and cache.armed and output is not None:
+            cache.stepped()
         elif cache is not None:
+            self._after(cache, output)
+
+    @torch.compiler.disable
+    def _after(self, cache: ServedCache, output: Any) -> None:
+        if output is None:
+            cache.abandon()
+        else:
             cache.finish()
 
     def undo(self, decoder: PreTrainedModel) -> None:
         """Remove hooks and prompt check, and restore the decoder's own attention function."""
         for handle in self.handles:
             handle.remove()
-        unwatch_prompts(decoder)
+        unwatch(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 

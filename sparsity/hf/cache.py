@@ -1,7 +1,7 @@
 """SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,11 +19,13 @@ from sparsity.hf.attach import (
     keep_attached,
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
+from sparsity.hf.decoding_path import COMPILED, choose_places, compile_config, why_not_compiled
+from sparsity.hf.forward_checks import check_autocast, check_call, check_checkpointing, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
     layer_bytes,
+    managed_layers,
     refuse_rollback,
     stock_layers,
     stock_tokens,
@@ -57,6 +59,14 @@ class SparseCache(ServedCache, Cache):
         past: any transformers cache to go on from; its tensors are read, never written to. Hand
             ``generate`` the full `input_ids`, the cached ones included, and at least one more. Its
             tokens count as a prompt. One row may become many (beams, a shared prefix).
+        max_tokens: columns that a text may have, padding included; more are refused. A policy that
+            does not bound what it holds (`Quest`, `Full`, `SnapKV` without `evict_every`) needs
+            it to decode in memory of fixed size.
+        static: whether the cache is of fixed size once the prompt is in, so that `generate`
+            compiles its step of decoding (torch.compile and CUDA graphs; the first use of a model
+            takes the time to compile). None for where that is possible, on a CUDA device; False
+            for memory that grows as it is needed; True to refuse anything else, and for a CPU.
+            `report()` says which way was taken and why.
 
     Raises:
         SparsityError: for a model that cannot be attached, or whose rotary embedding cannot be
@@ -66,19 +76,34 @@ class SparseCache(ServedCache, Cache):
             it is pinned in.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, past: Cache | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        past: Cache | None = None,
+        max_tokens: int | None = None,
+        static: bool | None = None,
+    ) -> None:
         decoder = decoder_of(model)
         check_instance("policy", policy, Policy, "a policy such as RaaS(budget=1024)")
         if past is not None:
             _check_past(past)
+        if max_tokens is not None:
+            max_tokens = whole_number("max_tokens", max_tokens, least=1)
         layers, rows = build_layers(decoder.config, policy, past)
+        places, self._why = choose_places(model, decoder, layers, max_tokens, static)
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
         Cache.__init__(self, layers=layers)
         managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
         for retention in managed:
             retention.move = moves.get(retention.layer)
+            retention.places = places.get(retention.layer)
         self._state = AllLayers(policy, {x.layer: x for x in managed}, rows)
+        self._state.max_tokens = max_tokens
+        self._preparing = False
+        for layer in managed_layers(layers):
+            layer.state = self._state
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
@@ -101,11 +126,31 @@ class SparseCache(ServedCache, Cache):
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
 
-    @torch.compiler.disable
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` compiles the steps of decoding; read by transformers.
+
+        False while a prompt is prepared, for which transformers would make masks otherwise.
+        """
+        return self._why is None and not self._preparing
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next forward is a step of decoding that was checked beforehand."""
+        return self._state.armed
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by the model's attention: check and count the new tokens, and hand them on."""
+        if self._state.armed:  # the attention function stores them
+            return key_states, value_states
+        return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self._state.step is None:
             raise SparsityError(
                 "a SparseCache works with an attached model only, and this one is detached (or its "
@@ -127,10 +172,65 @@ class SparseCache(ServedCache, Cache):
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def check_prompt(self, input_ids: Tensor, arguments: dict[str, Any]) -> None:
-        """Check the text that `generate` is at: it must go on from what is held."""
-        if arguments.get("use_cache") is not False:  # refused by the forward
-            self._state.tokens.hand(input_ids, arguments, self._state.rows.seen)
+    def generate_begins(self, config: Any, mode: Any) -> None:
+        """Check that there is room for the text, and choose how its tokens are decoded."""
+        state = self._state
+        if state.max_tokens is not None and config.max_length - 1 > state.max_tokens:
+            raise SparsityError(
+                f"max_tokens={state.max_tokens}, and generate is to make a text of "
+                f"{config.max_length} tokens, of which the last needs no place: make the cache "
+                f"with max_tokens={config.max_length - 1} or more, or generate less"
+            )
+        if not state.fixed:
+            return
+        self._why = why_not_compiled(config, mode)
+        if self._why is None and config.compile_config is None:
+            config.compile_config = compile_config()
+
+    def prepare(
+        self, own: Callable[..., Any], input_ids: Tensor, args: tuple[Any, ...], kwargs: Any
+    ) -> dict[str, Any]:
+        """Check that the text goes on from what is held; of a step of decoding, arm the cache."""
+        state, begins = self._state, kwargs.get("is_first_iteration", False)
+        serves = kwargs.get("use_cache") is not False  # or it is refused by the forward
+        if serves and (begins or not state.fixed or not state.decoding):
+            state.catch_up()
+            state.tokens.hand(input_ids, kwargs, state.rows.seen)
+        self._preparing = True
+        try:
+            inputs = own(input_ids, *args, **kwargs)
+        finally:
+            self._preparing = False
+        ids = inputs.get("input_ids")
+        single = ids is not None and ids.shape[1] == 1
+        if serves and single and not begins and state.clock is not None:
+            self._arm(input_ids, inputs)
+        return inputs
+
+    def _arm(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        """Check a step of decoding of `generate`, whose new tokens are all real, and prepare it."""
+        mask = inputs.pop("attention_mask", None)
+        text = input_ids if mask is None else mask
+        self._check_length(text.shape[1])
+        check_autocast(autocast_dtype(input_ids.device), self.autocast)
+        self._state.tokens.drop_handed()
+        self._state.arm(text.shape[1] - 1)
+
+    def decode(
+        self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
+    ) -> Tensor:
+        """Attention of one managed layer in an armed step."""
+        clock = self._state.clock
+        assert clock is not None
+        if self.autocast is None:
+            return layer.retention.decode(query, key, value, clock, **scores)
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, value = (lowered(x, self.autocast) for x in (query, key, value))
+            return layer.retention.decode(query, key, value, clock, **scores)
+
+    def stepped(self) -> None:
+        """Close an armed step."""
+        self._state.stepped()
 
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
         """Check and plan a forward; nothing has changed when it raises SparsityError."""
@@ -148,6 +248,8 @@ class SparseCache(ServedCache, Cache):
             )
         self._state.turn.enter()
         try:
+            for layer in managed_layers(self.layers):
+                layer.get_seq_length()  # the steps that were armed are counted on the device
             autocast = self._checked_autocast(arguments)
             step, repeats = self._state.plan(arguments)
             self._check_length(step.stop)
@@ -191,6 +293,14 @@ class SparseCache(ServedCache, Cache):
         state = self._state
         state.reached.add(index)
         assert state.step is not None
+        if state.clock is not None and state.step.single:
+            mask = scores.pop("mask")
+            if mask.rule is not None or mask.custom:
+                raise SparsityError(
+                    "a mask beyond padding was handed in for a single new token, and a cache of "
+                    "fixed size has none: make it with static=False"
+                )
+            return layer.retention.decode(query, key, value, state.clock, **scores)
         out = layer.retention.attend(query, key, value, state.step, **scores)
         layer.show()
         return out
@@ -227,6 +337,7 @@ class SparseCache(ServedCache, Cache):
 
     def report(self) -> Report:
         """Measure what is held, from the tensors themselves; waits for the device."""
+        self._state.catch_up()
         managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
         tokens = [
             self._state.kept(i) if managed[i] else (stock_tokens(layer), 0)
@@ -241,7 +352,17 @@ class SparseCache(ServedCache, Cache):
             num_bytes=sum(layer_bytes(layer) for layer in self.layers),
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
+            decoding=self._decoding(),
         )
+
+    def _decoding(self) -> str:
+        """How single tokens are decoded, for people."""
+        if self._state.compiled:
+            return COMPILED
+        if self._state.fixed:
+            why = "so far" if self._why is None else f", since {self._why}"
+            return f"in memory of fixed size, not compiled{why}"
+        return f"in memory that grows, since {self._why}"
 
     def reset(self) -> None:
         """Forget everything, a `past` included: the cache is as new."""
@@ -251,6 +372,10 @@ class SparseCache(ServedCache, Cache):
             else:
                 self.layers[i] = copy.deepcopy(self._stock[i])
         self._state.clear()
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Columns seen, padding included; a tensor while torch.compile traces a step."""
+        return self.layers[layer_idx].get_seq_length()
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Bring a layer back that `offload` has moved away; a forward does so by itself."""

@@ -12,6 +12,7 @@ from typing_extensions import override
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
+from sparsity.retention.all_layers import AllLayers
 from sparsity.retention.batch_rows import BatchRows
 from sparsity.retention.layer import LayerRetention, storage_bytes
 
@@ -23,6 +24,7 @@ class RetainedLayer(DynamicLayer):
         retention: what the layer holds.
         seen: columns so far, padding included.
         pending: shapes of the keys and values given to `update`, until attention is computed.
+        state: of the cache that the layer is part of; None while it is part of none.
         home: the device that an offloaded layer came from; None for a layer that is not offloaded.
     """
 
@@ -33,6 +35,7 @@ class RetainedLayer(DynamicLayer):
         super().__init__()
         self.retention = retention
         self.seen = seen
+        self.state: AllLayers | None = None
         self.pending: tuple[torch.Size, torch.Size] | None = None  # shapes given to `update`
         self.home: torch.device | None = None  # where an offloaded layer belongs
         self.show()
@@ -51,15 +54,25 @@ class RetainedLayer(DynamicLayer):
         self.pending = (key_states.shape, value_states.shape)
         return key_states, value_states
 
-    @torch.compiler.disable
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.seen
+    def get_seq_length(self) -> Any:
+        """Columns seen, padding included; a tensor while torch.compile traces a step."""
+        if self.state is not None and self.state.armed:
+            assert self.state.clock is not None
+            return self.state.clock.column
+        return self._seq_length()
 
     @torch.compiler.disable
+    def _seq_length(self) -> int:
+        if self.state is not None and self.state.step is None:
+            self.state.catch_up()
+            self.seen = self.state.rows.seen
+        return self.seen
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The sizes as if all tokens were kept: masks are evaluated on columns."""
-        return self.seen + query_length, 0
+        if self.state is not None and self.state.armed:
+            return query_length, 0  # no mask is made
+        return self._seq_length() + query_length, 0
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused with SparsityError: what was evicted cannot come back."""
@@ -102,6 +115,11 @@ class RetainedLayer(DynamicLayer):
         """Repeat each row `repeats` times, copies next to each other."""
         self.retention.map(lambda t: t.repeat_interleave(repeats, dim=0))
         self.show()
+
+
+def managed_layers(layers: list[Any]) -> list[RetainedLayer]:
+    """Those of the layers that are under a policy."""
+    return [layer for layer in layers if isinstance(layer, RetainedLayer)]
 
 
 def refuse_rollback() -> NoReturn:

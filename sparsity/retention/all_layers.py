@@ -9,7 +9,8 @@ from torch import Tensor
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
-from sparsity.retention.batch_rows import BatchRows, Step, check_columns, plan
+from sparsity.retention.batch_rows import BatchRows, Step, check_columns, check_room, plan
+from sparsity.retention.clock import Clock
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.one_at_a_time import OneAtATime
 from sparsity.retention.seen_tokens import SeenTokens
@@ -32,6 +33,11 @@ class AllLayers:
         new_ids: token ids of the forward under way; None where there are none.
         reached: indices of the managed layers that the forward has reached so far.
         decoding: whether the last forward brought one token.
+        max_tokens: columns that a text may have; None for no bound.
+        clock: where the rows are in pools of fixed size; None while there are none.
+        armed: whether the next forward is a step of `LayerRetention.decode`, checked beforehand.
+        behind: whether such steps have moved on the clock, and not `rows`.
+        compiled: whether the last of them ran in a graph of torch.compile.
         peak_bytes: see `Report`.
     """
 
@@ -50,7 +56,81 @@ class AllLayers:
         self.new_ids: Tensor | None = None
         self.reached: set[int] = set()
         self.decoding = False
+        self.max_tokens: int | None = None
+        self.clock: Clock | None = None
+        self.armed, self.behind, self.compiled = False, False, False
+        self.unfinished = False  # whether such a step has failed
         self.peak_bytes = 0
+        self._due: int | None = None  # column before which room must be made
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all managed layers decode in pools of fixed size."""
+        return all(retention.places is not None for retention in self.retentions.values())
+
+    def arm(self, column: int) -> None:
+        """Check a step of decoding that `LayerRetention.decode` will do, and make room for it.
+
+        Nothing waits for the device, unless room is made.
+
+        Args:
+            column: of the new token, which is real in every row.
+
+        Raises:
+            SparsityError: where the token has no place.
+        """
+        self._check_finished()
+        self.turn.enter()
+        self.turn.leave()
+        self._check_length(column + 1)
+        check_room(self.rows, self.planned, column)
+        self._make_room(column)
+        self.armed = True
+
+    def stepped(self) -> None:
+        """End a step of `LayerRetention.decode`."""
+        assert self.clock is not None
+        self.clock.advance()
+        self.armed, self.behind, self.decoding = False, True, True
+        self.compiled = torch.compiler.is_compiling()
+
+    def catch_up(self) -> None:
+        """Bring `rows` to where the clock is; waits for the device."""
+        if self.behind:
+            assert self.clock is not None
+            self.rows = self.rows.moved_on(self.clock.rank.clone(), int(self.clock.column))
+            self.behind = False
+
+    def _check_finished(self) -> None:
+        if self.step is not None or self.unfinished:
+            raise SparsityError(
+                "the last forward with this SparseCache did not finish, so what it holds is "
+                "incomplete; call cache.reset() and start from the prompt"
+            )
+
+    def _check_length(self, columns: int) -> None:
+        if self.max_tokens is not None and columns > self.max_tokens:
+            raise SparsityError(
+                f"max_tokens={self.max_tokens}, and this forward makes {columns} tokens (padding "
+                f"included): make the cache with max_tokens={columns} or more"
+            )
+
+    def _make_room(self, column: int) -> None:
+        """Evict where that is done between steps, before the token of `column` comes."""
+        if self._due is None or column < self._due:
+            return
+        assert self.clock is not None
+        for retention in self.retentions.values():
+            if retention.evicts_between_steps:
+                retention.make_room(self.clock)
+        self._note_due(column)
+
+    def _note_due(self, column: int) -> None:
+        """Note when `_make_room` is due next; `column` is the next one."""
+        assert self.clock is not None
+        waiting = [x for x in self.retentions.values() if x.evicts_between_steps]
+        left = [retention.steps_left(self.clock) for retention in waiting]
+        self._due = column + max(0, min(left)) if left else None
 
     def plan(self, arguments: dict[str, Any]) -> tuple[Step, int]:
         """What a forward of the decoder does to the batch; changes nothing.
@@ -64,11 +144,8 @@ class AllLayers:
         Raises:
             SparsityError: for a forward that does not go on from what is held.
         """
-        if self.step is not None:
-            raise SparsityError(
-                "the last forward with this SparseCache did not finish, so what it holds is "
-                "incomplete; call cache.reset() and start from the prompt"
-            )
+        self._check_finished()
+        self.catch_up()
         tokens = arguments.get("input_ids")
         tokens = arguments["inputs_embeds"] if tokens is None else tokens
         batch, queries = tokens.shape[:2]
@@ -87,6 +164,7 @@ class AllLayers:
             )
         if batch > have:  # beams or samples of a row, or prompts that share it
             rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
+        self._check_length(rows.seen + queries)
         return plan(rows, self.planned, batch, queries, mask, tokens.device), batch // have
 
     def open(self, step: Step, repeats: int, new_ids: Tensor | None) -> None:
@@ -98,6 +176,10 @@ class AllLayers:
             new_ids: its token ids, int64 `[batch, tokens]`; None where there are none.
         """
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
+        self.armed = False
+        if step.single and self.clock is not None:
+            self.clock.valid.copy_(True if step.valid is None else step.valid[:, -1])
+            self._make_room(step.stop - 1)
 
     def withdraw(self) -> None:
         """Undo `open`, for a forward that is refused before it has changed anything."""
@@ -108,6 +190,7 @@ class AllLayers:
         """End a forward that failed; if it was started, `step` stays, so the next is refused."""
         self.tokens.drop_handed()
         self.turn.leave()
+        self.unfinished, self.armed = self.unfinished or self.armed, False
 
     def missed(self) -> list[int]:
         """Indices of the managed layers that this forward did not reach."""
@@ -123,8 +206,22 @@ class AllLayers:
         self.tokens.feed(self.new_ids, self.rows.seen, self.step.stop)
         self.new_ids = None
         self.turn.leave()
-        self.rows, self.decoding, self.step = self.step.then, self.step.single, None
+        single = self.step.single
+        self.rows, self.decoding, self.step = self.step.then, single, None
+        if self.fixed:
+            self._set_clock(single)
         self.measure(other_bytes)
+
+    def _set_clock(self, single: bool) -> None:
+        """Move the clock to `rows`."""
+        assert self.rows.real is not None
+        if self.clock is None or self.clock.rank.shape != self.rows.real.shape:
+            self.clock = Clock.at(self.rows.real, self.rows.seen)
+        else:
+            self.clock.set(self.rows.real, self.rows.seen)
+        self.compiled = False
+        if not single or self._due is None:
+            self._note_due(self.rows.seen)
 
     def measure(self, other_bytes: Callable[[], int]) -> None:
         """Raise the peak to what is held, where more was allocated since this was last called.
@@ -151,10 +248,15 @@ class AllLayers:
 
     def take(self, index: Tensor) -> None:
         """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""
+        self.catch_up()
         self.rows = self.rows.take(index)
         self.tokens.take(index)
+        if self.clock is not None:
+            self._set_clock(single=True)
 
     def clear(self) -> None:
         """As new; the layers' tensors are not changed here."""
         self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
         self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None
+        self.armed, self.behind, self.compiled, self._due = False, False, False, None
+        self.unfinished = False

@@ -121,6 +121,19 @@ class BatchRows:
         return replace(rows, pins=pins, room=room)
 
 
+    def moved_on(self, real: Tensor, seen: int) -> "BatchRows":
+        """The rows after steps of one column, real in every row, up to the column `seen`.
+
+        Args:
+            real: real tokens of each row by then, int64 `[batch]`.
+            seen: columns by then.
+        """
+        steps = seen - self.seen
+        room = None if self.room is None else self.room - steps
+        longest = self.longest + steps
+        return replace(self, real=real, seen=seen, stored=seen, longest=longest, room=room)
+
+
 @dataclass(frozen=True)
 class Step:
     """One forward: which of its columns are real tokens, and what their ranks are.
@@ -234,14 +247,25 @@ def _room_left(rows: BatchRows, policy: Policy) -> int | None:
     """The room after one more token; SparsityError when there is none."""
     if rows.room is None:
         return None
-    if rows.room == 0:
+    check_room(rows, policy, rows.seen)
+    return rows.room - 1
+
+
+def check_room(rows: BatchRows, policy: Policy, column: int) -> None:
+    """Raise SparsityError where pinned pages leave no place for a single token.
+
+    Args:
+        rows: some steps before, or now.
+        policy: of the cache.
+        column: of the token.
+    """
+    if rows.room is not None and rows.room - (column - rows.seen) <= 0:
         name, budget = type(policy).__name__, policy.budget or 0
         raise SparsityError(
             f"{name}(budget={budget}, page_size={policy.page_size}): pinned pages fill the whole "
             f"budget of {budget} tokens, so the next token has no place. Raise the budget to at "
             f"least {budget + policy.page_size}, or use {name}(..., pin_prompt=False)"
         )
-    return rows.room - 1
 
 
 def check_columns(seen: int, queries: int, mask: object, positions: Tensor | None) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend, attention_weights
 from sparsity.retention.batch_rows import Step
+from sparsity.retention.clock import Clock, keep_address
 from sparsity.retention.eviction import observe
+from sparsity.retention.fixed_pool import decode, evicts_between_steps, fix, make_room, steps_left
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import forward_weights, keep_newest
+from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest
 from sparsity.retention.rotation import Move
 from sparsity.retention.several_tokens import SeveralTokens
 
@@ -28,6 +30,8 @@ class LayerRetention:
         first_head: see `PageView`.
         move: rotates keys to other positions, for a policy that needs it.
         pool: the tokens held; None before the first forward.
+        places: places for pages of a pool that never grows, see `sparsity.retention.fixed_pool`;
+            None for one that grows.
         past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
             first forward takes in (only then is it known which columns are padding); never written
             to.
@@ -47,11 +51,14 @@ class LayerRetention:
         self.first_head = 0
         self.move: Move | None = None
         self.pool: PagePool | None = None
+        self.places: int | None = None
         self.past = past
         self.past_bytes = storage_bytes(list(past or ()))
         self.borrowed = past is not None
         self.reallocated = False
         self.transient_bytes = 0
+        self._weigh: Weigh | None = None  # of the last forward of several tokens
+        self._fixed: PagePool | None = None  # `pool` where it is fixed, which `clear` leaves
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -64,13 +71,13 @@ class LayerRetention:
     def num_bytes(self) -> int:
         """Bytes of every tensor of its own, those that the policy needs included."""
         tensors = [] if self.borrowed else list(self.past or ())
-        if self.pool is not None:
-            tensors += self.pool.tensors().values()
+        for pool in (self.pool, self._fixed):
+            tensors += [] if pool is None else pool.tensors().values()
         return storage_bytes(tensors)
 
     def clear(self) -> None:
         """Forget everything; as new."""
-        self.pool, self.past = None, None
+        self.pool, self.past, self._weigh = None, None, None
         self.borrowed, self.past_bytes = False, 0
         self.reallocated, self.transient_bytes = False, 0
 
@@ -79,6 +86,9 @@ class LayerRetention:
         before, borrowed = self.held, self.borrowed
         if self.pool is not None:
             self.pool = self.pool.map(change)
+            if self.places is not None:
+                self._fixed = self.pool
+                keep_address(*self.pool.tensors().values())
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
         if before is None or self.held is None:
@@ -131,6 +141,52 @@ class LayerRetention:
         if step.single:
             return self._one(query, key, value, step, mask, scaling, softcap, sinks)
         return self._several(query, key, value, step, mask, scaling, softcap, sinks)
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        clock: Clock,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """`attend` for a single token in a pool of fixed size: tensor operations only.
+
+        Args:
+            query: `[batch, query_heads, 1, head_dim]`.
+            key: of the new token, `[batch, kv_heads, 1, head_dim]`.
+            value: of the new token, `[batch, kv_heads, 1, value_dim]`.
+            clock: where the rows are.
+            scaling: see `attend`.
+            softcap: see `attend`.
+            sinks: see `attend`.
+
+        Returns:
+            `[batch, 1, query_heads, value_dim]`.
+        """
+        pool, move = self.pool, self.move if self.needs.moved else None
+        assert pool is not None
+        return decode(
+            pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move
+        )
+
+    @property
+    def evicts_between_steps(self) -> bool:
+        """Whether `make_room` must be called before some steps of `decode`."""
+        return evicts_between_steps(self.policy)
+
+    def make_room(self, clock: Clock) -> None:
+        """Evict before a step of `decode`, in rows where it is due."""
+        assert self.pool is not None
+        assert self._weigh is not None
+        make_room(self.pool, self.policy, clock, self._weigh)
+
+    def steps_left(self, clock: Clock) -> int:
+        """Steps of `decode` before `make_room` is due, at least; waits for the device."""
+        assert self.pool is not None
+        return steps_left(self.pool, self.policy, clock)
 
     def _one(
         self,
@@ -233,9 +289,15 @@ class LayerRetention:
             scaling=scaling,
             weigh=weigh,
         )
-        self.pool = pool.rebuilt(new, self.policy)
+        self.pool, self._weigh = pool.rebuilt(new, self.policy), weigh
         self.past, self.borrowed = None, False
-        self._note_more((key, value))
+        besides: tuple[Tensor, ...] = (key, value)
+        if self.places is not None:
+            besides = (*besides, *self.pool.tensors().values())
+            if self._fixed is not None and not self._fixed.is_like(self.pool):
+                self._fixed = None  # of another batch, or of the model in another dtype
+            self.pool = self._fixed = fix(self.pool, self.places, self._fixed)
+        self._note_more(besides)
         return out
 
     def _note_more(self, besides: tuple[Tensor, ...]) -> None:

@@ -119,6 +119,13 @@ class PagePool:
         """Every tensor of the pool, by name."""
         return {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
 
+    def is_like(self, other: "PagePool") -> bool:
+        """Whether both are of one batch, and their keys and values of one kind."""
+        return all(
+            (a.shape[:2], a.shape[3], a.dtype, a.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
+            for a, b in ((self.keys, other.keys), (self.values, other.values))
+        )
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
         """The pool with `change` applied to every tensor; dimension 0 of each is the batch."""
         changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}

@@ -26,6 +26,7 @@ class Report:
             policy decides in; in neither of the two above, since they are read and stay the other
             cache's. This one lets go of them, layer by layer, in its first forward: until then up
             to `peak_bytes` + `past_bytes` are in memory. 0 without `past`.
+        decoding: how single tokens are decoded, and why so.
     """
 
     policy: Policy
@@ -36,6 +37,7 @@ class Report:
     num_bytes: int
     peak_bytes: int
     past_bytes: int = 0
+    decoding: str = ""
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -43,6 +45,8 @@ class Report:
         if self.past_bytes:
             held += f", besides {self.past_bytes:,} of the cache it went on from"
         lines = [f"{self.policy}", f"{self.tokens_seen:,} tokens seen", held]
+        if self.decoding:
+            lines.append(f"single tokens are decoded {self.decoding}")
         if not any(self.managed):
             lines.append("no layer has full attention: the policy decides nothing in this model")
         runs: list[tuple[int, int, str]] = []

@@ -1,0 +1,1 @@
+"""Kernels of one decoding step, each beside a plain twin."""
