@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, n
 from decode_arms import bytes_a_step, filled_cache, no_attention
 from decode_clock import Clock, profile_rows
 from decode_figure import draw
-from decode_grid import Cell, floors, main_grid, peer_grid, wide_grid, window_of
+from decode_grid import COMPILED, Cell, floors, main_grid, peer_grid, wide_grid, window_of
 from decode_kernels import copy_bandwidth, kernel_rows
 from decode_kvpress import peer_rows
 from decode_tables import failures, main_table, profile_table, tables
@@ -102,7 +102,11 @@ def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dic
     row: dict = {"held_bytes": allocated(device) - before if not cpu else None}
     if isinstance(cache, SparseCache):
         report = cache.report()
-        row |= {"reported_bytes": report.num_bytes, "report": str(report)}
+        row |= {
+            "reported_bytes": report.num_bytes,
+            "tokens_kept": max(report.tokens_kept),
+            "decoding": report.decoding,
+        }
     return row
 
 
@@ -118,6 +122,8 @@ def measure(model: PreTrainedModel, cell: Cell, args: argparse.Namespace) -> tup
     else:
         row |= run_cell(model, cell, clock, args.seed)
     row |= clock.row()
+    if cell.arm in COMPILED and not row["graphs"]:
+        raise RuntimeError(f"nothing was compiled; decoded {row.get('decoding', '')}")
     row["tokens_a_second"] = 1e3 * cell.batch / row["step_ms"]
     row["bytes_a_step"] = bytes_a_step(model, cell)
     return row, clock
