@@ -9,7 +9,7 @@ One H200 and a Llama of 8 billion random weights. At each context the arms take 
 of steps each, of which the median counts. `decode.json` is written anew after every cell, and a
 later call adds to it or replaces what it measures again; each row tells its call, and each call has
 its own copy bandwidth and floor. `decode.png` is the picture; `--profile` writes
-`decode_profile.json` besides. `.ci/peers` makes the folder for `--peers`.
+`decode_profile.json` instead. `.ci/peers` makes the folder for `--peers`.
 """
 
 import argparse
@@ -112,7 +112,8 @@ def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dic
 
 def measure(model: PreTrainedModel, cell: Cell, args: argparse.Namespace) -> tuple[dict, Clock]:
     """One row: milliseconds a token, tokens a second, bytes held, graphs."""
-    detach(model)  # "ours" attaches it again
+    if not cell.arm.startswith("ours"):  # which attaches it, once: hooks are part of its graph
+        detach(model)
     clock = Clock(
         model.device, window_of(cell, args.window), args.repeats, 5 if args.profile else 0
     )
@@ -133,17 +134,20 @@ class Results:
     """`decode.json`: what earlier calls measured, and what this one adds cell by cell."""
 
     def __init__(self, path: Path, args: argparse.Namespace, bandwidth: float) -> None:
-        self.path, self.args = path, args
-        self.record = json.loads(path.read_text()) if path.exists() else {"calls": [], "rows": []}
+        self.path = path
+        configuration = {
+            k: v for k, v in vars(args).items() if k not in ("out", "peers", "began", "list")
+        }
+        call = {
+            "configuration": configuration,
+            "environment": environment(),
+            "copy_bytes_a_second": bandwidth,
+        }
+        first = {name: call[name] for name in ("configuration", "environment")}
+        new = first | {"calls": [], "rows": []}
+        self.record = json.loads(path.read_text()) if path.exists() else new
         self.call = len(self.record["calls"])
-        configuration = {k: v for k, v in vars(args).items() if k not in ("out", "peers")}
-        self.record["calls"].append(
-            {
-                "configuration": configuration,
-                "environment": environment(),
-                "copy_bytes_a_second": bandwidth,
-            }
-        )
+        self.record["calls"].append(call)
 
     def add(self, row: dict) -> None:
         """Put a row in, in the place of one of its name, and write the file."""
@@ -183,7 +187,8 @@ def run_grid(
             if args.profile:
                 write_profile(args.out, row, clock)
             del clock
-        results.add(row)
+        if not args.profile:
+            results.add(row)
         step = row.get("step_ms")
         print(cell.name, row.get("error") if step is None else f"{step:.2f} ms", flush=True)
         if model.device.type == "cuda":
@@ -254,7 +259,9 @@ def main() -> None:
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
         run_grid(model, cells, args, results)
         del model
-    if "kernels" in args.part and not args.profile:
+    if args.profile:
+        return
+    if "kernels" in args.part:
         for row in kernel_rows(device, args.tiny):
             results.add(row)
     for row in peer_rows(peers, args):

@@ -114,7 +114,8 @@ def profile_rows(clock: Clock) -> dict:
     for event in clock.profile.events():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         if on_gpu or (not clock.cuda and event.cpu_parent is None):
-            on_device.append(event)
+            if not event.is_user_annotation:  # a span around kernels
+                on_device.append(event)
         elif event.name.startswith("cudaGraphLaunch"):
             launches.append(event.time_range.start)
     steps = clock.profiled

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
+from decode_grid import COMPILED
 from quickstart_pages import markdown
 
 DENSE = ("dense eager", "dense static")
@@ -68,7 +69,7 @@ def _shown(text: str, value: float | None) -> str:
 def _line(record: dict, row: dict) -> dict[str, str]:
     dense = best_dense(record, row)
     ours = row["arm"] not in (*DENSE, "no attention")
-    held = row.get("held_bytes")
+    held, compiled = row.get("held_bytes"), row["arm"] in COMPILED
     return {
         "arm": label(row),
         "batch": str(row["batch"]),
@@ -78,8 +79,8 @@ def _line(record: dict, row: dict) -> dict[str, str]:
         "faster": _shown("{:.2f}", dense["step_ms"] / row["step_ms"] if dense and ours else None),
         "copy": _shown("{:.0%}", share_of_copy(record, row)),
         "held": _shown("{:,.0f}", held / 2**20 if held is not None else None),
-        "first": f"{row['first_steps_seconds']:.0f}",
-        "graphs": f"{row['graphs']} + {row['graphs_once_warm']}",
+        "first": f"{row['first_steps_seconds']:.0f}" if compiled else "",
+        "graphs": f"{row['graphs']} + {row['graphs_once_warm']}" if compiled else "",
     }
 
 
@@ -222,7 +223,14 @@ def profile_table(name: str, profile: dict, most: int = 25) -> str:
     return f"{markdown(rows, columns)}\n\n{beneath}."
 
 
+def on_the_clock(record: dict) -> str:
+    """The first block of docs/retention.md: the verdicts, and what they rest on."""
+    return f"{when_it_pays(record)}\n\n{by_context(record)}"
+
+
 def tables(record: dict) -> str:
     """All blocks of docs/retention.md, for the terminal."""
-    shown = [when_it_pays(record), by_context(record), batches(record), kernels(record)]
-    return "\n\n".join(filter(None, shown))
+    return "\n\n".join(block(record) for block in BLOCKS)
+
+
+BLOCKS: list[Callable[[dict], str]] = [on_the_clock, others, batches, kernels]
