@@ -1,5 +1,10 @@
-"""The picture of `decode.json`: milliseconds a token over the context, with the floors drawn in."""
+"""The picture of `decode.json`: milliseconds a token over the context, with the floors drawn in.
 
+python examples/benchmarks/decode_figure.py docs/results
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,3 +82,8 @@ def _in_batches(record: dict, ax: "Axes") -> None:
         places, [f"{label(r)}\nbatch {r['batch']}, {r['context']:,} seen" for r in rows], fontsize=8
     )
     ax.set(xlabel="tokens a second inside generate", title="Batches")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    draw(json.loads((folder / "decode.json").read_text()), folder / "decode.png")
