@@ -70,7 +70,8 @@ def _over_context(record: dict, ax: "Axes") -> None:
     ax.set_xticks(contexts, [f"{n:,}" for n in contexts])
     ax.set(xlabel="tokens seen", ylabel="ms a token inside generate", title="Batch 1")
     ax.grid(which="both", axis="y", alpha=0.3)
-    ax.legend(fontsize=8)
+    if lines:
+        ax.legend(fontsize=8)
 
 
 def _in_batches(record: dict, ax: "Axes") -> None:
