@@ -168,9 +168,7 @@ class LayerRetention:
         """
         pool, move = self.pool, self.move if self.needs.moved else None
         assert pool is not None
-        return decode(
-            pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move
-        )
+        return decode(pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move)
 
     @property
     def evicts_between_steps(self) -> bool:
