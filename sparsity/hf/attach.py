@@ -147,7 +147,10 @@ def _lazy_mask(
         **kwargs,
     )
     rule = None if mask_function is causal_mask_function else mask_function
-    return LazyMask(rule, attention_mask, use_vmap, dense)
+    padding = attention_mask
+    if q_length == 1 and padding is not None and padding.device.type == "cpu" and padding.all():
+        padding = None  # generate hands one in at each step; a look at it waits for nothing here
+    return LazyMask(rule, padding, use_vmap, dense)
 
 
 def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -66,21 +66,22 @@ def eviction_order(
 def first_evicted(
     policy: Policy, pages: PageView, queries: Tensor, asked: Tensor, weigh: Weigh
 ) -> Tensor:
-    """The page that is first in `eviction_order`, with the pinned pages spared and no place unused.
+    """The page that is first in `eviction_order`, with the pinned pages spared.
 
     Args:
         policy: the policy whose `priority` decides.
-        pages: the pages held; every place has one.
+        pages: the pages held.
         queries: the last queries, see `keep_last`; read only if the policy needs a `window`.
         asked: the rank of each of them, see `keep_last`.
         weigh: the layer's own attention weights.
 
     Returns:
-        Its place, int64 `[batch, kv_heads]`.
+        Its place, int64 `[batch, kv_heads]`; the first unused place where there is one.
     """
     worth = _priority(policy, pages, queries, asked, weigh)
     if policy.pin_prompt:
         worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
+    worth = worth.masked_fill(pages.start < 0, -torch.inf)
     least = worth.amin(-1, keepdim=True)
     last = torch.iinfo(pages.start.dtype).max
     return pages.start.masked_fill(worth > least, last).argmin(-1)

@@ -31,6 +31,11 @@ class LazyMask:
     dense: Callable[[], Tensor | None]
     _made: list[Tensor | None] = field(default_factory=list, compare=False)
 
+    @property
+    def plain(self) -> bool:
+        """Whether all that is masked is what comes later."""
+        return self.rule is None and self.padding is None and not self.custom
+
     def __call__(self, columns: Tensor, slots: Tensor) -> Tensor:
         """Where the queries may attend to the tokens held.
 

@@ -161,11 +161,17 @@ class PagePool:
             first_head=self.first_head,
         )
 
-    def mark(self, pages: PageView) -> None:
-        """Store the stamps and sums that a policy has set."""
-        self.stamp[..., : self.high] = pages.stamp
-        if self.sums.shape[-1]:
-            self.sums[:, :, : self.high] = pages.sums
+    def mark(self, pages: PageView, before: PageView) -> None:
+        """Store the stamps and sums that a policy has set.
+
+        Args:
+            pages: with those set.
+            before: what the policy was shown, of `view`.
+        """
+        if pages.stamp is not before.stamp:
+            before.stamp.copy_(pages.stamp)
+        if pages.sums is not before.sums:
+            before.sums.copy_(pages.sums)
 
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
         """Write one token for each row, in place; evict pages first where there is no room.
