@@ -152,14 +152,17 @@ def _lazy_mask(
         "use_vmap": use_vmap,
         **kwargs,
     }
+    padding = attention_mask
+    if q_length == 1 and padding is not None and padding.device.type == "cpu" and padding.all():
+        padding = None  # generate hands one in at each step; a look at it waits for nothing here
     return LazyMask(
         rule=None if mask_function is causal_mask_function else mask_function,
-        padding=attention_mask,
+        padding=padding,
         custom=use_vmap,
         dense=partial(sdpa_mask, **arguments),
         lengths=(q_length, kv_length),
         masks=partial(own_mask, arguments=arguments),
-        plain=kwargs.get("allow_is_causal_skip", True),  # transformers' own word for it
+        unmodified=kwargs.get("allow_is_causal_skip", True),  # transformers' own word for it
     )
 
 

@@ -113,7 +113,7 @@ class OwnAttention:
             return f"{name} computes no heads of {head_dim} and {value.shape[-1]} numbers"
         if "/" in name and self.arguments.get("softcap") is not None:
             return f"{name} is not known to compute a soft cap"
-        if not self.mask.plain:
+        if not self.mask.unmodified:
             return f"{name} does not take the layer's mask"
         windowed = self.arguments.get("sliding_window") is not None
         if windowed != (self.mask.rule is not None):

@@ -31,8 +31,8 @@ def page_bounds_reference(query: Tensor, kmin: Tensor, kmax: Tensor, group: Grou
     """`page_bounds` in plain torch: sum_i max(q_i * kmin_i, q_i * kmax_i)."""
     batch, kv_heads, _, head_dim = kmin.shape
     grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
-    bounds = torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(min=0), kmax.float())
-    bounds = bounds + torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(max=0), kmin.float())
+    bounds = grouped.clamp(min=0) @ kmax.float().mT
+    bounds = bounds + grouped.clamp(max=0) @ kmin.float().mT
     return reduce_group(bounds, group)
 
 

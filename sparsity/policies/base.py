@@ -130,6 +130,8 @@ class PageView:
 
     def total(self, tokens: Tensor) -> Tensor:
         """Numbers of tokens summed over each page: `[batch, kv_heads, N]` to `[..., P]`."""
+        if self.page_size == 1:
+            return tokens
         return tokens.unflatten(-1, (-1, self.page_size)).sum(-1)
 
 

@@ -1,10 +1,18 @@
 """Attention over the keys that are held: a plain reference, and the dispatch to fast kernels."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from sparsity.policies.base import Group, reduce_group
+
+# A layer's own `attention_weights`: from query [batch, query_heads, q, head_dim], keys
+# [batch, kv_heads, n, head_dim] and mask [batch, kv_heads or 1, q, n] to
+# [batch, kv_heads, query_heads / kv_heads, q, n].
+Weigh = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class PromptAttention(Protocol):
@@ -90,7 +98,8 @@ def attention_weights(
     batch, _, queries, head_dim = query.shape
     kv_heads, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(batch, kv_heads, -1, queries, head_dim).to(dtype)
-    scores = torch.einsum("bhgqd,bhnd->bhgqn", grouped, key.to(dtype)) * scaling
+    scores = grouped.flatten(2, 3) @ key.to(dtype).mT  # grouped queries as so many positions
+    scores = scores.unflatten(2, (-1, queries)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None and mask.dtype == torch.bool:
@@ -100,7 +109,36 @@ def attention_weights(
     if sinks is not None:
         sink = sinks.to(dtype).view(1, kv_heads, -1, 1, 1)
         scores = torch.cat([scores, sink.expand(batch, -1, -1, queries, 1)], dim=-1)
-    return scores.softmax(-1).nan_to_num(0.0)[..., : key.shape[2]]
+    weights = scores.softmax(-1)
+    if mask is not None:  # a query that may attend to nothing
+        weights = weights.nan_to_num(0.0)
+    return weights if sinks is None else weights[..., : key.shape[2]]
+
+
+def attend_and_weigh(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    weigh: Weigh,
+    group: Group,
+) -> tuple[Tensor, Tensor]:
+    """`attend_reference` of one query and the weights it attends with, keys read once.
+
+    Args:
+        query: `[batch, query_heads, 1, head_dim]`.
+        key: `[batch, kv_heads, n, head_dim]`.
+        value: `[batch, kv_heads, n, value_dim]`, float32 or wider.
+        mask: see `attend_reference`.
+        weigh: the layer's own attention weights.
+        group: how weights are reduced over the query heads that share a KV head.
+
+    Returns:
+        `[batch, 1, query_heads, value_dim]`, and without gradient `[batch, kv_heads, n]`.
+    """
+    weights = weigh(query, key, mask)[:, :, :, 0]
+    out = (weights @ value).flatten(1, 2)[:, None]
+    return out, reduce_group(weights.detach(), group)
 
 
 def attend(
@@ -143,7 +181,9 @@ def attend(
     if groups > 1 and (queries == 1 or not whole):
         # The queries of a group side by side, as if they were so many positions.
         query = query.reshape(batch, kv_heads, groups * queries, -1)
-        if mask is not None:
+        if mask is not None and queries == 1:
+            mask = mask.expand(-1, -1, groups, -1)
+        elif mask is not None:
             mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     out = F.scaled_dot_product_attention(
         query,

@@ -167,6 +167,11 @@ class Step:
     order: Tensor | None
     then: BatchRows
 
+    @property
+    def alike(self) -> bool:
+        """Whether this is a single column of which every row has as many real tokens before it."""
+        return self.single and not self.then.ragged
+
     def on(self, device: torch.device) -> "Step":
         """The same step with its tensors on `device`."""
         if self.before.device == device:
@@ -210,7 +215,9 @@ def plan(
         before = torch.zeros(batch, dtype=torch.int64, device=device)
     single = stop - first == 1 and rows.longest > 0
     valid = None if mask is None else mask[:, first:stop].to(device=device, dtype=torch.bool)
-    if valid is not None and not single and bool(valid.all()):
+    # While decoding, never wait for the device; on a CPU there is nothing to wait for.
+    looks = valid is not None and (not single or valid.device.type == "cpu")
+    if looks and bool(valid.all()):
         valid = None
     after = before + (stop - first if valid is None else valid.sum(-1))
     then = replace(rows, batch=batch, seen=stop, stored=stop, real=after)

@@ -26,8 +26,8 @@ def observe(policy: Policy, pages: PageView, query: Tensor, scaling: float, step
         `pages` itself where the policy notes nothing.
     """
     noted = policy.observe(query, pages, scaling)
-    if noted is pages:
-        return pages
+    if noted is pages or step.alike:
+        return noted
     goes_on = (step.after > step.before)[:, None, None]
     return replace(
         pages,
@@ -55,14 +55,45 @@ def eviction_order(
     Returns:
         int64 `[batch, kv_heads, P]`.
     """
-    if policy.needs.window:
-        assert pages.keys is not None
-        rank = pages.rank.masked_fill(~pages.filled, -1)
-        window = window_weights(queries, asked, pages.keys, rank, policy.needs, weigh)
-        pages = replace(pages, window=window)
-    worth = policy.priority(pages)
+    worth = _priority(policy, pages, queries, asked, weigh)
     worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(spared, torch.inf)
     worth = worth.masked_fill(pages.start < 0, -torch.inf)
     by_age = pages.start.argsort(dim=-1, stable=True)
     by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
     return by_age.gather(-1, by_worth).argsort(-1)
+
+
+def first_evicted(
+    policy: Policy, pages: PageView, queries: Tensor, asked: Tensor, weigh: Weigh
+) -> Tensor:
+    """The page that is first in `eviction_order`, with the pinned pages spared.
+
+    Args:
+        policy: the policy whose `priority` decides.
+        pages: the pages held.
+        queries: the last queries, see `keep_last`; read only if the policy needs a `window`.
+        asked: the rank of each of them, see `keep_last`.
+        weigh: the layer's own attention weights.
+
+    Returns:
+        Its place, int64 `[batch, kv_heads]`; the first unused place where there is one.
+    """
+    worth = _priority(policy, pages, queries, asked, weigh)
+    if policy.pin_prompt:
+        worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
+    worth = worth.masked_fill(pages.start < 0, -torch.inf)
+    least = worth.amin(-1, keepdim=True)
+    last = torch.iinfo(pages.start.dtype).max
+    return pages.start.masked_fill(worth > least, last).argmin(-1)
+
+
+def _priority(
+    policy: Policy, pages: PageView, queries: Tensor, asked: Tensor, weigh: Weigh
+) -> Tensor:
+    """The policy's `priority`, shown the window of the last queries if it needs one."""
+    if policy.needs.window:
+        assert pages.keys is not None
+        rank = pages.rank.masked_fill(~pages.filled, -1)
+        window = window_weights(queries, asked, pages.keys, rank, policy.needs, weigh)
+        pages = replace(pages, window=window)
+    return policy.priority(pages)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from sparsity.policies.base import Policy
-from sparsity.retention.attention import PromptAttention, attend, attention_weights
+from sparsity.retention.attention import (
+    PromptAttention,
+    attend,
+    attend_and_weigh,
+    attention_weights,
+)
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.clock import Clock, keep_address
 from sparsity.retention.eviction import observe
@@ -53,6 +58,8 @@ class LayerRetention:
         self.move: Move | None = None
         self.pool: PagePool | None = None
         self.places: int | None = None
+        kind = type(policy)
+        self._looks = kind.select is not Policy.select or kind.observe is not Policy.observe
         self.past = past
         self.past_bytes = storage_bytes(list(past or ()))
         self.borrowed = past is not None
@@ -211,11 +218,14 @@ class LayerRetention:
         pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
         if pool.keys is not keys:
             self._note_more((keys, values))
-        view = pool.view(step.after - 1)
         newest = query[:, :, -1].detach()
-        chosen = policy.select(newest, view)
+        view = pool.view(step.before if step.alike else step.after - 1) if self._looks else None
+        chosen = None if view is None else policy.select(newest, view)
+        cut = False
         if chosen is None:
             tokens = pool.high * pool.size
+            if step.alike and self._in_order:  # the newest page is the last, and not yet full
+                tokens, cut = tokens - -step.longest_after % pool.size, True
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
             if self.needs.moved:
                 keys = self._closed_up(keys, step.after, step.longest_after)
@@ -227,29 +237,65 @@ class LayerRetention:
             )
             slots = _pages_of(pool.slots[..., None], chosen, pool.size)[..., 0]
         self.note_attended(slots)
-        # Without a mask only where every place that is read holds a token.
-        full = not step.then.ragged and step.longest_after % pool.size == 0
-        full = full and pool.held == pool.high
         allowed = None
-        if not full or mask.padding is not None or mask.rule is not None:
-            columns = torch.arange(step.stop - 1, step.stop, device=key.device)
-            allowed = mask(columns, slots)
-            if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
-                allowed = allowed | ~allowed.any(-1, keepdim=True)
-        out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
-        if self.needs.attention is not None:
-            held = pool.slots[..., : pool.high * pool.size]
-            assert view.keys is not None
-            weights = forward_weights(
-                query.detach(), newest, view.keys, held, step, mask, self.needs, weigh
-            )
-            view = replace(view, weights=weights)
-        observed = observe(policy, view, newest, scaling, step)
-        if observed is not view:
-            pool.mark(observed)
+        # Without a mask only where every place that is read holds a token.
+        if not (cut or self._is_full(step)) or not mask.plain:
+            allowed = self._allowed(slots, step, mask)
+        weights = None
+        if self._in_one_pass(chosen, values, step, mask):
+            out, weights = attend_and_weigh(query, keys, values, allowed, weigh, self.needs.group)
+        else:
+            out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
+        if view is not None:
+            if self.needs.attention is not None:
+                held = pool.slots[..., : pool.high * pool.size]
+                assert view.keys is not None
+                if weights is None:
+                    weights = forward_weights(
+                        query.detach(), newest, view.keys, held, step, mask, self.needs, weigh
+                    )
+                view = replace(view, weights=weights)
+            observed = observe(policy, view, newest, scaling, step)
+            if observed is not view:
+                pool.mark(observed, view)
         if self.needs.window:
             keep_newest(pool.queries, pool.asked, query.detach(), step)
         return out
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether pages lie oldest first, without a hole, where all rows are alike."""
+        return self.places is None and self.policy.decoding.pages_held is None
+
+    def _is_full(self, step: Step) -> bool:
+        """Whether every place below the high-water mark holds a token, for all that is known."""
+        pool = self.pool
+        assert pool is not None
+        full = step.alike and step.longest_after % pool.size == 0
+        return full and pool.held == pool.high and self.places is None
+
+    def _in_one_pass(
+        self, chosen: Tensor | None, values: Tensor, step: Step, mask: LazyMask
+    ) -> bool:
+        """Whether the attention weights that the policy needs are those that give the output."""
+        wide = values.dtype in (torch.float32, torch.float64)  # else a kernel rounds differently
+        return (
+            self.needs.attention is not None
+            and chosen is None
+            and step.alike
+            and mask.plain
+            and wide
+        )
+
+    def _allowed(self, slots: Tensor, step: Step, mask: LazyMask) -> Tensor:
+        """Where a single new token attends to `slots`: bool `[batch, kv_heads, 1, n]`."""
+        if step.alike and mask.plain:
+            return (slots >= 0)[:, :, None]  # no token held is newer, none is padding
+        columns = torch.arange(step.stop - 1, step.stop, device=slots.device)
+        allowed = mask(columns, slots)
+        if step.then.ragged:  # a row with nothing but padding so far: any value, but no NaN
+            allowed = allowed | ~allowed.any(-1, keepdim=True)
+        return allowed
 
     def _several(
         self,
@@ -382,6 +428,11 @@ def _newest(query: Tensor, step: Step) -> Tensor:
 
 def _pages_of(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
     """`tokens` `[batch, kv_heads, P * size, d]` of the pages at `pages` `[batch, kv_heads, K]`."""
+    if tokens.device.type == "cpu" and tokens.is_contiguous():  # a gather reads number by number
+        paged = tokens.view(-1, size * tokens.shape[-1])
+        first = torch.arange(0, len(paged), tokens.shape[2] // size).view(*pages.shape[:2], 1)
+        taken = paged.index_select(0, (pages + first).view(-1))
+        return taken.view(*pages.shape[:2], -1, tokens.shape[-1])
     paged = tokens.unflatten(2, (-1, size))
     index = pages[..., None, None].expand(-1, -1, -1, *paged.shape[3:])
     return paged.gather(2, index).flatten(2, 3)

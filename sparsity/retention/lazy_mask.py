@@ -26,7 +26,7 @@ class LazyMask:
         lengths: how many queries and keys the mask was asked for; None where it was not asked for.
         masks: makes the mask that an attention implementation takes, given its name; None where
             that is not known.
-        plain: nothing was added to plain causal attention but a window and padding.
+        unmodified: nothing was added to plain causal attention but a window and padding.
     """
 
     rule: Callable[..., Tensor] | None
@@ -35,9 +35,14 @@ class LazyMask:
     dense: Callable[[], Tensor | None]
     lengths: tuple[int, int] | None = None
     masks: Callable[[str], Any] | None = None
-    plain: bool = True
+    unmodified: bool = True
     _made: list[Tensor | None] = field(default_factory=list, compare=False)
     _own: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all that is masked is what comes later."""
+        return self.rule is None and self.padding is None and not self.custom
 
     def __call__(self, columns: Tensor, slots: Tensor) -> Tensor:
         """Where the queries may attend to the tokens held.

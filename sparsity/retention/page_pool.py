@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsity.policies.base import PageView, Policy
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.eviction import eviction_order, observe
+from sparsity.retention.one_token import write_alike
 from sparsity.retention.query_weights import Weigh, keep_last
 from sparsity.retention.several_tokens import (
     SeveralTokens,
@@ -132,26 +133,27 @@ class PagePool:
         changed: dict[str, Any] = {name: change(v) for name, v in self.tensors().items()}
         return replace(self, **changed)
 
-    def view(self, now: Tensor) -> PageView:
+    def view(self, now: Tensor, weights: Tensor | None = None) -> PageView:
         """The places below the high-water mark, as a policy sees them.
 
         Args:
             now: rank of each row's newest token, int64 `[batch]`.
+            weights: see `PageView`.
         """
-        if self.high == self.start.shape[-1]:
-            return self._whole_view(now)
         pages, tokens = self.high, self.high * self.size
+        whole = pages == self.start.shape[-1]  # then nothing is to be cut off
+        kmin, kmax = self.kmin, self.kmax
         return PageView(
-            start=self.start[..., :pages],
-            stamp=self.stamp[..., :pages],
-            sums=self.sums[:, :, :pages],
-            pinned=self.pinned[..., :pages],
-            filled=self.slots[..., :tokens] >= 0,
-            kmin=None if self.kmin is None else self.kmin[:, :, :pages],
-            kmax=None if self.kmax is None else self.kmax[:, :, :pages],
-            keys=self.keys[:, :, :tokens],
-            values=self.values[:, :, :tokens],
-            weights=None,
+            start=self.start if whole else self.start[..., :pages],
+            stamp=self.stamp if whole else self.stamp[..., :pages],
+            sums=self.sums if whole else self.sums[:, :, :pages],
+            pinned=self.pinned if whole else self.pinned[..., :pages],
+            filled=(self.slots if whole else self.slots[..., :tokens]) >= 0,
+            kmin=kmin if whole or kmin is None else kmin[:, :, :pages],
+            kmax=kmax if whole or kmax is None else kmax[:, :, :pages],
+            keys=self.keys if whole else self.keys[:, :, :tokens],
+            values=self.values if whole else self.values[:, :, :tokens],
+            weights=weights,
             window=None,
             now=now[:, None, None],
             page_size=self.size,
@@ -159,30 +161,17 @@ class PagePool:
             first_head=self.first_head,
         )
 
-    def _whole_view(self, now: Tensor) -> PageView:
-        """`view` where no place is above the high-water mark."""
-        return PageView(
-            start=self.start,
-            stamp=self.stamp,
-            sums=self.sums,
-            pinned=self.pinned,
-            filled=self.slots >= 0,
-            kmin=self.kmin,
-            kmax=self.kmax,
-            keys=self.keys,
-            values=self.values,
-            weights=None,
-            window=None,
-            now=now[:, None, None],
-            page_size=self.size,
-            layer=self.layer,
-            first_head=self.first_head,
-        )
+    def mark(self, pages: PageView, before: PageView) -> None:
+        """Store the stamps and sums that a policy has set.
 
-    def mark(self, pages: PageView) -> None:
-        """Store the stamps and sums that a policy has set."""
-        self.stamp[..., : self.high] = pages.stamp
-        self.sums[:, :, : self.high] = pages.sums
+        Args:
+            pages: with those set.
+            before: what the policy was shown, of `view`.
+        """
+        if pages.stamp is not before.stamp:
+            before.stamp.copy_(pages.stamp)
+        if pages.sums is not before.sums:
+            before.sums.copy_(pages.sums)
 
     def write(self, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
         """Write one token for each row, in place; evict pages first where there is no room.
@@ -194,6 +183,9 @@ class PagePool:
             policy: the one that evicts while decoding.
             weigh: the layer's own attention weights.
         """
+        if step.alike:
+            write_alike(self, key, value, step, policy, weigh)
+            return
         batch, heads = self.current.shape
         b = torch.arange(batch, device=key.device)[:, None]
         h = torch.arange(heads, device=key.device)[None]
@@ -202,6 +194,8 @@ class PagePool:
             opens = opens & step.valid[:, -1]
         opens = opens[:, None]
         may_open = step.then.ragged or step.longest_before % self.size == 0
+        if may_open and opens.device.type == "cpu":  # nothing to wait for
+            may_open = bool(opens.any())
         if may_open:
             self._open(opens, b, h, step, policy, weigh)
         page = self.current
@@ -274,14 +268,7 @@ class PagePool:
         self, opens: Tensor, b: Tensor, h: Tensor, step: Step, policy: Policy, weigh: Weigh
     ) -> None:
         """Give an empty page to the rows of `opens`, bool `[batch, 1]`."""
-        most = policy.pages_held
-        ragged = step.then.ragged  # then some rows may be full before others
-        if most is not None and self.held - (0 if ragged else self.outside) >= most:
-            self._evict(opens[..., None], step, policy, most, weigh)
-        bounds = [self.held + 1, -(-step.longest_after // self.size)]
-        self.held = min(bounds if most is None else [*bounds, most + self.outside])
-        self._grow(self.held, None if most is None else most + self.outside)
-        self.high = max(self.high, self.held)
+        self.make_room(opens, step, policy, weigh)
         free = (self.start[..., : self.high] < 0).to(torch.int8).argmax(-1)  # the first one
         self.current = torch.where(opens, free, self.current)
         page = self.current
@@ -290,6 +277,24 @@ class PagePool:
         self.stamp[b, h, page] = torch.where(opens, rank, self.stamp[b, h, page])
         self.sums[b, h, page] = self.sums[b, h, page].masked_fill(opens[..., None], 0)
         self.pinned[b, h, page] = self.pinned[b, h, page] & ~opens
+
+    def make_room(self, opens: Tensor, step: Step, policy: Policy, weigh: Weigh) -> None:
+        """Evict pages and allocate places, so that rows of `opens` have a free one below `high`.
+
+        Args:
+            opens: bool `[batch or 1, 1]`, True for rows that need one.
+            step: the forward.
+            policy: the one that evicts while decoding.
+            weigh: the layer's own attention weights.
+        """
+        most = policy.pages_held
+        ragged = step.then.ragged  # then some rows may be full before others
+        if most is not None and self.held - (0 if ragged else self.outside) >= most:
+            self._evict(opens[..., None], step, policy, most, weigh)
+        bounds = [self.held + 1, -(-step.longest_after // self.size)]
+        self.held = min(bounds if most is None else [*bounds, most + self.outside])
+        self._grow(self.held, None if most is None else most + self.outside)
+        self.high = max(self.high, self.held)
 
     def _evict(self, opens: Tensor, step: Step, policy: Policy, most: int, weigh: Weigh) -> None:
         """Free places in those rows of `opens`, bool `[batch, 1, 1]`, that hold `most` pages."""

@@ -1,18 +1,12 @@
 """Attention weights for policies: of the newest query, of all, or of the last ones."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from sparsity.policies.base import Needs, reduce_group
+from sparsity.retention.attention import Weigh
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.lazy_mask import LazyMask
-
-# A layer's own `attention_weights`: from query [batch, query_heads, q, head_dim], keys
-# [batch, kv_heads, n, head_dim] and mask [batch, kv_heads or 1, q, n] to
-# [batch, kv_heads, query_heads / kv_heads, q, n].
-Weigh = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 BLOCK = 128  # queries whose weights are in memory at once
 
@@ -92,6 +86,11 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
 
 def keep_newest(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> None:
     """`keep_last` for a forward of one column, in place: only the query that changes is written."""
+    if step.alike:
+        at = step.longest_before % asked.shape[1]
+        queries[:, :, at].copy_(query[:, :, -1])
+        asked[:, at].fill_(step.longest_before)
+        return
     row = torch.arange(asked.shape[0], device=query.device)
     rank, index, new = step.before, step.before % asked.shape[1], query[:, :, -1]
     if step.valid is not None:  # a row whose new column is padding keeps what it has

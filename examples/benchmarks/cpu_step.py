@@ -1,0 +1,205 @@
+"""What a decoding step costs beside a dense one on a CPU, by policy, under SmolLM2.
+
+    python examples/benchmarks/cpu_step.py --out docs/results --before PATH_OF_ANOTHER_CHECKOUT
+
+Each policy decodes behind the same prompt. Dense and the policies take turns of `--steps` steps,
+which hold a page's opening and an eviction each; a turn gives milliseconds a step and the ratio to
+the dense turn beside it, and medians over the turns are reported. With `--before` the package of
+that checkout takes turns with this one's, in a process of its own. Writes `cpu_step.json`.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import Cache, DynamicCache
+
+import sparsity
+from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
+    Full,
+    LazyEviction,
+    Quest,
+    RaaS,
+    Random,
+    SnapKV,
+    SparseCache,
+    StreamingLLM,
+    VaSE,
+)
+from sparsity.policies.base import Policy
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/experiments")]  # no packages
+from environment import environment
+from models import load
+
+TEXT = ROOT / "docs/sparsity.md"
+LEAST_PROMPT = 2048  # tokens of TEXT that are there
+
+
+def policies(budget: int, every: int) -> dict[str, Policy]:
+    """The policies at a budget of tokens; those that evict now and then do so every `every`."""
+    return {
+        "Full": Full(),
+        "StreamingLLM": StreamingLLM(budget),
+        "Random": Random(budget, pin_prompt=False),
+        "Quest": Quest(budget),
+        "RaaS": RaaS(budget, pin_prompt=False),
+        "H2O": H2O(budget),
+        "TOVA": TOVA(budget),
+        "LazyEviction": LazyEviction(budget, evict_every=every),
+        "SnapKV": SnapKV(budget, evict_every=every),
+        "R-KV": RKV(budget, evict_every=every),
+        "VaSE": VaSE(budget, evict_every=every),
+    }
+
+
+class Turns:
+    """Caches that wait at the same text, and take turns at decoding it."""
+
+    def __init__(self, prompt: int, budget: int, every: int, only: list[str] | None) -> None:
+        model, tokenizer = load("smollm2")
+        self.ids = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids
+        self.arms: dict[str, tuple[Any, Cache]] = {}
+        shared = {id(p): p for p in model.parameters()}
+        self.arms["dense"] = (copy.deepcopy(model, shared), DynamicCache(config=model.config))
+        for name, policy in policies(budget, every).items():
+            if only is None or name in only:
+                self.arms[name] = (model, SparseCache(model, policy))
+        with torch.no_grad():
+            for served, cache in self.arms.values():
+                served(self.ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def take(self, name: str, steps: int) -> list[float]:
+        """Milliseconds of each of the next steps."""
+        model, cache = self.arms[name]
+        took = []
+        for _ in range(steps):
+            at = cache.get_seq_length() % self.ids.shape[1]
+            start = time.perf_counter()
+            model(self.ids[:, at : at + 1], past_key_values=cache)
+            took.append((time.perf_counter() - start) * 1e3)
+        return took
+
+
+def serve(args: argparse.Namespace) -> None:
+    """A process of one package: says that it is ready, then a line of numbers for each asked."""
+    turns = Turns(args.prompt, args.budget, args.steps, args.only)
+    print(json.dumps([str(Path(sparsity.__file__).parent), list(turns.arms)]), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turns.take(line.strip(), args.steps)), flush=True)
+
+
+def started(package: Path, given: list[str]) -> "subprocess.Popen[str]":
+    """A process that serves the package `sparsity` of a checkout."""
+    command = [sys.executable, __file__, *given, "--serve"]
+    env = os.environ | {"PYTHONPATH": str(package.resolve())}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
+
+
+def asked(process: "subprocess.Popen[str]", name: str | None = None) -> Any:
+    """The next line of a process, once it was asked for an arm's turn."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if name is not None:
+        process.stdin.write(name + "\n")
+        process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def summary(took: list[list[float]], dense: list[list[float]]) -> dict[str, float]:
+    """Of turns of steps, in milliseconds: medians of steps, of turns, and of ratios to dense."""
+    mean = [statistics.fmean(turn) for turn in took]
+    middle = [statistics.median(turn) for turn in took]
+    ratios = [a / statistics.fmean(b) for a, b in zip(mean, dense, strict=True)]
+    plain = [a / statistics.median(b) for a, b in zip(middle, dense, strict=True)]
+    return {
+        "step_ms": statistics.median(mean),
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_most": max(ratios),
+        "median_step_ms": statistics.median(middle),
+        "median_step_ratio": statistics.median(plain),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Ratios to dense by policy, before and after, and what is left of the excess."""
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    found = {(row["policy"], row["package"]): row for row in rows}
+    lines = ["| policy | ms | to dense | before | excess left |", "|---|---|---|---|---|"]
+    for name in names:
+        after, before = found[name, "after"], found.get((name, "before"))
+        line = f"| {name} | {after['step_ms']:.1f} | {after['ratio']:.2f} |"
+        if before is not None and name != "dense":
+            left = (after["ratio"] - 1) / (before["ratio"] - 1)
+            line += f" {before['ratio']:.2f} | {left:.0%} |"
+        else:
+            line += "  |  |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--before", type=Path, help="root of the checkout to compare with")
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=16, help="of a turn")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--only", nargs="+", help="names of policies")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args)
+    given = [f"--{name}={getattr(args, name)}" for name in ("prompt", "budget", "steps")]
+    given += ["--only", *args.only] if args.only else []
+    roots = {"before": args.before, "after": ROOT}
+    served = {name: started(root, given) for name, root in roots.items() if root is not None}
+    ready = {name: asked(process) for name, process in served.items()}
+    print({name: where for name, (where, _) in ready.items()})
+    arms = ready["after"][1]
+    took: dict[tuple[str, str], list[list[float]]] = {}
+    for turn in tqdm(range(args.turns + 1), desc="turns"):
+        for arm in arms:
+            for name, process in served.items():
+                steps = asked(process, arm)
+                if turn:  # the first warms up
+                    took.setdefault((name, arm), []).append(steps)
+    for process in served.values():
+        process.communicate()
+    rows = [
+        {"package": name, "policy": arm} | summary(turns, took[name, "dense"])
+        for (name, arm), turns in took.items()
+    ]
+    kept = ("prompt", "budget", "steps", "turns")
+    record = {
+        "configuration": {name: getattr(args, name) for name in kept}
+        | {"model": "smollm2", "dtype": "float32", "seed": "none: a fixed text"}
+        | {"policies": {name: repr(p) for name, p in policies(args.budget, args.steps).items()}},
+        "environment": environment(),
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "cpu_step.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(table(rows))
+    return None
+
+
+if __name__ == "__main__":
+    main()
