@@ -395,15 +395,15 @@ def _implementation(decoder: Any) -> str:
     return decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
 
 
-def _refuse_foreign(decoder: PreTrainedModel) -> None:
-    """Refuse a model that attends by a function that neither transformers nor we have brought.
+def _refuse_foreign(decoder: PreTrainedModel) -> str:
+    """The implementation of a model; refused where neither transformers nor we have brought it.
 
     To replace it would change the model's results, or those of what has put it there for a while,
-    such as a prompt that another thread links.
+    such as a prompt that another thread links. It is read once: that thread may go on meanwhile.
     """
     name = _implementation(decoder)
     if name in ("eager", NAME) or "/" in name:  # the model's own, ours, a kernel of the Hub
-        return
+        return name
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     module = inspect.getmodule(function)
     if module is not None and module.__name__.split(".")[0] != "transformers":
@@ -413,6 +413,7 @@ def _refuse_foreign(decoder: PreTrainedModel) -> None:
             "a prompt, share a lock between the two; else set one of transformers' own first, "
             'model.set_attn_implementation("sdpa")'
         )
+    return name
 
 
 def attach(model: PreTrainedModel) -> None:
@@ -420,8 +421,8 @@ def attach(model: PreTrainedModel) -> None:
 
     Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
     before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
-    of the model changes, and its results with other caches stay the same. Calling it again does
-    nothing.
+    of the model changes: whole prompts, and all that goes through other caches, are still computed
+    by the attention function that it had. Calling it again does nothing.
 
     Args:
         model: a transformers model for text generation, written on the attention interface.
@@ -430,8 +431,7 @@ def attach(model: PreTrainedModel) -> None:
         SparsityError: for a model that is not supported, which is left as it was.
     """
     decoder = decoder_of(model)
-    name, now = type(model).__name__, _implementation(decoder)
-    _refuse_foreign(decoder)
+    name, now = type(model).__name__, _refuse_foreign(decoder)
     attached = decoder in ATTACHED
     if attached and now == NAME:
         return

@@ -8,6 +8,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,7 +112,7 @@ class OwnAttention:
             return f"{name} computes in float16 and bfloat16, not in {query.dtype}"
         if head_dim > _MOST_FLASH_HEAD_DIM or value.shape[-1] != head_dim:
             return f"{name} computes no heads of {head_dim} and {value.shape[-1]} numbers"
-        if "/" in name and self.arguments.get("softcap") is not None:
+        if self.arguments.get("softcap") is not None and not _caps(name):
             return f"{name} is not known to compute a soft cap"
         if not self.mask.unmodified:
             return f"{name} does not take the layer's mask"
@@ -143,6 +144,17 @@ class OwnAttention:
             config._attn_implementation = {"": self.name}  # noqa: SLF001 (of this config alone)
             module.config = config
         return self.function(module, query, key, value, mask, **arguments)
+
+
+@cache
+def _caps(name: str) -> bool:
+    """Whether a flash attention kernel is known to compute a soft cap; others leave it out."""
+    if name != "flash_attention_2":
+        return name in ("flash_attention_3", "flash_attention_4")
+    try:
+        return tuple(int(part) for part in version("flash-attn").split(".")[:2]) >= (2, 6)
+    except PackageNotFoundError:  # transformers then takes a newer one from the Hub
+        return True
 
 
 def own_attention(module: nn.Module, mask: Any, arguments: dict[str, Any]) -> OwnAttention | None:

@@ -12,8 +12,8 @@ import transformers
 from transformers import AttentionInterface, DynamicCache
 
 import sparsity
-from sparsity import H2O, RaaS, SnapKV, SparseCache
-from sparsity.hf import own_attention
+from sparsity import H2O, RaaS, SnapKV, SparseCache, SparsityError
+from sparsity.hf import attach, own_attention
 from tests import flash_kernels
 from tests.helpers import SHAPE, assert_close, random_ids, tiny_model
 from tests.sparsity.helpers import padded_inputs
@@ -268,6 +268,31 @@ def test_flash_attention_is_not_asked_for_what_it_cannot(implementation, monkeyp
     assert {name for name, _ in kernels.calls} == {"batch"}
 
 
+@pytest.mark.parametrize(
+    ("implementation", "release", "caps"),
+    [
+        ("flash_attention_2", "2.5.9", False),
+        ("flash_attention_2", "2.8.3", True),
+        ("flash_attention_4", "2.5.9", True),
+    ],
+)
+def test_flash_attention_caps_scores_from_a_release_on(implementation, release, caps, monkeypatch):
+    flash_kernels.install(monkeypatch)
+    own_attention._caps.cache_clear()
+    monkeypatch.setattr(own_attention, "version", lambda _: release)
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(**SHAPE | SCORES["Gemma2"], dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model, ids = model.to(torch.bfloat16).eval(), random_ids(21, 2)
+    expected = logits(model, DynamicCache(config=model.config), ids)
+    flash_kernels.load(model, implementation)
+    cache = SparseCache(model, RaaS(64))
+    assert_close("logits", logits(model, cache, ids), expected, 3e-2)
+    why = f"sparsity ({implementation} is not known to compute a soft cap)"
+    assert cache.report().prompt_attention == (implementation if caps else why)
+    own_attention._caps.cache_clear()
+
+
 def test_an_argument_that_nobody_knows_leaves_it():
     model, ids = loaded("llama", "sdpa"), random_ids(12, 2)
     expected = logits(model, SparseCache(model, RaaS(64)), ids)
@@ -307,6 +332,21 @@ def test_a_detached_model_and_a_copy_are_forgotten():
     sparsity.detach(model)
     assert not any(module in own_attention._BEFORE for module in model.model.modules())
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_somebody_else_puts_there_for_a_while_is_never_taken_for_the_models_own(monkeypatch):
+    """Another thread may end its link between two looks at the configuration: there is one."""
+    model, reads = loaded("llama", "sdpa"), []
+
+    def read(decoder):
+        reads.append(decoder)
+        return "somebody_elses" if len(reads) == 1 else decoder.config._attn_implementation
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "somebody_elses", read)
+    monkeypatch.setattr(attach, "_implementation", read)
+    with pytest.raises(SparsityError, match="'somebody_elses'"):
+        sparsity.attach(model)
+    assert not attach.is_attached(model)
 
 
 def test_gradients_pass():
