@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.kernels.available import demand, launch
+from sparsity.kernels.available import launch, require
 
 
 def append(
@@ -63,7 +63,7 @@ def append(
     if not keys.is_cuda:
         append_reference(*state, *new)
         return
-    demand("append", keys, values, page_size)
+    require("append", keys, values, page_size)
     if not all(t.is_contiguous() for t in state if t is not None):
         raise SparsityError("append: the tensors of a pool must be contiguous, not views of others")
     from sparsity.kernels.append_triton import append_op

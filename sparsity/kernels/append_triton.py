@@ -104,10 +104,9 @@ def append_kernel(
     tl.store(keys + token * D + d, new_key, mask=written)
     tl.store(values + token * DV + dv, new_value, mask=dv < tl.where(real, DV, 0))
     j = tl.arange(0, S_PAD)
-    begin = tl.where(opens, 0, inside)  # a new page is emptied
-    end = tl.where(real, tl.where(opens, S, inside + 1), 0)
+    end = tl.where(real, tl.where(opens, S, inside + 1), 0)  # a new page is emptied
     emptied = tl.where(j == inside, slot, -1)
-    tl.store(slots + of_page * S + j, emptied, mask=(j >= begin) & (j < end))
+    tl.store(slots + of_page * S + j, emptied, mask=(j >= inside) & (j < end))
     if BOUNDS:
         bounds = of_page * D + d
         goes_on = d < tl.where(real & (inside != 0), D, 0)

@@ -38,7 +38,7 @@ def serves(tensor: Tensor, page_size: int = 1) -> bool:
     return tensor.is_cuda and _unserved(tensor.dtype, tensor.shape[-1], page_size) is None
 
 
-def demand(name: str, keys: Tensor, values: Tensor, page_size: int) -> None:
+def require(name: str, keys: Tensor, values: Tensor, page_size: int) -> None:
     """Refuse CUDA tensors that the kernel `name` cannot take.
 
     Raises:

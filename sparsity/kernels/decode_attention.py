@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.kernels.available import demand, launch
+from sparsity.kernels.available import launch, require
 from sparsity.policies.base import Group, reduce_group
 from sparsity.retention.attention import attention_weights
 
@@ -63,7 +63,7 @@ def decode_attention(
         return decode_attention_reference(
             query, keys, values, start, now, page_size, scaling, *rest
         )
-    demand("decode_attention", keys, values, page_size)
+    require("decode_attention", keys, values, page_size)
     from sparsity.kernels.decode_attention_triton import decode_attention_op
 
     given = (query, keys, values, start, now, page_size, scaling, pages, softcap, sinks, weights)

@@ -18,6 +18,15 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = list(TOLERANCE)
 
 
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that is not initialised holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def to(given, device=DEVICE):
     if isinstance(given, dict):
         return {name: to(value, device) for name, value in given.items()}
@@ -180,3 +189,21 @@ def test_attention_in_float32_is_exact_to_rounding(rule):
         torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
         if rule[-1] is not None:
             torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("size", [1, 4])
+def test_attention_stops_at_the_last_page(trim, size):
+    """Most of the pool is empty; rows hold different numbers of pages, one of them none."""
+    pool, now = random_pool(3, 1, 90, size, 32, 32, torch.float32, used=90)
+    for b, used in enumerate((7, 0, 40)):
+        pool["start"][b, :, used:] = -1
+    now = pool["start"].amax((1, 2)).long() + size - 1
+    now[1] = -1
+    query = torch.randn(3, 2, 32)
+    state = [to(t) for t in (query, *(pool[n] for n in ("keys", "values", "start")), now)]
+    args = (*state, size, 0.2, None, None, None, "mean")
+    got = decode_attention_op(*args, 16, 3, 4, 1, trim)
+    expected = decode_attention_reference(*args)
+    torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-5)

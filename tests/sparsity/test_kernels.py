@@ -7,6 +7,7 @@ there is a CUDA device the same cases run on it here.
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +35,16 @@ def pytest_of_cases(**environ):
     )
 
 
+def interpreter_loops():
+    """Triton 3.6 reads the bounds of a loop in a way that NumPy took out in 2.4."""
+    triton, numpy = (version(name).split(".")[:2] for name in ("triton", "numpy"))
+    return [int(n) for n in triton] > [3, 6] or [int(n) for n in numpy] < [2, 4]
+
+
 @needs_triton
 def test_kernels_equal_their_twins_in_tritons_interpreter():
+    if not interpreter_loops():
+        pytest.skip("the interpreter of Triton up to 3.6 cannot run a loop under NumPy 2.4")
     done = pytest_of_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
