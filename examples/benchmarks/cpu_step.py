@@ -75,17 +75,16 @@ class Turns:
         self.clock = CLOCKS[args.clock]
         model, tokenizer = load("smollm2")
         self.ids = tokenizer(TEXT.read_text(), return_tensors="pt").input_ids
-        self.arms: dict[str, tuple[Any, Cache]] = {}
+        dense = DynamicCache(config=model.config)
+        with torch.no_grad():  # read once: every cache goes on from it
+            model(self.ids[:, : args.prompt], past_key_values=dense, logits_to_keep=1)
         shared = {id(p): p for p in model.parameters()}
-        self.arms["dense"] = (copy.deepcopy(model, shared), DynamicCache(config=model.config))
+        self.arms: dict[str, tuple[Any, Cache]] = {"dense": (copy.deepcopy(model, shared), dense)}
         for name, policy in policies(args.budget, args.steps).items():
             if args.only is None or name in args.only:
-                self.arms[name] = (model, SparseCache(model, policy))
-        with torch.no_grad():
-            for served, cache in self.arms.values():
-                ids = self.ids[:, : args.prompt]
-                mask = torch.ones_like(ids)
-                served(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+                self.arms[name] = (model, SparseCache(model, policy, past=dense))
+        for name in reversed(self.arms):  # dense last, since the others take in what it holds
+            self.take(name, 1)
 
     @torch.no_grad()
     def take(self, name: str, steps: int) -> list[float]:
@@ -154,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         after, before = found[name, "after"], found.get((name, "before"))
         line = f"| {name} | {after['step_ms']:.1f} | {after['ratio']:.2f} |"
         if before is not None and name != "dense":
-            left = (after["ratio"] - 1) / (before["ratio"] - 1)
+            left = max(0.0, after["ratio"] - 1) / max(1e-3, before["ratio"] - 1)
             line += f" {before['ratio']:.2f} | {left:.0%} |"
         else:
             line += "  |  |"
