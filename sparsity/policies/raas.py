@@ -93,10 +93,10 @@ class RaaS(Evicting):
         """Stamp the pages that matter to this query with the rank of the newest token."""
         scores = self.scores(query, pages) * scaling
         if self.top_ratio is not None:
-            refresh = _top(scores, pages, self.top_ratio)
+            refresh = _top(scores, pages, self.top_ratio) & pages.used
         else:
-            refresh = scores.softmax(-1) > self.threshold
-        stamp = torch.where(refresh & pages.used, pages.now.to(pages.stamp.dtype), pages.stamp)
+            refresh = scores.softmax(-1) > self.threshold  # an unused place has 0
+        stamp = torch.where(refresh, pages.now.to(pages.stamp.dtype), pages.stamp)
         return replace(pages, stamp=stamp)
 
     @override

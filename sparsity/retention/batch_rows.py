@@ -5,7 +5,8 @@ of a token among the real tokens of its row; the first is 0. Pages are counted b
 padded row is treated as it would be alone.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,6 +154,7 @@ class Step:
         order: index among the new columns of each row's i-th new real token, int64 `[batch, T]`;
             None for a single column.
         then: the rows after the forward.
+        shared: what one layer has computed and the others can use, by what it was computed for.
     """
 
     queries: int
@@ -166,6 +168,7 @@ class Step:
     single: bool
     order: Tensor | None
     then: BatchRows
+    shared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def alike(self) -> bool:

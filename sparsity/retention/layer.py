@@ -21,7 +21,7 @@ from sparsity.retention.fixed_pool import decode, evicts_between_steps, fix, mak
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.page_pool import PagePool
 from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest
-from sparsity.retention.rotation import Move
+from sparsity.retention.rotation import Move, Rotation
 from sparsity.retention.several_tokens import SeveralTokens
 
 
@@ -58,8 +58,8 @@ class LayerRetention:
         self.move: Move | None = None
         self.pool: PagePool | None = None
         self.places: int | None = None
-        kind = type(policy)
-        self._looks = kind.select is not Policy.select or kind.observe is not Policy.observe
+        self._selects = type(policy).select is not Policy.select
+        self._observes = type(policy).observe is not Policy.observe
         self.past = past
         self.past_bytes = storage_bytes(list(past or ()))
         self.borrowed = past is not None
@@ -219,7 +219,8 @@ class LayerRetention:
         if pool.keys is not keys:
             self._note_more((keys, values))
         newest = query[:, :, -1].detach()
-        view = pool.view(step.before if step.alike else step.after - 1) if self._looks else None
+        now = step.before if step.alike else step.after - 1
+        view = pool.view(now) if self._selects else None
         chosen = None if view is None else policy.select(newest, view)
         cut = False
         if chosen is None:
@@ -228,7 +229,7 @@ class LayerRetention:
                 tokens, cut = tokens - -step.longest_after % pool.size, True
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
             if self.needs.moved:
-                keys = self._closed_up(keys, step.after, step.longest_after)
+                keys = self._closed_up_alike(keys, step)
             slots = pool.slots[..., :tokens]
         else:
             keys, values = (
@@ -246,14 +247,16 @@ class LayerRetention:
             out, weights = attend_and_weigh(query, keys, values, allowed, weigh, self.needs.group)
         else:
             out = attend(query, keys, values, allowed, scaling, softcap=softcap, sinks=sinks)
-        if view is not None:
-            if self.needs.attention is not None:
-                held = pool.slots[..., : pool.high * pool.size]
-                assert view.keys is not None
-                if weights is None:
-                    weights = forward_weights(
-                        query.detach(), newest, view.keys, held, step, mask, self.needs, weigh
-                    )
+        if self._observes:
+            if self.needs.attention is not None and weights is None:
+                tokens = pool.high * pool.size
+                keys, held = pool.keys[:, :, :tokens], pool.slots[..., :tokens]
+                weights = forward_weights(
+                    query.detach(), newest, keys, held, step, mask, self.needs, weigh
+                )
+            if view is None:
+                view = pool.view(now, weights)
+            elif weights is not None:
                 view = replace(view, weights=weights)
             observed = observe(policy, view, newest, scaling, step)
             if observed is not view:
@@ -380,6 +383,23 @@ class LayerRetention:
             value = torch.cat([pool.values[:, :, :tokens], value], dim=2)
             slots = torch.cat([pool.slots[..., :tokens], slots.expand(-1, heads, -1)], dim=2)
         return key, value, slots
+
+    def _closed_up_alike(self, keys: Tensor, step: Step) -> Tensor:
+        """`_closed_up` for a single new token; where rows are alike, layers share the angles."""
+        pool, count, move = self.pool, self.needs.moved, self.move
+        assert pool is not None
+        alike = step.alike and self.places is None and pool.held >= count
+        if not alike or not isinstance(move, Rotation):
+            return self._closed_up(keys, step.after, step.longest_after)
+        evicted = step.longest_after - pool.held
+        if not evicted:
+            return keys
+        key = (move, count, evicted, keys.device)
+        if key not in step.shared:
+            old = torch.arange(count, device=keys.device)[None, None]
+            step.shared[key] = move.turn(old, old + evicted, keys.device)
+        moved = move.turned(keys[:, :, :count], *step.shared[key])
+        return torch.cat([moved, keys[:, :, count:]], dim=2)
 
     def _closed_up(self, keys: Tensor, seen: Tensor, longest: int) -> Tensor:
         """The keys, the first `Needs.moved` of them rotated to stand right before the others held.

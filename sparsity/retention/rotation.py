@@ -38,16 +38,33 @@ class Rotation:
             old: their positions, int64 `[batch, kv_heads, n]`.
             new: the positions to rotate to, int64 `[batch, kv_heads, n]`.
         """
+        return self.turned(keys, *self.turn(old, new, keys.device))
+
+    def turn(self, old: Tensor, new: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angle from the `old` positions to the `new` ones.
+
+        Args:
+            old: int64 `[batch or 1, kv_heads or 1, n]`.
+            new: as `old`.
+            device: of the result.
+
+        Returns:
+            Two `[batch or 1, kv_heads or 1, n, pairs]`, float32.
+        """
         both = torch.cat([old, new], dim=-1)
         cos, sin = (
-            each.to(keys.device).unflatten(0, both.shape[:2]).tensor_split(2, dim=2)
+            each.to(device).unflatten(0, both.shape[:2]).tensor_split(2, dim=2)
             for each in self.angles(both.flatten(0, 1))
         )
         (old_cos, new_cos), (old_sin, new_sin) = cos, sin
         norm = old_cos.square() + old_sin.square()
         cosine = (new_cos * old_cos + new_sin * old_sin) / norm
         sine = (new_sin * old_cos - new_cos * old_sin) / norm
-        pairs = norm.shape[-1]
+        return cosine, sine
+
+    def turned(self, keys: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """The keys `[batch, kv_heads, n, head_dim]`, rotated by an angle of `turn`."""
+        pairs = cosine.shape[-1]
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         turned, rest = wide[..., : 2 * pairs], wide[..., 2 * pairs :]
         if self.pairing == "half":
