@@ -118,14 +118,17 @@ class ServedCache(ABC):
         """Detach the model and raise SparsityError."""
 
 
-def retention_mask(*args: Any, **kwargs: Any) -> LazyMask | None:
+def retention_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, *args: Any, **kwargs: Any
+) -> LazyMask | None:
     """The mask function for transformers: keeps the rule as a `LazyMask`, makes no tensor.
 
-    In a compiled step of decoding there is no mask: what is held is real, and older than the query.
+    In an armed step of decoding, which asks for a single key, there is no mask: what is held is
+    real, older than the query, and inside a layer's window.
     """
-    if torch.compiler.is_compiling() and kwargs.get("mask_function") is causal_mask_function:
+    if kv_length == q_length == 1 and isinstance(q_offset, Tensor) and not kwargs.get("use_vmap"):
         return None
-    return _lazy_mask(*args, **kwargs)
+    return _lazy_mask(batch_size, q_length, kv_length, q_offset, *args, **kwargs)
 
 
 @torch.compiler.disable

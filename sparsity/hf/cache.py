@@ -91,8 +91,12 @@ class SparseCache(ServedCache, Cache):
             _check_past(past)
         if max_tokens is not None:
             max_tokens = whole_number("max_tokens", max_tokens, least=1)
-        layers, rows = build_layers(decoder.config, policy, past)
+        on_cuda = next(decoder.parameters()).is_cuda
+        windows = static is True or (static is None and on_cuda)
+        layers, rows = build_layers(decoder.config, policy, past, windows)
         places, self._why = choose_places(model, decoder, layers, max_tokens, static)
+        if windows and not places:
+            layers, rows = build_layers(decoder.config, policy, past)
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
         Cache.__init__(self, layers=layers)
@@ -349,9 +353,8 @@ class SparseCache(ServedCache, Cache):
     def report(self) -> Report:
         """Measure what is held, from the tensors themselves; waits for the device."""
         self._state.catch_up()
-        managed = tuple(isinstance(layer, RetainedLayer) for layer in self.layers)
         tokens = [
-            self._state.kept(i) if managed[i] else (stock_tokens(layer), 0)
+            self._state.kept(i) if isinstance(layer, RetainedLayer) else (stock_tokens(layer), 0)
             for i, layer in enumerate(self.layers)
         ]
         return Report(
@@ -359,7 +362,10 @@ class SparseCache(ServedCache, Cache):
             tokens_seen=self._state.rows.seen,
             tokens_kept=tuple(kept for kept, _ in tokens),
             evictions=tuple(dropped for _, dropped in tokens),
-            managed=managed,
+            managed=tuple(
+                isinstance(layer, RetainedLayer) and not layer.retention.window
+                for layer in self.layers
+            ),
             num_bytes=sum(layer_bytes(layer) for layer in self.layers),
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),

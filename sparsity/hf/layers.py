@@ -12,6 +12,7 @@ from typing_extensions import override
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
+from sparsity.policies.streaming_llm import StreamingLLM
 from sparsity.retention.all_layers import AllLayers
 from sparsity.retention.batch_rows import BatchRows
 from sparsity.retention.layer import LayerRetention, storage_bytes
@@ -150,13 +151,17 @@ def stock_layers(config: Any, policy: Policy) -> dict[int, Any]:
     return {i: layer for i, layer in enumerate(layers) if not isinstance(layer, RetainedLayer)}
 
 
-def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[Any], BatchRows]:
+def build_layers(
+    config: Any, policy: Policy, past: Cache | None, windows: bool = False
+) -> tuple[list[Any], BatchRows]:
     """The layers that transformers would use, with full attention put under the policy.
 
     Args:
         config: of the decoder.
         policy: of the cache.
         past: a cache to go on from; None for an empty one.
+        windows: keep sliding windows here, too, by a policy that keeps just the window, so that
+            memory can be of fixed size; where `past` does not stand in the way.
 
     Returns:
         The layers, and the columns that `past` has seen.
@@ -185,7 +190,10 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
             own = policy_of_layer(policy, i, full)
             layers[i] = RetainedLayer(LayerRetention(own, i, held), seen)
         elif type(layer) is DynamicSlidingWindowLayer:
-            if type(before) is DynamicSlidingWindowLayer:
+            if windows and type(before) is not DynamicSlidingWindowLayer and _slides(config, i):
+                held = None if before is None else _held(before, i)
+                layers[i] = _window(layer.sliding_window, i, held)
+            elif type(before) is DynamicSlidingWindowLayer:
                 window: Any = copy.copy(before)
                 window.keys = window.keys.detach().to(window.device, copy=True)  # if offloaded
                 window.values = window.values.detach().to(window.device, copy=True)
@@ -206,6 +214,20 @@ def build_layers(config: Any, policy: Policy, past: Cache | None) -> tuple[list[
                 )
             rows = BatchRows(batch=batch, seen=seen)
     return layers, rows
+
+
+def _slides(config: Any, index: int) -> bool:
+    """Whether the layer's mask is that of a sliding window, and not one of chunks."""
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or kinds[index] == "sliding_attention"
+
+
+def _window(tokens: int, index: int, held: tuple[Tensor, Tensor] | None) -> RetainedLayer:
+    """A layer that keeps its newest `tokens`, which are all that a new token attends to."""
+    policy = StreamingLLM(tokens, sinks=0, positions="absolute")
+    retention = LayerRetention(policy, index, held)
+    retention.window = True
+    return RetainedLayer(retention, 0 if held is None else held[0].shape[2])
 
 
 def _held(layer: Any, index: int) -> tuple[Tensor, Tensor]:

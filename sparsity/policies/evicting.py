@@ -102,5 +102,7 @@ class Evicting(Policy):
         worth = self.worth(pages)
         if self.shared_heads:
             worth = worth.mean(1, keepdim=True).expand_as(worth)
+        if self.sinks == self.recent_kept == 0:
+            return worth.float()
         protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
         return worth.float().masked_fill(protected, torch.inf)

@@ -44,7 +44,8 @@ class AllLayers:
     def __init__(
         self, policy: Policy, retentions: dict[int, LayerRetention], rows: BatchRows
     ) -> None:
-        decides = any(layer >= policy.dense_layers for layer in retentions)
+        own = [layer for layer, retention in retentions.items() if not retention.window]
+        decides = any(layer >= policy.dense_layers for layer in own)
         self.policy = policy
         self.planned = policy if decides else Full(page_size=policy.page_size)
         self.retentions = retentions
@@ -66,7 +67,8 @@ class AllLayers:
     @property
     def fixed(self) -> bool:
         """Whether all managed layers decode in pools of fixed size."""
-        return all(retention.places is not None for retention in self.retentions.values())
+        places = [retention.places for retention in self.retentions.values()]
+        return bool(places) and None not in places
 
     def arm(self, column: int) -> None:
         """Check a step of decoding that `LayerRetention.decode` will do, and make room for it.
@@ -172,7 +174,20 @@ class AllLayers:
         if batch > have:  # beams or samples of a row, or prompts that share it
             rows = rows.take(torch.arange(have).repeat_interleave(batch // have))
         self._check_length(rows.seen + queries)
-        return plan(rows, self.planned, batch, queries, mask, tokens.device), batch // have
+        step = plan(rows, self.planned, batch, queries, mask, tokens.device)
+        self._check_windows(step)
+        return step, batch // have
+
+    def _check_windows(self, step: Step) -> None:
+        """Refuse padding amid a row where windows are kept: they are counted in real tokens."""
+        if step.valid is None or not any(x.window for x in self.retentions.values()):
+            return
+        begun = (step.before[:, None] > 0) | (step.valid.cumsum(1) > 0)
+        if bool((begun & ~step.valid).any()):
+            raise SparsityError(
+                "padding amid a row, and this model has layers with sliding windows, which count "
+                "padding: make the cache with static=False, or pad on the left"
+            )
 
     def open(self, step: Step, repeats: int, new_ids: Tensor | None) -> None:
         """Start a planned forward.

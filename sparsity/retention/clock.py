@@ -14,11 +14,13 @@ class Clock:
         rank: real tokens of each row so far, that is, the rank of its next one; int64 `[batch]`.
         column: columns so far, int64 `[]`.
         valid: whether the column under way is a real token in each row, bool `[batch]`.
+        padded: whether it may be padding in some row; never in an armed step.
     """
 
     rank: Tensor
     column: Tensor
     valid: Tensor
+    padded: bool = False
 
     @classmethod
     def at(cls, rank: Tensor, column: int) -> "Clock":
@@ -35,16 +37,17 @@ class Clock:
         """Go to `rank` and `column`, in place; the next column is real in every row."""
         self.rank.copy_(rank)
         self.column.fill_(column)
-        self.valid.fill_(True)
+        self.expect(None)
 
     def expect(self, valid: Tensor | None) -> None:
         """Note in which rows the column to come is a real token, bool `[batch]`; None for all."""
+        self.padded = valid is not None
         self.valid.fill_(True) if valid is None else self.valid.copy_(valid)
 
     @property
     def newest(self) -> Tensor:
         """Rank of each row's newest real token once the column under way is in, int64 `[batch]`."""
-        return self.rank - self.valid.logical_not().long()
+        return self.rank - self.valid.logical_not().long() if self.padded else self.rank
 
     def advance(self) -> None:
         """End the step: the column under way is over."""

@@ -152,7 +152,7 @@ def decode(
     out, weights = attend(chosen, weights=observed and chosen is None)
     if observed and chosen is not None:
         _, weights = attend(None, weights=True)
-    _observe(pool, policy, replace(pages, weights=weights), newest, scaling, clock.valid)
+    _observe(pool, policy, replace(pages, weights=weights), newest, scaling, clock)
     if needs.window:
         _keep_query(pool, newest, clock)
     return out[:, None]
@@ -204,7 +204,8 @@ def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:
         return None
     pages = pool.view(clock.rank)
     worth = evicting.priority(pages).float()
-    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
+    if policy.pin_prompt or policy.pins_kept:  # pinned pages stay even where all others are spared
+        worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
     if policy.pins_count:  # then a row is full when no place is unused
         return worth.masked_fill(~pages.used, -torch.inf)
     full = _full(pages, evicting, most)
@@ -230,25 +231,30 @@ def _closed_up(pool: PagePool, count: int, now: Tensor, move: Move) -> Tensor:
 
 
 def _observe(
-    pool: PagePool, policy: Policy, pages: PageView, query: Tensor, scaling: float, valid: Tensor
+    pool: PagePool, policy: Policy, pages: PageView, query: Tensor, scaling: float, clock: Clock
 ) -> None:
     """Store what the policy notes; rows whose new column is padding keep what they had."""
     noted = policy.observe(query, pages, scaling)
     if noted is pages:
         return
-    goes_on = valid[:, None, None]
+    stamp, sums = noted.stamp, noted.sums
+    if clock.padded:
+        goes_on = clock.valid[:, None, None]
+        stamp = torch.where(goes_on, stamp, pool.stamp)
+        sums = torch.where(goes_on[..., None], sums, pool.sums)
     if noted.stamp is not pages.stamp:
-        pool.stamp.copy_(torch.where(goes_on, noted.stamp.to(pool.stamp.dtype), pool.stamp))
+        pool.stamp.copy_(stamp)
     if noted.sums is not pages.sums:
-        pool.sums.copy_(torch.where(goes_on[..., None], noted.sums, pool.sums))
+        pool.sums.copy_(sums)
 
 
 def _keep_query(pool: PagePool, query: Tensor, clock: Clock) -> None:
     """Keep the newest query of each row, see `sparsity.retention.query_weights.keep_last`."""
     row = torch.arange(query.shape[0], device=query.device)
-    index = clock.rank % pool.asked.shape[1]
-    valid = clock.valid
-    pool.queries[row, :, index] = torch.where(
-        valid[:, None, None], query, pool.queries[row, :, index]
-    )
-    pool.asked[row, index] = torch.where(valid, clock.rank, pool.asked[row, index])
+    index, rank = clock.rank % pool.asked.shape[1], clock.rank
+    if clock.padded:
+        valid = clock.valid
+        query = torch.where(valid[:, None, None], query, pool.queries[row, :, index])
+        rank = torch.where(valid, rank, pool.asked[row, index])
+    pool.queries[row, :, index] = query
+    pool.asked[row, index] = rank

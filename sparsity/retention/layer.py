@@ -19,6 +19,7 @@ from sparsity.retention.clock import Clock, keep_address
 from sparsity.retention.eviction import observe
 from sparsity.retention.fixed_pool import decode, evicts_between_steps, fix, make_room, steps_left
 from sparsity.retention.lazy_mask import LazyMask
+from sparsity.retention.one_token import write
 from sparsity.retention.page_pool import PagePool
 from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest
 from sparsity.retention.rotation import Move, Rotation
@@ -35,6 +36,7 @@ class LayerRetention:
         first_head: see `PageView`.
         move: rotates keys to other positions, for a policy that needs it.
         pool: the tokens held; None before the first forward.
+        window: whether the policy is the model's own, a sliding window.
         places: places for pages of a pool that never grows, see `sparsity.retention.fixed_pool`;
             None for one that grows.
         past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
@@ -57,6 +59,7 @@ class LayerRetention:
         self.first_head = 0
         self.move: Move | None = None
         self.pool: PagePool | None = None
+        self.window = False
         self.places: int | None = None
         self._selects = type(policy).select is not Policy.select
         self._observes = type(policy).observe is not Policy.observe
@@ -215,7 +218,7 @@ class LayerRetention:
         assert pool is not None
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         keys, values = pool.keys, pool.values
-        pool.write(key.detach(), value.detach(), step, policy.decoding, weigh)
+        write(pool, key.detach(), value.detach(), step, policy.decoding, weigh)
         if pool.keys is not keys:
             self._note_more((keys, values))
         newest = query[:, :, -1].detach()

@@ -5,22 +5,25 @@ none does, and no row has to keep what it has. `PagePool.write` is the slow twin
 that differ.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from sparsity.policies.base import Policy
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.eviction import first_evicted
+from sparsity.retention.page_pool import PagePool
 from sparsity.retention.query_weights import Weigh
 
-if TYPE_CHECKING:
-    from sparsity.retention.page_pool import PagePool
+
+def write(
+    pool: PagePool, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh
+) -> None:
+    """`PagePool.write`, in few calls where it can be; arguments as there."""
+    (write_alike if step.alike else PagePool.write)(pool, key, value, step, policy, weigh)
 
 
 def write_alike(
-    pool: "PagePool", key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh
+    pool: PagePool, key: Tensor, value: Tensor, step: Step, policy: Policy, weigh: Weigh
 ) -> None:
     """`PagePool.write` for a step whose rows are alike.
 
@@ -50,7 +53,7 @@ def write_alike(
         high.index_copy_(0, page, most)
 
 
-def _open(pool: "PagePool", step: Step, policy: Policy, weigh: Weigh) -> Tensor:
+def _open(pool: PagePool, step: Step, policy: Policy, weigh: Weigh) -> Tensor:
     """Give an empty page to every row; its index among all places, int64 `[batch * kv_heads]`."""
     rank, most = step.longest_before, policy.pages_held
     full = most is not None and pool.held - pool.outside >= most
@@ -73,7 +76,7 @@ def _open(pool: "PagePool", step: Step, policy: Policy, weigh: Weigh) -> Tensor:
     return page
 
 
-def _flat(place: Tensor, pool: "PagePool") -> Tensor:
+def _flat(place: Tensor, pool: PagePool) -> Tensor:
     """Places `[batch, kv_heads]` counted through all rows and KV heads.
 
     They are indices of the pool's tensors, seen as ``view(-1, ...)``.

@@ -10,7 +10,6 @@ from torch import Tensor
 from sparsity.policies.base import PageView, Policy
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.eviction import eviction_order, observe
-from sparsity.retention.one_token import write_alike
 from sparsity.retention.query_weights import Weigh, keep_last
 from sparsity.retention.several_tokens import (
     SeveralTokens,
@@ -183,9 +182,6 @@ class PagePool:
             policy: the one that evicts while decoding.
             weigh: the layer's own attention weights.
         """
-        if step.alike:
-            write_alike(self, key, value, step, policy, weigh)
-            return
         batch, heads = self.current.shape
         b = torch.arange(batch, device=key.device)[:, None]
         h = torch.arange(heads, device=key.device)[None]

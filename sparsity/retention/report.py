@@ -59,7 +59,7 @@ class Report:
         runs: list[tuple[int, int, str]] = []
         for layer, kept in enumerate(self.tokens_kept):
             text = f"{kept:,} tokens kept, {self.evictions[layer]:,} evictions"
-            text += "" if self.managed[layer] else " (managed by transformers)"
+            text += "" if self.managed[layer] else " (not under the policy)"
             if runs and runs[-1][2] == text:
                 runs[-1] = (runs[-1][0], layer, text)
             else:

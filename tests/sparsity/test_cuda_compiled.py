@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity import H2O, Full, Quest, RaaS, SnapKV, SparseCache, StreamingLLM
 from sparsity.hf.decoding_path import COMPILED
-from tests.helpers import tiny_model
+from tests.helpers import SHAPE, tiny_model
 from tests.sparsity.helpers import padded_inputs
 from tests.sparsity.zoo import TIGHT
 
@@ -52,12 +53,11 @@ def test_nothing_is_compiled_again_in_4096_steps_nor_for_another_cache():
     policy = RaaS(128, pin_prompt=False)
     for _ in range(2):
         cache = SparseCache(model, policy)
-        before = torch.cuda.memory_allocated()
         generate(model, cache, 4097)
         assert cache.report().tokens_seen == 13 + 4096
         assert cache.report().decoding == COMPILED
     assert counters["stats"]["unique_graphs"] == 1
-    assert torch.cuda.memory_allocated() - before < 2**22  # whatever the length
+    assert cache.report().num_bytes == bytes_held(model, policy)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,16 @@ def test_nothing_is_compiled_again_in_4096_steps_nor_for_another_cache():
 )
 def test_logits_in_bfloat16(policy):
     """Of the tokens up to the first that differs, which rounding may choose."""
-    model, logits, texts = build(torch.bfloat16), [], []
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 2, "head_dim": 64})
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    logits, texts = [], []
     for static in (False, None):
         cache = SparseCache(model, policy, max_tokens=256, static=static)
         out = generate(model, cache, 64, 96, output_logits=True, return_dict_in_generate=True)
         logits.append(torch.stack(out.logits, 1).float())
         texts.append(out.sequences[:, 96:])
     same = (texts[0] == texts[1]).all(0).long().cumprod(0).sum()
-    assert same > 8
+    assert same > 4
     eager, compiled = (x[:, : same + 1] for x in logits)
     assert (compiled - eager).norm() / eager.norm() < 1e-2

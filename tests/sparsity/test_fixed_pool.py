@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
@@ -23,9 +24,9 @@ from sparsity import (
 )
 from sparsity.hf import compiled_step
 from sparsity.hf.decoding_path import COMPILED
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import SHAPE, random_ids, tiny_model
 from tests.sparsity.helpers import padded_inputs
-from tests.sparsity.zoo import SMALL, TIGHT
+from tests.sparsity.zoo import SCORES, SMALL, TIGHT
 
 POLICY = RaaS(16, page_size=4, pin_prompt=False, alpha=0.15)
 PROMPT = {"rows": (5, 0), "prompt": 13}
@@ -227,9 +228,6 @@ def test_a_model_that_cannot_be_compiled(shallow):
     with pytest.raises(SparsityError, match="does not compile a LlamaModel"):
         fixed(shallow, POLICY)
     assert "does not compile" in SparseCache(shallow, POLICY).report().decoding
-    model = tiny_model("gemma3")
-    with pytest.raises(SparsityError, match="DynamicSlidingWindowLayer"):
-        fixed(model, POLICY)
 
 
 def test_too_few_tokens_are_refused_before_anything_is_computed(shallow):
@@ -324,3 +322,36 @@ def test_a_second_model_of_the_same_shape(fresh):
         assert torch.equal(got, expected)
         outputs.append(got)
     assert not torch.equal(*outputs)
+
+
+def with_scores(name):
+    """A model whose attention is more than a softmax of products: a soft cap, or sinks."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | SCORES[name])
+    implementation = {"attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_config(config, **implementation).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "mistral_sliding", "phi3", *SCORES])
+def test_sliding_windows_soft_caps_and_sinks(family, fresh):
+    """Layers with a window keep just the window."""
+    model = with_scores(family) if family in SCORES else tiny_model(family)
+    expected = generate(model, SparseCache(model, POLICY, static=False), 60)
+    cache = fixed(model, POLICY)
+    assert torch.equal(generate(model, cache, 60, compile_config=compiles()), expected)
+    report = cache.report()
+    assert report.decoding == COMPILED
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    layers = zip(report.tokens_kept, report.managed, strict=True)
+    windows = [kept for kept, under in layers if not under]
+    assert all(kept == 16 for kept in windows)
+    assert bool(windows) == (family in ("gemma3", "mistral_sliding", *SCORES))
+
+
+def test_padding_amid_a_row_and_windows():
+    model, ids = tiny_model("gemma3"), random_ids(12, 2)
+    mask = torch.ones_like(ids)
+    mask[0, 6] = 0
+    with pytest.raises(SparsityError, match="padding amid a row"):
+        model(ids, attention_mask=mask, past_key_values=fixed(model, POLICY))

@@ -11,7 +11,7 @@ from sparsity import RaaS, SparseCache
 from tests.helpers import FAMILIES, SHAPE, assert_close, random_ids, tiny_model
 from tests.sparsity import helpers
 from tests.sparsity.twins import Twin
-from tests.sparsity.zoo import AMPLE, TIGHT
+from tests.sparsity.zoo import AMPLE, SCORES, TIGHT
 
 # Every policy on one family, and one policy of a kind on all.
 CASES = [("llama", policy) for policy in TIGHT if not policy.needs.moved]
@@ -140,17 +140,10 @@ def test_a_model_of_sliding_windows_alone_is_left_to_transformers():
     assert report.num_bytes > 0
 
 
-HALF = {"sliding_window": 16, "num_hidden_layers": 2}  # one of the two layers has the window
-SCORES = {
-    "Gemma2": HALF | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
-    "GptOss": HALF | {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
-
-
 @pytest.mark.parametrize("name", SCORES)
 def test_softcap_and_sinks_through_the_model(name):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE | SCORES[name], head_dim=16)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | SCORES[name])
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.eval()
     ids, padding = batch()

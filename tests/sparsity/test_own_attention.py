@@ -17,7 +17,7 @@ from sparsity.hf import attach, own_attention
 from tests import flash_kernels
 from tests.helpers import SHAPE, assert_close, random_ids, tiny_model
 from tests.sparsity.helpers import padded_inputs
-from tests.sparsity.zoo import shallow_model
+from tests.sparsity.zoo import SCORES, shallow_model
 
 OURS = [
     "eager", "sdpa",
@@ -171,11 +171,6 @@ def test_what_needs_a_rule_of_ours_leaves_it():
     assert cache.report().prompt_attention == "sparsity (tokens are held from before)"
 
 
-HALF = {"sliding_window": 16, "num_hidden_layers": 2, "head_dim": 16}
-SCORES = {
-    "Gemma2": HALF | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
-    "GptOss": HALF | {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
 WHY = {
     ("Gemma2", "sdpa"): "sdpa computes no soft cap",
     ("GptOss", "sdpa"): "sdpa is not known to compute attention sinks",

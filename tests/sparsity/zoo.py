@@ -157,6 +157,14 @@ def enlarged(policy, times):
     return replace(policy, **changes)
 
 
+# Models whose attention is more than a softmax of products, by the name of their config.
+HALF = {"sliding_window": 16, "num_hidden_layers": 2, "head_dim": 16}  # one has the window
+SCORES = {
+    "Gemma2": HALF | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
+    "GptOss": HALF | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
 def shallow_model(family):
     """A tiny model of two layers, one of them with a sliding window in hybrid families."""
     first = "sliding_attention" if family == "gemma3" else "full_attention"
