@@ -4,6 +4,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SHAPES = {
+    "llama-tiny": dict(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=65536,
+    ),
     "llama-100m": dict(
         vocab_size=16384,
         hidden_size=768,
@@ -35,7 +44,7 @@ SHAPES = {
 
 
 def build_model(shape: str, seed: int, device: str = "cpu", dtype: str = "float32"):
-    """A random Llama of a shape above: 100 million or 8 billion parameters."""
+    """A random Llama of a shape above; the tiny one is to rehearse on."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))

@@ -49,6 +49,27 @@ class AttentionSwitch:
                 "this model is attached to a prompt: compile and link outside its block"
             )
 
+    @property
+    def own(self) -> str:
+        """The implementation that the model attends by, as in `attn_implementation`."""
+        config: Any = self._decoder.config
+        return config._attn_implementation or "eager"  # noqa: SLF001 (there is no public reader)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the model's own attention goes on from a prefix in memory linear in its length.
+
+        True of the kernels of flash attention, those of the Hub included, and flex_attention.
+        """
+        return self.own.startswith(("flash_attention", "flex_attention")) or "/" in self.own
+
+    @contextmanager
+    def unswitched(self) -> Iterator[None]:
+        """Inside the block the model keeps its own attention; other threads that link wait."""
+        with self.turn:
+            self.refuse_attached()
+            yield
+
     @contextmanager
     def scattered(self) -> Iterator[None]:
         """Inside the block the model runs a sparse pass; other threads that want to link wait."""

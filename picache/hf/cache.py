@@ -71,6 +71,17 @@ class ScatterLayer(DynamicLayer):
         return self.length
 
 
+class TailLayer(ScatterLayer):
+    """One layer of the cache of a pass over the prompt's last tokens by the model's own attention.
+
+    To the model it holds what stands before them, as in a prefill in parts.
+    """
+
+    @override
+    def get_seq_length(self) -> int:
+        return int(self.running.positions_on_cpu[0])
+
+
 def held_by(cache: DynamicCache) -> list[KV]:
     """Keys and values of every layer of a cache that holds some."""
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,3 +38,11 @@ class _NeverCompiled:
 
 
 never_compiled = _NeverCompiled()
+
+
+def uncompiled(implementation: str) -> AbstractContextManager[None]:
+    """The block for a forward with the model's own attention, `implementation` by name.
+
+    flex_attention is itself compiled, and without that would hold all scores at once.
+    """
+    return nullcontext() if implementation == "flex_attention" else never_compiled

@@ -20,8 +20,8 @@ from picache.chunk import KV, Header
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_ambient, refuse_other_objects
 from picache.hf.attention_switch import AttentionSwitch
-from picache.hf.cache import PrefillCache, ScatterLayer, held_by
-from picache.hf.compiled import never_compiled
+from picache.hf.cache import PrefillCache, ScatterLayer, TailLayer, held_by
+from picache.hf.compiled import never_compiled, uncompiled
 from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
@@ -171,7 +171,7 @@ class HFModel:
         """Keys and values, by layer, of ids ``[batch, tokens]`` at positions of the same shape."""
         self.attention.refuse_attached()
         cache = PrefillCache()
-        with self.attention.turn, never_compiled:
+        with self.attention.turn, uncompiled(self.attention.own):
             self.rotary.restore_short()
             self.decoder(
                 input_ids=ids.to(self.device),
@@ -192,7 +192,7 @@ class HFModel:
             Logits of the first new token, ``[1, vocab_size]``, and keys and values by layer.
         """
         cache = PrefillCache()
-        with self.attention.turn, never_compiled:
+        with self.attention.turn, uncompiled(self.attention.own):
             out = self.model(
                 input_ids=ids[None].to(self.device),
                 past_key_values=cache,
@@ -204,7 +204,7 @@ class HFModel:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """Logits ``[1, vocab_size]`` behind ids ``[1, tokens]``, from the model without a cache."""
-        with self.attention.turn, never_compiled:
+        with self.attention.turn, uncompiled(self.attention.own):
             out = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         return out.logits[:, -1]
 
@@ -322,12 +322,17 @@ class HFModel:
         """Logits ``[1, 1, vocab_size]`` of a sparse pass over a prompt of `length` tokens."""
         rotary = running.positions if position_ids is None else position_ids.to(self.device)
         count = self.config.num_hidden_layers
-        cache = Cache(layers=[ScatterLayer(kv, index, length, running) for index in range(count)])
+        # flash_attention and flex_attention go on from a prefix as they are; sdpa and eager would
+        # make a mask, or scores, of all queries times all keys at once.
+        own = self.attention.goes_on and running.plain_tail
+        kind = TailLayer if own else ScatterLayer
+        cache = Cache(layers=[kind(kv, index, length, running) for index in range(count)])
+        switch = self.attention.unswitched() if own else self.attention.scattered()
         outside = current.set(running)
         hooks: list[RemovableHandle] = []
         try:
             # Hooks too are set while this thread has the lock.
-            with self.attention.scattered(), never_compiled:
+            with switch, uncompiled(self.attention.own) if own else never_compiled:
                 if running.narrow is not None or running.stop is not None:
                     hooks += [
                         layer.register_forward_pre_hook(enter_layer, with_kwargs=True)
@@ -342,12 +347,14 @@ class HFModel:
                         logits_to_keep=1,
                     ).logits
                 except (RuntimeError, TypeError) as error:
-                    running.check_attended(error)
+                    if not own:
+                        running.check_attended(error)
                     raise
                 finally:
                     for hook in hooks:
                         hook.remove()
-            running.check_attended()
+            if not own:
+                running.check_attended()
             return logits
         finally:
             current.reset(outside)

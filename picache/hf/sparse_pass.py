@@ -112,6 +112,17 @@ class SparsePass:
         """Index of the layer that made its keys and values last; -1 before the first."""
         return len(self.entered) - 1
 
+    @property
+    def plain_tail(self) -> bool:
+        """Whether the tokens are all those from some position on, to be attended to plainly.
+
+        Nothing then needs a rule of ours: they go on from a prefix, as a text that is prefilled in
+        parts does. The pass ends with the prompt.
+        """
+        positions = self.positions_on_cpu
+        asked = (self.narrow, self.observe, self.stop, self.parallel)
+        return asked == (None,) * 4 and int(positions[-1] - positions[0]) == len(positions) - 1
+
     def check_attended(self, cause: Exception | None = None) -> None:
         """Raise PICacheError unless every layer that made its KV attended by our function."""
         if self.attended != len(self.entered):

@@ -59,7 +59,7 @@ class AllLayers:
         self.max_tokens: int | None = None
         self.clock: Clock | None = None
         self.armed, self.behind, self.compiled = False, False, False
-        self.unfinished = False  # whether such a step has failed
+        self.begun, self.unfinished = False, False  # whether such a step is under way, or failed
         self.peak_bytes = 0
         self._due: int | None = None  # column before which room must be made
 
@@ -87,11 +87,18 @@ class AllLayers:
         self._make_room(column)
         self.armed = True
 
+    def step_begins(self) -> None:
+        """Start a step of `LayerRetention.decode`."""
+        if self.begun:
+            self.unfinished = True
+            self._check_finished()
+        self.begun = True
+
     def stepped(self) -> None:
         """End a step of `LayerRetention.decode`."""
         assert self.clock is not None
         self.clock.advance()
-        self.armed, self.behind, self.decoding = False, True, True
+        self.armed, self.begun, self.behind, self.decoding = False, False, True, True
         self.compiled = torch.compiler.is_compiling()
 
     def catch_up(self) -> None:
@@ -102,7 +109,7 @@ class AllLayers:
             self.behind = False
 
     def _check_finished(self) -> None:
-        if self.step is not None or self.unfinished:
+        if self.step is not None or self.unfinished or self.begun:
             raise SparsityError(
                 "the last forward with this SparseCache did not finish, so what it holds is "
                 "incomplete; call cache.reset() and start from the prompt"
@@ -178,7 +185,7 @@ class AllLayers:
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
         self.armed = False
         if step.single and self.clock is not None:
-            self.clock.valid.copy_(True if step.valid is None else step.valid[:, -1])
+            self.clock.expect(None if step.valid is None else step.valid[:, -1])
             self._make_room(step.stop - 1)
 
     def withdraw(self) -> None:
@@ -190,7 +197,7 @@ class AllLayers:
         """End a forward that failed; if it was started, `step` stays, so the next is refused."""
         self.tokens.drop_handed()
         self.turn.leave()
-        self.unfinished, self.armed = self.unfinished or self.armed, False
+        self.unfinished, self.armed = self.unfinished or self.begun, False
 
     def missed(self) -> list[int]:
         """Indices of the managed layers that this forward did not reach."""
@@ -246,6 +253,12 @@ class AllLayers:
         seen = int(self.rows.real.sum()) * tokens.shape[1]
         return int(tokens.max()), seen - int(tokens.sum())
 
+    @property
+    def prompt_attention(self) -> str:
+        """See `Report`."""
+        used = (self.retentions[layer].prompt_attention for layer in sorted(self.retentions))
+        return ", ".join(dict.fromkeys(name for name in used if name))
+
     def take(self, index: Tensor) -> None:
         """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""
         self.catch_up()
@@ -259,4 +272,4 @@ class AllLayers:
         self.rows, self.step, self.decoding, self.peak_bytes = BatchRows(), None, False, 0
         self.tokens, self.turn, self.new_ids = SeenTokens(), OneAtATime(), None
         self.armed, self.behind, self.compiled, self._due = False, False, False, None
-        self.unfinished = False
+        self.begun, self.unfinished = False, False

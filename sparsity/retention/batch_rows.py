@@ -219,8 +219,8 @@ def plan(
     single = stop - first == 1 and rows.longest > 0
     valid = None if mask is None else mask[:, first:stop].to(device=device, dtype=torch.bool)
     # While decoding, never wait for the device; on a CPU there is nothing to wait for.
-    waits = single and device.type != "cpu"
-    if valid is not None and not waits and bool(valid.all()):
+    looks = not single or device.type == "cpu"
+    if valid is not None and looks and bool(valid.all()):
         valid = None
     after = before + (stop - first if valid is None else valid.sum(-1))
     then = replace(rows, batch=batch, seen=stop, stored=stop, real=after)

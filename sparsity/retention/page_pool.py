@@ -122,11 +122,11 @@ class PagePool:
 
     def is_like(self, other: "PagePool") -> bool:
         """Whether both are of one batch, and their keys and values of one kind."""
-        return all(
-            (a.shape[:2], a.shape[3], a.dtype, a.device)
-            == (b.shape[:2], b.shape[3], b.dtype, b.device)
-            for a, b in ((self.keys, other.keys), (self.values, other.values))
-        )
+
+        def kind(held: Tensor) -> tuple[object, ...]:
+            return (*held.shape[:2], held.shape[3], held.dtype, held.device)
+
+        return [kind(self.keys), kind(self.values)] == [kind(other.keys), kind(other.values)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
         """The pool with `change` applied to every tensor; dimension 0 of each is the batch."""

@@ -1,0 +1,86 @@
+"""On a CUDA device: one compiled step, captured once, with the tokens of memory that grows."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sparsity import H2O, Full, Quest, RaaS, SnapKV, SparseCache, StreamingLLM
+from sparsity.hf.decoding_path import COMPILED
+from tests.helpers import tiny_model
+from tests.sparsity.helpers import padded_inputs
+from tests.sparsity.zoo import TIGHT
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def build(dtype=torch.float32):
+    return tiny_model("llama", dtype, num_hidden_layers=2, head_dim=64).to("cuda")
+
+
+def generate(model, cache, tokens, prompt=13, **kwargs):
+    given = {name: t.to("cuda") for name, t in padded_inputs(prompt, 5, 0).items()} | kwargs
+    return model.generate(
+        past_key_values=cache, max_new_tokens=tokens, do_sample=False, eos_token_id=None, **given
+    )
+
+
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_the_tokens_of_memory_that_grows(policy):
+    model = build()
+    expected = generate(model, SparseCache(model, policy, static=False), 200)
+    cache = SparseCache(model, policy, max_tokens=256)
+    assert torch.equal(generate(model, cache, 200), expected)
+    assert cache.report().decoding == COMPILED
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_nothing_is_compiled_again_in_4096_steps_nor_for_another_cache():
+    model = build(torch.bfloat16)
+    policy = RaaS(128, pin_prompt=False)
+    for _ in range(2):
+        cache = SparseCache(model, policy)
+        before = torch.cuda.memory_allocated()
+        generate(model, cache, 4097)
+        assert cache.report().tokens_seen == 13 + 4096
+        assert cache.report().decoding == COMPILED
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.cuda.memory_allocated() - before < 2**22  # whatever the length
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RaaS(128),
+        Quest(64),
+        H2O(64),
+        StreamingLLM(64),
+        SnapKV(64, window=16, evict_every=32),
+        Full(),
+    ],
+    ids=str,
+)
+def test_logits_in_bfloat16(policy):
+    """Of the tokens up to the first that differs, which rounding may choose."""
+    model, logits, texts = build(torch.bfloat16), [], []
+    for static in (False, None):
+        cache = SparseCache(model, policy, max_tokens=256, static=static)
+        out = generate(model, cache, 64, 96, output_logits=True, return_dict_in_generate=True)
+        logits.append(torch.stack(out.logits, 1).float())
+        texts.append(out.sequences[:, 96:])
+    same = (texts[0] == texts[1]).all(0).long().cumprod(0).sum()
+    assert same > 8
+    eager, compiled = (x[:, : same + 1] for x in logits)
+    assert (compiled - eager).norm() / eager.norm() < 1e-2
