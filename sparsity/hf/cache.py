@@ -40,6 +40,8 @@ from sparsity.retention.layer import LayerRetention
 from sparsity.retention.report import Report
 from sparsity.retention.rotation import Move
 
+_REHEARSED: set[str] = set()  # signatures of steps whose kernels were built
+
 
 class SparseCache(ServedCache, Cache):
     """A transformers cache that keeps what a policy keeps.
@@ -220,6 +222,9 @@ class SparseCache(ServedCache, Cache):
         if not self.signature:
             more = (self.autocast, input_ids.shape[0])
             self.signature = signature(own.__self__, self._state.retentions, more)
+            if input_ids.is_cuda and self.signature not in _REHEARSED:
+                self._state.rehearse()
+                _REHEARSED.add(self.signature)
         mask = inputs.pop("attention_mask", None)
         text = input_ids if mask is None else mask
         self._check_length(text.shape[1])

@@ -89,6 +89,12 @@ class AllLayers:
         self._make_room(column)
         self.armed = True
 
+    def rehearse(self) -> None:
+        """Build the kernels of a step, of one layer for each policy."""
+        assert self.clock is not None
+        for retention in {x.policy: x for x in self.retentions.values()}.values():
+            retention.rehearse(self.clock)
+
     def step_begins(self) -> None:
         """Start a step of `LayerRetention.decode`."""
         if self.begun:

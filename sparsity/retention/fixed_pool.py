@@ -158,6 +158,23 @@ def decode(
     return out[:, None]
 
 
+def rehearse(pool: PagePool, policy: Policy, clock: Clock) -> None:
+    """Build the kernels of a step, on a copy of one row.
+
+    A kernel that does not build is then an error that names it; in a step that torch.compile
+    traces it would be an error of the compiler, about a graph.
+
+    Args:
+        pool: of `fix`, on a CUDA device; not changed.
+        policy: of the layer.
+        clock: where the rows are.
+    """
+    row = pool.map(lambda tensor: tensor[:1].clone())
+    query = row.keys.new_zeros(1, pool.queries.shape[1], 1, row.keys.shape[-1])
+    at = Clock(clock.rank[:1].clone(), clock.column.clone(), clock.valid[:1].clone())
+    decode(row, policy, at, query, row.keys[:, :, :1], row.values[:, :, :1], 1.0, None, None, None)
+
+
 def make_room(pool: PagePool, policy: Policy, clock: Clock, weigh: Weigh) -> None:
     """Evict as the policy does between two steps, in the rows that open a page and are full.
 

@@ -17,7 +17,14 @@ from sparsity.retention.attention import (
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.clock import Clock, keep_address
 from sparsity.retention.eviction import observe
-from sparsity.retention.fixed_pool import decode, evicts_between_steps, fix, make_room, steps_left
+from sparsity.retention.fixed_pool import (
+    decode,
+    evicts_between_steps,
+    fix,
+    make_room,
+    rehearse,
+    steps_left,
+)
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.one_token import write
 from sparsity.retention.page_pool import PagePool
@@ -185,6 +192,11 @@ class LayerRetention:
         pool, move = self.pool, self.move if self.needs.moved else None
         assert pool is not None
         return decode(pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move)
+
+    def rehearse(self, clock: Clock) -> None:
+        """Build the kernels of `decode`, so that one that fails is an error that names it."""
+        assert self.pool is not None
+        rehearse(self.pool, self.policy, clock)
 
     @property
     def evicts_between_steps(self) -> bool:

@@ -355,3 +355,13 @@ def test_padding_amid_a_row_and_windows():
     mask[0, 6] = 0
     with pytest.raises(SparsityError, match="padding amid a row"):
         model(ids, attention_mask=mask, past_key_values=fixed(model, POLICY))
+
+
+def test_a_rehearsal_changes_nothing(shallow):
+    """It runs the step on a copy, of one row."""
+    cache = fixed(shallow, POLICY)
+    shallow(random_ids(21, 2), past_key_values=cache)
+    before = [_held(cache, layer) for layer in cache.retentions]
+    cache._state.rehearse()
+    assert [_held(cache, layer) for layer in cache.retentions] == before
+    assert cache.get_seq_length() == 21
