@@ -30,6 +30,13 @@ def build(dtype=torch.float32):
     return tiny_model("llama", dtype, num_hidden_layers=2, head_dim=64).to("cuda")
 
 
+def bytes_held(model, policy):
+    """Of a short text."""
+    cache = SparseCache(model, policy)
+    generate(model, cache, 2)
+    return cache.report().num_bytes
+
+
 def generate(model, cache, tokens, prompt=13, **kwargs):
     given = {name: t.to("cuda") for name, t in padded_inputs(prompt, 5, 0).items()} | kwargs
     return model.generate(
