@@ -7,22 +7,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+MOST_PACKED = 4096  # places at once, for which registers suffice
+
 
 @triton.jit
-def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr):
-    """The `count`-th highest score is found bit by bit, then what reaches it is packed.
-
-    Scores are read once, as whole numbers of the same order. The search ends early where exactly
-    `count` of them reach the number found so far: for unlike scores after about half of the bits.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, P_PAD)
-    score = tl.load(scores + row * places + p, mask=p < places, other=0.0)
+def in_order(scores, p, places):
+    """Scores as int32 of the same order, beyond the places below any."""
+    score = tl.load(scores + p, mask=p < places, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(p < places, ordered, -0x80000000)  # below -inf
+    return tl.where(p < places, ordered, -0x80000000)
 
+
+@triton.jit
+def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr, PACKED: tl.constexpr):
+    """The `count`-th highest score is found bit by bit, then what reaches it is packed.
+
+    The search ends early where exactly `count` scores reach the number found so far: for unlike
+    scores after about half of the bits. Of many places, PACKED are read again and packed at a time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    scores += row * places
+    p = tl.arange(0, P_PAD)
+    ordered = in_order(scores, p, places)
     least = tl.full([], -0x80000000, tl.int32)
     bit = tl.full([], 31, tl.int32)
     reached = places
@@ -33,14 +41,22 @@ def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr):
         reached = tl.where(many >= count, many, reached)
         bit -= 1
 
-    above = ordered > least
-    wanted = count - tl.sum(above.to(tl.int32), 0)  # of the places that equal the last one
-    flags = above.to(tl.int32) | ((ordered == least).to(tl.int32) << 16)
-    before = tl.cumsum(flags, 0) - flags
-    equal_before = before >> 16
-    at = (before & 0xFFFF) + tl.minimum(equal_before, wanted)
-    taken = above | ((ordered == least) & (equal_before < wanted))
-    tl.store(chosen + row * count + at, p.to(tl.int64), mask=taken)
+    wanted = count - tl.sum((ordered > least).to(tl.int32), 0)  # of those equal to `least`
+    seen = tl.full([], 0, tl.int32)
+    for part in range(P_PAD // PACKED):
+        at, some = p, ordered
+        if PACKED < P_PAD:
+            at = part * PACKED + tl.arange(0, PACKED)
+            some = in_order(scores, at, places)
+        above, equal = some > least, some == least
+        flags = above.to(tl.int32) | (equal.to(tl.int32) << 16)  # both counts in one sum
+        before = tl.cumsum(flags, 0) - flags + seen
+        if PACKED < P_PAD:
+            seen += tl.sum(flags, 0)
+        equal_before = before >> 16
+        to = (before & 0xFFFF) + tl.minimum(equal_before, wanted)
+        taken = above | (equal & (equal_before < wanted))
+        tl.store(chosen + row * count + to, at.to(tl.int64), mask=taken)
 
 
 @triton_op("sparsity::top_pages", mutates_args=())
@@ -52,6 +68,12 @@ def top_pages_op(scores: Tensor, count: int, warps: int = 0) -> Tensor:
     if not warps:
         warps = 4 if padded <= 1024 else 8 if padded <= 4096 else 16
     wrap_triton(top_pages_kernel)[(batch * heads,)](
-        scores.contiguous(), chosen, places, count, P_PAD=padded, num_warps=warps
+        scores.contiguous(),
+        chosen,
+        places,
+        count,
+        P_PAD=padded,
+        PACKED=min(padded, MOST_PACKED),
+        num_warps=warps,
     )
     return chosen

@@ -77,7 +77,7 @@ def launches(monkeypatch):
         held = (query, keys, values, pages, now, size, 0.1)
         attend(*held, None, None, None, "max")
         attend(*held, pages[..., : places // 2].long(), 30.0, like(heads * groups), None)
-    for places, count in ((64, 1), (130, 16), (2048, 128), (16384, 16384)):
+    for places, count in ((64, 1), (2048, 128), (4095, 256), (8191, 16), (16384, 16383)):
         scores = torch.empty(2, 8, places, device="meta")
         top_pages_triton.top_pages_op._init_fn(scores, count)
     return caught
