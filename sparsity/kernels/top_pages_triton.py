@@ -11,13 +11,16 @@ MOST_PACKED = 4096  # places at once, for which registers suffice
 
 
 @triton.jit
-def in_order(scores, p, places):
-    """Scores as int32 of the same order, beyond the places below any."""
-    score = tl.load(scores + p, mask=p < places, other=0.0)
+def in_order(score, there):
+    """Scores as int32 of the same order, below any where there is no place.
+
+    Not handed a pointer: torch's compiler would take it for one that is written through, since the
+    result says where to write, and copy the scores.
+    """
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(p < places, ordered, -0x80000000)
+    return tl.where(there, ordered, -0x80000000)
 
 
 @triton.jit
@@ -30,7 +33,7 @@ def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr, PACKED:
     row = tl.program_id(0).to(tl.int64)
     scores += row * places
     p = tl.arange(0, P_PAD)
-    ordered = in_order(scores, p, places)
+    ordered = in_order(tl.load(scores + p, mask=p < places, other=0.0), p < places)
     least = tl.full([], -0x80000000, tl.int32)
     bit = tl.full([], 31, tl.int32)
     reached = places
@@ -47,7 +50,7 @@ def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr, PACKED:
         at, some = p, ordered
         if PACKED < P_PAD:
             at = part * PACKED + tl.arange(0, PACKED)
-            some = in_order(scores, at, places)
+            some = in_order(tl.load(scores + at, mask=at < places, other=0.0), at < places)
         above, equal = some > least, some == least
         flags = above.to(tl.int32) | (equal.to(tl.int32) << 16)  # both counts in one sum
         before = tl.cumsum(flags, 0) - flags + seen
