@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsity.kernels.append import append, append_reference
 from sparsity.kernels.decode_attention import decode_attention, decode_attention_reference
 from sparsity.kernels.page_scores import page_bounds_reference, page_logits_reference
+from sparsity.kernels.top_pages import top_pages, top_pages_reference
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from environment import environment
@@ -21,13 +22,14 @@ HEADS, GROUPS, DIM, SIZE = 8, 4, 128, 16
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def ops() -> tuple[Callable, Callable, Callable, Callable]:
-    """append, page_bounds, page_logits and decode_attention as operators."""
+def ops() -> tuple[Callable, ...]:
+    """append, page_bounds, page_logits, top_pages and decode_attention as operators."""
     from sparsity.kernels.append_triton import append_op
     from sparsity.kernels.decode_attention_triton import decode_attention_op
     from sparsity.kernels.page_scores_triton import page_bounds_op, page_logits_op
+    from sparsity.kernels.top_pages_triton import top_pages_op
 
-    return append_op, page_bounds_op, page_logits_op, decode_attention_op
+    return append_op, page_bounds_op, page_logits_op, top_pages_op, decode_attention_op
 
 
 class Pool:
@@ -115,7 +117,7 @@ def differs(got: Tensor, expected: Tensor, tolerance: float) -> float:
 
 def check(report: Report, device: str, tiny: bool) -> None:
     """Each kernel against its twin, on odd sizes."""
-    append_op, bounds_op, logits_op, attend_op = ops()
+    append_op, bounds_op, logits_op, top_op, attend_op = ops()
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     shapes = [  # batch, places, page size, KV heads, groups, dims, dtypes
         (3, 37, 3, 2, 3, (80, 96), (brain, full)),
@@ -145,6 +147,9 @@ def check(report: Report, device: str, tiny: bool) -> None:
                 worst["bounds"] = differs(bounds_op(*low), page_bounds_reference(*low), 1e-4)
                 exact = (pool.query, pool.keys, pool.slots >= 0, size, group)
                 worst["logits"] = differs(logits_op(*exact), page_logits_reference(*exact), 1e-4)
+            ranks = (pool.start // 5).float()  # with equals
+            chosen, same = top_op(ranks, 4), top_pages_reference(ranks, 4)
+            worst["top"] = float(not torch.equal(chosen, same.sort(-1).values)) * 1e9
             twin, rank = [t.clone() for t in pool.state], pool.now.clamp(min=0) + 1
             for _ in range(size + 2):
                 new = [*pool.new(rank), size]
@@ -162,7 +167,7 @@ def one_step(write: Callable, attend: Callable, pool: Pool, new: list[Tensor]) -
     """A token is written, then attends to all, with weights, and to the newest three pages."""
     write(*pool.state, *new, SIZE)
     held = (pool.query, pool.keys, pool.values, pool.start, new[3])
-    listed = pool.start.topk(3).indices
+    listed = top_pages(pool.start.float(), 3)
     out, weights = attend(*held, SIZE, DIM**-0.5, weights="mean")
     return [out, weights, attend(*held, SIZE, DIM**-0.5, pages=listed)[0]]
 

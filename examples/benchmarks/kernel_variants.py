@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sparsity.kernels.append import append_reference
 from sparsity.kernels.page_scores import page_bounds_reference, page_logits_reference
+from sparsity.kernels.top_pages import top_pages_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -65,7 +66,7 @@ class Bench:
         count = max(10, min(100, (256 << 20) // read))  # each is read once in a replay
         return [Pool(batch, places, self.device, **how) for _ in range(count)]
 
-    def time(self, what: str, name: str, pools: list[Pool], call: Callable, read: int) -> float:
+    def time(self, what: str, name: str, pools: list, call: Callable, read: int) -> float:
         """Microseconds of `call(pool)`, which reads `read` bytes; infinite where it fails."""
         calls = [lambda pool=pool: call(pool) for pool in pools]
         try:
@@ -146,7 +147,7 @@ def time_attention(bench: Bench, batch: int, places: int, tiny: bool, **how) -> 
 
 def time_small(bench: Bench, batch: int, places: int, tiny: bool) -> None:
     """Scores of pages and append."""
-    append_op, bounds_op, logits_op, _ = ops()
+    append_op, bounds_op, logits_op, *_ = ops()
     read, what = batch * HEADS * places * DIM * 4, f"B{batch} P{places}"
     pools = bench.pools(batch, places, read)
     for name, op, args, nbytes, blocks, twin in (
@@ -177,6 +178,26 @@ def time_small(bench: Bench, batch: int, places: int, tiny: bool) -> None:
                 )
 
 
+def time_top(bench: Bench, batch: int, places: int, tiny: bool) -> None:
+    """The best sixteenth of the pages, unlike and where most are tied, against torch.topk."""
+    top_op = ops()[3]
+    count, read = max(1, places // 16), batch * HEADS * places * 4
+    unlike = [torch.randn(batch, HEADS, places, device=bench.device) for _ in range(50)]
+    for scores in unlike:
+        scores[..., -1] = torch.inf  # the newest page
+    tied = [s.masked_fill(s < s.topk(count).values[..., count // 2, None], -torch.inf)
+            for s in unlike]  # fmt: skip
+    for kind, rows in (("unlike", unlike), ("tied", tied)):
+        what = f"top B{batch} P{places} of {count} {kind}"
+        rows = rows[: 1 if tiny else None]
+        bench.time(what, "torch.topk", rows, lambda s: s.topk(count, dim=-1).indices, read)
+        bench.time(what, "twin", rows, lambda s: top_pages_reference(s, count), read)
+        for warps in (0, 1, 2, 4, 8, 16)[: 1 if tiny else None]:
+            if not bench.report.late():
+                bench.time(what, f"warps{warps}" if warps else "plan", rows,
+                           lambda s, w=warps: top_op(s, count, w), read)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,9 +205,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON, written as results come")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=165, help="after which variants are left")
-    parser.add_argument("--only", nargs="*", choices=["check", "compiled", "attention", "small"])
+    parser.add_argument(
+        "--only", nargs="*", choices=["check", "compiled", "attention", "small", "top"]
+    )
     args = parser.parse_args()
-    only = set(args.only or ["check", "compiled", "attention", "small"])
+    only = set(args.only or ["check", "compiled", "top", "attention", "small"])
     torch.manual_seed(0)
     device, tiny = args.device, args.device == "cpu"
     runs = device == "cuda" or INTERPRETED  # whether the kernels themselves run
@@ -199,6 +222,10 @@ def main() -> None:
         check(report, device, tiny)
     if "compiled" in only and not INTERPRETED:
         check_compiled(report, device, 2, 6 if tiny else 40, 3 if tiny else 40)
+    for places in [40] if tiny else [128, 1024, 2048, 8192]:
+        for batch in (1,) if tiny else (1, 32):
+            if "top" in only and runs and not report.late():
+                time_top(bench, batch, places, tiny)
     attention: list[tuple] = [
         (32, 64, {}),
         (1, 128, {}),

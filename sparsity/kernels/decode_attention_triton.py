@@ -356,14 +356,14 @@ def decode_attention_op(
         chosen = plan(batch * heads, listed, page_size, token_bytes, processors_of(keys))
     direct = chosen.splits == 1 and weights is None
     out = values.new_empty(batch, heads * groups, value_dim)
-    none = query.new_empty(0, dtype=torch.float32)  # neither read nor written
-    partial, lse, scores, reduced = none, none, none, none.new_empty(0)
+    partial, lse, scores, reduced = (_empty(query, 0) for _ in range(4))
     if not direct:
-        partial = none.new_empty(batch, heads, groups, chosen.splits, value_dim)
-        lse = none.new_empty(batch, heads, groups, chosen.splits)
+        partial = _empty(query, batch, heads, groups, chosen.splits, value_dim)
+        lse = _empty(query, batch, heads, groups, chosen.splits)
     if weights is not None:
-        scores = none.new_empty(batch, heads, groups, tokens)
-        reduced = none.new_empty(batch, heads, tokens)
+        scores = _empty(query, batch, heads, groups, tokens)
+        reduced = _empty(query, batch, heads, tokens)
+    sink = _empty(query, 0) if sinks is None else sinks
     padded_group = max(16, triton.next_power_of_2(groups))
     padded_page = triton.next_power_of_2(page_size)
     rounds = triton.cdiv(triton.cdiv(listed * padded_page, chosen.tile), chosen.splits)
@@ -373,8 +373,8 @@ def decode_attention_op(
         values,
         start,
         now,
-        now if pages is None else pages.contiguous(),
-        now if sinks is None else sinks,
+        _empty(query, 0) if pages is None else pages.contiguous(),
+        sink,
         out,
         partial,
         lse,
@@ -423,7 +423,7 @@ def decode_attention_op(
         scores,
         start,
         now,
-        now if sinks is None else sinks,
+        sink,
         out,
         reduced,
         start.stride(0),
@@ -443,3 +443,12 @@ def decode_attention_op(
         num_warps=4,
     )
     return out, reduced
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Float32 on the device of another tensor; of no elements where a kernel needs no tensor.
+
+    A stand-in of its own for each argument: torch's compiler copies a tensor that one kernel is
+    given twice, and it makes two of equal calls one, though not of `torch.empty`.
+    """
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sparsity.kernels.top_pages import top_pages
 from sparsity.policies.base import (
     Group,
     Needs,
@@ -70,4 +71,4 @@ class Quest(Policy):
         assert pages.kmax is not None
         bounds = page_bounds(query, pages.kmin, pages.kmax, self.group)
         bounds = bounds.masked_fill(pages.newest(1), torch.inf)
-        return bounds.masked_fill(~pages.used, -torch.inf).topk(count, dim=-1).indices
+        return top_pages(bounds.masked_fill(~pages.used, -torch.inf), count)

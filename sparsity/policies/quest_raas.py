@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sparsity.errors import SparsityError
+from sparsity.kernels.top_pages import top_pages
 from sparsity.policies.base import PageView, check_budget
 from sparsity.policies.raas import RaaS
 
@@ -59,4 +60,4 @@ class QuestRaaS(RaaS):
             return None
         scores = self.scores(query, pages)
         scores = scores.masked_fill((pages.used & ~pages.pinned) | pages.newest(1), torch.inf)
-        return scores.topk(count, dim=-1).indices
+        return top_pages(scores, count)

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from sparsity.arguments import take_share
 from sparsity.errors import SparsityError
+from sparsity.kernels.top_pages import top_pages
 from sparsity.policies.base import Group, Needs, PageView, check_choice
 from sparsity.policies.evicting import Evicting
 from sparsity.policies.scores import page_bounds, page_logits
@@ -106,7 +107,7 @@ class RaaS(Evicting):
         if self.attend == "all" or pages.start.shape[-1] <= count:
             return None
         scores = self.scores(query, pages).masked_fill(pages.newest(1), torch.inf)
-        return scores.topk(count, dim=-1).indices
+        return top_pages(scores, count)
 
     def scores(self, query: Tensor, pages: PageView) -> Tensor:
         """Unscaled score of each page, -inf for unused places: float32 `[batch, kv_heads, P]`."""

@@ -10,7 +10,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsity.kernels import append_triton, decode_attention_triton, page_scores_triton
+from sparsity.kernels import (
+    append_triton,
+    decode_attention_triton,
+    page_scores_triton,
+    top_pages_triton,
+)
 
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -49,7 +54,8 @@ class Catch:
 def launches(monkeypatch):
     """Every kernel as its operator launches it, for each shape."""
     caught = []
-    for module in (append_triton, decode_attention_triton, page_scores_triton):
+    modules = (append_triton, decode_attention_triton, page_scores_triton, top_pages_triton)
+    for module in modules:
         monkeypatch.setattr(module, "wrap_triton", Catch(caught))
     monkeypatch.setattr(decode_attention_triton, "processors_of", lambda _: 132)
     for batch, heads, groups, places, size, dim, value_dim, dtype in SHAPES:
@@ -71,6 +77,9 @@ def launches(monkeypatch):
         held = (query, keys, values, pages, now, size, 0.1)
         attend(*held, None, None, None, "max")
         attend(*held, pages[..., : places // 2].long(), 30.0, like(heads * groups), None)
+    for places, count in ((64, 1), (2048, 128), (4095, 256), (8191, 16), (16384, 16383)):
+        scores = torch.empty(2, 8, places, device="meta")
+        top_pages_triton.top_pages_op._init_fn(scores, count)
     return caught
 
 

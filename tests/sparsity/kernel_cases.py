@@ -11,6 +11,8 @@ from sparsity.kernels.decode_attention import decode_attention_reference
 from sparsity.kernels.decode_attention_triton import decode_attention_op
 from sparsity.kernels.page_scores import page_bounds_reference, page_logits_reference
 from sparsity.kernels.page_scores_triton import page_bounds_op, page_logits_op
+from sparsity.kernels.top_pages import top_pages_reference
+from sparsity.kernels.top_pages_triton import top_pages_op
 from tests.sparsity.kernel_pools import random_pool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,6 +114,36 @@ def test_scores_of_pages(case, dtype, group):
     expected = page_logits_reference(*logits)
     assert expected.isinf().any()
     torch.testing.assert_close(page_logits_op(*logits), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- the pages with the highest scores ---
+
+
+def tied_scores(places):
+    """Rows of different kinds: unlike, few values, zeros of both signs, and infinities."""
+    g = torch.Generator().manual_seed(places)
+    unlike, few = torch.randn(2, places, generator=g), torch.randint(-2, 3, (2, places))
+    signed = torch.zeros(places).copysign(torch.randn(places, generator=g))
+    infinite = torch.full((3, places), -torch.inf)
+    infinite[0, places // 3 : places // 2] = torch.inf
+    infinite[1, ::3] = unlike[0, ::3]
+    infinite[2, -1] = -3e38
+    rows = [1e-40 * unlike[:1], unlike, few, signed[None], infinite]
+    return torch.cat(rows).unflatten(0, (3, 3))
+
+
+@pytest.mark.parametrize("places", [1, 2, 37, 64, 300, 2051, 8195])
+def test_top_pages(places):
+    laid_out = tied_scores(places).mT.contiguous().mT  # strides are odd
+    for scores in (laid_out, -laid_out):
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        for count in sorted({1, min(7, places), places // 2 or 1, max(1, places - 1), places}):
+            expected = order[..., :count].sort(-1).values
+            twin = top_pages_reference(scores, count)
+            assert torch.equal(twin.sort(-1).values, expected), count
+            got = top_pages_op(to(scores), count)
+            assert torch.equal(got.cpu(), expected), count
+            assert torch.equal(top_pages_reference(to(scores), count).sort(-1).values, got)
 
 
 # --- attention ---

@@ -20,6 +20,7 @@ from sparsity.kernels.append import append
 from sparsity.kernels.available import launch, serves, why_not
 from sparsity.kernels.decode_attention import decode_attention
 from sparsity.kernels.page_scores import page_bounds, page_logits
+from sparsity.kernels.top_pages import top_pages
 from sparsity.retention.attention import attend_reference
 from tests.sparsity.kernel_pools import random_pool
 
@@ -148,6 +149,25 @@ def test_attention_is_that_to_the_tokens_held(weights):
     torch.testing.assert_close(out, expected)
 
 
+def test_of_equal_pages_the_lower_places_are_the_top():
+    scores = torch.tensor([2.0, -torch.inf, -0.0, 2.0, 0.0, -1.0, torch.inf, 0.0])
+    scores = torch.stack([scores, -scores])[None]
+    for count, places in (
+        (1, [[6], [1]]),
+        (2, [[0, 6], [1, 5]]),
+        (4, [[0, 2, 3, 6], [1, 2, 4, 5]]),
+        (5, [[0, 2, 3, 4, 6], [1, 2, 4, 5, 7]]),
+        (7, [[0, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 7]]),
+    ):
+        assert top_pages(scores, count).sort(-1).values.tolist() == [places]
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 1), (torch.float32, 4)])
+def test_top_pages_that_are_not_there_are_refused(dtype, count):
+    with pytest.raises(SparsityError, match=rf"top_pages: .* 3 places and count is {count}"):
+        top_pages(torch.zeros(1, 1, 3, dtype=dtype), count)
+
+
 def test_twins_compile_as_one_graph():
     """Without a graph break, and what is changed in place is changed."""
     size = 4
@@ -159,7 +179,7 @@ def test_twins_compile_as_one_graph():
         bounds = page_bounds(query, pool["kmin"], pool["kmax"], "max")
         logits = page_logits(query, pool["keys"], pool["slots"] >= 0, size, "mean")
         out, weights = decode_attention(query, *state, now, size, 0.3, weights="mean")
-        pages = bounds.topk(2).indices
+        pages = top_pages(bounds, 2)
         return out, weights, logits, decode_attention(query, *state, now, size, 0.3, pages)[0]
 
     results = []
