@@ -55,12 +55,13 @@ class ServedCache(ABC):
         """
 
     @abstractmethod
-    def generate_begins(self, config: Any, mode: Any) -> None:
+    def generate_begins(self, config: Any, mode: Any, columns: int) -> None:
         """Check what `generate` is about to do.
 
         Args:
             config: the generation config of this call, which may be changed.
             mode: the generation mode, as transformers has it.
+            columns: of the text that need a place by then, at most.
         """
 
     @abstractmethod
@@ -202,8 +203,7 @@ def _decode_attention(
 ) -> tuple[Tensor, None]:
     """Attention in an armed step."""
     index: int = module.layer_idx  # type: ignore[assignment]
-    rule = attention_mask.rule if isinstance(attention_mask, LazyMask) else attention_mask
-    if rule is not None:
+    if attention_mask is not None:
         raise SparsityError(
             f"{type(module).__name__} masks some of the tokens held from a new one, and a compiled "
             "step of decoding has no mask: make the cache with static=False"
@@ -284,10 +284,10 @@ def _prepare_inputs(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 def _prepare_cache(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around a model's `_prepare_cache_for_generation`, the first that sees config and cache."""
-    config, given, mode = args[:3]
+    config, given, mode, _, columns = args
     cache = given.get("past_key_values")
     if isinstance(cache, ServedCache):
-        cache.generate_begins(config, mode)
+        cache.generate_begins(config, mode, columns)
     return own(*args, **kwargs)
 
 
@@ -312,9 +312,10 @@ class Attachment:
 
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hook before a forward: check it, and hand the cache on to the attention function."""
-        cache, new = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        new = kwargs.get("inputs_embeds") if new is None else new
-        one = new is not None and new.shape[1] == 1 and kwargs.get("attention_mask") is None
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        cache, new = given.get("past_key_values"), given.get("input_ids")
+        new = given.get("inputs_embeds") if new is None else new
+        one = new is not None and new.shape[1] == 1 and given.get("attention_mask") is None
         if one and isinstance(cache, ServedCache) and cache.armed and cache.signature:
             cache.step_begins()
             return args, {**kwargs, KWARG: cache}

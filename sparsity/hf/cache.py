@@ -19,7 +19,7 @@ from sparsity.hf.attach import (
     keep_attached,
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.compiled_step import compile_config, signature
+from sparsity.hf.compiled_step import compile_config, note_step, signature
 from sparsity.hf.decoding_path import COMPILED, choose_places, why_not_compiled
 from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
 from sparsity.hf.layers import (
@@ -40,8 +40,6 @@ from sparsity.retention.layer import LayerRetention
 from sparsity.retention.report import Report
 from sparsity.retention.rotation import Move
 
-_REHEARSED: set[str] = set()  # signatures of steps whose kernels were built
-
 
 class SparseCache(ServedCache, Cache):
     """A transformers cache that keeps what a policy keeps.
@@ -49,10 +47,13 @@ class SparseCache(ServedCache, Cache):
     ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all there
     is to do. The object is a ``transformers.Cache``: ``layers[i].keys`` and ``.values`` are what
     layer i holds, ``get_seq_length()`` is the number of tokens seen. Layers with full attention
-    follow the policy; layers with a sliding window or linear attention stay as transformers has
-    them. Left-padded batches, beams, sampling, several turns, chunked prefill, tensor parallelism,
-    ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work; going back (assisted decoding,
-    ``crop``) is refused.
+    follow the policy; layers with a sliding window keep their window, and those with linear
+    attention stay as transformers has them. Left-padded batches, beams, sampling, several turns,
+    chunked prefill, tensor parallelism, ``offload(layer)``, ``reset()`` and ``copy.deepcopy`` work;
+    going back (assisted decoding, ``crop``) is refused.
+
+    On a CUDA device a policy that bounds what it holds keeps it in memory of fixed size, and
+    `generate` compiles its steps of decoding into one CUDA graph; see `static` and `max_tokens`.
 
     Args:
         model: a transformers model for text generation, written on the attention interface. It is
@@ -180,14 +181,14 @@ class SparseCache(ServedCache, Cache):
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def generate_begins(self, config: Any, mode: Any) -> None:
+    def generate_begins(self, config: Any, mode: Any, columns: int) -> None:
         """Check that there is room for the text, and choose how its tokens are decoded."""
         state = self._state
-        if state.max_tokens is not None and config.max_length - 1 > state.max_tokens:
+        if state.max_tokens is not None and columns > state.max_tokens:
             raise SparsityError(
-                f"max_tokens={state.max_tokens}, and generate is to make a text of "
-                f"{config.max_length} tokens, of which the last needs no place: make the cache "
-                f"with max_tokens={config.max_length - 1} or more, or generate less"
+                f"max_tokens={state.max_tokens}, and generate is to make a text of {columns + 1} "
+                "tokens (padding included), of which the last needs no place: make the cache with "
+                f"max_tokens={columns} or more, or generate less"
             )
         if not state.fixed:
             return
@@ -219,18 +220,22 @@ class SparseCache(ServedCache, Cache):
 
     def _arm(self, own: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Check a step of decoding of `generate`, whose new tokens are all real, and prepare it."""
-        if not self.signature:
+        state = self._state
+        if not self.signature:  # once in a call
+            state.catch_up()
+            self._before_ids = state.rows.seen + 1 - input_ids.shape[1]  # of a prompt's embeddings
             more = (self.autocast, input_ids.shape[0])
-            self.signature = signature(own.__self__, self._state.retentions, more)
-            if input_ids.is_cuda and self.signature not in _REHEARSED:
-                self._state.rehearse()
-                _REHEARSED.add(self.signature)
-        mask = inputs.pop("attention_mask", None)
-        text = input_ids if mask is None else mask
-        self._check_length(text.shape[1])
+            self.signature = signature(own.__self__, state.retentions, more)
+            if note_step(self.signature) and input_ids.is_cuda:
+                state.rehearse()
+        inputs.pop("attention_mask", None)
+        columns = self._before_ids + input_ids.shape[1]
+        self._check_length(columns)
         check_autocast(autocast_dtype(input_ids.device), self.autocast)
-        self._state.tokens.drop_handed()
-        self._state.arm(text.shape[1] - 1)
+        for layer in self.layers:
+            layer.prefetch()
+        state.arm(columns - 1)
+        state.tokens.follow(input_ids)
 
     def decode(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
@@ -266,18 +271,23 @@ class SparseCache(ServedCache, Cache):
                 "(images, videos) there are none to count inside the cache; use "
                 "positions='absolute' with this model"
             )
-        self._state.turn.enter()
+        state = self._state
+        state.turn.enter(busy=state.busy)
         try:
+            state.disarm()
             for layer in managed_layers(self.layers):
                 layer.get_seq_length()  # the steps that were armed are counted on the device
             autocast = self._checked_autocast(arguments)
-            step, repeats = self._state.plan(arguments)
+            step, repeats = state.plan(arguments)
             self._check_length(step.stop)
         except Exception:
             self._state.abandon()
             raise
         self.autocast = autocast
-        self._state.open(step, repeats, arguments.get("input_ids"))
+        if step.single and state.clock is not None:
+            for layer in self.layers:
+                layer.prefetch()
+        state.open(step, repeats, arguments.get("input_ids"))
 
     def _checked_autocast(self, arguments: dict[str, Any]) -> torch.dtype | None:
         tokens = arguments.get("input_ids")
@@ -315,7 +325,7 @@ class SparseCache(ServedCache, Cache):
         assert state.step is not None
         if state.clock is not None and state.step.single:
             mask, _ = scores.pop("mask"), scores.pop("own")
-            if mask.rule is not None or mask.custom:
+            if mask.custom or (mask.rule is not None and not layer.retention.window):
                 raise SparsityError(
                     "a mask beyond padding was handed in for a single new token, and a cache of "
                     "fixed size has none: make it with static=False"

@@ -48,7 +48,8 @@ def choose_places(
     why = _why_it_grows(model, decoder, layers, max_tokens)
     weights = next(decoder.parameters())
     if why is None and weights.is_cuda:
-        why = _no_kernel(decoder.config, layers[0].retention.policy.page_size, weights)
+        largest = max(layer.retention.policy.page_size for layer in layers)
+        why = _no_kernel(decoder.config, largest, weights)
     elif why is None and static is None:
         why = _ON_CPU
     if why is not None:

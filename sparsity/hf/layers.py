@@ -57,7 +57,7 @@ class RetainedLayer(DynamicLayer):
 
     def get_seq_length(self) -> Any:
         """Columns seen, padding included; a tensor while torch.compile traces a step."""
-        if self.state is not None and self.state.armed:
+        if self.state is not None and self.state.begun:
             assert self.state.clock is not None
             return self.state.clock.column
         return self._seq_length()
@@ -71,7 +71,7 @@ class RetainedLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The sizes as if all tokens were kept: masks are evaluated on columns."""
-        if self.state is not None and self.state.armed:
+        if self.state is not None and self.state.begun:
             return query_length, 0  # no mask is made
         return self._seq_length() + query_length, 0
 

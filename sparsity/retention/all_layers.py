@@ -10,7 +10,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
 from sparsity.retention.batch_rows import BatchRows, Step, check_columns, check_room, plan
-from sparsity.retention.clock import Clock
+from sparsity.retention.clock import Clock, frozen
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.one_at_a_time import OneAtATime
 from sparsity.retention.seen_tokens import SeenTokens
@@ -63,6 +63,7 @@ class AllLayers:
         self.begun, self.unfinished = False, False  # whether such a step is under way, or failed
         self.peak_bytes = 0
         self._due: int | None = None  # column before which room must be made
+        self._armed_at = 0  # column of the step that was armed last
 
     @property
     def fixed(self) -> bool:
@@ -81,13 +82,24 @@ class AllLayers:
         Raises:
             SparsityError: where the token has no place.
         """
+        self.turn.enter(self.busy)
+        self.disarm()
         self._check_finished()
-        self.turn.enter()
-        self.turn.leave()
         self._check_length(column + 1)
         check_room(self.rows, self.planned, column)
         self._make_room(column)
-        self.armed = True
+        self.armed, self._armed_at = True, column
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward is under way, or a step is armed."""
+        return self.step is not None or self.armed
+
+    def disarm(self) -> None:
+        """Forget a step that was armed and did not run; one that ran in part is unfinished."""
+        if self.armed and self.clock is not None and int(self.clock.column) != self._armed_at:
+            self.unfinished = True
+        self.armed = False
 
     def rehearse(self) -> None:
         """Build the kernels of a step, of one layer for each policy."""
@@ -206,6 +218,8 @@ class AllLayers:
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
         self.armed = False
         if step.single and self.clock is not None:
+            if repeats > 1:
+                self.clock = Clock.at(self.clock.rank.repeat_interleave(repeats), step.stop - 1)
             self.clock.expect(None if step.valid is None else step.valid[:, -1])
             self._make_room(step.stop - 1)
 
@@ -243,10 +257,11 @@ class AllLayers:
     def _set_clock(self, single: bool) -> None:
         """Move the clock to `rows`."""
         assert self.rows.real is not None
-        if self.clock is None or self.clock.rank.shape != self.rows.real.shape:
+        clock = self.clock
+        if clock is None or frozen(clock.rank) or clock.rank.shape != self.rows.real.shape:
             self.clock = Clock.at(self.rows.real, self.rows.seen)
         else:
-            self.clock.set(self.rows.real, self.rows.seen)
+            clock.set(self.rows.real, self.rows.seen)
         self.compiled = False
         if not single or self._due is None:
             self._note_due(self.rows.seen)
@@ -287,6 +302,8 @@ class AllLayers:
         self.tokens.take(index)
         if self.clock is not None:
             self._set_clock(single=True)
+            if self.step is not None and self.step.single and self.step.valid is not None:
+                self.clock.expect(self.step.valid[:, -1])
 
     def clear(self) -> None:
         """As new; the layers' tensors are not changed here."""

@@ -62,3 +62,8 @@ def keep_address(*tensors: Tensor) -> None:
     """
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor, guard=False)  # noqa: SLF001 (the documented way)
+
+
+def frozen(tensor: Tensor) -> bool:
+    """Whether it was made under `torch.inference_mode` and cannot be written to outside of it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()

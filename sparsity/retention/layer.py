@@ -15,7 +15,7 @@ from sparsity.retention.attention import (
     attention_weights,
 )
 from sparsity.retention.batch_rows import Step
-from sparsity.retention.clock import Clock, keep_address
+from sparsity.retention.clock import Clock, frozen, keep_address
 from sparsity.retention.eviction import observe
 from sparsity.retention.fixed_pool import (
     decode,
@@ -369,9 +369,10 @@ class LayerRetention:
         besides: tuple[Tensor, ...] = (key, value)
         if self.places is not None:
             besides = (*besides, *self.pool.tensors().values())
-            if self._fixed is not None and not self._fixed.is_like(self.pool):
-                self._fixed = None  # of another batch, or of the model in another dtype
-            self.pool = self._fixed = fix(self.pool, self.places, self._fixed)
+            fixed = self._fixed
+            if fixed is not None and (frozen(fixed.keys) or not fixed.is_like(self.pool)):
+                fixed = None  # of another batch, or of the model in another dtype
+            self.pool = self._fixed = fix(self.pool, self.places, fixed)
         self._note_more(besides)
         return out
 

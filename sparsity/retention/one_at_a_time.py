@@ -17,11 +17,15 @@ class OneAtATime:
     def __init__(self) -> None:
         self.thread: int | None = None
 
-    def enter(self) -> None:
-        """Claim the cache for this thread; SparsityError while another thread has it."""
+    def enter(self, busy: bool) -> None:
+        """Claim the cache for this thread; SparsityError while another thread has it.
+
+        Args:
+            busy: whether a forward is under way; a step that torch.compile traces does not `leave`.
+        """
         me = threading.get_ident()
         with _CLAIM:
-            if self.thread not in (None, me):
+            if busy and self.thread not in (None, me):
                 raise SparsityError(
                     "another thread is in a forward with this SparseCache, and one cache holds one "
                     "text at a time: make a cache for each thread with SparseCache(model, policy) "

@@ -78,6 +78,12 @@ class SeenTokens:
             if known is not None and known.shape[1] == seen:
                 self._set(torch.cat([known, new.to(known.device)], dim=1))
 
+    def follow(self, ids: Tensor) -> None:
+        """Note the text of a step that is checked by `AllLayers.arm`, by reference."""
+        self._handed = None
+        if self.ids is not None and ids.dim() == 2 and self.ids.shape[0] <= ids.shape[0]:
+            self._set(ids)
+
     def drop_handed(self) -> None:
         """Forget the text noted by `hand`, since it was not fed."""
         self._handed = None

@@ -20,6 +20,7 @@ from sparsity import (
     Then,
 )
 from sparsity.retention import page_pool
+from sparsity.retention.all_layers import AllLayers
 from tests.helpers import random_ids, tiny_model
 from tests.sparsity.helpers import DrivenLayer, padded_ids
 from tests.sparsity.zoo import AMPLE, TIGHT
@@ -32,8 +33,8 @@ def storages(cache):
     seen = {}
 
     def walk(thing, done):
-        if id(thing) in done or isinstance(thing, torch.nn.Module):  # a module is the model's
-            return
+        if id(thing) in done or isinstance(thing, torch.nn.Module | AllLayers):
+            return  # the model's; ids and counters of the whole cache, which are of no layer
         done.add(id(thing))
         if isinstance(thing, torch.Tensor):
             seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()

@@ -92,7 +92,8 @@ def test_the_paths_that_the_docs_had_still_work_and_warn(path, names):
 
 def test_help_shows_what_a_cache_is_made_of():
     """One class, however late it is loaded: its own signature and docstring."""
-    assert list(inspect.signature(sparsity.SparseCache).parameters) == ["model", "policy", "past"]
+    names = ["model", "policy", "past", "max_tokens", "static"]
+    assert list(inspect.signature(sparsity.SparseCache).parameters) == names
     assert "keeps what a policy keeps" in pydoc.render_doc(sparsity.SparseCache)
     assert sparsity.SparseCache is SparseCache
 
