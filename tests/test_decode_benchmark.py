@@ -38,7 +38,7 @@ def test_the_best_dense_arm_is_the_faster_one_of_the_same_context_and_batch(benc
         row("ours compiled", 1.0, policy="H2O", batch=2),  # no dense arm to hold it against
     ]
     full, raas = when_it_pays({"rows": rows}).split("\n")
-    assert full == "- Full, batch 1: never faster (0.45 at 1,024 times the best dense)."
+    assert full == "- Full, batch 1: not faster (0.45 at 1,024 times the best dense)."
     assert raas.startswith("- RaaS, batch 1: faster from 4,096 on (0.90 at 1,024, 2.00 at 4,096 ")
 
 

@@ -21,8 +21,9 @@ from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
 from sparsity.hf.autocast import lowered
 from sparsity.hf.forward_checks import check_attention_dropout, check_call
-from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.generate_watch import unwatch, watch
+from sparsity.hf.layers import RetainedLayer
+from sparsity.hf.own_attention import forget, own_attention, own_mask, remember
 from sparsity.policies.base import Policy
 from sparsity.retention.attention import attend
 from sparsity.retention.lazy_mask import LazyMask
@@ -38,10 +39,12 @@ class ServedCache(ABC):
     Attributes:
         layers: of the cache, by index in the model.
         autocast: the dtype of `torch.autocast` in this forward; None where it is off.
+        signature: all that an armed step depends on, see `sparsity.hf.compiled_step`.
     """
 
     layers: list[Any]
     autocast: torch.dtype | None
+    signature: str
 
     @property
     @abstractmethod
@@ -134,20 +137,26 @@ def _lazy_mask(
     **kwargs: Any,
 ) -> LazyMask:
     """What transformers asks for, as a rule that is not evaluated yet."""
-    dense = partial(
-        sdpa_mask,
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        use_vmap=use_vmap,
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
         **kwargs,
+    }
+    return LazyMask(
+        rule=None if mask_function is causal_mask_function else mask_function,
+        padding=attention_mask,
+        custom=use_vmap,
+        dense=partial(sdpa_mask, **arguments),
+        lengths=(q_length, kv_length),
+        masks=partial(own_mask, arguments=arguments),
+        plain=kwargs.get("allow_is_causal_skip", True),  # transformers' own word for it
     )
-    rule = None if mask_function is causal_mask_function else mask_function
-    return LazyMask(rule, attention_mask, use_vmap, dense)
 
 
 def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -161,7 +170,7 @@ def _check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 def retention_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The attention function for transformers: managed layers by their policy, others densely."""
     cache = kwargs.get(KWARG)
     if cache is not None and cache.armed:
@@ -208,8 +217,20 @@ def _retention_attention(
     is_causal: bool | None = None,
     sparse_cache: ServedCache | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention in any other forward."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in any other forward.
+
+    Layers under a policy by their policy, and others by the function that the model had before it
+    was attached; that function computes whole prompts of both.
+    """
+    own = None
+    if sparse_cache is None or query.shape[2] > 1:
+        given = kwargs | {"scaling": scaling, "dropout": dropout}
+        maybe = {"softcap": softcap, "s_aux": s_aux, "is_causal": is_causal}
+        given |= {name: value for name, value in maybe.items() if value is not None}
+        own = own_attention(module, attention_mask, given)
+        if own is not None and sparse_cache is None:  # exactly as if it were not attached
+            return own.call(query, key, value, given)
     if not _REFUSED.isdisjoint(kwargs):
         _check_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -222,6 +243,7 @@ def _retention_attention(
             if not isinstance(mask, LazyMask):
                 mask = LazyMask(None, None, mask is not None, lambda: None)
             scores = {"mask": mask, "scaling": scaling, "softcap": softcap, "sinks": s_aux}
+            scores["own"] = own
             dtype = sparse_cache.autocast
             if dtype is None:
                 return sparse_cache.attend(layer, query, key, value, **scores), None
@@ -230,6 +252,8 @@ def _retention_attention(
                 return sparse_cache.attend(layer, query, key, value, **scores), None
         if type(layer) is not DynamicSlidingWindowLayer:
             sparse_cache.give_up(f"layer {index} has no cache of its own (it shares keys)")
+        if own is not None and not own.refused(query, key, value):
+            return own(query, key, value), None
     mask = attention_mask.tensor() if isinstance(attention_mask, LazyMask) else attention_mask
     causal = module.is_causal if is_causal is None else is_causal
     causal = bool(causal) and mask is None and query.shape[2] > 1
@@ -279,7 +303,7 @@ class Attachment:
     def before(self, decoder: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hook before a forward: check it, and hand the cache on to the attention function."""
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, ServedCache) and cache.armed:
+        if isinstance(cache, ServedCache) and cache.armed and cache.signature:
             return args, {**kwargs, KWARG: cache}
         return self._before(decoder, args, kwargs)
 
@@ -313,6 +337,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         unwatch(decoder)
+        forget(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 
@@ -415,6 +440,7 @@ def attach(model: PreTrainedModel) -> None:
             f"{name} is not written on transformers' attention interface, so its attention cannot "
             "be reached; use it with a cache of transformers"
         )
+    remember(decoder, now)
     if attached:  # the implementation was set anew in between: that is what to go back to
         ATTACHED[decoder].previous = now
         return

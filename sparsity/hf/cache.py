@@ -19,8 +19,9 @@ from sparsity.hf.attach import (
     keep_attached,
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.decoding_path import COMPILED, choose_places, compile_config, why_not_compiled
-from sparsity.hf.forward_checks import check_autocast, check_call, check_checkpointing, check_states
+from sparsity.hf.compiled_step import compile_config, signature
+from sparsity.hf.decoding_path import COMPILED, choose_places, why_not_compiled
+from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -102,6 +103,7 @@ class SparseCache(ServedCache, Cache):
         self._state = AllLayers(policy, {x.layer: x for x in managed}, rows)
         self._state.max_tokens = max_tokens
         self._preparing = False
+        self.signature = ""
         for layer in managed_layers(layers):
             layer.state = self._state
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
@@ -204,11 +206,16 @@ class SparseCache(ServedCache, Cache):
         ids = inputs.get("input_ids")
         single = ids is not None and ids.shape[1] == 1
         if serves and single and not begins and state.clock is not None:
-            self._arm(input_ids, inputs)
+            self._arm(own, input_ids, inputs)
+        elif begins:
+            self.signature = ""
         return inputs
 
-    def _arm(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+    def _arm(self, own: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Check a step of decoding of `generate`, whose new tokens are all real, and prepare it."""
+        if not self.signature:
+            more = (self.autocast, input_ids.shape[0])
+            self.signature = signature(own.__self__, self._state.retentions, more)
         mask = inputs.pop("attention_mask", None)
         text = input_ids if mask is None else mask
         self._check_length(text.shape[1])
@@ -294,7 +301,7 @@ class SparseCache(ServedCache, Cache):
         state.reached.add(index)
         assert state.step is not None
         if state.clock is not None and state.step.single:
-            mask = scores.pop("mask")
+            mask, _ = scores.pop("mask"), scores.pop("own")
             if mask.rule is not None or mask.custom:
                 raise SparsityError(
                     "a mask beyond padding was handed in for a single new token, and a cache of "
@@ -353,6 +360,7 @@ class SparseCache(ServedCache, Cache):
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
             decoding=self._decoding(),
+            prompt_attention=self._state.prompt_attention,
         )
 
     def _decoding(self) -> str:

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMode
 
 from sparsity.errors import SparsityError
 from sparsity.hf.layers import RetainedLayer
 from sparsity.hf.tensor_parallel import tensor_rank
+from sparsity.kernels.available import why_not
 from sparsity.retention.fixed_pool import places_of
 
 COMPILED = "in one compiled step, in memory of fixed size"
@@ -44,8 +46,10 @@ def choose_places(
     if static is False:
         return {}, _ASKED
     why = _why_it_grows(model, decoder, layers, max_tokens)
-    device = next(decoder.parameters()).device
-    if static is None and why is None and device.type != "cuda":
+    weights = next(decoder.parameters())
+    if why is None and weights.is_cuda:
+        why = _no_kernel(decoder.config, layers[0].retention.policy.page_size, weights)
+    elif why is None and static is None:
         why = _ON_CPU
     if why is not None:
         if static:
@@ -85,6 +89,12 @@ def _why_it_grows(
     return None
 
 
+def _no_kernel(config: Any, page_size: int, weights: Tensor) -> str | None:
+    """Why the kernels of a step cannot serve a model on a CUDA device; None if they can."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return why_not(weights.device, weights.dtype, head_dim, head_dim, page_size)
+
+
 def _rotation_changes(config: Any) -> bool:
     """Whether the rotary embedding depends on how long the text is (dynamic NTK, LongRoPE)."""
     given = getattr(config, "rope_parameters", None) or {}
@@ -111,8 +121,3 @@ def why_not_compiled(config: Any, mode: Any) -> str | None:
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return "torch.autocast is on"
     return None
-
-
-def compile_config() -> CompileConfig:
-    """How `generate` compiles a step: into one graph, that CUDA graphs replay."""
-    return CompileConfig(fullgraph=True, dynamic=False)

@@ -1,6 +1,6 @@
 """How what `generate` is about to do reaches a cache: two methods of a model are watched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -35,7 +35,7 @@ class Watched:
 _WATCHED: WeakKeyDictionary[PreTrainedModel, ref[PreTrainedModel]] = WeakKeyDictionary()
 
 
-def watch(decoder: PreTrainedModel, model: PreTrainedModel, around: dict[str, Around]) -> None:
+def watch(decoder: PreTrainedModel, model: PreTrainedModel, around: Mapping[str, Around]) -> None:
     """Call functions in place of methods of `model`, until `unwatch(decoder)`.
 
     Args:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from sparsity.policies.base import Group, PageView, reduce_group
+from sparsity.kernels import page_scores
+from sparsity.policies.base import Group, PageView
 
 
 def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tensor:
@@ -22,11 +23,7 @@ def page_bounds(query: Tensor, kmin: Tensor, kmax: Tensor, group: Group) -> Tens
     Returns:
         float32 `[batch, kv_heads, P]`.
     """
-    batch, kv_heads, _, head_dim = kmin.shape
-    grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
-    bounds = torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(min=0), kmax.float())
-    bounds = bounds + torch.einsum("bhgd,bhpd->bhgp", grouped.clamp(max=0), kmin.float())
-    return reduce_group(bounds, group)
+    return page_scores.page_bounds(query, kmin, kmax, group)
 
 
 def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
@@ -41,11 +38,7 @@ def page_logits(query: Tensor, pages: PageView, group: Group) -> Tensor:
         float32 `[batch, kv_heads, P]`, -inf for a page without tokens.
     """
     assert pages.keys is not None
-    batch, kv_heads, _, head_dim = pages.keys.shape
-    grouped = query.reshape(batch, kv_heads, -1, head_dim).float()
-    logits = torch.einsum("bhgd,bhnd->bhgn", grouped, pages.keys.float())
-    logits = logits.masked_fill(~pages.filled[:, :, None], -torch.inf)
-    return reduce_group(logits.unflatten(-1, (-1, pages.page_size)).amax(-1), group)
+    return page_scores.page_logits(query, pages.keys, pages.filled, pages.page_size, group)
 
 
 def window_scores(pages: PageView, recent: int, kernel: int, pooling: Group) -> Tensor:

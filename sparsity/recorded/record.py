@@ -11,6 +11,7 @@ from sparsity.arguments import described, whole_number, whole_numbers
 from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.recorded.trace import LayerTrace, Trace
+from sparsity.retention.attention import PromptAttention
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
@@ -56,6 +57,7 @@ class Recording(LayerRetention):
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        own: PromptAttention | None = None,
     ) -> Tensor:
         if query.shape[0] != 1:
             raise SparsityError(
@@ -77,7 +79,7 @@ class Recording(LayerRetention):
         self.forwards.append(query.shape[2])
         self.scores = {"scaling": scaling, "softcap": softcap}
         self.scores["sinks"] = None if sinks is None else sinks.detach().cpu()
-        return super().attend(query, key, value, step, mask, scaling, softcap, sinks)
+        return super().attend(query, key, value, step, mask, scaling, softcap, sinks, own)
 
     def trace(self) -> LayerTrace:
         """What was recorded, in the CPU's memory."""

@@ -178,7 +178,7 @@ class AllLayers:
         self.step, self.repeats, self.new_ids, self.reached = step, repeats, new_ids, set()
         self.armed = False
         if step.single and self.clock is not None:
-            self.clock.valid.copy_(True if step.valid is None else step.valid[:, -1])
+            self.clock.expect(None if step.valid is None else step.valid[:, -1])
             self._make_room(step.stop - 1)
 
     def withdraw(self) -> None:
@@ -245,6 +245,12 @@ class AllLayers:
         tokens = (retention.pool.slots >= 0).sum(-1)
         seen = int(self.rows.real.sum()) * tokens.shape[1]
         return int(tokens.max()), seen - int(tokens.sum())
+
+    @property
+    def prompt_attention(self) -> str:
+        """See `Report`."""
+        used = (self.retentions[layer].prompt_attention for layer in sorted(self.retentions))
+        return ", ".join(dict.fromkeys(name for name in used if name))
 
     def take(self, index: Tensor) -> None:
         """Keep the rows of `index`, in that order; the layers' tensors are not changed here."""

@@ -1,8 +1,34 @@
 """Attention over the keys that are held: a plain reference, and the dispatch to fast kernels."""
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+
+class PromptAttention(Protocol):
+    """Attention of a prompt by the model's own function.
+
+    Attributes:
+        name: of the implementation, as in `attn_implementation`.
+    """
+
+    name: str
+
+    def refused(self, query: Tensor, key: Tensor, value: Tensor) -> str:
+        """Why it cannot compute the prompt right; empty where it can.
+
+        Args:
+            query: `[batch, query_heads, tokens, head_dim]`.
+            key: `[batch, kv_heads, tokens, head_dim]`.
+            value: `[batch, kv_heads, tokens, value_dim]`.
+        """
+        ...
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[batch, tokens, query_heads, value_dim]`; arguments as of `refused`."""
+        ...
 
 
 def attend_reference(

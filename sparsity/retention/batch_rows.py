@@ -120,7 +120,6 @@ class BatchRows:
             room = left if left < 2**31 else None
         return replace(rows, pins=pins, room=room)
 
-
     def moved_on(self, real: Tensor, seen: int) -> "BatchRows":
         """The rows after steps of one column, real in every row, up to the column `seen`.
 

@@ -37,6 +37,10 @@ class Clock:
         self.column.fill_(column)
         self.valid.fill_(True)
 
+    def expect(self, valid: Tensor | None) -> None:
+        """Note in which rows the column to come is a real token, bool `[batch]`; None for all."""
+        self.valid.fill_(True) if valid is None else self.valid.copy_(valid)
+
     @property
     def newest(self) -> Tensor:
         """Rank of each row's newest real token once the column under way is in, int64 `[batch]`."""

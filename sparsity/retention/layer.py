@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsity.policies.base import Policy
-from sparsity.retention.attention import attend, attention_weights
+from sparsity.retention.attention import PromptAttention, attend, attention_weights
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.clock import Clock, keep_address
 from sparsity.retention.eviction import observe
@@ -40,6 +40,7 @@ class LayerRetention:
         reallocated: whether more was allocated since this was last set to False.
         transient_bytes: bytes of keys and values that were in memory besides while it was: of
             several tokens before they were pruned, of fewer places or rows before they were more.
+        prompt_attention: what computed the last forward of several tokens, see `Report`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class LayerRetention:
         self.transient_bytes = 0
         self._weigh: Weigh | None = None  # of the last forward of several tokens
         self._fixed: PagePool | None = None  # `pool` where it is fixed, which `clear` leaves
+        self.prompt_attention = ""
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -80,6 +82,7 @@ class LayerRetention:
         self.pool, self.past, self._weigh = None, None, None
         self.borrowed, self.past_bytes = False, 0
         self.reallocated, self.transient_bytes = False, 0
+        self.prompt_attention = ""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply `change` to every tensor held; the first dimension of each is the batch."""
@@ -117,6 +120,7 @@ class LayerRetention:
         scaling: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        own: PromptAttention | None = None,
     ) -> Tensor:
         """Store the new tokens, attend, and let the policy observe and evict.
 
@@ -133,6 +137,8 @@ class LayerRetention:
             scaling: factor on a query-key product before the softmax.
             softcap: see `sparsity.retention.attention.attend_reference`.
             sinks: see `sparsity.retention.attention.attend_reference`.
+            own: the model's own attention, which computes what a prompt of several tokens attends
+                to where nothing was held before it; None for ours.
 
         Returns:
             `[batch, q, query_heads, value_dim]`.
@@ -140,7 +146,7 @@ class LayerRetention:
         step = step.on(key.device)
         if step.single:
             return self._one(query, key, value, step, mask, scaling, softcap, sinks)
-        return self._several(query, key, value, step, mask, scaling, softcap, sinks)
+        return self._several(query, key, value, step, mask, scaling, softcap, sinks, own)
 
     def decode(
         self,
@@ -168,9 +174,7 @@ class LayerRetention:
         """
         pool, move = self.pool, self.move if self.needs.moved else None
         assert pool is not None
-        return decode(
-            pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move
-        )
+        return decode(pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move)
 
     @property
     def evicts_between_steps(self) -> bool:
@@ -257,19 +261,26 @@ class LayerRetention:
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None,
+        own: PromptAttention | None,
     ) -> Tensor:
         """`attend` for several tokens, those of a `past` cache among them."""
         key, value, slots = self._joined(key, value, step)
-        plain = mask.rule is None and mask.padding is None and step.valid is None
-        causal = plain and self.pool is None and key.shape[2] == step.queries
-        allowed = None
-        if not causal:
-            columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
-            allowed = mask(columns, slots)
-        keys = key
-        if self.needs.moved:
-            keys = self._closed_up(key, step.before, step.longest_before)
-        out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
+        alone = self.pool is None and key.shape[2] == step.queries
+        refused = _why_ours(own, alone, query, key, value)
+        self.prompt_attention = f"sparsity ({refused})"
+        if own is not None and not refused:
+            self.prompt_attention = own.name
+            out = own(query, key, value)
+        else:
+            plain = mask.rule is None and mask.padding is None and step.valid is None
+            allowed = None
+            if not (causal := plain and alone):
+                columns = torch.arange(step.stop - step.queries, step.stop, device=key.device)
+                allowed = mask(columns, slots)
+            keys = key
+            if self.needs.moved:
+                keys = self._closed_up(key, step.before, step.longest_before)
+            out = attend(query, keys, value, allowed, scaling, causal, softcap, sinks)
         weigh = partial(attention_weights, scaling=scaling, softcap=softcap, sinks=sinks)
         query, key, value = query.detach(), key.detach(), value.detach()
         newest, weights = _newest(query, step), None
@@ -346,6 +357,17 @@ class LayerRetention:
         rank = pool.start[..., :count].clamp(min=0).long()
         moved = self.move(keys[:, :, :count], rank, rank + evicted[..., None])
         return torch.cat([moved, keys[:, :, count:]], dim=2)
+
+
+def _why_ours(
+    own: PromptAttention | None, alone: bool, query: Tensor, key: Tensor, value: Tensor
+) -> str:
+    """Why the model's own attention does not compute a forward; empty where it does."""
+    if not alone:
+        return "tokens are held from before"
+    if query.shape[2] == 1:
+        return "a prompt of one token"
+    return "the model's own is not known" if own is None else own.refused(query, key, value)
 
 
 def _newest(query: Tensor, step: Step) -> Tensor:

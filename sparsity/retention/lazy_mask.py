@@ -23,13 +23,21 @@ class LazyMask:
         padding: bool `[batch, columns]`, False for padding; None where there is none.
         custom: the rule came from the user and may not broadcast.
         dense: makes the tensor that transformers itself would use, for layers that keep all tokens.
+        lengths: how many queries and keys the mask was asked for; None where it was not asked for.
+        masks: makes the mask that an attention implementation takes, given its name; None where
+            that is not known.
+        plain: nothing was added to plain causal attention but a window and padding.
     """
 
     rule: Callable[..., Tensor] | None
     padding: Tensor | None
     custom: bool
     dense: Callable[[], Tensor | None]
+    lengths: tuple[int, int] | None = None
+    masks: Callable[[str], Any] | None = None
+    plain: bool = True
     _made: list[Tensor | None] = field(default_factory=list, compare=False)
+    _own: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __call__(self, columns: Tensor, slots: Tensor) -> Tensor:
         """Where the queries may attend to the tokens held.
@@ -66,6 +74,13 @@ class LazyMask:
         if not self._made:
             self._made.append(self.dense())
         return self._made[0]
+
+    def own(self, implementation: str) -> Any:
+        """The mask that an implementation takes; made once in a forward."""
+        assert self.masks is not None
+        if implementation not in self._own:
+            self._own[implementation] = self.masks(implementation)
+        return self._own[implementation]
 
     def to(self, *args: Any, **kwargs: Any) -> "LazyMask":
         """The same mask with its padding on another device; arguments as of `Tensor.to`."""

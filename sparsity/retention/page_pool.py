@@ -121,10 +121,11 @@ class PagePool:
 
     def is_like(self, other: "PagePool") -> bool:
         """Whether both are of one batch, and their keys and values of one kind."""
-        return all(
-            (a.shape[:2], a.shape[3], a.dtype, a.device) == (b.shape[:2], b.shape[3], b.dtype, b.device)
-            for a, b in ((self.keys, other.keys), (self.values, other.values))
-        )
+
+        def kind(held: Tensor) -> tuple[object, ...]:
+            return (*held.shape[:2], held.shape[3], held.dtype, held.device)
+
+        return [kind(self.keys), kind(self.values)] == [kind(other.keys), kind(other.values)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PagePool":
         """The pool with `change` applied to every tensor; dimension 0 of each is the batch."""
@@ -137,6 +138,8 @@ class PagePool:
         Args:
             now: rank of each row's newest token, int64 `[batch]`.
         """
+        if self.high == self.start.shape[-1]:
+            return self._whole_view(now)
         pages, tokens = self.high, self.high * self.size
         return PageView(
             start=self.start[..., :pages],
@@ -148,6 +151,26 @@ class PagePool:
             kmax=None if self.kmax is None else self.kmax[:, :, :pages],
             keys=self.keys[:, :, :tokens],
             values=self.values[:, :, :tokens],
+            weights=None,
+            window=None,
+            now=now[:, None, None],
+            page_size=self.size,
+            layer=self.layer,
+            first_head=self.first_head,
+        )
+
+    def _whole_view(self, now: Tensor) -> PageView:
+        """`view` where no place is above the high-water mark."""
+        return PageView(
+            start=self.start,
+            stamp=self.stamp,
+            sums=self.sums,
+            pinned=self.pinned,
+            filled=self.slots >= 0,
+            kmin=self.kmin,
+            kmax=self.kmax,
+            keys=self.keys,
+            values=self.values,
             weights=None,
             window=None,
             now=now[:, None, None],

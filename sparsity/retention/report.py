@@ -27,6 +27,10 @@ class Report:
             cache's. This one lets go of them, layer by layer, in its first forward: until then up
             to `peak_bytes` + `past_bytes` are in memory. 0 without `past`.
         decoding: how single tokens are decoded, and why so.
+        prompt_attention: what computed the last forward of several tokens in the layers that the
+            policy decides in: the model's own implementation, as in `attn_implementation`, or
+            ``"sparsity (why)"`` where it cannot; both where layers differ. Empty before there was
+            one.
     """
 
     policy: Policy
@@ -38,6 +42,7 @@ class Report:
     peak_bytes: int
     past_bytes: int = 0
     decoding: str = ""
+    prompt_attention: str = ""
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -47,6 +52,8 @@ class Report:
         lines = [f"{self.policy}", f"{self.tokens_seen:,} tokens seen", held]
         if self.decoding:
             lines.append(f"single tokens are decoded {self.decoding}")
+        if self.prompt_attention:
+            lines.append(f"the last prompt's attention by {self.prompt_attention}")
         if not any(self.managed):
             lines.append("no layer has full attention: the policy decides nothing in this model")
         runs: list[tuple[int, int, str]] = []

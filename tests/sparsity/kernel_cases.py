@@ -1,0 +1,182 @@
+"""Kernels against their twins, on a CUDA device or on the CPU through Triton's interpreter."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from sparsity.kernels.append import append_reference
+from sparsity.kernels.append_triton import append_op
+from sparsity.kernels.decode_attention import decode_attention_reference
+from sparsity.kernels.decode_attention_triton import decode_attention_op
+from sparsity.kernels.page_scores import page_bounds_reference, page_logits_reference
+from sparsity.kernels.page_scores_triton import page_bounds_op, page_logits_op
+from tests.sparsity.kernel_pools import random_pool
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = list(TOLERANCE)
+
+
+def to(given, device=DEVICE):
+    if isinstance(given, dict):
+        return {name: to(value, device) for name, value in given.items()}
+    return given.to(device) if isinstance(given, torch.Tensor) else given
+
+
+def close(got, expected, dtype):
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+# --- append ---
+
+APPENDS = [
+    # batch, heads, places, size, dim, value_dim, dtype, used, worth, bounds
+    (3, 2, 7, 3, 80, 64, torch.float32, 7, True, True),
+    (4, 1, 5, 1, 64, 80, torch.bfloat16, 5, True, False),
+    (2, 2, 6, 16, 128, 128, torch.float16, 4, True, True),
+    (3, 2, 9, 4, 64, 64, torch.float32, 6, False, True),
+    (2, 1, 2050, 1, 64, 64, torch.float32, 2050, True, False),
+    (1, 1, 1, 5, 20, 24, torch.float32, 1, True, True),
+]
+
+
+@pytest.mark.parametrize("case", APPENDS, ids=str)
+def test_append(case):
+    batch, heads, places, size, dim, value_dim, dtype, used, with_worth, bounds = case
+    pool, now = random_pool(batch, heads, places, size, dim, value_dim, dtype, used)
+    if not bounds:
+        pool |= {"kmin": None, "kmax": None, "sums": pool["sums"][..., :0].contiguous()}
+    g = torch.Generator().manual_seed(1)
+    here, there = to(pool), {k: None if v is None else v.clone() for k, v in pool.items()}
+    there, rank, before = to(there), now + 1, to(pool["start"].clone())
+    opened = 0
+    for step in range(2 * size + 2):
+        worth = None
+        if with_worth:  # few values, so that there are ties, and pages that must stay
+            worth = torch.randint(0, 3, (batch, heads, places), generator=g).float()
+            worth[worth == 2] = torch.inf
+            worth.masked_fill_(there["start"].cpu() < 0, -torch.inf)
+        elif step == 2 * size:
+            break  # no unused place is left
+        # Laid out as after a projection, tokens before heads, so that the strides are odd.
+        key = torch.randn(batch, heads, 2, dim, generator=g).to(dtype)[:, :, 1]
+        value = torch.randn(batch, 3, heads, value_dim, generator=g).to(dtype)[:, 1]
+        valid = torch.rand(batch, generator=g) < 0.8
+        column = torch.tensor(100 + step)
+        new = [to(t) for t in (key, value, worth, rank, column, valid)]
+        append_op(*here.values(), *new, size)
+        append_reference(*there.values(), *new, size)
+        opened += int((valid & (rank % size == 0)).sum())
+        for name, tensor in there.items():
+            assert tensor is None or torch.equal(here[name], tensor), (name, step)
+        rank = rank + valid
+    assert opened
+    assert not torch.equal(here["start"], before)
+
+
+# --- scores of pages ---
+
+SCORES = [
+    # batch, heads, groups, places, size, dim
+    (2, 3, 1, 5, 3, 64),
+    (1, 2, 3, 37, 1, 80),
+    (2, 1, 4, 18, 16, 128),
+    (1, 2, 8, 3, 64, 20),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "group"),
+    [(c, DTYPES[i % 3], ("max", "mean")[i % 2]) for i, c in enumerate(SCORES + SCORES[1:])],
+    ids=str,
+)
+def test_scores_of_pages(case, dtype, group):
+    batch, heads, groups, places, size, dim = case
+    pool, _ = random_pool(batch, heads, places, size, dim, dim, dtype, used=places - 1)
+    pool = to(pool)
+    query = to(torch.randn(batch, heads * groups, 2, dim).to(dtype))[:, :, 1]
+    bounds = query, pool["kmin"], pool["kmax"], group
+    expected = page_bounds_reference(*bounds)
+    torch.testing.assert_close(page_bounds_op(*bounds), expected, atol=1e-4, rtol=1e-4)
+    logits = query, pool["keys"], pool["slots"] >= 0, size, group
+    expected = page_logits_reference(*logits)
+    assert expected.isinf().any()
+    torch.testing.assert_close(page_logits_op(*logits), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- attention ---
+
+SHAPES = [
+    # batch, heads, groups, places, used, size, dim, value_dim
+    (2, 2, 1, 50, 50, 3, 64, 64),
+    (1, 2, 3, 30, 20, 1, 80, 96),
+    (2, 1, 4, 11, 11, 16, 128, 128),
+    (1, 1, 8, 2, 1, 64, 64, 80),
+    (3, 1, 4, 130, 90, 1, 20, 24),
+]
+# Tiles of 16 or 32 tokens, so that each of the shapes has more than one, but for the last.
+PLANS = [(16, 1, False), (16, 3, False), (32, 4, True), (256, 1, True)]
+
+
+def attend_both(case, dtype, plan, listed, softcap, sinks, weights, seed=0):
+    batch, heads, groups, places, used, size, dim, value_dim = case
+    pool, now = random_pool(batch, heads, places, size, dim, value_dim, dtype, used, seed)
+    g = torch.Generator().manual_seed(seed)
+    if batch > 2:
+        now[1] = -1
+    query = torch.randn(batch, heads * groups, 3, dim, generator=g).to(dtype)[:, :, 1]
+    pages = None
+    if listed:
+        order = torch.rand(batch, heads, places, generator=g).argsort(-1)
+        pages = order[..., : max(1, places * 2 // 3)]
+    sink = torch.randn(heads * groups, generator=g).to(dtype) if sinks else None
+    names = ("keys", "values", "start")
+    state = [to(t) for t in (query, *(pool[n] for n in names), now)]
+    args = (*state, size, 2 * dim**-0.5, to(pages), softcap, to(sink), weights)
+    expected = decode_attention_reference(*args)
+    if plan is None:
+        return decode_attention_op(*args), expected, now
+    tile, splits, trim = plan
+    got = decode_attention_op(*args, tile, splits, 4, 1, trim)
+    return got, expected, now
+
+
+RULES = [
+    # listed, softcap, sinks, weights
+    (False, None, False, "max"),
+    (False, 1.5, True, "mean"),
+    (True, None, True, None),
+    (False, None, True, None),
+    (True, 1.5, False, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "plan", "rule", "dtype"),
+    [
+        (case, plan, RULES[(i * 3 + i // 5) % 5], DTYPES[i % 3])
+        for i, (case, plan) in enumerate(product(SHAPES, [*PLANS, None]))
+    ],
+    ids=str,
+)
+def test_attention(case, plan, rule, dtype):
+    got, expected, now = attend_both(case, dtype, plan, *rule)
+    assert got[0].dtype == dtype
+    close(got[0], expected[0], dtype)
+    assert torch.all(got[0][to(now) < 0] == 0)
+    if rule[-1] is None:
+        assert not got[1].numel()
+    else:
+        torch.testing.assert_close(got[1], expected[1], atol=2e-3, rtol=2e-3)
+        # Not a comparison of zeros with zeros.
+        assert expected[1].sum(-1).max() > 0.2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_attention_in_float32_is_exact_to_rounding(rule):
+    for plan in ((16, 3, False), (32, 2, True), (256, 1, False)):
+        got, expected, _ = attend_both(SHAPES[2], torch.float32, plan, *rule, seed=3)
+        torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
+        if rule[-1] is not None:
+            torch.testing.assert_close(got[1], expected[1], atol=1e-6, rtol=1e-5)
