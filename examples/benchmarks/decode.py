@@ -5,15 +5,16 @@
     python examples/benchmarks/decode.py --out docs/results --profile --only "ours compiled RaaS"
     python examples/benchmarks/decode.py --out /tmp/rehearsal --tiny --device cpu
 
-One H200 and a Llama of 8 billion random weights. At each context the arms take turns, three windows
-of steps each, of which the median counts. `decode.json` is written anew after every cell, and a
-later call adds to it or replaces what it measures again; each row tells its call, and each call has
-its own copy bandwidth and floor. `decode.png` is the picture; `--profile` writes
-`decode_profile.json` instead. `.ci/peers` makes the folder for `--peers`.
+One H200 and a Llama of 8 billion random weights; all arms in one run, three windows of steps each,
+of which the median counts. `decode.json` is written anew after every cell, and a later call adds to
+it or replaces what it measures again; each row tells its call, and each call measures the copy
+bandwidth. `decode_figure.py` draws it again; `--profile` writes `decode_profile.json` instead.
+`.ci/peers` makes the folder for `--peers`.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import re
 import sys
@@ -266,9 +267,11 @@ def main() -> None:
             results.add(row)
     for row in peer_rows(peers, args):
         results.add(row)
-    if any(r.get("arm") == "no attention" and "step_ms" in r for r in results.record["rows"]):
-        draw(results.record, args.out / "decode.png")
     print(tables(results.record))
+    if importlib.util.find_spec("matplotlib"):
+        draw(results.record, args.out / "decode.png")
+    else:
+        print(f"no matplotlib here: draw it with decode_figure.py {args.out}")
     print(main_table(results.record))
     if failures(results.record, results.call):
         sys.exit(1)

@@ -1,5 +1,10 @@
-"""The picture of `decode.json`: milliseconds a token over the context, with the floors drawn in."""
+"""The picture of `decode.json`: milliseconds a token over the context, with the floors drawn in.
 
+python examples/benchmarks/decode_figure.py docs/results
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +70,8 @@ def _over_context(record: dict, ax: "Axes") -> None:
     ax.set_xticks(contexts, [f"{n:,}" for n in contexts])
     ax.set(xlabel="tokens seen", ylabel="ms a token inside generate", title="Batch 1")
     ax.grid(which="both", axis="y", alpha=0.3)
-    ax.legend(fontsize=8)
+    if lines:
+        ax.legend(fontsize=8)
 
 
 def _in_batches(record: dict, ax: "Axes") -> None:
@@ -77,3 +83,8 @@ def _in_batches(record: dict, ax: "Axes") -> None:
         places, [f"{label(r)}\nbatch {r['batch']}, {r['context']:,} seen" for r in rows], fontsize=8
     )
     ax.set(xlabel="tokens a second inside generate", title="Batches")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    draw(json.loads((folder / "decode.json").read_text()), folder / "decode.png")
