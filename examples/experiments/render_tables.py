@@ -8,6 +8,7 @@ with the comment "tables of docs/results/X.json", and all of it is written here.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from quickstart_pages import (
     whole,
 )
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
+import decode_tables
+
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
 
@@ -49,20 +53,6 @@ def scaling_table(record: dict) -> str:
         for row in record["rows"]
     ]
     return "\n".join(lines)
-
-
-def steps_table(record: dict) -> str:
-    """Of retention_steps.json: a step by policy and length of the context."""
-    columns = {
-        "policy": "{policy}",
-        "batch": "{batch}",
-        "context": "{context:,}",
-        "prompt s": "{prompt_seconds:.2f}",
-        "step ms": "{step_ms:.0f}",
-        "GPU busy ms": "{busy_ms:.1f}",
-        "KV MiB": "{kv_mib:,.0f}",
-    }
-    return markdown(record["rows"], columns)
 
 
 def tiers_table(record: dict) -> str:
@@ -133,7 +123,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
-        "retention_steps": [steps_table],
+        "decode": decode_tables.BLOCKS,
     },
     "docs/demand.md": {
         "ranks": [demand_tables.ranks],
