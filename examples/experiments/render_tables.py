@@ -55,6 +55,17 @@ def scaling_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def cpu_step_table(record: dict) -> str:
+    """What stands between the markers of cpu_step.json in docs/retention.md."""
+    rows = {(row["package"], row["policy"]): row for row in record["rows"]}
+    lines = ["| policy | before | after |", "| --- | ---: | ---: |"]
+    for package, policy in rows:
+        if package == "after" and policy != "dense":
+            ratios = (rows[when, policy]["ratio"] for when in ("before", "after"))
+            lines.append(f"| {policy} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+    return "\n".join(lines)
+
+
 def tiers_table(record: dict) -> str:
     """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
     lines = [
@@ -123,6 +134,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
+        "cpu_step": cpu_step_table,
         "decode": decode_tables.BLOCKS,
     },
     "docs/demand.md": {
