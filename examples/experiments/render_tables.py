@@ -134,7 +134,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
-        "cpu_step": cpu_step_table,
+        "cpu_step": [cpu_step_table],
         "decode": decode_tables.BLOCKS,
     },
     "docs/demand.md": {
