@@ -13,7 +13,6 @@ from sparsity.errors import SparsityError
 from sparsity.hf.attach import (
     ATTACHED,
     TOKENS,
-    ServedCache,
     attach,
     decoder_of,
     keep_attached,
@@ -32,6 +31,7 @@ from sparsity.hf.layers import (
     stock_tokens,
 )
 from sparsity.hf.rotation_proof import find_moves
+from sparsity.hf.served_cache import ServedCache
 from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
