@@ -126,7 +126,7 @@ def compare(
     check_call(decoder, {})
     check_lengths(tasks, batches, unit, getattr(decoder.config, "max_position_embeddings", None))
     with keep_attached(model):
-        caches = {name: SparseCache(model, policy) for name, policy in arms.items()}
+        caches = {name: SparseCache(model, arm, static=False) for name, arm in arms.items()}
         for name, cache in caches.items():
             _check_room(name, cache, tasks, batches, unit)
         values, decoded = _measured(model, tokenizer, tasks, batches, caches, final, progress)

@@ -128,7 +128,7 @@ def record(
             "generate from, such as tokenizer(text, return_tensors='pt').input_ids"
         )
     with keep_attached(model):
-        cache = SparseCache(model, Full())
+        cache = SparseCache(model, Full(), static=False)
         managed = sorted(cache.retentions)
         wanted = managed if layers is None else whole_numbers("layers", layers)
         if unknown := sorted(set(wanted) - set(managed)):

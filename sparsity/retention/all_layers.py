@@ -11,6 +11,12 @@ from sparsity.policies import Full
 from sparsity.policies.base import Policy
 from sparsity.retention.batch_rows import BatchRows, Step, check_columns, check_room, plan
 from sparsity.retention.clock import Clock, frozen
+from sparsity.retention.fixed_pool import (
+    evicts_between_steps,
+    make_room,
+    rehearse,
+    steps_left,
+)
 from sparsity.retention.layer import LayerRetention
 from sparsity.retention.one_at_a_time import OneAtATime
 from sparsity.retention.seen_tokens import SeenTokens
@@ -36,6 +42,8 @@ class AllLayers:
         max_tokens: columns that a text may have; None for no bound.
         clock: where the rows are in pools of fixed size; None while there are none.
         armed: whether the next forward is a step of `LayerRetention.decode`, checked beforehand.
+        begun: whether that step is under way.
+        unfinished: whether such a step has failed.
         behind: whether such steps have moved on the clock, and not `rows`.
         compiled: whether the last of them ran in a graph of torch.compile.
         peak_bytes: see `Report`.
@@ -60,7 +68,7 @@ class AllLayers:
         self.max_tokens: int | None = None
         self.clock: Clock | None = None
         self.armed, self.behind, self.compiled = False, False, False
-        self.begun, self.unfinished = False, False  # whether such a step is under way, or failed
+        self.begun, self.unfinished = False, False
         self.peak_bytes = 0
         self._due: int | None = None  # column before which room must be made
         self._armed_at = 0  # column of the step that was armed last
@@ -105,7 +113,8 @@ class AllLayers:
         """Build the kernels of a step, of one layer for each policy."""
         assert self.clock is not None
         for retention in {x.policy: x for x in self.retentions.values()}.values():
-            retention.rehearse(self.clock)
+            assert retention.pool is not None
+            rehearse(retention.pool, retention.policy, self.clock)
 
     def step_begins(self) -> None:
         """Start a step of `LayerRetention.decode`."""
@@ -148,15 +157,20 @@ class AllLayers:
             return
         assert self.clock is not None
         for retention in self.retentions.values():
-            if retention.evicts_between_steps:
-                retention.make_room(self.clock)
+            if evicts_between_steps(retention.policy):
+                assert retention.pool is not None
+                assert retention.weigh is not None
+                make_room(retention.pool, retention.policy, self.clock, retention.weigh)
         self._note_due(column)
 
     def _note_due(self, column: int) -> None:
         """Note when `_make_room` is due next; `column` is the next one."""
         assert self.clock is not None
-        waiting = [x for x in self.retentions.values() if x.evicts_between_steps]
-        left = [retention.steps_left(self.clock) for retention in waiting]
+        left = [
+            steps_left(retention.pool, retention.policy, self.clock)
+            for retention in self.retentions.values()
+            if retention.pool is not None and evicts_between_steps(retention.policy)
+        ]
         self._due = column + max(0, min(left)) if left else None
 
     def plan(self, arguments: dict[str, Any]) -> tuple[Step, int]:

@@ -17,14 +17,7 @@ from sparsity.retention.attention import (
 from sparsity.retention.batch_rows import Step
 from sparsity.retention.clock import Clock, frozen, keep_address
 from sparsity.retention.eviction import observe
-from sparsity.retention.fixed_pool import (
-    decode,
-    evicts_between_steps,
-    fix,
-    make_room,
-    rehearse,
-    steps_left,
-)
+from sparsity.retention.fixed_pool import decode, fix
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.one_token import write
 from sparsity.retention.page_pool import PagePool
@@ -44,6 +37,7 @@ class LayerRetention:
         move: rotates keys to other positions, for a policy that needs it.
         pool: the tokens held; None before the first forward.
         window: whether the policy is the model's own, a sliding window.
+        weigh: its attention weights, as of the last forward of several tokens; None before one.
         places: places for pages of a pool that never grows, see `sparsity.retention.fixed_pool`;
             None for one that grows.
         past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
@@ -75,7 +69,7 @@ class LayerRetention:
         self.borrowed = past is not None
         self.reallocated = False
         self.transient_bytes = 0
-        self._weigh: Weigh | None = None  # of the last forward of several tokens
+        self.weigh: Weigh | None = None
         self._fixed: PagePool | None = None  # `pool` where it is fixed, which `clear` leaves
         self.prompt_attention = ""
 
@@ -96,7 +90,7 @@ class LayerRetention:
 
     def clear(self) -> None:
         """Forget everything; as new."""
-        self.pool, self.past, self._weigh = None, None, None
+        self.pool, self.past, self.weigh = None, None, None
         self.borrowed, self.past_bytes = False, 0
         self.reallocated, self.transient_bytes = False, 0
         self.prompt_attention = ""
@@ -192,27 +186,6 @@ class LayerRetention:
         pool, move = self.pool, self.move if self.needs.moved else None
         assert pool is not None
         return decode(pool, self.policy, clock, query, key, value, scaling, softcap, sinks, move)
-
-    def rehearse(self, clock: Clock) -> None:
-        """Build the kernels of `decode`, so that one that fails is an error that names it."""
-        assert self.pool is not None
-        rehearse(self.pool, self.policy, clock)
-
-    @property
-    def evicts_between_steps(self) -> bool:
-        """Whether `make_room` must be called before some steps of `decode`."""
-        return evicts_between_steps(self.policy)
-
-    def make_room(self, clock: Clock) -> None:
-        """Evict before a step of `decode`, in rows where it is due."""
-        assert self.pool is not None
-        assert self._weigh is not None
-        make_room(self.pool, self.policy, clock, self._weigh)
-
-    def steps_left(self, clock: Clock) -> int:
-        """Steps of `decode` before `make_room` is due, at least; waits for the device."""
-        assert self.pool is not None
-        return steps_left(self.pool, self.policy, clock)
 
     def _one(
         self,
@@ -364,7 +337,7 @@ class LayerRetention:
             scaling=scaling,
             weigh=weigh,
         )
-        self.pool, self._weigh = pool.rebuilt(new, self.policy), weigh
+        self.pool, self.weigh = pool.rebuilt(new, self.policy), weigh
         self.past, self.borrowed = None, False
         besides: tuple[Tensor, ...] = (key, value)
         if self.places is not None:
