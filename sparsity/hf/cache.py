@@ -1,7 +1,7 @@
 """SparseCache, the `transformers.Cache` that keeps what a policy keeps."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +18,9 @@ from sparsity.hf.attach import (
     keep_attached,
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.compiled_step import compile_config, note_step, signature
-from sparsity.hf.decoding_path import COMPILED, choose_places, why_not_compiled
+from sparsity.hf.decoding_path import choose_places
 from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
+from sparsity.hf.generate_steps import GenerateSteps
 from sparsity.hf.layers import (
     RetainedLayer,
     build_layers,
@@ -31,7 +31,6 @@ from sparsity.hf.layers import (
     stock_tokens,
 )
 from sparsity.hf.rotation_proof import find_moves
-from sparsity.hf.served_cache import ServedCache
 from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
@@ -41,7 +40,7 @@ from sparsity.retention.report import Report
 from sparsity.retention.rotation import Move
 
 
-class SparseCache(ServedCache, Cache):
+class SparseCache(GenerateSteps, Cache):
     """A transformers cache that keeps what a policy keeps.
 
     ``model.generate(**inputs, past_key_values=SparseCache(model, RaaS(budget=1024)))`` is all there
@@ -103,14 +102,13 @@ class SparseCache(ServedCache, Cache):
         moves = _moves(model, decoder) if policy.needs.moved else {}
         attach(model)
         Cache.__init__(self, layers=layers)
+        GenerateSteps.__init__(self)
         managed = [layer.retention for layer in layers if isinstance(layer, RetainedLayer)]
         for retention in managed:
             retention.move = moves.get(retention.layer)
             retention.places = places.get(retention.layer)
         self._state = AllLayers(policy, {x.layer: x for x in managed}, rows)
         self._state.max_tokens = max_tokens
-        self._preparing = False
-        self.signature = ""
         for layer in managed_layers(layers):
             layer.state = self._state
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
@@ -118,7 +116,6 @@ class SparseCache(ServedCache, Cache):
         self._model = TOKENS[decoder]
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
-        self.autocast = None
 
     @property
     def policy(self) -> Policy:
@@ -134,19 +131,6 @@ class SparseCache(ServedCache, Cache):
         """Use another retention for its layer; before the first forward."""
         self._state.retentions[retention.layer] = retention
         self.layers[retention.layer].retention = retention
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` compiles the steps of decoding; read by transformers.
-
-        False while a prompt is prepared, for which transformers would make masks otherwise.
-        """
-        return self._why is None and not self._preparing
-
-    @property
-    def armed(self) -> bool:
-        """Whether the next forward is a step of decoding that was checked beforehand."""
-        return self._state.armed
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -181,82 +165,6 @@ class SparseCache(ServedCache, Cache):
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def generate_begins(self, config: Any, mode: Any, columns: int) -> None:
-        """Check that there is room for the text, and choose how its tokens are decoded."""
-        state = self._state
-        if state.max_tokens is not None and columns > state.max_tokens:
-            raise SparsityError(
-                f"max_tokens={state.max_tokens}, and generate is to make a text of {columns + 1} "
-                "tokens (padding included), of which the last needs no place: make the cache with "
-                f"max_tokens={columns} or more, or generate less"
-            )
-        if not state.fixed:
-            return
-        self._why = why_not_compiled(config, mode)
-        if self._why is None and config.compile_config is None:
-            config.compile_config = compile_config()
-
-    def prepare(
-        self, own: Callable[..., Any], input_ids: Tensor, args: tuple[Any, ...], kwargs: Any
-    ) -> dict[str, Any]:
-        """Check that the text goes on from what is held; of a step of decoding, arm the cache."""
-        state, begins = self._state, kwargs.get("is_first_iteration", False)
-        serves = kwargs.get("use_cache") is not False  # or it is refused by the forward
-        if serves and (begins or not state.fixed or not state.decoding):
-            state.catch_up()
-            state.tokens.hand(input_ids, kwargs, state.rows.seen)
-        self._preparing = True
-        try:
-            inputs = own(input_ids, *args, **kwargs)
-        finally:
-            self._preparing = False
-        ids = inputs.get("input_ids")
-        single = ids is not None and ids.shape[1] == 1
-        if serves and single and not begins and state.clock is not None:
-            self._arm(own, input_ids, inputs)
-        elif begins:
-            self.signature = ""
-        return inputs
-
-    def _arm(self, own: Any, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        """Check a step of decoding of `generate`, whose new tokens are all real, and prepare it."""
-        state = self._state
-        if not self.signature:  # once in a call
-            state.catch_up()
-            self._before_ids = state.rows.seen + 1 - input_ids.shape[1]  # of a prompt's embeddings
-            more = (self.autocast, input_ids.shape[0])
-            self.signature = signature(own.__self__, state.retentions, more)
-            if note_step(self.signature) and input_ids.is_cuda:
-                state.rehearse()
-        inputs.pop("attention_mask", None)
-        columns = self._before_ids + input_ids.shape[1]
-        self._check_length(columns)
-        check_autocast(autocast_dtype(input_ids.device), self.autocast)
-        for layer in self.layers:
-            layer.prefetch()
-        state.arm(columns - 1)
-        state.tokens.follow(input_ids)
-
-    def decode(
-        self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
-    ) -> Tensor:
-        """Attention of one managed layer in an armed step."""
-        clock = self._state.clock
-        assert clock is not None
-        if self.autocast is None:
-            return layer.retention.decode(query, key, value, clock, **scores)
-        with torch.autocast(query.device.type, enabled=False):
-            query, key, value = (lowered(x, self.autocast) for x in (query, key, value))
-            return layer.retention.decode(query, key, value, clock, **scores)
-
-    def step_begins(self) -> None:
-        """Open an armed step."""
-        self._state.step_begins()
-
-    def stepped(self) -> None:
-        """Close an armed step."""
-        self._state.stepped()
-
     def begin(self, token: str, arguments: dict[str, Any]) -> None:
         """Check and plan a forward; nothing has changed when it raises SparsityError."""
         if token != self._model:
@@ -279,7 +187,7 @@ class SparseCache(ServedCache, Cache):
                 layer.get_seq_length()  # the steps that were armed are counted on the device
             autocast = self._checked_autocast(arguments)
             step, repeats = state.plan(arguments)
-            self._check_length(step.stop)
+            self.check_length(step.stop)
         except Exception:
             self._state.abandon()
             raise
@@ -296,14 +204,6 @@ class SparseCache(ServedCache, Cache):
         if self._state.rows.real is not None:  # there was a forward before
             check_autocast(autocast, self.autocast)
         return autocast
-
-    def _check_length(self, columns: int) -> None:
-        if columns == self._dropped_at:
-            raise SparsityError(
-                f"this model drops its cache when a text grows past {self._dropped_at} tokens "
-                "(original_max_position_embeddings, where its rotation changes), and would go on "
-                "without the SparseCache; keep the prompt and the new tokens below that"
-            )
 
     def attend(
         self, layer: RetainedLayer, query: Tensor, key: Tensor, value: Tensor, **scores: Any
@@ -384,18 +284,9 @@ class SparseCache(ServedCache, Cache):
             num_bytes=sum(layer_bytes(layer) for layer in self.layers),
             peak_bytes=self._state.peak_bytes,
             past_bytes=sum(retention.past_bytes for retention in self._state.retentions.values()),
-            decoding=self._decoding(),
+            decoding=self.how_decoded(),
             prompt_attention=self._state.prompt_attention,
         )
-
-    def _decoding(self) -> str:
-        """How single tokens are decoded, for people."""
-        if self._state.compiled:
-            return COMPILED
-        if self._state.fixed:
-            why = "so far" if self._why is None else f", since {self._why}"
-            return f"in memory of fixed size, not compiled{why}"
-        return f"in memory that grows, since {self._why}"
 
     def reset(self) -> None:
         """Forget everything, a `past` included: the cache is as new."""
