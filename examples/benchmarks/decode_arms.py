@@ -65,13 +65,14 @@ def bytes_a_step(model: PreTrainedModel, cell: Cell) -> int:
     tied = embedding is model.get_output_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding.nbytes)
     head = config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    token = 2 * head * config.num_hidden_layers
     if cell.arm == "no attention":
         return weights
     attended = cell.context if cell.budget is None else min(cell.budget, cell.context)
     scored = {"RaaS": attended, "Quest": cell.context}.get(cell.policy, 0)
     bounds = 0 if not scored else scored // policy_of(cell).page_size
-    return weights + cell.batch * token * (attended + bounds)
+    dense = min(policy_of(cell).dense_layers if cell.policy else 0, config.num_hidden_layers)
+    tokens = dense * cell.context + (config.num_hidden_layers - dense) * (attended + bounds)
+    return weights + cell.batch * 2 * head * tokens
 
 
 def no_attention(module: nn.Module, query: torch.Tensor, *args, **kwargs) -> tuple:

@@ -37,14 +37,6 @@ def label(row: dict) -> str:
     return f"{row['policy']}{budget}, {how}"
 
 
-def floor_ms(record: dict, row: dict) -> float | None:
-    """The compiled forward without attention at the batch of a row, milliseconds."""
-    found = [
-        r for r in measured(record) if r["arm"] == "no attention" and r["batch"] == row["batch"]
-    ]
-    return found[0]["step_ms"] if found else None
-
-
 def best_dense(record: dict, row: dict) -> dict | None:
     """The faster dense arm at the context and batch of a row."""
     found = [
@@ -80,7 +72,7 @@ def _line(record: dict, row: dict) -> dict[str, str]:
         "faster": _shown("{:.2f}", dense["step_ms"] / row["step_ms"] if dense and ours else None),
         "copy": _shown("{:.0%}", share_of_copy(record, row)),
         "held": _shown("{:,.0f}", held / 2**20 if held is not None else None),
-        "first": f"{row['first_steps_seconds']:.0f}" if compiled else "",
+        "first": _shown("{:.0f}", row.get("first_steps_seconds")) if compiled else "",
         "graphs": f"{row['graphs']} + {row['graphs_once_warm']}" if compiled else "",
     }
 
@@ -126,7 +118,8 @@ def by_context(record: dict) -> str:
 def _beneath(record: dict) -> str:
     calls = record["calls"]
     where, asked = calls[0]["environment"], calls[0]["configuration"]
-    copies = " and ".join(f"{call['copy_bytes_a_second'] / 1e12:.2f}" for call in calls)
+    speeds = sorted({f"{call['copy_bytes_a_second'] / 1e12:.2f}" for call in calls})
+    copies = speeds[0] if len(speeds) == 1 else f"{speeds[0]} to {speeds[-1]}"
     floors = ", ".join(
         f"{row['step_ms']:.2f} ms at batch {row['batch']}"
         for row in measured(record)
@@ -201,7 +194,8 @@ def when_it_pays(record: dict) -> str:
             verdict = f"faster from {wins[0]:,} on"
             if any(ratio < FASTER for context, ratio in at if context > wins[0]):
                 verdict = "faster at " + ", ".join(f"{n:,}" for n in wins)
-        lines.append(f"- {name}, batch {batch}: {verdict} ({shown} times the best dense).")
+        beside = f"{shown} times the best dense arm measured"
+        lines.append(f"- {name}, batch {batch}: {verdict} ({beside}).")
     return "\n".join(lines)
 
 

@@ -10,7 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsity.arguments import check_instance
@@ -41,6 +47,14 @@ def _prepare_cache(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     cache = given.get("past_key_values")
     if isinstance(cache, ServedCache):
         cache.generate_begins(config, mode, columns)
+    elif config.cache_implementation in ("static", "offloaded_static") or (
+        isinstance(cache, Cache) and type(cache) is not DynamicCache and cache.is_compileable
+    ):
+        raise SparsityError(
+            "this model is attached, and generate was given a StaticCache, for which transformers "
+            "makes masks that are not those of an attached model: call detach(model) first, or use "
+            "a DynamicCache"
+        )
     return own(*args, **kwargs)
 
 
@@ -179,7 +193,8 @@ def attach(model: PreTrainedModel) -> None:
     Sets the model's attention function, adds hooks to its decoder, and puts a look at the prompt
     before its `prepare_inputs_for_generation`, where `generate` shows the whole text. Nothing else
     of the model changes: whole prompts, and all that goes through other caches, are still computed
-    by the attention function that it had. Calling it again does nothing.
+    by the attention function that it had (with a `StaticCache` `generate` refuses an attached
+    model). Calling it again does nothing.
 
     Args:
         model: a transformers model for text generation, written on the attention interface.

@@ -48,8 +48,8 @@ def append(
         key: of the new token, `[batch, kv_heads, head_dim]`.
         value: of the new token, `[batch, kv_heads, value_dim]`.
         worth: of each page, -inf for unused places and +inf for pages that stay as long as any
-            other is left; float32 `[batch, kv_heads, C]`, read only where a page opens. None for a
-            pool that never evicts: the first unused place.
+            other is left, as do those whose worth is not a number; float32 `[batch, kv_heads, C]`,
+            read only where a page opens. None for a pool that never evicts: the first unused place.
         rank: of the new token, int64 `[batch]`.
         column: of the new token, an int64 scalar.
         valid: False for a row whose new token is padding, of which nothing changes; bool `[batch]`.
@@ -99,6 +99,7 @@ def append_reference(
 
     if worth is None:
         worth = (start >= 0).float()
+    worth = worth.masked_fill(worth.isnan(), torch.inf)
     least = worth == worth.amin(-1, keepdim=True)
     age = start.masked_fill(~least, torch.iinfo(start.dtype).max)
     page = torch.where(opens, age.argmin(-1), current)

@@ -77,6 +77,7 @@ def append_kernel(
             here = tl.load(
                 worth + b * worth_b + h * worth_h + place, mask=there, other=float("inf")
             ).to(tl.float32)
+            here = tl.where(here == here, here, float("inf"))  # not a number
         else:
             here = tl.where(begun >= 0, 1.0, 0.0)
         better = there & ((here < best_worth) | ((here == best_worth) & (begun < best_start)))

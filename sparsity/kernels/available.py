@@ -1,6 +1,7 @@
 """Whether the kernels can serve, and a kernel's failure said by name."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,14 +29,24 @@ def why_not(
     """
     if device.type != "cuda":
         return f"no CUDA device ({device.type})"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if not _is_new_enough(device):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return _unserved(dtype, max(head_dim, value_dim), page_size)
 
 
+def capable(device: torch.device) -> bool:
+    """Whether kernels run on this device; a step that is traced has asked `why_not` before."""
+    return device.type == "cuda" and (torch.compiler.is_compiling() or _is_new_enough(device))
+
+
+@cache
+def _is_new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def serves(tensor: Tensor, page_size: int = 1) -> bool:
     """Whether a kernel takes this tensor of keys, for functions that go on without it."""
-    return tensor.is_cuda and _unserved(tensor.dtype, tensor.shape[-1], page_size) is None
+    return capable(tensor.device) and _unserved(tensor.dtype, tensor.shape[-1], page_size) is None
 
 
 def require(name: str, keys: Tensor, values: Tensor, page_size: int) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsity.errors import SparsityError
-from sparsity.kernels.available import TRITON, launch
+from sparsity.kernels.available import TRITON, capable, launch
 
 MOST_PLACES = 16 * 1024  # that a program of the kernel holds in registers
 FEW_SCORES = 1024  # which are sorted in less time than six operations take to start
@@ -32,7 +32,7 @@ def top_pages(scores: Tensor, count: int) -> Tensor:
             f"top_pages: scores are {scores.dtype} of {places} places and count is {count}; give "
             "float32 scores and a count from 1 to the number of places"
         )
-    if not (scores.is_cuda and TRITON and places <= MOST_PLACES):
+    if not (TRITON and places <= MOST_PLACES and capable(scores.device)):
         return top_pages_reference(scores, count)
     from sparsity.kernels.top_pages_triton import top_pages_op
 

@@ -114,7 +114,7 @@ class AllLayers:
         assert self.clock is not None
         for retention in {x.policy: x for x in self.retentions.values()}.values():
             assert retention.pool is not None
-            rehearse(retention.pool, retention.policy, self.clock)
+            rehearse(retention.pool, retention.policy, self.clock, **retention.score_arguments)
 
     def step_begins(self) -> None:
         """Start a step of `LayerRetention.decode`."""

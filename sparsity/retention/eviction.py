@@ -90,10 +90,14 @@ def first_evicted(
 def _priority(
     policy: Policy, pages: PageView, queries: Tensor, asked: Tensor, weigh: Weigh
 ) -> Tensor:
-    """The policy's `priority`, shown the window of the last queries if it needs one."""
+    """The policy's `priority`, shown the window of the last queries if it needs one.
+
+    What is not a number counts as the most, as it does where numbers are sorted.
+    """
     if policy.needs.window:
         assert pages.keys is not None
         rank = pages.rank.masked_fill(~pages.filled, -1)
         window = window_weights(queries, asked, pages.keys, rank, policy.needs, weigh)
         pages = replace(pages, window=window)
-    return policy.priority(pages)
+    worth = policy.priority(pages)
+    return worth.masked_fill(worth.isnan(), torch.finfo(worth.dtype).max)  # none is worth less

@@ -6,6 +6,7 @@ in a pool that grows; the two give the same tokens.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def decode(
     return out[:, None]
 
 
-def rehearse(pool: PagePool, policy: Policy, clock: Clock) -> None:
+def rehearse(pool: PagePool, policy: Policy, clock: Clock, **scores: Any) -> None:
     """Build the kernels of a step, on a copy of one row.
 
     A kernel that does not build is then an error that names it; in a step that torch.compile
@@ -168,11 +169,13 @@ def rehearse(pool: PagePool, policy: Policy, clock: Clock) -> None:
         pool: of `fix`, on a CUDA device; not changed.
         policy: of the layer.
         clock: where the rows are.
+        scores: of the layer: `scaling`, `softcap` and `sinks`, see `decode`.
     """
     row = pool.map(lambda tensor: tensor[:1].clone())
     query = row.keys.new_zeros(1, pool.queries.shape[1], 1, row.keys.shape[-1])
     at = Clock(clock.rank[:1].clone(), clock.column.clone(), clock.valid[:1].clone())
-    decode(row, policy, at, query, row.keys[:, :, :1], row.values[:, :, :1], 1.0, None, None, None)
+    new = query, row.keys[:, :, :1], row.values[:, :, :1]
+    decode(row, policy, at, *new, **scores, move=None)
 
 
 def make_room(pool: PagePool, policy: Policy, clock: Clock, weigh: Weigh) -> None:
@@ -221,6 +224,7 @@ def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:
         return None
     pages = pool.view(clock.rank)
     worth = evicting.priority(pages).float()
+    worth = worth.masked_fill(worth.isnan(), torch.finfo(worth.dtype).max)
     if policy.pin_prompt or policy.pins_kept:  # pinned pages stay even where all others are spared
         worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
     if policy.pins_count:  # then a row is full when no place is unused

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,12 @@ class LayerRetention:
         self.weigh: Weigh | None = None
         self._fixed: PagePool | None = None  # `pool` where it is fixed, which `clear` leaves
         self.prompt_attention = ""
+
+    @property
+    def score_arguments(self) -> dict[str, Any]:
+        """`scaling`, `softcap` and `sinks` of the last forward of several tokens."""
+        assert isinstance(self.weigh, partial)
+        return dict(self.weigh.keywords)
 
     @property
     def held(self) -> tuple[Tensor, Tensor] | None:
@@ -213,7 +220,9 @@ class LayerRetention:
         cut = False
         if chosen is None:
             tokens = pool.high * pool.size
-            if step.alike and self._in_order:  # the newest page is the last, and not yet full
+            if (
+                step.alike and self._in_order and self.needs.attention is None
+            ):  # the newest page is the last, and not yet full
                 tokens, cut = tokens - -step.longest_after % pool.size, True
             keys, values = pool.keys[:, :, :tokens], pool.values[:, :, :tokens]
             if self.needs.moved:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from sparsity import (
     H2O,
+    TOVA,
     Full,
     Quest,
     QuestRaaS,
@@ -547,3 +548,36 @@ def test_another_thread_in_the_middle_of_a_step(shallow):
     assert torch.equal(generate(shallow, cache), expected)
     hook.remove()
     assert "another thread is in a forward" in errors[0]
+
+
+def test_a_static_cache_of_an_attached_model_is_refused(shallow):
+    """Transformers would make masks for it that are not those of an attached model."""
+    expected = generate(shallow, DynamicCache(config=shallow.config), 5)
+    fixed(shallow, POLICY)
+    static = StaticCache(config=shallow.config, max_cache_len=64)
+    with pytest.raises(SparsityError, match=r"call detach\(model\) first"):
+        generate(shallow, static, 5)
+    with pytest.raises(SparsityError, match=r"call detach\(model\) first"):
+        generate(shallow, None, 5, cache_implementation="static")
+    assert torch.equal(generate(shallow, DynamicCache(config=shallow.config), 5), expected)
+    detach(shallow)
+    assert torch.equal(generate(shallow, static, 5), expected)
+
+
+@pytest.mark.parametrize("policy", [TOVA(8), H2O(10), RaaS(16, page_size=4)], ids=str)
+def test_what_is_not_a_number_evicts_nothing_that_is_pinned(policy, shallow):
+    """One row of the batch is lost, the other goes on as without it."""
+    with torch.no_grad():
+        shallow.get_input_embeddings().weight[5] = torch.nan
+    ids = random_ids(12, 2)
+    ids[ids == 5] = 6
+    kept = []
+    for cache in (SparseCache(shallow, policy, static=False), fixed(shallow, policy)):
+        logits = []
+        for step in range(6):
+            new = random_ids(1, 2) if step else ids
+            new[0, -1] = 5 if step == 2 else new[0, -1]
+            logits.append(shallow(new, past_key_values=cache).logits[1])
+        kept.append((torch.cat(logits), _held(cache, 1)[2:]))
+    torch.testing.assert_close(kept[0][0], kept[1][0])
+    assert kept[0][1] == kept[1][1]

@@ -109,6 +109,8 @@ SMALL = [
     H2O(9, page_size=3, sinks=1, recent=1, shared_heads=True),
     H2O(6, recent=2, normalise="age"),
     H2O(20, recent=2, pin_prompt=True),
+    H2O(12, page_size=4, recent=2, evict_every=None),
+    LazyEviction(8, page_size=2, evict_every=None, recent=2, alpha=0.13),
     TOVA(5),
     TOVA(6, shared_heads=False, group="max", sinks=1, evict_every=2),
     TOVA(8, page_size=2),
