@@ -1,4 +1,6 @@
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 import sparsity
 from tests.helpers import tiny_model
@@ -18,3 +20,13 @@ def shallow():
     model = shallow_model("llama")
     yield model
     sparsity.detach(model)
+
+
+@pytest.fixture
+def fresh():
+    """Nothing compiled before, nor left for the next test; a recompilation too many is an error."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()

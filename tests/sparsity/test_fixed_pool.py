@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from sparsity import (
     H2O,
@@ -27,92 +27,11 @@ from sparsity import (
     Then,
     detach,
 )
-from sparsity.hf import compiled_step
 from sparsity.hf.decoding_path import COMPILED
 from tests.helpers import CONFIGS, SHAPE, random_ids, tiny_model
+from tests.sparsity.fixed import GREEDY, POLICY, compiles, fixed, generate, held
 from tests.sparsity.helpers import padded_inputs
-from tests.sparsity.zoo import SCORES, SMALL, TIGHT
-
-POLICY = RaaS(16, page_size=4, pin_prompt=False, alpha=0.15)
-PROMPT = {"rows": (5, 0), "prompt": 13}
-GREEDY = {"do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture
-def fresh():
-    """Nothing compiled before, nor left for the next test; a recompilation too many is an error."""
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-    torch._dynamo.reset()
-
-
-def compiles(backend="eager"):
-    """What makes `generate` compile on a CPU, into one graph or not at all."""
-    config = compiled_step.compile_config()
-    config = CompileConfig(**vars(config) | {"backend": backend})
-    if backend == "eager":
-        config.options = {"guard_filter_fn": compiled_step.guards_kept}
-    else:
-        config.options = dict(config.options) | {"triton.cudagraphs": False}
-    config._compile_all_devices = True
-    return config
-
-
-def generate(model, cache, tokens=40, rows=(7, 0), prompt=21, **kwargs):
-    given = padded_inputs(prompt, *rows) | GREEDY | kwargs
-    return model.generate(past_key_values=cache, max_new_tokens=tokens, **given)
-
-
-def fixed(model, policy, **kwargs):
-    return SparseCache(model, policy, static=True, **{"max_tokens": 400} | kwargs)
-
-
-@pytest.mark.parametrize("policy", TIGHT, ids=str)
-def test_the_compiled_path_makes_the_tokens_of_the_eager_one(policy, shallow, fresh):
-    """200 steps, padding; one graph, no break, no second compilation."""
-    expected = generate(shallow, SparseCache(shallow, policy, static=False), 200, **PROMPT)
-    cache = fixed(shallow, policy)
-    got = generate(shallow, cache, 200, compile_config=compiles(), **PROMPT)
-    assert torch.equal(got, expected)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
-    assert cache.report().decoding == COMPILED
-
-
-@pytest.mark.parametrize("policy", SMALL, ids=str)
-def test_a_fixed_pool_holds_what_one_that_grows_holds(policy, shallow):
-    """Columns, stamps, sums and pins, step by step, with a row whose column is padding at times."""
-    caches = [SparseCache(shallow, policy, static=False), fixed(shallow, policy)]
-    ids, rows = random_ids(40, 3), 3
-    mask = torch.ones(rows, 40, dtype=torch.long)
-    mask[0, :5], mask[1, 14:16], mask[2, 20:23] = 0, 0, 0
-    for first, stop in ((0, 12), *((i, i + 1) for i in range(12, 30)), (30, 33), (33, 34)):
-        outputs = []
-        for cache in caches:
-            logits = shallow(
-                ids[:, first:stop], attention_mask=mask[:, :stop], past_key_values=cache
-            ).logits
-            outputs.append(logits[mask[:, first:stop].bool()])
-        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-        for layer in caches[0].retentions:
-            assert _held(caches[0], layer) == _held(caches[1], layer), (stop, layer)
-        assert caches[0].get_seq_length() == caches[1].get_seq_length() == stop
-
-
-def _held(cache, layer):
-    """Of each row and head: the columns held, by page, with what the policy notes."""
-    pool = cache.retentions[layer].pool
-    found = []
-    for b in range(pool.start.shape[0]):
-        for h in range(pool.start.shape[1]):
-            slots = pool.slots[b, h].unflatten(0, (-1, pool.size)).tolist()
-            stamps, pins = pool.stamp[b, h].tolist(), pool.pinned[b, h].tolist()
-            sums = [[round(x, 3) for x in page] for page in pool.sums[b, h].tolist()]
-            pages = zip(pool.start[b, h].tolist(), slots, stamps, pins, sums, strict=True)
-            found.append(sorted(page for page in pages if page[0] >= 0))
-    return found
+from tests.sparsity.zoo import SCORES, TIGHT
 
 
 def test_another_text_is_no_other_graph_and_another_policy_is(shallow, fresh):
@@ -359,9 +278,9 @@ def test_a_rehearsal_changes_nothing(shallow):
     """It runs the step on a copy, of one row."""
     cache = fixed(shallow, POLICY)
     shallow(random_ids(21, 2), past_key_values=cache)
-    before = [_held(cache, layer) for layer in cache.retentions]
+    before = [held(cache, layer) for layer in cache.retentions]
     cache._state.rehearse()
-    assert [_held(cache, layer) for layer in cache.retentions] == before
+    assert [held(cache, layer) for layer in cache.retentions] == before
     assert cache.get_seq_length() == 21
 
 
@@ -578,6 +497,6 @@ def test_what_is_not_a_number_evicts_nothing_that_is_pinned(policy, shallow):
             new = random_ids(1, 2) if step else ids
             new[0, -1] = 5 if step == 2 else new[0, -1]
             logits.append(shallow(new, past_key_values=cache).logits[1])
-        kept.append((torch.cat(logits), _held(cache, 1)[2:]))
+        kept.append((torch.cat(logits), held(cache, 1)[2:]))
     torch.testing.assert_close(kept[0][0], kept[1][0])
     assert kept[0][1] == kept[1][1]

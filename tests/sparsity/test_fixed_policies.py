@@ -1,0 +1,45 @@
+"""Every policy in memory of fixed size: what it holds and decodes in memory that grows."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from sparsity import SparseCache
+from sparsity.hf.decoding_path import COMPILED
+from tests.helpers import random_ids
+from tests.sparsity.fixed import compiles, fixed, generate, held
+from tests.sparsity.zoo import SMALL, TIGHT
+
+PROMPT = {"rows": (5, 0), "prompt": 13}
+
+
+@pytest.mark.parametrize("policy", TIGHT, ids=str)
+def test_the_compiled_path_makes_the_tokens_of_the_eager_one(policy, shallow, fresh):
+    """200 steps, padding; one graph, no break, no second compilation."""
+    expected = generate(shallow, SparseCache(shallow, policy, static=False), 200, **PROMPT)
+    cache = fixed(shallow, policy)
+    got = generate(shallow, cache, 200, compile_config=compiles(), **PROMPT)
+    assert torch.equal(got, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert cache.report().decoding == COMPILED
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=str)
+def test_a_fixed_pool_holds_what_one_that_grows_holds(policy, shallow):
+    """Columns, stamps, sums and pins, step by step, with a row whose column is padding at times."""
+    caches = [SparseCache(shallow, policy, static=False), fixed(shallow, policy)]
+    ids, rows = random_ids(40, 3), 3
+    mask = torch.ones(rows, 40, dtype=torch.long)
+    mask[0, :5], mask[1, 14:16], mask[2, 20:23] = 0, 0, 0
+    for first, stop in ((0, 12), *((i, i + 1) for i in range(12, 30)), (30, 33), (33, 34)):
+        outputs = []
+        for cache in caches:
+            logits = shallow(
+                ids[:, first:stop], attention_mask=mask[:, :stop], past_key_values=cache
+            ).logits
+            outputs.append(logits[mask[:, first:stop].bool()])
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+        for layer in caches[0].retentions:
+            assert held(caches[0], layer) == held(caches[1], layer), (stop, layer)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length() == stop
