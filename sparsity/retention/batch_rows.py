@@ -175,6 +175,11 @@ class Step:
         """Whether this is a single column of which every row has as many real tokens before it."""
         return self.single and not self.then.ragged
 
+    @property
+    def goes_on(self) -> Tensor | None:
+        """Whether the forward brings a real token to each row, bool `[batch]`; None for to all."""
+        return None if self.alike else self.after > self.before
+
     def on(self, device: torch.device) -> "Step":
         """The same step with its tensors on `device`."""
         if self.before.device == device:

@@ -45,6 +45,11 @@ class Clock:
         self.valid.fill_(True) if valid is None else self.valid.copy_(valid)
 
     @property
+    def goes_on(self) -> Tensor | None:
+        """`valid`; None where the column under way is real in every row."""
+        return self.valid if self.padded else None
+
+    @property
     def newest(self) -> Tensor:
         """Rank of each row's newest real token once the column under way is in, int64 `[batch]`."""
         return self.rank - self.valid.logical_not().long() if self.padded else self.rank

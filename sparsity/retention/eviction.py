@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from sparsity.policies.base import PageView, Policy
-from sparsity.retention.batch_rows import Step
 from sparsity.retention.query_weights import Weigh, window_weights
 
 
-def observe(policy: Policy, pages: PageView, query: Tensor, scaling: float, step: Step) -> PageView:
+def observe(
+    policy: Policy, pages: PageView, query: Tensor, scaling: float, goes_on: Tensor | None
+) -> PageView:
     """The pages with the stamps and sums that `policy` gives them after a forward.
 
     Rows to which the forward brought no real token keep what they had.
@@ -20,15 +21,16 @@ def observe(policy: Policy, pages: PageView, query: Tensor, scaling: float, step
         pages: the pages held, the new tokens among them.
         query: of each row's newest real token, `[batch, query_heads, head_dim]`.
         scaling: factor on a query-key product before the softmax.
-        step: the forward.
+        goes_on: whether the forward brought a real token to each row, bool `[batch]`; None for to
+            all.
 
     Returns:
         `pages` itself where the policy notes nothing.
     """
     noted = policy.observe(query, pages, scaling)
-    if noted is pages or step.alike:
+    if noted is pages or goes_on is None:
         return noted
-    goes_on = (step.after > step.before)[:, None, None]
+    goes_on = goes_on[:, None, None]
     return replace(
         pages,
         stamp=torch.where(goes_on, noted.stamp.to(pages.stamp.dtype), pages.stamp),
@@ -56,8 +58,7 @@ def eviction_order(
         int64 `[batch, kv_heads, P]`.
     """
     worth = _priority(policy, pages, queries, asked, weigh)
-    worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(spared, torch.inf)
-    worth = worth.masked_fill(pages.start < 0, -torch.inf)
+    worth = spare(worth, spared).masked_fill(pages.start < 0, -torch.inf)
     by_age = pages.start.argsort(dim=-1, stable=True)
     by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
     return by_age.gather(-1, by_worth).argsort(-1)
@@ -80,7 +81,7 @@ def first_evicted(
     """
     worth = _priority(policy, pages, queries, asked, weigh)
     if policy.pin_prompt:
-        worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
+        worth = spare(worth, pages.pinned)
     worth = worth.masked_fill(pages.start < 0, -torch.inf)
     least = worth.amin(-1, keepdim=True)
     last = torch.iinfo(pages.start.dtype).max
@@ -90,14 +91,20 @@ def first_evicted(
 def _priority(
     policy: Policy, pages: PageView, queries: Tensor, asked: Tensor, weigh: Weigh
 ) -> Tensor:
-    """The policy's `priority`, shown the window of the last queries if it needs one.
-
-    What is not a number counts as the most, as it does where numbers are sorted.
-    """
+    """The policy's `priority`, shown the window of the last queries if it needs one."""
     if policy.needs.window:
         assert pages.keys is not None
         rank = pages.rank.masked_fill(~pages.filled, -1)
         window = window_weights(queries, asked, pages.keys, rank, policy.needs, weigh)
         pages = replace(pages, window=window)
-    worth = policy.priority(pages)
-    return worth.masked_fill(worth.isnan(), torch.finfo(worth.dtype).max)  # none is worth less
+    return numbers(policy.priority(pages))
+
+
+def numbers(worth: Tensor) -> Tensor:
+    """The worth of pages, where what is not a number is the most that a number can be."""
+    return worth.masked_fill(worth.isnan(), torch.finfo(worth.dtype).max)
+
+
+def spare(worth: Tensor, spared: Tensor) -> Tensor:
+    """The worth of pages, with those of `spared` above all others, the infinite among them."""
+    return worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(spared, torch.inf)

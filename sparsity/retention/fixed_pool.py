@@ -15,9 +15,9 @@ from sparsity.kernels.append import append
 from sparsity.kernels.decode_attention import decode_attention
 from sparsity.policies.base import PageView, Policy
 from sparsity.retention.clock import Clock, keep_address
-from sparsity.retention.eviction import eviction_order
+from sparsity.retention.eviction import eviction_order, numbers, observe, spare
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import Weigh
+from sparsity.retention.query_weights import Weigh, keep_query
 from sparsity.retention.rotation import Move
 
 
@@ -57,12 +57,11 @@ def fix(pool: PagePool, places: int, into: PagePool | None) -> PagePool:
         into: a pool of as many places to write to, whose tensors stay where they are; None to
             allocate one.
     """
-    values = dict(pool.tensors())
     batch, heads = pool.start.shape[:2]
     fixed = {} if into is None else into.tensors()
-    for name, old in values.items():
+    for name, old in pool.tensors().items():
         if old.dim() < 3 or name == "queries":  # one number a row and head, or the last queries
-            new = fixed.get(name, torch.empty_like(old, memory_format=torch.contiguous_format))
+            new = fixed[name] if name in fixed else old.new_empty(old.shape)
             new.copy_(old)
         else:
             length = places * (pool.size if name in ("keys", "values", "slots") else 1)
@@ -153,9 +152,12 @@ def decode(
     out, weights = attend(chosen, weights=observed and chosen is None)
     if observed and chosen is not None:
         _, weights = attend(None, weights=True)
-    _observe(pool, policy, replace(pages, weights=weights), newest, scaling, clock)
+    pages = replace(pages, weights=weights)
+    noted = observe(policy, pages, newest, scaling, clock.goes_on)
+    if noted is not pages:
+        pool.mark(noted, pages)
     if needs.window:
-        _keep_query(pool, newest, clock)
+        keep_query(pool.queries, pool.asked, newest, clock.rank, clock.goes_on)
     return out[:, None]
 
 
@@ -206,8 +208,7 @@ def steps_left(pool: PagePool, policy: Policy, clock: Clock) -> int:
     pages = pool.view(clock.rank)
     most = policy.decoding.pages_held
     assert most is not None
-    counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
-    free = (most - counted.sum(-1)).amin(-1).clamp(min=0)  # of each row
+    free = (most - _counted(pages, policy)).amin((1, 2)).clamp(min=0)  # of each row
     inside = -clock.rank % pool.size  # places left in the newest page
     return int((free * pool.size + inside).min())
 
@@ -223,10 +224,9 @@ def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:
     if most is None or evicts_between_steps(policy):
         return None
     pages = pool.view(clock.rank)
-    worth = evicting.priority(pages).float()
-    worth = worth.masked_fill(worth.isnan(), torch.finfo(worth.dtype).max)
+    worth = numbers(evicting.priority(pages).float())
     if policy.pin_prompt or policy.pins_kept:  # pinned pages stay even where all others are spared
-        worth = worth.clamp(max=torch.finfo(worth.dtype).max).masked_fill(pages.pinned, torch.inf)
+        worth = spare(worth, pages.pinned)
     if policy.pins_count:  # then a row is full when no place is unused
         return worth.masked_fill(~pages.used, -torch.inf)
     full = _full(pages, evicting, most)
@@ -236,8 +236,13 @@ def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:
 
 def _full(pages: PageView, policy: Policy, most: int) -> Tensor:
     """Whether a KV head holds `most` pages, of those that count: bool `[batch, kv_heads, 1]`."""
+    return _counted(pages, policy) >= most
+
+
+def _counted(pages: PageView, policy: Policy) -> Tensor:
+    """Pages of a KV head that count against the budget: int64 `[batch, kv_heads, 1]`."""
     counted = pages.used if policy.pins_count else pages.used & ~pages.pinned
-    return counted.sum(-1, keepdim=True) >= most
+    return counted.sum(-1, keepdim=True)
 
 
 def _closed_up(pool: PagePool, count: int, now: Tensor, move: Move) -> Tensor:
@@ -249,33 +254,3 @@ def _closed_up(pool: PagePool, count: int, now: Tensor, move: Move) -> Tensor:
     rank = pool.start[..., :count].clamp(min=0).long()
     moved = move(pool.keys[:, :, :count], rank, rank + evicted[..., None])
     return torch.cat([moved, pool.keys[:, :, count:]], dim=2)
-
-
-def _observe(
-    pool: PagePool, policy: Policy, pages: PageView, query: Tensor, scaling: float, clock: Clock
-) -> None:
-    """Store what the policy notes; rows whose new column is padding keep what they had."""
-    noted = policy.observe(query, pages, scaling)
-    if noted is pages:
-        return
-    stamp, sums = noted.stamp, noted.sums
-    if clock.padded:
-        goes_on = clock.valid[:, None, None]
-        stamp = torch.where(goes_on, stamp, pool.stamp)
-        sums = torch.where(goes_on[..., None], sums, pool.sums)
-    if noted.stamp is not pages.stamp:
-        pool.stamp.copy_(stamp)
-    if noted.sums is not pages.sums:
-        pool.sums.copy_(sums)
-
-
-def _keep_query(pool: PagePool, query: Tensor, clock: Clock) -> None:
-    """Keep the newest query of each row, see `sparsity.retention.query_weights.keep_last`."""
-    row = torch.arange(query.shape[0], device=query.device)
-    index, rank = clock.rank % pool.asked.shape[1], clock.rank
-    if clock.padded:
-        valid = clock.valid
-        query = torch.where(valid[:, None, None], query, pool.queries[row, :, index])
-        rank = torch.where(valid, rank, pool.asked[row, index])
-    pool.queries[row, :, index] = query
-    pool.asked[row, index] = rank

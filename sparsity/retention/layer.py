@@ -255,7 +255,7 @@ class LayerRetention:
                 view = pool.view(now, weights)
             elif weights is not None:
                 view = replace(view, weights=weights)
-            observed = observe(policy, view, newest, scaling, step)
+            observed = observe(policy, view, newest, scaling, step.goes_on)
             if observed is not view:
                 pool.mark(observed, view)
         if self.needs.window:

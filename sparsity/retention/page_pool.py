@@ -229,7 +229,7 @@ class PagePool:
             policy: of the layer; its `page_size` is this pool's.
         """
         layout = lay_out(self.view(new.step.after - 1), new, policy)
-        pages = observe(policy, layout.pages, new.newest, new.scaling, new.step)
+        pages = observe(policy, layout.pages, new.newest, new.scaling, new.step.goes_on)
         queries, asked = keep_last(self.queries, self.asked, new.query, new.step)
         keep, pinned = prune(layout, pages, new, policy, queries, asked)
         held = int(keep.sum(-1).max())

@@ -91,13 +91,27 @@ def keep_newest(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> No
         queries[:, :, at].copy_(query[:, :, -1])
         asked[:, at].fill_(step.longest_before)
         return
-    row = torch.arange(asked.shape[0], device=query.device)
-    rank, index, new = step.before, step.before % asked.shape[1], query[:, :, -1]
-    if step.valid is not None:  # a row whose new column is padding keeps what it has
-        real = step.valid[:, -1]
-        new = torch.where(real[:, None, None], new, queries[row, :, index])
-        rank = torch.where(real, rank, asked[row, index])
-    queries[row, :, index] = new
+    valid = None if step.valid is None else step.valid[:, -1]
+    keep_query(queries, asked, query[:, :, -1], step.before, valid)
+
+
+def keep_query(
+    queries: Tensor, asked: Tensor, query: Tensor, rank: Tensor, valid: Tensor | None
+) -> None:
+    """Keep one query of each row, in place, where `keep_last` does.
+
+    Args:
+        queries: see `keep_last`.
+        asked: see `keep_last`.
+        query: `[batch, query_heads, head_dim]`.
+        rank: its rank in each row, int64 `[batch]`.
+        valid: False for rows that keep what they have, bool `[batch]`; None for none.
+    """
+    row, index = torch.arange(asked.shape[0], device=query.device), rank % asked.shape[1]
+    if valid is not None:
+        query = torch.where(valid[:, None, None], query, queries[row, :, index])
+        rank = torch.where(valid, rank, asked[row, index])
+    queries[row, :, index] = query
     asked[row, index] = rank
 
 
