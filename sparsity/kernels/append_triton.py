@@ -4,7 +4,8 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+
+from sparsity.kernels.operator import launcher, operator
 
 MOST_PLACES = 2048  # compared at a time, where a page opens
 
@@ -120,7 +121,7 @@ def append_kernel(
         tl.store(kmax + bounds, high, mask=written)
 
 
-@triton_op(
+@operator(
     "sparsity::append",
     mutates_args=(
         "keys",
@@ -162,7 +163,7 @@ def append_op(
     value = value if value.stride(-1) == 1 else value.contiguous()
     if worth is not None and worth.stride(-1) != 1:
         worth = worth.contiguous()
-    wrap_triton(append_kernel)[(batch * heads,)](
+    launcher(append_kernel)[(batch * heads,)](
         keys,
         values,
         slots,

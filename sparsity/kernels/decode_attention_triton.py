@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+
+from sparsity.kernels.operator import launcher, operator
 
 MOST_SPLITS = 64
 WAVES = 2  # programs for each processor
@@ -318,7 +319,7 @@ def processors_of(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-@triton_op("sparsity::decode_attention", mutates_args=())
+@operator("sparsity::decode_attention", mutates_args=())
 def decode_attention_op(
     query: Tensor,
     keys: Tensor,
@@ -367,7 +368,7 @@ def decode_attention_op(
     padded_group = max(16, triton.next_power_of_2(groups))
     padded_page = triton.next_power_of_2(page_size)
     rounds = triton.cdiv(triton.cdiv(listed * padded_page, chosen.tile), chosen.splits)
-    wrap_triton(split_kernel)[(batch * heads, chosen.splits)](
+    launcher(split_kernel)[(batch * heads, chosen.splits)](
         query,
         keys,
         values,
@@ -417,7 +418,7 @@ def decode_attention_op(
     if direct:
         return out, reduced
     weighed = 0 if weights is None else triton.cdiv(tokens, 128)
-    wrap_triton(combine_kernel)[(batch * heads, groups + weighed)](
+    launcher(combine_kernel)[(batch * heads, groups + weighed)](
         partial,
         lse,
         scores,

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+
+from sparsity.kernels.operator import launcher, operator
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def page_logits_kernel(
     tl.store(logits + row * pages + at, reduced, mask=at < pages)
 
 
-@triton_op("sparsity::page_bounds", mutates_args=())
+@operator("sparsity::page_bounds", mutates_args=())
 def page_bounds_op(
     query: Tensor, kmin: Tensor, kmax: Tensor, group: str, block: int = 0, warps: int = 4
 ) -> Tensor:
@@ -119,7 +120,7 @@ def page_bounds_op(
     query, kmin, kmax = _rows(query), _rows(kmin), _rows(kmax)
     bounds = kmin.new_empty(batch, heads, pages, dtype=torch.float32)
     block = block or 16
-    wrap_triton(page_bounds_kernel)[(batch * heads, triton.cdiv(pages, block))](
+    launcher(page_bounds_kernel)[(batch * heads, triton.cdiv(pages, block))](
         query,
         kmin,
         kmax,
@@ -144,7 +145,7 @@ def page_bounds_op(
     return bounds
 
 
-@triton_op("sparsity::page_logits", mutates_args=())
+@operator("sparsity::page_logits", mutates_args=())
 def page_logits_op(
     query: Tensor,
     keys: Tensor,
@@ -161,7 +162,7 @@ def page_logits_op(
     logits = keys.new_empty(batch, heads, pages, dtype=torch.float32)
     padded = triton.next_power_of_2(page_size)
     pages_each = max(16, block or 64, padded) // padded
-    wrap_triton(page_logits_kernel)[(batch * heads, triton.cdiv(pages, pages_each))](
+    launcher(page_logits_kernel)[(batch * heads, triton.cdiv(pages, pages_each))](
         query,
         keys,
         filled,

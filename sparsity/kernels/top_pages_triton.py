@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+
+from sparsity.kernels.operator import launcher, operator
 
 MOST_PACKED = 4096  # places at once, for which registers suffice
 
@@ -62,7 +63,7 @@ def top_pages_kernel(scores, chosen, places, count, P_PAD: tl.constexpr, PACKED:
         tl.store(chosen + row * count + to, at.to(tl.int64), mask=taken)
 
 
-@triton_op("sparsity::top_pages", mutates_args=())
+@operator("sparsity::top_pages", mutates_args=())
 def top_pages_op(scores: Tensor, count: int, warps: int = 0) -> Tensor:
     """`top_pages` by the kernel, which lists places in ascending order; 0 `warps` to choose."""
     batch, heads, places = scores.shape
@@ -70,7 +71,7 @@ def top_pages_op(scores: Tensor, count: int, warps: int = 0) -> Tensor:
     padded = triton.next_power_of_2(places)
     if not warps:
         warps = 4 if padded <= 1024 else 8 if padded <= 4096 else 16
-    wrap_triton(top_pages_kernel)[(batch * heads,)](
+    launcher(top_pages_kernel)[(batch * heads,)](
         scores.contiguous(),
         chosen,
         places,

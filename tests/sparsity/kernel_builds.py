@@ -34,7 +34,7 @@ SHAPES = [
 
 
 class Catch:
-    """In the place of `wrap_triton`: keeps what a kernel would be launched with."""
+    """In the place of `launcher`: keeps what a kernel would be launched with."""
 
     def __init__(self, launches):
         self.launches = launches
@@ -56,7 +56,7 @@ def launches(monkeypatch):
     caught = []
     modules = (append_triton, decode_attention_triton, page_scores_triton, top_pages_triton)
     for module in modules:
-        monkeypatch.setattr(module, "wrap_triton", Catch(caught))
+        monkeypatch.setattr(module, "launcher", Catch(caught))
     monkeypatch.setattr(decode_attention_triton, "processors_of", lambda _: 132)
     for batch, heads, groups, places, size, dim, value_dim, dtype in SHAPES:
 
