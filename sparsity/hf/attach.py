@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsity.arguments import check_instance
 from sparsity.errors import SparsityError
 from sparsity.hf.attention_function import KWARG, retention_attention, retention_mask
+from sparsity.hf.fixed_memory import drop
 from sparsity.hf.forward_checks import check_call
 from sparsity.hf.generate_watch import unwatch, watch
 from sparsity.hf.own_attention import forget, remember
@@ -95,7 +96,7 @@ class Attachment:
         if not isinstance(cache, ServedCache):
             return None
         check_call(decoder, arguments)
-        cache.begin(self.token, arguments)
+        cache.begin(self.token, decoder, arguments)
         return args, {**kwargs, KWARG: cache}
 
     def after(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -119,6 +120,7 @@ class Attachment:
             handle.remove()
         unwatch(decoder)
         forget(decoder)
+        drop(decoder)
         if _implementation(decoder) == NAME:
             decoder.set_attn_implementation(self.previous)
 

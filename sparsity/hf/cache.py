@@ -19,6 +19,7 @@ from sparsity.hf.attach import (
 )
 from sparsity.hf.autocast import autocast_dtype, lowered
 from sparsity.hf.decoding_path import choose_places
+from sparsity.hf.fixed_memory import leave_to_the_next, take
 from sparsity.hf.forward_checks import check_autocast, check_checkpointing, check_states
 from sparsity.hf.generate_steps import GenerateSteps
 from sparsity.hf.layers import (
@@ -53,6 +54,8 @@ class SparseCache(GenerateSteps, Cache):
 
     On a CUDA device a policy that bounds what it holds keeps it in memory of fixed size, and
     `generate` compiles its steps of decoding into one CUDA graph; see `static` and `max_tokens`.
+    Where that was done, the memory of a cache that is gone is kept for the next cache of the model,
+    so that the graph serves it too; ``detach(model)`` frees it.
 
     Args:
         model: a transformers model for text generation, written on the attention interface. It is
@@ -114,6 +117,7 @@ class SparseCache(GenerateSteps, Cache):
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
+        leave_to_the_next(self, decoder, self._state)
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
 
@@ -165,7 +169,7 @@ class SparseCache(GenerateSteps, Cache):
         layer.prefetch()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def begin(self, token: str, arguments: dict[str, Any]) -> None:
+    def begin(self, token: str, decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
         """Check and plan a forward; nothing has changed when it raises SparsityError."""
         if token != self._model:
             raise SparsityError(
@@ -192,6 +196,8 @@ class SparseCache(GenerateSteps, Cache):
             self._state.abandon()
             raise
         self.autocast = autocast
+        if state.fixed and state.rows.batch is None:
+            take(decoder, state)
         if step.single and state.clock is not None:
             for layer in self.layers:
                 layer.prefetch()

@@ -25,6 +25,7 @@ _MOST = 64  # entries of the longest container that is looked into
 _OF_GENERATE = ("_compiled_call", "_last_compile_config", "generation_config")
 _LIBRARIES = ("torch", "transformers", "sparsity")
 _STEPS: set[str] = set()  # signatures of all steps that were compiled
+_traces = 0
 
 
 def compile_config() -> CompileConfig:
@@ -42,7 +43,12 @@ def _filters_guards() -> bool:
 
 
 def guards_kept(guards: Sequence[Any]) -> list[bool]:
-    """Which guards torch.compile keeps: those on what no `signature` sums up."""
+    """Which guards torch.compile keeps: those on what no `signature` sums up.
+
+    Called by it once for each graph that it has traced.
+    """
+    global _traces
+    _traces += 1
     return [_kept(guard) for guard in guards]
 
 
@@ -64,6 +70,11 @@ def _of_a_library(name: str) -> bool:
     if not scope.startswith("__import_"):  # of the file that the traced call starts in, or builtin
         return True
     return scope.removeprefix("__import_").split("_dot_")[0] in _LIBRARIES
+
+
+def traces() -> int:
+    """How many graphs torch.compile has traced so far with `guards_kept`."""
+    return _traces
 
 
 def note_step(signature: str) -> bool:

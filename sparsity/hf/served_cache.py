@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sparsity.hf.layers import RetainedLayer
 
@@ -69,11 +70,12 @@ class ServedCache(ABC):
         """Close an armed step that has gone through."""
 
     @abstractmethod
-    def begin(self, token: str, arguments: dict[str, Any]) -> None:
+    def begin(self, token: str, decoder: PreTrainedModel, arguments: dict[str, Any]) -> None:
         """Check and plan a forward, before it has changed anything.
 
         Args:
             token: identifies the model.
+            decoder: of it, which is called.
             arguments: those that the decoder is called with, by name.
         """
 

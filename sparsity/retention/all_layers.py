@@ -10,7 +10,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
 from sparsity.retention.batch_rows import BatchRows, Step, check_columns, check_room, plan
-from sparsity.retention.clock import Clock, frozen
+from sparsity.retention.clock import Clock
 from sparsity.retention.fixed_pool import (
     evicts_between_steps,
     make_room,
@@ -41,6 +41,7 @@ class AllLayers:
         decoding: whether the last forward brought one token.
         max_tokens: columns that a text may have; None for no bound.
         clock: where the rows are in pools of fixed size; None while there are none.
+        spare_clock: becomes the clock where it fits, so that it stays where it is in memory.
         armed: whether the next forward is a step of `LayerRetention.decode`, checked beforehand.
         begun: whether that step is under way.
         unfinished: whether such a step has failed.
@@ -67,6 +68,7 @@ class AllLayers:
         self.decoding = False
         self.max_tokens: int | None = None
         self.clock: Clock | None = None
+        self.spare_clock: Clock | None = None
         self.armed, self.behind, self.compiled = False, False, False
         self.begun, self.unfinished = False, False
         self.peak_bytes = 0
@@ -271,11 +273,11 @@ class AllLayers:
     def _set_clock(self, single: bool) -> None:
         """Move the clock to `rows`."""
         assert self.rows.real is not None
-        clock = self.clock
-        if clock is None or frozen(clock.rank) or clock.rank.shape != self.rows.real.shape:
+        self.clock, self.spare_clock = self.clock or self.spare_clock, None
+        if self.clock is None or not self.clock.fits(self.rows.real):
             self.clock = Clock.at(self.rows.real, self.rows.seen)
         else:
-            clock.set(self.rows.real, self.rows.seen)
+            self.clock.set(self.rows.real, self.rows.seen)
         self.compiled = False
         if not single or self._due is None:
             self._note_due(self.rows.seen)

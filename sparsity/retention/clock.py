@@ -33,6 +33,11 @@ class Clock:
         keep_address(clock.rank, clock.column, clock.valid)
         return clock
 
+    def fits(self, rank: Tensor) -> bool:
+        """Whether it can be set to `rank` in place."""
+        alike = (self.rank.shape, self.rank.device) == (rank.shape, rank.device)
+        return alike and not frozen(self.rank)
+
     def set(self, rank: Tensor, column: int) -> None:
         """Go to `rank` and `column`, in place; the next column is real in every row."""
         self.rank.copy_(rank)

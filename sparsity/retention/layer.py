@@ -41,6 +41,7 @@ class LayerRetention:
         weigh: its attention weights, as of the last forward of several tokens; None before one.
         places: places for pages of a pool that never grows, see `sparsity.retention.fixed_pool`;
             None for one that grows.
+        fixed: `pool` where it has `places`, which `clear` leaves; the next prompt goes there.
         past: keys and values `[batch, kv_heads, tokens, head_dim]` of another cache, which the
             first forward takes in (only then is it known which columns are padding); never written
             to.
@@ -71,7 +72,7 @@ class LayerRetention:
         self.reallocated = False
         self.transient_bytes = 0
         self.weigh: Weigh | None = None
-        self._fixed: PagePool | None = None  # `pool` where it is fixed, which `clear` leaves
+        self.fixed: PagePool | None = None
         self.prompt_attention = ""
 
     @property
@@ -91,7 +92,7 @@ class LayerRetention:
     def num_bytes(self) -> int:
         """Bytes of every tensor of its own, those that the policy needs included."""
         tensors = [] if self.borrowed else list(self.past or ())
-        for pool in (self.pool, self._fixed):
+        for pool in (self.pool, self.fixed):
             tensors += [] if pool is None else pool.tensors().values()
         return storage_bytes(tensors)
 
@@ -108,7 +109,7 @@ class LayerRetention:
         if self.pool is not None:
             self.pool = self.pool.map(change)
             if self.places is not None:
-                self._fixed = self.pool
+                self.fixed = self.pool
                 keep_address(*self.pool.tensors().values())
         if self.past is not None:
             self.past = (change(self.past[0]), change(self.past[1]))
@@ -351,10 +352,10 @@ class LayerRetention:
         besides: tuple[Tensor, ...] = (key, value)
         if self.places is not None:
             besides = (*besides, *self.pool.tensors().values())
-            fixed = self._fixed
+            fixed = self.fixed
             if fixed is not None and (frozen(fixed.keys) or not fixed.is_like(self.pool)):
                 fixed = None  # of another batch, or of the model in another dtype
-            self.pool = self._fixed = fix(self.pool, self.places, fixed)
+            self.pool = self.fixed = fix(self.pool, self.places, fixed)
         self._note_more(besides)
         return out
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity import H2O, Full, Quest, RaaS, SnapKV, SparseCache, StreamingLLM
@@ -65,6 +66,21 @@ def test_nothing_is_compiled_again_in_4096_steps_nor_for_another_cache():
         assert cache.report().decoding == COMPILED
     assert counters["stats"]["unique_graphs"] == 1
     assert cache.report().num_bytes == bytes_held(model, policy)
+
+
+def test_the_next_caches_are_served_by_the_same_recording():
+    """Wherever the allocator would have put them; torch gives up after 128 recordings."""
+    model, elsewhere = build(torch.bfloat16), []
+    cache = SparseCache(model, RaaS(128, pin_prompt=False))
+    generate(model, cache, 16)
+    recorded = get_manager(0).new_graph_id().id
+    for turn in range(135):
+        cache = SparseCache(model, RaaS(128, pin_prompt=False))
+        generate(model, cache, 4, prompt=13 + turn % 7)
+        elsewhere.append(torch.empty(1000 * turn, device="cuda"))
+    assert get_manager(0).new_graph_id().id == recorded + 1
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.mark.parametrize(
