@@ -70,6 +70,21 @@ def test_a_step_reads_weights_once_and_what_its_policy_attends_to(benchmarks):
     assert {cell: bytes_a_step(model, cell) - weights for cell in read} == read
 
 
+def test_what_earlier_calls_measured_is_kept_beside(benchmarks):
+    from decode import before
+    from decode_tables import spread
+
+    record = row("ours compiled", 6.5, policy="RaaS", first_steps_seconds=90.0)
+    for call, step in ((1, 7.0), (2, 6.0)):
+        new = row("ours compiled", step, policy="RaaS", call=call)
+        record = new | {"earlier": before(record)}
+    assert [each["call"] for each in record["earlier"]] == [0, 1]
+    failed = {"name": record["name"], "error": "out of memory"}
+    assert before(failed | {"earlier": before(record)}) == before(record)
+    line = "- RaaS, compiled, batch 1, 1,024: 6.00 to 7.00 ms in 3 calls."
+    assert spread({"rows": [record, row("dense static", 9.0)]}) == line
+
+
 def test_the_share_of_the_copy_bandwidth_is_that_of_the_row_s_own_call(benchmarks):
     from decode_tables import share_of_copy
 

@@ -153,10 +153,20 @@ class Results:
         self.record["calls"].append(call)
 
     def add(self, row: dict) -> None:
-        """Put a row in, in the place of one of its name, and write the file."""
+        """Put a row in, in the place of one of its name, and write the file.
+
+        What that one had measured is kept beside: machines differ.
+        """
         kept = [r for r in self.record["rows"] if r["name"] != row["name"]]
-        self.record["rows"] = [*kept, row | {"call": self.call}]
+        earlier = [e for r in self.record["rows"] if r["name"] == row["name"] for e in before(r)]
+        self.record["rows"] = [*kept, row | {"call": self.call, "earlier": earlier}]
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+def before(row: dict) -> list[dict]:
+    """What earlier calls measured of a row that is replaced, itself among them."""
+    now = {key: row[key] for key in ("call", "step_ms", "first_steps_seconds") if key in row}
+    return [*row.get("earlier", ()), *([now] if "step_ms" in now else ())]
 
 
 def failed(cell: Cell, error: Exception) -> dict:

@@ -133,6 +133,18 @@ def _beneath(record: dict) -> str:
     )
 
 
+def spread(record: dict) -> str:
+    """What each compiled arm took in all calls that measured it, where there were several."""
+    lines = []
+    for row in measured(record):
+        calls = [*row.get("earlier", ()), row]
+        if row["arm"] == "ours compiled" and len(calls) > 1:
+            steps = sorted(call["step_ms"] for call in calls)
+            at = f"batch {row['batch']}, {row['context']:,}: {steps[0]:.2f} to {steps[-1]:.2f} ms"
+            lines.append(f"- {label(row)}, {at} in {len(calls)} calls.")
+    return "\n".join(lines)
+
+
 def batches(record: dict) -> str:
     """The cells of more than one row."""
     return main_table(record, lambda row: row["batch"] > 1 and row["context"] > 0)
@@ -218,9 +230,15 @@ def profile_table(name: str, profile: dict, most: int = 25) -> str:
     return f"{markdown(rows, columns)}\n\n{beneath}."
 
 
+def profiles(record: dict) -> str:
+    """Every cell of `decode_profile.json`."""
+    return "\n\n".join(profile_table(name, cell, 16) for name, cell in record["cells"].items())
+
+
 def on_the_clock(record: dict) -> str:
     """The first block of docs/retention.md: the verdicts, and what they rest on."""
-    return f"{when_it_pays(record)}\n\n{by_context(record)}"
+    parts = (when_it_pays(record), by_context(record), spread(record))
+    return "\n\n".join(part for part in parts if part)
 
 
 def tables(record: dict) -> str:

@@ -136,6 +136,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "replay": [replay_policies.table],
         "cpu_step": [cpu_step_table],
         "decode": decode_tables.BLOCKS,
+        "decode_profile": [decode_tables.profiles],
     },
     "docs/demand.md": {
         "ranks": [demand_tables.ranks],

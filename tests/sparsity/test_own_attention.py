@@ -365,6 +365,7 @@ def test_on_a_gpu(implementation, pads):
         if package is not None and importlib.util.find_spec(package.split(".")[0]) is None:
             pytest.skip(f"needs the package of {implementation}")
         shape = dict(hidden_size=256, head_dim=64, num_hidden_layers=2)
+        shape["layer_types"] = ["full_attention"] * 2
         model = tiny_model("qwen3", torch.bfloat16, **shape).to("cuda")
         given = {name: t.to("cuda") for name, t in padded_inputs(211, *pads).items()}
         ids = given.pop("input_ids")
