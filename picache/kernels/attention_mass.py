@@ -64,7 +64,7 @@ def attention_mass(
     from picache.kernels.attention_mass_triton import launch_attention_mass
 
     given = (query, keys, positions, lse, scaling, window, softcap, weight)
-    return launch("attention_mass", launch_attention_mass, *given)
+    return launch("attention_mass", keys, launch_attention_mass, *given)
 
 
 def attention_mass_reference(

@@ -109,12 +109,11 @@ class Plan(NamedTuple):
 
 def plan(lines: int, head_dim: int, itemsize: int) -> Plan:
     """The plan for a number of lines, which are rows times the heads of a group."""
+    most_lines, keys, stages = 64, 128 if padded(head_dim) <= 128 else 64, 2
     if itemsize == 4:
-        most_lines, keys = (32, 32) if padded(head_dim) <= 128 else (16, 32)
-    else:
-        most_lines, keys = 64, 128 if padded(head_dim) <= 128 else 64
+        most_lines, keys, stages = 32, 16, 1
     tile = max(16, min(most_lines, triton.next_power_of_2(lines)))
-    return Plan(tile, keys, 4, 2)
+    return Plan(tile, keys, 8 if tile == most_lines else 4, stages)
 
 
 def launch_attention_mass(

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from picache.errors import PICacheError
 
@@ -60,14 +61,17 @@ def require(name: str, dtypes: tuple[torch.dtype, ...], head_dim: int, value_dim
         )
 
 
-def launch(name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call the function, whose kernels are built where they come first.
+def launch(
+    name: str, like: Tensor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    """Call the function on the device of a tensor; its kernels are built where they come first.
 
     Raises:
         PICacheError: where Triton fails, with the name of the kernel.
     """
     try:
-        return function(*args, **kwargs)
+        with torch.cuda.device_of(like):  # Triton launches on the current device
+            return function(*args, **kwargs)
     except (PICacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -144,7 +144,7 @@ def place(
     from picache.kernels.place_triton import launch_place
 
     arenas = (key_sources, value_sources, key_arenas, value_arenas, pieces, keys, values)
-    launch("place", launch_place, *arenas, tokens, turn, temperature)
+    launch("place", keys, launch_place, *arenas, tokens, turn, temperature)
 
 
 def refuse_turn(turn: Turn, dim: int) -> None:

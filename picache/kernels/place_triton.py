@@ -250,7 +250,7 @@ def launch_place(
     kv_heads, head_dim, value_dim = keys.shape[1], keys.shape[3], values.shape[3]
     if chosen is None:
         size = (kv_heads, max(head_dim, value_dim), keys.element_size())
-        chosen = plan(layers, tokens, *size, processors_of(keys))
+        chosen = plan(layers, tokens, *size, processors_of(keys).number)
     cos = sin = keys  # nothing is read of a stand-in
     pairs, offset, halves, part = 0, 0, True, 0
     if turn is not None:

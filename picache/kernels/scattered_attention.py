@@ -55,7 +55,7 @@ def scattered_attention(
     from picache.kernels.scattered_attention_triton import launch_scattered_attention
 
     given = (query, keys, values, positions, scaling, window, softcap, sinks)
-    return launch("scattered_attention", launch_scattered_attention, *given)
+    return launch("scattered_attention", keys, launch_scattered_attention, *given)
 
 
 def scattered_attention_reference(

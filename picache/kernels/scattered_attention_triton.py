@@ -5,6 +5,7 @@ The query heads that share a KV head are rows of one tile: row r and head g of t
 ``r * G + g``. Scores are in units of log 2 throughout, since the device raises 2 to a power.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -88,7 +89,7 @@ def visit(
     return most, total, acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def split_kernel(
     query,
     keys,
@@ -108,6 +109,7 @@ def split_kernel(
     value_h,
     value_n,
     rows,
+    splits,
     SCALE: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -119,15 +121,15 @@ def split_kernel(
     DV_PAD: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     SINKS: tl.constexpr,
+    DIRECT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Attention of M lines to one part of the keys.
 
     The parts divide the keys up to the row's last position, or those that the tile sees through
-    its window. A single part needs no join and writes the output. WIDE multiplies in float32, for
+    its window. DIRECT is for a single part, which needs no join. WIDE multiplies in float32, for
     Triton's interpreter, which knows no product of bfloat16.
     """
     LOG2: tl.constexpr = 1.4426950408889634
@@ -144,8 +146,8 @@ def split_kernel(
     if WINDOW > 0:
         begin = tl.maximum(first - WINDOW + 1, 0) // N
     end = (last + N) // N
-    lse_at = lse + (b * H + h) * SPLITS * rows * G + split * (rows * G) + line
-    if SPLITS > 1:
+    lse_at = lse + ((b * H + h) * splits + split) * rows * G + line
+    if not DIRECT:
         span = end - begin
         if WINDOW == 0:  # parts of one size, whatever the tile sees of them
             furthest = -1
@@ -154,7 +156,7 @@ def split_kernel(
                 some = tl.load(positions + b * rows + many, mask=many < rows, other=-1)
                 furthest = tl.maximum(furthest, tl.max(some.to(tl.int32), 0))
             span = (furthest + N) // N
-        each = tl.maximum(tl.cdiv(span, SPLITS), LEAST // N)
+        each = tl.maximum(tl.cdiv(span, splits), LEAST // N)
         begin += split * each
         end = tl.minimum(begin + each, end)
         if begin >= end:
@@ -189,7 +191,7 @@ def split_kernel(
         SCALE, CAP, WINDOW, True, D, D_PAD, DV, DV_PAD, N, WIDE,
     )  # fmt: skip
 
-    if SPLITS == 1 and SINKS:
+    if DIRECT and SINKS:
         sink = tl.load(sinks + head, mask=there, other=0).to(tl.float32) * LOG2
         higher = tl.maximum(most, sink)
         fade = tl.exp2(most - higher)
@@ -200,17 +202,17 @@ def split_kernel(
     acc = tl.where((total == 0)[:, None], 0.0, acc / total[:, None])
     dv = tl.arange(0, DV_PAD)
     mask = there[:, None] & (dv < DV)[None, :]
-    if SPLITS == 1:
+    if DIRECT:
         at = (b * rows + row) * (H * G) + head
         tl.store(out + at[:, None] * DV + dv[None, :], acc, mask=mask)
         tl.store(lse + at, (most + tl.log2(total)) / LOG2, mask=there)
     else:
-        at = ((b * H + h) * SPLITS + split) * rows * G + line
+        at = ((b * H + h) * splits + split) * rows * G + line
         tl.store(partial + at[:, None] * DV + dv[None, :], acc, mask=mask)
         tl.store(lse_at, most + tl.log2(total), mask=there)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "splits"])
 def join_kernel(
     partial,
     parts,
@@ -218,12 +220,12 @@ def join_kernel(
     out,
     lse,
     rows,
+    splits,
     H: tl.constexpr,
     G: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     M: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     SINKS: tl.constexpr,
 ):
@@ -234,10 +236,10 @@ def join_kernel(
     line = tl.program_id(0) * M + tl.arange(0, M)
     there = line < rows * G
     head = h * G + line % G
-    begin = (b * H + h) * SPLITS * rows * G + line
+    begin = (b * H + h) * splits * rows * G + line
     split = tl.arange(0, SPLITS_PAD)
     logs_at = parts + begin[:, None] + split[None, :] * (rows * G)
-    mask = there[:, None] & (split < SPLITS)[None, :]
+    mask = there[:, None] & (split < splits)[None, :]
     logs = tl.load(logs_at, mask=mask, other=float("-inf"))
     most = tl.max(logs, 1)
     nothing = most == float("-inf")
@@ -250,7 +252,7 @@ def join_kernel(
         total = tl.where(nothing, 0.0, total + tl.exp2(sink - base))
     dv = tl.arange(0, DV_PAD)
     acc = tl.zeros([M, DV_PAD], tl.float32)
-    for part in tl.range(SPLITS):
+    for part in tl.range(0, splits):
         at = begin + part * (rows * G)
         log = tl.load(parts + at, mask=there, other=float("-inf"))
         # What an empty part would have written is not there to be read.
@@ -261,6 +263,31 @@ def join_kernel(
     at = (b * rows + line // G) * (H * G) + head
     tl.store(out + at[:, None] * DV + dv[None, :], acc, mask=there[:, None] & (dv < DV)[None, :])
     tl.store(lse + at, (base + tl.log2(total)) / LOG2, mask=there)
+
+
+class Processors(NamedTuple):
+    """What a plan must know of a device.
+
+    Args:
+        number: streaming multiprocessors.
+        shared: bytes of shared memory that a program may take.
+    """
+
+    number: int
+    shared: int
+
+
+def processors_of(tensor: Tensor) -> Processors:
+    """Those of the device that holds the tensor; on a CPU one, like an H200's."""
+    if not tensor.is_cuda:
+        return Processors(1, 227 * 1024)
+    return _processors(tensor.device.index)
+
+
+@cache
+def _processors(device: int) -> Processors:
+    of = triton.runtime.driver.active.utils.get_device_properties(device)
+    return Processors(of["multiprocessor_count"], of["max_shared_mem"])
 
 
 class Plan(NamedTuple):
@@ -288,7 +315,7 @@ def plan(
     head_dim: int,
     value_dim: int,
     itemsize: int,
-    processors: int,
+    processors: Processors,
 ) -> Plan:
     """The plan for a batch of tiles of lines over the places of an arena.
 
@@ -302,29 +329,26 @@ def plan(
         processors: of the device.
     """
     widest = max(padded(head_dim), padded(value_dim))
-    if itemsize == 4:
-        most_lines, keys, stages = (32, 32, 2) if widest <= 128 else (16, 32, 1)
+    if itemsize == 4:  # without tensor cores, whose products of float32 are rounded
+        most_lines, keys, warps, stages = 32, 16, 8, 1
     elif widest <= 128:
-        most_lines, keys, stages = 128, 64, 3
+        most_lines, keys, warps, stages = 128, 64, 8, 3
     else:
-        most_lines, keys, stages = 64, 64, 2
+        most_lines, keys, warps, stages = 64, 64, 8, 2
     tile = max(16, min(most_lines, triton.next_power_of_2(lines)))
+    both = padded(head_dim) + padded(value_dim)
+    while stages > 1 and (tile * padded(head_dim) + stages * keys * both) * itemsize > (
+        processors.shared
+    ):
+        stages -= 1
     programs = kv_rows * triton.cdiv(lines, tile)
-    splits = min(round(WAVES * processors / programs), capacity // LEAST_KEYS, MOST_SPLITS)
-    warps = 8 if tile == 128 or (itemsize == 2 and widest > 128 and tile == 64) else 4
-    return Plan(tile, keys, max(1, splits), warps, stages)
+    splits = min(round(WAVES * processors.number / programs), capacity // LEAST_KEYS, MOST_SPLITS)
+    return Plan(tile, keys, max(1, splits), warps if tile == most_lines else 4, stages)
 
 
 def padded(dim: int) -> int:
     """The dimension of a tile that holds one of `dim` numbers."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def processors_of(tensor: Tensor) -> int:
-    """Streaming multiprocessors of the device that holds the tensor."""
-    if not tensor.is_cuda:
-        return 1
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def packed(tensor: Tensor) -> Tensor:
@@ -380,6 +404,7 @@ def launch_scattered_attention(
         values.stride(1),
         values.stride(2),
         rows,
+        chosen.splits,
         SCALE=scaling,
         CAP=softcap or 0.0,
         WINDOW=window or 0,
@@ -391,9 +416,9 @@ def launch_scattered_attention(
         DV_PAD=padded(value_dim),
         M=chosen.lines,
         N=chosen.keys,
-        SPLITS=chosen.splits,
         LEAST=max(LEAST_KEYS, chosen.keys),
         SINKS=sinks is not None,
+        DIRECT=chosen.splits == 1,
         WIDE=not keys.is_cuda,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
@@ -407,12 +432,12 @@ def launch_scattered_attention(
             out,
             whole,
             rows,
+            chosen.splits,
             H=kv_heads,
             G=groups,
             DV=value_dim,
             DV_PAD=padded(value_dim),
             M=lines,
-            SPLITS=chosen.splits,
             SPLITS_PAD=triton.next_power_of_2(chosen.splits),
             SINKS=sinks is not None,
             num_warps=4,

@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from picache.kernels import attention_mass_triton, place_triton, scattered_attention_triton
 from picache.kernels.place import Turn
 
+H200 = scattered_attention_triton.Processors(132, 227 * 1024)
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -25,6 +26,7 @@ SHAPES = [
     (1, 8, 4, 320, 32768, 128, 128, torch.bfloat16),
     (8, 8, 4, 88, 4096, 128, 128, torch.bfloat16),
     (1, 2, 4, 3, 4096, 64, 64, torch.float32),
+    (1, 2, 4, 96, 4096, 64, 64, torch.float32),
     (2, 2, 2, 96, 8192, 256, 256, torch.float32),
     (1, 4, 2, 320, 8192, 256, 256, torch.float16),
     (1, 4, 3, 96, 8192, 80, 96, torch.bfloat16),
@@ -61,7 +63,7 @@ def launches(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, Catch(getattr(module, name), caught))
     for module in (scattered_attention_triton, place_triton):
-        monkeypatch.setattr(module, "processors_of", lambda _: 132)
+        monkeypatch.setattr(module, "processors_of", lambda _: H200)
     for batch, kv_heads, groups, rows, capacity, dim, value_dim, dtype in SHAPES:
 
         def like(*shape, dtype=dtype):

@@ -187,12 +187,13 @@ TURNS = [
     ("half", 0.5, False, 1),
     ("interleaved", 0.2, True, 1),
 ]
+TEMPERATURES = [1.0, 0.9, 1.0, 0.9, 0.9, 1.0, 1.1, 1.0]
 
 
 @pytest.mark.parametrize("case", PLACES, ids=str)
 @pytest.mark.parametrize(
     ("turn", "temperature"),
-    list(zip(TURNS, [1.0, 0.9, 1.0, 0.9, 0.9, 1.0, 1.1, 1.0], strict=True)),
+    list(zip(TURNS, TEMPERATURES, strict=True)),
     ids=str,
 )
 def test_place(case, turn, temperature):
