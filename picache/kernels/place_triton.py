@@ -88,7 +88,17 @@ def cool_head(source, target, target_n, live, temperature, W: tl.constexpr, BLOC
     tl.store(target + t * target_n + d, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "temperature"])
+# Tables of single layers begin at any multiple of 8 bytes, which is no reason for another kernel.
+@triton.jit(
+    do_not_specialize=["chunks", "temperature"],
+    do_not_specialize_on_alignment=[
+        "key_sources",
+        "value_sources",
+        "key_arenas",
+        "value_arenas",
+        "pieces",
+    ],
+)
 def place_kernel(
     like,
     key_sources,

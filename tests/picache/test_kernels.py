@@ -4,6 +4,7 @@ Triton's interpreter is chosen when Triton is imported, so it runs in a process 
 there is a CUDA device the same cases run on it here.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -83,6 +84,15 @@ def test_plans_fill_the_device_and_fit_its_memory():
     assert plan(8, 4, 32768, *shape, h200).lines == 16
     assert plan(8, 4, 700, *shape, h200).splits == 2  # of 256 keys or more
     assert plan(8, 200_000, 200_000, *shape, h200).splits == 1
+
+
+def test_the_benchmark_rehearses(tmp_path):
+    script, out = CASES.parents[2] / "examples/benchmarks/link_kernels.py", tmp_path / "out.json"
+    command = [sys.executable, str(script), "--device", "cpu", "--tiny", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(CASES.parents[2])}
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert "0 wrong, 0 failed" in done.stdout
+    assert all(row["us"] > 0 for row in json.loads(out.read_text())["rows"])
 
 
 # --- the twins against the attention that linking has used so far ---
