@@ -111,12 +111,24 @@ def test_attention(case, plan, rule, dtype):
     assert lse[~padding].isfinite().all()
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", [*RULES, (250, None, True)], ids=str)
 def test_attention_in_float32_is_exact_to_rounding(rule):
     for plan in PLANS:
         got, expected, _ = attend_both(SHAPES[2], torch.float32, plan, rule, seed=3)
         torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
         torch.testing.assert_close(got[1], expected[1], atol=3e-6, rtol=1e-5)
+
+
+def test_more_rows_than_positions_are_read_at_once():
+    query, keys, values, positions, _ = map(to, drawn((1, 1, 1, 1100, 1300, 16, 16), torch.float32))
+    given = (query, keys, values, positions, 0.5, None, None, None)
+    out, lse = launch_scattered_attention(*given, Plan(128, 64, 3, 4, 1))
+    expected, expected_lse = scattered_attention_reference(*given)
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=3e-6, rtol=1e-5)
+    given = (query, keys, last_rows(positions, 40), lse, 0.5, None, None, None)
+    mass = launch_attention_mass(*given, MassPlan(16, 128, 4, 1))
+    torch.testing.assert_close(mass, attention_mass_reference(*given), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])

@@ -20,10 +20,10 @@ from picache.hf.attention import attend_reference
 from picache.hf.attention import attention_mass as mass_of_one_prompt
 from picache.hf.rope import rotate
 from picache.kernels import available
-from picache.kernels.attention_mass import attention_mass, last_rows
+from picache.kernels.attention_mass import attention_mass, attention_mass_reference, last_rows
 from picache.kernels.available import launch, require, why_not
 from picache.kernels.place import Piece, Turn, addresses, place, place_reference, table_of
-from picache.kernels.scattered_attention import scattered_attention
+from picache.kernels.scattered_attention import scattered_attention, scattered_attention_reference
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
@@ -59,6 +59,63 @@ def test_kernels_equal_their_twins_on_the_device():
     done = pytest_of_cases(TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_graph_serves_other_rows_and_chunks():
+    """A captured launch reads positions, lengths and addresses from the device when replayed."""
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, device="cuda").bfloat16()
+
+    query, capacity = draw(2, 8, 40, 64), 600
+    keys, values = (torch.full((2, 2, capacity, 64), torch.nan).cuda().bfloat16() for _ in range(2))
+    chunks = [(draw(2, n, 64), draw(2, n, 64)) for n in (100, 300, 7, 33)]
+    angles = 6 * torch.rand(capacity, 32, generator=g, device="cuda")
+    turn = Turn(angles.cos(), angles.sin(), "half")
+    sources = torch.zeros(2, 1, 4, dtype=torch.int64, device="cuda")
+    arenas_at = [addresses([arena]).cuda() for arena in (keys, values)]
+    table = torch.zeros(4, 5, dtype=torch.int32, device="cuda")
+    positions = torch.full((2, 40), -1, device="cuda")
+
+    def run():
+        place(*sources, *arenas_at, table, keys, values, capacity, turn)
+        out, lse = scattered_attention(query, keys, values, positions, 0.2)
+        return out, lse, attention_mass(query, keys, last_rows(positions, 5), lse, 0.2)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for used, rows in (([0, 3], 9), ([1, 2, 0], 40)):
+        placed, at = [], 0
+        for i, c in enumerate(used):
+            held = chunks[c][0].shape[1]
+            placed.append(Piece(held, i, i % 2, at, at if i else -1))
+            at += held - i
+        for part in (0, 1):
+            listed = addresses([chunks[c][part] for c in used]).cuda()
+            sources[part, 0, : len(used)] = listed
+        table.zero_()
+        table[: len(used)] = table_of(placed, capacity, 2, capacity).cuda()
+        arenas = [torch.zeros_like(keys), torch.zeros_like(values)]
+        for arena in (keys, values):
+            arena.zero_()
+        whole = [[[chunks[c][part] for c in used]] for part in (0, 1)]
+        place_reference(*whole, placed, *([arena] for arena in arenas), turn)
+        drawn_rows = torch.randperm(at, generator=g, device="cuda")[:rows].sort().values
+        positions.fill_(-1)
+        positions[:, : len(drawn_rows)] = drawn_rows
+        graph.replay()
+        for mine, expected in zip((keys, values), arenas, strict=True):
+            torch.testing.assert_close(mine, expected, atol=1e-2, rtol=1e-2)
+        out, lse = scattered_attention_reference(query, keys, values, positions, 0.2)
+        torch.testing.assert_close(got[0], out, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(got[1], lse, atol=1e-3, rtol=1e-3)
+        mass = attention_mass_reference(query, keys, last_rows(positions, 5), lse, 0.2)
+        torch.testing.assert_close(got[2], mass, atol=1e-4, rtol=1e-3)
 
 
 @needs_triton
