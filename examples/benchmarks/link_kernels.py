@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, n
 from environment import environment
 
 from picache.kernels.attention_mass import attention_mass_reference, last_rows
-from picache.kernels.place import Piece, Turn, addresses, place_reference, table_of
+from picache.kernels.place import place_reference
 from picache.kernels.scattered_attention import scattered_attention_reference
+from picache.kernels.tables import Piece, Turn, addresses, table_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNKS, QUERY = 16, 64

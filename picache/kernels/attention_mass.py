@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from picache.kernels.available import launch, require
-from picache.kernels.scattered_attention import masked_scores, refuse_scaling
+from picache.kernels.scattered_attention import masked_scores, refuse
 
 
 def last_rows(positions: Tensor, count: int | Tensor) -> Tensor:
@@ -53,10 +53,10 @@ def attention_mass(
         fp32 ``[batch, capacity]``; 0 behind the last row that counts.
 
     Raises:
-        PICacheError: for a scaling or a window that is not above 0, and on CUDA for tensors that
-            the kernel cannot take.
+        PICacheError: for shapes that do not go together, for a scaling or a window that is not
+            above 0, and on CUDA for tensors that the kernel cannot take.
     """
-    refuse_scaling("attention_mass", scaling, window)
+    refuse("attention_mass", query, keys, positions, scaling, window)
     if not keys.is_cuda:
         rest = (scaling, window, softcap, weight)
         return attention_mass_reference(query, keys, positions, lse, *rest)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from picache.kernels.place import ALIGNED, Turn
 from picache.kernels.scattered_attention_triton import processors_of
+from picache.kernels.tables import ALIGNED, Turn
 
 LEAST_CHUNKS = 64  # that a program looks through: one kernel for all links of as many
 TILE_BYTES = 8192  # of the keys of a head that a program holds at once

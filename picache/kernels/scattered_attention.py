@@ -43,10 +43,10 @@ def scattered_attention(
         rows before the heads, so that ``out.transpose(1, 2)`` is contiguous.
 
     Raises:
-        PICacheError: for a scaling or a window that is not above 0, and on CUDA for tensors that
-            the kernels cannot take.
+        PICacheError: for shapes that do not go together, for a scaling or a window that is not
+            above 0, and on CUDA for tensors that the kernels cannot take.
     """
-    refuse_scaling("scattered_attention", scaling, window)
+    refuse("scattered_attention", query, keys, positions, scaling, window)
     if not keys.is_cuda:
         rest = (scaling, window, softcap, sinks)
         return scattered_attention_reference(query, keys, values, positions, *rest)
@@ -105,8 +105,23 @@ def masked_scores(
     return scores.masked_fill(~seen[:, None, None], -torch.inf)
 
 
-def refuse_scaling(name: str, scaling: float, window: int | None) -> None:
-    """Raise PICacheError for a scaling or a window that is not above 0."""
+def refuse(
+    name: str,
+    query: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    scaling: float,
+    window: int | None,
+) -> None:
+    """Raise PICacheError for what a kernel would not notice."""
+    batch, heads, rows, dim = query.shape
+    fitting = keys.shape[0] == batch and heads % keys.shape[1] == 0 and keys.shape[3] == dim
+    if not fitting or positions.shape != (batch, rows):
+        raise PICacheError(
+            f"{name}: query {tuple(query.shape)}, keys {tuple(keys.shape)} and positions "
+            f"{tuple(positions.shape)} do not go together; give [batch, heads, rows, head_dim], "
+            "[batch, kv_heads, capacity, head_dim] and [batch, rows]"
+        )
     if not scaling > 0:
         raise PICacheError(
             f"{name}(scaling={scaling}): a factor above 0 is needed; fold a sign into the queries"

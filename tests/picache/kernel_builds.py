@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from picache.kernels import attention_mass_triton, place_triton, scattered_attention_triton
-from picache.kernels.place import Turn
+from picache.kernels.tables import Turn
 
 H200 = scattered_attention_triton.Processors(132, 227 * 1024)
 TYPES = {

@@ -8,11 +8,12 @@ import torch
 from picache.kernels.attention_mass import attention_mass_reference, last_rows
 from picache.kernels.attention_mass_triton import Plan as MassPlan
 from picache.kernels.attention_mass_triton import launch_attention_mass
-from picache.kernels.place import Piece, Turn, addresses, place_reference, table_of
+from picache.kernels.place import place_reference
 from picache.kernels.place_triton import Plan as PlacePlan
 from picache.kernels.place_triton import launch_place
 from picache.kernels.scattered_attention import scattered_attention_reference
 from picache.kernels.scattered_attention_triton import Plan, launch_scattered_attention
+from picache.kernels.tables import Piece, Turn, addresses, table_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

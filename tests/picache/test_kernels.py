@@ -22,8 +22,9 @@ from picache.hf.rope import rotate
 from picache.kernels import available
 from picache.kernels.attention_mass import attention_mass, attention_mass_reference, last_rows
 from picache.kernels.available import launch, require, why_not
-from picache.kernels.place import Piece, Turn, addresses, place, place_reference, table_of
+from picache.kernels.place import place, place_reference
 from picache.kernels.scattered_attention import scattered_attention, scattered_attention_reference
+from picache.kernels.tables import Piece, Turn, addresses, refuse_tables, refuse_turn, table_of
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
@@ -276,6 +277,38 @@ def test_a_scaling_or_window_of_nothing_is_refused(scaling, window):
         attention_mass(query, keys, positions, query[..., 0], scaling, window)
 
 
+def test_shapes_that_do_not_go_together_are_refused():
+    query, keys, values, positions, _, _ = drawn(None)
+    for wrong in (
+        (query[:1], keys, values, positions),
+        (query[:, :5], keys, values, positions),
+        (query[..., :4], keys, values, positions),
+        (query, keys, values, positions[:1]),
+    ):
+        with pytest.raises(PICacheError, match="do not go together"):
+            scattered_attention(*wrong, 1.0)
+
+
+def test_tables_of_other_shapes_or_types_are_refused():
+    sources, arenas = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    good = {
+        "key_sources": sources,
+        "value_sources": sources,
+        "key_arenas": arenas,
+        "value_arenas": arenas,
+        "pieces": torch.zeros(2, 5, dtype=torch.int32),
+    }
+    refuse_tables(**good)
+    for name, wrong in (
+        ("key_sources", sources.mT.contiguous().mT),
+        ("value_sources", sources[:, :1].contiguous()),
+        ("key_arenas", arenas.int()),
+        ("pieces", good["pieces"][:, :4]),
+    ):
+        with pytest.raises(PICacheError, match=f"place: {name} is"):
+            refuse_tables(**good | {name: wrong})
+
+
 def test_pieces_that_do_not_fit_are_refused():
     table = table_of([Piece(9, 2, 1, 3, 4), Piece(3, 0, 0, 0, -1)], 11, 2, 10)
     assert table.tolist() == [[9, 2, 1, 3, 4], [3, 0, 0, 0, -1]]
@@ -310,8 +343,6 @@ def test_placing_needs_a_device():
 
 
 def test_angles_that_do_not_fit_are_refused():
-    from picache.kernels.place import refuse_turn
-
     good = torch.ones(3, 4)
     refuse_turn(Turn(good, good, "half"), 8)
     with pytest.raises(PICacheError, match="do not fit 8 dimensions"):
