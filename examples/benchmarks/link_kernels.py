@@ -83,6 +83,22 @@ class Bench:
         if self.out is not None:
             self.out.write_text(json.dumps(self.record, indent=1) + "\n")
 
+    def part(self, measure: Callable[..., None], *args: object) -> None:
+        """Measure; where that fails as a whole, go on with the next."""
+        try:
+            measure(self, *args)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:400]
+            self.add(what=f"{measure.__name__} {args[1]}", arm="all", failed=reason)
+
+    def table(self) -> None:
+        """All rows again, a line each."""
+        for row in self.record["rows"]:
+            rest = {k: v for k, v in row.items() if k in ("TFLOP/s", "of_copy", "error")}
+            shown = "  ".join(f"{k} {v:.3g}" for k, v in rest.items())
+            took = f"{row['us']:10.1f} us" if "us" in row else f"failed: {row['failed'][:60]}"
+            print(f"{row['what']:46} {row['arm']:58} {took}  {shown}")
+
     def time(
         self, what: str, arm: str, calls: Sequence[Call], check: Call | None = None, **units: float
     ) -> float:
@@ -503,15 +519,15 @@ def main() -> None:
     variants = args.variants and bench.kernels
     if "attention" in only:
         for case in cases:
-            measure_attention(bench, shape, case)
+            bench.part(measure_attention, shape, case)
     if "place" in only:
         for tokens in lengths:
-            measure_place(bench, shape, tokens, copy, variants and not args.tiny)
+            bench.part(measure_place, shape, tokens, copy, variants and not args.tiny)
     if "attention" in only and variants:
         for case in cases[:5]:
-            try_attention(bench, shape, case, tiles)
-        try_mass(bench, shape, cases[0], tiles)
-    bench.write()
+            bench.part(try_attention, shape, case, tiles)
+        bench.part(try_mass, shape, cases[0], tiles)
+    bench.table()
     wrong = [row for row in bench.record["rows"] if not row.get("right", True)]
     failed = [row for row in bench.record["rows"] if "failed" in row]
     print(f"{len(bench.record['rows'])} rows, {len(wrong)} wrong, {len(failed)} failed")
