@@ -42,6 +42,8 @@ SHAPES = {
     ),
 }
 
+SHAPES["llama-tiny-4"] = SHAPES["llama-tiny"] | dict(num_hidden_layers=4)
+
 
 def build_model(shape: str, seed: int, device: str = "cpu", dtype: str = "float32"):
     """A random Llama of a shape above; the tiny one is to rehearse on."""
