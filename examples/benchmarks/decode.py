@@ -45,6 +45,7 @@ from environment import environment
 from shapes import SHAPES, build_model
 
 from sparsity import SparseCache, detach
+from sparsity.hf.fixed_memory import left_bytes
 
 PARTS = {"1": main_grid, "2": wide_grid}
 
@@ -82,7 +83,7 @@ def run_floor(model: PreTrainedModel, cell: Cell, clock: Clock) -> None:
 def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dict:
     """Decode with the cell's cache inside `generate`; what was held, and what the report says."""
     device, cpu = model.device, model.device.type == "cpu"
-    before = allocated(device)
+    before = allocated(device) - left_bytes(model.get_decoder())  # which this cell takes or frees
     cache = filled_cache(model, cell, clock.new_tokens, seed, static=cpu)
     ids = torch.randint(
         3,

@@ -54,8 +54,9 @@ class SparseCache(GenerateSteps, Cache):
 
     On a CUDA device a policy that bounds what it holds keeps it in memory of fixed size, and
     `generate` compiles its steps of decoding into one CUDA graph; see `static` and `max_tokens`.
-    Where that was done, the memory of a cache that is gone is kept for the next cache of the model,
-    so that the graph serves it too; ``detach(model)`` frees it.
+    Where that was done, the memory of a cache that is gone is kept for the next cache of the same
+    kind and batch, so that the graph serves it too: clone what you want to keep of a cache, and
+    ``detach(model)`` to free the memory.
 
     Args:
         model: a transformers model for text generation, written on the attention interface. It is
@@ -120,6 +121,10 @@ class SparseCache(GenerateSteps, Cache):
         leave_to_the_next(self, decoder, self._state)
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
+
+    def __copy__(self) -> NoReturn:
+        """Refused: two caches would write to the same memory."""
+        raise SparsityError("a SparseCache is copied whole or not at all: use copy.deepcopy(cache)")
 
     @property
     def policy(self) -> Policy:
@@ -192,12 +197,12 @@ class SparseCache(GenerateSteps, Cache):
             autocast = self._checked_autocast(arguments)
             step, repeats = state.plan(arguments)
             self.check_length(step.stop)
+            if state.fixed and state.clock is None:
+                take(decoder, state, len(step.before), autocast or decoder.dtype)
         except Exception:
             self._state.abandon()
             raise
         self.autocast = autocast
-        if state.fixed and state.rows.batch is None:
-            take(decoder, state)
         if step.single and state.clock is not None:
             for layer in self.layers:
                 layer.prefetch()

@@ -7,6 +7,7 @@ string is guarded instead: a model or a cache that differs in any of it is trace
 hooks, and on globals of code that is neither ours nor a library's, are kept.
 """
 
+import gc
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ _MOST = 64  # entries of the longest container that is looked into
 _OF_GENERATE = ("_compiled_call", "_last_compile_config", "generation_config")
 _LIBRARIES = ("torch", "transformers", "sparsity")
 _STEPS: set[str] = set()  # signatures of all steps that were compiled
-_traces = 0
+_traces, _collected = 0, 0  # graphs that were traced with `guards_kept`
 
 
 def compile_config() -> CompileConfig:
@@ -72,9 +73,15 @@ def _of_a_library(name: str) -> bool:
     return scope.removeprefix("__import_").split("_dot_")[0] in _LIBRARIES
 
 
-def traces() -> int:
-    """How many graphs torch.compile has traced so far with `guards_kept`."""
-    return _traces
+def collect_traces() -> None:
+    """Collect what torch.compile has traced with since the last time: it holds a cache, in circles.
+
+    Below torch 2.8, and with a `compile_config` of the user's own, that is left to Python.
+    """
+    global _collected
+    if _collected != _traces:
+        _collected = _traces
+        gc.collect()
 
 
 def note_step(signature: str) -> bool:
@@ -83,12 +90,11 @@ def note_step(signature: str) -> bool:
     torch.compile refuses to trace a function more than eight times, as it cannot know that it is
     traced for so many models, policies and batches. Its limit is raised with them.
     """
-    if signature in _STEPS:
-        return False
+    new = signature not in _STEPS
     _STEPS.add(signature)
     config: Any = torch._dynamo.config  # noqa: SLF001 (the documented place)
-    config.recompile_limit = max(config.recompile_limit, len(_STEPS) + 8)
-    return True
+    config.recompile_limit = max(config.recompile_limit, len(_STEPS) + 8)  # of this thread alone
+    return new
 
 
 def signature(model: nn.Module, retentions: dict[int, LayerRetention], more: object) -> str:

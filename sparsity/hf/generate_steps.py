@@ -1,6 +1,5 @@
 """How a cache follows `generate`: what is checked when a call begins, and before each step."""
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from sparsity.errors import SparsityError
 from sparsity.hf.autocast import autocast_dtype, lowered
-from sparsity.hf.compiled_step import compile_config, note_step, signature, traces
+from sparsity.hf.compiled_step import collect_traces, compile_config, note_step, signature
 from sparsity.hf.decoding_path import COMPILED, why_not_compiled
 from sparsity.hf.forward_checks import check_autocast
 from sparsity.hf.layers import RetainedLayer
@@ -32,7 +31,6 @@ class GenerateSteps(ServedCache):
         self.autocast: torch.dtype | None = None
         self.signature = ""
         self._preparing = False
-        self._traces = 0  # of any step so far, as this call of generate began
         self._before_ids = 0  # columns that stand before the ids `generate` shows: embeddings
 
     @property
@@ -93,12 +91,9 @@ class GenerateSteps(ServedCache):
             self._before_ids = state.rows.seen + 1 - input_ids.shape[1]  # of a prompt's embeddings
             more = (self.autocast, input_ids.shape[0])
             self.signature = signature(own.__self__, state.retentions, more)
-            self._traces = traces()
             if note_step(self.signature) and input_ids.is_cuda:
                 state.rehearse()
-        elif self._traces != traces():  # what torch traced with holds this cache, in circles
-            self._traces = traces()
-            gc.collect()
+        collect_traces()
         inputs.pop("attention_mask", None)
         columns = self._before_ids + input_ids.shape[1]
         self.check_length(columns)

@@ -47,6 +47,7 @@ class AllLayers:
         unfinished: whether such a step has failed.
         behind: whether such steps have moved on the clock, and not `rows`.
         compiled: whether the last of them ran in a graph of torch.compile.
+        recorded: whether any did, with the memory that there is.
         peak_bytes: see `Report`.
     """
 
@@ -71,6 +72,7 @@ class AllLayers:
         self.spare_clock: Clock | None = None
         self.armed, self.behind, self.compiled = False, False, False
         self.begun, self.unfinished = False, False
+        self.recorded = False
         self.peak_bytes = 0
         self._due: int | None = None  # column before which room must be made
         self._armed_at = 0  # column of the step that was armed last
@@ -131,6 +133,8 @@ class AllLayers:
         self.clock.advance()
         self.armed, self.begun, self.behind, self.decoding = False, False, True, True
         self.compiled = torch.compiler.is_compiling()
+        if self.compiled:
+            self.recorded = True
 
     def catch_up(self) -> None:
         """Bring `rows` to where the clock is; waits for the device."""

@@ -352,7 +352,7 @@ class LayerRetention:
         besides: tuple[Tensor, ...] = (key, value)
         if self.places is not None:
             besides = (*besides, *self.pool.tensors().values())
-            fixed = self.fixed
+            fixed, self.fixed = self.fixed, None
             if fixed is not None and (frozen(fixed.keys) or not fixed.is_like(self.pool)):
                 fixed = None  # of another batch, or of the model in another dtype
             self.pool = self.fixed = fix(self.pool, self.places, fixed)

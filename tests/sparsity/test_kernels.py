@@ -19,6 +19,7 @@ from sparsity.kernels import available
 from sparsity.kernels.append import append
 from sparsity.kernels.available import launch, serves, why_not
 from sparsity.kernels.decode_attention import decode_attention
+from sparsity.kernels.operator import launcher, operator
 from sparsity.kernels.page_scores import page_bounds, page_logits
 from sparsity.kernels.top_pages import top_pages
 from sparsity.retention.attention import attend_reference
@@ -241,3 +242,28 @@ def test_the_package_imports_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CASES.parents[2])
     code = "import sys, sparsity; assert not [m for m in sys.modules if m == 'triton']"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CASES.parents[2])
+
+
+def test_an_operator_is_traced_without_its_launches():
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x, out: (launched.append(grid), out.copy_(2 * x))
+
+    def double(x: torch.Tensor, least: int) -> torch.Tensor:
+        if x.shape[0] < least:
+            raise ValueError(f"{x.shape[0]} rows")
+        out = torch.empty_like(x)
+        launcher(Kernel())[x.shape](x, out)
+        return out
+
+    op = operator("sparsity_tests::double")(double)
+    x = torch.randn(3, 2)
+    step = torch.compile(lambda x, least: op(x, least) + 1, backend="aot_eager", fullgraph=True)
+    assert torch.equal(step(x, 1), 2 * x + 1)
+    assert len(launched) == 1  # and none while it was traced
+    with pytest.raises(Exception, match="3 rows"):
+        step(x, 5)
+    assert torch.equal(op(x, 1), 2 * x)
+    assert len(launched) == 2
