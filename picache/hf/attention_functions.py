@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from picache.errors import PICacheError
-from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
+from picache.hf.attention import attend_blocks, attention_mass, parallel_attention
 from picache.hf.sparse_pass import CHANGED_MEANWHILE, ScatterMask, under_way
 
 _BLOCK_QUERIES = 64
@@ -113,10 +113,8 @@ def attend_scattered(
             )
         out = _attend_side_by_side(query, key, value, mask, *running.parallel, scaling, softcap)
         return out.transpose(1, 2).contiguous(), None
-    on_cpu = mask.positions_on_cpu
-    out = scattered_attention(
-        query, key, value, mask.positions, mask, scaling, softcap, s_aux, on_cpu
-    )
+    blocks = mask.blocks(key.shape[2], query.dtype)
+    out = attend_blocks(query, key, value, blocks, scaling, softcap, s_aux)
     if running.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if running.value_norm else None
         mass = attention_mass(query, key, mask.positions, mask, scaling, softcap, s_aux, norms)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import picache.hf.attention
-from picache.hf.attention import attend_reference, scattered_attention
+from picache.hf.attention import attend_reference, mask_blocks, scattered_attention
 from tests.helpers import assert_close
 
 
@@ -36,9 +36,10 @@ def tensors(rows, n, heads, kv_heads, head_dim, value_dim):
     ("rows", "n", "heads", "kv_heads", "value_dim"),
     [(1, 1, 2, 2, 8), (7, 63, 4, 1, 8), (13, 75, 4, 2, 8), (75, 75, 8, 2, 6), (3, 200, 6, 3, 8)],
 )
-@pytest.mark.parametrize("elements", [2**22, 300, 1])
-def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, monkeypatch):
-    monkeypatch.setitem(picache.hf.attention._BLOCKS, "cpu", (64, elements))
+@pytest.mark.parametrize(("elements", "gap"), [(2**22, 2**10), (2**22, 1), (300, 20), (1, 1)])
+def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, gap, monkeypatch):
+    bounds = picache.hf.attention._Bounds(64, elements, gap)
+    monkeypatch.setitem(picache.hf.attention._BOUNDS, "cpu", bounds)
     query, key, value, positions = tensors(rows, n, heads, kv_heads, 8, value_dim)
     allowed = mask(positions, torch.arange(n))
     expected = attend_reference(query, key, value, allowed, 0.3)
@@ -47,6 +48,25 @@ def test_equals_reference(mask, rows, n, heads, kv_heads, value_dim, elements, m
     expected = attend_reference(query, key, value, allowed, 0.3, 2.0, sinks)
     actual = scattered_attention(query, key, value, positions, mask, 0.3, 2.0, sinks)
     assert_close("softcap and sinks", actual, expected)
+
+
+def test_a_block_ends_where_it_is_full_and_before_a_gap(monkeypatch):
+    monkeypatch.setitem(
+        picache.hf.attention._BOUNDS, "cpu", picache.hf.attention._Bounds(4, 2**22, 20)
+    )
+    # A gap of 9 behind two queries, 18 scores, is bridged; one of 10, 20 scores, is not.
+    positions = torch.tensor([0, 1, 11, 12, 13, 14, 25, 26, 27, 28, 29])
+    blocks = list(mask_blocks(positions, positions, causal, 30, torch.float32))
+    assert [positions[block.rows].tolist() for block in blocks] == [
+        [0, 1, 11, 12],
+        [13, 14],
+        [25, 26, 27, 28],
+        [29],
+    ]
+    for block in blocks:
+        rows = positions[block.rows]
+        assert torch.equal(block.allowed, causal(rows, torch.arange(int(rows[-1]) + 1)))
+        assert torch.equal(block.added.exp().bool(), block.allowed)
 
 
 def test_reference_by_hand():
