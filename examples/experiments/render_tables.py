@@ -66,6 +66,23 @@ def cpu_step_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def cpu_link_table(record: dict) -> str:
+    """What stands between the markers of cpu_link.json in docs/linking.md."""
+    rows = {(row["package"], row["arm"]): row for row in record["rows"]}
+    lines = ["| | before | after |", "| --- | ---: | ---: |"]
+
+    def line(label: str, arm: str, measured: str) -> str:
+        both = (rows[when, arm][measured] for when in ("before", "after"))
+        return f"| {label} | " + " | ".join(f"{ms:,.0f} ms" for ms in both) + " |"
+
+    for package, arm in rows:
+        if package == "after":
+            lines.append(line(arm, arm, "milliseconds"))
+            if "over_arithmetic" in rows[package, arm]:
+                lines.append(line(f"{arm} over its arithmetic", arm, "over_arithmetic"))
+    return "\n".join([*lines, "", f"{record['environment']['hardware']}."])
+
+
 def tiers_table(record: dict) -> str:
     """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
     lines = [
@@ -127,6 +144,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/linking.md": {
         "link_accuracy": [link_accuracy.tables],
         "link_scaling": [scaling_table],
+        "cpu_link": [cpu_link_table],
         "link_tiers_cuda": [tiers_table],
     },
     "docs/picache.md": {"store": [store_table]},

@@ -108,10 +108,9 @@ class AttentionSwitch:
             AttentionInterface.register(_PARALLEL, attend_parallel)
             AttentionMaskInterface.register(_PARALLEL, eager_mask)
             self.refuse_attached()
-            modules = self._decoder.modules()
-            configs: dict[int, Any] = {
-                id(m.config): m.config for m in modules if hasattr(m, "config")
-            }
+            # Not asked for as attributes: a module looks long for one that it does not have.
+            named = (vars(module).get("config") for module in self._decoder.modules())
+            configs: dict[int, Any] = {id(c): c for c in named if c is not None}
             before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
             try:
                 for config, _ in before:
