@@ -26,23 +26,18 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import picache
-from picache import PIC, CacheBlend, LegoLink, LinkMethod, NaiveReuse
+from picache import PIC, LegoLink, LinkMethod, NaiveReuse
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/experiments")]  # no packages
 from beside import CLOCKS, asked, started  # noqa: E402
 from environment import environment  # noqa: E402
-from first_token import first_token_seconds  # noqa: E402
 from models import load  # noqa: E402
 
 TEXT = ROOT / "docs/sparsity.md"
 QUERY, RECOMPUTED = 64, 16
 BLOCK = 64  # queries that attend in one call
-METHODS: dict[str, LinkMethod] = {
-    "naive": NaiveReuse(),
-    "LegoLink-16": LegoLink(RECOMPUTED),
-    "CacheBlend-15": CacheBlend(0.15),
-}
+METHODS: dict[str, LinkMethod] = {"LegoLink-16": LegoLink(RECOMPUTED), "naive": NaiveReuse()}
 ARITHMETIC = ("rows alone", "attention alone")
 
 
@@ -66,7 +61,6 @@ class Arms:
         tail = torch.arange(args.tokens - QUERY, args.tokens)
         self.positions = torch.cat([heads.flatten(), tail])
         self.named: dict[str, Callable[[], object]] = {
-            "full prefill": lambda: first_token_seconds(self.model, self.ids),
             "rows alone": self.rows_alone(),
             "attention alone": self.attention_alone(),
         }
@@ -146,7 +140,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="root of the checkout to compare with")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--chunks", type=int, default=6)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=31)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

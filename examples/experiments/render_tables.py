@@ -127,6 +127,28 @@ def store_table(record: dict) -> str:
     return f"{markdown(record['rows'], columns)}\n\n{beneath}"
 
 
+def hashes_table(record: dict) -> str:
+    """What stands between the markers of hashes.json in docs/picache.md."""
+    rates = {
+        (row["hash"], row["layer_bytes"], row["threads"]): row["gigabytes_a_second"]
+        for row in record["rows"]
+    }
+    sizes, threads = (record["configuration"][name] for name in ("sizes", "threads"))
+    columns = [(size, count) for size in sizes for count in threads]
+    heads = (f"{size // 1024:,} KiB, {count} thread{'s' * (count > 1)}" for size, count in columns)
+    lines = [f"| layers of | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(columns)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{rates[name, *column]:.1f}" for column in columns) + " |"
+        for name in dict.fromkeys(row["hash"] for row in record["rows"])
+    ]
+    where = record["environment"]
+    beneath = (
+        f"GB/s, best of {record['configuration']['repeats']}; {where['hardware']}, xxhash "
+        f"{where['xxhash']}, blake3 {where['blake3']}."
+    )
+    return "\n".join([*lines, "", beneath])
+
+
 def scenario(name: str) -> Callable[[dict], str]:
     """Every policy on one scenario of scheduling.json."""
 
@@ -147,7 +169,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "cpu_link": [cpu_link_table],
         "link_tiers_cuda": [tiers_table],
     },
-    "docs/picache.md": {"store": [store_table]},
+    "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],

@@ -11,6 +11,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.rope import Angles, Rotation, difference, rotate_
+from picache.linking.read_ahead import ReadAhead
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, ParallelEncoding
 
@@ -27,7 +28,8 @@ class LinkedKV:
     With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
     computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
     loading waits for a disk, and where there is no such stream; not otherwise, since two threads of
-    Python slow each other down. Use it as a context manager, which ends the thread.
+    Python slow each other down. From a disk, further threads read and check the chunks of that
+    layer and the next ones (`ReadAhead`). Use it as a context manager, which ends the threads.
 
     Args:
         model: the model the chunks were compiled with.
@@ -79,6 +81,9 @@ class LinkedKV:
         if prefetch_from == "disk" or (prefetch_from and self._device.type != "cuda"):
             self._thread = ThreadPoolExecutor(1, "picache-load")
         self._coming: dict[int, Future[KV]] = {}
+        self._ahead: ReadAhead | None = None
+        if prefetch_from == "disk":
+            self._ahead = ReadAhead(parts, layout.num_layers, self._loading)
         self._stream: torch.cuda.Stream | None = None
         if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading
@@ -100,6 +105,8 @@ class LinkedKV:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._ahead is not None:
+            self._ahead.close()  # first: the thread that puts layers together waits for it
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
@@ -132,15 +139,20 @@ class LinkedKV:
 
     def _make(self, layer: int) -> KV:
         """Copy the chunks' KV in a layer together, and rotate the keys to their positions."""
-        stream: AbstractContextManager[object] = nullcontext()
-        if self._stream is not None:
-            stream = torch.cuda.stream(self._stream)
-        with stream:
+        with self._loading():
             with self.watch.span("load"):
-                kv = self._copied([part(layer) for part in self._parts])
+                kv = self._copied(
+                    [part(layer) for part in self._parts]
+                    if self._ahead is None
+                    else self._ahead(layer)
+                )
             with self.watch.span("rotate"):
                 self._move(layer, kv)
         return kv
+
+    def _loading(self) -> AbstractContextManager[object]:
+        """What a thread loads in: the CUDA stream for it, where there is one."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _hand_over(self, kv: KV) -> None:
         """Let the reader's CUDA stream wait for the stream that made these tensors."""
