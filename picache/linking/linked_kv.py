@@ -27,9 +27,10 @@ class LinkedKV:
 
     With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
     computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
-    loading waits for a disk, and where there is no such stream; not otherwise, since two threads of
-    Python slow each other down. From a disk, further threads read and check the chunks of that
-    layer and the next ones (`ReadAhead`). Use it as a context manager, which ends the threads.
+    loading waits for a disk; not otherwise, since two threads of Python slow each other down, and a
+    CPU that copies does not compute meanwhile. From a disk, further threads read and check the
+    chunks of that layer and the next ones (`ReadAhead`). Use it as a context manager, which ends
+    the threads.
 
     Args:
         model: the model the chunks were compiled with.
@@ -39,7 +40,7 @@ class LinkedKV:
         skips: how many of the first tokens of each part, its sinks, are left out.
         layout: where the chunks stand in the prompt.
         prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
-            "disk"; None to make each layer when it is asked for.
+            "disk"; None to make each layer when it is asked for, as on a CPU out of "host" too.
         parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
 
     Attributes:
@@ -76,13 +77,12 @@ class LinkedKV:
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
-        self._prefetches, self._device = prefetch_from is not None, model.device
-        self._thread: ThreadPoolExecutor | None = None
-        if prefetch_from == "disk" or (prefetch_from and self._device.type != "cuda"):
-            self._thread = ThreadPoolExecutor(1, "picache-load")
+        self._device = model.device
         self._coming: dict[int, Future[KV]] = {}
+        self._thread: ThreadPoolExecutor | None = None
         self._ahead: ReadAhead | None = None
         if prefetch_from == "disk":
+            self._thread = ThreadPoolExecutor(1, "picache-load")
             self._ahead = ReadAhead(parts, layout.num_layers, self._loading)
         self._stream: torch.cuda.Stream | None = None
         if prefetch_from and self._device.type == "cuda":
@@ -125,7 +125,8 @@ class LinkedKV:
                 made = self._make(layer) if coming is None else coming.result()
                 self._made[layer] = made
                 self._hand_over(made)
-            if self._prefetches and layer + 1 < len(self):
+            prefetches = self._thread is not None or self._stream is not None
+            if prefetches and layer + 1 < len(self):
                 self._coming[layer + 1] = self._begin(layer + 1)
         return made
 
