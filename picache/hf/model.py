@@ -384,7 +384,10 @@ class HFModel:
         # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
         width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
         tokens = sum(len(positions) for positions in entered)
-        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
+        # Most methods give the same tensor for every layer: it is summed once.
+        different = {id(positions): positions for positions in entered}
+        pairs_of = {key: int(at.sum()) + len(at) for key, at in different.items()}
+        pairs = sum(pairs_of[id(positions)] for positions in entered)
         per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size

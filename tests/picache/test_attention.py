@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import picache.hf.attention
+from picache import LegoLink
 from picache.hf.attention import attend_reference, mask_blocks, scattered_attention
+from picache.hf.sparse_pass import ScatterMask
 from tests.helpers import assert_close
+from tests.picache.helpers import compiled, pic_of, prompt_parts
 
 
 def causal(query, key):
@@ -87,3 +90,28 @@ def test_what_lies_behind_a_row_is_never_read():
     key[:, :, 21:] = value[:, :, 21:] = torch.nan
     out = scattered_attention(query, key, value, positions, causal, 0.3)
     assert not out.isnan().any()
+
+
+def test_a_pass_evaluates_a_small_mask_once_for_all_layers_of_a_kind(monkeypatch):
+    asked = []
+    original = ScatterMask.__call__
+
+    def counted(self, query, key):
+        asked.append(len(query))
+        return original(self, query, key)
+
+    monkeypatch.setattr(ScatterMask, "__call__", counted)
+    documents, query = prompt_parts((8, 9, 12))
+    for family, kinds in (("llama", 1), ("gemma3", 2)):  # full layers, and sliding ones too
+        pic = pic_of(family)
+        chunks = compiled(pic, documents)
+        asked.clear()
+        first = pic.link(chunks, query, LegoLink(2)).logits
+        assert sum(asked) == kinds * (2 + 2 + len(query))
+        bounds = picache.hf.attention._Bounds(64, 1, 2**10)
+        with monkeypatch.context() as patch:  # too large to keep: a row at a time, in every layer
+            patch.setitem(picache.hf.attention._BOUNDS, "cpu", bounds)
+            asked.clear()
+            again = pic.link(chunks, query, LegoLink(2)).logits
+        assert len(asked) == len(pic.hf.rotations) * (2 + 2 + len(query))
+        assert_close("logits", again, first)
