@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from picache.chunk import KV
+from picache.store.failures import beside
 
 READERS = 8
 """Threads; they wait for a disk or a network, or hash, which needs no Python."""
@@ -32,7 +33,9 @@ class ReadAhead:
         inside: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._parts, self._layers, self._inside = parts, layers, inside
-        self._threads = ThreadPoolExecutor(min(READERS, len(parts)), "picache-read")
+        self._threads = ThreadPoolExecutor(
+            min(READERS, len(parts)), "picache-read", initializer=partial(beside.set, True)
+        )
         self._coming: dict[int, list[Future[KV]]] = {}
         self._begun = 0
 
