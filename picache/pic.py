@@ -11,8 +11,9 @@ from picache.chunk import Chunk, Form, Header, chunk_key
 from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
-from picache.linking.link import Row, link_row
-from picache.linking.prompt import LinkedPrompt, batched
+from picache.linking.link import Link
+from picache.linking.prompt import LinkedPrompt
+from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
@@ -260,9 +261,9 @@ class PIC:
         method = _as_method(method)
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
-        linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
-        return batched(self.hf, linked, method, pad_id, watch)
+        link = Link(self.hf, self.store, rows, method, self.flops_per_byte, pad_id, watch)
+        return link()
 
     def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""

@@ -1,5 +1,7 @@
 """The cache of a linked prompt, which `generate` goes on from, and what it refuses to be fed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -10,6 +12,7 @@ from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_other_dtype
 from picache.hf.attention_switch import Attachment
+from picache.hf.held_kv import HeldKV
 
 
 class LinkedLayer(DynamicLayer):
@@ -18,23 +21,36 @@ class LinkedLayer(DynamicLayer):
     It repeats its rows by itself when beams or ``num_return_sequences`` ask for more.
 
     Args:
-        keys: of the prompt, ``[batch, kv_heads, tokens, head_dim]``.
-        values: the same of the values.
+        held: the prompt's keys and values, which other caches share.
         index: which layer this is.
         attach: attaches the link method's attention to the model; None where there is none.
     """
 
-    keys: Tensor
-    values: Tensor
-
     is_croppable = False
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, index: int, attach: Attachment | None = None
-    ) -> None:
+    def __init__(self, held: HeldKV, index: int, attach: Attachment | None = None) -> None:
+        self._held, self.index, self.attach = held, index, attach
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values, self.index, self.attach = keys, values, index, attach
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor:
+        """Of the prompt and what was appended, ``[batch, kv_heads, tokens, head_dim]``."""
+        return self._held[self.index][0] if self._keys is None else self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
+
+    @property
+    def values(self) -> Tensor:
+        """The same of the values."""
+        return self._held[self.index][1] if self._values is None else self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
 
     @override
     def crop(self, *args: object, **kwargs: object) -> None:
@@ -171,26 +187,31 @@ class LinkedCache(Cache):
     """The cache that `PIC.link` hands to `generate`: it holds every prompt token but the last.
 
     Args:
-        kv: keys and values layer by layer, each ``[batch, kv_heads, tokens, head_dim]``.
+        held: keys and values of those tokens.
         attach: attaches the link method's attention to the model; None where there is none.
     """
 
-    def __init__(self, kv: list[KV], attach: Attachment | None = None) -> None:
-        self._linked = [LinkedLayer(keys, values, i, attach) for i, (keys, values) in enumerate(kv)]
-        self._attach = attach
+    def __init__(self, held: HeldKV, attach: Attachment | None = None) -> None:
+        self._held, self._attach = held, attach
+        self._linked = [LinkedLayer(held, index, attach) for index in range(len(held))]
         super().__init__(layers=list(self._linked))
 
     @property
     def kv(self) -> list[KV]:
-        """Keys and values by layer, as they are now."""
+        """Keys and values by layer, as they are now, in memory that no later link writes to."""
+        self._held.move_out()
         return [(layer.keys, layer.values) for layer in self._linked]
 
     def fork(self) -> "LinkedCache":
-        """Another cache on the same tensors; safe, since layers append by concatenation."""
-        return LinkedCache(self.kv, self._attach)
+        """Another cache on the same tensors of the prompt; safe, since layers append to copies."""
+        return LinkedCache(self._held, self._attach)
 
     def on(self, device: torch.device) -> "LinkedCache":
         """Another cache with copies of the tensors on a device."""
         # Not named `to`: accelerate moves whatever has that between devices, layer by layer.
-        moved = [(layer.keys.to(device), layer.values.to(device)) for layer in self._linked]
-        return LinkedCache(moved, self._attach)
+        moved = [(keys.to(device), values.to(device)) for keys, values in self.kv]
+        return LinkedCache(HeldKV(moved, moved[0][0].shape[2]), self._attach)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._held.move_out()  # or a copy, or a file, would hold the whole arena
+        return self.__dict__

@@ -30,6 +30,16 @@ CHANGED_MEANWHILE = (
     "between the two or give each thread a model of its own (copy.deepcopy(model)); or the "
     "attention of this model does not go through transformers' attention interface"
 )
+OTHER_THREAD = (
+    "another thread links a prompt with this model, and its attention is switched "
+    "meanwhile: a forward or generate of the same model object must wait. Share a lock "
+    "between the two, or give each thread a model of its own (copy.deepcopy(model))"
+)
+_REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
+
+
+class CannotCapture(Exception):  # noqa: N818 - no error: the pass runs in another way
+    """Says why this pass cannot run in fixed shapes; the eager pass is exact where this is not."""
 
 
 class KVByLayer(Protocol):
@@ -195,12 +205,18 @@ def under_way() -> SparsePass:
     """
     running = current.get(None)
     if running is None:
-        raise PICacheError(
-            "another thread links a prompt with this model, and its attention is switched "
-            "meanwhile: a forward or generate of the same model object must wait. Share a lock "
-            "between the two, or give each thread a model of its own (copy.deepcopy(model))"
-        )
+        raise PICacheError(OTHER_THREAD)
     return running
+
+
+def refuse_unknown_scores(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise PICacheError where attention is given an argument that changes its scores."""
+    for name in _REFUSED:
+        if arguments.get(name) is not None:
+            raise PICacheError(
+                f"{type(module).__name__} changes its attention scores through {name!r}, which "
+                "linking does not know: use a full prefill with this model"
+            )
 
 
 def enter_layer(

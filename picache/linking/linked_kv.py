@@ -39,6 +39,8 @@ class LinkedKV:
         prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
             "disk"; None to make each layer when it is asked for.
         parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
+        memory: keys and values ``[1, kv_heads, tokens, head_dim]`` of each layer, which the prompt
+            is put together in; None to allocate them.
 
     Attributes:
         watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
@@ -57,6 +59,7 @@ class LinkedKV:
         layout: Layout,
         prefetch_from: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
+        memory: Sequence[KV] | None = None,
     ) -> None:
         if parallel is not None and model.window is not None:
             raise PICacheError(
@@ -72,6 +75,7 @@ class LinkedKV:
                 "them in order"
             )
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
+        self._memory = memory
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
         self._prefetches, self._device = prefetch_from is not None, model.device
@@ -137,7 +141,7 @@ class LinkedKV:
             stream = torch.cuda.stream(self._stream)
         with stream:
             with self.watch.span("load"):
-                kv = self._copied([part(layer) for part in self._parts])
+                kv = self._copied(layer, [part(layer) for part in self._parts])
             with self.watch.span("rotate"):
                 self._move(layer, kv)
         return kv
@@ -152,14 +156,17 @@ class LinkedKV:
         for tensor in kv:
             tensor.record_stream(reader)  # or their memory is reused while the reader still reads
 
-    def _copied(self, parts: list[KV]) -> KV:
+    def _copied(self, layer: int, parts: list[KV]) -> KV:
         """One layer of the whole prompt, with the KV of the parts in their places."""
         starts = (*self._layout.starts, self._layout.context_length)
         both: list[Tensor] = []
         for which in (0, 1):
-            first = parts[0][which]
-            shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
-            whole = first.new_empty(shape, device=self._device)
+            if self._memory is not None:
+                whole = self._memory[layer][which]
+            else:
+                first = parts[0][which]
+                shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
+                whole = first.new_empty(shape, device=self._device)
             for part, skip, start in zip(parts, self._skips, starts, strict=False):
                 tokens = part[which][:, :, skip:]
                 whole[:, :, start : start + tokens.shape[2]] = tokens

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
-from picache.linking.link import LinkedRow
 from picache.linking.report import LinkReport, total
+from picache.linking.row import LinkedRow
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
@@ -111,7 +111,12 @@ class LinkedPrompt(Mapping[str, Any]):
 
 
 def batched(
-    model: "HFModel", rows: list[LinkedRow], method: LinkMethod, pad_id: int, watch: Stopwatch
+    model: "HFModel",
+    rows: list[LinkedRow],
+    method: LinkMethod,
+    pad_id: int,
+    watch: Stopwatch,
+    in_arena: bool = False,
 ) -> LinkedPrompt:
     """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
 
@@ -121,8 +126,10 @@ def batched(
         method: the method the rows were linked by.
         pad_id: token id of the padding.
         watch: started when linking began.
+        in_arena: whether rows lie in the model's arena, whose turn this thread has.
     """
-    from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
+    from picache.hf.held_kv import HeldKV  # transformers is loaded with the model
+    from picache.hf.linked_cache import LinkedCache
 
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -137,13 +144,17 @@ def batched(
             rows, method.parallel.lse_scale, width, device
         )
         attach = model.attention.attachment(state)
-    kv = [
-        (_stacked([keys for keys, _ in layer], width), _stacked([v for _, v in layer], width))
-        for layer in zip(*(row.kv for row in rows), strict=True)
-    ]
+    if in_arena and all(len(row.ids) == width and not row.report.full_prefill for row in rows):
+        held = model.captured.arena.lend(len(rows), width - 1)
+    else:
+        layers = zip(*(row.kv for row in rows), strict=True)
+        kv = [
+            (_stacked([k for k, _ in x], width), _stacked([v for _, v in x], width)) for x in layers
+        ]
+        held = HeldKV(kv, width - 1)
     return LinkedPrompt(
         inputs,
-        LinkedCache(kv, attach),
+        LinkedCache(held, attach),
         torch.cat([row.logits for row in rows]),
         tuple(row.report for row in rows),
         watch.elapsed,

@@ -1,0 +1,328 @@
+"""Sparse passes that are captured once as CUDA graphs and replayed for every prompt of their size.
+
+A pass over a few hundred tokens is a few thousand kernels, which Python starts more slowly than the
+device runs them. A graph starts all of them at once. It is captured for a number of prompts and of
+rows, padded to a size class, over one arena a model; what varies lies in memory that it reads.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.hf.arena import Arena
+from picache.hf.compiled import never_compiled
+from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
+from picache.hf.size_class import classes_up_to, size_class
+from picache.hf.sparse_pass import CannotCapture
+
+if TYPE_CHECKING:
+    from picache.hf.model import HFModel
+
+MOST_ROWS = 4096
+"""Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
+_ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
+_LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
+
+Forward = Callable[[], Tensor]
+
+
+class Recording(Protocol):
+    """A forward that was recorded: called, it runs again on what now stands in its memory."""
+
+    def __call__(self) -> Tensor:
+        """The logits, in memory that the next call overwrites."""
+        ...
+
+
+class CUDAGraph:
+    """A forward captured as a CUDA graph.
+
+    Args:
+        forward: works on tensors whose addresses never change, and reads nothing back.
+        pool: memory that graphs which never run at the same time share.
+    """
+
+    def __init__(self, forward: Forward, pool: Any) -> None:
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):  # libraries make their plans and workspaces
+            forward()
+        here.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode=mode):
+            self._logits = forward()
+
+    def __call__(self) -> Tensor:
+        """Replay it."""
+        self._graph.replay()
+        return self._logits
+
+
+class RunAgain:
+    """The slow twin of `CUDAGraph`: runs the forward itself each time.
+
+    Args:
+        forward: see `CUDAGraph`.
+        pool: not used.
+    """
+
+    def __init__(self, forward: Forward, pool: Any = None) -> None:
+        self._forward = forward
+
+    def __call__(self) -> Tensor:
+        """Run it."""
+        return self._forward()
+
+
+RECORDERS: dict[str, Callable[[Forward, Any], Recording]] = {"cuda": CUDAGraph}
+"""How passes are recorded, by the kind of device; on others they are not."""
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One size of pass, recorded.
+
+    Attributes:
+        rows: int64 ``[2, batch, rows]``, token ids and positions, which the recording reads.
+        replay: the recording.
+    """
+
+    rows: Tensor
+    replay: Recording
+
+
+class CapturedPasses:
+    """The captured passes of one model, and the arena they run over.
+
+    Every method is called by a thread that has the model's turn (`turn`).
+
+    Args:
+        model: the model; nothing is allocated before the first link.
+    """
+
+    def __init__(self, model: "HFModel") -> None:
+        self._model = model
+        self._arena: Arena | None = None
+        self._recorded: dict[tuple[int, int], _Class] = {}
+        self._pool: Any = None
+        self._state: object = None
+        self._failed = ""
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The block in which a thread fills the arena and runs a pass over it; others wait.
+
+        A model that has changed since its passes were captured loses them here.
+        """
+        with self._model.attention.turn:
+            self._model.attention.refuse_attached()
+            if (state := self._state_now()) != self._state:
+                self._drop()
+                self._state, self._failed = state, ""
+            yield
+
+    def why_no_device(self) -> str:
+        """Why nothing is captured where the model is; empty where passes are. Needs no turn."""
+        kind = self._model.device.type
+        return "" if kind in RECORDERS else f"nothing is captured on a {kind}"
+
+    def why_not(self) -> str:
+        """Why no pass of this model is captured; empty where passes are."""
+        model = self._model
+        if reason := self.why_no_device():
+            return reason
+        if len({tensor.device for layer in model.one_token for tensor in layer}) > 1:
+            return "the layers lie on several devices"
+        if model.rotary.follows_length:
+            return "its rotary frequencies follow the length of the text"
+        for name, module in model.model.named_modules():
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):  # noqa: SLF001
+                if _package(hook) not in _LOOK_ON:
+                    return f"a forward hook on {name or type(module).__name__} runs Python"
+        return self._failed
+
+    def claim(self, batch: int, tokens: int) -> list[KV]:
+        """Places for a batch of prompts; what still lies there and is in use moves out.
+
+        Args:
+            batch: how many prompts.
+            tokens: of the longest.
+
+        Returns:
+            Keys and values of each layer, ``[batch, kv_heads, places, head_dim]``; the last place
+            is for padding. What is linked in them is to be lent out (`Arena.lend`).
+
+        Raises:
+            CannotCapture: when passes of this model are not captured, or there is no memory for an
+                arena of that size.
+        """
+        if reason := self.why_not():
+            raise CannotCapture(reason)
+        if self._arena is None or self._arena.tokens // batch <= tokens:
+            limit = self._model.max_length or tokens + _ROOM
+            each = size_class(min(tokens + _ROOM, max(limit, tokens)) + 1)
+            self._allocate(batch * each)
+        elif not self._arena.vacate():  # it stays with those who read it
+            self._allocate(self._arena.tokens)
+        return self.arena.places(batch)
+
+    @property
+    def arena(self) -> Arena:
+        """The arena of the last claim."""
+        assert self._arena is not None
+        return self._arena
+
+    def run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+        """Recompute rows of the prompts that lie in the arena, and write their KV into it.
+
+        Args:
+            ids: of each prompt, the token ids of the rows to recompute, int64 ``[rows]``.
+            positions: where they stand, ascending, the last token of the prompt among them.
+
+        Returns:
+            Logits of each prompt's first new token, ``[batch, vocab_size]``; how the pass ran, for
+            the report; and the seconds that capturing took.
+
+        Raises:
+            CannotCapture: says why it is to run in another way.
+        """
+        batch, longest = len(ids), max(map(len, ids))
+        rows = size_class(longest)
+        if (batch, rows) not in self._recorded and batch * rows > MOST_ROWS:
+            raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
+        begun = time.perf_counter()
+        new = (batch, rows) not in self._recorded
+        recorded = self._record(batch, rows)
+        seconds = time.perf_counter() - begun if new else 0.0
+        padded = torch.zeros(2, batch, rows, dtype=torch.int64)
+        padded[1] = -1
+        for index, (tokens, at) in enumerate(zip(ids, positions, strict=True)):
+            padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
+        recorded.rows.copy_(padded)
+        how = f"captured, {longest} rows in a class of {rows}"
+        if batch > 1:
+            how += f", {batch} prompts at once"
+        return recorded.replay().clone(), how, seconds
+
+    def warm_up(self, tokens: int, rows: int, batch: int, show: Callable[..., Any]) -> None:
+        """Allocate the arena and capture every class of rows up to that of `rows`.
+
+        Args:
+            tokens: of the longest prompt, and of what is decoded behind it.
+            rows: the most that are recomputed in a prompt.
+            batch: how many prompts are linked at once; single ones are prepared for as well.
+            show: makes a progress bar of the list of sizes.
+
+        Raises:
+            PICacheError: when nothing can be captured, or memory does not suffice.
+        """
+        with self.turn():
+            try:
+                if reason := self.why_not():
+                    raise CannotCapture(reason)
+                if self._arena is None or self._arena.tokens // batch <= tokens:
+                    self._allocate(batch * (tokens + 1))
+                # The largest first: the others then fit the memory that it has left in the pool.
+                sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                for size in show(sizes):
+                    self._record(*size)
+            except CannotCapture as error:
+                raise PICacheError(
+                    f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
+                ) from error
+
+    def _allocate(self, tokens: int) -> None:
+        """A new arena, in place of the one there is."""
+        self._drop()
+        model = self._model
+        needed, free = tokens * model.bytes_per_token, _free_bytes(model.device)
+        if free is not None and needed > free:
+            raise CannotCapture(
+                f"the keys and values of {tokens:,} tokens need {needed:,} bytes, and {free:,} "
+                f"are free on {model.device}"
+            )
+        self._arena = Arena(model.one_token, tokens)
+
+    def _drop(self) -> None:
+        """Forget the arena and all that was captured over it."""
+        self._recorded.clear()
+        if self._arena is not None:
+            self._arena.vacate()
+        self._arena = self._pool = None
+
+    def _record(self, batch: int, rows: int) -> _Class:
+        """The recorded pass of this size, captured now where there is none."""
+        if (found := self._recorded.get((batch, rows))) is not None:
+            return found
+        model, places = self._model, self.arena.places(batch)
+        with torch.inference_mode(mode=False):
+            static = torch.zeros(2, batch, rows, dtype=torch.int64, device=model.device)
+            static[1] = -1  # what runs while it is captured writes nowhere
+        if self._pool is None and model.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+
+        def forward() -> Tensor:
+            return _padded_forward(model, static, places)
+
+        try:
+            replay = RECORDERS[model.device.type](forward, self._pool)
+        except torch.OutOfMemoryError as error:
+            raise CannotCapture("there is not the memory to capture it") from error
+        except RuntimeError as error:  # most often Python that reads a tensor of the device
+            what = str(error).splitlines()[0] if str(error) else ""
+            self._failed = f"capturing failed ({type(error).__name__}: {what})"
+            raise CannotCapture(self._failed) from error
+        found = self._recorded[batch, rows] = _Class(static, replay)
+        return found
+
+    def _state_now(self) -> object:
+        """What a captured pass depends on; it differs where the model has changed."""
+        model = self._model
+        modules = tuple((id(m), vars(m).get("forward")) for m in model.model.modules())
+        return model.weights_seen, model.attention.own, modules
+
+
+@torch.no_grad()
+def _padded_forward(model: "HFModel", rows: Tensor, places: list[KV]) -> Tensor:
+    """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
+    ids, positions = rows
+    passing = PaddedPass(positions, places[0][0].shape[2] - 1)
+    cache = Cache(layers=[PaddedLayer(keys, values, passing) for keys, values in places])
+    outside = running.set(passing)
+    try:
+        with model.attention.padded(), never_compiled:
+            out: Any = model.model(
+                input_ids=ids,
+                position_ids=positions.clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        passing.check_attended()
+        return out.logits[:, -1]
+    finally:
+        running.reset(outside)
+
+
+def _package(function: Any) -> str:
+    """The package that a function, or the method of an object, is from."""
+    return str(getattr(function, "__module__", type(function).__module__)).split(".")[0]
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that tensors on a CUDA device may still take; None elsewhere, where it is not known."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused
