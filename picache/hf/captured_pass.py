@@ -5,6 +5,7 @@ device runs them. A graph starts all of them at once. It is captured for a numbe
 rows, padded to a size class, over one arena a model; what varies lies in memory that it reads.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from picache.hf.compiled import never_compiled
 from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
+from picache.progress import bar
 
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
@@ -77,6 +79,7 @@ class RunAgain:
     """
 
     def __init__(self, forward: Forward, pool: Any = None) -> None:
+        forward()  # whether it can be is found out now, as when it is captured
         self._forward = forward
 
     def __call__(self) -> Tensor:
@@ -214,14 +217,14 @@ class CapturedPasses:
             how += f", {batch} prompts at once"
         return recorded.replay().clone(), how, seconds
 
-    def warm_up(self, tokens: int, rows: int, batch: int, show: Callable[..., Any]) -> None:
+    def warm_up(self, tokens: int, rows: int, batch: int, progress: bool) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.
 
         Args:
             tokens: of the longest prompt, and of what is decoded behind it.
             rows: the most that are recomputed in a prompt.
             batch: how many prompts are linked at once; single ones are prepared for as well.
-            show: makes a progress bar of the list of sizes.
+            progress: whether to show a bar, where tqdm is installed.
 
         Raises:
             PICacheError: when nothing can be captured, or memory does not suffice.
@@ -234,7 +237,7 @@ class CapturedPasses:
                     self._allocate(batch * (tokens + 1))
                 # The largest first: the others then fit the memory that it has left in the pool.
                 sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
-                for size in show(sizes):
+                for size in bar(sizes, "capturing passes", "size", progress):
                     self._record(*size)
             except CannotCapture as error:
                 raise PICacheError(
@@ -243,14 +246,16 @@ class CapturedPasses:
 
     def _allocate(self, tokens: int) -> None:
         """A new arena, in place of the one there is."""
-        self._drop()
         model = self._model
         needed, free = tokens * model.bytes_per_token, _free_bytes(model.device)
-        if free is not None and needed > free:
+        if self._arena is not None:
+            free += self._arena.nbytes
+        if needed > free:
             raise CannotCapture(
-                f"the keys and values of {tokens:,} tokens need {needed:,} bytes, and {free:,} "
+                f"the keys and values of {tokens:,} tokens need {needed:,} bytes, and {free:,.0f} "
                 f"are free on {model.device}"
             )
+        self._drop()
         self._arena = Arena(model.one_token, tokens)
 
     def _drop(self) -> None:
@@ -276,6 +281,9 @@ class CapturedPasses:
 
         try:
             replay = RECORDERS[model.device.type](forward, self._pool)
+        except CannotCapture as error:
+            self._failed = str(error)
+            raise
         except torch.OutOfMemoryError as error:
             raise CannotCapture("there is not the memory to capture it") from error
         except RuntimeError as error:  # most often Python that reads a tensor of the device
@@ -319,10 +327,10 @@ def _package(function: Any) -> str:
     return str(getattr(function, "__module__", type(function).__module__)).split(".")[0]
 
 
-def _free_bytes(device: torch.device) -> int | None:
-    """Bytes that tensors on a CUDA device may still take; None elsewhere, where it is not known."""
+def _free_bytes(device: torch.device) -> float:
+    """Bytes that tensors on a CUDA device may still take; infinite elsewhere: it is not known."""
     if device.type != "cuda":
-        return None
+        return math.inf
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused

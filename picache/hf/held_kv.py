@@ -1,21 +1,30 @@
 """The keys and values of a linked batch, which all caches made of one prompt share."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from picache.chunk import KV
 
+if TYPE_CHECKING:
+    from picache.hf.fixed_memory import FixedMemory
+
 
 class HeldKV:
-    """Keys and values of a batch, in memory of their own, or in an arena until its next batch.
+    """Keys and values of a batch.
 
     Args:
         layers: of each layer, ``[batch, kv_heads, places, head_dim]``.
         tokens: how many of the places are taken, padding included.
-        lent: whether the memory is an arena's.
+
+    Attributes:
+        tokens: as handed in.
     """
 
-    def __init__(self, layers: list[KV], tokens: int, lent: bool = False) -> None:
-        self._layers, self._tokens, self._lent = layers, tokens, lent
+    def __init__(self, layers: list[KV], tokens: int) -> None:
+        self._layers, self.tokens = layers, tokens
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -23,13 +32,32 @@ class HeldKV:
     def __getitem__(self, layer: int) -> KV:
         """Keys and values of a layer, ``[batch, kv_heads, tokens, head_dim]``; views."""
         keys, values = self._layers[layer]
-        return keys[:, :, : self._tokens], values[:, :, : self._tokens]
+        return keys[:, :, : self.tokens], values[:, :, : self.tokens]
 
     def __iter__(self) -> Iterator[KV]:
         return (self[layer] for layer in range(len(self)))
 
-    def move_out(self) -> None:
-        """Copy them to memory of their own, where they lie in an arena."""
-        if self._lent:
-            self._layers = [(keys.clone(), values.clone()) for keys, values in self]
-            self._lent = False
+    def on(self, device: torch.device) -> "HeldKV":
+        """The same on a device, copied where they are on another."""
+        if self[0][0].device == device:
+            return self
+        return HeldKV([(keys.to(device), values.to(device)) for keys, values in self], self.tokens)
+
+    @property
+    def lent(self) -> bool:
+        """Whether they lie in an arena, where others may write one day."""
+        return False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether caches of this prompt decode in memory of fixed size."""
+        return False
+
+    def room(self, memory: "FixedMemory") -> list[KV] | None:
+        """All places, for one that appends behind the tokens; None where it must not."""
+        return None
+
+    @property
+    def arena_lengths(self) -> list[Tensor] | None:
+        """Numbers on the device that who appends in place counts tokens in; None elsewhere."""
+        return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
+from picache.hf.held_kv import HeldKV
 from picache.linking.report import LinkReport, total
 from picache.linking.row import LinkedRow
 from picache.linking.stopwatch import Stopwatch
@@ -38,13 +39,13 @@ class LinkedPrompt(Mapping[str, Any]):
     def __init__(
         self,
         inputs: dict[str, Tensor],
-        cache: "LinkedCache",
+        held: "HeldKV",
         logits: Tensor,
         reports: tuple[LinkReport, ...],
         seconds: float,
         attach: "Attachment | None" = None,
     ) -> None:
-        self._inputs, self._cache, self._attach = inputs, cache, attach
+        self._inputs, self._held, self._attach = inputs, held, attach
         self.logits = logits
         self.reports = reports
         self.report = total(reports, seconds)
@@ -70,7 +71,9 @@ class LinkedPrompt(Mapping[str, Any]):
     @property
     def past_key_values(self) -> "LinkedCache":
         """A fresh cache at each access that holds every token but the last."""
-        return self._cache.fork()
+        from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
+
+        return LinkedCache(self._held, self._attach)
 
     def to(self, device: torch.device | str | int) -> "LinkedPrompt":
         """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
@@ -89,7 +92,7 @@ class LinkedPrompt(Mapping[str, Any]):
                 f"{self.logits.device}: move the model, make a new PIC and link there"
             )
         self._inputs = {name: tensor.to(there) for name, tensor in self._inputs.items()}
-        self._cache = self._cache.on(there)
+        self._held = self._held.on(there)
         self.logits = self.logits.to(there)
         return self
 
@@ -128,9 +131,6 @@ def batched(
         watch: started when linking began.
         in_arena: whether rows lie in the model's arena, whose turn this thread has.
     """
-    from picache.hf.held_kv import HeldKV  # transformers is loaded with the model
-    from picache.hf.linked_cache import LinkedCache
-
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
@@ -145,7 +145,7 @@ def batched(
         )
         attach = model.attention.attachment(state)
     if in_arena and all(len(row.ids) == width and not row.report.full_prefill for row in rows):
-        held = model.captured.arena.lend(len(rows), width - 1)
+        held = model.captured.arena.lend(len(rows), width - 1, model.attention)
     else:
         layers = zip(*(row.kv for row in rows), strict=True)
         kv = [
@@ -154,7 +154,7 @@ def batched(
         held = HeldKV(kv, width - 1)
     return LinkedPrompt(
         inputs,
-        LinkedCache(held, attach),
+        held,
         torch.cat([row.logits for row in rows]),
         tuple(row.report for row in rows),
         watch.elapsed,
