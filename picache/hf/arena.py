@@ -48,6 +48,7 @@ class Arena:
             self.lengths = [
                 torch.zeros((), dtype=torch.int64, device=keys.device) for keys, _ in one_token
             ]
+        self._places: dict[int, list[KV]] = {}
         self._tenant: ref[LentKV] | None = None
         self._lent: list[StorageWeakRef] = []
 
@@ -65,10 +66,12 @@ class Arena:
         Returns:
             Keys and values ``[batch, kv_heads, tokens // batch, head_dim]`` of each layer; views.
         """
-        return [
-            (self._divided(memory[0], one[0], batch), self._divided(memory[1], one[1], batch))
-            for memory, one in zip(self._memory, self._one_token, strict=True)
-        ]
+        if batch not in self._places:
+            self._places[batch] = [
+                (self._divided(memory[0], one[0], batch), self._divided(memory[1], one[1], batch))
+                for memory, one in zip(self._memory, self._one_token, strict=True)
+            ]
+        return self._places[batch]
 
     def lend(self, batch: int, tokens: int, attention: AttentionSwitch) -> HeldKV:
         """The keys and values that stand in the first places of each prompt, until `vacate`.

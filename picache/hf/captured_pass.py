@@ -34,61 +34,68 @@ _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that no
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
 Forward = Callable[[], Tensor]
+"""A pass over tensors whose addresses never change; its logits lie where the next one writes."""
 
 
-class Recording(Protocol):
-    """A forward that was recorded: called, it runs again on what now stands in its memory."""
+class Recorder(Protocol):
+    """Records passes of one model."""
 
-    def __call__(self) -> Tensor:
-        """The logits, in memory that the next call overwrites."""
+    def record(self, forward: Forward) -> Forward:
+        """A function that does what `forward` does, on what then stands in its memory."""
         ...
 
 
-class CUDAGraph:
-    """A forward captured as a CUDA graph.
+class CUDAGraphs:
+    """Records passes as CUDA graphs.
 
     Args:
-        forward: works on tensors whose addresses never change, and reads nothing back.
-        pool: memory that graphs which never run at the same time share.
+        device: of the model.
     """
 
-    def __init__(self, forward: Forward, pool: Any) -> None:
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):  # libraries make their plans and workspaces
-            forward()
-        here.wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        mode = "thread_local"
-        with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode=mode):
-            self._logits = forward()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
+        self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
 
-    def __call__(self) -> Tensor:
-        """Replay it."""
-        self._graph.replay()
-        return self._logits
+    def record(self, forward: Forward) -> Forward:
+        """Capture it; see `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):  # libraries make their plans and workspaces
+                forward()
+            here.wait_stream(self._stream)
+            mode = "thread_local"  # other threads may use the device meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                logits = forward()
+
+        def replay() -> Tensor:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return logits
+
+        return replay
 
 
 class RunAgain:
-    """The slow twin of `CUDAGraph`: runs the forward itself each time.
+    """The slow twin of `CUDAGraphs`: a recorded pass is run again each time.
 
     Args:
-        forward: see `CUDAGraph`.
-        pool: not used.
+        device: of the model.
     """
 
-    def __init__(self, forward: Forward, pool: Any = None) -> None:
-        forward()  # whether it can be is found out now, as when it is captured
-        self._forward = forward
+    def __init__(self, device: torch.device) -> None:
+        pass
 
-    def __call__(self) -> Tensor:
-        """Run it."""
-        return self._forward()
+    def record(self, forward: Forward) -> Forward:
+        """Run it once, to see whether it can be; see `Recorder`."""
+        forward()
+        return forward
 
 
-RECORDERS: dict[str, Callable[[Forward, Any], Recording]] = {"cuda": CUDAGraph}
-"""How passes are recorded, by the kind of device; on others they are not."""
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CUDAGraphs}
+"""What records passes, by the kind of device; on others they are not recorded."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class _Class:
     """
 
     rows: Tensor
-    replay: Recording
+    replay: Forward
 
 
 class CapturedPasses:
@@ -117,9 +124,9 @@ class CapturedPasses:
         self._model = model
         self._arena: Arena | None = None
         self._recorded: dict[tuple[int, int], _Class] = {}
-        self._pool: Any = None
+        self._recorder: Recorder | None = None
         self._state: object = None
-        self._failed = ""
+        self._hooked, self._failed = "", ""  # why nothing is captured at present
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -129,7 +136,8 @@ class CapturedPasses:
         """
         with self._model.attention.turn:
             self._model.attention.refuse_attached()
-            if (state := self._state_now()) != self._state:
+            state, self._hooked = self._look()
+            if state != self._state:
                 self._drop()
                 self._state, self._failed = state, ""
             yield
@@ -148,11 +156,7 @@ class CapturedPasses:
             return "the layers lie on several devices"
         if model.rotary.follows_length:
             return "its rotary frequencies follow the length of the text"
-        for name, module in model.model.named_modules():
-            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):  # noqa: SLF001
-                if _package(hook) not in _LOOK_ON:
-                    return f"a forward hook on {name or type(module).__name__} runs Python"
-        return self._failed
+        return self._hooked or self._failed
 
     def claim(self, batch: int, tokens: int) -> list[KV]:
         """Places for a batch of prompts; what still lies there and is in use moves out.
@@ -263,7 +267,7 @@ class CapturedPasses:
         self._recorded.clear()
         if self._arena is not None:
             self._arena.vacate()
-        self._arena = self._pool = None
+        self._arena = self._recorder = None
 
     def _record(self, batch: int, rows: int) -> _Class:
         """The recorded pass of this size, captured now where there is none."""
@@ -273,31 +277,45 @@ class CapturedPasses:
         with torch.inference_mode(mode=False):
             static = torch.zeros(2, batch, rows, dtype=torch.int64, device=model.device)
             static[1] = -1  # what runs while it is captured writes nowhere
-        if self._pool is None and model.device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._recorder is None:
+            self._recorder = RECORDERS[model.device.type](model.device)
 
         def forward() -> Tensor:
             return _padded_forward(model, static, places)
 
         try:
-            replay = RECORDERS[model.device.type](forward, self._pool)
+            replay = self._recorder.record(forward)
         except CannotCapture as error:
             self._failed = str(error)
             raise
         except torch.OutOfMemoryError as error:
             raise CannotCapture("there is not the memory to capture it") from error
-        except RuntimeError as error:  # most often Python that reads a tensor of the device
+        except PICacheError:
+            raise
+        # Most often Python that reads a tensor of the device. The eager pass says what is wrong
+        # otherwise.
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             what = str(error).splitlines()[0] if str(error) else ""
             self._failed = f"capturing failed ({type(error).__name__}: {what})"
             raise CannotCapture(self._failed) from error
         found = self._recorded[batch, rows] = _Class(static, replay)
         return found
 
-    def _state_now(self) -> object:
-        """What a captured pass depends on; it differs where the model has changed."""
-        model = self._model
-        modules = tuple((id(m), vars(m).get("forward")) for m in model.model.modules())
-        return model.weights_seen, model.attention.own, modules
+    def _look(self) -> tuple[object, str]:
+        """What a captured pass depends on, which differs where the model has changed; and which
+        hook runs Python in a forward, empty for none.
+        """
+        model, seen, hooked = self._model, [], ""
+        for module in model.model.modules():
+            inside = vars(module)  # at every link: attributes of modules are slow
+            seen.append((id(module), inside.get("forward")))
+            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
+                hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
+                if any(_package(hook) not in _LOOK_ON for hook in hooks):
+                    names = {id(one): name for name, one in model.model.named_modules()}
+                    name = names[id(module)] or type(module).__name__
+                    hooked = f"a forward hook on {name} runs Python"
+        return (model.weights_seen, model.attention.own, seen), hooked
 
 
 @torch.no_grad()

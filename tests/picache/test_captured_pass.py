@@ -172,8 +172,8 @@ def test_a_hook_of_the_users_is_called_at_every_link(captured):
 
 
 def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch, eagerly):
-    class Failing:
-        def __init__(self, forward, pool):
+    class Failing(captured_pass.RunAgain):
+        def record(self, forward):
             forward()
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -633,22 +633,21 @@ def test_a_step_of_decoding_is_one_graph(captured):
         graphs.append(graph)
         return graph.forward
 
-    prompt = fixed(pic, chunks, query)
-    cache = prompt.past_key_values
     model = pic.model
-    with torch.no_grad():
-        model(prompt.input_ids[:, -1:], past_key_values=cache)
-        step = torch.compile(model.forward, backend=note, fullgraph=True)
-        mask = torch.zeros(1, 1, 1, cache.layers[0].memory.places, dtype=torch.bool)
-        for count in range(4):
-            at = prompt.input_ids.shape[1] + count
-            cache.get_mask_sizes(1, 0)
-            mask[..., : at + 1] = True
-            ids, where = torch.tensor([[5 + count]]), torch.tensor([[at]])
-            out = step(ids, attention_mask=mask, position_ids=where, past_key_values=cache).logits
-    assert len(graphs) == 1
-    whole = torch.cat([prompt.input_ids, torch.tensor([[5, 6, 7, 8]])], dim=1)
-    growing = prompt.past_key_values
-    with torch.no_grad():
-        expected = model(whole[:, -5:], past_key_values=growing).logits[:, -1]
-    assert_close("logits", out[:, -1], expected, 1e-5)
+    step = torch.compile(model.forward, backend=note, fullgraph=True)
+    for parts in ((chunks, query), (chunks[::-1], query), (chunks[:3], query)):
+        prompt = fixed(pic, *parts)
+        cache = prompt.past_key_values
+        with torch.no_grad():
+            model(prompt.input_ids[:, -1:], past_key_values=cache)
+            mask = torch.zeros(1, 1, 1, cache.layers[0].memory.places, dtype=torch.bool)
+            for count in range(4):
+                at = prompt.input_ids.shape[1] + count
+                cache.get_mask_sizes(1, 0)
+                mask[..., : at + 1] = True
+                ids, where = torch.tensor([[5 + count]]), torch.tensor([[at]])
+                out = step(ids, attention_mask=mask, position_ids=where, past_key_values=cache)
+            whole = torch.cat([prompt.input_ids[:, -1:], torch.tensor([[5, 6, 7, 8]])], dim=1)
+            expected = model(whole, past_key_values=prompt.past_key_values).logits[:, -1]
+        assert_close("logits", out.logits[:, -1], expected, 1e-5)
+    assert len(graphs) == 1, "the next prompt's steps are the same"
