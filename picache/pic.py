@@ -61,6 +61,8 @@ class PIC:
         model: the transformers model that was handed in.
         hf: the same model as linking sees it, a `picache.hf.model.HFModel`: how each layer rotates
             its keys, the bytes of a token, a prefill of token ids.
+        passes: the sparse passes that were captured, and the arena that prompts are linked in;
+            a `picache.hf.captured_pass.CapturedPasses`.
         tokenizer: as handed in.
         store: where compiled chunks live.
         sinks: as handed in.
@@ -82,10 +84,13 @@ class PIC:
         self.store = as_store(store)
         self.sinks = as_sinks(sinks)
         self.flops_per_byte = as_flops_per_byte(flops_per_byte)
-        from picache.hf.model import HFModel  # transformers is loaded when a model is handed in
+        # transformers is loaded when a model is handed in
+        from picache.hf.captured_pass import CapturedPasses
+        from picache.hf.model import HFModel
         from picache.hf.self_check import check
 
         self.hf = HFModel(model)
+        self.passes = CapturedPasses(self.hf)
         self._check = check
         self._prove()
         self.model = model
@@ -263,7 +268,9 @@ class PIC:
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
-        link = Link(self.hf, self.store, rows, method, self.flops_per_byte, pad_id, watch)
+        link = Link(
+            self.hf, self.passes, self.store, rows, method, self.flops_per_byte, pad_id, watch
+        )
         return link()
 
     def warm_up(self, tokens: int, rows: int, batch: int = 1, progress: bool = True) -> None:
@@ -297,7 +304,7 @@ class PIC:
                 "be recomputed"
             )
         self._header()  # sees whether the model has changed
-        self.hf.captured.warm_up(tokens, rows, batch, progress)
+        self.passes.warm_up(tokens, rows, batch, progress)
 
     def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""

@@ -1,6 +1,6 @@
 """One memory for the keys and values of the prompts that a model links, allocated once."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
@@ -10,10 +10,7 @@ from typing_extensions import override
 
 from picache.chunk import KV
 from picache.hf.attention_switch import AttentionSwitch
-from picache.hf.held_kv import HeldKV
-
-if TYPE_CHECKING:
-    from picache.hf.fixed_memory import FixedMemory
+from picache.hf.held_kv import Appending, HeldKV
 
 # Attention functions of transformers that take a mask of all places of a cache of fixed size.
 _MASKED = ("sdpa", "eager")
@@ -133,7 +130,7 @@ class LentKV(HeldKV):
         self._arena: Arena | None = arena
         self._count, self._batch, self._attention = len(arena.lengths), batch, attention
         self._views: dict[int, KV] = {}
-        self._appending: ref[FixedMemory] | None = None
+        self._appending: ref[Appending] | None = None
 
     @override
     def __len__(self) -> int:
@@ -159,7 +156,7 @@ class LentKV(HeldKV):
         return self._attention.own in _MASKED
 
     @override
-    def room(self, memory: "FixedMemory") -> list[KV] | None:
+    def room(self, memory: Appending) -> list[KV] | None:
         if self._arena is None or (self._appending is not None and self._appending() is not None):
             return None
         self._appending = ref(memory)

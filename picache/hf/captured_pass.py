@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,11 @@ from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
 from picache.hf.compiled import never_compiled
+from picache.hf.model import HFModel
 from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
 from picache.progress import bar
-
-if TYPE_CHECKING:
-    from picache.hf.model import HFModel
 
 MOST_ROWS = 4096
 """Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
@@ -120,7 +118,7 @@ class CapturedPasses:
         model: the model; nothing is allocated before the first link.
     """
 
-    def __init__(self, model: "HFModel") -> None:
+    def __init__(self, model: HFModel) -> None:
         self._model = model
         self._arena: Arena | None = None
         self._recorded: dict[tuple[int, int], _Class] = {}
@@ -302,13 +300,14 @@ class CapturedPasses:
         return found
 
     def _look(self) -> tuple[object, str]:
-        """What a captured pass depends on, which differs where the model has changed; and which
+        """What a captured pass depends on, which differs where the model changed; and which
         hook runs Python in a forward, empty for none.
         """
         model, seen, hooked = self._model, [], ""
         for module in model.model.modules():
             inside = vars(module)  # at every link: attributes of modules are slow
-            seen.append((id(module), inside.get("forward")))
+            adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"  # peft's
+            seen.append((id(module), inside.get("forward"), adapters))
             if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
                 hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
                 if any(_package(hook) not in _LOOK_ON for hook in hooks):
@@ -319,7 +318,7 @@ class CapturedPasses:
 
 
 @torch.no_grad()
-def _padded_forward(model: "HFModel", rows: Tensor, places: list[KV]) -> Tensor:
+def _padded_forward(model: HFModel, rows: Tensor, places: list[KV]) -> Tensor:
     """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
     ids, positions = rows
     passing = PaddedPass(positions, places[0][0].shape[2] - 1)

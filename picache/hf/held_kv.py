@@ -1,15 +1,26 @@
 """The keys and values of a linked batch, which all caches made of one prompt share."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from picache.chunk import KV
 
-if TYPE_CHECKING:
-    from picache.hf.fixed_memory import FixedMemory
+
+class Appending(Protocol):
+    """Memory in which a cache appends tokens behind a prompt.
+
+    Attributes:
+        layers: of each layer, ``[batch, kv_heads, places, head_dim]``; the prompt's tokens first.
+    """
+
+    layers: list[KV]
+
+    def move_out(self) -> None:
+        """Copy everything to memory of its own."""
+        ...
 
 
 class HeldKV:
@@ -53,7 +64,7 @@ class HeldKV:
         """Whether caches of this prompt decode in memory of fixed size."""
         return False
 
-    def room(self, memory: "FixedMemory") -> list[KV] | None:
+    def room(self, memory: Appending) -> list[KV] | None:
         """All places, for one that appends behind the tokens; None where it must not."""
         return None
 

@@ -21,7 +21,6 @@ from picache.errors import PICacheError
 from picache.hf.ambient import refuse_ambient, refuse_other_objects
 from picache.hf.attention_switch import AttentionSwitch
 from picache.hf.cache import PrefillCache, ScatterLayer, TailLayer, held_by
-from picache.hf.captured_pass import CapturedPasses
 from picache.hf.compiled import never_compiled, uncompiled
 from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
@@ -45,7 +44,6 @@ class HFModel:
         model: as handed in.
         decoder: the part of it that holds the layers.
         attention: switches the model's attention function.
-        captured: its sparse passes that were captured as CUDA graphs, and their memory.
         config: configuration of the decoder.
         settings: the fields of it that KV may depend on, when the model was measured.
         max_length: positions the model has; None where it states no limit.
@@ -75,7 +73,6 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
-        self.captured = CapturedPasses(self)
         self._digest: tuple[object, str] = (None, "")
         self.measure()
 

@@ -22,6 +22,7 @@ from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recomp
 from picache.store import ChunkStore
 
 if TYPE_CHECKING:
+    from picache.hf.captured_pass import CapturedPasses
     from picache.hf.model import HFModel
 
 
@@ -69,7 +70,8 @@ class Link:
 
     Args:
         model: the model the chunks were compiled with.
-        store: where their KV lives.
+        passes: its captured passes.
+        store: where the chunks' KV lives.
         rows: the prompts.
         method: says which tokens of the chunks to recompute.
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
@@ -81,6 +83,7 @@ class Link:
     def __init__(
         self,
         model: "HFModel",
+        passes: "CapturedPasses",
         store: ChunkStore,
         rows: Sequence[Row],
         method: LinkMethod,
@@ -88,7 +91,8 @@ class Link:
         pad_id: int,
         watch: Stopwatch,
     ) -> None:
-        self._model, self._store, self._rows, self._method = model, store, rows, method
+        self._model, self._passes, self._store = model, passes, store
+        self._rows, self._method = rows, method
         self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
         self._failures = store.failures
         self._together = Stopwatch(model.device)  # what is done for all rows at once
@@ -110,8 +114,8 @@ class Link:
     @contextmanager
     def _places(self) -> Iterator[tuple[list[KV] | None, str]]:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
-        captured, method = self._model.captured, self._method
-        reason = captured.why_no_device()
+        passes, method = self._passes, self._method
+        reason = passes.why_no_device()
         if type(method).narrow is not LinkMethod.narrow:
             reason = "the method chooses again in each layer"
         elif method.parallel is not None:
@@ -119,10 +123,10 @@ class Link:
         with ExitStack() as turn:
             places = None
             if not reason:
-                turn.enter_context(captured.turn())
+                turn.enter_context(passes.turn())
                 longest = max(row.layout(1).total_length for row in self._rows)
                 try:
-                    places = captured.claim(len(self._rows), longest)
+                    places = passes.claim(len(self._rows), longest)
                 except CannotCapture as error:
                     reason = str(error)
                     turn.close()
@@ -146,9 +150,8 @@ class Link:
         first_token = self._watch.elapsed
         self._promote(sources)
         rows = [self._row(linking, sources, first_token) for linking in linkings]
-        return batched(
-            self._model, rows, self._method, self._pad_id, self._watch, places is not None
-        )
+        arena = None if places is None else self._passes.arena
+        return batched(self._model, rows, self._method, self._pad_id, self._watch, arena)
 
     @contextmanager
     def _begun(
@@ -207,7 +210,7 @@ class Link:
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         try:
             with self._together.span("recompute"):
-                logits, how, self._capture_seconds = self._model.captured.run(ids, chosen)
+                logits, how, self._capture_seconds = self._passes.run(ids, chosen)
         except CannotCapture as error:
             return str(error)
         for index, linking in enumerate(linkings):

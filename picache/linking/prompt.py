@@ -16,6 +16,7 @@ from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
+    from picache.hf.arena import Arena
     from picache.hf.attention_switch import Attachment
     from picache.hf.linked_cache import LinkedCache
     from picache.hf.model import HFModel
@@ -119,7 +120,7 @@ def batched(
     method: LinkMethod,
     pad_id: int,
     watch: Stopwatch,
-    in_arena: bool = False,
+    arena: "Arena | None" = None,
 ) -> LinkedPrompt:
     """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
 
@@ -129,7 +130,7 @@ def batched(
         method: the method the rows were linked by.
         pad_id: token id of the padding.
         watch: started when linking began.
-        in_arena: whether rows lie in the model's arena, whose turn this thread has.
+        arena: where the rows that are linked lie, all in a turn of this thread; None elsewhere.
     """
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -144,8 +145,8 @@ def batched(
             rows, method.parallel.lse_scale, width, device
         )
         attach = model.attention.attachment(state)
-    if in_arena and all(len(row.ids) == width and not row.report.full_prefill for row in rows):
-        held = model.captured.arena.lend(len(rows), width - 1, model.attention)
+    if arena and all(len(row.ids) == width and not row.report.full_prefill for row in rows):
+        held = arena.lend(len(rows), width - 1, model.attention)
     else:
         layers = zip(*(row.kv for row in rows), strict=True)
         kv = [

@@ -199,7 +199,7 @@ def test_what_lies_behind_a_prompt_is_not_read(captured, eagerly):
     """Garbage of earlier prompts, NaN included, in an arena far longer than this one."""
     pic, chunks, query = pic_and_parts(tiny_model("mistral_sliding"))
     pic.warm_up(tokens=300, rows=32, progress=False)
-    for keys, values in pic.hf.captured.arena.places(1):
+    for keys, values in pic.passes.arena.places(1):
         keys.fill_(torch.nan)
         values.fill_(torch.nan)
     assert_same(pic.link(chunks, query, LegoLink(3)), eagerly(pic, chunks, query, LegoLink(3)))
@@ -209,9 +209,9 @@ def test_a_prompt_may_fill_the_arena_to_its_end(captured, eagerly):
     pic, chunks, query = pic_and_parts(tiny_model("llama"), (100, 200, 200), query=12)
     assert len(query) + 500 == pic.hf.max_length
     pic.warm_up(tokens=512, rows=32, progress=False)
-    arena = pic.hf.captured.arena
+    arena = pic.passes.arena
     assert_same(pic.link(chunks, query, LegoLink(2)), eagerly(pic, chunks, query, LegoLink(2)))
-    assert pic.hf.captured.arena is arena
+    assert pic.passes.arena is arena
 
 
 def test_a_batch_goes_through_one_pass(captured, eagerly):
@@ -230,7 +230,7 @@ def test_a_batch_of_equal_lengths_stays_where_it_was_linked(captured, eagerly):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     rows, queries = [chunks, [chunks[0], *chunks[:0:-1]]], [query, query.flip(0)]
     batch = pic.link(rows, queries, LegoLink(3))
-    places = pic.hf.captured.arena.places(2)
+    places = pic.passes.arena.places(2)
     lies = batch.past_key_values.layers[1].values
     assert lies.data_ptr() == places[1][1].data_ptr()
     assert_same(batch, eagerly(pic, rows, queries, LegoLink(3)))
@@ -297,9 +297,9 @@ def test_an_earlier_prompt_stays_right_when_the_next_one_is_linked(captured, eag
 def test_an_arena_that_nobody_reads_is_used_again_without_a_copy(captured):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     first = pic.link(chunks, query).past_key_values.layers[0].keys.data_ptr()
-    arena = pic.hf.captured.arena
+    arena = pic.passes.arena
     assert pic.link(chunks, query).past_key_values.layers[0].keys.data_ptr() == first
-    assert pic.hf.captured.arena is arena
+    assert pic.passes.arena is arena
 
 
 def test_tensors_that_somebody_took_are_never_written_to(captured):
@@ -356,15 +356,30 @@ def changed_module(model):
     model.model.layers[1].mlp.up_proj = wide.eval()
 
 
+class Adapted(nn.Linear):
+    """A layer with an adapter that is switched as peft switches its own."""
+
+    _disable_adapters = True
+
+    def forward(self, x):
+        return super().forward(x) * (1 if self._disable_adapters else 3)
+
+
+def changed_adapter(model):
+    model.model.layers[0].mlp.up_proj._disable_adapters = False
+
+
 def changed_attention(model):
     model.set_attn_implementation("eager")
 
 
 @pytest.mark.parametrize(
-    "change", [changed_weights, changed_settings, changed_module, changed_attention]
+    "change",
+    [changed_weights, changed_settings, changed_module, changed_adapter, changed_attention],
 )
 def test_a_model_that_changed_is_captured_anew(change, captured, eagerly):
     model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj.__class__ = Adapted
     pic, chunks, query = pic_and_parts(model)
     pic.link(chunks, query, LegoLink(3))
     assert pic.link(chunks, query, LegoLink(3)).report.seconds["capture"] == 0
@@ -562,7 +577,7 @@ def test_more_room_is_made_where_a_text_outgrows_it(captured, eagerly, monkeypat
     monkeypatch.setattr(captured_pass, "_ROOM", 40)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     prompt, growing = fixed(pic, chunks, query), eagerly(pic, chunks, query, LegoLink(3))
-    places = pic.hf.captured.arena.tokens
+    places = pic.passes.arena.tokens
     sizes = []
     outs = []
     for source in (prompt, growing):
@@ -581,7 +596,7 @@ def test_more_room_is_made_where_a_text_outgrows_it(captured, eagerly, monkeypat
 def test_garbage_in_the_arena_does_not_reach_what_is_decoded(captured):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     expected = pic.model.generate(**fixed(pic, chunks, query), **RUN)
-    for keys, values in pic.hf.captured.arena.places(1):
+    for keys, values in pic.passes.arena.places(1):
         keys.fill_(torch.nan)
         values.fill_(torch.nan)
     assert torch.equal(pic.model.generate(**fixed(pic, chunks, query), **RUN), expected)

@@ -134,10 +134,10 @@ def test_two_prompts_stay_right_beside_each_other():
 def test_an_arena_that_nobody_reads_is_used_again():
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     pic.link(chunks, query)
-    arena, before = pic.hf.captured.arena, torch.cuda.memory_allocated()
+    arena, before = pic.passes.arena, torch.cuda.memory_allocated()
     for _ in range(3):
         pic.link(chunks, query)
-    assert pic.hf.captured.arena is arena
+    assert pic.passes.arena is arena
     assert torch.cuda.memory_allocated() - before < arena.nbytes
 
 
@@ -251,12 +251,12 @@ def test_decoding_behind_a_link_is_compiled_once():
     assert torch.equal(pic.model.generate(**prompt, **RUN), expected)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= 1
-    arena = pic.hf.captured.arena
+    arena = pic.passes.arena
     del prompt
     for _ in range(2):
         prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
         assert torch.equal(pic.model.generate(**prompt, **RUN), expected)
-    assert pic.hf.captured.arena is arena
+    assert pic.passes.arena is arena
     assert counters["stats"]["unique_graphs"] == graphs
     other = was_captured(pic.link(chunks[:3], query, LegoLink(3)))
     right = eagerly(pic, chunks[:3], query, LegoLink(3))
