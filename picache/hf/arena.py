@@ -1,5 +1,6 @@
 """One memory for the keys and values of the prompts that a model links, allocated once."""
 
+import threading
 from typing import Any
 from weakref import ref
 
@@ -31,6 +32,7 @@ class Arena:
         tokens: as handed in.
         lengths: for each layer a number on its device, int64, which a cache that decodes in the
             arena counts its tokens in.
+        turn: held by a thread that takes tensors of it, or takes it back.
     """
 
     def __init__(self, one_token: list[KV], tokens: int) -> None:
@@ -46,6 +48,7 @@ class Arena:
                 torch.zeros((), dtype=torch.int64, device=keys.device) for keys, _ in one_token
             ]
         self._places: dict[int, list[KV]] = {}
+        self.turn = threading.RLock()
         self._tenant: ref[LentKV] | None = None
         self._lent: list[StorageWeakRef] = []
 
@@ -90,7 +93,8 @@ class Arena:
             layer: index of the layer.
         """
         # Other storages on the same memory: as long as a tensor on one of them lives, it is read.
-        keys, values = map(torch.from_dlpack, self._memory[layer])
+        with torch.inference_mode(mode=False):
+            keys, values = map(torch.from_dlpack, self._memory[layer])
         self._lent += [StorageWeakRef(keys.untyped_storage())]
         self._lent += [StorageWeakRef(values.untyped_storage())]
         one = self._one_token[layer]
@@ -103,11 +107,12 @@ class Arena:
             Whether the memory is free. It is not where somebody has taken tensors of it for their
             own, such as a cache that goes on from a linked one.
         """
-        if self._tenant is not None and (tenant := self._tenant()) is not None:
-            tenant.move_out()
-        self._tenant = None
-        self._lent = [storage for storage in self._lent if not storage.expired()]
-        return not self._lent
+        with self.turn:
+            if self._tenant is not None and (tenant := self._tenant()) is not None:
+                tenant.move_out()
+            self._tenant = None
+            self._lent = [storage for storage in self._lent if not storage.expired()]
+            return not self._lent
 
     def _divided(self, memory: Tensor, one: Tensor, batch: int) -> Tensor:
         _, heads, _, dim = one.shape
@@ -128,6 +133,7 @@ class LentKV(HeldKV):
     def __init__(self, arena: Arena, batch: int, tokens: int, attention: AttentionSwitch) -> None:
         super().__init__([], tokens)
         self._arena: Arena | None = arena
+        self._turn = arena.turn
         self._count, self._batch, self._attention = len(arena.lengths), batch, attention
         self._views: dict[int, KV] = {}
         self._appending: ref[Appending] | None = None
@@ -138,12 +144,13 @@ class LentKV(HeldKV):
 
     @override
     def __getitem__(self, layer: int) -> KV:
-        if self._arena is None:
-            return super().__getitem__(layer)
-        if layer not in self._views:  # most are never asked for
-            self._views[layer] = self._arena.lent(self._batch, layer)
-        keys, values = self._views[layer]
-        return keys[:, :, : self.tokens], values[:, :, : self.tokens]
+        with self._turn:
+            if self._arena is None:
+                return super().__getitem__(layer)
+            if layer not in self._views:  # most are never asked for
+                self._views[layer] = self._arena.lent(self._batch, layer)
+            keys, values = self._views[layer]
+            return keys[:, :, : self.tokens], values[:, :, : self.tokens]
 
     @property
     @override
@@ -157,12 +164,14 @@ class LentKV(HeldKV):
 
     @override
     def room(self, memory: Appending) -> list[KV] | None:
-        if self._arena is None or (self._appending is not None and self._appending() is not None):
-            return None
-        self._appending = ref(memory)
-        for layer in range(len(self)):
-            self[layer]
-        return [self._views[layer] for layer in range(len(self))]
+        with self._turn:
+            taken = self._appending is not None and self._appending() is not None
+            if self._arena is None or taken:
+                return None
+            self._appending = ref(memory)
+            for layer in range(len(self)):
+                self[layer]
+            return [self._views[layer] for layer in range(len(self))]
 
     @property
     @override

@@ -9,6 +9,8 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.hf.held_kv import HeldKV
 
+# A tensor that is made in inference mode could be written to in that mode alone.
+_writable = torch.inference_mode(mode=False)
 _ROOM = 256  # tokens that there are places for at least when memory is made or made larger
 
 
@@ -40,6 +42,7 @@ class FixedMemory:
         """Whether there are places; before, nothing is copied."""
         return self._held is None
 
+    @_writable
     def open(self) -> None:
         """Take the places behind the prompt, or copy it."""
         if self._held is None:
@@ -47,10 +50,9 @@ class FixedMemory:
         held, self._held = self._held, None
         self._places = held.room(self)
         lengths = None if self._places is None else held.arena_lengths
-        with torch.inference_mode(mode=False):
-            self.lengths = lengths or [
-                torch.zeros((), dtype=torch.int64, device=keys.device) for keys, _ in held
-            ]
+        self.lengths = lengths or [
+            torch.zeros((), dtype=torch.int64, device=keys.device) for keys, _ in held
+        ]
         for length in self.lengths:
             length.fill_(held.tokens)
         self._show(list(held), held.tokens)
@@ -61,6 +63,7 @@ class FixedMemory:
         """How many places are shown."""
         return self.layers[0][0].shape[2]
 
+    @_writable
     def make_room(self, new: int) -> None:
         """See to it that a forward of `new` tokens finds places; called before its layers run."""
         self.open()
@@ -73,14 +76,15 @@ class FixedMemory:
             held = [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers]
             self._show(held, tokens, self._most)
 
+    @_writable
     def move_out(self) -> None:
         """Copy everything to memory of its own, in which as many places are shown."""
         self._places = None
         self.layers = [(keys.clone(), values.clone()) for keys, values in self.layers]
-        with torch.inference_mode(mode=False):
-            self.lengths = [length.clone() for length in self.lengths]
+        self.lengths = [length.clone() for length in self.lengths]
         self._mark([tensor for layer in self.layers for tensor in layer] + self.lengths)
 
+    @_writable
     def change(self, layer: int, rows: Callable[[Tensor], Tensor]) -> None:
         """Replace a layer's tensors by what is made of them: rows repeated, or in another order."""
         self.open()

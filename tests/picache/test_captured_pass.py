@@ -602,6 +602,28 @@ def test_garbage_in_the_arena_does_not_reach_what_is_decoded(captured):
     assert torch.equal(pic.model.generate(**fixed(pic, chunks, query), **RUN), expected)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_inference_mode_may_begin_and_end_anywhere(moved, captured):
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    expected = pic.model.generate(**fixed(pic, chunks, query), **RUN)
+    with torch.inference_mode():
+        prompt = fixed(pic, chunks, query)
+        cache, other = prompt.past_key_values, prompt.past_key_values
+        ids = pic.model.generate(
+            prompt.input_ids, past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+        pic.model.generate(
+            prompt.input_ids, past_key_values=other, max_new_tokens=4, do_sample=False
+        )
+    if moved:
+        pic.link(chunks[::-1], query)
+    ids = ids.clone()
+    for one in (cache, other):
+        out = pic.model.generate(ids, past_key_values=one, max_new_tokens=5, do_sample=False)
+        assert torch.equal(out, expected)
+    assert torch.equal(pic.model.generate(**fixed(pic, chunks, query), **RUN), expected)
+
+
 def test_a_copy_of_a_used_cache_goes_its_own_way(captured):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     prompt = fixed(pic, chunks, query)
