@@ -73,6 +73,31 @@ class Arena:
             ]
         return self._places[batch]
 
+    def put(self, batch: int, row: int, kv: list[KV]) -> None:
+        """Put a prompt, ``[1, kv_heads, tokens, head_dim]`` of each layer, in a row of a batch."""
+        for places, tensors in zip(self.places(batch), kv, strict=True):
+            for place, tensor in zip(places, tensors, strict=True):
+                place[row : row + 1, :, : tensor.shape[2]] = tensor
+
+    def align(self, lengths: list[int]) -> None:
+        """Move the prompts of a batch so that all end where the longest does; zeros in front.
+
+        Args:
+            lengths: tokens of each prompt.
+        """
+        width = max(lengths)
+        if min(lengths) == width:
+            return
+        device = self._memory[0][0].device
+        padding = width - torch.tensor(lengths, device=device)
+        source = (torch.arange(width, device=device) - padding[:, None])[:, None, :, None]
+        for layer in self.places(len(lengths)):
+            for tensor in layer:
+                _, heads, _, dim = tensor.shape
+                taken = tensor[:, :, :width]
+                index = source.clamp_min(0).expand(-1, heads, -1, dim)
+                taken.copy_(taken.gather(2, index).masked_fill_(source < 0, 0))
+
     def lend(self, batch: int, tokens: int, attention: AttentionSwitch) -> HeldKV:
         """The keys and values that stand in the first places of each prompt, until `vacate`.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ class _Linking:
     logits: Tensor = _NONE
     recompute_pass: str = ""
 
-    @property
+    @cached_property
     def everything(self) -> list[Tensor]:
         """All positions in each layer, as a full prefill runs them."""
         return [torch.arange(self.layout.total_length)] * self.layout.num_layers
@@ -116,7 +117,7 @@ class Link:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
         passes, method = self._passes, self._method
         reason = passes.why_no_device()
-        if type(method).narrow is not LinkMethod.narrow:
+        if _narrows(method):
             reason = "the method chooses again in each layer"
         elif method.parallel is not None:
             reason = "the method places chunks side by side"
@@ -185,8 +186,7 @@ class Link:
             evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
-        narrows = _narrowing(method, layout) is not None
-        if narrows or self._flops_per_byte is None or method.parallel is not None:
+        if self._flops_per_byte is None or _narrows(method) or method.parallel is not None:
             return
         nbytes = model.bytes_per_token * sources.compiled_tokens(linking.row)
         linked = model.flops([linking.positions] * layout.num_layers)
@@ -288,13 +288,18 @@ class Link:
         return LinkedRow(linking.ids, layout, linking.layers, linking.logits, report)
 
 
+def _narrows(method: LinkMethod) -> bool:
+    """Whether the method chooses again in each layer."""
+    return type(method).narrow is not LinkMethod.narrow
+
+
 def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
     """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
 
     What must be recomputed in every layer, the query or its last token, is left out of what the
     method sees and added to what it chose.
     """
-    if type(method).narrow is LinkMethod.narrow:
+    if not _narrows(method):
         return None
     forced = layout.context_length if method.force_query else layout.total_length - 1
 

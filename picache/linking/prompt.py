@@ -130,7 +130,7 @@ def batched(
         method: the method the rows were linked by.
         pad_id: token id of the padding.
         watch: started when linking began.
-        arena: where the rows that are linked lie, all in a turn of this thread; None elsewhere.
+        arena: where the rows that were linked lie, in whose turn this thread is; None elsewhere.
     """
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -145,7 +145,11 @@ def batched(
             rows, method.parallel.lse_scale, width, device
         )
         attach = model.attention.attachment(state)
-    if arena and all(len(row.ids) == width and not row.report.full_prefill for row in rows):
+    if arena is not None:
+        for index, row in enumerate(rows):
+            if row.report.full_prefill:
+                arena.put(len(rows), index, row.kv)
+        arena.align([len(row.ids) for row in rows])
         held = arena.lend(len(rows), width - 1, model.attention)
     else:
         layers = zip(*(row.kv for row in rows), strict=True)

@@ -236,6 +236,11 @@ def test_a_batch_of_equal_lengths_stays_where_it_was_linked(captured, eagerly):
     assert_same(batch, eagerly(pic, rows, queries, LegoLink(3)))
 
 
+def ids_of(batch, row):
+    """The ids of a row, without its padding, ``[1, tokens]``."""
+    return batch.input_ids[row, batch.attention_mask[row].bool()][None]
+
+
 def test_a_row_of_a_batch_may_be_prefilled_in_full(captured):
     pic, chunks, query = pic_and_parts(tiny_model("llama"), (1, 90, 7))
     pic.flops_per_byte = 100.0
@@ -244,10 +249,18 @@ def test_a_row_of_a_batch_may_be_prefilled_in_full(captured):
     assert (linked.full_prefill, full.recompute_pass) == ("", "")
     assert linked.recompute_pass.startswith("captured")
     assert "as much" in full.full_prefill
-    ids = batch.input_ids[1:, batch.attention_mask[1].bool()]
+    ids = ids_of(batch, 1)
     with torch.no_grad():
         expected = pic.model(ids).logits[:, -1]
     assert_close("logits", batch.logits[1:], expected, 1e-5)
+    assert batch.past_key_values.is_compileable
+    run = dict(max_new_tokens=6, do_sample=False)
+    together = pic.model.generate(**batch, **run)
+    for index, row in enumerate((ids_of(batch, 0), ids)):
+        prompt = pic.link([chunks[:2], chunks[::2]][index], query, LegoLink(8))
+        alone = pic.model.generate(**prompt, **run)
+        assert torch.equal(prompt.input_ids, row)
+        assert torch.equal(together[index, -6:], alone[0, -6:])
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -527,7 +540,7 @@ def test_generating_gives_what_it_gives_behind_a_growing_cache(
     family, options, rows, captured, eagerly
 ):
     pic, chunks, query = pic_and_parts(families.build(family))
-    both = ([chunks, [chunks[0], *chunks[:0:-1]]], [query, query.flip(0)])
+    both = ([chunks, chunks[1:]], [query, query.flip(0)])
     parts = (chunks, query) if rows == 1 else both
     prompt, growing = fixed(pic, *parts), eagerly(pic, *parts, LegoLink(3))
     expected = pic.model.generate(**growing, **options)

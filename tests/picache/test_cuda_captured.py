@@ -97,15 +97,14 @@ def test_half_precision_gives_the_same_first_token(family):
 def test_a_batch_goes_through_one_pass():
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
     rows, queries = [chunks, chunks[:2], chunks[2:]], [query, query[:3], query[:1]]
-    batch = was_captured(pic.link(rows, queries, LegoLink(3)))
-    assert_same(batch, eagerly(pic, rows, queries, LegoLink(3)))
-    rows, queries = [chunks, [chunks[0], *chunks[:0:-1]]], [query, query.flip(0)]
-    batch = was_captured(pic.link(rows, queries, LegoLink(3)))
-    expected = eagerly(pic, rows, queries, LegoLink(3))
-    assert_same(batch, expected)
-    options = RUN | dict(disable_compile=True)
-    answers = [pic.model.generate(**one, **options) for one in (batch, expected)]
-    assert torch.equal(*answers)
+    same_length = [chunks, [chunks[0], *chunks[:0:-1]]], [query, query.flip(0)]
+    for some, asked in ((rows, queries), same_length):
+        batch = was_captured(pic.link(some, asked, LegoLink(3)))
+        expected = eagerly(pic, some, asked, LegoLink(3))
+        assert_same(batch, expected)
+        options = RUN | dict(disable_compile=True)
+        answers = [pic.model.generate(**one, **options) for one in (batch, expected)]
+        assert torch.equal(*answers)
 
 
 def test_chunks_from_the_host_are_placed_before_the_pass_runs():
