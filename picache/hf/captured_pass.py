@@ -304,16 +304,14 @@ class CapturedPasses:
         hook runs Python in a forward, empty for none.
         """
         model, seen, hooked = self._model, [], ""
-        for module in model.model.modules():
+        for name, module in model.modules:
             inside = vars(module)  # at every link: attributes of modules are slow
             adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"  # peft's
             seen.append((id(module), inside.get("forward"), adapters))
             if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
                 hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
                 if any(_package(hook) not in _LOOK_ON for hook in hooks):
-                    names = {id(one): name for name, one in model.model.named_modules()}
-                    name = names[id(module)] or type(module).__name__
-                    hooked = f"a forward hook on {name} runs Python"
+                    hooked = f"a forward hook on {name or type(module).__name__} runs Python"
         return (model.weights_seen, model.attention.own, seen), hooked
 
 

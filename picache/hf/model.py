@@ -46,6 +46,7 @@ class HFModel:
         attention: switches the model's attention function.
         config: configuration of the decoder.
         settings: the fields of it that KV may depend on, when the model was measured.
+        modules: of the model, by name, as the last `header` saw them.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
@@ -73,6 +74,7 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
+        self.modules: tuple[tuple[str, nn.Module], ...] = ()
         self._digest: tuple[object, str] = (None, "")
         self.measure()
 
@@ -416,6 +418,7 @@ class HFModel:
                 autocast; see `picache.hf.ambient`.
         """
         now = refuse_ambient(self.model, self._made)
+        self.modules = now.modules
         return Header(
             model=type(self.model).__name__,
             fingerprint=self._fingerprint(now.weights),

@@ -202,11 +202,7 @@ class Link:
         ]
         if not any(map(len, chosen)):
             return ""
-        num_layers = len(self._model.rotations)
-        for layer in range(num_layers):  # all rows, so that what they share is let go
-            for linking in linkings:
-                if not linking.full_prefill:
-                    linking.kv[layer]
+        self._place([linking for linking in linkings if not linking.full_prefill])
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         try:
             with self._together.span("recompute"):
@@ -215,10 +211,16 @@ class Link:
             return str(error)
         for index, linking in enumerate(linkings):
             if not linking.full_prefill:
-                linking.entered = [linking.positions] * num_layers
-                linking.layers = [linking.kv[layer] for layer in range(num_layers)]
+                linking.entered = [linking.positions] * linking.layout.num_layers
+                linking.layers = [linking.kv[layer] for layer in range(len(linking.kv))]
                 linking.logits, linking.recompute_pass = logits[index : index + 1], how
         return ""
+
+    def _place(self, linkings: list["_Linking"]) -> None:
+        """Put the rows together, layer by layer, so that what they share is soon let go."""
+        for layer in range(len(self._model.rotations)):
+            for linking in linkings:
+                linking.kv[layer]
 
     def _recompute(self, linking: "_Linking", reason: str) -> None:
         """Recompute one row eagerly, or prefill it in full."""
