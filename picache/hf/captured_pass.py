@@ -22,6 +22,7 @@ from picache.hf.arena import Arena
 from picache.hf.compiled import never_compiled
 from picache.hf.model import HFModel
 from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
+from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
 from picache.progress import bar
@@ -61,7 +62,8 @@ class CUDAGraphs:
         with torch.cuda.device(self._device):
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
-            with torch.cuda.stream(self._stream):  # libraries make their plans and workspaces
+            # Libraries make their plans and workspaces, and what cannot be captured is found out.
+            with torch.cuda.stream(self._stream), RefuseReadingBack():
                 forward()
             here.wait_stream(self._stream)
             mode = "thread_local"  # other threads may use the device meanwhile

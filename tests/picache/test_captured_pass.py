@@ -27,6 +27,7 @@ from picache.hf import captured_pass
 from picache.hf.arena import Arena
 from picache.hf.padded_attention import padded_attention
 from picache.hf.padded_pass import window_of
+from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
 from picache.linking.sources import LoadedOnce
@@ -503,6 +504,38 @@ def test_the_window_of_a_mask_is_found():
     for places in range(17, 60):
         with pytest.raises(CannotCapture, match="neither"):
             window_of(chunked, places)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x[int(x.argmax()) :],
+        lambda x: torch.equal(x, x),
+        lambda x: torch.unique(x),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: x.to("meta"),  # stands for another device
+        lambda x: torch.empty(3, device="meta").copy_(x),
+    ],
+)
+def test_what_waits_for_the_device_is_found_before_it_is_captured(reads):
+    x = torch.tensor([1.0, 0.0, 2.0])
+    with pytest.raises(CannotCapture, match=r"back|between"), RefuseReadingBack("cpu"):
+        reads(x)
+    with RefuseReadingBack("cuda"):
+        reads(x)
+
+
+def test_what_does_not_wait_is_let_through():
+    model = tiny_model("gemma3")
+    ids = random_ids(9, 1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with RefuseReadingBack("cuda"):
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
