@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from picache import LegoLink, PICacheError
 from picache.hf import captured_pass
-from tests.helpers import assert_close, random_ids, tiny_model
+from tests.helpers import random_ids, tiny_model
 from tests.picache.captured import assert_same, assert_same_kv, families, pic_and_parts
 
 
@@ -165,31 +166,17 @@ def test_a_cache_of_fixed_size_keeps_its_tensors(captured):
         layer.keys = layer.keys.clone()
 
 
-@pytest.mark.slow
-def test_a_step_of_decoding_is_one_graph(captured):
-    """Traced, not compiled: what CUDA makes of it is measured there."""
-    pic, chunks, query = pic_and_parts(tiny_model("llama"))
-    graphs = []
-
-    def note(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    model = pic.model
-    step = torch.compile(model.forward, backend=note, fullgraph=True)
+def test_generate_compiles_one_step_for_all_prompts(captured):
+    """Into one graph without breaks; what CUDA makes of it is measured there."""
+    pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
+    how = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    how._compile_all_devices = True
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     for parts in ((chunks, query), (chunks[::-1], query), (chunks[:3], query)):
         prompt = fixed(pic, *parts)
-        cache = prompt.past_key_values
-        with torch.no_grad():
-            model(prompt.input_ids[:, -1:], past_key_values=cache)
-            mask = torch.zeros(1, 1, 1, cache.layers[0].memory.places, dtype=torch.bool)
-            for count in range(4):
-                at = prompt.input_ids.shape[1] + count
-                cache.get_mask_sizes(1, 0)
-                mask[..., : at + 1] = True
-                ids, where = torch.tensor([[5 + count]]), torch.tensor([[at]])
-                out = step(ids, attention_mask=mask, position_ids=where, past_key_values=cache)
-            whole = torch.cat([prompt.input_ids[:, -1:], torch.tensor([[5, 6, 7, 8]])], dim=1)
-            expected = model(whole, past_key_values=prompt.past_key_values).logits[:, -1]
-        assert_close("logits", out.logits[:, -1], expected, 1e-5)
-    assert len(graphs) == 1, "the next prompt's steps are the same"
+        expected = pic.model.generate(**prompt, **RUN)
+        assert torch.equal(pic.model.generate(**prompt, **RUN, compile_config=how), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
