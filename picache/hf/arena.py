@@ -175,7 +175,8 @@ class LentKV(HeldKV):
             if layer not in self._views:  # most are never asked for
                 self._views[layer] = self._arena.lent(self._batch, layer)
             keys, values = self._views[layer]
-            return keys[:, :, : self.tokens], values[:, :, : self.tokens]
+            # A forward that records gradients may have appended behind them.
+            return keys[:, :, : self.tokens].detach(), values[:, :, : self.tokens].detach()
 
     @property
     @override

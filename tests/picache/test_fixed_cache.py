@@ -142,6 +142,20 @@ def test_a_copy_of_a_used_cache_goes_its_own_way(captured):
     assert torch.equal(first, second)
 
 
+def test_a_forward_that_records_gradients_leaves_the_prompt_free_of_them(captured):
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    prompt = fixed(pic, chunks, query)
+    expected = pic.model.generate(**prompt, **RUN)
+    cache = prompt.past_key_values
+    out = pic.model(prompt.input_ids[:, -1:], past_key_values=cache).logits
+    out.sum().backward()
+    assert pic.model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    twin = copy.deepcopy(prompt)
+    assert not any(t.requires_grad for kv in prompt.past_key_values.kv for t in kv)
+    for one in (prompt, twin):
+        assert torch.equal(pic.model.generate(**one, **RUN), expected)
+
+
 def test_emptying_a_cache_is_refused_since_the_prompt_would_be_gone(captured):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     prompt = fixed(pic, chunks, query)
