@@ -1,7 +1,7 @@
 """Link methods against full prefill, on the same questions about the same documents."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from picache.methods.base import LinkMethod
 from picache.methods.presets import Arm
 from picache.pic import PIC
 from picache.problem import Problem, answer_ids, check_problems, pieces
+from picache.progress import bar
 from picache.sinks import Sinks
 from picache.text_ids import ids_of_text
 
@@ -103,7 +104,9 @@ def compare(
     stop = _stop_tokens(model, tokenizer)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
-    for index, problem in enumerate(_bar(problems, len(arms), progress)):
+    for index, problem in enumerate(
+        bar(problems, f"full prefill and {len(arms)} methods", "problem", progress)
+    ):
         target = None
         if problem.answers:
             target = torch.tensor(answer_ids(problem, tokenizer), device=model.device)
@@ -351,14 +354,3 @@ def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase")
     if found is None:
         return frozenset()
     return frozenset(found) if isinstance(found, list) else frozenset({int(found)})
-
-
-def _bar(problems: Sequence[Problem], arms: int, progress: bool) -> Iterable[Problem]:
-    """The problems, with a bar where one is wanted and tqdm is there."""
-    if not progress:
-        return problems
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return problems
-    return tqdm(problems, desc=f"full prefill and {arms} methods", unit="problem")

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from picache.arguments import whole_number
 from picache.chunk import Chunk, Form, Header, chunk_key
 from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
-from picache.linking.link import Row, link_row
-from picache.linking.prompt import LinkedPrompt, batched
+from picache.linking.link import Link
+from picache.linking.prompt import LinkedPrompt
+from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
 from picache.methods.base import LinkMethod
@@ -59,6 +61,8 @@ class PIC:
         model: the transformers model that was handed in.
         hf: the same model as linking sees it, a `picache.hf.model.HFModel`: how each layer rotates
             its keys, the bytes of a token, a prefill of token ids.
+        passes: the sparse passes that were captured, and the arena that prompts are linked in;
+            a `picache.hf.captured_pass.CapturedPasses`.
         tokenizer: as handed in.
         store: where compiled chunks live.
         sinks: as handed in.
@@ -80,10 +84,13 @@ class PIC:
         self.store = as_store(store)
         self.sinks = as_sinks(sinks)
         self.flops_per_byte = as_flops_per_byte(flops_per_byte)
-        from picache.hf.model import HFModel  # transformers is loaded when a model is handed in
+        # transformers is loaded when a model is handed in
+        from picache.hf.captured_pass import CapturedPasses
+        from picache.hf.model import HFModel
         from picache.hf.self_check import check
 
         self.hf = HFModel(model)
+        self.passes = CapturedPasses(self.hf)
         self._check = check
         self._prove()
         self.model = model
@@ -260,9 +267,44 @@ class PIC:
         method = _as_method(method)
         rows = self._as_rows(chunks, query)
         self._refuse_too_long(rows)  # before anything is loaded or compiled
-        linked = [link_row(self.hf, self.store, row, method, self.flops_per_byte) for row in rows]
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
-        return batched(self.hf, linked, method, pad_id, watch)
+        link = Link(
+            self.hf, self.passes, self.store, rows, method, self.flops_per_byte, pad_id, watch
+        )
+        return link()
+
+    def warm_up(self, tokens: int, rows: int, batch: int = 1, progress: bool = True) -> None:
+        """Capture the sparse pass ahead, as CUDA graphs that later links replay.
+
+        A link captures what it needs by itself, on the first prompt of each size; its report says
+        what that took. Here it is done for all sizes at once, and the memory is allocated that
+        prompts are linked in. It stays allocated as long as this object.
+
+        Args:
+            tokens: of the longest prompt, with what is decoded behind it.
+            rows: the most tokens that are recomputed in a prompt, its query included.
+            batch: how many prompts are linked at once.
+            progress: whether to show a bar, where tqdm is installed.
+
+        Raises:
+            PICacheError: when the model has no `tokens` positions, when the device has not the
+                memory (the error names the bytes), or when passes of this model cannot be captured,
+                as on a CPU.
+        """
+        tokens = whole_number("warm_up needs a whole number of tokens", tokens, least=1)
+        rows = whole_number("warm_up needs a whole number of rows", rows, least=1)
+        batch = whole_number("warm_up needs a whole number of prompts, batch=", batch, least=1)
+        if (limit := self.hf.max_length) is not None and tokens > limit:
+            raise PICacheError(
+                f"warm_up(tokens={tokens}): the model has positions for {limit}; ask for no more"
+            )
+        if rows > tokens:
+            raise PICacheError(
+                f"warm_up(rows={rows}) of prompts of {tokens} tokens: no more than all of them can "
+                "be recomputed"
+            )
+        self._header()  # sees whether the model has changed
+        self.passes.warm_up(tokens, rows, batch, progress)
 
     def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""

@@ -11,11 +11,8 @@ that checkout takes turns with this one's, in a process of its own. Writes `cpu_
 import argparse
 import copy
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +39,11 @@ from sparsity.policies.base import Policy
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/experiments")]  # no packages
+from beside import CLOCKS, asked, started  # noqa: E402
 from environment import environment  # noqa: E402
 from models import load  # noqa: E402
 
 TEXT = ROOT / "docs/sparsity.md"
-# On a machine that others use, too, the processor's time of one thread (OMP_NUM_THREADS=1) is what
-# a step takes by itself.
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def policies(budget: int, every: int) -> dict[str, Policy]:
@@ -109,25 +104,6 @@ def serve(args: argparse.Namespace) -> None:
         print(json.dumps(turns.take(line.strip(), args.steps)), flush=True)
 
 
-def started(package: Path, given: list[str]) -> "subprocess.Popen[str]":
-    """A process that serves the package `sparsity` of a checkout."""
-    command = [sys.executable, __file__, *given, "--serve"]
-    # Threads that wait asleep: on a shared machine a busy wait takes the core that others need.
-    env = os.environ | {"PYTHONPATH": str(package.resolve()), "OMP_WAIT_POLICY": "passive"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True)
-
-
-def asked(process: "subprocess.Popen[str]", name: str | None = None) -> Any:
-    """The next line of a process, once it was asked for an arm's turn."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    if name is not None:
-        process.stdin.write(name + "\n")
-        process.stdin.flush()
-    return json.loads(process.stdout.readline())
-
-
 def summary(took: list[list[float]], dense: list[list[float]]) -> dict[str, float]:
     """Of turns of steps, in milliseconds: medians of steps, of turns, and of ratios to dense."""
     mean = [statistics.fmean(turn) for turn in took]
@@ -178,7 +154,9 @@ def main() -> None:
     given = [f"--{name}={getattr(args, name)}" for name in ("prompt", "budget", "steps", "clock")]
     given += ["--only", *args.only] if args.only else []
     roots = {"before": args.before, "after": ROOT}
-    served = {name: started(root, given) for name, root in roots.items() if root is not None}
+    served = {
+        name: started(__file__, root, given) for name, root in roots.items() if root is not None
+    }
     ready = {name: asked(process) for name, process in served.items()}
     print({name: where for name, (where, _) in ready.items()})
     arms = ready["after"][1]

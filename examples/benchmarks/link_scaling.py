@@ -28,23 +28,22 @@ from shapes import build_model
 
 
 class MaskWatch:
-    """The largest mask that attention made while inside, in elements."""
+    """The largest mask that attention was given while inside, in elements."""
 
     def __enter__(self) -> "MaskWatch":
-        self.most, self.before = 0, picache.hf.attention_functions.scattered_attention
-        picache.hf.attention_functions.scattered_attention = self._attend
+        self.most, self.before = 0, picache.hf.attention_functions.attend_blocks
+        picache.hf.attention_functions.attend_blocks = self._attend
         return self
 
     def __exit__(self, *error: object) -> None:
-        picache.hf.attention_functions.scattered_attention = self.before
+        picache.hf.attention_functions.attend_blocks = self.before
 
-    def _attend(self, query, key, value, positions, mask, *rest):
-        def counted(at, keys):
-            made = mask(at, keys)
-            self.most = max(self.most, made.numel())
-            return made
+    def _attend(self, query, key, value, blocks, *rest):
+        return self.before(query, key, value, map(self._counted, blocks), *rest)
 
-        return self.before(query, key, value, positions, counted, *rest)
+    def _counted(self, block):
+        self.most = max(self.most, block.allowed.numel())
+        return block
 
 
 def measure(

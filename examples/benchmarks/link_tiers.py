@@ -32,9 +32,9 @@ from first_token import first_token_seconds
 from shapes import SHAPES, build_model
 
 
-def one_at_a_time(model, parts, skips, layout, ahead, parallel):
+def one_at_a_time(model, parts, skips, layout, ahead, parallel, memory):
     """`LinkedKV` that loads a layer only when it is asked for."""
-    return LinkedKV(model, parts, skips, layout, None, parallel)
+    return LinkedKV(model, parts, skips, layout, None, parallel, memory)
 
 
 def timed_link(pic, chunks, query, method, overlap=True) -> tuple[float, dict[str, float]]:

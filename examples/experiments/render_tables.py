@@ -66,6 +66,23 @@ def cpu_step_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def cpu_link_table(record: dict) -> str:
+    """What stands between the markers of cpu_link.json in docs/linking.md."""
+    rows = {(row["package"], row["arm"]): row for row in record["rows"]}
+    lines = ["| | before | after |", "| --- | ---: | ---: |"]
+
+    def line(label: str, arm: str, measured: str) -> str:
+        both = (rows[when, arm][measured] for when in ("before", "after"))
+        return f"| {label} | " + " | ".join(f"{ms:,.0f} ms" for ms in both) + " |"
+
+    for package, arm in rows:
+        if package == "after":
+            lines.append(line(arm, arm, "milliseconds"))
+            if "over_arithmetic" in rows[package, arm]:
+                lines.append(line(f"{arm} over its arithmetic", arm, "over_arithmetic"))
+    return "\n".join([*lines, "", f"{record['environment']['hardware']}."])
+
+
 def tiers_table(record: dict) -> str:
     """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
     lines = [
@@ -110,6 +127,28 @@ def store_table(record: dict) -> str:
     return f"{markdown(record['rows'], columns)}\n\n{beneath}"
 
 
+def hashes_table(record: dict) -> str:
+    """What stands between the markers of hashes.json in docs/picache.md."""
+    rates = {
+        (row["hash"], row["layer_bytes"], row["threads"]): row["gigabytes_a_second"]
+        for row in record["rows"]
+    }
+    sizes, threads = (record["configuration"][name] for name in ("sizes", "threads"))
+    columns = [(size, count) for size in sizes for count in threads]
+    heads = (f"{size // 1024:,} KiB, {count} thread{'s' * (count > 1)}" for size, count in columns)
+    lines = [f"| layers of | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(columns)]
+    lines += [
+        f"| {name} | " + " | ".join(f"{rates[name, *column]:.1f}" for column in columns) + " |"
+        for name in dict.fromkeys(row["hash"] for row in record["rows"])
+    ]
+    where = record["environment"]
+    beneath = (
+        f"GB/s, best of {record['configuration']['repeats']}; {where['hardware']}, xxhash "
+        f"{where['xxhash']}, blake3 {where['blake3']}."
+    )
+    return "\n".join([*lines, "", beneath])
+
+
 def scenario(name: str) -> Callable[[dict], str]:
     """Every policy on one scenario of scheduling.json."""
 
@@ -127,9 +166,10 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/linking.md": {
         "link_accuracy": [link_accuracy.tables],
         "link_scaling": [scaling_table],
+        "cpu_link": [cpu_link_table],
         "link_tiers_cuda": [tiers_table],
     },
-    "docs/picache.md": {"store": [store_table]},
+    "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],

@@ -43,6 +43,7 @@ class ModelState:
     """What a model's keys and values depend on; read in one walk over its modules.
 
     Attributes:
+        modules: it and all in it, by name.
         weights: its parameters and then its buffers, by name; one that is tied stands there once.
         dtypes: of the parameters, by name.
         quantised: names what its weights are quantised by; empty where they are not.
@@ -50,6 +51,7 @@ class ModelState:
         training: the first module in training mode; None where all are in evaluation mode.
     """
 
+    modules: tuple[tuple[str, nn.Module], ...]
     weights: tuple[tuple[str, Tensor], ...]
     dtypes: dict[str, torch.dtype]
     quantised: str
@@ -62,7 +64,8 @@ class ModelState:
         quantised, packed, training = "", "", None
         parameters: dict[int, tuple[str, Tensor]] = {}
         buffers: dict[int, tuple[str, Tensor]] = {}
-        for where, module in model.named_modules():
+        modules = tuple(model.named_modules())
+        for where, module in modules:
             # Linear layers and embeddings do the same in both modes, and
             # resize_token_embeddings makes new ones in training mode.
             if training is None and module.training and type(module) not in _SAME_IN_TRAINING:
@@ -81,11 +84,11 @@ class ModelState:
         if quantised and quantizer is not None:  # of a GGUF file the weights are plain again
             quantised = type(quantizer).__name__
         dtypes = {name: tensor.dtype for name, tensor in parameters.values()}
-        return cls(weights, dtypes, quantised, packed, training)
+        return cls(modules, weights, dtypes, quantised, packed, training)
 
     def without_weights(self) -> "ModelState":
         """The same to compare with later, which keeps no weight in memory that is replaced."""
-        return replace(self, weights=())
+        return replace(self, modules=(), weights=())
 
 
 def _fewer_bits(name: str, tensor: Tensor) -> str:

@@ -3,25 +3,67 @@
 The causal flag of attention kernels is of no use here: it takes the queries to be the last (or the
 first) tokens of the keys, while recomputed tokens lie anywhere in the prompt. The mask is evaluated
 on true positions instead, for a block of queries at a time, so that it never takes more memory than
-a fixed bound (`_BLOCKS`), whatever the prompt's length.
+a fixed bound (`_Bounds`), whatever the prompt's length.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 MaskFunction = Callable[[Tensor, Tensor], Tensor]  # positions [q], [n] -> allowed, bool [q, n]
-# The most queries of a block, and the most elements of its mask. The keys of a block end at its
-# last query, so that smaller blocks skip more keys but need more calls. On a CPU a block should fit
-# the caches; an H200 takes three times as long in blocks of 64 queries as in one block of 304, on
-# 32,832 keys (torch 2.11, bf16).
-_BLOCKS = {"cpu": (64, 2**22), "cuda": (512, 2**25)}
 
 
-def _blocks(device: torch.device) -> tuple[int, int]:
-    return _BLOCKS.get(device.type, _BLOCKS["cpu"])
+class _Bounds(NamedTuple):
+    """Of a block of queries, whose keys end at its last query.
+
+    Attributes:
+        queries: the most of them.
+        elements: the most elements of its mask.
+        gap: the block ends before a query that stands far behind: where the keys in between, times
+            the queries so far, are as many scores as this, none of which is allowed.
+    """
+
+    queries: int
+    elements: int
+    gap: float
+
+
+# Smaller blocks skip more keys but need more calls. On a CPU a block should fit the caches, and a
+# call is cheap; an H200 takes three times as long in blocks of 64 queries as in one block of 304,
+# on 32,832 keys (torch 2.11, bf16).
+_BOUNDS = {"cpu": _Bounds(64, 2**22, 2**10), "cuda": _Bounds(512, 2**25, math.inf)}
+
+
+def bounds(device: torch.device) -> _Bounds:
+    """How large a block of queries may be on a device."""
+    return _BOUNDS.get(device.type, _BOUNDS["cpu"])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some queries of a pass, and which of the keys up to the last of them they may attend to.
+
+    Attributes:
+        rows: which queries.
+        allowed: bool ``[q, n]``; the keys are those at positions ``0..n-1``.
+        dtype: of the queries.
+    """
+
+    rows: slice
+    allowed: Tensor
+    dtype: torch.dtype
+
+    @cached_property
+    def added(self) -> Tensor:
+        """The mask as it is added to scores, ``[q, n]``: 0 where a key is allowed, else -inf."""
+        zeros = torch.zeros(self.allowed.shape, dtype=self.dtype, device=self.allowed.device)
+        return zeros.masked_fill_(~self.allowed, -torch.inf)
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float, softcap: float | None) -> Tensor:
@@ -81,6 +123,65 @@ def attend_reference(
     return rearrange(out, "b h g q d -> b (h g) q d").to(query.dtype)
 
 
+def mask_blocks(
+    positions: Tensor,
+    positions_on_cpu: Tensor,
+    mask: MaskFunction,
+    keys: int,
+    dtype: torch.dtype,
+) -> Iterator[Block]:
+    """Cut the queries of a pass into blocks, and evaluate the mask of each.
+
+    Later keys than a block's last position are never allowed and stand in no block.
+
+    Args:
+        positions: where the queries stand in the prompt, int64 ``[q]``, ascending.
+        positions_on_cpu: the same positions on the CPU, where reading them does not wait for the
+            device.
+        mask: gives, for positions of queries and of keys, which keys each query may attend to;
+            never a later one.
+        keys: tokens of the whole prompt.
+        dtype: of the queries.
+    """
+    most, elements, gap = bounds(positions.device)
+    most = max(1, min(most, elements // keys))
+    where = positions_on_cpu.tolist()
+    everything = torch.arange(where[-1] + 1, device=positions.device)
+    start = 0
+    for stop in range(1, len(where) + 1):
+        if stop < len(where) and stop - start < most:
+            unused = where[stop] - where[stop - 1] - 1
+            if not unused or (stop - start) * unused < gap:
+                continue
+        rows = slice(start, stop)
+        yield Block(rows, mask(positions[rows], everything[: where[stop - 1] + 1]), dtype)
+        start = stop
+
+
+def attend_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Iterable[Block],
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of the queries of all blocks, in their order; see `scattered_attention`."""
+    out = []
+    for block in blocks:
+        end = block.allowed.shape[1]
+        parts = (query[:, :, block.rows], key[:, :, :end], value[:, :, :end])
+        if softcap is None and sinks is None:
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                *parts, attn_mask=block.added, scale=scaling, enable_gqa=True
+            )
+        else:
+            attended = attend_reference(*parts, block.allowed, scaling, softcap, sinks)
+        out.append(attended.transpose(1, 2))
+    return torch.cat(out, dim=1).transpose(1, 2)  # in memory as the layer behind it reads it
+
+
 def scattered_attention(
     query: Tensor,
     key: Tensor,
@@ -90,47 +191,24 @@ def scattered_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    positions_on_cpu: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries at any positions over the keys at positions ``0..n-1``.
-
-    Queries are taken in blocks. A block reads the keys up to its last position alone: later keys
-    are never allowed.
 
     Args:
         query: ``[batch, heads, q, head_dim]``, in the order of `positions`.
         key: ``[batch, kv_heads, n, head_dim]``.
         value: ``[batch, kv_heads, n, value_dim]``.
         positions: where the queries stand in the prompt, int64 ``[q]``, ascending.
-        mask: gives, for positions of queries and of keys, which keys each query may attend to;
-            never a later one.
+        mask: see `mask_blocks`.
         scaling: factor on the scores.
         softcap: see `attend_reference`.
         sinks: see `attend_reference`.
-        positions_on_cpu: the same positions on the CPU, where reading them does not wait for the
-            device; None to fetch them.
 
     Returns:
-        ``[batch, heads, q, value_dim]``.
+        ``[batch, heads, q, value_dim]``; in memory ``[batch, q, heads, value_dim]``.
     """
-    positions_on_cpu = positions.cpu() if positions_on_cpu is None else positions_on_cpu
-    most, elements = _blocks(key.device)
-    size = max(1, min(most, elements // key.shape[2]))
-    ends = [*positions_on_cpu[size - 1 :: size].tolist(), int(positions_on_cpu[-1])]
-    out = []
-    for start, end in zip(range(0, len(positions), size), ends, strict=False):
-        block = slice(start, start + size)
-        allowed = mask(positions[block], torch.arange(end + 1, device=positions.device))
-        parts = (query[:, :, block], key[:, :, : end + 1], value[:, :, : end + 1])
-        if softcap is None and sinks is None:
-            out.append(
-                torch.nn.functional.scaled_dot_product_attention(
-                    *parts, attn_mask=allowed, scale=scaling, enable_gqa=True
-                )
-            )
-        else:
-            out.append(attend_reference(*parts, allowed, scaling, softcap, sinks))
-    return torch.cat(out, dim=2)
+    blocks = mask_blocks(positions, positions.cpu(), mask, key.shape[2], query.dtype)
+    return attend_blocks(query, key, value, blocks, scaling, softcap, sinks)
 
 
 def parallel_attention(
@@ -191,7 +269,7 @@ def attention_mass(
         query: ``[1, heads, q, head_dim]``, in the order of `positions`.
         key: ``[1, kv_heads, n, head_dim]``.
         positions: where the queries stand in the prompt, int64 ``[q]``, ascending.
-        mask: see `scattered_attention`.
+        mask: see `mask_blocks`.
         scaling: factor on the scores.
         softcap: see `attend_reference`.
         sinks: see `attend_reference`.
@@ -202,7 +280,7 @@ def attention_mass(
     """
     heads, n = query.shape[1], key.shape[2]
     factor = 1.0 if weight is None else rearrange(weight.float(), "1 h n 1 -> 1 h 1 1 n")
-    size = max(1, _blocks(key.device)[1] // (heads * n))
+    size = max(1, bounds(key.device).elements // (heads * n))
     mass = torch.zeros(n, dtype=torch.float32, device=key.device)
     everything = torch.arange(n, device=key.device)
     for start in range(0, len(positions), size):

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from picache.errors import PICacheError
-from picache.hf.attention import attention_mass, parallel_attention, scattered_attention
-from picache.hf.sparse_pass import CHANGED_MEANWHILE, ScatterMask, under_way
+from picache.hf.attention import attend_blocks, attention_mass, parallel_attention
+from picache.hf.sparse_pass import (
+    CHANGED_MEANWHILE,
+    ScatterMask,
+    refuse_unknown_scores,
+    under_way,
+)
 
 _BLOCK_QUERIES = 64
-_REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
 
 # What is attached to each model for decoding, by the id of the model's configuration. No context
 # variable: `generate` may run in another thread than the one that attached the prompt.
@@ -98,12 +102,7 @@ def attend_scattered(
     if not isinstance(mask, ScatterMask):
         raise PICacheError(CHANGED_MEANWHILE)
     running.attended += 1
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise PICacheError(
-                f"{type(module).__name__} changes its attention scores through {name!r}, which "
-                "linking does not know: use a full prefill with this model"
-            )
+    refuse_unknown_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if running.parallel is not None:
         if s_aux is not None:
@@ -113,10 +112,8 @@ def attend_scattered(
             )
         out = _attend_side_by_side(query, key, value, mask, *running.parallel, scaling, softcap)
         return out.transpose(1, 2).contiguous(), None
-    on_cpu = mask.positions_on_cpu
-    out = scattered_attention(
-        query, key, value, mask.positions, mask, scaling, softcap, s_aux, on_cpu
-    )
+    blocks = mask.blocks(key.shape[2], query.dtype)
+    out = attend_blocks(query, key, value, blocks, scaling, softcap, s_aux)
     if running.observe is not None:
         norms = value.norm(dim=-1, keepdim=True) if running.value_norm else None
         mass = attention_mass(query, key, mask.positions, mask, scaling, softcap, s_aux, norms)

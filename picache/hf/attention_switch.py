@@ -19,8 +19,10 @@ from picache.hf.attention_functions import (
     rotary_positions,
     scattered_mask,
 )
+from picache.hf.padded_pass import attend_padded, padded_mask
 
 _SCATTERED = "picache_scattered"
+_PADDED = "picache_padded"
 _PARALLEL = "picache_parallel"
 _locks: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
@@ -77,6 +79,12 @@ class AttentionSwitch:
             yield
 
     @contextmanager
+    def padded(self) -> Iterator[None]:
+        """Inside the block the model runs a padded pass; other threads that want to link wait."""
+        with self._switched(_PADDED):
+            yield
+
+    @contextmanager
     def parallel(self, prompt: Attached) -> Iterator[None]:
         """Inside the block the model decodes behind this batch of chunks side by side alone.
 
@@ -105,13 +113,14 @@ class AttentionSwitch:
         with self.turn:
             AttentionInterface.register(_SCATTERED, attend_scattered)
             AttentionMaskInterface.register(_SCATTERED, scattered_mask)
+            AttentionInterface.register(_PADDED, attend_padded)
+            AttentionMaskInterface.register(_PADDED, padded_mask)
             AttentionInterface.register(_PARALLEL, attend_parallel)
             AttentionMaskInterface.register(_PARALLEL, eager_mask)
             self.refuse_attached()
-            modules = self._decoder.modules()
-            configs: dict[int, Any] = {
-                id(m.config): m.config for m in modules if hasattr(m, "config")
-            }
+            # Not asked for as attributes: a module looks long for one that it does not have.
+            named = (vars(module).get("config") for module in self._decoder.modules())
+            configs: dict[int, Any] = {id(c): c for c in named if c is not None}
             before = [(c, c._attn_implementation) for c in configs.values()]  # noqa: SLF001
             try:
                 for config, _ in before:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from picache.chunk import KV
+from picache.hf.held_kv import HeldKV
 from picache.hf.linked_cache import LinkedCache
 
 TOGETHER = 2**30
@@ -112,7 +113,7 @@ class _Feeding:
 
     def __init__(self, model: PreTrainedModel, batch: _Batch) -> None:
         self._model: Any = model
-        self._cache = LinkedCache(batch.kv)
+        self._cache = LinkedCache(HeldKV(batch.kv, batch.kv[0][0].shape[2]))
         self._position = batch.prompts[0].position
         self._attached = batch.prompts[0].attached or nullcontext
 

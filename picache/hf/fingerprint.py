@@ -50,11 +50,14 @@ def fingerprint(kept: dict[str, Any], tensors: list[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+@torch.no_grad()
 def middles(tensors: list[Tensor]) -> list[float]:
     """The element in the middle of each tensor, fetched in one transfer per dtype and device."""
     alike: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
-            middle = tensor.detach()[tuple(n // 2 for n in tensor.shape)]
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            at = tensor.storage_offset() + sum(n // 2 * step for n, step in steps)
+            middle = tensor.as_strided((), (), at)  # twice as fast as an index for each dimension
             alike.setdefault((tensor.dtype, tensor.device), []).append(middle)
     return [value for some in alike.values() for value in torch.stack(some).tolist()]

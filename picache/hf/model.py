@@ -46,10 +46,12 @@ class HFModel:
         attention: switches the model's attention function.
         config: configuration of the decoder.
         settings: the fields of it that KV may depend on, when the model was measured.
+        modules: of the model, by name, as the last `header` saw them.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
         rotary: the model's rotary module.
         rotations: of each layer; None for a layer without positions.
+        one_token: keys and values of one token in each layer, ``[1, kv_heads, 1, head_dim]``.
 
     Raises:
         PICacheError: when the model cannot be linked exactly; says why.
@@ -72,6 +74,7 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
+        self.modules: tuple[tuple[str, nn.Module], ...] = ()
         self._digest: tuple[object, str] = (None, "")
         self.measure()
 
@@ -94,7 +97,7 @@ class HFModel:
         windows = [getattr(self.config, name, None) for name in _WINDOWS]
         self.window: int | None = min((w for w in windows if w), default=None)
         self.rotary = RotaryModule(self._find_rotary(), self.config, type(self.model).__name__)
-        self._one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
+        self.one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
         self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
         rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
         self.rotary.detect_length_dependence(rotated, 2 * (self.max_length or _FAR))
@@ -242,7 +245,7 @@ class HFModel:
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
         cos, sin = self.rotary.cos_sin(layer, positions)
-        if self._one_token[layer][rotation.part].dtype == torch.float64:
+        if self.one_token[layer][rotation.part].dtype == torch.float64:
             cos, sin = cos.double(), sin.double()  # the model's own fp32 angles, multiplied in fp64
         return frequencies(cos, sin, rotation.source)
 
@@ -382,9 +385,12 @@ class HFModel:
         """
         config = self.config
         # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
-        width = sum(keys.shape[-1] for keys, _ in self._one_token) / len(self._one_token)
+        width = sum(keys.shape[-1] for keys, _ in self.one_token) / len(self.one_token)
         tokens = sum(len(positions) for positions in entered)
-        pairs = sum(int(positions.sum()) + len(positions) for positions in entered)
+        # Most methods give the same tensor for every layer: it is summed once.
+        different = {id(positions): positions for positions in entered}
+        pairs_of = {key: int(at.sum()) + len(at) for key, at in different.items()}
+        pairs = sum(pairs_of[id(positions)] for positions in entered)
         per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size
@@ -399,7 +405,7 @@ class HFModel:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token in all layers."""
-        return sum(tensor.nbytes for layer in self._one_token for tensor in layer)
+        return sum(tensor.nbytes for layer in self.one_token for tensor in layer)
 
     def header(self, namespace: str, storage: str) -> Header:
         """All that the KV of this model's chunks depends on besides the text and its sinks.
@@ -415,15 +421,21 @@ class HFModel:
                 autocast; see `picache.hf.ambient`.
         """
         now = refuse_ambient(self.model, self._made)
+        self.modules = now.modules
         return Header(
             model=type(self.model).__name__,
             fingerprint=self._fingerprint(now.weights),
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
-            dtype=str(self._one_token[0][0].dtype).removeprefix("torch."),
+            dtype=str(self.one_token[0][0].dtype).removeprefix("torch."),
             rope=repr(sorted({str(rotation) for rotation in self.rotations})),
             namespace=namespace,
             storage=storage,
         )
+
+    @property
+    def weights_seen(self) -> object:
+        """What the last `header` saw of the weights and settings; it differs once they change."""
+        return self._digest
 
     def _fingerprint(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """A hash of the configuration and of every parameter and buffer.

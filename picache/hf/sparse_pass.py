@@ -6,9 +6,9 @@ decoder layer, which must not be given tokens that the link method dropped befor
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from picache.chunk import KV
 from picache.errors import PICacheError
+from picache.hf.attention import Block, bounds, mask_blocks
 
 # Chooses again in each layer: given the layer, the positions of its tokens, their fresh KV and
 # their reused KV, it returns the positions whose KV is replaced in this layer and those that go on
@@ -30,6 +31,16 @@ CHANGED_MEANWHILE = (
     "between the two or give each thread a model of its own (copy.deepcopy(model)); or the "
     "attention of this model does not go through transformers' attention interface"
 )
+OTHER_THREAD = (
+    "another thread links a prompt with this model, and its attention is switched "
+    "meanwhile: a forward or generate of the same model object must wait. Share a lock "
+    "between the two, or give each thread a model of its own (copy.deepcopy(model))"
+)
+_REFUSED = ("position_bias", "indices")  # arguments that change scores in ways not known here
+
+
+class CannotCapture(Exception):  # noqa: N818 - no error: the pass runs in another way
+    """Says why this pass cannot run in fixed shapes; the eager pass is exact where this is not."""
 
 
 class KVByLayer(Protocol):
@@ -54,6 +65,22 @@ class ScatterMask:
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     positions: Tensor
     positions_on_cpu: Tensor
+    _kept: dict[tuple[int, torch.dtype], list[Block]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def blocks(self, keys: int, dtype: torch.dtype) -> Iterable[Block]:
+        """The mask over a prompt of `keys` tokens, block by block; see `mask_blocks`.
+
+        All layers of one kind are given the same mask: it is evaluated once for them, unless it has
+        more elements than one block may have.
+        """
+        if (keys, dtype) in self._kept:
+            return self._kept[keys, dtype]
+        made = mask_blocks(self.positions, self.positions_on_cpu, self, keys, dtype)
+        if keys * len(self.positions) > bounds(self.positions.device).elements:
+            return made
+        return self._kept.setdefault((keys, dtype), list(made))
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether queries at positions ``[q]`` may attend to keys at ``[n]``, bool ``[q, n]``."""
@@ -195,12 +222,18 @@ def under_way() -> SparsePass:
     """
     running = current.get(None)
     if running is None:
-        raise PICacheError(
-            "another thread links a prompt with this model, and its attention is switched "
-            "meanwhile: a forward or generate of the same model object must wait. Share a lock "
-            "between the two, or give each thread a model of its own (copy.deepcopy(model))"
-        )
+        raise PICacheError(OTHER_THREAD)
     return running
+
+
+def refuse_unknown_scores(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise PICacheError where attention is given an argument that changes its scores."""
+    for name in _REFUSED:
+        if arguments.get(name) is not None:
+            raise PICacheError(
+                f"{type(module).__name__} changes its attention scores through {name!r}, which "
+                "linking does not know: use a full prefill with this model"
+            )
 
 
 def enter_layer(

@@ -1,208 +1,298 @@
-"""Link one prompt: fetch its chunks, let the method choose tokens, recompute those."""
+"""Link a batch of prompts: fetch the chunks, let the method choose tokens, recompute those."""
 
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from picache.chunk import KV, Form
+from picache.chunk import KV
 from picache.errors import CorruptChunk
-from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
+from picache.hf.sparse_pass import CannotCapture
 from picache.linking.linked_kv import LinkedKV
 from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
+from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.report import LinkReport
+from picache.linking.row import LinkedRow, Row
+from picache.linking.sources import Part, Sources
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recompute
 from picache.store import ChunkStore
 
 if TYPE_CHECKING:
+    from picache.hf.captured_pass import CapturedPasses
     from picache.hf.model import HFModel
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a batch, to be linked: its chunks in prompt order, and its query.
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class _Linking:
+    """One row while it is linked.
 
     Attributes:
-        chunks: as they are prefilled; the first is an exact prefix of the prompt.
-        query: token ids of what follows the last chunk.
-        query_dropped: ids of special tokens that came with the query and are not in the prompt.
-        seams: see `LinkReport`.
-    """
-
-    chunks: tuple[Form, ...]
-    query: tuple[int, ...]
-    query_dropped: tuple[int, ...] = ()
-    seams: tuple[bool | None, ...] = ()
-
-    @property
-    def ids(self) -> Tensor:
-        """Token ids of the linked prompt, int64 ``[tokens]``."""
-        chunks = [token for form in self.chunks for token in form.ids[form.skip :]]
-        return torch.tensor([*chunks, *self.query])
-
-    def layout(self, num_layers: int) -> Layout:
-        """Where the chunks, without the sinks they were compiled behind, and the query stand."""
-        lengths = tuple(len(form.ids) - form.skip for form in self.chunks)
-        return Layout(lengths, len(self.query), num_layers)
-
-
-@dataclass(frozen=True)
-class LinkedRow:
-    """One row of a batch, linked.
-
-    Attributes:
-        ids: token ids, int64 ``[tokens]``.
+        row: as asked for.
+        ids: token ids of the prompt, ``[tokens]``.
         layout: where the chunks stand.
-        kv: keys and values of every token, layer by layer.
-        logits: of the first new token, ``[1, vocab_size]``.
-        report: what linking did.
+        kv: of the whole prompt as compiled; overwritten at the tokens that are recomputed.
+        positions: of the tokens to recompute.
+        measured: for each layer that was run to choose them, the positions that entered it.
+        full_prefill: why the prompt is prefilled in full; empty where it is linked.
+        entered: positions of the tokens that went through each layer.
+        layers: keys and values of every token, layer by layer, in the end.
+        logits: of the first new token, ``[1, vocab_size]``, in the end.
+        recompute_pass: how the pass ran.
     """
 
+    row: Row
     ids: Tensor
     layout: Layout
-    kv: list[KV]
-    logits: Tensor
-    report: LinkReport
+    kv: LinkedKV
+    positions: Tensor = _NONE
+    measured: list[Tensor] = field(default_factory=list)
+    full_prefill: str = ""
+    entered: list[Tensor] = field(default_factory=list)
+    layers: list[KV] = field(default_factory=list)
+    logits: Tensor = _NONE
+    recompute_pass: str = ""
+
+    @cached_property
+    def everything(self) -> list[Tensor]:
+        """All positions in each layer, as a full prefill runs them."""
+        return [torch.arange(self.layout.total_length)] * self.layout.num_layers
 
 
-@dataclass(frozen=True)
-class _Recomputed:
-    """What running the chosen tokens through the model gave."""
-
-    logits: Tensor
-    kv: list[KV]
-    entered: list[Tensor]  # positions of the tokens that went through each layer
-    flops: float
-    flops_full_prefill: float
-    full_prefill: str  # why the prompt was prefilled in full; empty when it was linked
-
-
-def link_row(
-    model: "HFModel",
-    store: ChunkStore,
-    row: Row,
-    method: LinkMethod,
-    flops_per_byte: float | None = None,
-) -> LinkedRow:
-    """Link one prompt, or prefill it in full where linking would cost as much.
+class Link:
+    """The link of one batch: fetch, choose, place, recompute, report.
 
     Args:
         model: the model the chunks were compiled with.
-        store: where their KV lives.
-        row: the prompt.
+        passes: its captured passes.
+        store: where the chunks' KV lives.
+        rows: the prompts.
         method: says which tokens of the chunks to recompute.
         flops_per_byte: what moving a byte of KV costs, in floating-point operations; None to link
-            whatever it costs.
+            whatever it costs. A prompt is prefilled in full where linking would cost as much.
+        pad_id: token id of the padding of a batch.
+        watch: started when linking began; by the clock.
     """
-    watch, ids, layout = Stopwatch(), row.ids, row.layout(len(model.rotations))
-    failures_before = store.failures
-    with store.using([form.key for form in row.chunks]):  # nobody evicts what is being read
-        different = {form.key: form for form in row.chunks}  # a chunk may stand in several places
-        found = {key: FetchedChunk(model, store, form, watch) for key, form in different.items()}
-        fetched = [found[form.key] for form in row.chunks]
-        parts: list[Callable[[int], KV]] = [chunk.layer for chunk in fetched]
-        skips = [form.skip for form in row.chunks]
-        compiled_tokens = sum(len(form.ids) for form in row.chunks)
-        if not method.force_query:
-            with watch.span("compile"):
-                query = compile_chunk(model, row.query)
-            parts.append(lambda layer: query[layer])
-            skips.append(0)
-            compiled_tokens += len(row.query)
-        tiers = {chunk.tier for chunk in fetched}
-        prefetch_from = next((tier for tier in ("disk", "host") if tier in tiers), None)
-        nbytes = model.bytes_per_token * compiled_tokens
-        while True:
-            try:
-                with LinkedKV(model, parts, skips, layout, prefetch_from, method.parallel) as kv:
-                    done = _recompute(model, kv, ids, layout, method, flops_per_byte, nbytes)
-                break
-            except CorruptChunk:  # a layer was damaged when it was due: mend it and begin again
-                for chunk in found.values():
-                    chunk.mend()
-        first_token = watch.elapsed
-        for key, chunk in found.items():
-            if chunk.tier == "host" and chunk.hit:
-                with suppress(CorruptChunk):  # it has left for a disk meanwhile, which fails
-                    store.promote(key, model.device)
 
-    report = LinkReport(
-        method=repr(method),
-        tokens_total=layout.total_length,
-        tokens_recomputed_per_layer=tuple(len(positions) for positions in done.entered),
-        bytes_loaded=kv.nbytes,
-        chunk_hits=tuple(chunk.hit for chunk in fetched),
-        flops=done.flops,
-        flops_full_prefill=done.flops_full_prefill,
-        seconds={
-            "look_up": watch.seconds("look_up"),
-            "compile": watch.seconds("compile"),
-            "load": kv.watch.seconds("load"),
-            "rotate": kv.watch.seconds("rotate"),
-            "choose": kv.watch.seconds("choose", without="wait"),
-            "recompute": kv.watch.seconds("recompute", without="wait"),
-            "first_token": first_token,
-        },
-        full_prefill=done.full_prefill,
-        store_failures=dict(store.failures - failures_before),
-        dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
-        seams=row.seams,
-    )
-    return LinkedRow(ids, layout, done.kv, done.logits, report)
+    def __init__(
+        self,
+        model: "HFModel",
+        passes: "CapturedPasses",
+        store: ChunkStore,
+        rows: Sequence[Row],
+        method: LinkMethod,
+        flops_per_byte: float | None,
+        pad_id: int,
+        watch: Stopwatch,
+    ) -> None:
+        self._model, self._passes, self._store = model, passes, store
+        self._rows, self._method = rows, method
+        self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
+        self._failures = store.failures
+        self._together = Stopwatch(model.device)  # what is done for all rows at once
+        self._capture_seconds = 0.0
 
+    def __call__(self) -> LinkedPrompt:
+        """Link the batch."""
+        # Nobody evicts what is being read.
+        with self._store.using([form.key for row in self._rows for form in row.chunks]):
+            alone = not self._method.force_query
+            sources = Sources(self._model, self._store, self._rows, alone, self._watch)
+            while True:
+                try:
+                    with self._places() as (places, reason):
+                        return self._linked(sources, places, reason)
+                except CorruptChunk:  # a layer was damaged when it was due: mend, begin again
+                    sources.mend()
 
-def _recompute(
-    model: "HFModel",
-    kv: LinkedKV,
-    ids: Tensor,
-    layout: Layout,
-    method: LinkMethod,
-    flops_per_byte: float | None,
-    nbytes: int,
-) -> _Recomputed:
-    """Choose tokens and recompute them, or prefill the prompt in full where that costs no more.
+    @contextmanager
+    def _places(self) -> Iterator[tuple[list[KV] | None, str]]:
+        """The arena's places for the batch, in whose turn the block runs, or why there are none."""
+        passes, method = self._passes, self._method
+        reason = passes.why_no_device()
+        if _narrows(method):
+            reason = "the method chooses again in each layer"
+        elif method.parallel is not None:
+            reason = "the method places chunks side by side"
+        with ExitStack() as turn:
+            places = None
+            if not reason:
+                turn.enter_context(passes.turn())
+                longest = max(row.layout(1).total_length for row in self._rows)
+                try:
+                    places = passes.claim(len(self._rows), longest)
+                except CannotCapture as error:
+                    reason = str(error)
+                    turn.close()
+            yield places, reason
 
-    Args:
-        model: the model the chunks were compiled with.
-        kv: of the whole prompt as compiled; overwritten at the tokens that are recomputed.
-        ids: token ids of the prompt, ``[tokens]``.
-        layout: of the prompt.
-        method: chooses the tokens.
-        flops_per_byte: see `link_row`.
-        nbytes: of compiled KV that linking moves.
-    """
-    with kv.watch.span("choose"):
-        evidence = MeasuredEvidence(model, ids, layout, kv)
-        positions = positions_to_recompute(method, layout, evidence)
-    narrow = _narrowing(method, layout)
-    everything = [torch.arange(layout.total_length)] * layout.num_layers
-    flops_full_prefill, reason = model.flops(everything), ""
-    if narrow is None and flops_per_byte is not None and method.parallel is None:
-        linking = model.flops([positions] * layout.num_layers) + flops_per_byte * nbytes
-        ratio = linking / flops_full_prefill
-        reason = f"linking would cost {ratio:.2f} times as much (estimated)" if ratio >= 1 else ""
-    with kv.watch.span("recompute"):
-        if reason:
-            logits, layers = model.full_prefill(ids)
-            entered = everything
-        else:
-            parallel, rotary_positions = None, positions
+    def _linked(self, sources: Sources, places: list[KV] | None, reason: str) -> LinkedPrompt:
+        """The prompt, put together in the places, or each row in memory of its own."""
+        with ExitStack() as open_:
+            linkings = [
+                open_.enter_context(self._begun(sources, index, parts, places))
+                for index, parts in enumerate(sources.parts())
+            ]
+            for linking in linkings:
+                self._choose(linking, sources)
+            if places is not None:
+                reason = self._recompute_together(linkings)
+            for linking in linkings:
+                if not linking.layers:
+                    self._recompute(linking, reason)
+        self._model.finish()
+        first_token = self._watch.elapsed
+        self._promote(sources)
+        rows = [self._row(linking, sources, first_token) for linking in linkings]
+        arena = None if places is None else self._passes.arena
+        return batched(self._model, rows, self._method, self._pad_id, self._watch, arena)
+
+    @contextmanager
+    def _begun(
+        self, sources: Sources, index: int, parts: list[Part], places: list[KV] | None
+    ) -> Iterator["_Linking"]:
+        """A row of which nothing is chosen yet."""
+        row = self._rows[index]
+        layout = row.layout(len(self._model.rotations))
+        memory = places and [
+            (
+                keys[index : index + 1, :, : layout.total_length],
+                values[index : index + 1, :, : layout.total_length],
+            )
+            for keys, values in places
+        ]
+        with LinkedKV(
+            self._model,
+            parts,
+            sources.skips(row),
+            layout,
+            sources.prefetch_from(row),
+            self._method.parallel,
+            memory,
+        ) as kv:
+            yield _Linking(row, row.ids, layout, kv)
+
+    def _choose(self, linking: "_Linking", sources: Sources) -> None:
+        """Choose the tokens to recompute, or to prefill the prompt in full if it costs no more."""
+        model, method, layout = self._model, self._method, linking.layout
+        with linking.kv.watch.span("choose"):
+            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv)
+            linking.positions = positions_to_recompute(method, layout, evidence)
+        linking.measured = evidence.entered
+        if self._flops_per_byte is None or _narrows(method) or method.parallel is not None:
+            return
+        nbytes = model.bytes_per_token * sources.compiled_tokens(linking.row)
+        linked = model.flops([linking.positions] * layout.num_layers)
+        ratio = (linked + self._flops_per_byte * nbytes) / model.flops(linking.everything)
+        if ratio >= 1:
+            linking.full_prefill = f"linking would cost {ratio:.2f} times as much (estimated)"
+
+    def _recompute_together(self, linkings: list["_Linking"]) -> str:
+        """Recompute the rows that are linked in one captured pass; why not, if it cannot be."""
+        chosen = [
+            linking.positions[:0] if linking.full_prefill else linking.positions
+            for linking in linkings
+        ]
+        if not any(map(len, chosen)):
+            return ""
+        self._place([linking for linking in linkings if not linking.full_prefill])
+        ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
+        try:
+            with self._together.span("recompute"):
+                logits, how, self._capture_seconds = self._passes.run(ids, chosen)
+        except CannotCapture as error:
+            return str(error)
+        for index, linking in enumerate(linkings):
+            if not linking.full_prefill:
+                linking.entered = [linking.positions] * linking.layout.num_layers
+                linking.layers = [linking.kv[layer] for layer in range(len(linking.kv))]
+                linking.logits, linking.recompute_pass = logits[index : index + 1], how
+        return ""
+
+    def _place(self, linkings: list["_Linking"]) -> None:
+        """Put the rows together, layer by layer, so that what they share is soon let go."""
+        for layer in range(len(self._model.rotations)):
+            for linking in linkings:
+                linking.kv[layer]
+
+    def _recompute(self, linking: "_Linking", reason: str) -> None:
+        """Recompute one row eagerly, or prefill it in full."""
+        model, method, layout, kv = self._model, self._method, linking.layout, linking.kv
+        with kv.watch.span("recompute"):
+            if linking.full_prefill:
+                linking.logits, linking.layers = model.full_prefill(linking.ids)
+                linking.entered = linking.everything
+                return
+            parallel, rotary_positions = None, linking.positions
             if method.parallel is not None:
                 side_by_side = slice(layout.prefix_length, layout.context_length)
                 parallel = (side_by_side, method.parallel.lse_scale)
-                rotary_positions = layout.parallel_positions()[positions]
-            logits, entered = model.scattered_forward(
-                ids[positions], positions, kv, narrow, rotary_positions, parallel
+                rotary_positions = layout.parallel_positions()[linking.positions]
+            linking.logits, linking.entered = model.scattered_forward(
+                linking.ids[linking.positions],
+                linking.positions,
+                kv,
+                _narrowing(method, layout),
+                rotary_positions,
+                parallel,
             )
-            layers = [kv[layer] for layer in range(layout.num_layers)]
-    model.finish()
-    alone = [] if method.force_query else [torch.arange(layout.query_length)] * layout.num_layers
-    flops = model.flops([*evidence.entered, *alone, *entered])
-    return _Recomputed(logits, layers, entered, flops, flops_full_prefill, reason)
+            linking.layers = [kv[layer] for layer in range(layout.num_layers)]
+        linking.recompute_pass = f"eager: {reason}"
+
+    def _promote(self, sources: Sources) -> None:
+        """Bring chunks that were found in host memory back to the device."""
+        for key, chunk in sources.chunks.items():
+            if chunk.tier == "host" and chunk.hit:
+                with suppress(CorruptChunk):  # it has left for a disk meanwhile, which fails
+                    self._store.promote(key, self._model.device)
+
+    def _row(self, linking: "_Linking", sources: Sources, first_token: float) -> LinkedRow:
+        """The row with its report; of what was done for all rows at once, its share."""
+        model, row, layout, watch = self._model, linking.row, linking.layout, linking.kv.watch
+        share, first = 1 / len(self._rows), row is self._rows[0]
+        alone = [] if self._method.force_query else [torch.arange(layout.query_length)]
+        flops = [*linking.measured, *alone * layout.num_layers, *linking.entered]
+        recompute = watch.seconds("recompute", without="wait")
+        if not linking.full_prefill:
+            together = self._together.seconds("recompute") - self._capture_seconds
+            recompute += share * max(together, 0.0)
+        report = LinkReport(
+            method=repr(self._method),
+            tokens_total=layout.total_length,
+            tokens_recomputed_per_layer=tuple(len(at) for at in linking.entered),
+            bytes_loaded=linking.kv.nbytes,
+            chunk_hits=tuple(chunk.hit for chunk in sources.of(row)),
+            flops=model.flops(flops),
+            flops_full_prefill=model.flops(linking.everything),
+            seconds={
+                "look_up": share * self._watch.seconds("look_up"),
+                "compile": share * self._watch.seconds("compile"),
+                "load": watch.seconds("load"),
+                "rotate": watch.seconds("rotate"),
+                "choose": watch.seconds("choose", without="wait"),
+                "capture": share * self._capture_seconds,
+                "recompute": recompute,
+                "first_token": first_token,
+            },
+            full_prefill=linking.full_prefill,
+            store_failures=dict(self._store.failures - self._failures) if first else {},
+            dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
+            seams=row.seams,
+            recompute_pass=linking.recompute_pass,
+        )
+        return LinkedRow(linking.ids, layout, linking.layers, linking.logits, report)
+
+
+def _narrows(method: LinkMethod) -> bool:
+    """Whether the method chooses again in each layer."""
+    return type(method).narrow is not LinkMethod.narrow
 
 
 def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
@@ -211,7 +301,7 @@ def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
     What must be recomputed in every layer, the query or its last token, is left out of what the
     method sees and added to what it chose.
     """
-    if type(method).narrow is LinkMethod.narrow:
+    if not _narrows(method):
         return None
     forced = layout.context_length if method.force_query else layout.total_length - 1
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.rope import Angles, Rotation, difference, rotate_
+from picache.kernels.tables import Piece, Turn
+from picache.linking.placing import LayerKV, can_place, place_layers
+from picache.linking.read_ahead import ReadAhead
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, ParallelEncoding
 
@@ -24,10 +27,15 @@ class LinkedKV:
     The KV of each chunk is copied to its place in the prompt, and its keys are rotated from the
     positions they were compiled at to those they have in the prompt.
 
+    In memory that is handed in, all layers of chunks that lie on the model's device are made when
+    the first is asked for.
+
     With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
     computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
-    loading waits for a disk, and where there is no such stream; not otherwise, since two threads of
-    Python slow each other down. Use it as a context manager, which ends the thread.
+    loading waits for a disk; not otherwise, since two threads of Python slow each other down, and a
+    CPU that copies does not compute meanwhile. From a disk, further threads read and check the
+    chunks of that layer and the next ones (`ReadAhead`). Use it as a context manager, which ends
+    the threads.
 
     Args:
         model: the model the chunks were compiled with.
@@ -37,8 +45,10 @@ class LinkedKV:
         skips: how many of the first tokens of each part, its sinks, are left out.
         layout: where the chunks stand in the prompt.
         prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
-            "disk"; None to make each layer when it is asked for.
+            "disk"; None to make each layer when it is asked for, as on a CPU out of "host" too.
         parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
+        memory: keys and values ``[1, kv_heads, tokens, head_dim]`` of each layer, which the prompt
+            is put together in; None to allocate them.
 
     Attributes:
         watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
@@ -57,6 +67,7 @@ class LinkedKV:
         layout: Layout,
         prefetch_from: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
+        memory: Sequence[KV] | None = None,
     ) -> None:
         if parallel is not None and model.window is not None:
             raise PICacheError(
@@ -72,13 +83,17 @@ class LinkedKV:
                 "them in order"
             )
         self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
+        self._memory = memory
+        self._at_once = memory is not None and prefetch_from is None and can_place(memory)
         self._made: list[KV | None] = [None] * layout.num_layers
         self._turns: dict[tuple[Rotation, str | None], Angles] = {}
-        self._prefetches, self._device = prefetch_from is not None, model.device
-        self._thread: ThreadPoolExecutor | None = None
-        if prefetch_from == "disk" or (prefetch_from and self._device.type != "cuda"):
-            self._thread = ThreadPoolExecutor(1, "picache-load")
+        self._device = model.device
         self._coming: dict[int, Future[KV]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: ReadAhead | None = None
+        if prefetch_from == "disk":
+            self._thread = ThreadPoolExecutor(1, "picache-load")
+            self._ahead = ReadAhead(parts, layout.num_layers, self._loading)
         self._stream: torch.cuda.Stream | None = None
         if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading
@@ -100,6 +115,8 @@ class LinkedKV:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._ahead is not None:
+            self._ahead.close()  # first: the thread that puts layers together waits for it
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
@@ -112,13 +129,17 @@ class LinkedKV:
         Each call for a layer gives the same tensors, which may be written to.
         """
         made = self._made[layer]
+        if made is None and self._at_once:
+            self._make_all()
+            made = self._made[layer]
         if made is None:
             with self.watch.span("wait"):
                 coming = self._coming.pop(layer, None)
                 made = self._make(layer) if coming is None else coming.result()
                 self._made[layer] = made
                 self._hand_over(made)
-            if self._prefetches and layer + 1 < len(self):
+            prefetches = self._thread is not None or self._stream is not None
+            if prefetches and layer + 1 < len(self):
                 self._coming[layer + 1] = self._begin(layer + 1)
         return made
 
@@ -132,15 +153,18 @@ class LinkedKV:
 
     def _make(self, layer: int) -> KV:
         """Copy the chunks' KV in a layer together, and rotate the keys to their positions."""
-        stream: AbstractContextManager[object] = nullcontext()
-        if self._stream is not None:
-            stream = torch.cuda.stream(self._stream)
-        with stream:
+        with self._loading():
             with self.watch.span("load"):
-                kv = self._copied([part(layer) for part in self._parts])
+                ahead = self._ahead
+                parts = [part(layer) for part in self._parts] if ahead is None else ahead(layer)
+                kv = self._copied(layer, parts)
             with self.watch.span("rotate"):
                 self._move(layer, kv)
         return kv
+
+    def _loading(self) -> AbstractContextManager[object]:
+        """What a thread loads in: the CUDA stream for it, where there is one."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _hand_over(self, kv: KV) -> None:
         """Let the reader's CUDA stream wait for the stream that made these tensors."""
@@ -152,14 +176,17 @@ class LinkedKV:
         for tensor in kv:
             tensor.record_stream(reader)  # or their memory is reused while the reader still reads
 
-    def _copied(self, parts: list[KV]) -> KV:
+    def _copied(self, layer: int, parts: list[KV]) -> KV:
         """One layer of the whole prompt, with the KV of the parts in their places."""
         starts = (*self._layout.starts, self._layout.context_length)
         both: list[Tensor] = []
         for which in (0, 1):
-            first = parts[0][which]
-            shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
-            whole = first.new_empty(shape, device=self._device)
+            if self._memory is not None:
+                whole = self._memory[layer][which]
+            else:
+                first = parts[0][which]
+                shape = (1, first.shape[1], self._layout.total_length, first.shape[3])
+                whole = first.new_empty(shape, device=self._device)
             for part, skip, start in zip(parts, self._skips, starts, strict=False):
                 tokens = part[which][:, :, skip:]
                 whole[:, :, start : start + tokens.shape[2]] = tokens
@@ -172,12 +199,45 @@ class LinkedKV:
         if self._temperature != 1:
             kv[0][:, :, self._moved] /= self._temperature
         rotation = self._model.rotations[layer]
-        if rotation is None or not len(self._old):
-            return
-        # Layers of one type share their angles; those of different types may not (Gemma 3).
+        if rotation is not None and len(self._old):
+            moved = kv[rotation.part][:, :, self._moved]
+            rotate_(moved, self._turn(layer, rotation), rotation.pairing, rotation.offset)
+
+    def _turn(self, layer: int, rotation: Rotation) -> Angles:
+        """By how much the keys of a layer are rotated; layers of one type share it."""
+        # Those of different types may not (Gemma 3).
         kind = (rotation, self._model.rotary.layer_type(layer))
         if kind not in self._turns:
             old = self._model.angles(layer, self._old)
             self._turns[kind] = difference(old, self._model.angles(layer, self._new))
-        moved = kv[rotation.part][:, :, self._moved]
-        rotate_(moved, self._turns[kind], rotation.pairing, rotation.offset)
+        return self._turns[kind]
+
+    def _make_all(self) -> None:
+        """Put all layers together where the prompt's memory is."""
+        assert self._memory is not None
+        starts, moved = (*self._layout.starts, self._layout.context_length), 0
+        pieces, turns, layers = [], {}, []
+        with self.watch.span("load"):
+            for layer, memory in enumerate(self._memory):
+                parts = [part(layer) for part in self._parts]
+                turn, rotation = None, self._model.rotations[layer]
+                if rotation is not None and len(self._old):
+                    angles = self._turn(layer, rotation)
+                    kind = (rotation, id(angles))
+                    if kind not in turns:
+                        how = (rotation.pairing, rotation.offset, rotation.part)
+                        turns[kind] = Turn(*(each.contiguous() for each in angles), *how)
+                    turn = turns[kind]
+                layers.append(LayerKV(parts, memory, turn))
+            for part, skip, start in zip(layers[0].parts, self._skips, starts, strict=False):
+                held = part[0].shape[2]
+                pieces.append(Piece(held, skip, 0, start, moved if pieces else -1))
+                moved += held - skip if len(pieces) > 1 else 0
+            place_layers(layers, pieces)
+        self._made = list(self._memory)
+        self.nbytes = sum(
+            tensor.nbytes // tensor.shape[2] * (tensor.shape[2] - skip)
+            for layer in layers
+            for part, skip in zip(layer.parts, self._skips, strict=True)
+            for tensor in part
+        )

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
-from picache.linking.link import LinkedRow
+from picache.hf.held_kv import HeldKV
 from picache.linking.report import LinkReport, total
+from picache.linking.row import LinkedRow
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
+    from picache.hf.arena import Arena
     from picache.hf.attention_switch import Attachment
     from picache.hf.linked_cache import LinkedCache
     from picache.hf.model import HFModel
@@ -38,13 +40,13 @@ class LinkedPrompt(Mapping[str, Any]):
     def __init__(
         self,
         inputs: dict[str, Tensor],
-        cache: "LinkedCache",
+        held: "HeldKV",
         logits: Tensor,
         reports: tuple[LinkReport, ...],
         seconds: float,
         attach: "Attachment | None" = None,
     ) -> None:
-        self._inputs, self._cache, self._attach = inputs, cache, attach
+        self._inputs, self._held, self._attach = inputs, held, attach
         self.logits = logits
         self.reports = reports
         self.report = total(reports, seconds)
@@ -70,7 +72,9 @@ class LinkedPrompt(Mapping[str, Any]):
     @property
     def past_key_values(self) -> "LinkedCache":
         """A fresh cache at each access that holds every token but the last."""
-        return self._cache.fork()
+        from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
+
+        return LinkedCache(self._held, self._attach)
 
     def to(self, device: torch.device | str | int) -> "LinkedPrompt":
         """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
@@ -89,7 +93,7 @@ class LinkedPrompt(Mapping[str, Any]):
                 f"{self.logits.device}: move the model, make a new PIC and link there"
             )
         self._inputs = {name: tensor.to(there) for name, tensor in self._inputs.items()}
-        self._cache = self._cache.on(there)
+        self._held = self._held.on(there)
         self.logits = self.logits.to(there)
         return self
 
@@ -111,7 +115,12 @@ class LinkedPrompt(Mapping[str, Any]):
 
 
 def batched(
-    model: "HFModel", rows: list[LinkedRow], method: LinkMethod, pad_id: int, watch: Stopwatch
+    model: "HFModel",
+    rows: list[LinkedRow],
+    method: LinkMethod,
+    pad_id: int,
+    watch: Stopwatch,
+    arena: "Arena | None" = None,
 ) -> LinkedPrompt:
     """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
 
@@ -121,9 +130,8 @@ def batched(
         method: the method the rows were linked by.
         pad_id: token id of the padding.
         watch: started when linking began.
+        arena: where the rows that were linked lie, in whose turn this thread is; None elsewhere.
     """
-    from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
-
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(input_ids)
@@ -137,13 +145,21 @@ def batched(
             rows, method.parallel.lse_scale, width, device
         )
         attach = model.attention.attachment(state)
-    kv = [
-        (_stacked([keys for keys, _ in layer], width), _stacked([v for _, v in layer], width))
-        for layer in zip(*(row.kv for row in rows), strict=True)
-    ]
+    if arena is not None:
+        for index, row in enumerate(rows):
+            if row.report.full_prefill:
+                arena.put(len(rows), index, row.kv)
+        arena.align([len(row.ids) for row in rows])
+        held = arena.lend(len(rows), width - 1, model.attention)
+    else:
+        layers = zip(*(row.kv for row in rows), strict=True)
+        kv = [
+            (_stacked([k for k, _ in x], width), _stacked([v for _, v in x], width)) for x in layers
+        ]
+        held = HeldKV(kv, width - 1)
     return LinkedPrompt(
         inputs,
-        LinkedCache(kv, attach),
+        held,
         torch.cat([row.logits for row in rows]),
         tuple(row.report for row in rows),
         watch.elapsed,

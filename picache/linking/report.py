@@ -28,23 +28,27 @@ class LinkReport:
             - "load": copying KV into the prompt;
             - "rotate": moving keys to their positions;
             - "choose": what the method measured;
+            - "capture": capturing a pass of a size that was not captured before (`PIC.warm_up`);
             - "recompute": the chosen tokens; on a CUDA device with queueing the next layer's loads;
             - "first_token": the whole of `PIC.link`, which ends with the logits of the first new
               token (`generate` runs the last token once more, to sample from it itself).
 
             With chunks off the device, loading overlaps with recomputing, so that the parts may add
-            up to more than the whole.
+            up to more than the whole. Each row of a batch has its share of what was done for all
+            of them at once.
         full_prefill: why the prompt was prefilled in full instead of linked; empty when it was
             linked.
         store_failures: what the store failed at meanwhile and how often, by kind, such as "disk
             read: TimeoutError". Such a chunk was compiled, or was not written; nothing else
-            happened.
+            happened. Of a batch it is in the first row's report.
         dropped: for each chunk in prompt order, and last for the query, the ids of special tokens
             that came with it and are not in the prompt: a BOS in the middle, an EOS, a second BOS.
             In a batch, row after row.
         seams: for each place where two texts of the prompt meet, in order, whether the joined text
             would have other tokens there (`PIC.cut` gives those); None where token ids were given.
             In a batch, row after row.
+        recompute_pass: how the chosen tokens were recomputed: "captured" as a CUDA graph, of how
+            many rows, or "eager", and why; empty for a full prefill.
     """
 
     method: str
@@ -59,6 +63,7 @@ class LinkReport:
     store_failures: dict[str, int] = field(default_factory=dict)
     dropped: tuple[tuple[int, ...], ...] = ()
     seams: tuple[bool | None, ...] = ()
+    recompute_pass: str = ""
 
     @property
     def tokens_recomputed(self) -> int:
@@ -113,6 +118,8 @@ class LinkReport:
             known = sum(seam is not None for seam in self.seams)
             text = f"{changed} of {known} have other tokens than the joined text (see PIC.cut)"
             entries.insert(1, ("seams", text))
+        if self.recompute_pass:
+            entries.append(("recomputed", self.recompute_pass))
         if self.full_prefill:
             entries.insert(0, ("full prefill", self.full_prefill))
         if self.store_failures:
@@ -161,5 +168,6 @@ def total(reports: Iterable[LinkReport], seconds: float) -> LinkReport:
         dropped=tuple(tokens for r in rows for tokens in r.dropped),
         seams=tuple(seam for r in rows for seam in r.seams),
         full_prefill=f"{len(reasons)} of {len(rows)} rows: {reasons[0]}" if reasons else "",
+        recompute_pass="; ".join(dict.fromkeys(r.recompute_pass for r in rows if r.recompute_pass)),
         store_failures=dict(sum((Counter(r.store_failures) for r in rows), Counter())),
     )

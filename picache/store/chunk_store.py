@@ -281,14 +281,15 @@ class ChunkStore:
             found = disk.open(key)
             if found is None:
                 return None
-            file, reading = found.file, found
+            file, reading, dropped = found.file, found, threading.Lock()
 
             def read(index: int) -> Encoded:
                 try:
                     return reading.layer(index)
                 except CorruptChunk:
-                    with self._failures.absorbed("disk", "remove", f"chunk {key} is damaged"):
-                        disk.damaged(key, file.version)
+                    if dropped.acquire(blocking=False):  # once: several threads read its layers
+                        with self._failures.absorbed("disk", "remove", f"chunk {key} is damaged"):
+                            disk.damaged(key, file.version)
                     raise
                 except Exception as error:  # the disk, not the file: nothing is deleted
                     self._failures.count("disk", "read", f"chunk {key} is compiled again", error)

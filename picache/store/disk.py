@@ -173,7 +173,10 @@ class Disk:
         """A second copy of a remote file that failed a check; None where there is no such thing."""
         if not self._files.copies:
             return None
-        file, seen = self._files.open(file_name(key))
+        try:
+            file, seen = self._files.open(file_name(key))
+        except FileNotFoundError:  # deleted meanwhile
+            return None
         if seen != version:  # another chunk's layers do not go with those read before
             file.close()
             return None

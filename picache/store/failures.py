@@ -12,8 +12,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+
+beside: ContextVar[bool] = ContextVar("picache_beside", default=False)
+"""Whether this thread works for another one, which asks for the counts when it is done."""
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
@@ -28,17 +32,24 @@ class Absorbed:
 class Failures:
     """Counts what went wrong, and warns once of each tier and kind. Threads may share it.
 
-    A kind is what was being done and the error's type: "disk read: TimeoutError".
+    A kind is what was being done and the error's type: "disk read: TimeoutError". A warning names
+    the line that called picache. A thread that works beside another (`beside`) knows of none: what
+    it has to say is kept, and said to who asks for the counts next.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._unsaid: list[str] = []
 
     def counts(self) -> Counter[str]:
         """How often each kind was seen, at this moment."""
         with self._lock:
-            return Counter(self._counts)
+            unsaid, self._unsaid = self._unsaid, []
+            counts = Counter(self._counts)
+        for text in unsaid:
+            warnings.warn(text, RuntimeWarning, stacklevel=_caller())
+        return counts
 
     @contextmanager
     def absorbed(self, tier: str, doing: str, so: str) -> Iterator[Absorbed]:
@@ -59,16 +70,17 @@ class Failures:
     def count(self, tier: str, doing: str, so: str, error: Exception) -> None:
         """Count an error, and warn of it if it is the first of its kind."""
         kind = f"{tier} {doing}: {type(error).__name__}"
+        text = (
+            f"{so}: {type(error).__name__}: {error}. Further failures of this kind are counted in "
+            "ChunkStore.stats().failures and not warned about"
+        )
         with self._lock:
             first = kind not in self._counts
             self._counts[kind] += 1
-        if first:
-            warnings.warn(
-                f"{so}: {type(error).__name__}: {error}. Further failures of this kind are counted "
-                "in ChunkStore.stats().failures and not warned about",
-                RuntimeWarning,
-                stacklevel=_caller(),
-            )
+            if first and beside.get():
+                self._unsaid.append(text)
+        if first and not beside.get():
+            warnings.warn(text, RuntimeWarning, stacklevel=_caller())
 
 
 def _caller() -> int:

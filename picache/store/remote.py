@@ -1,9 +1,8 @@
 """Files that appear whole or not at all behind an fsspec URL."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from io import FileIO
 from typing import Any
 
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from picache.errors import PICacheError
 from picache.store.files import MARKED, MARKER, SUFFIX, Files, check_marker
+from picache.store.ranged_copy import RangedCopy
 from picache.store.remote_calls import RemoteCalls, RemoteLimits
 from picache.store.writers import TEMPORARY, temporary_name
 
@@ -21,7 +21,7 @@ WEB = {"http", "https"}
 
 
 class RemoteFiles(Files):
-    """Files behind an fsspec URL; a file is copied to this machine as a whole to be read.
+    """Files behind an fsspec URL; of a file, what is read is copied to this machine.
 
     Object stores put an object at once or not at all; elsewhere a temporary name is moved. The web
     is read only: a store that is served there needs its marker, and its files have their names.
@@ -123,22 +123,20 @@ class RemoteFiles(Files):
 
     @override
     def open(self, name: str) -> tuple[FileIO, object]:
-        """A copy that nobody else sees, and that is gone when it is closed."""
+        """A copy that nobody else sees, fetched as it is read, and gone when it is closed."""
         path = f"{self._root}/{name}"
         info = self._info(name)  # before the copy: one written meanwhile is another
         size = int(info.get("size") or 0)
-        data = self._call(self._fs.cat_file, path, nbytes=size)
-        descriptor, copy = tempfile.mkstemp(prefix="picache-")
-        file = FileIO(descriptor, "r+")
-        try:
-            os.unlink(copy)
-            view = memoryview(data)
-            while len(view):
-                view = view[file.write(view) :]
-        except BaseException:
-            file.close()
-            raise
-        return file, _version(info)
+        in_ranges = info.get("partial", False) if self._protocols & WEB else True
+        if not size or not in_ranges:
+            return RangedCopy.of(self._call(self._fs.cat_file, path, nbytes=size)), _version(info)
+        return RangedCopy(size, partial(self._range, path)), _version(info)
+
+    def _range(self, path: str, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of a file."""
+        nbytes = end - begin
+        data: bytes = self._call(self._fs.cat_file, path, start=begin, end=end, nbytes=nbytes)
+        return data
 
     @override
     def temporary(self, name: str, nbytes: int) -> str:

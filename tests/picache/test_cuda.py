@@ -104,9 +104,9 @@ def test_a_link_from_a_slower_tier_is_the_same_to_the_bit(tier, storage, tmp_pat
     linked(pic, LegoLink(3))
     original = LinkedKV._copied
 
-    def slowly(self, parts):
+    def slowly(self, layer, parts):
         torch.cuda._sleep(SLEEP_CYCLES)
-        return original(self, parts)
+        return original(self, layer, parts)
 
     monkeypatch.setattr(LinkedKV, "_copied", slowly)
     prompt = linked(pic, LegoLink(3))

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from picache import ChunkStore, PICacheError
 from picache.errors import CorruptChunk
 from picache.store import disk
-from picache.store.chunkfile import FORMAT, _seal
+from picache.store.chunkfile import FORMAT, _checksum, _seal
 from picache.store.files import MARKED, MARKER, STALE_SECONDS
 from tests.picache.helpers import same_kv
 
@@ -333,6 +333,22 @@ def test_a_header_changed_without_its_checksum_is_refused(folder):
     (path,) = files(folder)
     rewrite(path, lambda m, t: None)  # what the two tests above change is what they find
     assert same_kv(read(folder), chunk())
+
+
+def test_a_file_of_the_format_before_is_still_read_and_checked(folder):
+    def as_before(metadata, tensors):
+        before = "picache-chunk/2"
+        layers = [{p: tensors[f"{i}.{p}"] for p in ("keys", "values")} for i in range(3)]
+        sums = [_checksum(layer, before) for layer in layers]
+        assert all(len(each) == 64 for each in sums), "SHA-256"
+        metadata.update(format=before, checksums=json.dumps(sums))
+
+    (path,) = files(folder)
+    rewrite(path, as_before)
+    assert same_kv(read(folder), chunk())
+    damage(path)
+    with pytest.raises(CorruptChunk, match="fails the checksum"):
+        ChunkStore(path=folder).get(KEY).load()
 
 
 def test_a_pickle_under_the_name_of_a_chunk_is_not_opened(folder):

@@ -182,9 +182,11 @@ def test_transformers_is_touched_in_files_that_say_so():
         "hf/ambient.py",
         "hf/attention_switch.py",
         "hf/cache.py",
+        "hf/captured_pass.py",
         "hf/decoding.py",
         "hf/linked_cache.py",
         "hf/model.py",
+        "hf/padded_pass.py",
     }
 
 

@@ -24,7 +24,7 @@ def test_counts_add_up():
     )
     assert report.bytes_loaded == 2 * 4 * 4 * 2 * 16 * sum(LENGTHS)  # K, V; layers; fp32; heads
     assert report.chunk_hits == (True,) * 5
-    parts = ("look_up", "compile", "load", "rotate", "choose", "recompute")
+    parts = ("look_up", "compile", "load", "rotate", "choose", "capture", "recompute")
     assert set(report.seconds) == {*parts, "first_token"}
     assert sum(report.seconds[part] for part in parts) <= report.seconds["first_token"]
 

@@ -76,9 +76,11 @@ def test_a_file_deleted_after_its_header_was_read_is_read_to_its_end(
     monkeypatch.setattr(torch.UntypedStorage, "from_file", unlinked)
     read = chunkfile.ChunkFile.layer
 
-    def after_a_neighbour(self, index):
-        for path in folder.rglob("*.safetensors"):
-            path.unlink()
+    paths = list(folder.rglob("*.safetensors"))
+
+    def after_a_neighbour(self, index):  # called by several threads
+        for path in paths:
+            path.unlink(missing_ok=True)
         return read(self, index)
 
     monkeypatch.setattr(chunkfile.ChunkFile, "layer", after_a_neighbour)
@@ -98,9 +100,11 @@ def test_a_file_deleted_while_too_many_are_open_to_keep_it_is_compiled_again(
     assert torch.equal(prompt.logits, expected)
     read = chunkfile.ChunkFile.layer
 
-    def after_a_neighbour(self, index):
+    doomed = path_of(folder, chunks[2].key)
+
+    def after_a_neighbour(self, index):  # called by several threads
         if index == 2:
-            path_of(folder, chunks[2].key).unlink(missing_ok=True)
+            doomed.unlink(missing_ok=True)
             monkeypatch.setattr(chunkfile.ChunkFile, "layer", read)
         return read(self, index)
 

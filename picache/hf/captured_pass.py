@@ -1,0 +1,353 @@
+"""Sparse passes that are captured once as CUDA graphs and replayed for every prompt of their size.
+
+A pass over a few hundred tokens is a few thousand kernels, which Python starts more slowly than the
+device runs them. A graph starts all of them at once. It is captured for a number of prompts and of
+rows, padded to a size class, over one arena a model; what varies lies in memory that it reads.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.hf.arena import Arena
+from picache.hf.compiled import never_compiled
+from picache.hf.model import HFModel
+from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
+from picache.hf.reading_back import RefuseReadingBack
+from picache.hf.size_class import classes_up_to, size_class
+from picache.hf.sparse_pass import CannotCapture
+from picache.progress import bar
+
+MOST_ROWS = 4096
+"""Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
+_ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
+_LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
+
+Forward = Callable[[], Tensor]
+"""A pass over tensors whose addresses never change; its logits lie where the next one writes."""
+
+
+class Recorder(Protocol):
+    """Records passes of one model."""
+
+    def record(self, forward: Forward) -> Forward:
+        """A function that does what `forward` does, on what then stands in its memory."""
+        ...
+
+
+class CUDAGraphs:
+    """Records passes as CUDA graphs.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
+        self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
+
+    def record(self, forward: Forward) -> Forward:
+        """Capture it; see `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            # Libraries make their plans and workspaces, and what cannot be captured is found out.
+            with torch.cuda.stream(self._stream), RefuseReadingBack():
+                forward()
+            here.wait_stream(self._stream)
+            mode = "thread_local"  # other threads may use the device meanwhile
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                logits = forward()
+
+        def replay() -> Tensor:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return logits
+
+        return replay
+
+
+class RunAgain:
+    """The slow twin of `CUDAGraphs`: a recorded pass is run again each time.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def record(self, forward: Forward) -> Forward:
+        """Run it once, to see whether it can be; see `Recorder`."""
+        forward()
+        return forward
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CUDAGraphs}
+"""What records passes, by the kind of device; on others they are not recorded."""
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One size of pass, recorded.
+
+    Attributes:
+        rows: int64 ``[2, batch, rows]``, token ids and positions, which the recording reads.
+        replay: the recording.
+    """
+
+    rows: Tensor
+    replay: Forward
+
+
+class CapturedPasses:
+    """The captured passes of one model, and the arena they run over.
+
+    Every method is called by a thread that has the model's turn (`turn`).
+
+    Args:
+        model: the model; nothing is allocated before the first link.
+    """
+
+    def __init__(self, model: HFModel) -> None:
+        self._model = model
+        self._arena: Arena | None = None
+        self._recorded: dict[tuple[int, int], _Class] = {}
+        self._recorder: Recorder | None = None
+        self._state: object = None
+        self._hooked, self._failed = "", ""  # why nothing is captured at present
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The block in which a thread fills the arena and runs a pass over it; others wait.
+
+        A model that has changed since its passes were captured loses them here.
+        """
+        with self._model.attention.turn:
+            self._model.attention.refuse_attached()
+            state, self._hooked = self._look()
+            if state != self._state:
+                self._drop()
+                self._state, self._failed = state, ""
+            yield
+
+    def why_no_device(self) -> str:
+        """Why nothing is captured where the model is; empty where passes are. Needs no turn."""
+        kind = self._model.device.type
+        return "" if kind in RECORDERS else f"nothing is captured on a {kind}"
+
+    def why_not(self) -> str:
+        """Why no pass of this model is captured; empty where passes are."""
+        model = self._model
+        if reason := self.why_no_device():
+            return reason
+        if len({tensor.device for layer in model.one_token for tensor in layer}) > 1:
+            return "the layers lie on several devices"
+        if model.rotary.follows_length:
+            return "its rotary frequencies follow the length of the text"
+        return self._hooked or self._failed
+
+    def claim(self, batch: int, tokens: int) -> list[KV]:
+        """Places for a batch of prompts; what still lies there and is in use moves out.
+
+        Args:
+            batch: how many prompts.
+            tokens: of the longest.
+
+        Returns:
+            Keys and values of each layer, ``[batch, kv_heads, places, head_dim]``; the last place
+            is for padding. What is linked in them is to be lent out (`Arena.lend`).
+
+        Raises:
+            CannotCapture: when passes of this model are not captured, or there is no memory for an
+                arena of that size.
+        """
+        if reason := self.why_not():
+            raise CannotCapture(reason)
+        if self._arena is None or self._arena.tokens // batch <= tokens:
+            limit = self._model.max_length or tokens + _ROOM
+            each = size_class(min(tokens + _ROOM, max(limit, tokens)) + 1)
+            self._allocate(batch * each)
+        elif not self._arena.vacate():  # it stays with those who read it
+            self._allocate(self._arena.tokens)
+        return self.arena.places(batch)
+
+    @property
+    def arena(self) -> Arena:
+        """The arena of the last claim."""
+        assert self._arena is not None
+        return self._arena
+
+    def run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+        """Recompute rows of the prompts that lie in the arena, and write their KV into it.
+
+        Args:
+            ids: of each prompt, the token ids of the rows to recompute, int64 ``[rows]``.
+            positions: where they stand, ascending, the last token of the prompt among them.
+
+        Returns:
+            Logits of each prompt's first new token, ``[batch, vocab_size]``; how the pass ran, for
+            the report; and the seconds that capturing took.
+
+        Raises:
+            CannotCapture: says why it is to run in another way.
+        """
+        batch, longest = len(ids), max(map(len, ids))
+        rows = size_class(longest)
+        if (batch, rows) not in self._recorded and batch * rows > MOST_ROWS:
+            raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
+        begun = time.perf_counter()
+        new = (batch, rows) not in self._recorded
+        recorded = self._record(batch, rows)
+        seconds = time.perf_counter() - begun if new else 0.0
+        padded = torch.zeros(2, batch, rows, dtype=torch.int64)
+        padded[1] = -1
+        for index, (tokens, at) in enumerate(zip(ids, positions, strict=True)):
+            padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
+        recorded.rows.copy_(padded)
+        how = f"captured, {longest} rows in a class of {rows}"
+        if batch > 1:
+            how += f", {batch} prompts at once"
+        return recorded.replay().clone(), how, seconds
+
+    def warm_up(self, tokens: int, rows: int, batch: int, progress: bool) -> None:
+        """Allocate the arena and capture every class of rows up to that of `rows`.
+
+        Args:
+            tokens: of the longest prompt, and of what is decoded behind it.
+            rows: the most that are recomputed in a prompt.
+            batch: how many prompts are linked at once; single ones are prepared for as well.
+            progress: whether to show a bar, where tqdm is installed.
+
+        Raises:
+            PICacheError: when nothing can be captured, or memory does not suffice.
+        """
+        with self.turn():
+            try:
+                if reason := self.why_not():
+                    raise CannotCapture(reason)
+                if self._arena is None or self._arena.tokens // batch <= tokens:
+                    self._allocate(batch * (tokens + 1))
+                # The largest first: the others then fit the memory that it has left in the pool.
+                sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                for size in bar(sizes, "capturing passes", "size", progress):
+                    self._record(*size)
+            except CannotCapture as error:
+                raise PICacheError(
+                    f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
+                ) from error
+
+    def _allocate(self, tokens: int) -> None:
+        """A new arena, in place of the one there is."""
+        model = self._model
+        needed, free = tokens * model.bytes_per_token, _free_bytes(model.device)
+        if self._arena is not None:
+            free += self._arena.nbytes
+        if needed > free:
+            raise CannotCapture(
+                f"the keys and values of {tokens:,} tokens need {needed:,} bytes, and {free:,.0f} "
+                f"are free on {model.device}"
+            )
+        self._drop()
+        self._arena = Arena(model.one_token, tokens)
+
+    def _drop(self) -> None:
+        """Forget the arena and all that was captured over it."""
+        self._recorded.clear()
+        if self._arena is not None:
+            self._arena.vacate()
+        self._arena = self._recorder = None
+
+    def _record(self, batch: int, rows: int) -> _Class:
+        """The recorded pass of this size, captured now where there is none."""
+        if (found := self._recorded.get((batch, rows))) is not None:
+            return found
+        model, places = self._model, self.arena.places(batch)
+        with torch.inference_mode(mode=False):
+            static = torch.zeros(2, batch, rows, dtype=torch.int64, device=model.device)
+            static[1] = -1  # what runs while it is captured writes nowhere
+        if self._recorder is None:
+            self._recorder = RECORDERS[model.device.type](model.device)
+
+        def forward() -> Tensor:
+            return _padded_forward(model, static, places)
+
+        try:
+            replay = self._recorder.record(forward)
+        except CannotCapture as error:
+            self._failed = str(error)
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CannotCapture("there is not the memory to capture it") from error
+        except PICacheError:
+            raise
+        # Most often Python that reads a tensor of the device. The eager pass says what is wrong
+        # otherwise.
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            what = str(error).splitlines()[0] if str(error) else ""
+            self._failed = f"capturing failed ({type(error).__name__}: {what})"
+            raise CannotCapture(self._failed) from error
+        found = self._recorded[batch, rows] = _Class(static, replay)
+        return found
+
+    def _look(self) -> tuple[object, str]:
+        """What a captured pass depends on, which differs where the model changed; and which
+        hook runs Python in a forward, empty for none.
+        """
+        model, seen, hooked = self._model, [], ""
+        for name, module in model.modules:
+            inside = vars(module)  # at every link: attributes of modules are slow
+            adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"  # peft's
+            seen.append((id(module), inside.get("forward"), adapters))
+            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
+                hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
+                if any(_package(hook) not in _LOOK_ON for hook in hooks):
+                    hooked = f"a forward hook on {name or type(module).__name__} runs Python"
+        return (model.weights_seen, model.attention.own, seen), hooked
+
+
+@torch.no_grad()
+def _padded_forward(model: HFModel, rows: Tensor, places: list[KV]) -> Tensor:
+    """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
+    ids, positions = rows
+    passing = PaddedPass(positions, places[0][0].shape[2] - 1)
+    cache = Cache(layers=[PaddedLayer(keys, values, passing) for keys, values in places])
+    outside = running.set(passing)
+    try:
+        with model.attention.padded(), never_compiled:
+            out: Any = model.model(
+                input_ids=ids,
+                position_ids=positions.clamp_min(0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        passing.check_attended()
+        return out.logits[:, -1]
+    finally:
+        running.reset(outside)
+
+
+def _package(function: Any) -> str:
+    """The package that a function, or the method of an object, is from."""
+    return str(getattr(function, "__module__", type(function).__module__)).split(".")[0]
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Bytes that tensors on a CUDA device may still take; infinite elsewhere: it is not known."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused

@@ -1,0 +1,175 @@
+"""A sparse pass of fixed shape: rows of several prompts, padded, with all that varies in memory.
+
+It does what `picache.hf.sparse_pass` does where every layer is given the same tokens, but reads
+nothing back from the device, so that it can be captured as a CUDA graph and replayed for other
+prompts. Padding stands in front of the rows, so that the last row is the last token of a prompt. It
+has position -1: it attends to nothing, and its keys and values are written to the last place of
+the memory, where no prompt stands.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
+
+from picache.chunk import KV
+from picache.errors import PICacheError
+from picache.hf.ambient import refuse_autocast, refuse_other_dtype
+from picache.hf.sparse_pass import (
+    CHANGED_MEANWHILE,
+    OTHER_THREAD,
+    CannotCapture,
+    refuse_unknown_scores,
+)
+from picache.kernels.scattered_attention import scattered_attention
+
+
+class PaddedPass:
+    """What the mask, the cache and the attention share during one padded pass.
+
+    Args:
+        positions: where the rows of each prompt stand, int64 ``[batch, rows]`` on the device; -1
+            for padding.
+        places: places for the tokens of a prompt, without the last, which padding is written to.
+
+    Attributes:
+        positions: as handed in.
+        places: as handed in.
+        batch: index of the prompt of each row, ``[batch, 1]``.
+        written: the place of each row, ``[batch, rows]``.
+        updated: how many layers so far have made their keys and values.
+        attended: how many layers so far attended by our function.
+    """
+
+    def __init__(self, positions: Tensor, places: int) -> None:
+        self.positions, self.places = positions, places
+        self.batch = torch.arange(len(positions), device=positions.device)[:, None]
+        self.written = torch.where(positions < 0, places, positions)
+        self.updated = self.attended = 0
+
+    def check_attended(self) -> None:
+        """Raise PICacheError unless every layer that made its KV attended by our function."""
+        if self.attended != self.updated:
+            raise PICacheError(CHANGED_MEANWHILE)
+
+
+running: ContextVar[PaddedPass] = ContextVar("picache_padded_pass")
+"""The padded pass that this thread runs."""
+
+
+def _under_way() -> PaddedPass:
+    found = running.get(None)
+    if found is None:
+        raise PICacheError(OTHER_THREAD)
+    return found
+
+
+class PaddedLayer(DynamicLayer):
+    """One layer of the cache of a padded pass: the memory of all prompts, which it writes to.
+
+    Args:
+        keys: ``[batch, kv_heads, places + 1, head_dim]``.
+        values: the same of the values.
+        of: the pass.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, of: PaddedPass) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.keys, self.values = self.memory = keys, values
+        self.of = of
+
+    @override
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> KV:
+        """Write the keys and values of the rows; return those of all places."""
+        refuse_autocast(key_states.device.type)
+        fresh, whole = (key_states, value_states), self.memory
+        refuse_other_dtype(fresh, whole, "the compiled chunks hold")
+        self.of.updated += 1
+        for new, held in zip(fresh, whole, strict=True):
+            held[self.of.batch, :, self.of.written] = new.transpose(1, 2)
+        return whole
+
+    @override
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.of.places, 0
+
+    @override
+    def get_seq_length(self) -> int:
+        return self.of.places
+
+
+class PaddedMask:
+    """An attention mask that is causal by position, within a window of keys or without one.
+
+    Attributes:
+        window: how many keys each row attends to at most; None for all.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+
+    def to(self, *args: Any, **kwargs: Any) -> "PaddedMask":
+        """Itself; accelerate calls this on a layer's arguments."""
+        return self
+
+
+def padded_mask(mask_function: Callable, **_: object) -> PaddedMask:
+    """The mask of the padded pass that is running, reduced to its window."""
+    return PaddedMask(window_of(mask_function, _under_way().places))
+
+
+def window_of(mask_function: Callable, places: int) -> int | None:
+    """The window of a mask function of transformers; None where it is plainly causal.
+
+    The function is evaluated on the CPU at the beginning, in the middle and at the end.
+
+    Args:
+        mask_function: whether attention is allowed, given the batch row, the head, the query's
+            position and the key's position.
+        places: positions that a prompt may have.
+
+    Raises:
+        CannotCapture: where it is neither causal nor a sliding window.
+    """
+    some = sorted({0, 1, 2, places // 3, places // 2, places - 2, places - 1})
+    queries = torch.tensor([at for at in some if 0 <= at < places])[:, None]
+    keys, zero = torch.arange(places)[None], torch.zeros((), dtype=torch.int64)
+    try:
+        allowed = mask_function(zero, zero, queries, keys).expand(len(queries), places)
+    except RuntimeError as error:  # it reads tensors on the device
+        raise CannotCapture("its attention mask depends on more than positions") from error
+    window = int(allowed[-1].sum())
+    if not torch.equal(allowed, (keys <= queries) & (keys > queries - window)):
+        raise CannotCapture("its attention mask is neither causal nor a sliding window")
+    return None if window == places else window
+
+
+def attend_padded(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PaddedMask,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention of the rows over all places, causal by position; see `attend_scattered`."""
+    passing = _under_way()
+    if not isinstance(attention_mask, PaddedMask):
+        raise PICacheError(CHANGED_MEANWHILE)
+    passing.attended += 1
+    refuse_unknown_scores(module, kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, _ = scattered_attention(
+        query, key, value, passing.positions, scaling, attention_mask.window, softcap, s_aux
+    )
+    return out.transpose(1, 2).contiguous(), None

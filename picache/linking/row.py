@@ -1,0 +1,57 @@
+"""One prompt of a batch: what is to be linked, and what linking made of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from picache.chunk import KV, Form
+from picache.linking.report import LinkReport
+from picache.methods.base import Layout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a batch, to be linked: its chunks in prompt order, and its query.
+
+    Attributes:
+        chunks: as they are prefilled; the first is an exact prefix of the prompt.
+        query: token ids of what follows the last chunk.
+        query_dropped: ids of special tokens that came with the query and are not in the prompt.
+        seams: see `LinkReport`.
+    """
+
+    chunks: tuple[Form, ...]
+    query: tuple[int, ...]
+    query_dropped: tuple[int, ...] = ()
+    seams: tuple[bool | None, ...] = ()
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids of the linked prompt, int64 ``[tokens]``."""
+        chunks = [token for form in self.chunks for token in form.ids[form.skip :]]
+        return torch.tensor([*chunks, *self.query])
+
+    def layout(self, num_layers: int) -> Layout:
+        """Where the chunks, without the sinks they were compiled behind, and the query stand."""
+        lengths = tuple(len(form.ids) - form.skip for form in self.chunks)
+        return Layout(lengths, len(self.query), num_layers)
+
+
+@dataclass(frozen=True)
+class LinkedRow:
+    """One row of a batch, linked.
+
+    Attributes:
+        ids: token ids, int64 ``[tokens]``.
+        layout: where the chunks stand.
+        kv: keys and values of every token, layer by layer.
+        logits: of the first new token, ``[1, vocab_size]``.
+        report: what linking did.
+    """
+
+    ids: Tensor
+    layout: Layout
+    kv: list[KV]
+    logits: Tensor
+    report: LinkReport

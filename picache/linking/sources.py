@@ -1,0 +1,116 @@
+"""Where the keys and values of a batch come from: each different chunk is fetched once."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from picache.chunk import KV
+from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
+from picache.linking.row import Row
+from picache.linking.stopwatch import Stopwatch
+from picache.store import ChunkStore
+
+if TYPE_CHECKING:
+    from picache.hf.model import HFModel
+
+Part = Callable[[int], KV]
+
+
+class Sources:
+    """The chunks of all rows of a batch, fetched or compiled, and queries that are compiled alone.
+
+    Args:
+        model: the model the chunks are compiled with.
+        store: where their KV lives; it must be kept from evicting them (`ChunkStore.using`).
+        rows: of the batch.
+        compile_queries: whether the queries are compiled alone, like chunks.
+        watch: measures "look_up" and "compile"; by the clock.
+
+    Attributes:
+        chunks: by key; a chunk may stand in several places and rows.
+    """
+
+    def __init__(
+        self,
+        model: "HFModel",
+        store: ChunkStore,
+        rows: Sequence[Row],
+        compile_queries: bool,
+        watch: Stopwatch,
+    ) -> None:
+        different = {form.key: form for row in rows for form in row.chunks}
+        self.chunks = {
+            key: FetchedChunk(model, store, form, watch) for key, form in different.items()
+        }
+        self._rows = rows
+        self._queries: list[list[KV]] = []
+        if compile_queries:
+            with watch.span("compile"):
+                self._queries = [compile_chunk(model, row.query) for row in rows]
+
+    def of(self, row: Row) -> list[FetchedChunk]:
+        """The chunks of a row in prompt order."""
+        return [self.chunks[form.key] for form in row.chunks]
+
+    def prefetch_from(self, row: Row) -> Literal["host", "disk"] | None:
+        """The slowest tier that a chunk of the row is in; None where all are on the device."""
+        tiers = {chunk.tier for chunk in self.of(row)}
+        if "disk" in tiers:
+            return "disk"
+        return "host" if "host" in tiers else None
+
+    def skips(self, row: Row) -> list[int]:
+        """How many of the first tokens of each part of a row, its sinks, are left out."""
+        return [*(form.skip for form in row.chunks), *([0] if self._queries else [])]
+
+    def compiled_tokens(self, row: Row) -> int:
+        """Tokens of the parts of a row as compiled, sinks included."""
+        query = len(row.query) if self._queries else 0
+        return sum(len(form.ids) for form in row.chunks) + query
+
+    def parts(self) -> list[list[Part]]:
+        """For each row, functions that give the KV of its parts in a layer; each asked once.
+
+        A layer of a chunk that stands in several places is loaded when it is first asked for, and
+        let go when it has been given to the last of them.
+        """
+        uses = Counter(form.key for row in self._rows for form in row.chunks)
+        shared: dict[str, Part] = {
+            key: LoadedOnce(chunk.layer, uses[key]) if uses[key] > 1 else chunk.layer
+            for key, chunk in self.chunks.items()
+        }
+        parts = [[shared[form.key] for form in row.chunks] for row in self._rows]
+        for row, query in zip(parts, self._queries, strict=False):
+            row.append(query.__getitem__)
+        return parts
+
+    def mend(self) -> None:
+        """Compile again what was found damaged; not while the model runs a pass."""
+        for chunk in self.chunks.values():
+            chunk.mend()
+
+
+class LoadedOnce:
+    """Loads each layer of a chunk once for all the places that ask for it, one time each.
+
+    Args:
+        load: gives the KV of a layer.
+        places: how many there are.
+    """
+
+    def __init__(self, load: Part, places: int) -> None:
+        self._load, self._places = load, places
+        self._turn = threading.Lock()  # rows are put together by threads of their own
+        self._held: dict[int, tuple[KV, int]] = {}
+
+    def __call__(self, layer: int) -> KV:
+        """The KV of a layer."""
+        with self._turn:
+            if layer in self._held:
+                kv, left = self._held.pop(layer)
+            else:
+                kv, left = self._load(layer), self._places
+            if left > 1:
+                self._held[layer] = kv, left - 1
+            return kv

@@ -1,0 +1,25 @@
+"""What tests of captured passes share: passes are recorded on a CPU too, where they run again."""
+
+import pytest
+
+from picache.hf import captured_pass
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Passes are recorded on a CPU too: they run again each time."""
+    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", captured_pass.RunAgain)
+
+
+@pytest.fixture
+def eagerly(monkeypatch):
+    """A function that links without the recording."""
+
+    def link(pic, *args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(captured_pass.RECORDERS, "cpu", raising=False)
+            prompt = pic.link(*args)
+        assert not prompt.report.recompute_pass.startswith("captured,")
+        return prompt
+
+    return link

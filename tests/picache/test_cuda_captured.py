@@ -1,0 +1,270 @@
+"""On a CUDA device: captured passes give what eager ones give, for every prompt and batch."""
+
+import math
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
+from picache.hf import captured_pass
+from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
+from tests.picache.captured import TAKEN, families
+from tests.picache.helpers import chunks_of, compiled, prompt_parts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LENGTHS = (7, 60, 33, 1, 90)
+ABSOLUTE = 1e-5
+MAY_BE_EAGER = ("GPT-OSS", "DeepSeek V3")  # experts may be chosen in Python
+RUN = dict(max_new_tokens=12, do_sample=False)
+
+
+def pic_and_parts(model, **options):
+    pic = PIC(model.to("cuda"), flops_per_byte=None, **options)
+    documents, query = prompt_parts(LENGTHS)
+    return pic, compiled(pic, documents), query
+
+
+def eagerly(pic, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(captured_pass.RECORDERS, "cuda")
+        prompt = pic.link(*args)
+    assert prompt.report.recompute_pass == "eager: nothing is captured on a cuda"
+    return prompt
+
+
+def was_captured(prompt):
+    how = prompt.report.recompute_pass
+    assert how.startswith("captured,"), how
+    return prompt
+
+
+def assert_same(actual, expected, bound=ABSOLUTE):
+    assert (actual.logits - expected.logits).abs().max() <= bound
+    pairs = zip(actual.past_key_values.kv, expected.past_key_values.kv, strict=True)
+    for ours, theirs in pairs:
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.shape == other.shape
+            assert (one - other).abs().max() <= bound
+
+
+@pytest.mark.parametrize("family", TAKEN)
+def test_every_family_gives_what_the_eager_pass_gives(family):
+    try:
+        model = families.build(family)
+    except AttributeError as error:
+        pytest.skip(f"this transformers has no such family: {error}")
+    pic, chunks, query = pic_and_parts(model)
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    for _ in range(2):  # the second replays what the first captured
+        prompt = pic.link(chunks, query, LegoLink(3))
+        if family not in MAY_BE_EAGER:
+            was_captured(prompt)
+        assert_same(prompt, expected)
+
+
+@pytest.mark.parametrize("method", [NaiveReuse(), A3(0.3), ProphetKV(0.3)], ids=str)
+def test_one_graph_serves_every_prompt_of_its_size(method):
+    pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
+    pic.warm_up(tokens=400, rows=128, progress=False)
+    for some in (chunks, chunks[:3], chunks[::-1], [*chunks, *chunks[1:4]]):
+        prompt = was_captured(pic.link(some, query, method))
+        assert prompt.report.seconds["capture"] == 0
+        assert_same(prompt, eagerly(pic, some, query, method))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_half_precision_gives_the_same_first_token(family):
+    """Within the error that the eager pass has against full precision."""
+    reference = eagerly(*pic_and_parts(tiny_model(family)), LegoLink(3)).logits
+    parts = pic_and_parts(tiny_model(family, dtype=torch.bfloat16))
+    eager, prompt = (
+        eagerly(*parts, LegoLink(3)),
+        was_captured(parts[0].link(*parts[1:], LegoLink(3))),
+    )
+    theirs, ours = ((one.logits.float() - reference).norm() for one in (eager, prompt))
+    assert ours <= 1.5 * theirs
+    best, second = reference[0].topk(2).values
+    if best - second > 4 * (eager.logits.float() - reference).abs().max():
+        assert prompt.logits.argmax() == eager.logits.argmax() == reference.argmax()
+
+
+def test_a_batch_goes_through_one_pass():
+    pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
+    rows, queries = [chunks, chunks[:2], chunks[2:]], [query, query[:3], query[:1]]
+    same_length = [chunks, [chunks[0], *chunks[:0:-1]]], [query, query.flip(0)]
+    for some, asked in ((rows, queries), same_length):
+        batch = was_captured(pic.link(some, asked, LegoLink(3)))
+        expected = eagerly(pic, some, asked, LegoLink(3))
+        assert_same(batch, expected)
+        options = RUN | dict(disable_compile=True)
+        answers = [pic.model.generate(**one, **options) for one in (batch, expected)]
+        assert torch.equal(*answers)
+
+
+def test_chunks_from_the_host_are_placed_before_the_pass_runs():
+    model = tiny_model("llama").to("cuda")
+    pic, chunks, query = pic_and_parts(model)
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    store = ChunkStore(device_bytes=1, host_bytes=math.inf)
+    slower, chunks, query = pic_and_parts(model, store=store)
+    for _ in range(3):
+        assert_same(was_captured(slower.link(chunks, query, LegoLink(3))), expected)
+
+
+def test_two_prompts_stay_right_beside_each_other():
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    asked = [(chunks, query), (chunks[:3], query.flip(0))]
+    expected = [eagerly(pic, *one, LegoLink(3)) for one in asked]
+    prompts = [was_captured(pic.link(*one, LegoLink(3))) for one in asked]
+    for prompt, right in zip(prompts, expected, strict=True):
+        assert_same(prompt, right)
+    options = RUN | dict(disable_compile=True)
+    for prompt, right in zip(prompts, expected, strict=True):
+        ours, theirs = (pic.model.generate(**one, **options) for one in (prompt, right))
+        assert torch.equal(ours, theirs)
+
+
+def test_an_arena_that_nobody_reads_is_used_again():
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    pic.link(chunks, query)
+    arena, before = pic.passes.arena, torch.cuda.memory_allocated()
+    for _ in range(3):
+        pic.link(chunks, query)
+    assert pic.passes.arena is arena
+    assert torch.cuda.memory_allocated() - before < arena.nbytes
+
+
+def test_tensors_that_somebody_took_are_never_written_to():
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    taken = [layer.keys.detach() for layer in pic.link(chunks, query).past_key_values.layers]
+    before = [keys.clone() for keys in taken]
+    was_captured(pic.link(chunks[::-1], query))
+    assert all(map(torch.equal, taken, before))
+
+
+def test_two_threads_take_turns():
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    asked = [(chunks, query), (chunks[:3], query.flip(0))]
+    expected = [eagerly(pic, *one, LegoLink(3)) for one in asked]
+    found = {0: [], 1: []}
+
+    def link(which):
+        for _ in range(5):
+            found[which].append(pic.link(*asked[which], LegoLink(3)))
+
+    threads = [threading.Thread(target=link, args=(which,)) for which in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which, prompts in found.items():
+        assert len(prompts) == 5
+        for prompt in prompts:
+            assert_same(was_captured(prompt), expected[which])
+
+
+def replaced(layer):
+    layer.weight = nn.Parameter(layer.weight * 2)
+
+
+def written(layer):
+    with torch.no_grad():
+        layer.weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [replaced, written])
+def test_weights_that_changed_are_the_ones_used(change):
+    model = tiny_model("llama")
+    pic, chunks, query = pic_and_parts(model)
+    was_captured(pic.link(chunks, query, LegoLink(3)))
+    change(model.model.layers[0].mlp.up_proj)
+    documents, query = prompt_parts(LENGTHS)
+    chunks = compiled(pic, documents)
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
+@pytest.mark.parametrize("found_ahead", [True, False])
+def test_a_pass_that_waits_for_the_device_is_eager_and_leaves_the_process_usable(
+    found_ahead, monkeypatch
+):
+    if not found_ahead:  # the capture itself fails
+        monkeypatch.setattr(captured_pass, "RefuseReadingBack", nullcontext)
+    reason = "reads numbers of the device back" if found_ahead else "capturing failed"
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: own(x) if float(x.sum()) < math.inf else x  # waits for the device
+    pic, chunks, query = pic_and_parts(model)
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    for _ in range(2):
+        prompt = pic.link(chunks, query, LegoLink(3))
+        assert reason in prompt.report.recompute_pass
+        assert_same(prompt, expected)
+    with pytest.raises(PICacheError, match=reason):
+        pic.warm_up(tokens=64, rows=16)
+    del mlp.forward
+    assert_same(was_captured(pic.link(chunks, query, LegoLink(3))), expected)
+    pic, chunks, query = pic_and_parts(tiny_model("qwen2"))
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
+def test_more_tokens_than_there_is_memory_for_are_refused_with_the_bytes():
+    model = tiny_model("llama", max_position_embeddings=2**40)
+    pic = PIC(model.to("cuda"))
+    tokens = 2**38
+    needed = (tokens + 1) * pic.hf.bytes_per_token
+    with pytest.raises(PICacheError, match=f"need {needed:,} bytes, and"):
+        pic.warm_up(tokens=tokens, rows=16)
+    chunks = chunks_of(pic, 12, 40)
+    was_captured(pic.link(chunks, random_ids(5)))
+
+
+def test_memory_is_linear_in_the_rows():
+    """Four times the rows take about four times the memory at most."""
+    pic = PIC(tiny_model("llama", max_position_embeddings=16384).to("cuda"), flops_per_byte=None)
+    chunks = [pic.compile(random_ids(2048, seed=seed)) for seed in range(4)]
+    pic.warm_up(tokens=10000, rows=16, progress=False)
+    taken = []
+    for rows in (256, 1024):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        was_captured(pic.link(chunks, random_ids(rows), NaiveReuse()))
+        taken.append(torch.cuda.max_memory_allocated() - before)
+    assert taken[1] < 6 * taken[0]
+
+
+def test_decoding_behind_a_link_is_compiled_once():
+    """In place, at the same addresses for the next prompt; nothing keeps hold of the arena."""
+    counters = torch._dynamo.utils.counters
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    eager = eagerly(pic, chunks, query, LegoLink(3))
+    expected = pic.model.generate(**eager, **RUN)
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert prompt.past_key_values.is_compileable
+    torch._dynamo.reset()
+    counters.clear()
+    assert torch.equal(pic.model.generate(**prompt, **RUN), expected)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 1
+    arena = pic.passes.arena
+    del prompt
+    for _ in range(2):
+        prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+        assert torch.equal(pic.model.generate(**prompt, **RUN), expected)
+    assert pic.passes.arena is arena
+    assert counters["stats"]["unique_graphs"] == graphs
+    other = was_captured(pic.link(chunks[:3], query, LegoLink(3)))
+    right = eagerly(pic, chunks[:3], query, LegoLink(3))
+    ours, theirs = (pic.model.generate(**one, **RUN) for one in (other, right))
+    assert torch.equal(ours, theirs)
+    assert_close("logits", other.logits, right.logits)
