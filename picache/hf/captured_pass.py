@@ -25,6 +25,7 @@ from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
+from picache.kernels.available import why_not as no_kernel
 from picache.progress import bar
 
 MOST_ROWS = 4096
@@ -75,7 +76,35 @@ class CUDAGraphs:
                 graph.replay()
             return logits
 
-        return replay
+        return Proven(replay, forward)
+
+
+class Proven:
+    """A recorded pass whose first result is held against that of the pass itself.
+
+    Args:
+        replay: the recording.
+        forward: what was recorded; does the same again when it is called again.
+    """
+
+    def __init__(self, replay: Forward, forward: Forward) -> None:
+        self._replay, self._forward = replay, forward
+        self._proven = False
+
+    def __call__(self) -> Tensor:
+        """The logits; `CannotCapture` where they are not those of the pass."""
+        logits = self._replay()
+        if not self._proven:
+            expected = self._forward()
+            bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+            off = (logits - expected).float().norm() / expected.float().norm()
+            if not off <= bound:  # nor where it is not a number
+                raise CannotCapture(
+                    f"the captured pass gave logits that are {float(off):.1e} off those of the "
+                    "pass it was captured from"
+                )
+            self._proven = True
+        return logits
 
 
 class RunAgain:
@@ -156,6 +185,9 @@ class CapturedPasses:
             return "the layers lie on several devices"
         if model.rotary.follows_length:
             return "its rotary frequencies follow the length of the text"
+        for keys, values in model.one_token if model.device.type == "cuda" else ():
+            if unserved := no_kernel(keys.device, keys.dtype, keys.shape[-1], values.shape[-1]):
+                return unserved
         return self._hooked or self._failed
 
     def claim(self, batch: int, tokens: int) -> list[KV]:
@@ -201,7 +233,7 @@ class CapturedPasses:
             the report; and the seconds that capturing took.
 
         Raises:
-            CannotCapture: says why it is to run in another way.
+            CannotCapture: says why it is to run in another way; the rows may have been written.
         """
         batch, longest = len(ids), max(map(len, ids))
         rows = size_class(longest)
@@ -219,7 +251,12 @@ class CapturedPasses:
         how = f"captured, {longest} rows in a class of {rows}"
         if batch > 1:
             how += f", {batch} prompts at once"
-        return recorded.replay().clone(), how, seconds
+        try:
+            return recorded.replay().clone(), how, seconds
+        except CannotCapture as error:
+            self._recorded.clear()
+            self._failed = str(error)
+            raise
 
     def warm_up(self, tokens: int, rows: int, batch: int, progress: bool) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.

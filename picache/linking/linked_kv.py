@@ -10,7 +10,7 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import PICacheError
-from picache.hf.rope import Angles, Rotation, difference, rotate_
+from picache.hf.rope import Rotation, difference, rotate_
 from picache.kernels.tables import Piece, Turn
 from picache.linking.placing import LayerKV, can_place, place_layers
 from picache.linking.read_ahead import ReadAhead
@@ -86,7 +86,7 @@ class LinkedKV:
         self._memory = memory
         self._at_once = memory is not None and prefetch_from is None and can_place(memory)
         self._made: list[KV | None] = [None] * layout.num_layers
-        self._turns: dict[tuple[Rotation, str | None], Angles] = {}
+        self._turns: dict[tuple[Rotation, str | None], Turn] = {}
         self._device = model.device
         self._coming: dict[int, Future[KV]] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -198,42 +198,34 @@ class LinkedKV:
         """Rotate the keys behind the exact prefix to their positions in the prompt, in place."""
         if self._temperature != 1:
             kv[0][:, :, self._moved] /= self._temperature
-        rotation = self._model.rotations[layer]
-        if rotation is not None and len(self._old):
-            moved = kv[rotation.part][:, :, self._moved]
-            rotate_(moved, self._turn(layer, rotation), rotation.pairing, rotation.offset)
+        if (turn := self._turn(layer)) is not None:
+            moved = kv[turn.part][:, :, self._moved]
+            rotate_(moved, (turn.cos, turn.sin), turn.pairing, turn.offset)
 
-    def _turn(self, layer: int, rotation: Rotation) -> Angles:
-        """By how much the keys of a layer are rotated; layers of one type share it."""
-        # Those of different types may not (Gemma 3).
+    def _turn(self, layer: int) -> Turn | None:
+        """How the keys of a layer are rotated; the same object for layers that share it."""
+        rotation = self._model.rotations[layer]
+        if rotation is None or not len(self._old):
+            return None
+        # Those of different types may rotate by other angles (Gemma 3).
         kind = (rotation, self._model.rotary.layer_type(layer))
         if kind not in self._turns:
             old = self._model.angles(layer, self._old)
-            self._turns[kind] = difference(old, self._model.angles(layer, self._new))
+            cos, sin = difference(old, self._model.angles(layer, self._new))
+            how = (rotation.pairing, rotation.offset, rotation.part)
+            self._turns[kind] = Turn(cos.contiguous(), sin.contiguous(), *how)
         return self._turns[kind]
 
     def _make_all(self) -> None:
         """Put all layers together where the prompt's memory is."""
         assert self._memory is not None
-        starts, moved = (*self._layout.starts, self._layout.context_length), 0
-        pieces, turns, layers = [], {}, []
         with self.watch.span("load"):
-            for layer, memory in enumerate(self._memory):
-                parts = [part(layer) for part in self._parts]
-                turn, rotation = None, self._model.rotations[layer]
-                if rotation is not None and len(self._old):
-                    angles = self._turn(layer, rotation)
-                    kind = (rotation, id(angles))
-                    if kind not in turns:
-                        how = (rotation.pairing, rotation.offset, rotation.part)
-                        turns[kind] = Turn(*(each.contiguous() for each in angles), *how)
-                    turn = turns[kind]
-                layers.append(LayerKV(parts, memory, turn))
-            for part, skip, start in zip(layers[0].parts, self._skips, starts, strict=False):
-                held = part[0].shape[2]
-                pieces.append(Piece(held, skip, 0, start, moved if pieces else -1))
-                moved += held - skip if len(pieces) > 1 else 0
-            place_layers(layers, pieces)
+            layers = [
+                LayerKV([part(layer) for part in self._parts], memory, self._turn(layer))
+                for layer, memory in enumerate(self._memory)
+            ]
+            held = [part[0].shape[2] for part in layers[0].parts]
+            place_layers(layers, self._pieces(held))
         self._made = list(self._memory)
         self.nbytes = sum(
             tensor.nbytes // tensor.shape[2] * (tensor.shape[2] - skip)
@@ -241,3 +233,12 @@ class LinkedKV:
             for part, skip in zip(layer.parts, self._skips, strict=True)
             for tensor in part
         )
+
+    def _pieces(self, held: Sequence[int]) -> list[Piece]:
+        """Where the parts go, which hold so many tokens each; the first is not rotated."""
+        starts, moved = (*self._layout.starts, self._layout.context_length), 0
+        pieces: list[Piece] = []
+        for tokens, skip, start in zip(held, self._skips, starts, strict=False):
+            pieces.append(Piece(tokens, skip, 0, start, moved if pieces else -1))
+            moved += tokens - skip if len(pieces) > 1 else 0
+        return pieces

@@ -4,7 +4,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from picache.chunk import KV
 from picache.kernels.available import DTYPES
@@ -60,19 +59,23 @@ def _place(layers: Sequence[LayerKV], pieces: Sequence[Piece]) -> None:
     """`place_layers` of layers of one kind."""
     keys, values = layers[0].memory
     turn = layers[0].turn
-    sources: list[list[list[Tensor]]] = [
+    key_sources, value_sources = (
         [[part[which][0].contiguous() for part in layer.parts] for layer in layers]
         for which in (0, 1)
-    ]
-    memories = [[layer.memory[which] for layer in layers] for which in (0, 1)]
+    )
     if not keys.is_cuda:
-        place_reference(*sources, pieces, *memories, turn)
+        memory = [layer.memory[0] for layer in layers], [layer.memory[1] for layer in layers]
+        place_reference(key_sources, value_sources, pieces, *memory, turn)
         return
+    # All that the launch reads of the host goes to the device in one copy.
+    told = [
+        addresses([t for layer in part for t in layer]) for part in (key_sources, value_sources)
+    ]
+    told += [torch.tensor([layer.memory[which].data_ptr() for layer in layers]) for which in (0, 1)]
+    on_device = torch.cat(told).to(keys.device).split([len(each) for each in told])
+    from_keys, from_values = (each.view(len(layers), -1) for each in on_device[:2])
     table = table_of(pieces, 0 if turn is None else len(turn.cos), 1, keys.shape[2])
-    flat = [addresses([t for layer in part for t in layer]) for part in sources]
-    begins = [torch.tensor([t.data_ptr() for t in part]) for part in memories]
-    # One copy to the device for all of them.
-    told = torch.cat([*flat, *begins]).to(keys.device).split([*map(len, flat), *map(len, begins)])
-    by_layer = [each.view(len(layers), -1) for each in told[:2]]
     tokens = sum(piece.held - piece.skipped for piece in pieces)
-    place(*by_layer, *told[2:], table.to(keys.device), keys, values, tokens, turn)
+    to_keys, to_values = on_device[2:]
+    where = (from_keys, from_values, to_keys, to_values, table.to(keys.device))
+    place(*where, keys, values, tokens, turn)

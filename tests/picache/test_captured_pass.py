@@ -133,6 +133,22 @@ def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch
         pic.warm_up(tokens=64, rows=16)
 
 
+@pytest.mark.parametrize(
+    ("off", "said"), [(1.0, "eager: the captured pass gave logits"), (0.0, "captured, ")]
+)
+def test_a_recording_that_gives_something_else_is_not_used(off, said, monkeypatch, eagerly):
+    class Recorder(captured_pass.RunAgain):
+        def record(self, forward):
+            return captured_pass.Proven(lambda: forward() + off, forward)
+
+    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", Recorder)
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    for _ in range(2):
+        prompt = pic.link(chunks, query, LegoLink(3))
+        assert prompt.report.recompute_pass.startswith(said)
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32])
 def test_padding_of_any_width_changes_nothing(rows, captured, eagerly):
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"), (7, 40), query=rows)
