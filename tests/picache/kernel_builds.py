@@ -1,26 +1,12 @@
-"""The kernels built for an H100 or H200 by Triton's compiler, on any machine."""
-
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+"""The kernels of a link as they are launched on an H200, caught on any machine."""
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from picache.kernels import attention_mass_triton, place_triton, scattered_attention_triton
 from picache.kernels.tables import Turn
+from tests.triton_kernels import Catch
 
 H200 = scattered_attention_triton.Processors(132, 227 * 1024)
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 SHAPES = [
     # batch, kv_heads, groups, rows, capacity, head_dim, value_dim, dtype
     (1, 8, 4, 320, 32768, 128, 128, torch.bfloat16),
@@ -36,20 +22,6 @@ RULES = [
     (None, None, False),
     (4096, 50.0, True),
 ]
-
-
-class Catch:
-    """In the place of a kernel: keeps what it would be launched with."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps=4, num_stages=3, **constants):
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            self.launches.append((self.kernel, args, constants, options))
-
-        return launch
 
 
 def launches(monkeypatch):
@@ -92,47 +64,3 @@ def launches(monkeypatch):
         ):
             place_triton.launch_place(*tables, keys, values, capacity, turn, temperature)
     return caught
-
-
-def source_of(kernel, args, constants):
-    """What Triton compiles: types of arguments, those that are fixed, and what divides them."""
-    names = kernel.arg_names
-    signature, fixed, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args, strict=False)):
-        tensor = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype] if tensor else "i32"
-        if isinstance(value, float):
-            signature[name] = "fp32"
-        elif tensor or (value % 16 == 0 and not kernel.params[i].do_not_specialize):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1 and not kernel.params[i].do_not_specialize:
-            signature[name], fixed[(i,)] = "constexpr", 1
-    for name, value in constants.items():
-        signature[name] = "constexpr"
-        fixed[(names.index(name),)] = False if name == "WIDE" else value  # the interpreter's
-    return ASTSource(kernel, signature, fixed, attributes)
-
-
-def build(kernel, args, constants, options):
-    """The kernel as built for compute capability 9.0."""
-    target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source_of(kernel, args, constants), target=target, options=options)
-
-
-def resources(cubin):
-    """Registers, and bytes of the stack of a thread, where registers go that are too many."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", shown).group(1)) for name in ("REG", "STACK"))
-
-
-def build_all(monkeypatch):
-    """Name of each kernel with what it is built for, and the bytes that it spills and shares."""
-    for launch in launches(monkeypatch):
-        built = build(*launch)
-        what = (launch[0].__name__, launch[2], launch[3])
-        yield what, resources(built.asm["cubin"])[1], built.metadata.shared

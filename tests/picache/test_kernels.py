@@ -1,15 +1,12 @@
 """The kernels of a link: twins against the slow attention, kernels against twins, and refusals.
 
-Triton's interpreter is chosen when Triton is imported, so it runs in a process of its own; where
-there is a CUDA device the same cases run on it here.
+Where there is a CUDA device the cases of Triton's interpreter run on it as well.
 """
 
 import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,41 +22,21 @@ from picache.kernels.available import launch, require, why_not
 from picache.kernels.place import place, place_reference
 from picache.kernels.scattered_attention import scattered_attention, scattered_attention_reference
 from picache.kernels.tables import Piece, Turn, addresses, refuse_tables, refuse_turn, table_of
+from tests.triton_kernels import assert_fit, interpreted, needs_triton, on_the_device
 
 CASES = Path(__file__).with_name("kernel_cases.py")
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
-
-
-def pytest_of_cases(**environ):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    env = {**os.environ, **environ}
-    return subprocess.run(
-        command, cwd=CASES.parents[2], env=env, check=False, capture_output=True, text=True
-    )
-
-
-def interpreter_loops():
-    """Triton 3.6 reads the bounds of a loop in a way that NumPy took out in 2.4."""
-    triton, numpy = (version(name).split(".")[:2] for name in ("triton", "numpy"))
-    return [int(n) for n in triton] > [3, 6] or [int(n) for n in numpy] < [2, 4]
 
 
 @needs_triton
 @pytest.mark.slow
 def test_kernels_equal_their_twins_in_tritons_interpreter():
-    if not interpreter_loops():
-        pytest.skip("the interpreter of Triton up to 3.6 cannot run a loop under NumPy 2.4")
-    done = pytest_of_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    interpreted(CASES)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_equal_their_twins_on_the_device():
-    done = pytest_of_cases(TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    on_the_device(CASES)
 
 
 @pytest.mark.gpu
@@ -123,11 +100,9 @@ def test_one_graph_serves_other_rows_and_chunks():
 @pytest.mark.slow
 def test_kernels_build_for_a_gpu(monkeypatch):
     """The interpreter takes what the compiler refuses, which needs no device to say so."""
-    from tests.picache.kernel_builds import build_all
+    from tests.picache.kernel_builds import launches
 
-    for name, spilled, shared in build_all(monkeypatch):
-        assert spilled == 0, name
-        assert shared < 227 * 1024, name
+    assert_fit(launches(monkeypatch))
 
 
 @needs_triton

@@ -1,14 +1,8 @@
-"""The kernels built for an H100 or H200 by Triton's compiler, on any machine."""
+"""The kernels of a decoding step as they are launched on an H200, caught on any machine."""
 
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+from functools import partial
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from sparsity.kernels import (
     append_triton,
@@ -16,15 +10,8 @@ from sparsity.kernels import (
     page_scores_triton,
     top_pages_triton,
 )
+from tests.triton_kernels import Catch
 
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
 SHAPES = [
     # batch, heads, groups, places, size, head_dim, value_dim, dtype
     (1, 8, 4, 128, 16, 128, 128, torch.bfloat16),
@@ -33,30 +20,12 @@ SHAPES = [
 ]
 
 
-class Catch:
-    """In the place of `launcher`: keeps what a kernel would be launched with."""
-
-    def __init__(self, launches):
-        self.launches = launches
-
-    def __call__(self, kernel):
-        self.kernel = kernel
-        return self
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps=4, num_stages=3, **constants):
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            self.launches.append((self.kernel, args, constants, options))
-
-        return launch
-
-
 def launches(monkeypatch):
     """Every kernel as its operator launches it, for each shape."""
     caught = []
     modules = (append_triton, decode_attention_triton, page_scores_triton, top_pages_triton)
     for module in modules:
-        monkeypatch.setattr(module, "launcher", Catch(caught))
+        monkeypatch.setattr(module, "launcher", partial(Catch, launches=caught))
     monkeypatch.setattr(decode_attention_triton, "processors_of", lambda _: 132)
     for batch, heads, groups, places, size, dim, value_dim, dtype in SHAPES:
 
@@ -81,38 +50,3 @@ def launches(monkeypatch):
         scores = torch.empty(2, 8, places, device="meta")
         top_pages_triton.top_pages_op._init_fn(scores, count)
     return caught
-
-
-def build(kernel, args, constants, options):
-    """The name of the kernel, what it spills, and the shared memory it takes, in bytes."""
-    names = kernel.arg_names
-    signature, fixed, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args, strict=False)):
-        tensor = isinstance(value, torch.Tensor)
-        signature[name] = TYPES[value.dtype] if tensor else "i32"
-        if tensor or value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1:
-            signature[name], fixed[(i,)] = "constexpr", 1
-    for name, value in constants.items():
-        signature[name] = "constexpr"
-        fixed[(names.index(name),)] = False if name == "WIDE" else value  # the interpreter's
-    source, target = ASTSource(kernel, signature, fixed, attributes), GPUTarget("cuda", 90, 32)
-    built = triton.compile(source, target=target, options=options)
-    return kernel.__name__, spilled(built.asm["cubin"]), built.metadata.shared
-
-
-def spilled(cubin):
-    """Bytes of the stack of a thread, where registers go that are too many."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", shown).group(1))
-
-
-def build_all(monkeypatch):
-    for launch in launches(monkeypatch):
-        yield build(*launch)
