@@ -112,16 +112,17 @@ def test_attention(case, plan, rule, dtype):
     assert lse[~padding].isfinite().all()
 
 
-@pytest.mark.parametrize("rule", [*RULES, (250, None, True)], ids=str)
-def test_attention_in_float32_is_exact_to_rounding(rule):
-    for plan in PLANS:
-        got, expected, _ = attend_both(SHAPES[2], torch.float32, plan, rule, seed=3)
-        torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
-        torch.testing.assert_close(got[1], expected[1], atol=3e-6, rtol=1e-5)
+@pytest.mark.parametrize("case", enumerate([*RULES, (250, None, True)]), ids=str)
+def test_attention_in_float32_is_exact_to_rounding(case):
+    at, rule = case
+    plan = PLANS[at % len(PLANS)]
+    got, expected, _ = attend_both(SHAPES[2], torch.float32, plan, rule, seed=3)
+    torch.testing.assert_close(got[0], expected[0], atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(got[1], expected[1], atol=3e-6, rtol=1e-5)
 
 
 def test_more_rows_than_positions_are_read_at_once():
-    query, keys, values, positions, _ = map(to, drawn((1, 1, 1, 1100, 1300, 16, 16), torch.float32))
+    query, keys, values, positions, _ = map(to, drawn((1, 1, 1, 1050, 1060, 16, 16), torch.float32))
     given = (query, keys, values, positions, 0.5, None, None, None)
     out, lse = launch_scattered_attention(*given, Plan(128, 64, 3, 4, 1))
     expected, expected_lse = scattered_attention_reference(*given)

@@ -14,12 +14,16 @@ from tests.helpers import tiny_model
 from tests.sparsity.fixed import POLICY, compiles, fixed, generate
 from tests.sparsity.helpers import padded_inputs
 
-WINDOWS = ("llama", "mistral")
+
+@pytest.fixture(params=["llama", "mistral"])
+def either(request):
+    """Without sliding windows, and with."""
+    return tiny_model(request.param, torch.float32, num_hidden_layers=2)
 
 
-@pytest.fixture(params=WINDOWS)
-def model(request):
-    return tiny_model(request.param, torch.float32)
+@pytest.fixture
+def model():
+    return tiny_model("llama", torch.float32, num_hidden_layers=2)
 
 
 def addresses(cache):
@@ -30,7 +34,8 @@ def addresses(cache):
     return [t.data_ptr() for t in tensors if t.numel()]
 
 
-def test_the_next_cache_has_the_memory_and_nothing_of_what_was_in_it(model):
+def test_the_next_cache_has_the_memory_and_nothing_of_what_was_in_it(either):
+    model = either
     cache = fixed(model, POLICY)
     generate(model, cache, compile_config=compiles(), prompt=30, rows=(3, 1))
     before = addresses(cache)
@@ -41,7 +46,8 @@ def test_the_next_cache_has_the_memory_and_nothing_of_what_was_in_it(model):
         assert addresses(cache) == before
 
 
-def test_a_cache_that_lives_keeps_its_memory(model):
+def test_a_cache_that_lives_keeps_its_memory(either):
+    model = either
     caches = [fixed(model, POLICY) for _ in range(2)]
     texts = [generate(model, cache, compile_config=compiles()) for cache in caches]
     assert not set(addresses(caches[0])) & set(addresses(caches[1]))
