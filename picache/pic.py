@@ -142,7 +142,9 @@ class PIC:
         A model whose configuration was changed is measured and checked anew: its chunks have other
         keys, and whether it can be linked exactly is not known any more.
         """
-        if self.hf.settings_now() != self._proven:
+        if self.hf.moved:
+            self.passes.forget()
+        if self.hf.settings_now() != self._proven or self.hf.moved:
             self.hf.measure()
             self._prove()
         return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)

@@ -212,7 +212,8 @@ class LentKV(HeldKV):
         """Copy the tokens, and what a cache has appended in place, to memory of their own."""
         if self._arena is None:
             return
-        if self._appending is not None and (memory := self._appending()) is not None:
+        memory = None if self._appending is None else self._appending()
+        if memory is not None and memory.in_arena:
             memory.move_out()
             self._layers = memory.layers
         else:

@@ -25,7 +25,8 @@ from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
-from picache.kernels.available import why_not as no_kernel
+from picache.kernels.available import KernelError
+from picache.kernels.check import why_no_kernels
 from picache.progress import bar
 
 MOST_ROWS = 4096
@@ -156,6 +157,7 @@ class CapturedPasses:
         self._recorder: Recorder | None = None
         self._state: object = None
         self._hooked, self._failed = "", ""  # why nothing is captured at present
+        self._checked = False  # whether the kernels were tried on this device
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -168,8 +170,14 @@ class CapturedPasses:
             state, self._hooked = self._look()
             if state != self._state:
                 self._drop()
-                self._state, self._failed = state, ""
+                self._state, self._failed, self._checked = state, "", False
             yield
+
+    def forget(self) -> None:
+        """Drop the arena and all that was captured, as when the model has left the device."""
+        with self._model.attention.turn:
+            self._drop()
+            self._state = None
 
     def why_no_device(self) -> str:
         """Why nothing is captured where the model is; empty where passes are. Needs no turn."""
@@ -185,9 +193,6 @@ class CapturedPasses:
             return "the layers lie on several devices"
         if model.rotary.follows_length:
             return "its rotary frequencies follow the length of the text"
-        for keys, values in model.one_token if model.device.type == "cuda" else ():
-            if unserved := no_kernel(keys.device, keys.dtype, keys.shape[-1], values.shape[-1]):
-                return unserved
         return self._hooked or self._failed
 
     def claim(self, batch: int, tokens: int) -> list[KV]:
@@ -205,8 +210,7 @@ class CapturedPasses:
             CannotCapture: when passes of this model are not captured, or there is no memory for an
                 arena of that size.
         """
-        if reason := self.why_not():
-            raise CannotCapture(reason)
+        self._ready()
         if self._arena is None or self._arena.tokens // batch <= tokens:
             limit = self._model.max_length or tokens + _ROOM
             each = size_class(min(tokens + _ROOM, max(limit, tokens)) + 1)
@@ -272,10 +276,11 @@ class CapturedPasses:
         """
         with self.turn():
             try:
-                if reason := self.why_not():
-                    raise CannotCapture(reason)
+                self._ready()
                 if self._arena is None or self._arena.tokens // batch <= tokens:
                     self._allocate(batch * (tokens + 1))
+                elif not self._arena.vacate():  # recording writes to places of other divisions
+                    self._allocate(self._arena.tokens)
                 # The largest first: the others then fit the memory that it has left in the pool.
                 sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
                 for size in bar(sizes, "capturing passes", "size", progress):
@@ -285,19 +290,34 @@ class CapturedPasses:
                     f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
                 ) from error
 
+    def _ready(self) -> None:
+        """Raise `CannotCapture` unless passes can be captured; wait for what still loads."""
+        if reason := self.why_not():
+            raise CannotCapture(reason)
+        model = self._model
+        if model.device.type == "cuda":
+            if not self._checked:
+                self._failed = why_no_kernels(model.one_token, model.groups)
+                self._checked = True
+                if self._failed:
+                    raise CannotCapture(self._failed)
+            # A link that failed may have left copies to the arena behind in that stream.
+            torch.cuda.current_stream(model.device).wait_stream(model.loading)
+
     def _allocate(self, tokens: int) -> None:
         """A new arena, in place of the one there is."""
         model = self._model
         needed, free = tokens * model.bytes_per_token, _free_bytes(model.device)
-        if self._arena is not None:
+        if self._arena is not None and self._arena.vacate():
             free += self._arena.nbytes
+        where = f"the keys and values of {tokens:,} tokens need {needed:,} bytes on {model.device}"
         if needed > free:
-            raise CannotCapture(
-                f"the keys and values of {tokens:,} tokens need {needed:,} bytes, and {free:,.0f} "
-                f"are free on {model.device}"
-            )
+            raise CannotCapture(f"{where}, and {free:,.0f} are free")
         self._drop()
-        self._arena = Arena(model.one_token, tokens)
+        try:
+            self._arena = Arena(model.one_token, tokens)
+        except torch.OutOfMemoryError as error:
+            raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
 
     def _drop(self) -> None:
         """Forget the arena and all that was captured over it."""
@@ -327,6 +347,9 @@ class CapturedPasses:
             raise
         except torch.OutOfMemoryError as error:
             raise CannotCapture("there is not the memory to capture it") from error
+        except KernelError as error:
+            self._failed = str(error)
+            raise CannotCapture(self._failed) from error
         except PICacheError:
             raise
         # Most often Python that reads a tensor of the device. The eager pass says what is wrong

@@ -59,6 +59,11 @@ class FixedMemory:
         self._mark(self.lengths)
 
     @property
+    def in_arena(self) -> bool:
+        """Whether the places are those of an arena, and the rows those of the prompt."""
+        return self._places is not None
+
+    @property
     def places(self) -> int:
         """How many places are shown."""
         return self.layers[0][0].shape[2]
@@ -88,6 +93,7 @@ class FixedMemory:
     def change(self, layer: int, rows: Callable[[Tensor], Tensor]) -> None:
         """Replace a layer's tensors by what is made of them: rows repeated, or in another order."""
         self.open()
+        self._places = None  # which hold the rows as they were
         keys, values = self.layers[layer]
         self.layers[layer] = rows(keys), rows(values)
         self._mark(list(self.layers[layer]))

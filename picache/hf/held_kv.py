@@ -18,6 +18,11 @@ class Appending(Protocol):
 
     layers: list[KV]
 
+    @property
+    def in_arena(self) -> bool:
+        """Whether the places are those of an arena, and the rows those of the prompt."""
+        ...
+
     def move_out(self) -> None:
         """Copy everything to memory of its own."""
         ...

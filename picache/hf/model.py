@@ -84,7 +84,8 @@ class HFModel:
         Raises:
             PICacheError: when the model cannot be linked exactly; says why.
         """
-        self.settings = self.settings_now()
+        self.settings, self._measured_on = self.settings_now(), self.device
+        self.__dict__.pop("loading", None)  # a stream of the device it was on
         with self.on_trial():
             self._measure()
 
@@ -136,6 +137,17 @@ class HFModel:
     def device(self) -> torch.device:
         """Where the model's first parameter lives."""
         return self.model.device
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model is on another device than it was measured on."""
+        return self.device != self._measured_on
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a KV head, in a layer whose heads are the configuration's."""
+        heads: int = self.config.num_attention_heads
+        return max(1, heads // self.one_token[0][0].shape[1])
 
     @cached_property
     def loading(self) -> "torch.cuda.Stream":

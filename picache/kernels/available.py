@@ -14,6 +14,11 @@ TRITON = find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEAD_DIM = 256
 
+
+class KernelError(PICacheError):
+    """A kernel could not be built or launched."""
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,7 +72,7 @@ def launch(
     """Call the function on the device of a tensor; its kernels are built where they come first.
 
     Raises:
-        PICacheError: where Triton fails, with the name of the kernel.
+        KernelError: where Triton fails, with the name of the kernel.
     """
     try:
         with torch.cuda.device_of(like):  # Triton launches on the current device
@@ -75,7 +80,7 @@ def launch(
     except (PICacheError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise PICacheError(
+        raise KernelError(
             f"the Triton kernel {name} could not be built or launched: "
             f"{type(error).__name__}: {error}"
         ) from error

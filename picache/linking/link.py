@@ -173,7 +173,7 @@ class Link:
             parts,
             sources.skips(row),
             layout,
-            sources.prefetch_from(row),
+            sources.prefetch_from,
             self._method.parallel,
             memory,
         ) as kv:

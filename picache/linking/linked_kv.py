@@ -11,8 +11,8 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.rope import Rotation, difference, rotate_
+from picache.kernels.placing import LayerKV, can_place, place_layers
 from picache.kernels.tables import Piece, Turn
-from picache.linking.placing import LayerKV, can_place, place_layers
 from picache.linking.read_ahead import ReadAhead
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, ParallelEncoding

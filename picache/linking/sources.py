@@ -53,9 +53,13 @@ class Sources:
         """The chunks of a row in prompt order."""
         return [self.chunks[form.key] for form in row.chunks]
 
-    def prefetch_from(self, row: Row) -> Literal["host", "disk"] | None:
-        """The slowest tier that a chunk of the row is in; None where all are on the device."""
-        tiers = {chunk.tier for chunk in self.of(row)}
+    @property
+    def prefetch_from(self) -> Literal["host", "disk"] | None:
+        """The slowest tier that a chunk is in; None where all are on the device.
+
+        Of all rows: a chunk that several of them hold is loaded once, in one CUDA stream.
+        """
+        tiers = {chunk.tier for chunk in self.chunks.values()}
         if "disk" in tiers:
             return "disk"
         return "host" if "host" in tiers else None

@@ -221,17 +221,16 @@ class ChunkFile:
         if not S_ISREG(self._stat.st_mode):
             raise self._corrupt("is no regular file")
         self.nbytes = self._stat.st_size
+        size = int.from_bytes(self._read(0, bytearray(8)), "little")
+        if size > min(self.nbytes, LONGEST_HEADER):
+            raise self._corrupt(f"is no safetensors file: its header would be {size} bytes long")
+        header = bytes(self._read(8, bytearray(size)))  # an error of a store is none of the file's
         try:
-            size = int.from_bytes(self._read(0, bytearray(8)), "little")
-            if size > min(self.nbytes, LONGEST_HEADER):
-                raise ValueError(f"its header would be {size} bytes long")
-            entries = json.loads(bytes(self._read(8, bytearray(size))))
+            entries = json.loads(header)
             metadata = entries.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("its metadata are no texts")
         except (AttributeError, RecursionError, TypeError, ValueError) as error:
-            if isinstance(error, CorruptChunk):
-                raise
             raise self._corrupt(f"is no safetensors file: {error}") from error
         self._format = metadata.get("format", "")
         if self._format not in _DIGESTS:

@@ -41,7 +41,11 @@ class RangedCopy(FileIO):
     @classmethod
     def of(cls, data: bytes) -> "RangedCopy":
         """The copy of a file that has been fetched as a whole."""
-        return cls(len(data), lambda begin, end: data[begin:end])
+        copy = cls(len(data), lambda begin, end: b"")
+        copy.write(data)
+        copy.seek(0)
+        copy._missing.clear()
+        return copy
 
     @override
     def readinto(self, buffer: Buffer, /) -> int | None:

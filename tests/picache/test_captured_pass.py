@@ -21,12 +21,14 @@ from picache import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.hf import captured_pass
+from picache.hf import captured_pass, padded_pass
 from picache.hf.arena import Arena
 from picache.hf.padded_pass import window_of
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
+from picache.kernels import check
+from picache.kernels.available import KernelError
 from picache.kernels.scattered_attention import scattered_attention
 from picache.linking.sources import LoadedOnce
 from tests.helpers import assert_close, random_ids, tiny_model
@@ -383,7 +385,7 @@ def test_warming_up_refuses_what_cannot_be(captured, monkeypatch):
         pic.warm_up(tokens=0, rows=1)
     monkeypatch.setattr(captured_pass, "_free_bytes", lambda device: 1000)
     needed = 4 * 65 * pic.hf.bytes_per_token
-    with pytest.raises(PICacheError, match=f"need {needed:,} bytes, and 1,000 are free"):
+    with pytest.raises(PICacheError, match=f"need {needed:,} bytes on cpu, and 1,000 are free"):
         pic.warm_up(tokens=64, rows=16, batch=4)
     chunks = compiled(pic, prompt_parts()[0])
     assert "bytes" in pic.link(chunks, random_ids(4)).report.recompute_pass
@@ -506,3 +508,50 @@ def test_an_arena_is_divided_without_overlap(dtype):
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+
+
+def test_kernels_are_tried_before_a_model_is_captured(monkeypatch):
+    """Here against themselves: what is tried is the same on a device."""
+    model = tiny_model("gemma3")
+    one_token = PIC(model).hf.one_token
+    assert "no CUDA device" in check.why_no_kernels(one_token, 2)
+    monkeypatch.setattr(check, "why_not", lambda *_: None)
+    assert check.why_no_kernels(one_token, 2) == ""
+
+    def off(*given):
+        out, lse = scattered_attention(*given)
+        return out + 1, lse
+
+    monkeypatch.setattr(check, "scattered_attention", off)
+    assert "scattered_attention does not give" in check.why_no_kernels(one_token, 2)
+
+    def fails(*_):
+        raise KernelError("the Triton kernel place could not be built: no C compiler")
+
+    monkeypatch.setattr(check, "place_layers", fails)
+    assert "no C compiler" in check.why_no_kernels(one_token, 2)
+
+
+def test_a_kernel_that_fails_leaves_the_eager_pass(captured, eagerly, monkeypatch):
+    def fails(*args):
+        raise KernelError("the Triton kernel scattered_attention could not be built: no compiler")
+
+    monkeypatch.setattr(padded_pass, "scattered_attention", fails)
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    for _ in range(2):
+        prompt = pic.link(chunks, query, LegoLink(3))
+        assert "no compiler" in prompt.report.recompute_pass
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
+def test_an_arena_that_finds_no_memory_leaves_the_eager_pass(captured, eagerly, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(captured_pass, "Arena", full)
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    prompt = pic.link(chunks, query, LegoLink(3))
+    assert "bytes on cpu, which are not free" in prompt.report.recompute_pass
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+    with pytest.raises(PICacheError, match="bytes on cpu"):
+        pic.warm_up(tokens=50, rows=16, progress=False)

@@ -7,7 +7,7 @@ import torch
 from transformers import CompileConfig
 
 from picache import LegoLink, PICacheError
-from picache.hf import captured_pass
+from picache.hf import captured_pass, fixed_memory
 from tests.helpers import random_ids, tiny_model
 from tests.picache.captured import assert_same, assert_same_kv, families, pic_and_parts
 
@@ -194,3 +194,36 @@ def test_generate_compiles_one_step_for_all_prompts(captured):
         assert torch.equal(pic.model.generate(**prompt, **RUN, compile_config=how), expected)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_rows_that_are_repeated_outgrow_the_places_shown(how, captured, eagerly, monkeypatch):
+    monkeypatch.setattr(fixed_memory, "_ROOM", 8)
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    texts = []
+    for link in (pic.link, lambda *args: eagerly(pic, *args)):
+        prompt = link(chunks, query, LegoLink(3))
+        torch.manual_seed(0)
+        texts.append(pic.model.generate(**prompt, max_new_tokens=80, min_new_tokens=80, **how))
+    assert torch.equal(*texts)
+
+
+def test_a_cache_whose_rows_changed_does_not_change_its_prompt(captured):
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    prompt = pic.link([chunks, chunks[:2]], [query, query], LegoLink(3))
+    before = [(keys.clone(), values.clone()) for keys, values in prompt.past_key_values.kv]
+    cache = prompt.past_key_values
+    pic.model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    pic.link(chunks, query, LegoLink(2))  # moves the prompt out of the arena
+    for ours, theirs in zip(prompt.past_key_values.kv, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_warm_up_leaves_a_prompt_that_lives_alone(captured):
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    prompt = pic.link(chunks, query, LegoLink(3))
+    before = [(keys.clone(), values.clone()) for keys, values in prompt.past_key_values.kv]
+    pic.warm_up(tokens=50, rows=16, batch=8, progress=False)
+    for ours, theirs in zip(prompt.past_key_values.kv, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

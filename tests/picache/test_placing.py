@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from picache import PIC, DummySinks, LegoLink, NaiveReuse
-from picache.linking import linked_kv, placing
+from picache.kernels import placing
+from picache.linking import linked_kv
 from tests.helpers import tiny_model
 
 

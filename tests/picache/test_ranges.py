@@ -185,6 +185,27 @@ def test_a_chunk_deleted_or_replaced_while_it_is_read_is_not_there(url):
         assert (KEY in store) is replace, "what took its place stays"
 
 
+@pytest.mark.parametrize("error", [ValueError("no JSON"), TypeError("start="), ConnectionError()])
+def test_a_store_that_fails_loses_no_file(url, monkeypatch, error):
+    """A refreshed token that is no JSON, a file system without ranges: not the file's fault."""
+    ChunkStore(path=url).put(KEY, chunk(10))
+    cls = type(fsspec.filesystem("memory"))
+    original = cls.cat_file
+
+    def fails(self, path, start=None, end=None, **named):
+        if path.endswith(".safetensors"):
+            raise error
+        return original(self, path, start=start, end=end, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "cat_file", fails)
+        store = ChunkStore(path=url, remote_retries=0, remote_pause=0)
+        with pytest.warns(RuntimeWarning, match="counts as absent"):
+            assert store.get(KEY) is None
+        assert store.stats().failures
+    assert KEY in ChunkStore(path=url)
+
+
 def test_a_link_goes_on_while_chunks_arrive_and_mends_what_is_damaged(url, ranges, monkeypatch):
     monkeypatch.setattr(ranged_copy, "SEGMENT", 2**12)
     model = tiny_model("llama", num_hidden_layers=8)
