@@ -331,14 +331,16 @@ def _by_time(results: dict) -> list[str]:
 
 def _random_halves(results: dict) -> list[str]:
     lines = [
-        "| split by time | refinement | CRPS / none | random | in 50 / 80 / 95 % | random |",
-        "|---|---|---|---|---|---|",
+        "| split | refinement | CRPS / none | random | in 50 / 80 / 95 | random | 80: 95 % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         for arm in CHEAP:
             rows = [result[of][arm] for of in ("calibration", "calibration_on_random_halves")]
             ratios = [f"{row['crps_ratio_to_none']:.3f}" for row in rows]
-            cells = [name, arm, *ratios, *map(_covered, rows)]
+            low, high = rows[0]["coverage_intervals"][1]
+            interval = f"[{100 * low:.0f}, {100 * high:.0f}]"
+            cells = [name, arm, *ratios, *map(_covered, rows), interval]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
