@@ -2,18 +2,21 @@
 
     python examples/experiments/refinement.py --out docs/results
 
-Runs are split by time: a demand graph is learned from the earlier half of the tasks, in the order
-of the file, and the later half is predicted (CRPS, coverage) and served: jobs drawn from it arrive
-at one preemptive server at load 0.9, ranked by SERPT or Gittins with each refinement. "Gap closed"
-is the share of the distance in mean completion time from no refinement to the oracle (SRPT). All
-intervals are 95 % bootstraps over the later tasks: of the scores directly, and of the gap over
-seeds, each of which serves a resample of these tasks. Beside it, calibration on halves drawn at
-random, which tells how much a split by time costs. Human time does not count. Writes
-`refinement.json` and `.png`, and `demand_graph.png`, the graph of tau-bench.
+Runs are split by time: a demand graph is learned from the earlier half of the tasks, and the later
+half is predicted (CRPS, coverage) and served: jobs drawn from it arrive at one preemptive server at
+load 0.9, ranked by SERPT or Gittins with each refinement. "Gap closed" is the share of the distance
+in mean completion time from no refinement to the oracle (SRPT). All intervals are 95 % bootstraps
+over the later tasks: of the scores directly, and of the gap over seeds, each of which serves a
+resample of these tasks. Beside it, calibration on halves drawn at random, which tells how much a
+split by time costs. "First to finish" learns from the half of a batch that was over first, which
+are the short runs. Human time does not count. `--only` runs some of the data sets, and keeps what
+the JSON has of the others. Writes `refinement.json` and `.png`, and `demand_graph.png`, the graph
+of tau-bench.
 """
 
 import argparse
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -67,7 +70,7 @@ CHEAP = ("none (artifact)", "whole runs", "regression", "nearest runs")  # no wa
 
 @dataclass(frozen=True)
 class DataSet:
-    """Finished runs, those of one task together, in the order of the file."""
+    """Finished runs, those of one task together, in the order in which they were asked for."""
 
     source: str
     tasks: list[Task]
@@ -97,10 +100,17 @@ def data_sets(folder: Path) -> Iterator[tuple[str, DataSet]]:
             tasks.setdefault(session.attributes["task"], []).append(by_tokens(session))
         yield "tau-bench, new tasks", DataSet(source, list(tasks.values()))
         yield "tau-bench, later trials", DataSet(source, [[by_tokens(s)] for s in dialogues])
+    asked = list(range(7405))  # of HotpotQA's dev set, in the order of ReAct's evaluation
+    random.Random(233).shuffle(asked)
+    place = {question: at for at, question in enumerate(asked)}
     for name in ("gpt35", "llama2_7b"):
         path = folder / "fireact_react" / f"hotpotqa_react_{name}.jsonl"
         if path.exists():
-            yield f"ReAct {name}", DataSet(source, [[by_tokens(s)] for s in read_fireact(path)])
+            finished = list(read_fireact(path))  # the file has those of few rounds first
+            in_order = sorted(finished, key=lambda s: place[int(str(s.attributes["task"]))])
+            yield f"ReAct {name}", DataSet(source, [[by_tokens(s)] for s in in_order])
+            first = DataSet(source, [[by_tokens(s)] for s in finished])
+            yield f"ReAct {name}, first to finish", first
     path = folder / "agent_sessions" / "sessions.jsonl.gz"
     if path.exists():
         sessions = list(read_agent_sessions(path))
@@ -381,6 +391,17 @@ def picture(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def kept_results(folder: Path | None, document: dict) -> dict[str, tuple[dict, dict]]:
+    """Results and description of the data sets in the JSON of an earlier run like this one."""
+    path = folder / "refinement.json" if folder else None
+    if path is None or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier["configuration"] != json.loads(json.dumps(document["configuration"])):
+        raise SystemExit(f"{path} is of another configuration; leave out --only")
+    return {name: (found, earlier["data"][name]) for name, found in earlier["results"].items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     root = Path(__file__).resolve().parents[2]
@@ -388,12 +409,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for refinement.json and .png")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--jobs", type=int, default=1000)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="data sets to run")
     arguments = parser.parse_args()
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     document: dict = {
         "configuration": {
-            "split": "the earlier half of the tasks, in the order of the file, and the later one",
+            "split": "the earlier half of the tasks and the later one",
             "random_halves": HALVES, "seeds": arguments.seeds, "jobs": arguments.jobs,
             "load": 0.9, "servers": 1,
             "after_units": AFTER_UNITS, "cost": asdict(CostModel()),
@@ -404,21 +426,27 @@ def main() -> None:
         "results": {},
     }  # fmt: skip
     results = document["results"]
+    kept = kept_results(arguments.out, document) if arguments.only else {}
     for name, data in data_sets(arguments.data):
+        if arguments.only and name not in arguments.only:
+            if name in kept:
+                results[name], document["data"][name] = kept[name]
+            continue
         results[name] = experiment(data, arguments.seeds, arguments.jobs)
         runs = [run for task in data.tasks for run in task]
         document["data"][name] = {
-            "runs": len(runs), "tasks": len(data.tasks), "source": data.source
+            "runs": len(runs), "tasks": len(data.tasks), "source": data.source,
+            "commit": document["environment"]["commit"],
         }  # fmt: skip
         print(markdown({name: results[name]}), flush=True)
-        if arguments.out:
-            (arguments.out / "refinement.json").write_text(json.dumps(document, indent=1) + "\n")
-            picture(results, arguments.out / "refinement.png")
-            if name == DRAWN:
-                ax = PDGraph.fit(runs, name=name).draw()
-                ax.figure.savefig(arguments.out / "demand_graph.png", dpi=80)
+        if arguments.out and name == DRAWN:
+            ax = PDGraph.fit(runs, name=name).draw()
+            ax.figure.savefig(arguments.out / "demand_graph.png", dpi=80)
     if not results:
         raise SystemExit(f"there is no data under {arguments.data}; say where it is with --data")
+    if arguments.out:
+        (arguments.out / "refinement.json").write_text(json.dumps(document, indent=1) + "\n")
+        picture(results, arguments.out / "refinement.png")
 
 
 if __name__ == "__main__":
