@@ -71,6 +71,29 @@ def test_scores_are_those_of_all_questions_together(example):
     assert scores.pits.size == report.overall.runs
 
 
+def test_a_run_of_some_data_sets_keeps_the_results_of_the_others(example, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    sets = {name: example.DataSet(name, told_at_once(8, at)) for at, name in enumerate("ab")}
+    monkeypatch.setattr(example, "data_sets", lambda folder: sets.items())
+    command = f"x --out {tmp_path} --seeds 1 --jobs 5".split()
+    path = tmp_path / "refinement.json"
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        example.main()
+        return json.loads(path.read_text())
+
+    whole = run()
+    assert list(whole["results"]) == list(whole["data"]) == ["a", "b"]
+    path.write_text(json.dumps(whole | {"results": {"a": {"kept": 1}, "b": {"old": 1}}}))
+    monkeypatch.setattr(example, "picture", lambda results, path: None)
+    again = run("--only", "b")
+    assert again["results"] == {"a": {"kept": 1}, "b": whole["results"]["b"]}
+    path.write_text(json.dumps(whole | {"configuration": {}}))
+    with pytest.raises(SystemExit, match="is of another configuration"):
+        run("--only", "b")
+
+
 def test_the_page_has_the_table_of_the_result_file(example):
     record = json.loads((ROOT / "docs" / "results" / "refinement.json").read_text())
     assert {"configuration", "environment", "data"} <= set(record)
