@@ -242,7 +242,12 @@ def at_random(data: DataSet) -> dict:
 
 
 def served(
-    known: dict[str, DemandEstimator], asked: dict[str, Refine], data: DataSet, seed: int, jobs: int
+    known: dict[str, DemandEstimator],
+    asked: dict[str, Refine],
+    ranks: dict[tuple[str, str], OneTableEach],
+    data: DataSet,
+    seed: int,
+    jobs: int,
 ) -> dict[str, float]:
     """Mean completion seconds by policy and refinement, on a resample of the later tasks."""
     training, held_out = data.by_time()
@@ -268,9 +273,9 @@ def served(
         # What only counts seconds is the same asked at every boundary or not at all.
         aged = isinstance(REFINEMENTS[name], NoRefinement | WholeRuns)
         refine = None if aged else asked[name]
-        for kind, policy in POLICIES.items():
-            once = OneTableEach(policy)
-            means[f"{kind}, {name}"] = simulate(at_start, once, refine=refine).mean
+        for kind in POLICIES:
+            policy = ranks[kind, name]
+            means[f"{kind}, {name}"] = simulate(at_start, policy, refine=refine).mean
     for kind, policy in POLICIES.items():
         means[f"{kind}, {HINT}"] = simulate(told, policy, refine=hint).mean
     return means
@@ -292,7 +297,12 @@ def experiment(data: DataSet, seeds: int, jobs: int) -> dict:
     known = estimators(training)
     scores = {name: Scores.of(estimator, held_out) for name, estimator in known.items()}
     asked = {name: remembering(estimator) for name, estimator in known.items()}
-    means = [served(known, asked, data, seed, jobs) for seed in range(seeds)]
+    ranks = {
+        (kind, name): OneTableEach(policy)  # of all seeds: they ask about the same runs
+        for kind, policy in POLICIES.items()
+        for name in known
+    }
+    means = [served(known, asked, ranks, data, seed, jobs) for seed in range(seeds)]
     closed = {
         kind: {
             name: gap_closed(
