@@ -127,6 +127,11 @@ def instance_of(name: str, value: object, expected: type[Instance]) -> Instance:
 
 def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[Instance, ...]:
     """`values` as a tuple, or `DemandError` unless it is a list of instances of `expected`."""
+    if isinstance(values, type):
+        what = expected.__name__
+        raise DemandError(
+            f"{name} is the class {values.__name__}; expected a list of {what}: [{what}(...)]"
+        )
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
     return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))

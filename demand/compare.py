@@ -205,9 +205,10 @@ def _named(policies: Sequence[Policy] | Mapping[str, Policy]) -> dict[str, Polic
             check_policy(f"policies[{at}]", policy)
         pairs = [(_name(policy), policy) for policy in policies]
     else:
+        given = f"the class {policies.__name__}" if isinstance(policies, type) else repr(policies)
         raise DemandError(
-            f"policies is {policies!r:.200}; expected a list of policies, or a mapping that names "
-            "them"
+            f"policies is {given:.200}; expected a list of policies, such as [Gittins()], or a "
+            "mapping that names them"
         )
     if not pairs:
         raise DemandError("policies is empty; expected at least one, such as [Gittins()]")

@@ -103,6 +103,8 @@ class Prewarming:
         capacity: float = math.inf,
     ) -> None:
         check_prewarmer("prewarmer", prewarmer)
+        check_instance("graphs", graphs, Mapping, "a mapping: a PDGraph by application")
+        check_instance("backends", backends, Mapping, "a mapping: a backend by unit or by kind")
         for application, graph in graphs.items():
             check_instance(f"graphs[{application!r}]", graph, PDGraph, "a PDGraph")
         for name, backend in backends.items():

@@ -26,6 +26,10 @@ class NearestRuns(Refinement):
     that no shape is assumed of the demand. Of each run only its nearest boundary counts, since
     neighbouring boundaries of a run say almost the same.
 
+    Runs that are equally near share the places that are left for them, so that their order counts
+    for nothing: before the first unit all are, and the answer is that of all runs. Beside that a
+    run weighs what the graph's half-life leaves of it.
+
     Args:
         k: runs that count; all, where fewer are remembered.
 
@@ -59,6 +63,7 @@ class NearestRuns(Refinement):
             points,
             (points**2).sum(axis=1),
             columns.starts,
+            columns.run,
             seen.remaining,
             graph.run_weights(),
             self.k,
@@ -76,6 +81,7 @@ class Neighbours(Refined):
         points: `[n, d]` standardised features of the boundaries.
         squares: `[n]` their squared lengths.
         starts: `[runs + 1]`; run r has the boundaries `starts[r]` up to `starts[r + 1]`.
+        run: `[n]` number of the run of each boundary.
         left: `[n]` seconds that remained there.
         weights: `[runs]`.
         k: runs that count.
@@ -86,6 +92,7 @@ class Neighbours(Refined):
     points: Floats
     squares: Floats
     starts: Ints
+    run: Ints
     left: Floats
     weights: Floats
     k: int
@@ -95,10 +102,27 @@ class Neighbours(Refined):
         """What remained to the nearest runs, conditioned on the current unit's seconds."""
         known = self.features.of_progress(progress) * self.scale
         distance = self.squares - 2.0 * (self.points @ known)  # the query's own square left out
-        starts = self.starts
-        closest = np.minimum.reduceat(distance, starts[:-1])
-        nearest = np.argsort(closest, kind="stable")[: self.k]
-        chosen = [starts[r] + distance[starts[r] : starts[r + 1]].argmin() for r in nearest]
-        at_boundary = Distribution(self.left[chosen], self.weights[nearest])
+        closest = np.minimum.reduceat(distance, self.starts[:-1])
+        places, rounding = self._places(closest, float(known @ known))
+        alike = distance <= (closest + rounding)[self.run]
+        chosen = np.flatnonzero(alike & (places > 0.0)[self.run])
+        run = self.run[chosen]
+        share = places * self.weights / np.bincount(run, minlength=places.size).clip(1)
+        at_boundary = Distribution(self.left[chosen], share[run])
         received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary
+
+    def _places(self, closest: Floats, square: float) -> tuple[Floats, float]:
+        """How much of a place among the k each run has, `[runs]` from 0 to 1.
+
+        Beside it up to what difference distances are equal: they are rounded, each in its own way.
+        """
+        if closest.size <= self.k:
+            last = float(closest.max())
+        else:
+            last = float(np.partition(closest, self.k - 1)[self.k - 1])
+        rounding = 1e-12 * (square + abs(last))
+        nearer = closest < last - rounding
+        level = ~nearer & (closest <= last + rounding)
+        left = min(self.k, closest.size) - int(nearer.sum())
+        return nearer + level * (left / int(level.sum())), rounding

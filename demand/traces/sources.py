@@ -25,13 +25,46 @@ _PIECE = 1 << 16  # characters read at once of a line that is passed over
 
 
 def json_lines(path: Path, clock: Clock, line_limit: int) -> Records:
-    """One JSON object a line; `path` is a file or a folder of .jsonl or .jsonl.gz files."""
+    """One JSON object a line; `path` is a file or a folder of .jsonl or .jsonl.gz files.
+
+    Raises:
+        DemandError: a file that is one JSON document over several lines, or a list.
+    """
     for file in _files(path, (".jsonl", ".jsonl.gz")):
+        begun = False
         for number, line in _lines(file, line_limit):
             if line is None:
                 yield _too_long(file, number, line_limit)
             elif line.strip():
-                yield _json_object(line, file, number, clock)
+                record = _json_object(line, file, number, clock)
+                if not begun and isinstance(record, MalformedRecordError):
+                    _refuse_document(file, line_limit)
+                begun = True
+                yield record
+
+
+def _refuse_document(file: Path, line_limit: int) -> None:
+    """Raise `DemandError` if the whole of `file`, which holds no JSON lines, is one document.
+
+    Read line by line, it would be thousands of malformed lines, or some that look like records.
+    """
+    with _reading(file) as text:
+        whole = text.read(line_limit + 1)
+    try:
+        document = json.loads(whole) if len(whole) <= line_limit else None
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(document, dict | list):
+        return
+    nested = isinstance(document, list) or all(isinstance(v, dict) for v in document.values())
+    lines = whole.strip().count("\n") + 1
+    of = "a list" if isinstance(document, list) else "an object"
+    shown = "gunzip -c" if file.suffix == ".gz" else "cat"
+    raise DemandError(
+        f"{file} is one JSON document, {of} of {len(document)} over {lines} lines; expected JSON "
+        f"lines, one object a line: {shown} {file.name} | jq -c '{'.[]' if nested else '.'}' > "
+        f"{file.name.split('.')[0]}.jsonl, and read that"
+    )
 
 
 def json_documents(path: Path, clock: Clock, line_limit: int) -> Records:

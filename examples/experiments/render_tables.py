@@ -14,6 +14,7 @@ from pathlib import Path
 
 import claims
 import demand_tables
+import hermes_samples
 import link_accuracy
 import past_trained_length
 import prewarming
@@ -190,6 +191,13 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {
         "continuous_batching": [demand_tables.continuous_batching],
+    },
+    "docs/traces.md": {
+        "hermes_samples": [
+            hermes_samples.demand_table,
+            hermes_samples.claim_table,
+            hermes_samples.gains_table,
+        ]
     },
     "docs/when_gittins_helps.md": {
         "scheduling": [

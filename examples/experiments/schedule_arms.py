@@ -152,7 +152,7 @@ def scenarios(
         "azure_code": ("Azure code arrivals", read_azure(azure / "code.first60pct.csv")),
         "azure_conv": ("Azure conversation arrivals", read_azure(azure / "conv.first60pct.csv")),
     }
-    sessions = recorded_applications({"coding_agent": agent_runs(traces)})
+    sessions = recorded_applications({"coding_agent": agent_runs(traces)}, split="time")
     recorded = [
         replace(
             mix,

@@ -239,7 +239,7 @@ def test_every_figure_of_a_summary_can_be_had():
     [
         (dict(policies=[]), "policies is empty; expected at least one"),
         (dict(policies={}), "policies is empty; expected at least one"),
-        (dict(policies=Gittins()), "expected a list of policies, or a mapping"),
+        (dict(policies=Gittins()), "expected a list of policies, such as"),
         (dict(policies=[Gittins]), r"policies\[0\] is the class Gittins"),
         (dict(policies=[FCFS(), "FCFS"]), r"policies\[1\] is 'FCFS'; expected a policy"),
         (dict(policies={"a": None}), "policy 'a' is None; expected a policy"),

@@ -140,12 +140,40 @@ def test_nearest_runs_are_those_of_a_search_through_all():
                 ((x - y) / s) ** 2 for x, y, s in zip(row, place, deviation, strict=True) if s > 0
             )
             best[number] = min(best.get(number, (np.inf, 0.0)), (distance, seconds))
-        expected = Distribution([seconds for _, seconds in sorted(best.values())[:7]])
         answered = NearestRuns(k=7).remaining(graph, asked)
         if not asked.executed:
-            assert len(answered) == 7  # all start alike: the oldest seven
+            whole = WholeRuns().remaining(graph)  # all start alike
+            assert answered.values == pytest.approx(whole.values)
+            assert answered.weights == pytest.approx(whole.weights)
             continue
+        expected = Distribution([seconds for _, seconds in sorted(best.values())[:7]])
         assert answered.values == pytest.approx(expected.values)
+
+
+def test_runs_that_are_equally_near_share_their_places():
+    """Before the first unit nothing tells them apart: the oldest are no nearer than the rest."""
+    graph = PDGraph.fit([*[[took(A, 1.0)]] * 50, *[[took(A, 100.0)]] * 950])
+    assert NearestRuns().remaining(graph).mean() == pytest.approx(95.05)
+    newest_first = PDGraph.fit([*[[took(A, 100.0)]] * 950, *[[took(A, 1.0)]] * 50])
+    assert NearestRuns().remaining(newest_first) == NearestRuns().remaining(graph)
+
+
+def test_equally_near_runs_share_what_nearer_ones_leave():
+    """Two runs are as near as can be, and eight are level for the third of three places."""
+    alike = [[took(A, 2.0), took(B, 7.0)]] * 2
+    level = [[took(A, 4.0), took(B, 10.0 + at)] for at in range(8)]
+    graph = PDGraph.fit([*level[:5], *alike, *level[5:]], window=10)
+    answered = NearestRuns(k=3).remaining(graph, Progress([took(A, 2.0)]))
+    assert dict(zip(answered.values, answered.weights, strict=True)) == pytest.approx(
+        {7.0: 2 / 3} | {10.0 + at: 1 / 24 for at in range(8)}
+    )
+
+
+def test_equally_near_runs_weigh_by_half_life():
+    runs = [[took(A, 1.0)], [took(A, 2.0)], [took(A, 4.0)]]
+    answered = NearestRuns(k=1).remaining(PDGraph.fit(runs, half_life_runs=1.0))
+    assert answered.values.tolist() == [1.0, 2.0, 4.0]
+    assert answered.weights == pytest.approx([1 / 7, 2 / 7, 4 / 7])
 
 
 def test_current_unit_is_the_walk_of_the_graph():

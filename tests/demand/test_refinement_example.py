@@ -32,25 +32,66 @@ def told_at_once(n, seed=0):
 
 def test_what_the_first_unit_tells_closes_the_gap(example):
     data = example.DataSet("made up", told_at_once(400))
-    rows = [example.experiment(data, seed, jobs=60) for seed in range(2)]
-    result = example.summary([means for means, _ in rows], [reports for _, reports in rows])
+    result = example.experiment(data, seeds=2, jobs=60)
     closed = result["gap_closed"]["SERPT"]
     assert closed["none (artifact)"]["share"] == 0.0
     assert closed["nearest runs"]["share"] > 0.3
     assert closed["Pearson filter"]["share"] > 0.3
     assert closed["current unit"]["share"] == pytest.approx(0.0, abs=0.02)
     assert all(s["low"] <= s["share"] <= s["high"] for s in closed.values())
-    assert result["calibration"]["nearest runs"]["crps_ratio_to_none"] < 0.8
+    nearest = result["calibration"]["nearest runs"]
+    assert nearest["crps_ratio_to_none"] < 0.8
+    low, high = nearest["crps_ratio_interval"]
+    assert low < nearest["crps_ratio_to_none"] < high
+    at_random = result["calibration_on_random_halves"]["nearest runs"]
+    assert at_random["crps_ratio_to_none"] < 0.8
     lines = example.markdown({"made up": result}).splitlines()
-    assert len(lines) == 3 + len(example.ARMS)
+    assert len(lines) == 3 + len(example.ARMS) + 1 + 2 + len(example.CHEAP)
 
 
 def test_halves_share_no_task(example):
     tasks = told_at_once(11)
-    first, second = example.DataSet("made up", tasks).split(seed=3)
-    assert len(first) == 5
-    assert len(second) == 6
-    assert not {id(run) for run in first} & {id(run) for run in second}
+    data = example.DataSet("made up", tasks)
+    assert data.by_time() == (tasks[:5], tasks[5:])
+    first, second = data.at_random(seed=3)
+    assert (len(first), len(second)) == (5, 6)
+    assert not {id(task) for task in first} & {id(task) for task in second}
+    assert first != tasks[:5]
+
+
+def test_scores_are_those_of_all_questions_together(example):
+    """However the tasks group the runs: sums and counts of each task add up to the report."""
+    training, held_out = example.DataSet("made up", told_at_once(60)).by_time()
+    estimator = example.estimators(training)["whole runs"]
+    scores = example.Scores.of(estimator, held_out)
+    runs = [run for task in held_out for run in task]
+    report = example.calibrate(lambda p: estimator("agent", p), runs, example.AFTER_UNITS)
+    means = scores.means(np.arange(len(held_out)))
+    assert means == pytest.approx([report.overall.crps, *report.overall.coverage])
+    assert scores.pits.size == report.overall.runs
+
+
+def test_a_run_of_some_data_sets_keeps_the_results_of_the_others(example, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    sets = {name: example.DataSet(name, told_at_once(8, at)) for at, name in enumerate("ab")}
+    monkeypatch.setattr(example, "data_sets", lambda folder: sets.items())
+    command = f"x --out {tmp_path} --seeds 1 --jobs 5".split()
+    path = tmp_path / "refinement.json"
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", [*command, *more])
+        example.main()
+        return json.loads(path.read_text())
+
+    whole = run()
+    assert list(whole["results"]) == list(whole["data"]) == ["a", "b"]
+    path.write_text(json.dumps(whole | {"results": {"a": {"kept": 1}, "b": {"old": 1}}}))
+    monkeypatch.setattr(example, "picture", lambda results, path: None)
+    again = run("--only", "b")
+    assert again["results"] == {"a": {"kept": 1}, "b": whole["results"]["b"]}
+    path.write_text(json.dumps(whole | {"configuration": {}}))
+    with pytest.raises(SystemExit, match="is of another configuration"):
+        run("--only", "b")
 
 
 def test_the_page_has_the_table_of_the_result_file(example):

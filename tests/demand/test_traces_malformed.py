@@ -1,6 +1,8 @@
 """A bad line is named with its place, and costs no more than itself when it is skipped."""
 
+import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,13 +11,16 @@ from demand import DemandError
 from demand.traces import (
     MalformedRecordError,
     Request,
+    read_agent_sessions,
     read_azure,
     read_bailian,
     read_burstgpt,
+    read_fireact,
     read_hermes_artifact,
     read_kv_cache_tester,
     read_mooncake,
     read_opentelemetry,
+    read_tau_bench,
     read_tracelab,
     read_vidur,
 )
@@ -212,6 +217,7 @@ def test_columns_of_one_name_are_refused(tmp_path):
 
 
 STAGE = {"input_len": [1], "output_len": [1], "next_stages": ["end"]}
+TASK = {"input_len": [10], "output_len": [5], "next_stages": {}}
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,23 @@ STAGE = {"input_len": [1], "output_len": [1], "next_stages": ["end"]}
         ({}, r"app\.start\.next_stages': an application without stages"),
         ({"start": {"next_stages": ["end"]}, "a": STAGE}, r"start.next_stages': expected names"),
         ({"a": STAGE | {"next": ["a"]}}, r"app\.a\.next': end cannot be reached"),
-        ({"stage_list": ["a"], "a": STAGE}, r"app\.stage_list': a profile of task_models"),
+        ({"stage_list": ["b"], "a": TASK}, r"app\.b': missing"),
+        ({"stage_list": [], "a": TASK}, r"app\.start\.next_stages': an application without"),
+        ({"stage_list": ["a"], "a": STAGE}, r"app\.a\.next_stages': expected an object"),
+        ({"stage_list": ["a"], "a": TASK | {"loops": [1.5]}}, r"loops\[0\]': expected a whole num"),
+        ({"stage_list": ["a"], "a": TASK | {"stage_gap": [-1]}}, r"stage_gap\[0\]': expected at l"),
+        (
+            {"stage_list": ["a"], "a": TASK | {"next_stages": {"a": 0.8, "end": 0.4}}},
+            r"app\.a\.next_stages': probabilities of more than 1 .seen: 1\.2",
+        ),
+        (
+            {"stage_list": ["a"], "a": TASK | {"next_stages": {"b": 0.5}}},
+            r"app\.a\.next_stages': expected names of stages, or end",
+        ),
+        (
+            {"stage_list": ["a"], "a": TASK | {"next_stages": {"a": 1.0}}},
+            r"app\.a\.next_stages': end cannot be reached",
+        ),
         ({"a": STAGE | {"parallelism": [1, 0]}}, r"parallelism\[1\]': expected a whole number of"),
         ({"a": STAGE | {"parallelism": [1.5]}}, r"parallelism\[0\]': expected a whole number of"),
     ],
@@ -268,6 +290,40 @@ def test_a_bad_application_costs_itself_alone(tmp_path):
     assert trace.skipped["record: expected a JSON object"] == 1
     with pytest.raises(DemandError, match="no record that can be read; 1 lines were skipped"):
         list(read_hermes_artifact(tmp_path / "q.json", on_error="skip"))
+
+
+DOCUMENTS = {
+    "indented list": (json.dumps([{"a": 1}, {"b": 2}], indent=1), r"a list of 2 .* jq -c '\.\[\]'"),
+    "a member a line": ('[\n{"a": 1},\n{"b": 2}\n]\n', r"a list of 2 over 4 lines"),
+    "one line": ('[{"a": 1}, {"b": 2}]', r"a list of 2 over 1 lines"),
+    "by key": (json.dumps({"x": {"a": 1}}, indent=1), r"an object of 1 .* jq -c '\.\[\]'"),
+    "one record": (json.dumps({"a": 1, "b": [2]}, indent=1), r"an object of 2 .* jq -c '\.'"),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_json_document_is_no_json_lines(tmp_path, name, zipped, on_error):
+    """Skipping its lines would count thousands, or read the few that look like records."""
+    text, says = DOCUMENTS[name]
+    path = tmp_path / ("runs.json.gz" if zipped else "runs.json")
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    command = r"gunzip -c runs\.json\.gz" if zipped else r"cat runs\.json"
+    says = rf"is one JSON document, {says}"
+    for read in (read_tau_bench, read_fireact, read_agent_sessions, read_mooncake, read_tracelab):
+        with pytest.raises(DemandError, match=says) as error:
+            list(read(path, on_error=on_error))
+        assert re.search(rf"{command} \| jq -c '\S+' > runs\.jsonl", str(error.value))
+
+
+def test_a_line_that_is_cut_off_makes_no_document_of_a_file(tmp_path):
+    path = tmp_path / "t.jsonl"
+    good = json.dumps({"timestamp": 1, "input_length": 2, "output_length": 3, "hash_ids": [1]})
+    path.write_text(f'{{"timestamp": 1,\n{good}\n[\n{good}\n')
+    trace = read_mooncake(path, on_error="skip")
+    assert len(list(trace)) == 2
+    assert trace.skipped == {"record: not JSON": 2}
 
 
 DIGITS = "9" * 5000

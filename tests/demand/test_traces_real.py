@@ -17,8 +17,10 @@ from demand import (
     ClassMean,
     CostModel,
     DemandError,
+    Gittins,
     Oracle,
     PDGraph,
+    hermes_applications,
     poisson_workload,
     simulate,
 )
@@ -30,7 +32,7 @@ from demand.traces import (
     read_mooncake,
     read_tau_bench,
 )
-from demand.workloads import recorded_applications, with_arrivals
+from demand.workloads import profiled_applications, recorded_applications, with_arrivals
 
 BESIDE = Path(__file__).parents[2].parent / "shared" / "data"
 DATA = Path(os.environ.get("PICACHE_DATA", BESIDE))
@@ -142,7 +144,43 @@ def test_profiles_of_the_hermes_artifact():
         assert PDGraph.fit(runs).remaining().mean() > 0.0
 
 
-def test_task_models_of_the_hermes_artifact_are_refused():
+def test_task_models_of_the_hermes_artifact():
+    """Both files hold the nine applications of the paper; this one has a tenth."""
     trace = read_hermes_artifact(published("hermes_artifact") / "task_models_skewnorm.json.gz")
-    with pytest.raises(DemandError, match=r"stage_list.*no times of tools: read pdgraphs\.json"):
-        list(trace)
+    profiles = {profile.application: profile for profile in trace}
+    assert set(profiles) == {a.name for a in hermes_applications(1)} | {"multiturn_conversations"}
+    assert trace.skipped == {}
+    feedback = profiles["code_feedback"].stages["code_generation"]
+    assert np.mean(feedback.gap_seconds) == pytest.approx(12.3, rel=0.01)  # of the container
+    rounds = np.array(feedback.rounds)
+    assert (rounds.size, rounds.sum()) == (164, 223)
+    assert (feedback.successors, feedback.chances) == (("end",), (1.0,))
+    merge = profiles["got_docmerge"]
+    rng = np.random.default_rng(0)
+    units = [span.unit for span in merge.session(rng).spans if not span.unit.startswith("before")]
+    assert units == [
+        *("generate1", "score1", "score1", "aggregate"),
+        *("score2", "score2", "generate2", "score3"),
+    ]
+    reduce = profiles["langchain_mapreduce"]
+    drawn = [[span.unit for span in reduce.session(rng).spans] for _ in range(400)]
+    skipped = np.mean(["collapse_summaries" not in units for units in drawn])
+    assert skipped == pytest.approx(0.137, abs=0.06)
+    gap = next(s for s in profiles["hugginggpt"].session(rng).spans if s.unit.startswith("before"))
+    assert (gap.unit, gap.kind) == ("before response_results", "tool")
+    assert 2.0 < gap.seconds < 60.0
+
+
+@pytest.mark.parametrize("name", ["pdgraphs", "task_models_skewnorm"])
+def test_a_mix_of_the_samples_of_the_hermes_artifact(name):
+    """At the weights of the paper; its table and the small file agree on the means."""
+    profiles = list(read_hermes_artifact(published("hermes_artifact") / f"{name}.json.gz"))
+    table = {a.name: a for a in hermes_applications(1)}
+    weights = {name: a.weight for name, a in table.items()}
+    mix = profiled_applications(profiles, weights=weights, training_runs=200)
+    assert {a.name: a.weight for a in mix} == weights
+    if name == "pdgraphs":
+        for each in mix:
+            assert each.true_mean_seconds == pytest.approx(table[each.name].mean_seconds, rel=0.2)
+    work = poisson_workload(mix, 0.9, 300)
+    assert simulate(work, Gittins()).mean < simulate(work, FCFS()).mean

@@ -452,3 +452,43 @@ async def test_calls_that_a_policy_fails_to_rank_are_reported() -> None:
             with pytest.raises(CallError, match="could not be ranked"):
                 await call.text()
     assert controller.counts == Counts(1, 0, 0, 0, 1, 0)
+
+
+@run_async
+async def test_a_run_that_cannot_be_ranked_costs_no_other_run_its_calls() -> None:
+    @dataclass(frozen=True)
+    class Picky(Policy):
+        def rank(self, job: Job, now: float) -> Any:
+            return None if job.attained_service and job.priority else float(job.index)
+
+    async with FakeServer() as server, controller_of(server, Picky()) as controller:
+        bad, good = controller.start("short", priority=1), controller.start("short")
+        await (await bad.submit("completions", body("a"))).text()
+        calls = [await run.submit("completions", body("b")) for run in (bad, good, good)]
+        with pytest.raises(CallError, match="could not be ranked"):
+            await calls[0].text()
+        for call in calls[1:]:
+            assert await call.text() == "b.0 b.1 b.2 "
+    assert controller.counts == Counts(4, 0, 0, 3, 1, 0)
+
+
+@run_async
+async def test_a_priority_that_cannot_be_computed_costs_its_own_call_alone() -> None:
+    def priority(rank: Any) -> int:
+        return 1 // int(rank)  # the first run to arrive has the rank 0
+
+    @dataclass(frozen=True)
+    class InOrder(Policy):
+        def rank(self, job: Job, now: float) -> float:
+            return float(job.index)
+
+    async with (
+        FakeServer() as server,
+        controller_of(server, InOrder(), priority=priority) as controller,
+    ):
+        calls = [
+            await controller.start("short").submit("completions", body(prompt)) for prompt in "abc"
+        ]
+        with pytest.raises(CallError, match=r"could not be ranked: .*division"):
+            await calls[0].text()
+    assert controller.counts == Counts(3, 0, 0, 2, 1, 0)

@@ -22,7 +22,7 @@ from demand.integrations.vllm import (
     StreamBrokenError,
 )
 from demand.integrations.vllm.chunks import Repetition, TokenCount, text_of
-from demand.integrations.vllm.failures import AttemptError, retry_after_seconds
+from demand.integrations.vllm.failures import AttemptError, Shedding, retry_after_seconds
 from tests.demand.openai_server import (
     Answer,
     FakeServer,
@@ -159,6 +159,53 @@ async def test_shed_load_pauses_every_call_as_long_as_the_server_asks() -> None:
         assert others[0].second - first.second >= 0.05  # half of first_seconds
         assert sorted(server.prompts[1:]) == ["a", "b", "c"]
         assert calls[1].attempts == calls[2].attempts == 1
+
+
+@run_async
+async def test_a_refused_last_attempt_holds_up_the_other_calls_no_longer_than_a_first_one() -> None:
+    """How often the refused call was tried, and whether it is again, is no concern of others."""
+    script = lambda r: Answer(tokens_of(r), status=503 if r.body["prompt"] == "a" else 200)  # noqa: E731
+    async with FakeServer(script) as server:
+        retry = Retry(attempts=1, first_seconds=0.1, longest_seconds=30.0)
+        async with controller_of(server, in_flight=1, retry=retry) as controller:
+            run = controller.start("short")
+            calls = [await run.submit("completions", body(p)) for p in "abc"]
+            with pytest.raises(CallError, match="failed after 1 attempts"):
+                await calls[0].text()
+        first, second, third = server.received
+        assert 0.05 <= second.second - first.second < 5.0
+        assert third.second - second.second < 5.0
+        assert controller.counts == Counts(3, 0, 0, 2, 1, 0)
+
+
+def test_a_pause_grows_by_what_is_refused_after_it_and_not_by_a_burst() -> None:
+    retry = Retry(attempts=9, first_seconds=1.0, longest_seconds=8.0)
+    refusal = AttemptError("", again=True, shed=True)
+    shedding = Shedding(retry, random.Random(0))
+    for _ in range(64):  # all on their way when the first was refused
+        shedding.refused(refusal, sent=0.0, now=10.0)
+    assert 10.5 <= shedding.until <= 11.0
+    for at, longest in ((20.0, 2.0), (30.0, 4.0), (40.0, 8.0), (60.0, 8.0)):
+        shedding.refused(refusal, sent=at, now=at)
+        assert at + longest / 2 <= shedding.until <= at + longest
+    shedding.taken(sent=5.0)  # before all this: it says nothing about the load
+    shedding.refused(refusal, sent=80.0, now=80.0)
+    assert 84.0 <= shedding.until <= 88.0
+    shedding.taken(sent=90.0)
+    shedding.refused(refusal, sent=100.0, now=100.0)
+    assert 100.5 <= shedding.until <= 101.0
+    asks = lambda n: AttemptError("", again=True, shed=True, retry_after_seconds=n)  # noqa: E731
+    shedding.refused(asks(5.0), sent=99.0, now=101.0)  # of the burst, but the server asks
+    assert shedding.until == 106.0
+    shedding.refused(asks(3600.0), sent=200.0, now=200.0)
+    assert shedding.until == 208.0
+
+
+def test_a_server_that_sheds_load_for_ever_is_asked_for_ever() -> None:
+    shedding = Shedding(Retry(longest_seconds=4.0), random.Random(0))
+    for at in range(0, 12_000, 10):
+        shedding.refused(AttemptError("", again=True, shed=True), sent=at, now=at)
+        assert shedding.until <= at + 4.0
 
 
 @run_async
@@ -350,6 +397,29 @@ def test_tokens_are_counted_by_usage_where_there_is_any() -> None:
     count.add({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
     count.add({"choices": [], "usage": {"prompt_tokens": "many", "completion_tokens": -1}})
     assert (count.input_tokens, count.output_tokens) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("delta", "tokens"),
+    [
+        ({"role": "assistant", "content": ""}, 0),
+        ({"role": "assistant", "content": None, "tool_calls": []}, 0),
+        ({}, 0),
+        ({"content": "so"}, 1),
+        ({"reasoning_content": "so"}, 1),
+        ({"content": None, "reasoning": "so"}, 1),
+        ({"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]}, 1),
+        ({"content": "so", "tool_calls": [{"index": 0, "function": {"name": "look"}}]}, 1),
+        ({"refusal": "no"}, 1),
+    ],
+    ids=str,
+)
+def test_whatever_was_generated_counts_without_usage(delta: dict[str, Any], tokens: int) -> None:
+    count = TokenCount()
+    for _ in range(3):
+        count.add({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    count.add({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    assert count.output_tokens == 3 * tokens
 
 
 @settings(max_examples=8, deadline=None)

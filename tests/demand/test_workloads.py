@@ -143,6 +143,35 @@ def test_recorded_jobs_are_not_those_the_scheduler_learned_from():
     assert other.distribution != app.distribution
 
 
+def seconds_of(application, n=400):
+    return set(application.demands(np.random.default_rng(0), n).tolist())
+
+
+def test_a_split_by_time_learns_from_the_past_alone():
+    (app,) = recorded_applications({"a": RUNS}, training_share=0.25, split="time")
+    cost = CostModel()
+    totals = [cost.run_seconds(run) for run in RUNS]
+    assert app.distribution == Distribution(totals[:10])
+    assert seconds_of(app) == set(totals[10:])
+    assert app.mean_seconds == pytest.approx(np.mean(totals[10:]))
+    assert app.graph.runs == tuple(tuple(run) for run in RUNS[:10])
+    again = recorded_applications({"a": RUNS}, training_share=0.25, split="time", seed=9)[0]
+    assert again.distribution == app.distribution
+
+
+def test_a_split_of_ones_own_is_taken_as_it_is():
+    """Of two files, say: the weight is what there is to serve."""
+    cost = CostModel()
+    apps = recorded_applications(
+        train={"a": RUNS[:3], "b": RUNS[3:5]}, test={"b": RUNS[5:9], "a": RUNS[9:10]}, known="graph"
+    )
+    assert {app.name: app.weight for app in apps} == {"b": 4.0, "a": 1.0}
+    served = {app.name: seconds_of(app) for app in apps}
+    assert served["a"] == {cost.run_seconds(RUNS[9])}
+    assert served["b"] == {cost.run_seconds(run) for run in RUNS[5:9]}
+    assert {app.name: len(app.graph.runs) for app in apps} == {"b": 2, "a": 3}
+
+
 def test_recorded_applications_by_graph_and_by_weight():
     known = recorded_applications({"a": RUNS, "b": RUNS[:10]}, known="graph")
     assert [app.weight for app in known] == [40.0, 10.0]
@@ -294,6 +323,27 @@ TWO = bimodal_mix(0.8, 2)
         (lambda: recorded_applications({"a": RUNS[:1]}), "'a' has 1 runs, of which 0"),
         (lambda: recorded_applications({"a": RUNS}, training_share=1.0), "of which 40"),
         (lambda: recorded_applications({"a": RUNS}, known="all"), "known is 'all'"),
+        (lambda: recorded_applications({"a": RUNS}, split="later"), "split is 'later'; expected"),
+        (lambda: recorded_applications(), "give runs, or both train and test"),
+        (lambda: recorded_applications(train={"a": RUNS}), "give runs, or both train and test"),
+        (lambda: recorded_applications({"a": RUNS}, test={"a": RUNS}), "runs are given, and train"),
+        (
+            lambda: recorded_applications(train={"a": RUNS}, test={"b": RUNS}),
+            "test has no runs of 'a'; expected the same applications",
+        ),
+        (
+            lambda: recorded_applications(train={"a": []}, test={"a": RUNS}),
+            "train has no runs of 'a'",
+        ),
+        (lambda: recorded_applications(train={"a": RUNS}, test={}), "test has no applications"),
+        (
+            lambda: recorded_applications(train={"a": RUNS}, test={"a": RUNS}, split="time"),
+            "train and test are given, and a training_share or a split",
+        ),
+        (
+            lambda: recorded_applications(train={"a": RUNS}, test={"a": [RUNS[0][0]]}),
+            r"test\['a'\]\[0\] is a single execution",
+        ),
         (lambda: with_arrivals(TWO, [0.0, 1.0]), "2 jobs and 1 intervals; take fewer"),
         (lambda: with_arrivals(TWO, [1.0, 1.0]), "not all equal"),
         (lambda: with_arrivals(TWO, [1.0, 0.0]), "expected ascending"),

@@ -1,7 +1,6 @@
 """Admission control in front of an OpenAI-compatible server: which call is sent next."""
 
 import asyncio
-import math
 import random
 import time
 from collections import Counter
@@ -15,10 +14,12 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobDetails, JobLedger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
-from demand.integrations.vllm.failures import AttemptError, Retry
+from demand.integrations.vllm.chunks import Chunk
+from demand.integrations.vllm.failures import AttemptError, Retry, Shedding
 from demand.integrations.vllm.run import Run
 from demand.integrations.vllm.server import Server
 from demand.policies.base import Policy, Rank
+from demand.policies.job import Job
 from demand.units import CostModel
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class AdmissionController:
     call submitted first. A call in flight is not recalled: preemption is between calls only. A
     call whose attempt fails is tried again or reported (`Retry`, `Call`); until it is sent again
     it is not in flight, and another call may be. When the server sheds load (429, 503), nothing is
-    sent until the delay is over.
+    sent for as long as it asks, or for a backoff that grows while it goes on to (`Shedding`); how
+    often the call had been tried plays no part. A call that cannot be ranked fails alone.
 
     A run keeps its turn if its next call is submitted right after the previous one has been
     awaited, with no other await between them.
@@ -134,7 +136,7 @@ class AdmissionController:
         self._in_flight: dict[Call, asyncio.Task[None]] = {}
         self._over: Counter[Status] = Counter()
         self._submitted = 0
-        self._shed_until = -math.inf
+        self._shedding = Shedding(retry, self._rng)
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -221,31 +223,56 @@ class AdmissionController:
     def _dispatch(self) -> None:
         """Send the best of the calls that wait, until `in_flight` of them are on the server."""
         now = asyncio.get_running_loop().time()
-        while len(self._in_flight) < self._most_in_flight and now >= self._shed_until:
+        while len(self._in_flight) < self._most_in_flight and now >= self._shedding.until:
             ready = [call for call in self._waiting if call.not_before <= now]
+            ranks = self._ranks(ready)
+            ready = [call for call in ready if call.job in ranks]
             if not ready:
                 break
             try:
-                self._send(*self._best(ready))
-            except Exception as error:  # of a policy: each call that it cannot rank fails
-                for call in self._waiting.copy():
-                    self._waiting.remove(call)
-                    self._end(call, "failed", f"it could not be ranked: {error}", error)
+                best = min(ready, key=lambda call: (ranks[call.job], call.job.index, call.number))
+            except Exception as error:  # ranks that have no order: of numbers and of tuples, say
+                self._cannot_rank(ready, error)
+                continue
+            try:
+                body = self._body(best, ranks[best.job])
+            except Exception as error:
+                self._cannot_rank([best], error)
+                continue
+            self._send(best, body)
         self._set_timer(now)
 
-    def _best(self, ready: list[Call]) -> tuple[Call, Rank]:
-        now = self._clock()
-        ranks = {job: self._ledger.rank(job, now) for job in {call.job for call in ready}}
-        best = min(ready, key=lambda call: (ranks[call.job], call.job.index, call.number))
-        return best, ranks[best.job]
+    def _ranks(self, ready: list[Call]) -> dict[Job, Rank]:
+        """Ranks of the jobs of `ready`; calls of a job that the policy cannot rank fail."""
+        try:
+            now = self._clock()
+        except Exception as error:
+            self._cannot_rank(ready, error)
+            return {}
+        ranks = {}
+        for job in {call.job: None for call in ready}:
+            try:
+                ranks[job] = self._ledger.rank(job, now)
+            except Exception as error:
+                self._cannot_rank([call for call in ready if call.job is job], error)
+        return ranks
 
-    def _send(self, call: Call, rank: Rank) -> None:
+    def _cannot_rank(self, calls: list[Call], error: Exception) -> None:
+        for call in calls:
+            self._waiting.remove(call)
+            self._end(call, "failed", f"it could not be ranked: {error}", error)
+
+    def _body(self, call: Call, rank: Rank) -> dict[str, Any]:
         body = {**call.body, "stream": True}
         if self._priority is not None:
             body["priority"] = self._priority(rank)
+        return body
+
+    def _send(self, call: Call, body: Mapping[str, Any]) -> None:
         self._waiting.remove(call)
         call.status = "in flight"
         call.attempts += 1
+        call.sent_at = asyncio.get_running_loop().time()
         self._ledger.start(call.job)
         task = asyncio.get_running_loop().create_task(self._serve(call, body))
         self._in_flight[call] = task
@@ -253,12 +280,12 @@ class AdmissionController:
 
     async def _serve(self, call: Call, body: Mapping[str, Any]) -> None:
         call.start_over()
-        await self._client.attempt(
-            call.path,
-            body,
-            lambda chunk: self._ledger.serve(call.job, call.take(chunk), self._clock()),
-        )
+        await self._client.attempt(call.path, body, partial(self._take, call))
         call.check_complete()
+
+    def _take(self, call: Call, chunk: Chunk) -> None:
+        self._shedding.taken(call.sent_at)
+        self._ledger.serve(call.job, call.take(chunk), self._clock())
 
     def _attempt_over(self, call: Call, task: asyncio.Task[None]) -> None:
         """End a call whose attempt is over, or let it wait for another attempt."""
@@ -282,11 +309,9 @@ class AdmissionController:
         """Seconds until `call` is tried again; `None` if it is not."""
         if not isinstance(error, AttemptError):
             return None
-        delay = self._retry.delay_seconds(error, call.attempts, self._rng)
         if error.shed:
-            asked = self._retry.longest_seconds if delay is None else delay
-            until = asyncio.get_running_loop().time() + asked
-            self._shed_until = max(self._shed_until, until)
+            self._shedding.refused(error, call.sent_at, asyncio.get_running_loop().time())
+        delay = self._retry.delay_seconds(error, call.attempts, self._rng)
         return delay if call.may_restart else None
 
     def _cancel(self, call: Call) -> None:
@@ -312,7 +337,7 @@ class AdmissionController:
             self._timer.cancel()
             self._timer = None
         if self._waiting and len(self._in_flight) < self._most_in_flight:
-            due = max(self._shed_until, min(call.not_before for call in self._waiting))
+            due = max(self._shedding.until, min(call.not_before for call in self._waiting))
             self._timer = asyncio.get_running_loop().call_later(due - now, self._dispatch)
 
 

@@ -39,6 +39,7 @@ class Call:
         attempts: how often it was sent to the server.
         given_up: whether it was asked to be cancelled, even if it had ended by then.
         not_before: second on the event loop's clock before which it is not sent again.
+        sent_at: second on that clock at which the latest attempt was sent.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Call:
         self.attempts = 0
         self.given_up = False
         self.not_before = 0.0
+        self.sent_at = 0.0
         self._restart = restart
         self._meter = meter
         self._cancel = cancel

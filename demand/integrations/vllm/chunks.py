@@ -20,7 +20,8 @@ class TokenCount:
 
     The `usage` that a chunk carries holds. vLLM puts it into every chunk if `stream_options` asks
     for `continuous_usage_stats`, and any server into the last one if it asks for `include_usage`.
-    Until the first usage, each piece of text counts as one output token and the prompt as none.
+    A chunk without usage counts as one output token for each choice that it carries something
+    generated of, be it text, reasoning or a piece of a tool call, and the prompt as none.
 
     Attributes:
         input_tokens: of the prompt.
@@ -38,7 +39,7 @@ class TokenCount:
             self.input_tokens = _count(usage, "prompt_tokens", self.input_tokens)
             self.output_tokens = _count(usage, "completion_tokens", self.output_tokens)
         else:
-            self.output_tokens += sum(bool(_text(choice)) for choice in chunk["choices"])
+            self.output_tokens += sum(bool(_generated(choice)) for choice in chunk["choices"])
 
 
 @final
@@ -98,11 +99,22 @@ def _text(choice: dict[str, Any]) -> str:
     return text if isinstance(text, str) else ""
 
 
+def _generated(choice: dict[str, Any]) -> set[str]:
+    """Names of the fields in which `choice` carries what the model generated.
+
+    Servers name the fields of a delta as they like ("reasoning", "reasoning_content", "tool_calls",
+    "refusal"): of those that hold something, all but the role were generated.
+    """
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return {"text"} if _text(choice) else set()
+    return {name for name, value in delta.items() if value} - {"role"}
+
+
 def _plain_text(chunk: Chunk) -> str:
     for choice in chunk["choices"]:
-        delta = choice.get("delta") or {}
-        extra = {name for name, value in delta.items() if value} - {"content", "role"}
-        if choice.get("index", 0) != 0 or extra or choice.get("logprobs"):
+        more = _generated(choice) - {"content", "text"}
+        if choice.get("index", 0) != 0 or more or choice.get("logprobs"):
             raise AttemptError(
                 "what was handed over is more than the text of one choice, which cannot be "
                 "compared with a restarted stream",

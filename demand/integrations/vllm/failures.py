@@ -1,5 +1,6 @@
 """What can go wrong with a call to a server, and when it is worth another attempt."""
 
+import math
 import random
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -93,8 +94,71 @@ class Retry:
         asked = failure.retry_after_seconds or 0.0
         if not failure.again or attempts >= self.attempts or asked > self.longest_seconds:
             return None
-        backoff = min(self.first_seconds * 2.0 ** (attempts - 1), self.longest_seconds)
-        return max(asked, backoff * rng.uniform(0.5, 1.0))
+        return max(asked, self._backoff_seconds(attempts, rng))
+
+    def pause_seconds(self, failure: AttemptError, in_a_row: int, rng: random.Random) -> float:
+        """Seconds for which nothing is sent to a server that sheds load, `longest_seconds` at most.
+
+        It concerns calls that have not failed. So it does not depend on how often the refused one
+        was tried, nor on whether it is tried again.
+
+        Args:
+            failure: by which the server shed load.
+            in_a_row: how often it has, the last time included, without having taken a call since.
+            rng: draws the backoff.
+        """
+        asked = min(failure.retry_after_seconds or 0.0, self.longest_seconds)
+        return max(asked, self._backoff_seconds(in_a_row, rng))
+
+    def _backoff_seconds(self, count: int, rng: random.Random) -> float:
+        doublings = min(count - 1, 1000)  # beyond that a float is none
+        longest = min(self.first_seconds * 2.0**doublings, self.longest_seconds)
+        return longest * rng.uniform(0.5, 1.0)
+
+
+@final
+class Shedding:
+    """When a server that sheds load is sent calls again.
+
+    Calls that were on their way when it began to shed load are likely to be refused as well. They
+    tell nothing new: a pause grows only by a refusal of what was sent after it, so that a burst of
+    refusals is one. As soon as the server takes a call that was sent after, all is forgotten.
+
+    Args:
+        retry: how long it is left alone.
+        rng: draws the backoff.
+
+    Attributes:
+        until: second before which nothing is sent.
+    """
+
+    def __init__(self, retry: Retry, rng: random.Random) -> None:
+        self.until = -math.inf
+        self._retry = retry
+        self._rng = rng
+        self._in_a_row = 0
+        self._since = -math.inf
+
+    def refused(self, failure: AttemptError, sent: float, now: float) -> None:
+        """Note that the server shed the load of a call.
+
+        Args:
+            failure: what it said.
+            sent: second at which the call was sent.
+            now: second of its answer.
+        """
+        if sent >= self._since:
+            self._in_a_row += 1
+            self._since = now
+            pause = self._retry.pause_seconds(failure, self._in_a_row, self._rng)
+        else:
+            pause = min(failure.retry_after_seconds or 0.0, self._retry.longest_seconds)
+        self.until = max(self.until, now + pause)
+
+    def taken(self, sent: float) -> None:
+        """Note that the server answered a call that was sent at second `sent`."""
+        if sent >= self._since:
+            self._in_a_row = 0
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
