@@ -139,11 +139,8 @@ class Results:
 
     def __init__(self, path: Path, args: argparse.Namespace, bandwidth: float) -> None:
         self.path = path
-        configuration = {
-            k: v for k, v in vars(args).items() if k not in ("out", "peers", "began", "list")
-        }
         call = {
-            "configuration": configuration,
+            "configuration": configuration(args),
             "environment": environment(),
             "copy_bytes_a_second": bandwidth,
         }
@@ -199,7 +196,7 @@ def run_grid(
         else:
             row["cell_seconds"] = time.perf_counter() - begun
             if args.profile:
-                write_profile(args.out, row, clock)
+                write_profile(args, row, clock)
             del clock
         if not args.profile:
             results.add(row)
@@ -210,12 +207,18 @@ def run_grid(
             torch.cuda.empty_cache()
 
 
-def write_profile(out: Path, row: dict, clock: Clock) -> None:
+def configuration(args: argparse.Namespace) -> dict:
+    """What was asked for, as the records keep it."""
+    left_out = ("out", "peers", "began", "list")
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def write_profile(args: argparse.Namespace, row: dict, clock: Clock) -> None:
     """Add a cell's step by kernel to `decode_profile.json`."""
-    path = out / "decode_profile.json"
+    path = args.out / "decode_profile.json"
     record = json.loads(path.read_text()) if path.exists() else {"cells": {}}
     record["cells"][row["name"]] = profile_rows(clock) | {"step_ms": row["step_ms"]}
-    record["environment"] = environment()
+    record |= {"configuration": configuration(args), "environment": environment()}
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(profile_table(row["name"], record["cells"][row["name"]]))
 
