@@ -143,6 +143,7 @@ class PIC:
         keys, and whether it can be linked exactly is not known any more.
         """
         if self.hf.moved:
+            self.hf.header(self.store.namespace, self.store.storage)  # or its weights are nowhere
             self.passes.forget()
         if self.hf.settings_now() != self._proven or self.hf.moved:
             self.hf.measure()

@@ -11,7 +11,6 @@ SHAPES = [
     # batch, kv_heads, groups, rows, capacity, head_dim, value_dim, dtype
     (1, 8, 4, 320, 32768, 128, 128, torch.bfloat16),
     (8, 8, 4, 88, 4096, 128, 128, torch.bfloat16),
-    (1, 2, 4, 3, 4096, 64, 64, torch.float32),
     (1, 2, 4, 96, 4096, 64, 64, torch.float32),
     (2, 2, 2, 96, 8192, 256, 256, torch.float32),
     (1, 4, 2, 320, 8192, 256, 256, torch.float16),
