@@ -26,15 +26,13 @@ import torch
 from torch._dynamo.utils import counters
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     CompileConfig,
     LogitsProcessorList,
     PreTrainedModel,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
-from decode_arms import bytes_a_step, filled_cache, no_attention
+from decode_arms import bytes_a_step, filled_cache, without_attention
 from decode_clock import Clock, profile_rows
 from decode_figure import draw
 from decode_grid import COMPILED, Cell, floors, main_grid, peer_grid, wide_grid, window_of
@@ -66,18 +64,12 @@ def allocated(device: torch.device) -> int:
 @torch.no_grad()
 def run_floor(model: PreTrainedModel, cell: Cell, clock: Clock) -> None:
     """Clock the compiled forward of one token a row, without attention and without a cache."""
-    AttentionInterface.register("no_attention", no_attention)
-    AttentionMaskInterface.register("no_attention", lambda *args, **kwargs: None)
-    before = model.config._attn_implementation  # noqa: SLF001, as transformers names it
-    model.set_attn_implementation("no_attention")
     how = dict(mode="reduce-overhead") if clock.cuda else dict(backend="eager")
     step = torch.compile(model.forward, fullgraph=True, **how)
     ids = torch.ones((cell.batch, 1), dtype=torch.long, device=model.device)
-    try:
+    with without_attention(model):
         for _ in range(clock.new_tokens):
             clock(ids, step(ids, use_cache=False).logits)
-    finally:
-        model.set_attn_implementation(before)
 
 
 def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dict:

@@ -5,10 +5,20 @@ step costs does not depend on them: what is read, scored and evicted follows fro
 budgets.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from decode_grid import EVICT_EVERY, Cell, random_kv
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from sparsity import H2O, Full, Quest, RaaS, Random, SnapKV, SparseCache, StreamingLLM
 from sparsity.policies.base import Policy
@@ -73,6 +83,19 @@ def bytes_a_step(model: PreTrainedModel, cell: Cell) -> int:
     dense = min(policy_of(cell).dense_layers if cell.policy else 0, config.num_hidden_layers)
     tokens = dense * cell.context + (config.num_hidden_layers - dense) * (attended + bounds)
     return weights + cell.batch * 2 * head * tokens
+
+
+@contextmanager
+def without_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the model's forward has everything but attention and the cache."""
+    AttentionInterface.register("no_attention", no_attention)
+    AttentionMaskInterface.register("no_attention", lambda *args, **kwargs: None)
+    before = model.config._attn_implementation  # noqa: SLF001, as transformers names it
+    model.set_attn_implementation("no_attention")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def no_attention(module: nn.Module, query: torch.Tensor, *args, **kwargs) -> tuple:

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from picache import PIC
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
 from decode import Results
-from decode_arms import no_attention
+from decode_arms import without_attention
 from decode_kernels import copy_bandwidth
 from first_token import first_token_seconds
 from link_grid import FULL, METHODS, PREFIX, Cell, grid, store_of, texts
@@ -116,16 +116,12 @@ def _flash(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def floor_seconds(model: PreTrainedModel, rows: int, repeats: int) -> float:
     """The median of the forward of `rows` tokens without attention: on a GPU, of its CUDA graph."""
-    AttentionInterface.register("no_attention", no_attention)
-    AttentionMaskInterface.register("no_attention", lambda *args, **kwargs: None)
-    before = model.config._attn_implementation  # noqa: SLF001, as transformers names it
-    model.set_attn_implementation("no_attention")
     ids = torch.ones((1, rows), dtype=torch.long, device=model.device)
 
     def forward() -> None:
         model(ids, use_cache=False, logits_to_keep=1)
 
-    try:
+    with without_attention(model):
         for _ in range(2):
             forward()
         run, taken = forward, []
@@ -141,8 +137,6 @@ def floor_seconds(model: PreTrainedModel, rows: int, repeats: int) -> float:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - begun)
         return statistics.median(taken)
-    finally:
-        model.set_attn_implementation(before)
 
 
 def measure(arms: Arms, cells: list[Cell], args: argparse.Namespace) -> list[dict]:

@@ -447,9 +447,5 @@ def decode_attention_op(
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Float32 on the device of another tensor; of no elements where a kernel needs no tensor.
-
-    A stand-in of its own for each argument: torch's compiler copies a tensor that one kernel is
-    given twice, and it makes two of equal calls one, though not of `torch.empty`.
-    """
+    """Float32 on the device of another tensor; of no elements where a kernel needs no tensor."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -1,6 +1,7 @@
 """What tests of captured passes share: models, prompts, and when two of them are the same."""
 
 import sys
+import threading
 from pathlib import Path
 
 from picache import PIC
@@ -29,6 +30,22 @@ def pic_and_parts(model, lengths=(7, 20, 33, 1, 18), query=9):
     pic = PIC(model, flops_per_byte=None)
     documents, question = prompt_parts(lengths, query)
     return pic, compiled(pic, documents), question
+
+
+def linked_in_threads(pic, asked, method, times):
+    """What each of `asked` gives, linked so many times in a thread of its own; by its place."""
+    found = {which: [] for which in range(len(asked))}
+
+    def link(which):
+        for _ in range(times):
+            found[which].append(pic.link(*asked[which], method))
+
+    threads = [threading.Thread(target=link, args=(which,)) for which in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def assert_same(actual, expected):

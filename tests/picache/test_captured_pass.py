@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
@@ -32,7 +31,14 @@ from picache.kernels.available import KernelError
 from picache.kernels.scattered_attention import scattered_attention
 from picache.linking.sources import LoadedOnce
 from tests.helpers import assert_close, random_ids, tiny_model
-from tests.picache.captured import TAKEN, assert_same, assert_same_kv, families, pic_and_parts
+from tests.picache.captured import (
+    TAKEN,
+    assert_same,
+    assert_same_kv,
+    families,
+    linked_in_threads,
+    pic_and_parts,
+)
 from tests.picache.helpers import compiled, prompt_parts
 
 
@@ -300,17 +306,7 @@ def test_two_threads_take_turns(captured, eagerly):
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     asked = [(chunks, query), (chunks[:3], query.flip(0))]
     expected = [eagerly(pic, *one, LegoLink(3)) for one in asked]
-    found: dict[int, list] = {0: [], 1: []}
-
-    def link(which):
-        for _ in range(6):
-            found[which].append(pic.link(*asked[which], LegoLink(3)))
-
-    threads = [threading.Thread(target=link, args=(which,)) for which in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = linked_in_threads(pic, asked, LegoLink(3), 6)
     for which, prompts in found.items():
         assert len(prompts) == 6
         for prompt in prompts:

@@ -1,7 +1,6 @@
 """On a CUDA device: captured passes give what eager ones give, for every prompt and batch."""
 
 import math
-import threading
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
 from picache.hf import captured_pass
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
-from tests.picache.captured import TAKEN, families
+from tests.picache.captured import TAKEN, families, linked_in_threads
 from tests.picache.helpers import chunks_of, compiled, prompt_parts
 
 pytestmark = [
@@ -153,17 +152,7 @@ def test_two_threads_take_turns():
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     asked = [(chunks, query), (chunks[:3], query.flip(0))]
     expected = [eagerly(pic, *one, LegoLink(3)) for one in asked]
-    found = {0: [], 1: []}
-
-    def link(which):
-        for _ in range(5):
-            found[which].append(pic.link(*asked[which], LegoLink(3)))
-
-    threads = [threading.Thread(target=link, args=(which,)) for which in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = linked_in_threads(pic, asked, LegoLink(3), 5)
     for which, prompts in found.items():
         assert len(prompts) == 5
         for prompt in prompts:
