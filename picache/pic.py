@@ -161,6 +161,11 @@ class PIC:
         header = replace(header, sinks=sinks, tokens=len(ids))
         return Form(ids, skip, chunk_key(ids, header), header, dropped)
 
+    def _form_of(self, chunk: Chunk, header: Header, first: bool) -> Form:
+        """The form of a chunk, which keeps those that it was asked for before."""
+        of = (header, self.sinks, self._lead, first)
+        return chunk.form(of, lambda: self._form(chunk, header, first))
+
     def _special(self, name: str) -> tuple[int, ...]:
         """Ids of a special token, from the tokenizer or else from the model's configurations."""
         for source in (self.tokenizer, self.model.generation_config, self.hf.config):
@@ -347,10 +352,10 @@ class PIC:
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}: compile the document first; a batch is a list of lists"
                 )
-            form = self._form(chunk, header, first=not index)
+            form = self._form_of(chunk, header, first=not index)
             # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
-                chunk.key != self._form(chunk, header, first=bool(index)).key
+                chunk.key != self._form_of(chunk, header, first=bool(index)).key
             ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "

@@ -20,6 +20,7 @@ from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
 from picache.hf.compiled import never_compiled
+from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
 from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
 from picache.hf.reading_back import RefuseReadingBack
@@ -39,7 +40,14 @@ Forward = Callable[[], Tensor]
 
 
 class Recorder(Protocol):
-    """Records passes of one model."""
+    """Records passes of one model.
+
+    Attributes:
+        events: what a recorded pass waits for before each layer; None where it waits for all that
+            was begun before it.
+    """
+
+    events: LayerEvents | None
 
     def record(self, forward: Forward) -> Forward:
         """A function that does what `forward` does, on what then stands in its memory."""
@@ -51,10 +59,12 @@ class CUDAGraphs:
 
     Args:
         device: of the model.
+        layers: of the model.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, layers: int) -> None:
         self._device = device
+        self.events = LayerEvents(layers, device) if LayerEvents.exist() else None
         self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
         self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
 
@@ -69,7 +79,10 @@ class CUDAGraphs:
                 forward()
             here.wait_stream(self._stream)
             mode = "thread_local"  # other threads may use the device meanwhile
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+            with (
+                _workspaces_of_its_own(),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode),
+            ):
                 logits = forward()
 
         def replay() -> Tensor:
@@ -113,10 +126,11 @@ class RunAgain:
 
     Args:
         device: of the model.
+        layers: of the model.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        pass
+    def __init__(self, device: torch.device, layers: int) -> None:
+        self.events = None
 
     def record(self, forward: Forward) -> Forward:
         """Run it once, to see whether it can be; see `Recorder`."""
@@ -124,7 +138,7 @@ class RunAgain:
         return forward
 
 
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CUDAGraphs}
+RECORDERS: dict[str, Callable[[torch.device, int], Recorder]] = {"cuda": CUDAGraphs}
 """What records passes, by the kind of device; on others they are not recorded."""
 
 
@@ -220,6 +234,13 @@ class CapturedPasses:
         return self.arena.places(batch)
 
     @property
+    def layer_events(self) -> LayerEvents | None:
+        """What the passes over the arena of the last claim wait for, layer by layer; None where
+        they wait for all that was begun before them.
+        """
+        return None if self._recorder is None else self._recorder.events
+
+    @property
     def arena(self) -> Arena:
         """The arena of the last claim."""
         assert self._arena is not None
@@ -301,8 +322,7 @@ class CapturedPasses:
                 self._checked = True
                 if self._failed:
                     raise CannotCapture(self._failed)
-            # A link that failed may have left copies to the arena behind in that stream.
-            torch.cuda.current_stream(model.device).wait_stream(model.loading)
+            model.wait_for_loading()  # a link that failed may have left copies to the arena there
 
     def _allocate(self, tokens: int) -> None:
         """A new arena, in place of the one there is."""
@@ -318,6 +338,7 @@ class CapturedPasses:
             self._arena = Arena(model.one_token, tokens)
         except torch.OutOfMemoryError as error:
             raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
+        self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token))
 
     def _drop(self) -> None:
         """Forget the arena and all that was captured over it."""
@@ -334,14 +355,14 @@ class CapturedPasses:
         with torch.inference_mode(mode=False):
             static = torch.zeros(2, batch, rows, dtype=torch.int64, device=model.device)
             static[1] = -1  # what runs while it is captured writes nowhere
-        if self._recorder is None:
-            self._recorder = RECORDERS[model.device.type](model.device)
+        assert self._recorder is not None
+        recorder = self._recorder
 
         def forward() -> Tensor:
-            return _padded_forward(model, static, places)
+            return _padded_forward(model, static, places, recorder.events)
 
         try:
-            replay = self._recorder.record(forward)
+            replay = recorder.record(forward)
         except CannotCapture as error:
             self._failed = str(error)
             raise
@@ -368,7 +389,9 @@ class CapturedPasses:
         model, seen, hooked = self._model, [], ""
         for name, module in model.modules:
             inside = vars(module)  # at every link: attributes of modules are slow
-            adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"  # peft's
+            adapters = ""
+            if "_active_adapter" in inside or "_disable_adapters" in inside:  # peft's
+                adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"
             seen.append((id(module), inside.get("forward"), adapters))
             if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
                 hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
@@ -377,12 +400,28 @@ class CapturedPasses:
         return (model.weights_seen, model.attention.own, seen), hooked
 
 
+@contextmanager
+def _workspaces_of_its_own() -> Iterator[None]:
+    """What is captured inside the block takes cuBLAS's workspace from the memory of its graph.
+
+    A workspace that was there before would be freed by whoever clears them all, as torch's compiler
+    does for graphs of its own, while this graph still writes to it.
+    """
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - no public name for it
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - or others would use the graph's
+
+
 @torch.no_grad()
-def _padded_forward(model: HFModel, rows: Tensor, places: list[KV]) -> Tensor:
+def _padded_forward(
+    model: HFModel, rows: Tensor, places: list[KV], events: LayerEvents | None
+) -> Tensor:
     """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
     ids, positions = rows
-    passing = PaddedPass(positions, places[0][0].shape[2] - 1)
-    cache = Cache(layers=[PaddedLayer(keys, values, passing) for keys, values in places])
+    passing = PaddedPass(positions, places[0][0].shape[2] - 1, events)
+    cache = Cache(layers=[PaddedLayer(index, *kv, passing) for index, kv in enumerate(places)])
     outside = running.set(passing)
     try:
         with model.attention.padded(), never_compiled:

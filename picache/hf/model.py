@@ -157,6 +157,11 @@ class HFModel:
         """
         return torch.cuda.Stream(self.device)
 
+    def wait_for_loading(self) -> None:
+        """Let the model's CUDA stream wait for all that is being loaded; nothing elsewhere."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(self.loading)
+
     def finish(self) -> None:
         """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
         if self.device.type == "cuda":

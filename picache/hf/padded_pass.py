@@ -19,6 +19,7 @@ from typing_extensions import override
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_autocast, refuse_other_dtype
+from picache.hf.layer_events import LayerEvents
 from picache.hf.sparse_pass import (
     CHANGED_MEANWHILE,
     OTHER_THREAD,
@@ -35,18 +36,20 @@ class PaddedPass:
         positions: where the rows of each prompt stand, int64 ``[batch, rows]`` on the device; -1
             for padding.
         places: places for the tokens of a prompt, without the last, which padding is written to.
+        events: to wait for before each layer; None where all layers stand in their places already.
 
     Attributes:
         positions: as handed in.
         places: as handed in.
+        events: as handed in.
         batch: index of the prompt of each row, ``[batch, 1]``.
         written: the place of each row, ``[batch, rows]``.
         updated: how many layers so far have made their keys and values.
         attended: how many layers so far attended by our function.
     """
 
-    def __init__(self, positions: Tensor, places: int) -> None:
-        self.positions, self.places = positions, places
+    def __init__(self, positions: Tensor, places: int, events: LayerEvents | None = None) -> None:
+        self.positions, self.places, self.events = positions, places, events
         self.batch = torch.arange(len(positions), device=positions.device)[:, None]
         self.written = torch.where(positions < 0, places, positions)
         self.updated = self.attended = 0
@@ -72,14 +75,15 @@ class PaddedLayer(DynamicLayer):
     """One layer of the cache of a padded pass: the memory of all prompts, which it writes to.
 
     Args:
+        index: of the layer.
         keys: ``[batch, kv_heads, places + 1, head_dim]``.
         values: the same of the values.
         of: the pass.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, of: PaddedPass) -> None:
+    def __init__(self, index: int, keys: Tensor, values: Tensor, of: PaddedPass) -> None:
         super().__init__()
-        self.is_initialized = True
+        self.is_initialized, self.index = True, index
         self.keys, self.values = self.memory = keys, values
         self.of = of
 
@@ -92,6 +96,8 @@ class PaddedLayer(DynamicLayer):
         fresh, whole = (key_states, value_states), self.memory
         refuse_other_dtype(fresh, whole, "the compiled chunks hold")
         self.of.updated += 1
+        if self.of.events is not None:
+            self.of.events.wait(self.index)
         for new, held in zip(fresh, whole, strict=True):
             held[self.of.batch, :, self.of.written] = new.transpose(1, 2)
         return whole

@@ -12,7 +12,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import CorruptChunk
 from picache.hf.sparse_pass import CannotCapture
-from picache.linking.linked_kv import LinkedKV
+from picache.linking.linked_kv import LinkedKV, place_rows
 from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
 from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.report import LinkReport
@@ -143,7 +143,7 @@ class Link:
             for linking in linkings:
                 self._choose(linking, sources)
             if places is not None:
-                reason = self._recompute_together(linkings)
+                reason = self._recompute_together(linkings, places)
             for linking in linkings:
                 if not linking.layers:
                     self._recompute(linking, reason)
@@ -176,6 +176,7 @@ class Link:
             sources.prefetch_from,
             self._method.parallel,
             memory,
+            None if memory is None else sources.residents(index),
         ) as kv:
             yield _Linking(row, row.ids, layout, kv)
 
@@ -194,7 +195,7 @@ class Link:
         if ratio >= 1:
             linking.full_prefill = f"linking would cost {ratio:.2f} times as much (estimated)"
 
-    def _recompute_together(self, linkings: list["_Linking"]) -> str:
+    def _recompute_together(self, linkings: list["_Linking"], places: list[KV]) -> str:
         """Recompute the rows that are linked in one captured pass; why not, if it cannot be."""
         chosen = [
             linking.positions[:0] if linking.full_prefill else linking.positions
@@ -202,12 +203,13 @@ class Link:
         ]
         if not any(map(len, chosen)):
             return ""
-        self._place([linking for linking in linkings if not linking.full_prefill])
+        self._place(linkings, places)
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         try:
             with self._together.span("recompute"):
                 logits, how, self._capture_seconds = self._passes.run(ids, chosen)
         except CannotCapture as error:
+            self._model.wait_for_loading()
             return str(error)
         for index, linking in enumerate(linkings):
             if not linking.full_prefill:
@@ -216,11 +218,25 @@ class Link:
                 linking.logits, linking.recompute_pass = logits[index : index + 1], how
         return ""
 
-    def _place(self, linkings: list["_Linking"]) -> None:
-        """Put the rows together, layer by layer, so that what they share is soon let go."""
+    def _place(self, linkings: list["_Linking"], places: list[KV]) -> None:
+        """Put the rows together that are linked: at once, or layer by layer.
+
+        Layer by layer, what rows share is soon let go.
+        """
+        at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
+        rows = [linkings[index].kv for index in at]
+        if all(row.at_once and not row.begun for row in rows):
+            place_rows(rows, at, places)
+        events = self._passes.layer_events if all(row.ahead for row in rows) else None
         for layer in range(len(self._model.rotations)):
-            for linking in linkings:
-                linking.kv[layer]
+            for row in rows:
+                if events is None:
+                    row[layer]
+                else:
+                    row.make_ahead(layer)
+            if events is not None:
+                with torch.cuda.stream(self._model.loading):
+                    events.placed(layer)
 
     def _recompute(self, linking: "_Linking", reason: str) -> None:
         """Recompute one row eagerly, or prefill it in full."""

@@ -29,8 +29,8 @@ class Row:
     @property
     def ids(self) -> Tensor:
         """Token ids of the linked prompt, int64 ``[tokens]``."""
-        chunks = [token for form in self.chunks for token in form.ids[form.skip :]]
-        return torch.tensor([*chunks, *self.query])
+        query = torch.tensor(self.query, dtype=torch.int64)
+        return torch.cat([*(form.prompt_ids for form in self.chunks), query])
 
     def layout(self, num_layers: int) -> Layout:
         """Where the chunks, without the sinks they were compiled behind, and the query stand."""

@@ -270,9 +270,12 @@ class ChunkStore:
             tier, entry = held
             assert entry.header is not None
             layers = entry.layers  # a demotion meanwhile replaces the list, and this one stays
-            return StoredChunk(
-                key, entry.header, entry.nbytes, tier.name, len(layers), layers.__getitem__
-            )
+            chunk = entry.given_out
+            if chunk is None or chunk.tier != tier.name or chunk.held is not layers:
+                sizes = (entry.nbytes, tier.name, len(layers))
+                chunk = StoredChunk(key, entry.header, *sizes, layers.__getitem__, layers)
+                entry.given_out = chunk
+            return chunk
         disk = self._disk
         if disk is None:
             return None

@@ -9,6 +9,7 @@ from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
 from picache.hf import captured_pass
+from picache.linking.linked_kv import LinkedKV
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 from tests.picache.captured import TAKEN, families, linked_in_threads
 from tests.picache.helpers import chunks_of, compiled, prompt_parts
@@ -115,6 +116,35 @@ def test_chunks_from_the_host_are_placed_before_the_pass_runs():
     slower, chunks, query = pic_and_parts(model, store=store)
     for _ in range(3):
         assert_same(was_captured(slower.link(chunks, query, LegoLink(3))), expected)
+        turned = was_captured(slower.link(chunks[::-1], query, LegoLink(3)))  # the arena holds both
+        assert_same(turned, eagerly(slower, chunks[::-1], query, LegoLink(3)))
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_layers_are_copied_from_the_host_beside_the_pass(storage, monkeypatch):
+    """However late a layer comes, the pass waits for it; of a batch, for that of every row."""
+    store = ChunkStore(device_bytes=1, host_bytes=math.inf, storage=storage)
+    pic, chunks, query = pic_and_parts(tiny_model("gemma3"), store=store)
+    rows, queries = [chunks, chunks[2:]], [query, query[:3]]
+    expected = [eagerly(pic, some, query, LegoLink(3)) for some in (chunks, chunks[::-1])]
+    expected.append(eagerly(pic, rows, queries, LegoLink(3)))
+    make = LinkedKV.make_ahead
+    made = []
+
+    def late(self, layer):
+        with torch.cuda.stream(pic.hf.loading):
+            torch.cuda._sleep(20_000_000)
+        make(self, layer)
+        made.append(layer)
+
+    monkeypatch.setattr(LinkedKV, "make_ahead", late)
+    pic.link(chunks, query, LegoLink(3))
+    made.clear()
+    for _ in range(2):
+        asked = [(chunks, query), (chunks[::-1], query), (rows, queries)]
+        for given, right in zip(asked, expected, strict=True):
+            assert_same(was_captured(pic.link(*given, LegoLink(3))), right)
+    assert made == 2 * [0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_two_prompts_stay_right_beside_each_other():
@@ -211,7 +241,7 @@ def test_more_tokens_than_there_is_memory_for_are_refused_with_the_bytes():
     pic = PIC(model.to("cuda"))
     tokens = 2**38
     needed = (tokens + 1) * pic.hf.bytes_per_token
-    with pytest.raises(PICacheError, match=f"need {needed:,} bytes, and"):
+    with pytest.raises(PICacheError, match=f"need {needed:,} bytes on cuda:0, and"):
         pic.warm_up(tokens=tokens, rows=16)
     chunks = chunks_of(pic, 12, 40)
     was_captured(pic.link(chunks, random_ids(5)))
