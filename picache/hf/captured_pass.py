@@ -28,6 +28,7 @@ from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
 from picache.kernels.available import KernelError
 from picache.kernels.check import why_no_kernels
+from picache.kernels.queued import queued
 from picache.progress import bar
 
 MOST_ROWS = 4096
@@ -272,7 +273,7 @@ class CapturedPasses:
         padded[1] = -1
         for index, (tokens, at) in enumerate(zip(ids, positions, strict=True)):
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
-        recorded.rows.copy_(padded)
+        recorded.rows.copy_(queued(padded, recorded.rows.device))
         how = f"captured, {longest} rows in a class of {rows}"
         if batch > 1:
             how += f", {batch} prompts at once"

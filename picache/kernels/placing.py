@@ -9,6 +9,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.kernels.available import DTYPES
 from picache.kernels.place import place, place_reference
+from picache.kernels.queued import queued
 from picache.kernels.tables import ALIGNED, Piece, Turn, addresses, table_of
 
 
@@ -108,7 +109,7 @@ def _place(
     numbers = table.flatten()
     even = torch.nn.functional.pad(numbers, (0, len(numbers) % 2)).view(torch.int64)
     # All that the launch reads of the host goes to the device in one copy, which waits for nothing.
-    told = torch.cat([sources, arenas, even]).pin_memory().to(keys.device, non_blocking=True)
+    told = queued(torch.cat([sources, arenas, even]), keys.device)
     sources, arenas, even = told.split([len(sources), len(arenas), len(even)])
     key_sources, value_sources = sources.view(2, len(alike), len(parts))
     key_arenas, value_arenas = arenas.view(2, len(alike))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import CorruptChunk
 from picache.hf.sparse_pass import CannotCapture
+from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
 from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
 from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.report import LinkReport
-from picache.linking.row import LinkedRow, Row
+from picache.linking.row import LinkedRow, Row, RowPlaces
 from picache.linking.sources import Part, Sources
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recompute
@@ -43,7 +44,8 @@ class _Linking:
         measured: for each layer that was run to choose them, the positions that entered it.
         full_prefill: why the prompt is prefilled in full; empty where it is linked.
         entered: positions of the tokens that went through each layer.
-        layers: keys and values of every token, layer by layer, in the end.
+        in_places: whether its keys and values lie in the arena in the end.
+        layers: elsewhere keys and values of every token, layer by layer, in the end.
         logits: of the first new token, ``[1, vocab_size]``, in the end.
         recompute_pass: how the pass ran.
     """
@@ -56,6 +58,7 @@ class _Linking:
     measured: list[Tensor] = field(default_factory=list)
     full_prefill: str = ""
     entered: list[Tensor] = field(default_factory=list)
+    in_places: bool = False
     layers: list[KV] = field(default_factory=list)
     logits: Tensor = _NONE
     recompute_pass: str = ""
@@ -135,9 +138,13 @@ class Link:
 
     def _linked(self, sources: Sources, places: list[KV] | None, reason: str) -> LinkedPrompt:
         """The prompt, put together in the places, or each row in memory of its own."""
+        placeable = False
+        if places is not None:  # as the first row lies, and the second, so lie all
+            second = RowPlaces(places, min(1, len(self._rows) - 1), 1)
+            placeable = can_place(places) and can_place(second)
         with ExitStack() as open_:
             linkings = [
-                open_.enter_context(self._begun(sources, index, parts, places))
+                open_.enter_context(self._begun(sources, index, parts, places, placeable))
                 for index, parts in enumerate(sources.parts())
             ]
             for linking in linkings:
@@ -145,29 +152,40 @@ class Link:
             if places is not None:
                 reason = self._recompute_together(linkings, places)
             for linking in linkings:
-                if not linking.layers:
+                if not linking.in_places:
                     self._recompute(linking, reason)
+        # What follows keeps Python busy while the device still computes.
+        arena = None if places is None else self._passes.arena
+        rows = [
+            LinkedRow(one.ids, one.layout, one.layers, one.logits, one.in_places)
+            for one in linkings
+        ]
+        prompt = batched(self._model, rows, self._method, self._pad_id, arena)
+        reports = [self._report(linking, sources) for linking in linkings]
         self._model.finish()
         first_token = self._watch.elapsed
         self._promote(sources)
-        rows = [self._row(linking, sources, first_token) for linking in linkings]
-        arena = None if places is None else self._passes.arena
-        return batched(self._model, rows, self._method, self._pad_id, self._watch, arena)
+        timed = [
+            replace(report, seconds=self._seconds(linking, first_token))
+            for report, linking in zip(reports, linkings, strict=True)
+        ]
+        failures = dict(self._store.failures - self._failures)
+        timed[0] = replace(timed[0], store_failures=failures)
+        return prompt(tuple(timed), self._watch.elapsed)
 
     @contextmanager
     def _begun(
-        self, sources: Sources, index: int, parts: list[Part], places: list[KV] | None
+        self,
+        sources: Sources,
+        index: int,
+        parts: list[Part],
+        places: list[KV] | None,
+        placeable: bool,
     ) -> Iterator["_Linking"]:
         """A row of which nothing is chosen yet."""
         row = self._rows[index]
         layout = row.layout(len(self._model.rotations))
-        memory = places and [
-            (
-                keys[index : index + 1, :, : layout.total_length],
-                values[index : index + 1, :, : layout.total_length],
-            )
-            for keys, values in places
-        ]
+        memory = None if places is None else RowPlaces(places, index, layout.total_length)
         with LinkedKV(
             self._model,
             parts,
@@ -177,6 +195,7 @@ class Link:
             self._method.parallel,
             memory,
             None if memory is None else sources.residents(index),
+            placeable,
         ) as kv:
             yield _Linking(row, row.ids, layout, kv)
 
@@ -214,7 +233,7 @@ class Link:
         for index, linking in enumerate(linkings):
             if not linking.full_prefill:
                 linking.entered = [linking.positions] * linking.layout.num_layers
-                linking.layers = [linking.kv[layer] for layer in range(len(linking.kv))]
+                linking.in_places = True
                 linking.logits, linking.recompute_pass = logits[index : index + 1], how
         return ""
 
@@ -269,17 +288,12 @@ class Link:
                 with suppress(CorruptChunk):  # it has left for a disk meanwhile, which fails
                     self._store.promote(key, self._model.device)
 
-    def _row(self, linking: "_Linking", sources: Sources, first_token: float) -> LinkedRow:
-        """The row with its report; of what was done for all rows at once, its share."""
-        model, row, layout, watch = self._model, linking.row, linking.layout, linking.kv.watch
-        share, first = 1 / len(self._rows), row is self._rows[0]
+    def _report(self, linking: "_Linking", sources: Sources) -> LinkReport:
+        """What linking did to a row; the seconds are not known yet."""
+        model, row, layout = self._model, linking.row, linking.layout
         alone = [] if self._method.force_query else [torch.arange(layout.query_length)]
         flops = [*linking.measured, *alone * layout.num_layers, *linking.entered]
-        recompute = watch.seconds("recompute", without="wait")
-        if not linking.full_prefill:
-            together = self._together.seconds("recompute") - self._capture_seconds
-            recompute += share * max(together, 0.0)
-        report = LinkReport(
+        return LinkReport(
             method=repr(self._method),
             tokens_total=layout.total_length,
             tokens_recomputed_per_layer=tuple(len(at) for at in linking.entered),
@@ -287,23 +301,29 @@ class Link:
             chunk_hits=tuple(chunk.hit for chunk in sources.of(row)),
             flops=model.flops(flops),
             flops_full_prefill=model.flops(linking.everything),
-            seconds={
-                "look_up": share * self._watch.seconds("look_up"),
-                "compile": share * self._watch.seconds("compile"),
-                "load": watch.seconds("load"),
-                "rotate": watch.seconds("rotate"),
-                "choose": watch.seconds("choose", without="wait"),
-                "capture": share * self._capture_seconds,
-                "recompute": recompute,
-                "first_token": first_token,
-            },
             full_prefill=linking.full_prefill,
-            store_failures=dict(self._store.failures - self._failures) if first else {},
             dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
             seams=row.seams,
             recompute_pass=linking.recompute_pass,
         )
-        return LinkedRow(linking.ids, layout, linking.layers, linking.logits, report)
+
+    def _seconds(self, linking: "_Linking", first_token: float) -> dict[str, float]:
+        """The seconds of a row; of what was done for all rows at once, its share."""
+        watch, share = linking.kv.watch, 1 / len(self._rows)
+        recompute = watch.seconds("recompute", without="wait")
+        if not linking.full_prefill:
+            together = self._together.seconds("recompute") - self._capture_seconds
+            recompute += share * max(together, 0.0)
+        return {
+            "look_up": share * self._watch.seconds("look_up"),
+            "compile": share * self._watch.seconds("compile"),
+            "load": watch.seconds("load"),
+            "rotate": watch.seconds("rotate"),
+            "choose": watch.seconds("choose", without="wait"),
+            "capture": share * self._capture_seconds,
+            "recompute": recompute,
+            "first_token": first_token,
+        }
 
 
 def _narrows(method: LinkMethod) -> bool:

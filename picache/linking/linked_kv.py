@@ -11,7 +11,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.rope import rotate_
-from picache.kernels.placing import LayerKV, Resident, can_place, place_layers
+from picache.kernels.placing import LayerKV, Resident, place_layers
 from picache.linking.moves import Moves
 from picache.linking.read_ahead import ReadAhead
 from picache.linking.stopwatch import Stopwatch
@@ -51,9 +51,11 @@ class LinkedKV:
         memory: keys and values ``[1, kv_heads, tokens, head_dim]`` of each layer, which the prompt
             is put together in; None to allocate them.
         residents: the parts again, in all layers, where all of them lie on the model's device.
+        placeable: whether kernels can write to the memory (`can_place`).
 
     Attributes:
         at_once: whether all layers are made at once.
+        begun: whether they were.
         ahead: whether layers may be made ahead of a pass that waits for each by itself.
         moves: where the parts go.
         watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
@@ -74,6 +76,7 @@ class LinkedKV:
         parallel: ParallelEncoding | None = None,
         memory: Sequence[KV] | None = None,
         residents: Sequence[Resident] | None = None,
+        placeable: bool = False,
     ) -> None:
         if parallel is not None and model.window is not None:
             raise PICacheError(
@@ -90,7 +93,7 @@ class LinkedKV:
             )
         self._parts, self._skips, self._layout = parts, skips, layout
         self._memory, self.residents = memory, residents
-        self._placeable = memory is not None and can_place(memory)
+        self._placeable = memory is not None and placeable
         self.at_once = self._placeable and residents is not None
         self._made: list[KV | None] = [None] * layout.num_layers
         self._device = model.device
@@ -106,6 +109,7 @@ class LinkedKV:
             # Chunks that were compiled just now may not be finished in the model's stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self.ahead = self._stream is not None and self._thread is None and memory is not None
+        self.begun = False
         self.nbytes = 0
         self.watch = Stopwatch(self._device)
         in_order = torch.arange(layout.total_length)
@@ -132,11 +136,12 @@ class LinkedKV:
 
         Each call for a layer gives the same tensors, which may be written to.
         """
-        made = self._made[layer]
-        if made is None and self.at_once:
+        if self.at_once:
             assert self._memory is not None
-            place_rows([self], [0], self._memory)
-            made = self._made[layer]
+            if not self.begun:
+                place_rows([self], [0], self._memory)
+            return self._memory[layer]
+        made = self._made[layer]
         if made is None:
             with self.watch.span("wait"):
                 coming = self._coming.pop(layer, None)
@@ -228,16 +233,10 @@ class LinkedKV:
             moved = kv[turn.part][:, :, self._moved]
             rotate_(moved, (turn.cos, turn.sin), turn.pairing, turn.offset)
 
-    @property
-    def begun(self) -> bool:
-        """Whether a layer was made already."""
-        return any(made is not None for made in self._made)
-
     def made_at_once(self) -> None:
-        """All layers stand where they belong, put there together with other prompts."""
-        assert self._memory is not None
+        """All layers stand where they belong."""
         assert self.residents is not None
-        self._made = list(self._memory)
+        self.begun = True
         self._count(self.residents)
 
 

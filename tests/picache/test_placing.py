@@ -5,14 +5,14 @@ import torch
 
 from picache import PIC, DummySinks, LegoLink, NaiveReuse
 from picache.kernels import placing
-from picache.linking import linked_kv
+from picache.linking import link, linked_kv
 from tests.helpers import tiny_model
 
 
 @pytest.fixture
 def layer_by_layer(monkeypatch):
     def do():
-        monkeypatch.setattr(linked_kv, "can_place", lambda memory: False)
+        monkeypatch.setattr(link, "can_place", lambda memory: False)
 
     return do
 
