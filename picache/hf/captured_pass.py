@@ -10,20 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from typing_extensions import override
 
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
-from picache.hf.compiled import never_compiled
 from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
-from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
-from picache.hf.reading_back import RefuseReadingBack
+from picache.hf.padded_forward import CannotCompile, CompiledForward, padded_forward
+from picache.hf.reading_back import RefuseReadingBack, refusing
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
 from picache.kernels.available import KernelError
@@ -102,6 +102,9 @@ class Proven:
         forward: what was recorded; does the same again when it is called again.
     """
 
+    slack = 1.0
+    """Factor on the distance that is put down to rounding."""
+
     def __init__(self, replay: Forward, forward: Forward) -> None:
         self._replay, self._forward = replay, forward
         self._proven = False
@@ -113,13 +116,30 @@ class Proven:
             expected = self._forward()
             bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
             off = (logits - expected).float().norm() / expected.float().norm()
-            if not off <= bound:  # nor where it is not a number
-                raise CannotCapture(
-                    f"the captured pass gave logits that are {float(off):.1e} off those of the "
-                    "pass it was captured from"
-                )
+            if not off <= self.slack * bound:  # nor where it is not a number
+                self._refuse(f"gave logits that are {float(off):.1e} off those of the pass")
             self._proven = True
         return logits
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise CannotCapture(f"the captured pass {what} it was captured from")
+
+
+class ProvenCompiled(Proven):
+    """A compiled pass whose first result is held against that of the plain pass.
+
+    The compiler rounds elsewhere than the plain pass does, and no less well.
+
+    Args:
+        replay: the compiled pass, recorded.
+        forward: the plain pass.
+    """
+
+    slack = 4.0
+
+    @override
+    def _refuse(self, what: str) -> NoReturn:
+        raise CannotCompile(f"the compiled pass {what} without compilation")
 
 
 class RunAgain:
@@ -150,10 +170,12 @@ class _Class:
     Attributes:
         rows: int64 ``[2, batch, rows]``, token ids and positions, which the recording reads.
         replay: the recording.
+        compiled: what it was recorded of; None for the plain pass.
     """
 
     rows: Tensor
     replay: Forward
+    compiled: CompiledForward | None
 
 
 class CapturedPasses:
@@ -169,6 +191,9 @@ class CapturedPasses:
         self._model = model
         self._arena: Arena | None = None
         self._recorded: dict[tuple[int, int], _Class] = {}
+        # By the number of prompts and of places of each; made by `warm_up` alone, as it takes long.
+        self._compiled: dict[tuple[int, int], CompiledForward] = {}
+        self._not_compiled = ""  # why passes that were compiled are so no more
         self._recorder: Recorder | None = None
         self._state: object = None
         self._hooked, self._failed = "", ""  # why nothing is captured at present
@@ -237,9 +262,9 @@ class CapturedPasses:
     @property
     def layer_events(self) -> LayerEvents | None:
         """What the passes over the arena of the last claim wait for, layer by layer; None where
-        they wait for all that was begun before them.
+        they wait for all that was begun before them, as those that are compiled do.
         """
-        return None if self._recorder is None else self._recorder.events
+        return None if self._recorder is None or self._compiled else self._recorder.events
 
     @property
     def arena(self) -> Arena:
@@ -261,30 +286,54 @@ class CapturedPasses:
         Raises:
             CannotCapture: says why it is to run in another way; the rows may have been written.
         """
+        begun = time.perf_counter()
+        try:
+            return self._run(ids, positions)
+        except CannotCompile as error:
+            self._compile_no_more(str(error))
+            lost = time.perf_counter() - begun
+            logits, how, seconds = self._run(ids, positions)
+            return logits, how, lost + seconds
+
+    def _run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+        """`run`; `CannotCompile` where the compiled form of the pass is of no use."""
         batch, longest = len(ids), max(map(len, ids))
         rows = size_class(longest)
         if (batch, rows) not in self._recorded and batch * rows > MOST_ROWS:
             raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
-        begun = time.perf_counter()
-        new = (batch, rows) not in self._recorded
+        begun, before = time.perf_counter(), self._recorded.get((batch, rows))
         recorded = self._record(batch, rows)
-        seconds = time.perf_counter() - begun if new else 0.0
+        seconds = 0.0 if recorded is before else time.perf_counter() - begun
         padded = torch.zeros(2, batch, rows, dtype=torch.int64)
         padded[1] = -1
         for index, (tokens, at) in enumerate(zip(ids, positions, strict=True)):
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
         recorded.rows.copy_(queued(padded, recorded.rows.device))
-        how = f"captured, {longest} rows in a class of {rows}"
-        if batch > 1:
-            how += f", {batch} prompts at once"
         try:
-            return recorded.replay().clone(), how, seconds
+            return recorded.replay().clone(), self._how(recorded, longest), seconds
+        except CannotCompile:
+            raise
         except CannotCapture as error:
             self._recorded.clear()
             self._failed = str(error)
             raise
 
-    def warm_up(self, tokens: int, rows: int, batch: int, progress: bool) -> None:
+    def _how(self, recorded: _Class, longest: int) -> str:
+        """How a pass ran, for the report."""
+        _, batch, rows = recorded.rows.shape
+        compiled = recorded.compiled is not None
+        how = f"captured{' and compiled' * compiled}, {longest} rows in a class of {rows}"
+        if batch > 1:
+            how += f", {batch} prompts at once"
+        if self._not_compiled:
+            how += f", not compiled: {self._not_compiled}"
+        elif self._compiled and not compiled:
+            how += ", not compiled: the warm-up was for other batches or shorter prompts"
+        return how
+
+    def warm_up(
+        self, tokens: int, rows: int, batch: int, progress: bool, compiled: bool = False
+    ) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.
 
         Args:
@@ -292,9 +341,11 @@ class CapturedPasses:
             rows: the most that are recomputed in a prompt.
             batch: how many prompts are linked at once; single ones are prepared for as well.
             progress: whether to show a bar, where tqdm is installed.
+            compiled: whether to compile passes of these batches before they are captured; those of
+                classes that are captured later, over an arena of this size, are compiled as well.
 
         Raises:
-            PICacheError: when nothing can be captured, or memory does not suffice.
+            PICacheError: when nothing can be captured or compiled, or memory does not suffice.
         """
         with self.turn():
             try:
@@ -305,8 +356,18 @@ class CapturedPasses:
                     self._allocate(self._arena.tokens)
                 # The largest first: the others then fit the memory that it has left in the pool.
                 sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                if compiled:
+                    self._compile({batch, 1})
+                else:
+                    self._compile_no_more("")
                 for size in bar(sizes, "capturing passes", "size", progress):
                     self._record(*size)
+            except CannotCompile as error:
+                self._compile_no_more(str(error))
+                raise PICacheError(
+                    f"warm_up(compile=True) of {type(self._model.model).__name__}: {error}; leave "
+                    "out compile=True to have passes captured as they are"
+                ) from error
             except CannotCapture as error:
                 raise PICacheError(
                     f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
@@ -334,14 +395,34 @@ class CapturedPasses:
         where = f"the keys and values of {tokens:,} tokens need {needed:,} bytes on {model.device}"
         if needed > free:
             raise CannotCapture(f"{where}, and {free:,.0f} are free")
-        self._drop()
+        self._drop_arena()
         try:
             self._arena = Arena(model.one_token, tokens)
         except torch.OutOfMemoryError as error:
             raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
         self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token))
 
+    def _compile(self, batches: set[int]) -> None:
+        """Compile passes of these numbers of prompts, over this arena, once they are recorded."""
+        self._not_compiled = ""
+        for batch in batches:
+            key = batch, self.arena.tokens // batch
+            if key not in self._compiled:
+                self._compiled[key] = CompiledForward(self._model)
+
+    def _compile_no_more(self, reason: str) -> None:
+        """Record passes without compilation from now on, those that were compiled anew."""
+        self._compiled.clear()
+        self._not_compiled = reason
+        for size in [size for size, one in self._recorded.items() if one.compiled is not None]:
+            del self._recorded[size]
+
     def _drop(self) -> None:
+        """Forget the arena, and all that was compiled and captured."""
+        self._drop_arena()
+        self._compile_no_more("")
+
+    def _drop_arena(self) -> None:
         """Forget the arena and all that was captured over it."""
         self._recorded.clear()
         if self._arena is not None:
@@ -350,7 +431,9 @@ class CapturedPasses:
 
     def _record(self, batch: int, rows: int) -> _Class:
         """The recorded pass of this size, captured now where there is none."""
-        if (found := self._recorded.get((batch, rows))) is not None:
+        compiled = self._compiled.get((batch, self.arena.tokens // batch))
+        found = self._recorded.get((batch, rows))
+        if found is not None and found.compiled is compiled:
             return found
         model, places = self._model, self.arena.places(batch)
         with torch.inference_mode(mode=False):
@@ -359,11 +442,22 @@ class CapturedPasses:
         assert self._recorder is not None
         recorder = self._recorder
 
+        plain = partial(padded_forward, model, static, places, recorder.events)
+
         def forward() -> Tensor:
-            return _padded_forward(model, static, places, recorder.events)
+            # Inside such a block torch.compile leaves functions alone.
+            if compiled is None or refusing():
+                return plain()
+            return compiled(static, places)
 
         try:
+            if compiled is not None:
+                forward()  # what it needs is built before anything is captured
             replay = recorder.record(forward)
+            if compiled is not None:
+                replay = ProvenCompiled(replay, plain)
+        except CannotCompile:
+            raise
         except CannotCapture as error:
             self._failed = str(error)
             raise
@@ -380,7 +474,7 @@ class CapturedPasses:
             what = str(error).splitlines()[0] if str(error) else ""
             self._failed = f"capturing failed ({type(error).__name__}: {what})"
             raise CannotCapture(self._failed) from error
-        found = self._recorded[batch, rows] = _Class(static, replay)
+        found = self._recorded[batch, rows] = _Class(static, replay, compiled)
         return found
 
     def _look(self) -> tuple[object, str]:
@@ -413,30 +507,6 @@ def _workspaces_of_its_own() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - or others would use the graph's
-
-
-@torch.no_grad()
-def _padded_forward(
-    model: HFModel, rows: Tensor, places: list[KV], events: LayerEvents | None
-) -> Tensor:
-    """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
-    ids, positions = rows
-    passing = PaddedPass(positions, places[0][0].shape[2] - 1, events)
-    cache = Cache(layers=[PaddedLayer(index, *kv, passing) for index, kv in enumerate(places)])
-    outside = running.set(passing)
-    try:
-        with model.attention.padded(), never_compiled:
-            out: Any = model.model(
-                input_ids=ids,
-                position_ids=positions.clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        passing.check_attended()
-        return out.logits[:, -1]
-    finally:
-        running.reset(outside)
 
 
 def _package(function: Any) -> str:

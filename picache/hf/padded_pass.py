@@ -2,12 +2,12 @@
 
 It does what `picache.hf.sparse_pass` does where every layer is given the same tokens, but reads
 nothing back from the device, so that it can be captured as a CUDA graph and replayed for other
-prompts. Padding stands in front of the rows, so that the last row is the last token of a prompt. It
-has position -1: it attends to nothing, and its keys and values are written to the last place of
-the memory, where no prompt stands.
+prompts, and be compiled before that. Padding stands in front of the rows, so that the last row is
+the last token of a prompt. It has position -1: it attends to nothing, and its keys and values are
+written to the last place of the memory, where no prompt stands.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,6 +26,7 @@ from picache.hf.sparse_pass import (
     CannotCapture,
     refuse_unknown_scores,
 )
+from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
 
 
@@ -45,19 +46,53 @@ class PaddedPass:
         batch: index of the prompt of each row, ``[batch, 1]``.
         written: the place of each row, ``[batch, rows]``.
         updated: how many layers so far have made their keys and values.
-        attended: how many layers so far attended by our function.
+        windows: of each layer that so far attended by our function, how many keys its rows attend
+            to at most; None for all.
     """
 
     def __init__(self, positions: Tensor, places: int, events: LayerEvents | None = None) -> None:
         self.positions, self.places, self.events = positions, places, events
         self.batch = torch.arange(len(positions), device=positions.device)[:, None]
         self.written = torch.where(positions < 0, places, positions)
-        self.updated = self.attended = 0
+        self.updated = 0
+        self.windows: list[int | None] = []
+
+    def attend(self, mask: object) -> int | None:
+        """Note that a layer attends; its window, which `padded_mask` has found."""
+        if not isinstance(mask, PaddedMask):
+            raise PICacheError(CHANGED_MEANWHILE)
+        self.windows.append(mask.window)
+        return mask.window
 
     def check_attended(self) -> None:
         """Raise PICacheError unless every layer that made its KV attended by our function."""
-        if self.attended != self.updated:
+        if len(self.windows) != self.updated:
             raise PICacheError(CHANGED_MEANWHILE)
+
+
+class TracedPass(PaddedPass):
+    """A padded pass as torch.compile traces it, which cannot evaluate a mask.
+
+    Context variables cannot be read there either, so that attention is handed this as the argument
+    `padded_pass`.
+
+    Args:
+        positions: as for `PaddedPass`.
+        places: as for `PaddedPass`.
+        known: the windows of all layers in the order in which they attend, as a `PaddedPass` of
+            the same model over as many places has found them.
+    """
+
+    def __init__(self, positions: Tensor, places: int, known: Sequence[int | None]) -> None:
+        super().__init__(positions, places)
+        self._known = known
+
+    @override
+    def attend(self, mask: object) -> int | None:
+        """Note that a layer attends; its window, which is known."""
+        window = self._known[len(self.windows)]
+        self.windows.append(window)
+        return window
 
 
 running: ContextVar[PaddedPass] = ContextVar("picache_padded_pass")
@@ -126,8 +161,10 @@ class PaddedMask:
         return self
 
 
-def padded_mask(mask_function: Callable, **_: object) -> PaddedMask:
-    """The mask of the padded pass that is running, reduced to its window."""
+def padded_mask(mask_function: Callable, **_: object) -> PaddedMask | None:
+    """The mask of the padded pass that is running, reduced to its window; None where traced."""
+    if torch.compiler.is_compiling():
+        return None
     return PaddedMask(window_of(mask_function, _under_way().places))
 
 
@@ -162,20 +199,20 @@ def attend_padded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PaddedMask,
+    attention_mask: PaddedMask | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    padded_pass: TracedPass | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of the rows over all places, causal by position; see `attend_scattered`."""
-    passing = _under_way()
-    if not isinstance(attention_mask, PaddedMask):
-        raise PICacheError(CHANGED_MEANWHILE)
-    passing.attended += 1
+    passing = _under_way() if padded_pass is None else padded_pass
+    window = passing.attend(attention_mask)
     refuse_unknown_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = scattered_attention(
-        query, key, value, passing.positions, scaling, attention_mask.window, softcap, s_aux
-    )
+    given = (query, key, value, passing.positions, scaling, window, softcap, s_aux)
+    if padded_pass is not None:
+        return attention_operator(*given), None
+    out, _ = scattered_attention(*given)
     return out.transpose(1, 2).contiguous(), None

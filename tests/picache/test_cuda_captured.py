@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
-from picache.hf import captured_pass
+from picache.hf import captured_pass, padded_forward
+from picache.kernels import attention_operator
+from picache.kernels.scattered_attention import scattered_attention
 from picache.linking.linked_kv import LinkedKV
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 from tests.picache.captured import TAKEN, families, linked_in_threads
@@ -287,3 +289,97 @@ def test_decoding_behind_a_link_is_compiled_once():
     ours, theirs = (pic.model.generate(**one, **RUN) for one in (other, right))
     assert torch.equal(ours, theirs)
     assert_close("logits", other.logits, right.logits)
+
+
+@pytest.fixture
+def counted():
+    """Counters of what torch.compile traces, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters["stats"]
+
+
+def was_compiled(prompt):
+    how = prompt.report.recompute_pass
+    assert how.startswith("captured and compiled, "), how
+    return prompt
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_compiled_passes_give_what_the_eager_pass_gives(family, counted):
+    pic, chunks, query = pic_and_parts(tiny_model(family))
+    pic.warm_up(tokens=256, rows=32, batch=2, progress=False, compile=True)
+    assert counted["unique_graphs"] == 2  # for one prompt, and for two
+    for method in (NaiveReuse(), LegoLink(3), LegoLink(16)):  # the last is of a later class
+        one = (chunks, query, method)
+        two = ([chunks, chunks[:3]], [query, query[:4]], method)
+        for asked in (one, two):
+            expected = eagerly(pic, *asked)
+            for _ in range(2):  # the second is not held against the plain pass any more
+                assert_same(was_compiled(pic.link(*asked)), expected)
+    assert counted["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_half_precision_is_as_good_as_the_eager_pass(family, counted):
+    """Within the error that the eager pass has against full precision."""
+    reference = eagerly(*pic_and_parts(tiny_model(family)), LegoLink(3)).logits
+    pic, chunks, query = pic_and_parts(tiny_model(family, dtype=torch.bfloat16))
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    eager = eagerly(pic, chunks, query, LegoLink(3))
+    prompt = was_compiled(pic.link(chunks, query, LegoLink(3)))
+    theirs, ours = ((one.logits.float() - reference).norm() for one in (eager, prompt))
+    assert ours <= 1.5 * theirs
+
+
+def test_compiled_passes_write_into_the_arena_itself(counted, monkeypatch):
+    """The compiler would otherwise copy the keys and values of all tokens in every layer."""
+    attended = set()
+
+    def noted(query, keys, values, *rest):
+        attended.update((keys.data_ptr(), values.data_ptr()))
+        return scattered_attention(query, keys, values, *rest)
+
+    monkeypatch.setattr(attention_operator, "scattered_attention", noted)
+    pic, _, _ = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=256, rows=16, progress=False, compile=True)
+    places = pic.passes.arena.places(1)
+    assert attended == {tensor.data_ptr() for layer in places for tensor in layer}
+
+
+def test_a_changed_model_is_captured_as_it_is_until_it_is_warmed_up_again(counted):
+    model = tiny_model("llama")
+    pic, chunks, query = pic_and_parts(model)
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    was_compiled(pic.link(chunks, query, LegoLink(3)))
+    written(model.model.layers[0].mlp.up_proj)
+    chunks = compiled(pic, prompt_parts(LENGTHS)[0])
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    assert_same(was_captured(pic.link(chunks, query, LegoLink(3))), expected)
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    assert_same(was_compiled(pic.link(chunks, query, LegoLink(3))), expected)
+
+
+def test_a_compilation_that_gives_something_else_is_not_used(counted, monkeypatch):
+    def adds_one(graph, inputs):
+        return lambda *given: [graph(*given)[0] + 1]
+
+    monkeypatch.setattr(padded_forward, "COMPILER", {"backend": adds_one})
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    for _ in range(2):
+        prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+        assert "not compiled: the compiled pass gave logits" in prompt.report.recompute_pass
+        assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
+def test_a_compiler_that_fails_is_named_and_links_go_on_without(counted, monkeypatch):
+    def fails(graph, inputs):
+        raise FileNotFoundError("no compiler")
+
+    monkeypatch.setattr(padded_forward, "COMPILER", {"backend": fails})
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    with pytest.raises(PICacheError, match=r"compile=True.*no compiler"):
+        pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
