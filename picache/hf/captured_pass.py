@@ -22,10 +22,15 @@ from picache.errors import PICacheError
 from picache.hf.arena import Arena
 from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
-from picache.hf.padded_forward import CannotCompile, CompiledForward, padded_forward
+from picache.hf.padded_forward import (
+    CannotCompile,
+    CompiledForward,
+    padded_forward,
+    padded_masses,
+)
 from picache.hf.reading_back import RefuseReadingBack, refusing
 from picache.hf.size_class import classes_up_to, size_class
-from picache.hf.sparse_pass import CannotCapture
+from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.available import KernelError
 from picache.kernels.check import why_no_kernels
 from picache.kernels.queued import queued
@@ -37,7 +42,7 @@ _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that no
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
 Forward = Callable[[], Tensor]
-"""A pass over tensors whose addresses never change; its logits lie where the next one writes."""
+"""A pass over tensors whose addresses never change; its result lies where the next one writes."""
 
 
 class Recorder(Protocol):
@@ -61,10 +66,11 @@ class CUDAGraphs:
     Args:
         device: of the model.
         layers: of the model.
+        dtype: of the model.
     """
 
-    def __init__(self, device: torch.device, layers: int) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, layers: int, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
         self.events = LayerEvents(layers, device) if LayerEvents.exist() else None
         self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
         self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
@@ -91,7 +97,7 @@ class CUDAGraphs:
                 graph.replay()
             return logits
 
-        return Proven(replay, forward)
+        return Proven(replay, forward, self._dtype)
 
 
 class Proven:
@@ -100,26 +106,27 @@ class Proven:
     Args:
         replay: the recording.
         forward: what was recorded; does the same again when it is called again.
+        dtype: of the model, which tells by how much two runs may differ.
     """
 
     slack = 1.0
     """Factor on the distance that is put down to rounding."""
 
-    def __init__(self, replay: Forward, forward: Forward) -> None:
-        self._replay, self._forward = replay, forward
+    def __init__(self, replay: Forward, forward: Forward, dtype: torch.dtype) -> None:
+        self._replay, self._forward, self._dtype = replay, forward, dtype
         self._proven = False
 
     def __call__(self) -> Tensor:
-        """The logits; `CannotCapture` where they are not those of the pass."""
-        logits = self._replay()
+        """What the pass gives; `CannotCapture` where the recording gives something else."""
+        given = self._replay()
         if not self._proven:
             expected = self._forward()
-            bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-            off = (logits - expected).float().norm() / expected.float().norm()
+            bound = 1e-4 if self._dtype in (torch.float32, torch.float64) else 3e-2
+            off = (given - expected).float().norm() / expected.float().norm()
             if not off <= self.slack * bound:  # nor where it is not a number
-                self._refuse(f"gave logits that are {float(off):.1e} off those of the pass")
+                self._refuse(f"gave numbers that are {float(off):.1e} off those of the pass")
             self._proven = True
-        return logits
+        return given
 
     def _refuse(self, what: str) -> NoReturn:
         raise CannotCapture(f"the captured pass {what} it was captured from")
@@ -133,6 +140,7 @@ class ProvenCompiled(Proven):
     Args:
         replay: the compiled pass, recorded.
         forward: the plain pass.
+        dtype: as for `Proven`.
     """
 
     slack = 4.0
@@ -148,9 +156,10 @@ class RunAgain:
     Args:
         device: of the model.
         layers: of the model.
+        dtype: of the model.
     """
 
-    def __init__(self, device: torch.device, layers: int) -> None:
+    def __init__(self, device: torch.device, layers: int, dtype: torch.dtype) -> None:
         self.events = None
 
     def record(self, forward: Forward) -> Forward:
@@ -159,7 +168,7 @@ class RunAgain:
         return forward
 
 
-RECORDERS: dict[str, Callable[[torch.device, int], Recorder]] = {"cuda": CUDAGraphs}
+RECORDERS: dict[str, Callable[[torch.device, int, torch.dtype], Recorder]] = {"cuda": CUDAGraphs}
 """What records passes, by the kind of device; on others they are not recorded."""
 
 
@@ -190,7 +199,8 @@ class CapturedPasses:
     def __init__(self, model: HFModel) -> None:
         self._model = model
         self._arena: Arena | None = None
-        self._recorded: dict[tuple[int, int], _Class] = {}
+        # By the number of prompts, of rows, and what is asked for in place of logits.
+        self._recorded: dict[tuple[int, int, Question | None], _Class] = {}
         # By the number of prompts and of places of each; made by `warm_up` alone, as it takes long.
         self._compiled: dict[tuple[int, int], CompiledForward] = {}
         self._not_compiled = ""  # why passes that were compiled are so no more
@@ -297,12 +307,42 @@ class CapturedPasses:
 
     def _run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
         """`run`; `CannotCompile` where the compiled form of the pass is of no use."""
+        logits, recorded, seconds = self._replayed(ids, positions, None)
+        return logits, self._how(recorded, max(map(len, ids))), seconds
+
+    def masses(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question
+    ) -> tuple[Tensor, float]:
+        """How much rows of the prompts that lie in the arena attend to each token.
+
+        Their keys and values are written.
+
+        Args:
+            ids: of each prompt, the token ids of the rows, int64 ``[rows]``; one at least.
+            positions: where they stand, ascending.
+            question: which layers, and whether the values count.
+
+        Returns:
+            The mean over heads and rows, fp32 ``[layers, batch, places]`` on the CPU, and the
+            seconds that capturing took.
+
+        Raises:
+            CannotCapture: says why it is to be found in another way.
+        """
+        masses, _, seconds = self._replayed(ids, positions, question)
+        return masses.cpu(), seconds
+
+    def _replayed(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question | None
+    ) -> tuple[Tensor, _Class, float]:
+        """What a pass gives, the recording that gave it, and the seconds that capturing took."""
         batch, longest = len(ids), max(map(len, ids))
         rows = size_class(longest)
-        if (batch, rows) not in self._recorded and batch * rows > MOST_ROWS:
+        before = self._recorded.get((batch, rows, question))
+        if before is None and batch * rows > MOST_ROWS:
             raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
-        begun, before = time.perf_counter(), self._recorded.get((batch, rows))
-        recorded = self._record(batch, rows)
+        begun = time.perf_counter()
+        recorded = self._record(batch, rows, question)
         seconds = 0.0 if recorded is before else time.perf_counter() - begun
         padded = torch.zeros(2, batch, rows, dtype=torch.int64)
         padded[1] = -1
@@ -310,7 +350,7 @@ class CapturedPasses:
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
         recorded.rows.copy_(queued(padded, recorded.rows.device))
         try:
-            return recorded.replay().clone(), self._how(recorded, longest), seconds
+            return recorded.replay().clone(), recorded, seconds
         except CannotCompile:
             raise
         except CannotCapture as error:
@@ -400,7 +440,8 @@ class CapturedPasses:
             self._arena = Arena(model.one_token, tokens)
         except torch.OutOfMemoryError as error:
             raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
-        self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token))
+        dtype = model.one_token[0][0].dtype
+        self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token), dtype)
 
     def _compile(self, batches: set[int]) -> None:
         """Compile passes of these numbers of prompts, over this arena, once they are recorded."""
@@ -429,10 +470,11 @@ class CapturedPasses:
             self._arena.vacate()
         self._arena = self._recorder = None
 
-    def _record(self, batch: int, rows: int) -> _Class:
+    def _record(self, batch: int, rows: int, question: Question | None = None) -> _Class:
         """The recorded pass of this size, captured now where there is none."""
-        compiled = self._compiled.get((batch, self.arena.tokens // batch))
-        found = self._recorded.get((batch, rows))
+        size = batch, self.arena.tokens // batch
+        compiled = None if question is not None else self._compiled.get(size)
+        found = self._recorded.get((batch, rows, question))
         if found is not None and found.compiled is compiled:
             return found
         model, places = self._model, self.arena.places(batch)
@@ -442,7 +484,10 @@ class CapturedPasses:
         assert self._recorder is not None
         recorder = self._recorder
 
-        plain = partial(padded_forward, model, static, places, recorder.events)
+        given = (model, static, places, recorder.events)
+        plain = partial(padded_forward, *given)
+        if question is not None:
+            plain = partial(padded_masses, *given, question)
 
         def forward() -> Tensor:
             # Inside such a block torch.compile leaves functions alone.
@@ -455,7 +500,7 @@ class CapturedPasses:
                 forward()  # what it needs is built before anything is captured
             replay = recorder.record(forward)
             if compiled is not None:
-                replay = ProvenCompiled(replay, plain)
+                replay = ProvenCompiled(replay, plain, model.one_token[0][0].dtype)
         except CannotCompile:
             raise
         except CannotCapture as error:
@@ -474,7 +519,7 @@ class CapturedPasses:
             what = str(error).splitlines()[0] if str(error) else ""
             self._failed = f"capturing failed ({type(error).__name__}: {what})"
             raise CannotCapture(self._failed) from error
-        found = self._recorded[batch, rows] = _Class(static, replay, compiled)
+        found = self._recorded[batch, rows, question] = _Class(static, replay, compiled)
         return found
 
     def _look(self) -> tuple[object, str]:

@@ -1,6 +1,7 @@
 """The forward of a padded pass: as plain Python, or compiled once for every class of rows."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
@@ -13,8 +14,14 @@ from picache.errors import PICacheError
 from picache.hf.compiled import never_compiled
 from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
-from picache.hf.padded_pass import PaddedLayer, PaddedPass, TracedPass, running
-from picache.hf.sparse_pass import CannotCapture
+from picache.hf.padded_pass import (
+    ObservingPass,
+    PaddedLayer,
+    PaddedPass,
+    TracedPass,
+    running,
+)
+from picache.hf.sparse_pass import CannotCapture, Question, Stop
 
 COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"triton.cudagraphs": False}}
 """How passes are compiled: without the compiler's own CUDA graphs, since they are captured here."""
@@ -51,6 +58,38 @@ def _plain(
     try:
         with model.attention.padded(), never_compiled:
             return _logits(model.model, passing, rows[0], places), tuple(passing.windows)
+    finally:
+        running.reset(outside)
+
+
+@torch.no_grad()
+def padded_masses(
+    model: HFModel,
+    rows: Tensor,
+    places: list[KV],
+    events: LayerEvents | None,
+    question: Question,
+) -> Tensor:
+    """How much the rows of each prompt attend to each place, in the first layers of a padded pass.
+
+    It writes the keys and values of its rows.
+
+    Args:
+        model: as for `padded_forward`.
+        rows: as for `padded_forward`; in each prompt at least one.
+        places: as for `padded_forward`.
+        events: as for `padded_forward`.
+        question: which layers, and whether the values count.
+
+    Returns:
+        The mean over heads and rows, fp32 ``[layers, batch, places + 1]``.
+    """
+    passing = ObservingPass(rows[1], _room(places), events, question)
+    outside = running.set(passing)
+    try:
+        with model.attention.padded(), never_compiled, suppress(Stop):
+            _logits(model.model, passing, rows[0], places)
+        return torch.stack(passing.masses)
     finally:
         running.reset(outside)
 

@@ -24,8 +24,11 @@ from picache.hf.sparse_pass import (
     CHANGED_MEANWHILE,
     OTHER_THREAD,
     CannotCapture,
+    Question,
+    Stop,
     refuse_unknown_scores,
 )
+from picache.kernels.attention_mass import attention_mass
 from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
 
@@ -64,10 +67,67 @@ class PaddedPass:
         self.windows.append(mask.window)
         return mask.window
 
+    def enter(self, layer: int) -> None:
+        """The keys and values of a layer are made; `Stop` where the pass ends before it."""
+
+    def observe(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lse: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        """Told what a layer attends with, and the log-sum-exp that came of it."""
+
     def check_attended(self) -> None:
         """Raise PICacheError unless every layer that made its KV attended by our function."""
         if len(self.windows) != self.updated:
             raise PICacheError(CHANGED_MEANWHILE)
+
+
+class ObservingPass(PaddedPass):
+    """A padded pass that answers a question, and ends when it has.
+
+    Args:
+        positions: as for `PaddedPass`.
+        places: as for `PaddedPass`.
+        events: as for `PaddedPass`.
+        question: what is asked.
+
+    Attributes:
+        masses: of each layer so far the attention weight of each place, the mean over heads and
+            rows, fp32 ``[batch, places + 1]``.
+    """
+
+    def __init__(
+        self, positions: Tensor, places: int, events: LayerEvents | None, question: Question
+    ) -> None:
+        super().__init__(positions, places, events)
+        self._question = question
+        self.masses: list[Tensor] = []
+
+    @override
+    def enter(self, layer: int) -> None:
+        if layer == self._question.layers:
+            raise Stop
+
+    @override
+    def observe(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lse: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        weight = values.norm(dim=-1) if self._question.value_norm else None
+        given = (query, keys, self.positions, lse, scaling, window, softcap, weight)
+        self.masses.append(attention_mass(*given))
 
 
 class TracedPass(PaddedPass):
@@ -127,6 +187,7 @@ class PaddedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KV:
         """Write the keys and values of the rows; return those of all places."""
+        self.of.enter(self.index)
         refuse_autocast(key_states.device.type)
         fresh, whole = (key_states, value_states), self.memory
         refuse_other_dtype(fresh, whole, "the compiled chunks hold")
@@ -214,5 +275,6 @@ def attend_padded(
     given = (query, key, value, passing.positions, scaling, window, softcap, s_aux)
     if padded_pass is not None:
         return attention_operator(*given), None
-    out, _ = scattered_attention(*given)
+    out, lse = scattered_attention(*given)
+    passing.observe(query, key, value, lse, scaling, window, softcap)
     return out.transpose(1, 2).contiguous(), None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import CorruptChunk
-from picache.hf.sparse_pass import CannotCapture
+from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
 from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
@@ -100,7 +100,8 @@ class Link:
         self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
         self._failures = store.failures
         self._together = Stopwatch(model.device)  # what is done for all rows at once
-        self._capture_seconds = 0.0
+        # What capturing took: of passes that a method chose by, and of the one that followed.
+        self._choose_capture_seconds = self._recompute_capture_seconds = 0.0
 
     def __call__(self) -> LinkedPrompt:
         """Link the batch."""
@@ -147,8 +148,9 @@ class Link:
                 open_.enter_context(self._begun(sources, index, parts, places, placeable))
                 for index, parts in enumerate(sources.parts())
             ]
-            for linking in linkings:
-                self._choose(linking, sources)
+            asked = _Asked(self, linkings, places)
+            for index, linking in enumerate(linkings):
+                self._choose(linking, sources, partial(asked, index))
             if places is not None:
                 reason = self._recompute_together(linkings, places)
             for linking in linkings:
@@ -199,11 +201,16 @@ class Link:
         ) as kv:
             yield _Linking(row, row.ids, layout, kv)
 
-    def _choose(self, linking: "_Linking", sources: Sources) -> None:
+    def _choose(
+        self,
+        linking: "_Linking",
+        sources: Sources,
+        masses: Callable[[int | None, bool], Tensor | None],
+    ) -> None:
         """Choose the tokens to recompute, or to prefill the prompt in full if it costs no more."""
         model, method, layout = self._model, self._method, linking.layout
         with linking.kv.watch.span("choose"):
-            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv)
+            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
         if self._flops_per_byte is None or _narrows(method) or method.parallel is not None:
@@ -226,16 +233,38 @@ class Link:
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         try:
             with self._together.span("recompute"):
-                logits, how, self._capture_seconds = self._passes.run(ids, chosen)
+                logits, how, seconds = self._passes.run(ids, chosen)
         except CannotCapture as error:
             self._model.wait_for_loading()
             return str(error)
+        self._recompute_capture_seconds = seconds
         for index, linking in enumerate(linkings):
             if not linking.full_prefill:
                 linking.entered = [linking.positions] * linking.layout.num_layers
                 linking.in_places = True
                 linking.logits, linking.recompute_pass = logits[index : index + 1], how
         return ""
+
+    def masses(
+        self, linkings: list["_Linking"], places: list[KV], question: Question
+    ) -> Tensor | None:
+        """How much the queries of all rows attend to each place; None where it is not captured.
+
+        Returns:
+            fp32 ``[layers, batch, places]`` on the CPU.
+        """
+        self._place(linkings, places)
+        positions = [
+            torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
+        ]
+        ids = [one.ids[at] for one, at in zip(linkings, positions, strict=True)]
+        try:
+            found, seconds = self._passes.masses(ids, positions, question)
+        except CannotCapture:  # the pass over the chosen rows says why
+            self._model.wait_for_loading()
+            return None
+        self._choose_capture_seconds += seconds
+        return found
 
     def _place(self, linkings: list["_Linking"], places: list[KV]) -> None:
         """Put the rows together that are linked: at once, or layer by layer.
@@ -310,20 +339,52 @@ class Link:
     def _seconds(self, linking: "_Linking", first_token: float) -> dict[str, float]:
         """The seconds of a row; of what was done for all rows at once, its share."""
         watch, share = linking.kv.watch, 1 / len(self._rows)
+        capture = self._choose_capture_seconds + self._recompute_capture_seconds
+        choose = watch.seconds("choose", without="wait")
+        if linking.row is self._rows[0]:  # which is asked first
+            choose = max(0.0, choose - self._choose_capture_seconds)
         recompute = watch.seconds("recompute", without="wait")
         if not linking.full_prefill:
-            together = self._together.seconds("recompute") - self._capture_seconds
+            together = self._together.seconds("recompute") - self._recompute_capture_seconds
             recompute += share * max(together, 0.0)
         return {
             "look_up": share * self._watch.seconds("look_up"),
             "compile": share * self._watch.seconds("compile"),
             "load": watch.seconds("load"),
             "rotate": watch.seconds("rotate"),
-            "choose": watch.seconds("choose", without="wait"),
-            "capture": share * self._capture_seconds,
+            "choose": choose,
+            "capture": share * capture,
             "recompute": recompute,
             "first_token": first_token,
         }
+
+
+class _Asked:
+    """How much the queries of a batch attend to each token, from one captured pass of all rows.
+
+    Every row is asked the same, since one method links them all: what the first one is asked is
+    answered for all.
+
+    Args:
+        link: of the batch.
+        rows: of it, in order.
+        places: the arena's places; None where the batch lies elsewhere, and nothing is answered.
+    """
+
+    def __init__(self, link: Link, rows: list[_Linking], places: list[KV] | None) -> None:
+        self._link, self._rows, self._places = link, rows, places
+        self._answers: dict[Question, Tensor | None] = {}
+
+    def __call__(self, index: int, layers: int | None, value_norm: bool) -> Tensor | None:
+        """Of one row, fp32 ``[layers, tokens]`` on the CPU; None where no pass is captured."""
+        if self._places is None:
+            return None
+        length = self._rows[index].layout.num_layers
+        question = Question(length if layers is None else min(layers, length), value_norm)
+        if question not in self._answers:
+            self._answers[question] = self._link.masses(self._rows, self._places, question)
+        found = self._answers[question]
+        return None if found is None else found[:, index, : self._rows[index].layout.total_length]
 
 
 def _narrows(method: LinkMethod) -> bool:

@@ -142,12 +142,12 @@ def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("off", "said"), [(1.0, "eager: the captured pass gave logits"), (0.0, "captured, ")]
+    ("off", "said"), [(1.0, "eager: the captured pass gave numbers"), (0.0, "captured, ")]
 )
 def test_a_recording_that_gives_something_else_is_not_used(off, said, monkeypatch, eagerly):
     class Recorder(captured_pass.RunAgain):
         def record(self, forward):
-            return captured_pass.Proven(lambda: forward() + off, forward)
+            return captured_pass.Proven(lambda: forward() + off, forward, torch.float32)
 
     monkeypatch.setitem(captured_pass.RECORDERS, "cpu", Recorder)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))

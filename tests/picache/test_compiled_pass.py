@@ -196,7 +196,7 @@ def test_a_compilation_that_gives_something_else_is_not_used(monkeypatch, eagerl
     warm(pic)
     for _ in range(2):
         prompt = pic.link(chunks, query, LegoLink(3))
-        said = f"{PLAIN}, not compiled: the compiled pass gave logits that are"
+        said = f"{PLAIN}, not compiled: the compiled pass gave numbers that are"
         assert prompt.report.recompute_pass.startswith(said)
         assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
     assert prompt.report.seconds["capture"] == 0

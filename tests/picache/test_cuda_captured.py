@@ -9,6 +9,7 @@ from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
 from picache.hf import captured_pass, padded_forward
+from picache.hf.model import HFModel
 from picache.kernels import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
 from picache.linking.linked_kv import LinkedKV
@@ -95,6 +96,18 @@ def test_half_precision_gives_the_same_first_token(family):
     best, second = reference[0].topk(2).values
     if best - second > 4 * (eager.logits.float() - reference).abs().max():
         assert prompt.logits.argmax() == eager.logits.argmax() == reference.argmax()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("method", [A3(0.3), ProphetKV(0.3, value_norm=True)], ids=str)
+def test_what_the_query_attends_to_is_found_in_a_captured_pass(family, method, monkeypatch):
+    pic, chunks, query = pic_and_parts(tiny_model(family))
+    rows, queries = [chunks, chunks[:3]], [query, query[:4]]
+    expected = [eagerly(pic, chunks, query, method), eagerly(pic, rows, queries, method)]
+    monkeypatch.delattr(HFModel, "attention_masses")
+    for _ in range(2):
+        for given, right in zip([(chunks, query), (rows, queries)], expected, strict=True):
+            assert_same(was_captured(pic.link(*given, method)), right)
 
 
 def test_a_batch_goes_through_one_pass():
@@ -369,7 +382,7 @@ def test_a_compilation_that_gives_something_else_is_not_used(counted, monkeypatc
     pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
     for _ in range(2):
         prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
-        assert "not compiled: the compiled pass gave logits" in prompt.report.recompute_pass
+        assert "not compiled: the compiled pass gave numbers" in prompt.report.recompute_pass
         assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
 
 
