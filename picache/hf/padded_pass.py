@@ -9,7 +9,7 @@ written to the last place of the memory, where no prompt stands.
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,28 @@ from picache.hf.sparse_pass import (
 from picache.kernels.attention_mass import attention_mass
 from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
+
+
+class Attended(NamedTuple):
+    """What a layer attended with, and the log-sum-exp that came of it.
+
+    Args:
+        query: ``[batch, heads, rows, head_dim]``.
+        keys: ``[batch, kv_heads, places + 1, head_dim]``.
+        values: the same of the values.
+        lse: of each row's scores, fp32 ``[batch, heads, rows]``.
+        scaling: factor on the scores.
+        window: how many keys a row attends to at most; None for all.
+        softcap: of the scores; None for none.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lse: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class PaddedPass:
@@ -70,17 +92,8 @@ class PaddedPass:
     def enter(self, layer: int) -> None:
         """The keys and values of a layer are made; `Stop` where the pass ends before it."""
 
-    def observe(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        lse: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> None:
-        """Told what a layer attends with, and the log-sum-exp that came of it."""
+    def observe(self, attended: Attended) -> None:
+        """Told what a layer attended with."""
 
     def check_attended(self) -> None:
         """Raise PICacheError unless every layer that made its KV attended by our function."""
@@ -115,19 +128,19 @@ class ObservingPass(PaddedPass):
             raise Stop
 
     @override
-    def observe(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        lse: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> None:
-        weight = values.norm(dim=-1) if self._question.value_norm else None
-        given = (query, keys, self.positions, lse, scaling, window, softcap, weight)
-        self.masses.append(attention_mass(*given))
+    def observe(self, attended: Attended) -> None:
+        weight = attended.values.norm(dim=-1) if self._question.value_norm else None
+        mass = attention_mass(
+            attended.query,
+            attended.keys,
+            self.positions,
+            attended.lse,
+            attended.scaling,
+            attended.window,
+            attended.softcap,
+            weight,
+        )
+        self.masses.append(mass)
 
 
 class TracedPass(PaddedPass):
@@ -276,5 +289,5 @@ def attend_padded(
     if padded_pass is not None:
         return attention_operator(*given), None
     out, lse = scattered_attention(*given)
-    passing.observe(query, key, value, lse, scaling, window, softcap)
+    passing.observe(Attended(query, key, value, lse, scaling, window, softcap))
     return out.transpose(1, 2).contiguous(), None

@@ -14,13 +14,14 @@ from picache.errors import CorruptChunk
 from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
-from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
+from picache.linking.measured_evidence import MeasuredEvidence
+from picache.linking.narrowing import narrowing, narrows
 from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.report import LinkReport
 from picache.linking.row import LinkedRow, Row, RowPlaces
 from picache.linking.sources import Part, Sources
 from picache.linking.stopwatch import Stopwatch
-from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recompute
+from picache.methods.base import Layout, LinkMethod, positions_to_recompute
 from picache.store import ChunkStore
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Link:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
         passes, method = self._passes, self._method
         reason = passes.why_no_device()
-        if _narrows(method):
+        if narrows(method):
             reason = "the method chooses again in each layer"
         elif method.parallel is not None:
             reason = "the method places chunks side by side"
@@ -213,7 +214,7 @@ class Link:
             evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
-        if self._flops_per_byte is None or _narrows(method) or method.parallel is not None:
+        if self._flops_per_byte is None or narrows(method) or method.parallel is not None:
             return
         nbytes = model.bytes_per_token * sources.compiled_tokens(linking.row)
         linked = model.flops([linking.positions] * layout.num_layers)
@@ -303,7 +304,7 @@ class Link:
                 linking.ids[linking.positions],
                 linking.positions,
                 kv,
-                _narrowing(method, layout),
+                narrowing(method, layout),
                 rotary_positions,
                 parallel,
             )
@@ -385,38 +386,3 @@ class _Asked:
             self._answers[question] = self._link.masses(self._rows, self._places, question)
         found = self._answers[question]
         return None if found is None else found[:, index, : self._rows[index].layout.total_length]
-
-
-def _narrows(method: LinkMethod) -> bool:
-    """Whether the method chooses again in each layer."""
-    return type(method).narrow is not LinkMethod.narrow
-
-
-def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
-    """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
-
-    What must be recomputed in every layer, the query or its last token, is left out of what the
-    method sees and added to what it chose.
-    """
-    if not _narrows(method):
-        return None
-    forced = layout.context_length if method.force_query else layout.total_length - 1
-
-    def narrow(
-        layer: int, positions: Tensor, fresh: KV, reused: KV
-    ) -> tuple[Tensor, Tensor] | None:
-        free = int((positions < forced).sum())
-        fresh_free, reused_free = (
-            (keys[:, :, :free], values[:, :, :free]) for keys, values in (fresh, reused)
-        )
-
-        def deviation(metric: Metric) -> Tensor:
-            return squared_distance(fresh_free, reused_free, metric).cpu()
-
-        chosen = method.narrow(layer, layout, positions[:free].cpu(), deviation)
-        if chosen is None:
-            return None
-        always = positions[free:].cpu()
-        return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
-
-    return narrow

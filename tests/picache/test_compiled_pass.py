@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from picache import LegoLink, NaiveReuse, PICacheError
-from picache.hf import captured_pass, padded_forward
+from picache.hf import padded_forward, recorders
 from picache.hf.compiled import never_compiled
 from picache.hf.reading_back import RefuseReadingBack
 from picache.kernels import attention_operator
@@ -206,7 +206,7 @@ def test_the_compiled_pass_is_what_is_captured_after_the_search_for_waits(monkey
     """Inside that search torch.compile leaves functions alone."""
     ran = []
 
-    class LikeCUDAGraphs(captured_pass.RunAgain):
+    class LikeCUDAGraphs(recorders.RunAgain):
         def record(self, forward):
             with RefuseReadingBack():
                 forward()
@@ -218,7 +218,7 @@ def test_the_compiled_pass_is_what_is_captured_after_the_search_for_waits(monkey
     def counts(graph, inputs):
         return lambda *given: ran.append(1) or graph(*given)
 
-    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", LikeCUDAGraphs)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", LikeCUDAGraphs)
     use(monkeypatch, {"backend": counts})
     pic, chunks, query = pic_and_parts(small("llama"))
     warm(pic)

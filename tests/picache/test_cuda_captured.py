@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
-from picache.hf import captured_pass, padded_forward
+from picache.hf import padded_forward, recorders
 from picache.hf.model import HFModel
 from picache.kernels import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
@@ -36,7 +36,7 @@ def pic_and_parts(model, **options):
 
 def eagerly(pic, *args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(captured_pass.RECORDERS, "cuda")
+        patch.delitem(recorders.RECORDERS, "cuda")
         prompt = pic.link(*args)
     assert prompt.report.recompute_pass == "eager: nothing is captured on a cuda"
     return prompt
@@ -230,7 +230,7 @@ def test_a_pass_that_waits_for_the_device_is_eager_and_leaves_the_process_usable
     found_ahead, monkeypatch
 ):
     if not found_ahead:  # the capture itself fails
-        monkeypatch.setattr(captured_pass, "RefuseReadingBack", nullcontext)
+        monkeypatch.setattr(recorders, "RefuseReadingBack", nullcontext)
     reason = "reads numbers of the device back" if found_ahead else "capturing failed"
     model = tiny_model("llama")
     mlp = model.model.layers[1].mlp
