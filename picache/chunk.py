@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,10 @@ class Chunk:
     _forms: dict[Hashable, Form] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled and copied leaves out the forms, which are made anew."""
+        return Chunk, (self.key, self.ids, self.nbytes, self.lead, self.dropped, self.ends)
 
     def form(self, of: Hashable, make: Callable[[], Form]) -> Form:
         """The form that `make` gives, made once for each `of`: keys take long to hash."""

@@ -279,6 +279,7 @@ class CapturedPasses:
                     "out compile=True to have passes captured as they are"
                 ) from error
             except CannotCapture as error:
+                self._compile_no_more(str(error))
                 raise PICacheError(
                     f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
                 ) from error
@@ -294,7 +295,9 @@ class CapturedPasses:
                 self._checked = True
                 if self._failed:
                     raise CannotCapture(self._failed)
-            model.wait_for_loading()  # a link that failed may have left copies to the arena there
+            # A link that failed may have left copies to the arena and a replay behind.
+            model.wait_for_loading()
+            torch.cuda.current_stream(model.device).synchronize()
 
     def _allocate(self, tokens: int) -> None:
         """A new arena, in place of the one there is."""

@@ -90,6 +90,9 @@ def _place(
     """`place_layers` of some of the layers, which are of one kind."""
     memory = [layers[index].memory for index in alike]
     (keys, values), turn = memory[0], layers[alike[0]].turn
+    if turn is None:  # without positions every chunk is copied bit for bit
+        pieces = [piece._replace(turn=-1) for piece in pieces]
+    table = table_of(pieces, 0 if turn is None else len(turn.cos), len(keys), keys.shape[2])
     if not keys.is_cuda:
         held = [
             [[part.layers[index][which][0] for part in parts] for index in alike]
@@ -105,7 +108,6 @@ def _place(
     arenas = torch.tensor(
         [tensor.data_ptr() for one in zip(*memory, strict=True) for tensor in one]
     )
-    table = table_of(pieces, 0 if turn is None else len(turn.cos), len(keys), keys.shape[2])
     numbers = table.flatten()
     even = torch.nn.functional.pad(numbers, (0, len(numbers) % 2)).view(torch.int64)
     # All that the launch reads of the host goes to the device in one copy, which waits for nothing.

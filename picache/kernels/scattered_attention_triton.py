@@ -15,11 +15,11 @@ from torch import Tensor
 
 WAVES = 3  # programs of 8 warps for each processor
 MOST_SPLITS = 64
-LEAST_KEYS = 16  # of a part, for each line of a tile: fewer are not worth what it takes to join it
-MOST_KEYS = (
-    16384  # of a part, as rows early in the prompt have fewer and their programs end sooner,
-)
-EVEN_WAVES = 16  # up to so many programs for each processor
+# Keys of a part, for each line of a tile: fewer are not worth what it takes to join it.
+LEAST_KEYS = 16
+# Keys of a part at most: programs of rows early in the prompt end sooner, so that there are to be
+# more of them, up to so many for each processor.
+MOST_KEYS, EVEN_WAVES = 16384, 16
 LONG = 16384  # keys from which on the largest tiles are the fastest
 POSITIONS = tl.constexpr(1024)  # read at once
 LOWEST = tl.constexpr(-3.4e38)  # below every score, and finite: its difference to -inf is no NaN

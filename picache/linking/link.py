@@ -273,9 +273,13 @@ class Link:
         Layer by layer, what rows share is soon let go.
         """
         at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
+        at = [index for index in at if not linkings[index].kv.begun]
         rows = [linkings[index].kv for index in at]
-        if all(row.at_once and not row.begun for row in rows):
-            place_rows(rows, at, places)
+        if not rows:
+            return
+        if all(row.at_once for row in rows):
+            place_rows(rows, at, places, self._together)
+            return
         events = self._passes.layer_events if all(row.ahead for row in rows) else None
         for layer in range(len(self._model.rotations)):
             for row in rows:
@@ -351,7 +355,7 @@ class Link:
         return {
             "look_up": share * self._watch.seconds("look_up"),
             "compile": share * self._watch.seconds("compile"),
-            "load": watch.seconds("load"),
+            "load": watch.seconds("load") + share * self._together.seconds("load"),
             "rotate": watch.seconds("rotate"),
             "choose": choose,
             "capture": share * capture,

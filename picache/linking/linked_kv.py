@@ -139,7 +139,7 @@ class LinkedKV:
         if self.at_once:
             assert self._memory is not None
             if not self.begun:
-                place_rows([self], [0], self._memory)
+                place_rows([self], [0], self._memory, self.watch)
             return self._memory[layer]
         made = self._made[layer]
         if made is None:
@@ -155,8 +155,14 @@ class LinkedKV:
 
     def make_ahead(self, layer: int) -> None:
         """Make a layer in the CUDA stream for loading, which its reader has yet to wait for."""
-        if self._made[layer] is None:
-            self._made[layer] = self._begin(layer).result()
+        if self.at_once:
+            if not self.begun:
+                assert self._memory is not None
+                with self._loading():
+                    place_rows([self], [0], self._memory, self.watch)
+        elif self._made[layer] is None:
+            coming = self._coming.pop(layer, None)
+            self._made[layer] = (coming or self._begin(layer)).result()
 
     def _begin(self, layer: int) -> Future[KV]:
         """Start to make a layer, in the thread or in the CUDA stream."""
@@ -240,15 +246,18 @@ class LinkedKV:
         self._count(self.residents)
 
 
-def place_rows(rows: Sequence[LinkedKV], at: Sequence[int], places: Sequence[KV]) -> None:
+def place_rows(
+    rows: Sequence[LinkedKV], at: Sequence[int], places: Sequence[KV], watch: Stopwatch
+) -> None:
     """Put prompts together in all layers at once, where their memory is.
 
     Args:
         rows: prompts that are made at once, of which nothing is made yet.
         at: which row of the places each is.
         places: keys and values of each layer, ``[batch, kv_heads, places, head_dim]``.
+        watch: measures it as "load".
     """
-    with rows[0].watch.span("load"):
+    with watch.span("load"):
         moves = Moves.together([row.moves for row in rows], at)
         layers = [LayerKV(memory, moves.turn(layer)) for layer, memory in enumerate(places)]
         parts = [part for row in rows for part in row.residents or ()]

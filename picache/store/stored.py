@@ -77,15 +77,10 @@ class StoredChunk:
         return decode(parts, DTYPES[self.header.dtype])
 
     def resident(self, device: torch.device) -> Resident | None:
-        """All layers on a device where they lie already; None where they do not.
-
-        What is stored exactly is looked through once, and given as it lies.
-        """
-        if not self.held or any(part.device != device for part in self.held[0].values()):
+        """All layers as they lie on a device; None where they do not, or in 8 bits."""
+        if not self.held or self.header.storage != "exact":
             return None
-        if self.header.storage != "exact":
-            return Resident.of(self)
-        return self._resident
+        return self._resident if self.held[0]["keys"].device == device else None
 
     @cached_property
     def _resident(self) -> Resident:

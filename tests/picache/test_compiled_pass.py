@@ -180,6 +180,25 @@ def test_a_compiler_that_fails_is_named_and_links_go_on_without(monkeypatch, eag
     assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
 
 
+def test_a_warm_up_that_finds_no_memory_leaves_nothing_to_compile(monkeypatch):
+    class Full(recorders.RunAgain):
+        def record(self, forward):
+            if full:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().record(forward)
+
+    full = True
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", Full)
+    pic, chunks, query = pic_and_parts(small("llama"))
+    with pytest.raises(PICacheError, match="not the memory to capture it"):
+        pic.warm_up(tokens=128, rows=32, batch=2, progress=False, compile=True)
+    before, full = traces(), False
+    for asked in ((chunks, query), ([chunks] * 2, [query] * 2)):
+        prompt = pic.link(*asked, LegoLink(3))
+        assert prompt.report.recompute_pass.startswith("captured, ")
+    assert traces() == before
+
+
 def test_a_model_whose_python_cannot_be_traced_is_refused():
     model = small("llama")
     own = model.model.layers[0].mlp.forward
