@@ -124,7 +124,7 @@ class Chunk:
     )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What is pickled and copied leaves out the forms, which are made anew."""
+        """A copy, or a file, leaves out the forms, which are made anew."""
         return Chunk, (self.key, self.ids, self.nbytes, self.lead, self.dropped, self.ends)
 
     def form(self, of: Hashable, make: Callable[[], Form]) -> Form:

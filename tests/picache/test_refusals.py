@@ -182,7 +182,7 @@ def test_transformers_is_touched_in_files_that_say_so():
         "hf/ambient.py",
         "hf/attention_switch.py",
         "hf/cache.py",
-        "hf/captured_pass.py",
+        "hf/padded_forward.py",
         "hf/decoding.py",
         "hf/linked_cache.py",
         "hf/model.py",
