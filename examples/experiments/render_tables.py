@@ -187,7 +187,10 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/scheduling.md": {
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
     },
-    "docs/engine.md": {"engine": [demand_tables.engine, demand_tables.engine_speed]},
+    "docs/engine.md": {
+        "engine": [demand_tables.engine, demand_tables.engine_speed],
+        "engine_requests": [demand_tables.engine_requests],
+    },
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {
         "continuous_batching": [demand_tables.continuous_batching],

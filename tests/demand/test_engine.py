@@ -363,7 +363,7 @@ def test_repr_reads():
     result = simulate_engine(one_unit([(5, 4)]), FCFS(), Engine.counting_steps(2))
     assert repr(result) == (
         "EngineResult(FCFS(), 1 jobs, mean 4 s, p95 4 s, 4 steps of 1 requests, 0 preemptions, "
-        "0 tokens prefilled again)"
+        "0 tokens prefilled again, p95 TTFT 1 s, p95 TBT 1 s)"
     )
 
 

@@ -5,6 +5,7 @@ from typing import final
 from demand.simulation.engine.blocks import Blocks
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
+from demand.simulation.engine.request_log import DECODES, NOTHING, ONE_TOKEN, RequestLog
 
 
 @final
@@ -29,6 +30,7 @@ class Batch:
         kv_tokens: tokens whose KV they have at the end of the step.
         steady: whether the next step can be the same: each request decodes, nothing is copied.
         requests: sum of the sizes of all steps carried out.
+        log: the requests that are over.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -44,6 +46,7 @@ class Batch:
         self.kv_tokens = 0
         self.steady = True
         self.requests = 0
+        self.log = RequestLog()
         self._context = 0  # tokens with KV of the requests that decode
         self._seconds = 0.0
 
@@ -58,8 +61,11 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        if calls.input_tokens + calls.generated - calls.computed > 1 or not calls.generated:
+        pending = calls.input_tokens + calls.generated - calls.computed
+        if pending > 1 or not calls.generated:
             calls.formed = self.formed
+            makes = ONE_TOKEN if tokens == pending else NOTHING
+            calls.history += (self.step, calls.computed + tokens, makes)
             self.prefilling.append((calls, tokens))
             return
         step, job = self.step, calls.job
@@ -69,6 +75,7 @@ class Batch:
         job.decoding += calls.count
         job.check_step = 0
         self.blocks.enter(calls, step)
+        calls.history += (step, calls.computed + 1, DECODES)
         self.decoding += calls.count
         self._context += calls.computed * calls.count
 
@@ -133,6 +140,7 @@ class Batch:
             if calls.over:
                 self._leave(calls, ahead=False)
                 job.decoding -= calls.count
+            self.log.add(calls, self.step)
             self.blocks.release(calls)
             job.calls.remove(calls)
             job.requests -= calls.count
@@ -144,6 +152,7 @@ class Batch:
         for calls in job.calls:
             if calls.over:
                 self._leave(calls, ahead)
+                calls.history += (self.step, calls.computed, NOTHING)
                 calls.formed = self.formed - 1
         job.generated, job.since_step, job.decoding = job.produced(self.step), self.step, 0
 

@@ -22,6 +22,8 @@ from demand.simulation.engine.identical_steps import identical_steps
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
+from demand.simulation.engine.served_requests import ServedRequests
+from demand.simulation.engine.step_times import StepLog
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.refining import check_refine, learn
 from demand.units import CostModel, Execution, Progress
@@ -141,6 +143,7 @@ class _Simulation:
         self.completion_times = np.empty(len(workload))
         self.completion_steps = np.empty(len(workload), dtype=np.int64)
         self.finished = 0
+        self.step_log = StepLog()
         self.steps = 0  # begun: those of the batch are carried out when what happened is taken in
         self.busy_seconds = 0.0
         self.decisions = 0
@@ -173,7 +176,8 @@ class _Simulation:
         upcoming = self.next_second()
         steps = identical_steps(batcher, now, upcoming)
         seconds = batcher.batch.seconds(steps)
-        now += seconds
+        begun, now = now, now + seconds
+        self.step_log.add(begun, now, steps, batcher.batch.size)
         self.busy_seconds += seconds
         self.steps += steps
         if upcoming <= now:
@@ -307,6 +311,13 @@ class _Simulation:
             batch.blocks.swapped,
             batch.blocks.peak,
             self.backends.reports(now),
+            ServedRequests(
+                batch.log,
+                self.step_log,
+                batch.engine.kv_seconds_per_token,
+                batch.engine.block_tokens,
+                workload.applications,
+            ),
         )
 
 
