@@ -3,7 +3,8 @@
     python examples/benchmarks/engine_beside.py --before /path/to/another/checkout
 
 Both serve the same jobs in turns, each in a process of its own; a cell is a load and a policy. The
-ratio is that of the medians of processor time. Prints a table and writes nothing.
+ratio is that of the medians of processor time. Both must have the same completion times, so that
+what policies know has to be the same in both. Prints a table and writes nothing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from beside import asked, started
 
+ROOT = Path(__file__).parents[2]
 LOADS = {"10": (10.0, 300), "30": (30.0, 300), "50": (50.0, 300), "60": (60.0, 1000)}
 POLICIES = ("FCFS", "Gittins", "LAS")
 
@@ -42,13 +44,14 @@ def serve() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", type=Path, help="root of the checkout to hold this one against")
+    parser.add_argument("--after", type=Path, default=ROOT, help="the same of the other side")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve()
         return
-    sides = {"before": arguments.before, "after": Path(__file__).parents[2]}
+    sides = {"before": arguments.before, "after": arguments.after}
     processes = {name: started(__file__, package, []) for name, package in sides.items()}
     for process in processes.values():
         asked(process)
