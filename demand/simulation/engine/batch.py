@@ -61,11 +61,12 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        pending = calls.input_tokens + calls.generated - calls.computed
+        history, computed = calls.history, calls.computed
+        pending = calls.input_tokens + calls.generated - computed
         if pending > 1 or not calls.generated:
             calls.formed = self.formed
             makes = ONE_TOKEN if tokens == pending else NOTHING
-            calls.history += (self.step, calls.computed + tokens, makes)
+            history += (self.step, computed + tokens, makes)
             self.prefilling.append((calls, tokens))
             return
         step, job = self.step, calls.job
@@ -75,9 +76,9 @@ class Batch:
         job.decoding += calls.count
         job.check_step = 0
         self.blocks.enter(calls, step)
-        calls.history += (step, calls.computed + 1, DECODES)
+        history += (step, computed + 1, DECODES)
         self.decoding += calls.count
-        self._context += calls.computed * calls.count
+        self._context += computed * calls.count
 
     def stop(self, job: JobOnEngine) -> None:
         """Take out the calls of `job` that decode, before the batch is open."""

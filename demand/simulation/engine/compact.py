@@ -7,7 +7,7 @@ import numpy as np
 
 from demand.seconds import Floats
 
-MOST = 1 << 16
+MOST = 1 << 18
 """Numbers in a list, where adding is fast, before they are moved to an array, which is small."""
 
 
