@@ -13,20 +13,15 @@ from demand.policies import LAS
 from demand.simulation.engine import Engine, Pool, simulate_engine
 from demand.simulation.engine.weighted_quantiles import weighted_quantiles
 from tests.demand.engine_twin import step_by_step
-from tests.demand.policy_zoo import Shy
 from tests.demand.test_engine import (
-    OTHERS,
-    POLICIES,
     THINK,
     WHOLE_COST,
-    engines,
+    engines_and_policies,
     one_unit,
     workloads,
 )
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-# Shy moves back by being served: where KV is recomputed it can go round without an end.
-KINDS = [policy for policy in POLICIES + OTHERS if not isinstance(policy, Shy)]
 
 
 def gaps_of(call):
@@ -83,17 +78,19 @@ bounds = st.integers(1, 60).map(lambda n: n / 2 + 1 / 1024 + 1e-4)
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads(), engines, st.sampled_from(KINDS), st.floats(0.0, 1.0), bounds)
-def test_figures_are_those_of_every_token(workload, engine, policy, q, bound):
+@given(workloads(), engines_and_policies, st.floats(0.0, 1.0), bounds)
+def test_figures_are_those_of_every_token(workload, served, q, bound):
+    engine, policy = served
     result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     check_against_every_token(result, twin, q, bound)
 
 
 @settings(max_examples=60, deadline=None)
-@given(workloads(), engines, st.sampled_from(KINDS))
-def test_laws(workload, engine, policy):
+@given(workloads(), engines_and_policies)
+def test_laws(workload, served):
     """First token and gaps add up to the whole; KV-seconds are held blocks over time."""
+    engine, policy = served
     result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
     requests = result.requests
     between = np.nan_to_num(requests.tpot) * (requests.tokens - 1)

@@ -5,7 +5,7 @@ from typing import final
 from demand.simulation.engine.blocks import Blocks
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
-from demand.simulation.engine.request_log import DECODES, NOTHING, ONE_TOKEN, RequestLog
+from demand.simulation.engine.request_log import RequestLog
 
 
 @final
@@ -61,22 +61,22 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        history, computed = calls.history, calls.computed
+        step, history, computed = self.step, calls.history, calls.computed
         pending = calls.input_tokens + calls.generated - computed
         if pending > 1 or not calls.generated:
             calls.formed = self.formed
-            makes = ONE_TOKEN if tokens == pending else NOTHING
-            history += (self.step, computed + tokens, makes)
+            history += (step if tokens == pending else ~step, computed + tokens)
             self.prefilling.append((calls, tokens))
             return
-        step, job = self.step, calls.job
+        job = calls.job
         calls.over = step + calls.output_tokens - calls.generated
         if job.since_step != step:
             job.generated, job.since_step = job.produced(step), step
         job.decoding += calls.count
         job.check_step = 0
         self.blocks.enter(calls, step)
-        history += (step, computed + 1, DECODES)
+        if history[-1] != computed or history[-2] != step - 1:  # it made none in the last step
+            history += (step, computed + 1)
         self.decoding += calls.count
         self._context += computed * calls.count
 
@@ -153,7 +153,6 @@ class Batch:
         for calls in job.calls:
             if calls.over:
                 self._leave(calls, ahead)
-                calls.history += (self.step, calls.computed, NOTHING)
                 calls.formed = self.formed - 1
         job.generated, job.since_step, job.decoding = job.produced(self.step), self.step, 0
 

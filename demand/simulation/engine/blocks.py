@@ -4,7 +4,6 @@ from typing import final
 
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
-from demand.simulation.engine.request_log import NOTHING
 
 
 @final
@@ -160,6 +159,7 @@ class Blocks:
             job, at = victims.job, victims.job.calls.index(victims)
             job.split(victims, victims.count - most)
             victims = job.calls[at + 1]
+        victims.history += (~step, ~victims.computed)
         self.free += victims.blocks * victims.count
         self._holders -= victims.count
         if self.engine.preemption == "swap":
@@ -169,7 +169,6 @@ class Blocks:
             self.prefilled_again += victims.computed * victims.count
             victims.computed = 0
         victims.blocks = 0
-        victims.history += (step, 0, NOTHING)
 
 
 def _place(calls: Calls) -> tuple[object, int]:

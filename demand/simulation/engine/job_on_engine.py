@@ -46,8 +46,7 @@ class Calls:
             stopped: those of the last batch are preempted unless they are in the next.
         over: while they decode, how many steps the engine will have carried out when they are
             over if they stay; 0 while they do not.
-        history: three numbers a change, one after the other: steps carried out before it, tokens
-            whose blocks each holds from then on, and what each makes (`request_log`).
+        history: two numbers a change, one after the other (`RequestLog`).
     """
 
     job: "JobOnEngine"

@@ -15,7 +15,7 @@ from demand.errors import DemandError
 from demand.graph.run_columns import Ints
 from demand.plotting import axes
 from demand.seconds import Floats, one_of_seconds
-from demand.simulation.engine.request_log import DECODES, NOTHING, RequestArrays, RequestLog
+from demand.simulation.engine.request_log import RequestArrays, RequestLog
 from demand.simulation.engine.step_times import StepLog, StepTimes
 from demand.simulation.engine.weighted_quantiles import weighted_quantiles
 
@@ -275,9 +275,7 @@ class ServedRequests:
     def _making(self) -> tuple[Ints, Ints, Ints, NDArray[np.bool_]]:
         """Of the segments that make tokens: group, first and last step, whether it is the first."""
         group, start, end, _, makes = self.arrays.segments
-        making = makes != NOTHING
-        group, start = group[making], start[making]
-        last = np.where(makes[making] == DECODES, end[making] - 1, start)
+        group, start, last = group[makes], start[makes], end[makes] - 1
         return group, start, last, np.append(True, group[1:] != group[:-1])[: group.size]
 
     @cached_property
@@ -392,8 +390,8 @@ class ServedRequests:
         until = self.times.before(end - 1) + self.times.seconds(end - 1)
         held = np.zeros(groups)
         np.add.at(held, group, blocks * (until - self.times.before(start)))
-        # A request that decodes takes a block more whenever the last one is full.
-        steps = np.where(makes == DECODES, end - start, 1)
+        # A request that makes tokens takes a block more whenever the last one is full.
+        steps = np.where(makes, end - start, 1)
         taken = -(-(tokens + steps - 1) // size) - blocks
         segment = np.repeat(np.arange(taken.size), taken)
         nth = np.arange(segment.size) - np.repeat(np.cumsum(taken) - taken, taken)

@@ -156,6 +156,7 @@ class _Simulation:
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
+                self.step_log.add(now, 0, 0)
             if self.next_second() <= now:
                 self.happen(now)
             if order:
@@ -176,8 +177,8 @@ class _Simulation:
         upcoming = self.next_second()
         steps = identical_steps(batcher, now, upcoming)
         seconds = batcher.batch.seconds(steps)
-        begun, now = now, now + seconds
-        self.step_log.add(begun, now, steps, batcher.batch.size)
+        now += seconds
+        self.step_log.add(now, steps, batcher.batch.size)
         self.busy_seconds += seconds
         self.steps += steps
         if upcoming <= now:

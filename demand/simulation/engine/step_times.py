@@ -17,13 +17,16 @@ class StepLog:
     """Notes the stretches: steps that were carried out one after the other with one batch."""
 
     def __init__(self) -> None:
-        self._stretches: list[float] = []  # four numbers each: the last of them
+        self._stretches: list[float] = []  # three numbers each: the last of them
         self._moved = array("d")  # those before
 
-    def add(self, begin: float, end: float, steps: int, requests: int) -> None:
-        """`steps` steps of `requests` requests took from second `begin` to second `end`."""
+    def add(self, end: float, steps: int, requests: int) -> None:
+        """`steps` steps of `requests` requests took until second `end`, none where idle.
+
+        They began when what was last noted ended.
+        """
         stretches = self._stretches
-        stretches += (begin, end, steps, requests)
+        stretches += (end, steps, requests)
         if len(stretches) > MOST:
             move(stretches, self._moved)
 
@@ -34,8 +37,12 @@ class StepLog:
             kv_seconds_per_token: of the engine; each step of a stretch reads one token a request
                 more than the one before.
         """
-        begins, ends, steps, requests = columns(self._stretches, self._moved, 4).T
-        return StepTimes(steps.astype(np.int64), begins, ends, kv_seconds_per_token * requests)
+        stretches = columns(self._stretches, self._moved, 3)
+        begins = np.append(0.0, stretches[:-1, 0])[: len(stretches)]
+        busy = stretches[:, 1] > 0
+        ends, steps, requests = stretches[busy].T
+        growth = kv_seconds_per_token * requests
+        return StepTimes(steps.astype(np.int64), begins[busy], ends, growth)
 
 
 @final
