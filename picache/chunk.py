@@ -3,7 +3,10 @@
 import hashlib
 import json
 from array import array
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +88,11 @@ class Form:
     header: Header
     dropped: tuple[int, ...] = ()
 
+    @cached_property
+    def prompt_ids(self) -> Tensor:
+        """The token ids that stand in the prompt, int64 ``[tokens]``; not to be written to."""
+        return torch.tensor(self.ids[self.skip :], dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -111,6 +119,20 @@ class Chunk:
     lead: int = 0
     dropped: tuple[int, ...] = ()
     ends: tuple[str, str] | None = field(default=None, compare=False)
+    _forms: dict[Hashable, Form] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What is pickled and copied leaves out the forms, which are made anew."""
+        return Chunk, (self.key, self.ids, self.nbytes, self.lead, self.dropped, self.ends)
+
+    def form(self, of: Hashable, make: Callable[[], Form]) -> Form:
+        """The form that `make` gives, made once for each `of`: keys take long to hash."""
+        found = self._forms.get(of)
+        if found is None:
+            found = self._forms[of] = make()
+        return found
 
     @property
     def num_tokens(self) -> int:

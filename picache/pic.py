@@ -161,6 +161,11 @@ class PIC:
         header = replace(header, sinks=sinks, tokens=len(ids))
         return Form(ids, skip, chunk_key(ids, header), header, dropped)
 
+    def _form_of(self, chunk: Chunk, header: Header, first: bool) -> Form:
+        """The form of a chunk, which keeps those that it was asked for before."""
+        of = (header, self.sinks, self._lead, first)
+        return chunk.form(of, lambda: self._form(chunk, header, first))
+
     def _special(self, name: str) -> tuple[int, ...]:
         """Ids of a special token, from the tokenizer or else from the model's configurations."""
         for source in (self.tokenizer, self.model.generation_config, self.hf.config):
@@ -276,23 +281,40 @@ class PIC:
         )
         return link()
 
-    def warm_up(self, tokens: int, rows: int, batch: int = 1, progress: bool = True) -> None:
+    def warm_up(
+        self,
+        tokens: int,
+        rows: int,
+        batch: int = 1,
+        progress: bool = True,
+        compile: bool = False,  # noqa: A002 - as torch.compile is called
+    ) -> None:
         """Capture the sparse pass ahead, as CUDA graphs that later links replay.
 
         A link captures what it needs by itself, on the first prompt of each size; its report says
         what that took. Here it is done for all sizes at once, and the memory is allocated that
         prompts are linked in. It stays allocated as long as this object.
 
+        With `compile` the pass is compiled by torch.compile before it is captured, which joins its
+        many small kernels. A link does not begin that by itself, since it takes long: once for
+        single prompts, and once for `batch` of them where that is more than one. Prompts of more
+        rows than were asked for use it as well. Other batches and prompts longer than `tokens` do
+        not, nor does any once the model has changed: those passes are captured as they are, until
+        `warm_up` is called again. The first result of each size is held against the pass as it is;
+        where they differ by more than rounding, compiled passes are no longer used, and the report
+        says so.
+
         Args:
             tokens: of the longest prompt, with what is decoded behind it.
             rows: the most tokens that are recomputed in a prompt, its query included.
             batch: how many prompts are linked at once.
             progress: whether to show a bar, where tqdm is installed.
+            compile: whether to compile the pass; if not, what was compiled before is given up.
 
         Raises:
             PICacheError: when the model has no `tokens` positions, when the device has not the
-                memory (the error names the bytes), or when passes of this model cannot be captured,
-                as on a CPU.
+                memory (the error names the bytes), when passes of this model cannot be captured,
+                as on a CPU, or when compiling them fails; says where.
         """
         tokens = whole_number("warm_up needs a whole number of tokens", tokens, least=1)
         rows = whole_number("warm_up needs a whole number of rows", rows, least=1)
@@ -307,7 +329,7 @@ class PIC:
                 "be recomputed"
             )
         self._header()  # sees whether the model has changed
-        self.passes.warm_up(tokens, rows, batch, progress)
+        self.passes.warm_up(tokens, rows, batch, progress, compile)
 
     def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""
@@ -347,10 +369,10 @@ class PIC:
                     f"link takes chunks that PIC.compile returned, got {type(chunk).__name__} at "
                     f"place {index}: compile the document first; a batch is a list of lists"
                 )
-            form = self._form(chunk, header, first=not index)
+            form = self._form_of(chunk, header, first=not index)
             # It may have been compiled for the first place, or for another than the first.
             if chunk.key != form.key and (
-                chunk.key != self._form(chunk, header, first=bool(index)).key
+                chunk.key != self._form_of(chunk, header, first=bool(index)).key
             ):
                 raise PICacheError(
                     f"{chunk!r} at place {index} was compiled with another model, dtype, weights "

@@ -9,8 +9,14 @@ settings.load_profile("no deadline")
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Tiny tensors run faster on one thread, and sums come out the same on any machine."""
+    """Tiny tensors run faster on one thread, and sums come out the same on any machine.
+
+    In what tests start too: threads of several processes that wait for each other on the same
+    cores take ten times as long.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)

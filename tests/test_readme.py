@@ -117,7 +117,15 @@ def test_the_quickstart_links_own_files_on_any_model(tmp_path):
     assert rows[0]["kl"] < 1e-9 < rows[1]["kl"]
     assert rows[1]["recomputed"] == pytest.approx(2 / 67)
     assert all(answers[0] in run.stdout for answers in record["decoded"].values())
-    files[1] = str(tmp_path / "absent.txt")
-    run = subprocess.run(command + files, capture_output=True, text=True, env=environment)
-    assert run.returncode == 2
-    assert "absent.txt is no file with text in it" in run.stderr
+
+
+def test_the_quickstart_refuses_a_file_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "experiments"))
+    import quickstart
+
+    absent = str(tmp_path / "absent.txt")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--question", "w7", "--documents", absent])
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main()
+    assert ended.value.code == 2
+    assert "absent.txt is no file with text in it" in capsys.readouterr().err

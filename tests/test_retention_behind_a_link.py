@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from picache import PIC, LegoLink
-from picache.hf import captured_pass
+from picache.hf import recorders
 from sparsity import Full, RaaS, SparseCache, detach
 from tests.helpers import random_ids, tiny_model
 
@@ -14,7 +14,7 @@ RUN = dict(max_new_tokens=24, do_sample=False)
 @pytest.fixture
 def linking(monkeypatch):
     """A PIC whose passes are recorded on the CPU, and what to link."""
-    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", captured_pass.RunAgain)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", recorders.RunAgain)
     pic = PIC(tiny_model("llama"), flops_per_byte=None)
     chunks = [pic.compile(random_ids(30, seed=seed)) for seed in (1, 2, 3)]
     yield pic, chunks, random_ids(7, seed=4)
@@ -42,7 +42,7 @@ def test_it_is_taken_over_as_it_lies_and_stays_right(
         pic.link(chunks[::-1], query.flip(0), LegoLink(3))
     answer = pic.model.generate(ids, past_key_values=cache, **RUN)
     with monkeypatch.context() as patch:
-        patch.delitem(captured_pass.RECORDERS, "cpu")
+        patch.delitem(recorders.RECORDERS, "cpu")
         growing = pic.link(chunks, query, LegoLink(3)).past_key_values
     again = SparseCache(pic.model, policy, past=growing)
     assert torch.equal(answer, pic.model.generate(ids, past_key_values=again, **RUN))

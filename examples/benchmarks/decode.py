@@ -75,7 +75,8 @@ def run_floor(model: PreTrainedModel, cell: Cell, clock: Clock) -> None:
 def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dict:
     """Decode with the cell's cache inside `generate`; what was held, and what the report says."""
     device, cpu = model.device, model.device.type == "cpu"
-    before = allocated(device) - left_bytes(model.get_decoder())  # which this cell takes or frees
+    decoder = model.get_decoder()
+    before = allocated(device) - left_bytes(decoder)  # this cell takes or frees it, or leaves it
     cache = filled_cache(model, cell, clock.new_tokens, seed, static=cpu)
     ids = torch.randint(
         3,
@@ -93,7 +94,8 @@ def run_cell(model: PreTrainedModel, cell: Cell, clock: Clock, seed: int) -> dic
         logits_processor=LogitsProcessorList([clock]),
         **(dict(compile_config=compiled_anywhere()) if compiled else {}),
     )
-    row: dict = {"held_bytes": allocated(device) - before if not cpu else None}
+    held = allocated(device) - left_bytes(decoder) - before
+    row: dict = {"held_bytes": held if not cpu else None}
     if isinstance(cache, SparseCache):
         report = cache.report()
         row |= {
@@ -155,8 +157,10 @@ class Results:
 
 def before(row: dict) -> list[dict]:
     """What earlier calls measured of a row that is replaced, itself among them."""
-    now = {key: row[key] for key in ("call", "step_ms", "first_steps_seconds") if key in row}
-    return [*row.get("earlier", ()), *([now] if "step_ms" in now else ())]
+    keys = ("call", "step_ms", "first_steps_seconds", "first_token_seconds")
+    now = {key: row[key] for key in keys if key in row}
+    measured = "step_ms" in now or "first_token_seconds" in now
+    return [*row.get("earlier", ()), *([now] if measured else ())]
 
 
 def failed(cell: Cell, error: Exception) -> dict:

@@ -34,7 +34,7 @@ from decode import Results
 from decode_arms import without_attention
 from decode_kernels import copy_bandwidth
 from first_token import first_token_seconds
-from link_grid import FULL, METHODS, PREFIX, Cell, grid, store_of, texts
+from link_grid import COMPILED, FULL, METHODS, PREFIX, Cell, grid, store_of, texts
 from link_tables import tables
 from shapes import SHAPES, build_model
 
@@ -49,10 +49,14 @@ class Arms:
         query: tokens of a query.
         seed: of all token ids.
         folder: for chunks on disk.
+        scale: what "k" stands for.
     """
 
-    def __init__(self, model: PreTrainedModel, query: int, seed: int, folder: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, query: int, seed: int, folder: Path, scale: int
+    ) -> None:
         self.model, self.query, self.seed, self.folder = model, query, seed, folder
+        self.scale = scale
         self._pics: dict[str, PIC] = {}
 
     def forget(self) -> None:
@@ -67,10 +71,8 @@ class Arms:
             rows = [torch.cat([*row, q]) for row, q in zip(chunks, queries, strict=True)]
             ids = torch.stack(rows).to(self.model.device)
             return lambda: self._full(cell, ids)
-        if cell.tier not in self._pics:
-            self._pics[cell.tier] = PIC(self.model, store=store_of(cell.tier, self.folder))
-        pic = self._pics[cell.tier]
-        method = METHODS["naive" if cell.arm == PREFIX else cell.arm]
+        pic = self._pic(cell)
+        method = METHODS[{PREFIX: "naive", COMPILED: "LegoLink-16"}.get(cell.arm, cell.arm)]
         compiled = [[pic.compile(part) for part in row] for row in chunks]
         given = (compiled, queries) if cell.batch > 1 else (compiled[0], queries[0])
 
@@ -85,6 +87,16 @@ class Arms:
             }
 
         return turn
+
+    def _pic(self, cell: Cell) -> PIC:
+        """One for each tier, and one whose passes are compiled, which takes a minute or two."""
+        kind = cell.arm if cell.arm == COMPILED else cell.tier
+        if kind not in self._pics:
+            pic = self._pics[kind] = PIC(self.model, store=store_of(cell.tier, self.folder))
+            if cell.arm == COMPILED:
+                each = 5 * self.scale  # for 8 prompts of 4k, or one of 40k
+                pic.warm_up(tokens=each, rows=15 * 16 + self.query, batch=8, compile=True)
+        return self._pics[kind]
 
     def _full(self, cell: Cell, ids: torch.Tensor) -> tuple[float, dict]:
         with ExitStack() as stack:
@@ -209,7 +221,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    cells = [c for c in grid(64 if args.tiny else 1024) if re.search(args.only, c.name)]
+    scale = 64 if args.tiny else 1024
+    cells = [c for c in grid(scale) if re.search(args.only, c.name)]
+    if args.device == "cpu":  # where no pass is captured
+        cells = [c for c in cells if c.arm != COMPILED]
     if args.list:
         print(*(cell.name for cell in cells), sep="\n")
         return
@@ -219,7 +234,7 @@ def main() -> None:
     model = build_model(args.shape, args.seed, args.device, args.dtype)
     sizes = list(dict.fromkeys((cell.tokens, cell.batch) for cell in cells))
     with tempfile.TemporaryDirectory() as folder:
-        arms = Arms(model, args.query, args.seed, Path(folder))
+        arms = Arms(model, args.query, args.seed, Path(folder), scale)
         for tokens, batch in tqdm(sizes, desc="lengths", mininterval=10):
             wanted = [cell for cell in cells if (cell.tokens, cell.batch) == (tokens, batch)]
             if time.perf_counter() - args.began > args.seconds:

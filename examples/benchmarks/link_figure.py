@@ -15,6 +15,7 @@ COLOURS = {
     "prefix caching": "#8172b2",
     "naive": "#ccb974",
     "LegoLink-16": "#2f8f5b",
+    "LegoLink-16, compiled": "#8fd3a8",
     "CacheBlend 15 %": "#c44e52",
     "ProphetKV 15 %": "#4c72b0",
 }

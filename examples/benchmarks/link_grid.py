@@ -10,6 +10,7 @@ from picache import CacheBlend, ChunkStore, LegoLink, LinkMethod, NaiveReuse, Pr
 
 FULL = ("full prefill, sdpa", "full prefill, flash")
 PREFIX = "prefix caching"
+COMPILED = "LegoLink-16, compiled"
 METHODS: dict[str, LinkMethod] = {
     "naive": NaiveReuse(),
     "LegoLink-16": LegoLink(16),
@@ -24,7 +25,7 @@ class Cell:
     """One arm on prompts of one length.
 
     Attributes:
-        arm: of `FULL`, `PREFIX`, or of `METHODS`.
+        arm: of `FULL`, `PREFIX`, `COMPILED`, or of `METHODS`.
         tokens: of each prompt, its query included.
         chunks: that it is linked of; 1 for prefix caching, 0 for a full prefill.
         tier: where they lie; "" for a full prefill.
@@ -62,9 +63,10 @@ def grid(scale: int = 1024) -> list[Cell]:
         cells += [Cell(PREFIX, tokens, 1, "device"), Cell("naive", tokens, 16, "device")]
     for tokens in (32 * k, 4 * k):
         cells += [Cell(name, tokens, 16, "device") for name in list(METHODS)[2:]]
-        cells += [Cell("LegoLink-16", tokens, 16, "host")]
+        cells += [Cell("LegoLink-16", tokens, 16, "host"), Cell(COMPILED, tokens, 16, "device")]
     for tokens in (4 * k, 16 * k):
         cells += [Cell("LegoLink-16", tokens, 16, "device", 8), Cell(FULL[0], tokens, batch=8)]
+    cells += [Cell(COMPILED, 4 * k, 16, "device", 8)]
     cells += [Cell("LegoLink-16", 32 * k, chunks, "device") for chunks in (4, 64)]
     cells += [Cell("LegoLink-16", 4 * k, 16, "disk"), Cell("LegoLink-16", 32 * k, 16, "disk")]
     cells += [Cell(FULL[1], tokens) for tokens in lengths]

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))  # scripts, not a package
-from link_grid import FULL
+from link_grid import COMPILED, FULL
 from quickstart_pages import markdown
 
 
@@ -77,3 +77,70 @@ def tables(record: dict) -> str:
         f"{asked['slow']:.0f} s or more). A copy moves {speed:.2f} TB/s."
     )
     return "\n".join(lines)
+
+
+def aims(record: dict) -> str:
+    """What was aimed at on an H200, and what was measured, every call of it."""
+    rows = {
+        (r["arm"], r["tokens"], r["tier"], r["batch"], r["chunks"]): r for r in measured(record)
+    }
+
+    def taken(arm: str, tokens: int, tier: str = "device", batch: int = 1) -> list[float]:
+        row = rows[arm, tokens, tier, batch, 16]
+        return [e["first_token_seconds"] for e in (*row["earlier"], row)]
+
+    def full(tokens: int) -> float:
+        return min(r["first_token_seconds"] for k, r in rows.items() if k[:2] == (FULL[0], tokens))
+
+    def ms(seconds: list[float]) -> str:
+        return ", ".join(f"{1e3 * one:.1f}" for one in seconds)
+
+    long, short, eight = 32768, 4096, {"batch": 8}
+    lines = []
+    for arm in ("LegoLink-16", COMPILED):
+        at_long, at_short = taken(arm, long), taken(arm, short)
+        times = ", ".join(f"{full(long) / one:.0f}" for one in at_long)
+        lines += [
+            {"what": f"{arm}, 32k, on the device", "aim": "30 ms", "found": f"{ms(at_long)} ms"},
+            {"what": "the same, less than a full prefill", "aim": "45 times", "found": times},
+            {"what": f"{arm}, 4k, on the device", "aim": "18 ms", "found": f"{ms(at_short)} ms"},
+        ]
+        ratio = min(taken(arm, short, **eight)) / min(at_short)
+        lines += [{"what": f"{arm}, 8 prompts of 4k over one", "aim": "3", "found": f"{ratio:.1f}"}]
+    blend = taken("CacheBlend 15 %", long)[-1] / max(taken("LegoLink-16", long))
+    lines += [
+        {"what": "CacheBlend at 15 % over LegoLink-16, 32k", "aim": "8", "found": f"{blend:.0f}"},
+        {
+            "what": "LegoLink-16, 32k, from host memory",
+            "aim": "100 ms",
+            "found": f"{ms(taken('LegoLink-16', long, 'host'))} ms",
+        },
+    ]
+    return markdown(lines, {"": "{what}", "aim": "{aim}", "measured": "{found}"})
+
+
+def kernels(record: dict) -> str:
+    """What stands between the markers of link_kernels.json in docs/linking.md."""
+    lines = [
+        {
+            "what": row["what"],
+            "arm": {"plan": "ours"}.get(row["arm"], row["arm"]),
+            "us": f"{row['us']:,.1f}",
+            "rate": f"{row['TFLOP/s']:.0f}" if "TFLOP/s" in row else "",
+            "copy": f"{row['of_copy']:.0%}" if "of_copy" in row else "",
+        }
+        for row in record["rows"]
+    ]
+    columns = {
+        "kernel": "{what}",
+        "by": "{arm}",
+        "microseconds": "{us}",
+        "TFLOP/s": "{rate}",
+        "of copy": "{copy}",
+    }
+    where, speed = record["environment"], record["copy_bytes_a_second"] / 1e12
+    beneath = (
+        f"{where['hardware']}, torch {where['torch']}, bfloat16, at {where['commit'][:7]}; a copy "
+        f"moves {speed:.2f} TB/s."
+    )
+    return f"{markdown(lines, columns)}\n\n{beneath}"

@@ -35,6 +35,8 @@ from quickstart_pages import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 import decode_tables
+import link_profile
+import link_tables
 
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
@@ -82,30 +84,6 @@ def cpu_link_table(record: dict) -> str:
             if "over_arithmetic" in rows[package, arm]:
                 lines.append(line(f"{arm} over its arithmetic", arm, "over_arithmetic"))
     return "\n".join([*lines, "", f"{record['environment']['hardware']}."])
-
-
-def tiers_table(record: dict) -> str:
-    """What stands between the markers of link_tiers_cuda.json in docs/linking.md."""
-    lines = [
-        "| prompt | method | chunks in | first token | times faster | load | rotate |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in record["rows"]:
-        parts = [
-            f"{1e3 * row['parts'][name]:.0f} ms" for name in ("load", "rotate") if row["parts"]
-        ]
-        lines.append(
-            f"| {row['prompt_tokens']} | {row['arm']} | {row['tier']} "
-            f"| {1e3 * row['first_token_seconds']:.0f} ms | {row['times_faster_than_full']:.1f} "
-            f"| {' | '.join(parts or ['', ''])} |"
-        )
-    where = record["environment"]
-    beneath = (
-        f"{where['hardware']}, torch {where['torch']}, transformers {where['transformers']}, "
-        f"{record['configuration']['dtype']}, {record['parameters'] / 1e9:.1f} billion parameters."
-    )
-    lines += ["", beneath]
-    return "\n".join(lines)
 
 
 def store_table(record: dict) -> str:
@@ -168,7 +146,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_accuracy": [link_accuracy.tables],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
-        "link_tiers_cuda": [tiers_table],
+        "link": [link_tables.tables, link_tables.aims],
+        "link_kernels": [link_tables.kernels],
+        "link_profile": [link_profile.table],
     },
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from picache.chunk import KV
 from picache.errors import PICacheError
+from picache.hf.fingerprint import PLAIN
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
 _PACKING = "torch.ao.nn.quantized"  # modules with weights in no parameter or buffer
@@ -64,7 +65,7 @@ class ModelState:
         quantised, packed, training = "", "", None
         parameters: dict[int, tuple[str, Tensor]] = {}
         buffers: dict[int, tuple[str, Tensor]] = {}
-        modules = tuple(model.named_modules())
+        modules = _named_modules(model)
         for where, module in modules:
             # Linear layers and embeddings do the same in both modes, and
             # resize_token_embeddings makes new ones in training mode.
@@ -91,8 +92,24 @@ class ModelState:
         return replace(self, modules=(), weights=())
 
 
+def _named_modules(model: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
+    """What ``model.named_modules()`` gives, and faster: every link asks for it."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        where, module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = where, module
+            inside = reversed(module._modules.items())  # noqa: SLF001 - attributes are slow
+            prefix = where and f"{where}."
+            left += [(prefix + name, child) for name, child in inside if child is not None]
+    return tuple(found.values())
+
+
 def _fewer_bits(name: str, tensor: Tensor) -> str:
     """Names the type of a quantised weight; empty for one that is not."""
+    if type(tensor) in PLAIN and tensor.is_floating_point() and tensor.itemsize > 1:
+        return ""  # as most are, and this is asked at every link
     if is_traceable_wrapper_subclass(tensor):
         return f"{type(tensor).__name__} ({name})"
     packed = tensor.itemsize == 1 or not tensor.is_floating_point()  # int32 holds several (GPTQ)
@@ -154,6 +171,8 @@ def _refuse_changes(name: str, made: ModelState, now: ModelState) -> None:
         raise PICacheError(
             f"{name} was {before} when PIC was made of it and is {after} now: {remedy}"
         )
+    if now.dtypes == made.dtypes:
+        return
     for where, dtype in now.dtypes.items():  # those that are new, as of an adapter, may have any
         if (had := made.dtypes.get(where, dtype)) != dtype:
             raise PICacheError(

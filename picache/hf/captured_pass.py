@@ -7,125 +7,39 @@ rows, padded to a size class, over one arena a model; what varies lies in memory
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
-from picache.hf.compiled import never_compiled
+from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
-from picache.hf.padded_pass import PaddedLayer, PaddedPass, running
-from picache.hf.reading_back import RefuseReadingBack
+from picache.hf.padded_forward import (
+    CannotCompile,
+    CompiledForward,
+    padded_forward,
+    padded_masses,
+)
+from picache.hf.reading_back import refusing
+from picache.hf.recorders import RECORDERS, Forward, ProvenCompiled, Recorder
 from picache.hf.size_class import classes_up_to, size_class
-from picache.hf.sparse_pass import CannotCapture
+from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.available import KernelError
 from picache.kernels.check import why_no_kernels
+from picache.kernels.queued import queued
 from picache.progress import bar
 
 MOST_ROWS = 4096
 """Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
-
-Forward = Callable[[], Tensor]
-"""A pass over tensors whose addresses never change; its logits lie where the next one writes."""
-
-
-class Recorder(Protocol):
-    """Records passes of one model."""
-
-    def record(self, forward: Forward) -> Forward:
-        """A function that does what `forward` does, on what then stands in its memory."""
-        ...
-
-
-class CUDAGraphs:
-    """Records passes as CUDA graphs.
-
-    Args:
-        device: of the model.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
-        self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
-
-    def record(self, forward: Forward) -> Forward:
-        """Capture it; see `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            here = torch.cuda.current_stream()
-            self._stream.wait_stream(here)
-            # Libraries make their plans and workspaces, and what cannot be captured is found out.
-            with torch.cuda.stream(self._stream), RefuseReadingBack():
-                forward()
-            here.wait_stream(self._stream)
-            mode = "thread_local"  # other threads may use the device meanwhile
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
-                logits = forward()
-
-        def replay() -> Tensor:
-            with torch.cuda.device(self._device):
-                graph.replay()
-            return logits
-
-        return Proven(replay, forward)
-
-
-class Proven:
-    """A recorded pass whose first result is held against that of the pass itself.
-
-    Args:
-        replay: the recording.
-        forward: what was recorded; does the same again when it is called again.
-    """
-
-    def __init__(self, replay: Forward, forward: Forward) -> None:
-        self._replay, self._forward = replay, forward
-        self._proven = False
-
-    def __call__(self) -> Tensor:
-        """The logits; `CannotCapture` where they are not those of the pass."""
-        logits = self._replay()
-        if not self._proven:
-            expected = self._forward()
-            bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-            off = (logits - expected).float().norm() / expected.float().norm()
-            if not off <= bound:  # nor where it is not a number
-                raise CannotCapture(
-                    f"the captured pass gave logits that are {float(off):.1e} off those of the "
-                    "pass it was captured from"
-                )
-            self._proven = True
-        return logits
-
-
-class RunAgain:
-    """The slow twin of `CUDAGraphs`: a recorded pass is run again each time.
-
-    Args:
-        device: of the model.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        pass
-
-    def record(self, forward: Forward) -> Forward:
-        """Run it once, to see whether it can be; see `Recorder`."""
-        forward()
-        return forward
-
-
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CUDAGraphs}
-"""What records passes, by the kind of device; on others they are not recorded."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +49,12 @@ class _Class:
     Attributes:
         rows: int64 ``[2, batch, rows]``, token ids and positions, which the recording reads.
         replay: the recording.
+        compiled: what it was recorded of; None for the plain pass.
     """
 
     rows: Tensor
     replay: Forward
+    compiled: CompiledForward | None
 
 
 class CapturedPasses:
@@ -153,7 +69,11 @@ class CapturedPasses:
     def __init__(self, model: HFModel) -> None:
         self._model = model
         self._arena: Arena | None = None
-        self._recorded: dict[tuple[int, int], _Class] = {}
+        # By the number of prompts, of rows, and what is asked for in place of logits.
+        self._recorded: dict[tuple[int, int, Question | None], _Class] = {}
+        # By the number of prompts and of places of each; made by `warm_up` alone, as it takes long.
+        self._compiled: dict[tuple[int, int], CompiledForward] = {}
+        self._not_compiled = ""  # why passes that were compiled are so no more
         self._recorder: Recorder | None = None
         self._state: object = None
         self._hooked, self._failed = "", ""  # why nothing is captured at present
@@ -220,6 +140,13 @@ class CapturedPasses:
         return self.arena.places(batch)
 
     @property
+    def layer_events(self) -> LayerEvents | None:
+        """What the passes over the arena of the last claim wait for, layer by layer; None where
+        they wait for all that was begun before them, as those that are compiled do.
+        """
+        return None if self._recorder is None or self._compiled else self._recorder.events
+
+    @property
     def arena(self) -> Arena:
         """The arena of the last claim."""
         assert self._arena is not None
@@ -239,30 +166,84 @@ class CapturedPasses:
         Raises:
             CannotCapture: says why it is to run in another way; the rows may have been written.
         """
+        begun = time.perf_counter()
+        try:
+            return self._run(ids, positions)
+        except CannotCompile as error:
+            self._compile_no_more(str(error))
+            lost = time.perf_counter() - begun
+            logits, how, seconds = self._run(ids, positions)
+            return logits, how, lost + seconds
+
+    def _run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+        """`run`; `CannotCompile` where the compiled form of the pass is of no use."""
+        logits, recorded, seconds = self._replayed(ids, positions, None)
+        return logits, self._how(recorded, max(map(len, ids))), seconds
+
+    def masses(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question
+    ) -> tuple[Tensor, float]:
+        """How much rows of the prompts that lie in the arena attend to each token.
+
+        Their keys and values are written.
+
+        Args:
+            ids: of each prompt, the token ids of the rows, int64 ``[rows]``; one at least.
+            positions: where they stand, ascending.
+            question: which layers, and whether the values count.
+
+        Returns:
+            The mean over heads and rows, fp32 ``[layers, batch, places]`` on the CPU, and the
+            seconds that capturing took.
+
+        Raises:
+            CannotCapture: says why it is to be found in another way.
+        """
+        masses, _, seconds = self._replayed(ids, positions, question)
+        return masses.cpu(), seconds
+
+    def _replayed(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question | None
+    ) -> tuple[Tensor, _Class, float]:
+        """What a pass gives, the recording that gave it, and the seconds that capturing took."""
         batch, longest = len(ids), max(map(len, ids))
         rows = size_class(longest)
-        if (batch, rows) not in self._recorded and batch * rows > MOST_ROWS:
+        before = self._recorded.get((batch, rows, question))
+        if before is None and batch * rows > MOST_ROWS:
             raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
         begun = time.perf_counter()
-        new = (batch, rows) not in self._recorded
-        recorded = self._record(batch, rows)
-        seconds = time.perf_counter() - begun if new else 0.0
+        recorded = self._record(batch, rows, question)
+        seconds = 0.0 if recorded is before else time.perf_counter() - begun
         padded = torch.zeros(2, batch, rows, dtype=torch.int64)
         padded[1] = -1
         for index, (tokens, at) in enumerate(zip(ids, positions, strict=True)):
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
-        recorded.rows.copy_(padded)
-        how = f"captured, {longest} rows in a class of {rows}"
-        if batch > 1:
-            how += f", {batch} prompts at once"
+        recorded.rows.copy_(queued(padded, recorded.rows.device))
         try:
-            return recorded.replay().clone(), how, seconds
+            return recorded.replay().clone(), recorded, seconds
+        except CannotCompile:
+            raise
         except CannotCapture as error:
             self._recorded.clear()
             self._failed = str(error)
             raise
 
-    def warm_up(self, tokens: int, rows: int, batch: int, progress: bool) -> None:
+    def _how(self, recorded: _Class, longest: int) -> str:
+        """How a pass ran, for the report."""
+        _, batch, rows = recorded.rows.shape
+        compiled = recorded.compiled is not None
+        how = f"captured{' and compiled' * compiled}, {longest} rows in a class of {rows}"
+        if batch > 1:
+            how += f", {batch} prompts at once"
+        if self._not_compiled:
+            how += f", not compiled: {self._not_compiled}"
+        elif self._compiled and not compiled:
+            how += ", not compiled: the warm-up was for other batches or shorter prompts"
+        return how
+
+    def warm_up(
+        self, tokens: int, rows: int, batch: int, progress: bool, compiled: bool = False
+    ) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.
 
         Args:
@@ -270,9 +251,11 @@ class CapturedPasses:
             rows: the most that are recomputed in a prompt.
             batch: how many prompts are linked at once; single ones are prepared for as well.
             progress: whether to show a bar, where tqdm is installed.
+            compiled: whether to compile passes of these batches before they are captured; those of
+                classes that are captured later, over an arena of this size, are compiled as well.
 
         Raises:
-            PICacheError: when nothing can be captured, or memory does not suffice.
+            PICacheError: when nothing can be captured or compiled, or memory does not suffice.
         """
         with self.turn():
             try:
@@ -283,9 +266,20 @@ class CapturedPasses:
                     self._allocate(self._arena.tokens)
                 # The largest first: the others then fit the memory that it has left in the pool.
                 sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                if compiled:
+                    self._compile({batch, 1})
+                else:
+                    self._compile_no_more("")
                 for size in bar(sizes, "capturing passes", "size", progress):
                     self._record(*size)
+            except CannotCompile as error:
+                self._compile_no_more(str(error))
+                raise PICacheError(
+                    f"warm_up(compile=True) of {type(self._model.model).__name__}: {error}; leave "
+                    "out compile=True to have passes captured as they are"
+                ) from error
             except CannotCapture as error:
+                self._compile_no_more(str(error))
                 raise PICacheError(
                     f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
                 ) from error
@@ -301,8 +295,9 @@ class CapturedPasses:
                 self._checked = True
                 if self._failed:
                     raise CannotCapture(self._failed)
-            # A link that failed may have left copies to the arena behind in that stream.
-            torch.cuda.current_stream(model.device).wait_stream(model.loading)
+            # A link that failed may have left copies to the arena and a replay behind.
+            model.wait_for_loading()
+            torch.cuda.current_stream(model.device).synchronize()
 
     def _allocate(self, tokens: int) -> None:
         """A new arena, in place of the one there is."""
@@ -313,35 +308,74 @@ class CapturedPasses:
         where = f"the keys and values of {tokens:,} tokens need {needed:,} bytes on {model.device}"
         if needed > free:
             raise CannotCapture(f"{where}, and {free:,.0f} are free")
-        self._drop()
+        self._drop_arena()
         try:
             self._arena = Arena(model.one_token, tokens)
         except torch.OutOfMemoryError as error:
             raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
+        dtype = model.one_token[0][0].dtype
+        self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token), dtype)
+
+    def _compile(self, batches: set[int]) -> None:
+        """Compile passes of these numbers of prompts, over this arena, once they are recorded."""
+        self._not_compiled = ""
+        for batch in batches:
+            key = batch, self.arena.tokens // batch
+            if key not in self._compiled:
+                self._compiled[key] = CompiledForward(self._model)
+
+    def _compile_no_more(self, reason: str) -> None:
+        """Record passes without compilation from now on, those that were compiled anew."""
+        self._compiled.clear()
+        self._not_compiled = reason
+        for size in [size for size, one in self._recorded.items() if one.compiled is not None]:
+            del self._recorded[size]
 
     def _drop(self) -> None:
+        """Forget the arena, and all that was compiled and captured."""
+        self._drop_arena()
+        self._compile_no_more("")
+
+    def _drop_arena(self) -> None:
         """Forget the arena and all that was captured over it."""
         self._recorded.clear()
         if self._arena is not None:
             self._arena.vacate()
         self._arena = self._recorder = None
 
-    def _record(self, batch: int, rows: int) -> _Class:
+    def _record(self, batch: int, rows: int, question: Question | None = None) -> _Class:
         """The recorded pass of this size, captured now where there is none."""
-        if (found := self._recorded.get((batch, rows))) is not None:
+        size = batch, self.arena.tokens // batch
+        compiled = None if question is not None else self._compiled.get(size)
+        found = self._recorded.get((batch, rows, question))
+        if found is not None and found.compiled is compiled:
             return found
         model, places = self._model, self.arena.places(batch)
         with torch.inference_mode(mode=False):
             static = torch.zeros(2, batch, rows, dtype=torch.int64, device=model.device)
             static[1] = -1  # what runs while it is captured writes nowhere
-        if self._recorder is None:
-            self._recorder = RECORDERS[model.device.type](model.device)
+        assert self._recorder is not None
+        recorder = self._recorder
+
+        given = (model, static, places, recorder.events)
+        plain = partial(padded_forward, *given)
+        if question is not None:
+            plain = partial(padded_masses, *given, question)
 
         def forward() -> Tensor:
-            return _padded_forward(model, static, places)
+            # Inside such a block torch.compile leaves functions alone.
+            if compiled is None or refusing():
+                return plain()
+            return compiled(static, places)
 
         try:
-            replay = self._recorder.record(forward)
+            if compiled is not None:
+                forward()  # what it needs is built before anything is captured
+            replay = recorder.record(forward)
+            if compiled is not None:
+                replay = ProvenCompiled(replay, plain, model.one_token[0][0].dtype)
+        except CannotCompile:
+            raise
         except CannotCapture as error:
             self._failed = str(error)
             raise
@@ -358,7 +392,7 @@ class CapturedPasses:
             what = str(error).splitlines()[0] if str(error) else ""
             self._failed = f"capturing failed ({type(error).__name__}: {what})"
             raise CannotCapture(self._failed) from error
-        found = self._recorded[batch, rows] = _Class(static, replay)
+        found = self._recorded[batch, rows, question] = _Class(static, replay, compiled)
         return found
 
     def _look(self) -> tuple[object, str]:
@@ -368,35 +402,15 @@ class CapturedPasses:
         model, seen, hooked = self._model, [], ""
         for name, module in model.modules:
             inside = vars(module)  # at every link: attributes of modules are slow
-            adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"  # peft's
+            adapters = ""
+            if "_active_adapter" in inside or "_disable_adapters" in inside:  # peft's
+                adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"
             seen.append((id(module), inside.get("forward"), adapters))
             if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
                 hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
                 if any(_package(hook) not in _LOOK_ON for hook in hooks):
                     hooked = f"a forward hook on {name or type(module).__name__} runs Python"
         return (model.weights_seen, model.attention.own, seen), hooked
-
-
-@torch.no_grad()
-def _padded_forward(model: HFModel, rows: Tensor, places: list[KV]) -> Tensor:
-    """Logits ``[batch, vocab_size]`` of a padded pass; see `picache.hf.padded_pass`."""
-    ids, positions = rows
-    passing = PaddedPass(positions, places[0][0].shape[2] - 1)
-    cache = Cache(layers=[PaddedLayer(keys, values, passing) for keys, values in places])
-    outside = running.set(passing)
-    try:
-        with model.attention.padded(), never_compiled:
-            out: Any = model.model(
-                input_ids=ids,
-                position_ids=positions.clamp_min(0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        passing.check_attended()
-        return out.logits[:, -1]
-    finally:
-        running.reset(outside)
 
 
 def _package(function: Any) -> str:

@@ -1,8 +1,9 @@
-"""Models compiled with torch.compile: forwards of this package run them without compilation."""
+"""When torch.compile may act: forwards of this package run compiled models without compilation."""
 
 import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ class _NeverCompiled:
 
     A sparse pass has another shape every time and writes into tensors that it is given, so that
     compiling it gains nothing. The switch of torch holds for the whole process: the first thread
-    that enters turns it, and the last one that leaves turns it back.
+    that enters turns it, and the last one that leaves turns it back. What is to be compiled
+    (`compiling`) therefore waits for those inside, and they for it.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._inside = 0
+        self._compiling = False
         self._stance: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._compiling)
             self._inside += 1
             # Where the compiler was never loaded nothing is compiled; loading it takes a second.
             if self._stance is None and "torch._dynamo" in sys.modules:
@@ -30,11 +34,25 @@ class _NeverCompiled:
                 self._stance.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        with self._lock:
+        with self._changed:
             self._inside -= 1
             if not self._inside and self._stance is not None:
                 self._stance.__exit__(None, None, None)
                 self._stance = None
+            self._changed.notify_all()
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """The block in which a compiled function is called; not to be entered from inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside and not self._compiling)
+            self._compiling = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._compiling = False
+                self._changed.notify_all()
 
 
 never_compiled = _NeverCompiled()

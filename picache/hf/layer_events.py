@@ -1,8 +1,8 @@
 """Layers that are loaded in one CUDA stream while a captured pass computes in another."""
 
-import torch
+import inspect
 
-from picache.errors import PICacheError
+import torch
 
 
 class LayerEvents:
@@ -19,22 +19,18 @@ class LayerEvents:
     Args:
         layers: how many.
         device: of the model.
-
-    Raises:
-        PICacheError: when torch has no events that can be waited for inside a graph.
     """
 
     def __init__(self, layers: int, device: torch.device) -> None:
         self._device = device
-        try:
-            self._events = [torch.cuda.Event(external=True) for _ in range(layers)]
-        except TypeError as error:
-            raise PICacheError(
-                "loading layers beside a captured pass needs torch.cuda.Event(external=True), "
-                f"which torch {torch.__version__} does not have: update torch to 2.9 or newer"
-            ) from error
+        self._events = [torch.cuda.Event(external=True) for _ in range(layers)]
         for layer in range(layers):
             self.placed(layer)  # torch leaves out waiting for an event that was never recorded
+
+    @staticmethod
+    def exist() -> bool:
+        """Whether this torch has events that can be waited for inside a graph, as from 2.9 on."""
+        return "external" in inspect.signature(torch.cuda.Event.__new__).parameters
 
     def placed(self, layer: int) -> None:
         """A layer is in place as soon as the current stream has done what it was given so far."""

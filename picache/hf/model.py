@@ -3,6 +3,7 @@
 All contact with transformers stands in the files of this folder.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -26,6 +27,7 @@ from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
+from picache.kernels.queued import queued
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
 _FAR = 2**16  # a long text, in tokens, where the configuration states no limit
@@ -76,6 +78,7 @@ class HFModel:
         self.config = model.config.get_text_config(decoder=True)
         self.modules: tuple[tuple[str, nn.Module], ...] = ()
         self._digest: tuple[object, str] = (None, "")
+        self._angle_tables: dict[object, Angles] = {}  # of all positions, by how they are made
         self.measure()
 
     def measure(self) -> None:
@@ -86,6 +89,7 @@ class HFModel:
         """
         self.settings, self._measured_on = self.settings_now(), self.device
         self.__dict__.pop("loading", None)  # a stream of the device it was on
+        self._angle_tables.clear()
         with self.on_trial():
             self._measure()
 
@@ -136,7 +140,8 @@ class HFModel:
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter lives."""
-        return self.model.device
+        first = _first_parameter(self.model)  # transformers' own way takes ten times as long
+        return self.model.device if first is None else first.device
 
     @property
     def moved(self) -> bool:
@@ -156,6 +161,11 @@ class HFModel:
         All links share it: memory that a stream has freed is used again in that stream alone.
         """
         return torch.cuda.Stream(self.device)
+
+    def wait_for_loading(self) -> None:
+        """Let the model's CUDA stream wait for all that is being loaded; nothing elsewhere."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(self.loading)
 
     def finish(self) -> None:
         """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
@@ -256,8 +266,22 @@ class HFModel:
         rotation = self.rotations[layer]
         if rotation is None:
             raise PICacheError(f"layer {layer} has no rotary positions")
+        double = self.one_token[layer][rotation.part].dtype == torch.float64
+        if self.rotary.follows_length or not len(positions):
+            return self._angles(layer, rotation, positions, double)
+        kind = (rotation.source, self.rotary.layer_type(layer), double)
+        last = int(positions.max())
+        table = self._angle_tables.get(kind)
+        if table is None or len(table[0]) <= last:
+            every = torch.arange(1 << max(12, last.bit_length()))
+            table = self._angle_tables[kind] = self._angles(layer, rotation, every, double)
+        at = queued(positions, table[0].device)
+        return table[0][at], table[1][at]
+
+    def _angles(self, layer: int, rotation: Rotation, positions: Tensor, double: bool) -> Angles:
+        """`angles`, by the model's rotary module."""
         cos, sin = self.rotary.cos_sin(layer, positions)
-        if self.one_token[layer][rotation.part].dtype == torch.float64:
+        if double:
             cos, sin = cos.double(), sin.double()  # the model's own fp32 angles, multiplied in fp64
         return frequencies(cos, sin, rotation.source)
 
@@ -398,11 +422,11 @@ class HFModel:
         config = self.config
         # The head dimension of the cached keys; the mean, since layers may differ (Gemma 4).
         width = sum(keys.shape[-1] for keys, _ in self.one_token) / len(self.one_token)
-        tokens = sum(len(positions) for positions in entered)
         # Most methods give the same tensor for every layer: it is summed once.
+        times = Counter(map(id, entered))
         different = {id(positions): positions for positions in entered}
-        pairs_of = {key: int(at.sum()) + len(at) for key, at in different.items()}
-        pairs = sum(pairs_of[id(positions)] for positions in entered)
+        tokens = sum(times[key] * len(at) for key, at in different.items())
+        pairs = sum(times[key] * (int(at.sum()) + len(at)) for key, at in different.items())
         per_token = 2.0 * self._matrix_parameters / config.num_hidden_layers
         attention = 4.0 * config.num_attention_heads * width * pairs
         return per_token * tokens + attention + 2.0 * config.hidden_size * self.vocab_size
@@ -467,5 +491,17 @@ class HFModel:
         ]
         seen = (versions, middles([t for _, t in tensors]), self.settings)
         if seen != self._digest[0]:
+            self._angle_tables.clear()
             self._digest = (seen, fingerprint(self.settings, tensors))
         return self._digest[1]
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    """The parameter that ``next(module.parameters())`` gives; None where there is none."""
+    for parameter in module._parameters.values():  # noqa: SLF001 - attributes are slow
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():  # noqa: SLF001
+        if child is not None and (found := _first_parameter(child)) is not None:
+            return found
+    return None

@@ -2,14 +2,14 @@
 
 It does what `picache.hf.sparse_pass` does where every layer is given the same tokens, but reads
 nothing back from the device, so that it can be captured as a CUDA graph and replayed for other
-prompts. Padding stands in front of the rows, so that the last row is the last token of a prompt. It
-has position -1: it attends to nothing, and its keys and values are written to the last place of
-the memory, where no prompt stands.
+prompts, and be compiled before that. Padding stands in front of the rows, so that the last row is
+the last token of a prompt. It has position -1: it attends to nothing, and its keys and values are
+written to the last place of the memory, where no prompt stands.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,40 @@ from typing_extensions import override
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_autocast, refuse_other_dtype
+from picache.hf.layer_events import LayerEvents
 from picache.hf.sparse_pass import (
     CHANGED_MEANWHILE,
     OTHER_THREAD,
     CannotCapture,
+    Question,
+    Stop,
     refuse_unknown_scores,
 )
+from picache.kernels.attention_mass import attention_mass
+from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
+
+
+class Attended(NamedTuple):
+    """What a layer attended with, and the log-sum-exp that came of it.
+
+    Args:
+        query: ``[batch, heads, rows, head_dim]``.
+        keys: ``[batch, kv_heads, places + 1, head_dim]``.
+        values: the same of the values.
+        lse: of each row's scores, fp32 ``[batch, heads, rows]``.
+        scaling: factor on the scores.
+        window: how many keys a row attends to at most; None for all.
+        softcap: of the scores; None for none.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lse: Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
 
 
 class PaddedPass:
@@ -35,26 +62,110 @@ class PaddedPass:
         positions: where the rows of each prompt stand, int64 ``[batch, rows]`` on the device; -1
             for padding.
         places: places for the tokens of a prompt, without the last, which padding is written to.
+        events: to wait for before each layer; None where all layers stand in their places already.
 
     Attributes:
         positions: as handed in.
         places: as handed in.
+        events: as handed in.
         batch: index of the prompt of each row, ``[batch, 1]``.
         written: the place of each row, ``[batch, rows]``.
         updated: how many layers so far have made their keys and values.
-        attended: how many layers so far attended by our function.
+        windows: of each layer that so far attended by our function, how many keys its rows attend
+            to at most; None for all.
     """
 
-    def __init__(self, positions: Tensor, places: int) -> None:
-        self.positions, self.places = positions, places
+    def __init__(self, positions: Tensor, places: int, events: LayerEvents | None = None) -> None:
+        self.positions, self.places, self.events = positions, places, events
         self.batch = torch.arange(len(positions), device=positions.device)[:, None]
         self.written = torch.where(positions < 0, places, positions)
-        self.updated = self.attended = 0
+        self.updated = 0
+        self.windows: list[int | None] = []
+
+    def attend(self, mask: object) -> int | None:
+        """Note that a layer attends; its window, which `padded_mask` has found."""
+        if not isinstance(mask, PaddedMask):
+            raise PICacheError(CHANGED_MEANWHILE)
+        self.windows.append(mask.window)
+        return mask.window
+
+    def enter(self, layer: int) -> None:
+        """The keys and values of a layer are made; `Stop` where the pass ends before it."""
+
+    def observe(self, attended: Attended) -> None:
+        """Told what a layer attended with."""
 
     def check_attended(self) -> None:
         """Raise PICacheError unless every layer that made its KV attended by our function."""
-        if self.attended != self.updated:
+        if len(self.windows) != self.updated:
             raise PICacheError(CHANGED_MEANWHILE)
+
+
+class ObservingPass(PaddedPass):
+    """A padded pass that answers a question, and ends when it has.
+
+    Args:
+        positions: as for `PaddedPass`.
+        places: as for `PaddedPass`.
+        events: as for `PaddedPass`.
+        question: what is asked.
+
+    Attributes:
+        masses: of each layer so far the attention weight of each place, the mean over heads and
+            rows, fp32 ``[batch, places + 1]``.
+    """
+
+    def __init__(
+        self, positions: Tensor, places: int, events: LayerEvents | None, question: Question
+    ) -> None:
+        super().__init__(positions, places, events)
+        self._question = question
+        self.masses: list[Tensor] = []
+
+    @override
+    def enter(self, layer: int) -> None:
+        if layer == self._question.layers:
+            raise Stop
+
+    @override
+    def observe(self, attended: Attended) -> None:
+        weight = attended.values.norm(dim=-1) if self._question.value_norm else None
+        mass = attention_mass(
+            attended.query,
+            attended.keys,
+            self.positions,
+            attended.lse,
+            attended.scaling,
+            attended.window,
+            attended.softcap,
+            weight,
+        )
+        self.masses.append(mass)
+
+
+class TracedPass(PaddedPass):
+    """A padded pass as torch.compile traces it, which cannot evaluate a mask.
+
+    Context variables cannot be read there either, so that attention is handed this as the argument
+    `padded_pass`.
+
+    Args:
+        positions: as for `PaddedPass`.
+        places: as for `PaddedPass`.
+        known: the windows of all layers in the order in which they attend, as a `PaddedPass` of
+            the same model over as many places has found them.
+    """
+
+    def __init__(self, positions: Tensor, places: int, known: Sequence[int | None]) -> None:
+        super().__init__(positions, places)
+        self._known = known
+
+    @override
+    def attend(self, mask: object) -> int | None:
+        """Note that a layer attends; its window, which is known."""
+        window = self._known[len(self.windows)]
+        self.windows.append(window)
+        return window
 
 
 running: ContextVar[PaddedPass] = ContextVar("picache_padded_pass")
@@ -72,14 +183,15 @@ class PaddedLayer(DynamicLayer):
     """One layer of the cache of a padded pass: the memory of all prompts, which it writes to.
 
     Args:
+        index: of the layer.
         keys: ``[batch, kv_heads, places + 1, head_dim]``.
         values: the same of the values.
         of: the pass.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, of: PaddedPass) -> None:
+    def __init__(self, index: int, keys: Tensor, values: Tensor, of: PaddedPass) -> None:
         super().__init__()
-        self.is_initialized = True
+        self.is_initialized, self.index = True, index
         self.keys, self.values = self.memory = keys, values
         self.of = of
 
@@ -88,10 +200,13 @@ class PaddedLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KV:
         """Write the keys and values of the rows; return those of all places."""
+        self.of.enter(self.index)
         refuse_autocast(key_states.device.type)
         fresh, whole = (key_states, value_states), self.memory
         refuse_other_dtype(fresh, whole, "the compiled chunks hold")
         self.of.updated += 1
+        if self.of.events is not None:
+            self.of.events.wait(self.index)
         for new, held in zip(fresh, whole, strict=True):
             held[self.of.batch, :, self.of.written] = new.transpose(1, 2)
         return whole
@@ -120,8 +235,10 @@ class PaddedMask:
         return self
 
 
-def padded_mask(mask_function: Callable, **_: object) -> PaddedMask:
-    """The mask of the padded pass that is running, reduced to its window."""
+def padded_mask(mask_function: Callable, **_: object) -> PaddedMask | None:
+    """The mask of the padded pass that is running, reduced to its window; None where traced."""
+    if torch.compiler.is_compiling():
+        return None
     return PaddedMask(window_of(mask_function, _under_way().places))
 
 
@@ -156,20 +273,21 @@ def attend_padded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PaddedMask,
+    attention_mask: PaddedMask | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    padded_pass: TracedPass | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of the rows over all places, causal by position; see `attend_scattered`."""
-    passing = _under_way()
-    if not isinstance(attention_mask, PaddedMask):
-        raise PICacheError(CHANGED_MEANWHILE)
-    passing.attended += 1
+    passing = _under_way() if padded_pass is None else padded_pass
+    window = passing.attend(attention_mask)
     refuse_unknown_scores(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = scattered_attention(
-        query, key, value, passing.positions, scaling, attention_mask.window, softcap, s_aux
-    )
+    given = (query, key, value, passing.positions, scaling, window, softcap, s_aux)
+    if padded_pass is not None:
+        return attention_operator(*given), None
+    out, lse = scattered_attention(*given)
+    passing.observe(Attended(query, key, value, lse, scaling, window, softcap))
     return out.transpose(1, 2).contiguous(), None

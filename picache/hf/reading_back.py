@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -61,3 +61,8 @@ class RefuseReadingBack(TorchDispatchMode):
         if copied and self._kind in (kinds := kinds | {out.device.type}) and len(kinds) > 1:
             raise CannotCapture(f"its forward copies between the device and the host ({func})")
         return out
+
+
+def refusing() -> bool:
+    """Whether this thread is inside a block of `RefuseReadingBack`."""
+    return isinstance(_get_current_dispatch_mode(), RefuseReadingBack)

@@ -205,6 +205,19 @@ class SparsePass:
         return left
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a pass is asked for in place of its logits: how much its rows attend to each place.
+
+    Attributes:
+        layers: how many of the first layers it runs.
+        value_norm: whether attention is weighted by the norm of the value it is paid to.
+    """
+
+    layers: int
+    value_norm: bool
+
+
 class Stop(Exception):  # noqa: N818 - not an error: the pass has gone far enough
     """Ends a pass that needs only the first layers."""
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.kernels.available import KernelError, why_not
 from picache.kernels.place import place_reference
-from picache.kernels.placing import LayerKV, place_layers
+from picache.kernels.placing import LayerKV, Resident, place_layers
 from picache.kernels.scattered_attention import scattered_attention, scattered_attention_reference
 from picache.kernels.tables import Piece, Turn
 
@@ -54,7 +54,8 @@ def _wrong(keys: Tensor, values: Tensor, groups: int) -> str:
     pieces = [Piece(_TOKENS, 0, 0, 0, -1), Piece(_TOKENS, 3, 0, _TOKENS, 5)]
     shapes = ((1, heads, _PLACES, dim), (1, heads, _PLACES, value_dim))
     placed, expected = ([keys.new_zeros(shape) for shape in shapes] for _ in range(2))
-    place_layers([LayerKV([part, part], (placed[0], placed[1]), turn)], pieces)
+    held = Resident.of([part])
+    place_layers([LayerKV((placed[0], placed[1]), turn)], [held, held], pieces)
     key_sources, value_sources = ([[one[0], one[0]]] for one in part)
     place_reference(key_sources, value_sources, pieces, [expected[0]], [expected[1]], turn)
     if not all(map(_close, placed, expected)):

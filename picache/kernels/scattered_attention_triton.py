@@ -13,9 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WAVES = 4  # programs for each processor
+WAVES = 3  # programs of 8 warps for each processor
 MOST_SPLITS = 64
-LEAST_KEYS = 256  # of a part: fewer are not worth what it takes to join it
+# Keys of a part, for each line of a tile: fewer are not worth what it takes to join it.
+LEAST_KEYS = 16
+# Keys of a part at most: programs of rows early in the prompt end sooner, so that there are to be
+# more of them, up to so many for each processor.
+MOST_KEYS, EVEN_WAVES = 16384, 16
+LONG = 16384  # keys from which on the largest tiles are the fastest
 POSITIONS = tl.constexpr(1024)  # read at once
 LOWEST = tl.constexpr(-3.4e38)  # below every score, and finite: its difference to -inf is no NaN
 
@@ -331,19 +336,29 @@ def plan(
     widest = max(padded(head_dim), padded(value_dim))
     if itemsize == 4:  # without tensor cores, whose products of float32 are rounded
         most_lines, keys, warps, stages = 32, 16, 8, 1
-    elif widest <= 128:
-        most_lines, keys, warps, stages = 128, 64, 8, 3
-    else:
+    elif widest > 128:
         most_lines, keys, warps, stages = 64, 64, 8, 2
+    elif capacity < LONG:
+        most_lines, keys, warps, stages = 64, 64, 4, 3
+    else:
+        most_lines, keys, warps, stages = 128, 128, 8, 3
     tile = max(16, min(most_lines, triton.next_power_of_2(lines)))
-    both = padded(head_dim) + padded(value_dim)
-    while stages > 1 and (tile * padded(head_dim) + stages * keys * both) * itemsize > (
-        processors.shared
-    ):
+
+    def fits() -> bool:
+        kept = tile * padded(head_dim) + stages * keys * (padded(head_dim) + padded(value_dim))
+        return kept * itemsize <= processors.shared
+
+    if not fits():
+        keys = min(keys, 64)
+    while stages > 1 and not fits():
         stages -= 1
+    if tile < most_lines:
+        warps = 4
     programs = kv_rows * triton.cdiv(lines, tile)
-    splits = min(round(WAVES * processors.number / programs), capacity // LEAST_KEYS, MOST_SPLITS)
-    return Plan(tile, keys, max(1, splits), warps if tile == most_lines else 4, stages)
+    filling = round(WAVES * 8 / warps * processors.number / programs)
+    even = min(capacity // MOST_KEYS, EVEN_WAVES * processors.number // programs)
+    splits = min(max(filling, even), capacity // (LEAST_KEYS * tile), MOST_SPLITS)
+    return Plan(tile, keys, max(1, splits), warps, stages)
 
 
 def padded(dim: int) -> int:
@@ -416,7 +431,7 @@ def launch_scattered_attention(
         DV_PAD=padded(value_dim),
         M=chosen.lines,
         N=chosen.keys,
-        LEAST=max(LEAST_KEYS, chosen.keys),
+        LEAST=max(LEAST_KEYS * chosen.lines, chosen.keys),
         SINKS=sinks is not None,
         DIRECT=chosen.splits == 1,
         WIDE=not keys.is_cuda,

@@ -8,6 +8,7 @@ import torch
 
 from picache.chunk import KV, Form
 from picache.errors import CorruptChunk, StoreFull, StoreUnavailable
+from picache.kernels.placing import Resident
 from picache.linking.stopwatch import Stopwatch
 from picache.store import ChunkStore
 from picache.store.quantize import decode, encode
@@ -82,6 +83,12 @@ class FetchedChunk:
         except CorruptChunk:
             self._damaged = True
             raise
+
+    def resident(self) -> Resident | None:
+        """All layers on the model's device; None where they are to be loaded."""
+        if self._stored is None:
+            return Resident.of(self._compiled)
+        return self._stored.resident(self._device)
 
     def mend(self) -> None:
         """Compile the chunk again if it was found damaged; not while the model runs a pass."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import CorruptChunk
-from picache.hf.sparse_pass import CannotCapture
-from picache.linking.linked_kv import LinkedKV
-from picache.linking.measured_evidence import MeasuredEvidence, squared_distance
+from picache.hf.sparse_pass import CannotCapture, Question
+from picache.kernels.placing import can_place
+from picache.linking.linked_kv import LinkedKV, place_rows
+from picache.linking.measured_evidence import MeasuredEvidence
+from picache.linking.narrowing import narrowing, narrows
 from picache.linking.prompt import LinkedPrompt, batched
 from picache.linking.report import LinkReport
-from picache.linking.row import LinkedRow, Row
+from picache.linking.row import LinkedRow, Row, RowPlaces
 from picache.linking.sources import Part, Sources
 from picache.linking.stopwatch import Stopwatch
-from picache.methods.base import Layout, LinkMethod, Metric, positions_to_recompute
+from picache.methods.base import Layout, LinkMethod, positions_to_recompute
 from picache.store import ChunkStore
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class _Linking:
         measured: for each layer that was run to choose them, the positions that entered it.
         full_prefill: why the prompt is prefilled in full; empty where it is linked.
         entered: positions of the tokens that went through each layer.
-        layers: keys and values of every token, layer by layer, in the end.
+        in_places: whether its keys and values lie in the arena in the end.
+        layers: elsewhere keys and values of every token, layer by layer, in the end.
         logits: of the first new token, ``[1, vocab_size]``, in the end.
         recompute_pass: how the pass ran.
     """
@@ -56,6 +59,7 @@ class _Linking:
     measured: list[Tensor] = field(default_factory=list)
     full_prefill: str = ""
     entered: list[Tensor] = field(default_factory=list)
+    in_places: bool = False
     layers: list[KV] = field(default_factory=list)
     logits: Tensor = _NONE
     recompute_pass: str = ""
@@ -97,7 +101,8 @@ class Link:
         self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
         self._failures = store.failures
         self._together = Stopwatch(model.device)  # what is done for all rows at once
-        self._capture_seconds = 0.0
+        # What capturing took: of passes that a method chose by, and of the one that followed.
+        self._choose_capture_seconds = self._recompute_capture_seconds = 0.0
 
     def __call__(self) -> LinkedPrompt:
         """Link the batch."""
@@ -117,7 +122,7 @@ class Link:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
         passes, method = self._passes, self._method
         reason = passes.why_no_device()
-        if _narrows(method):
+        if narrows(method):
             reason = "the method chooses again in each layer"
         elif method.parallel is not None:
             reason = "the method places chunks side by side"
@@ -135,39 +140,55 @@ class Link:
 
     def _linked(self, sources: Sources, places: list[KV] | None, reason: str) -> LinkedPrompt:
         """The prompt, put together in the places, or each row in memory of its own."""
+        placeable = False
+        if places is not None:  # as the first row lies, and the second, so lie all
+            second = RowPlaces(places, min(1, len(self._rows) - 1), 1)
+            placeable = can_place(places) and can_place(second)
         with ExitStack() as open_:
             linkings = [
-                open_.enter_context(self._begun(sources, index, parts, places))
+                open_.enter_context(self._begun(sources, index, parts, places, placeable))
                 for index, parts in enumerate(sources.parts())
             ]
-            for linking in linkings:
-                self._choose(linking, sources)
+            asked = _Asked(self, linkings, places)
+            for index, linking in enumerate(linkings):
+                self._choose(linking, sources, partial(asked, index))
             if places is not None:
-                reason = self._recompute_together(linkings)
+                reason = self._recompute_together(linkings, places)
             for linking in linkings:
-                if not linking.layers:
+                if not linking.in_places:
                     self._recompute(linking, reason)
+        # What follows keeps Python busy while the device still computes.
+        arena = None if places is None else self._passes.arena
+        rows = [
+            LinkedRow(one.ids, one.layout, one.layers, one.logits, one.in_places)
+            for one in linkings
+        ]
+        prompt = batched(self._model, rows, self._method, self._pad_id, arena)
+        reports = [self._report(linking, sources) for linking in linkings]
         self._model.finish()
         first_token = self._watch.elapsed
         self._promote(sources)
-        rows = [self._row(linking, sources, first_token) for linking in linkings]
-        arena = None if places is None else self._passes.arena
-        return batched(self._model, rows, self._method, self._pad_id, self._watch, arena)
+        timed = [
+            replace(report, seconds=self._seconds(linking, first_token))
+            for report, linking in zip(reports, linkings, strict=True)
+        ]
+        failures = dict(self._store.failures - self._failures)
+        timed[0] = replace(timed[0], store_failures=failures)
+        return prompt(tuple(timed), self._watch.elapsed)
 
     @contextmanager
     def _begun(
-        self, sources: Sources, index: int, parts: list[Part], places: list[KV] | None
+        self,
+        sources: Sources,
+        index: int,
+        parts: list[Part],
+        places: list[KV] | None,
+        placeable: bool,
     ) -> Iterator["_Linking"]:
         """A row of which nothing is chosen yet."""
         row = self._rows[index]
         layout = row.layout(len(self._model.rotations))
-        memory = places and [
-            (
-                keys[index : index + 1, :, : layout.total_length],
-                values[index : index + 1, :, : layout.total_length],
-            )
-            for keys, values in places
-        ]
+        memory = None if places is None else RowPlaces(places, index, layout.total_length)
         with LinkedKV(
             self._model,
             parts,
@@ -176,17 +197,24 @@ class Link:
             sources.prefetch_from,
             self._method.parallel,
             memory,
+            None if memory is None else sources.residents(index),
+            placeable,
         ) as kv:
             yield _Linking(row, row.ids, layout, kv)
 
-    def _choose(self, linking: "_Linking", sources: Sources) -> None:
+    def _choose(
+        self,
+        linking: "_Linking",
+        sources: Sources,
+        masses: Callable[[int | None, bool], Tensor | None],
+    ) -> None:
         """Choose the tokens to recompute, or to prefill the prompt in full if it costs no more."""
         model, method, layout = self._model, self._method, linking.layout
         with linking.kv.watch.span("choose"):
-            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv)
+            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
-        if self._flops_per_byte is None or _narrows(method) or method.parallel is not None:
+        if self._flops_per_byte is None or narrows(method) or method.parallel is not None:
             return
         nbytes = model.bytes_per_token * sources.compiled_tokens(linking.row)
         linked = model.flops([linking.positions] * layout.num_layers)
@@ -194,7 +222,7 @@ class Link:
         if ratio >= 1:
             linking.full_prefill = f"linking would cost {ratio:.2f} times as much (estimated)"
 
-    def _recompute_together(self, linkings: list["_Linking"]) -> str:
+    def _recompute_together(self, linkings: list["_Linking"], places: list[KV]) -> str:
         """Recompute the rows that are linked in one captured pass; why not, if it cannot be."""
         chosen = [
             linking.positions[:0] if linking.full_prefill else linking.positions
@@ -202,25 +230,66 @@ class Link:
         ]
         if not any(map(len, chosen)):
             return ""
-        self._place([linking for linking in linkings if not linking.full_prefill])
+        self._place(linkings, places)
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         try:
             with self._together.span("recompute"):
-                logits, how, self._capture_seconds = self._passes.run(ids, chosen)
+                logits, how, seconds = self._passes.run(ids, chosen)
         except CannotCapture as error:
+            self._model.wait_for_loading()
             return str(error)
+        self._recompute_capture_seconds = seconds
         for index, linking in enumerate(linkings):
             if not linking.full_prefill:
                 linking.entered = [linking.positions] * linking.layout.num_layers
-                linking.layers = [linking.kv[layer] for layer in range(len(linking.kv))]
+                linking.in_places = True
                 linking.logits, linking.recompute_pass = logits[index : index + 1], how
         return ""
 
-    def _place(self, linkings: list["_Linking"]) -> None:
-        """Put the rows together, layer by layer, so that what they share is soon let go."""
+    def masses(
+        self, linkings: list["_Linking"], places: list[KV], question: Question
+    ) -> Tensor | None:
+        """How much the queries of all rows attend to each place; None where it is not captured.
+
+        Returns:
+            fp32 ``[layers, batch, places]`` on the CPU.
+        """
+        self._place(linkings, places)
+        positions = [
+            torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
+        ]
+        ids = [one.ids[at] for one, at in zip(linkings, positions, strict=True)]
+        try:
+            found, seconds = self._passes.masses(ids, positions, question)
+        except CannotCapture:  # the pass over the chosen rows says why
+            self._model.wait_for_loading()
+            return None
+        self._choose_capture_seconds += seconds
+        return found
+
+    def _place(self, linkings: list["_Linking"], places: list[KV]) -> None:
+        """Put the rows together that are linked: at once, or layer by layer.
+
+        Layer by layer, what rows share is soon let go.
+        """
+        at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
+        at = [index for index in at if not linkings[index].kv.begun]
+        rows = [linkings[index].kv for index in at]
+        if not rows:
+            return
+        if all(row.at_once for row in rows):
+            place_rows(rows, at, places, self._together)
+            return
+        events = self._passes.layer_events if all(row.ahead for row in rows) else None
         for layer in range(len(self._model.rotations)):
-            for linking in linkings:
-                linking.kv[layer]
+            for row in rows:
+                if events is None:
+                    row[layer]
+                else:
+                    row.make_ahead(layer)
+            if events is not None:
+                with torch.cuda.stream(self._model.loading):
+                    events.placed(layer)
 
     def _recompute(self, linking: "_Linking", reason: str) -> None:
         """Recompute one row eagerly, or prefill it in full."""
@@ -239,7 +308,7 @@ class Link:
                 linking.ids[linking.positions],
                 linking.positions,
                 kv,
-                _narrowing(method, layout),
+                narrowing(method, layout),
                 rotary_positions,
                 parallel,
             )
@@ -253,17 +322,12 @@ class Link:
                 with suppress(CorruptChunk):  # it has left for a disk meanwhile, which fails
                     self._store.promote(key, self._model.device)
 
-    def _row(self, linking: "_Linking", sources: Sources, first_token: float) -> LinkedRow:
-        """The row with its report; of what was done for all rows at once, its share."""
-        model, row, layout, watch = self._model, linking.row, linking.layout, linking.kv.watch
-        share, first = 1 / len(self._rows), row is self._rows[0]
+    def _report(self, linking: "_Linking", sources: Sources) -> LinkReport:
+        """What linking did to a row; the seconds are not known yet."""
+        model, row, layout = self._model, linking.row, linking.layout
         alone = [] if self._method.force_query else [torch.arange(layout.query_length)]
         flops = [*linking.measured, *alone * layout.num_layers, *linking.entered]
-        recompute = watch.seconds("recompute", without="wait")
-        if not linking.full_prefill:
-            together = self._together.seconds("recompute") - self._capture_seconds
-            recompute += share * max(together, 0.0)
-        report = LinkReport(
+        return LinkReport(
             method=repr(self._method),
             tokens_total=layout.total_length,
             tokens_recomputed_per_layer=tuple(len(at) for at in linking.entered),
@@ -271,55 +335,58 @@ class Link:
             chunk_hits=tuple(chunk.hit for chunk in sources.of(row)),
             flops=model.flops(flops),
             flops_full_prefill=model.flops(linking.everything),
-            seconds={
-                "look_up": share * self._watch.seconds("look_up"),
-                "compile": share * self._watch.seconds("compile"),
-                "load": watch.seconds("load"),
-                "rotate": watch.seconds("rotate"),
-                "choose": watch.seconds("choose", without="wait"),
-                "capture": share * self._capture_seconds,
-                "recompute": recompute,
-                "first_token": first_token,
-            },
             full_prefill=linking.full_prefill,
-            store_failures=dict(self._store.failures - self._failures) if first else {},
             dropped=(*(form.dropped for form in row.chunks), row.query_dropped),
             seams=row.seams,
             recompute_pass=linking.recompute_pass,
         )
-        return LinkedRow(linking.ids, layout, linking.layers, linking.logits, report)
+
+    def _seconds(self, linking: "_Linking", first_token: float) -> dict[str, float]:
+        """The seconds of a row; of what was done for all rows at once, its share."""
+        watch, share = linking.kv.watch, 1 / len(self._rows)
+        capture = self._choose_capture_seconds + self._recompute_capture_seconds
+        choose = watch.seconds("choose", without="wait")
+        if linking.row is self._rows[0]:  # which is asked first
+            choose = max(0.0, choose - self._choose_capture_seconds)
+        recompute = watch.seconds("recompute", without="wait")
+        if not linking.full_prefill:
+            together = self._together.seconds("recompute") - self._recompute_capture_seconds
+            recompute += share * max(together, 0.0)
+        return {
+            "look_up": share * self._watch.seconds("look_up"),
+            "compile": share * self._watch.seconds("compile"),
+            "load": watch.seconds("load") + share * self._together.seconds("load"),
+            "rotate": watch.seconds("rotate"),
+            "choose": choose,
+            "capture": share * capture,
+            "recompute": recompute,
+            "first_token": first_token,
+        }
 
 
-def _narrows(method: LinkMethod) -> bool:
-    """Whether the method chooses again in each layer."""
-    return type(method).narrow is not LinkMethod.narrow
+class _Asked:
+    """How much the queries of a batch attend to each token, from one captured pass of all rows.
 
+    Every row is asked the same, since one method links them all: what the first one is asked is
+    answered for all.
 
-def _narrowing(method: LinkMethod, layout: Layout) -> Callable | None:
-    """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
-
-    What must be recomputed in every layer, the query or its last token, is left out of what the
-    method sees and added to what it chose.
+    Args:
+        link: of the batch.
+        rows: of it, in order.
+        places: the arena's places; None where the batch lies elsewhere, and nothing is answered.
     """
-    if not _narrows(method):
-        return None
-    forced = layout.context_length if method.force_query else layout.total_length - 1
 
-    def narrow(
-        layer: int, positions: Tensor, fresh: KV, reused: KV
-    ) -> tuple[Tensor, Tensor] | None:
-        free = int((positions < forced).sum())
-        fresh_free, reused_free = (
-            (keys[:, :, :free], values[:, :, :free]) for keys, values in (fresh, reused)
-        )
+    def __init__(self, link: Link, rows: list[_Linking], places: list[KV] | None) -> None:
+        self._link, self._rows, self._places = link, rows, places
+        self._answers: dict[Question, Tensor | None] = {}
 
-        def deviation(metric: Metric) -> Tensor:
-            return squared_distance(fresh_free, reused_free, metric).cpu()
-
-        chosen = method.narrow(layer, layout, positions[:free].cpu(), deviation)
-        if chosen is None:
+    def __call__(self, index: int, layers: int | None, value_norm: bool) -> Tensor | None:
+        """Of one row, fp32 ``[layers, tokens]`` on the CPU; None where no pass is captured."""
+        if self._places is None:
             return None
-        always = positions[free:].cpu()
-        return torch.cat([chosen[0], always]), torch.cat([chosen[1], always])
-
-    return narrow
+        length = self._rows[index].layout.num_layers
+        question = Question(length if layers is None else min(layers, length), value_norm)
+        if question not in self._answers:
+            self._answers[question] = self._link.masses(self._rows, self._places, question)
+        found = self._answers[question]
+        return None if found is None else found[:, index, : self._rows[index].layout.total_length]

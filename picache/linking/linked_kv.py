@@ -10,9 +10,9 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import PICacheError
-from picache.hf.rope import Rotation, difference, rotate_
-from picache.kernels.placing import LayerKV, can_place, place_layers
-from picache.kernels.tables import Piece, Turn
+from picache.hf.rope import rotate_
+from picache.kernels.placing import LayerKV, Resident, place_layers
+from picache.linking.moves import Moves
 from picache.linking.read_ahead import ReadAhead
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, ParallelEncoding
@@ -28,7 +28,8 @@ class LinkedKV:
     positions they were compiled at to those they have in the prompt.
 
     In memory that is handed in, all layers of chunks that lie on the model's device are made when
-    the first is asked for.
+    the first is asked for, or before, together with other prompts (`place_rows`). Those that lie in
+    host memory may be made ahead of a pass that waits for each layer by itself (`make_ahead`).
 
     With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
     computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
@@ -49,8 +50,14 @@ class LinkedKV:
         parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
         memory: keys and values ``[1, kv_heads, tokens, head_dim]`` of each layer, which the prompt
             is put together in; None to allocate them.
+        residents: the parts again, in all layers, where all of them lie on the model's device.
+        placeable: whether kernels can write to the memory (`can_place`).
 
     Attributes:
+        at_once: whether all layers are made at once.
+        begun: whether they were.
+        ahead: whether layers may be made ahead of a pass that waits for each by itself.
+        moves: where the parts go.
         watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
             waits for it ("wait").
         nbytes: bytes of the keys and values copied so far.
@@ -68,6 +75,8 @@ class LinkedKV:
         prefetch_from: Literal["host", "disk"] | None = None,
         parallel: ParallelEncoding | None = None,
         memory: Sequence[KV] | None = None,
+        residents: Sequence[Resident] | None = None,
+        placeable: bool = False,
     ) -> None:
         if parallel is not None and model.window is not None:
             raise PICacheError(
@@ -82,11 +91,11 @@ class LinkedKV:
                 "not reach: chunks side by side (APE) are refused, choose a method that places "
                 "them in order"
             )
-        self._model, self._parts, self._skips, self._layout = model, parts, skips, layout
-        self._memory = memory
-        self._at_once = memory is not None and prefetch_from is None and can_place(memory)
+        self._parts, self._skips, self._layout = parts, skips, layout
+        self._memory, self.residents = memory, residents
+        self._placeable = memory is not None and placeable
+        self.at_once = self._placeable and residents is not None
         self._made: list[KV | None] = [None] * layout.num_layers
-        self._turns: dict[tuple[Rotation, str | None], Turn] = {}
         self._device = model.device
         self._coming: dict[int, Future[KV]] = {}
         self._thread: ThreadPoolExecutor | None = None
@@ -99,16 +108,15 @@ class LinkedKV:
             self._stream = model.loading
             # Chunks that were compiled just now may not be finished in the model's stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.ahead = self._stream is not None and self._thread is None and memory is not None
+        self.begun = False
         self.nbytes = 0
         self.watch = Stopwatch(self._device)
-        lengths = (*layout.chunk_lengths, layout.query_length)[: len(parts)]
-        # Of the tokens behind the exact prefix: the rotary positions they were compiled at, where
-        # they stand in the prompt, and the rotary positions they are moved to.
-        compiled_at = [torch.arange(s, s + n) for s, n in zip(skips, lengths, strict=True)][1:]
-        self._old = torch.cat([torch.empty(0, dtype=torch.int64), *compiled_at])
-        self._moved = slice(layout.prefix_length, layout.prefix_length + len(self._old))
         in_order = torch.arange(layout.total_length)
-        self._new = (layout.parallel_positions() if parallel else in_order)[self._moved]
+        positions = layout.parallel_positions() if parallel else in_order
+        self.moves = Moves.of(model, layout, skips, positions)
+        moved = len(self.moves.old)
+        self._moved = slice(layout.prefix_length, layout.prefix_length + moved)
         self._temperature = parallel.temperature if parallel else 1.0
 
     def __enter__(self) -> "LinkedKV":
@@ -128,10 +136,12 @@ class LinkedKV:
 
         Each call for a layer gives the same tensors, which may be written to.
         """
+        if self.at_once:
+            assert self._memory is not None
+            if not self.begun:
+                place_rows([self], [0], self._memory, self.watch)
+            return self._memory[layer]
         made = self._made[layer]
-        if made is None and self._at_once:
-            self._make_all()
-            made = self._made[layer]
         if made is None:
             with self.watch.span("wait"):
                 coming = self._coming.pop(layer, None)
@@ -142,6 +152,17 @@ class LinkedKV:
             if prefetches and layer + 1 < len(self):
                 self._coming[layer + 1] = self._begin(layer + 1)
         return made
+
+    def make_ahead(self, layer: int) -> None:
+        """Make a layer in the CUDA stream for loading, which its reader has yet to wait for."""
+        if self.at_once:
+            if not self.begun:
+                assert self._memory is not None
+                with self._loading():
+                    place_rows([self], [0], self._memory, self.watch)
+        elif self._made[layer] is None:
+            coming = self._coming.pop(layer, None)
+            self._made[layer] = (coming or self._begin(layer)).result()
 
     def _begin(self, layer: int) -> Future[KV]:
         """Start to make a layer, in the thread or in the CUDA stream."""
@@ -157,10 +178,26 @@ class LinkedKV:
             with self.watch.span("load"):
                 ahead = self._ahead
                 parts = [part(layer) for part in self._parts] if ahead is None else ahead(layer)
+                if self._placeable and self._device.type == "cuda":
+                    return self._placed(layer, parts)
                 kv = self._copied(layer, parts)
             with self.watch.span("rotate"):
                 self._move(layer, kv)
         return kv
+
+    def _placed(self, layer: int, parts: list[KV]) -> KV:
+        """Copy and rotate the parts in one kernel, to where the prompt's memory is."""
+        assert self._memory is not None
+        memory = self._memory[layer]
+        held = [Resident.of([kv]) for kv in parts]
+        place_layers([LayerKV(memory, self.moves.turn(layer))], held, self.moves.pieces)
+        self._count(held)
+        return memory
+
+    def _count(self, parts: Sequence[Resident]) -> None:
+        """Add what was copied of the parts to `nbytes`."""
+        for part, piece in zip(parts, self.moves.pieces, strict=True):
+            self.nbytes += part.nbytes // piece.held * (piece.held - piece.skipped)
 
     def _loading(self) -> AbstractContextManager[object]:
         """What a thread loads in: the CUDA stream for it, where there is one."""
@@ -198,47 +235,32 @@ class LinkedKV:
         """Rotate the keys behind the exact prefix to their positions in the prompt, in place."""
         if self._temperature != 1:
             kv[0][:, :, self._moved] /= self._temperature
-        if (turn := self._turn(layer)) is not None:
+        if (turn := self.moves.turn(layer)) is not None:
             moved = kv[turn.part][:, :, self._moved]
             rotate_(moved, (turn.cos, turn.sin), turn.pairing, turn.offset)
 
-    def _turn(self, layer: int) -> Turn | None:
-        """How the keys of a layer are rotated; the same object for layers that share it."""
-        rotation = self._model.rotations[layer]
-        if rotation is None or not len(self._old):
-            return None
-        # Those of different types may rotate by other angles (Gemma 3).
-        kind = (rotation, self._model.rotary.layer_type(layer))
-        if kind not in self._turns:
-            old = self._model.angles(layer, self._old)
-            cos, sin = difference(old, self._model.angles(layer, self._new))
-            how = (rotation.pairing, rotation.offset, rotation.part)
-            self._turns[kind] = Turn(cos.contiguous(), sin.contiguous(), *how)
-        return self._turns[kind]
+    def made_at_once(self) -> None:
+        """All layers stand where they belong."""
+        assert self.residents is not None
+        self.begun = True
+        self._count(self.residents)
 
-    def _make_all(self) -> None:
-        """Put all layers together where the prompt's memory is."""
-        assert self._memory is not None
-        with self.watch.span("load"):
-            layers = [
-                LayerKV([part(layer) for part in self._parts], memory, self._turn(layer))
-                for layer, memory in enumerate(self._memory)
-            ]
-            held = [part[0].shape[2] for part in layers[0].parts]
-            place_layers(layers, self._pieces(held))
-        self._made = list(self._memory)
-        self.nbytes = sum(
-            tensor.nbytes // tensor.shape[2] * (tensor.shape[2] - skip)
-            for layer in layers
-            for part, skip in zip(layer.parts, self._skips, strict=True)
-            for tensor in part
-        )
 
-    def _pieces(self, held: Sequence[int]) -> list[Piece]:
-        """Where the parts go, which hold so many tokens each; the first is not rotated."""
-        starts, moved = (*self._layout.starts, self._layout.context_length), 0
-        pieces: list[Piece] = []
-        for tokens, skip, start in zip(held, self._skips, starts, strict=False):
-            pieces.append(Piece(tokens, skip, 0, start, moved if pieces else -1))
-            moved += tokens - skip if len(pieces) > 1 else 0
-        return pieces
+def place_rows(
+    rows: Sequence[LinkedKV], at: Sequence[int], places: Sequence[KV], watch: Stopwatch
+) -> None:
+    """Put prompts together in all layers at once, where their memory is.
+
+    Args:
+        rows: prompts that are made at once, of which nothing is made yet.
+        at: which row of the places each is.
+        places: keys and values of each layer, ``[batch, kv_heads, places, head_dim]``.
+        watch: measures it as "load".
+    """
+    with watch.span("load"):
+        moves = Moves.together([row.moves for row in rows], at)
+        layers = [LayerKV(memory, moves.turn(layer)) for layer, memory in enumerate(places)]
+        parts = [part for row in rows for part in row.residents or ()]
+        place_layers(layers, parts, moves.pieces)
+    for row in rows:
+        row.made_at_once()

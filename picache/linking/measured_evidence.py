@@ -1,5 +1,6 @@
 """Answers, by measuring, what a link method may ask about a prompt before it chooses tokens."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,21 +36,33 @@ class MeasuredEvidence(Evidence):
         ids: token ids of the prompt, ``[tokens]``.
         layout: where the chunks and the query stand.
         kv: of the whole prompt as compiled.
+        masses: answers how much the query attends to each token, fp32 ``[layers, tokens]``; None
+            where it cannot, and the query is then run eagerly here.
 
     Attributes:
         entered: what the answers cost: one entry for each layer that was run, with the positions of
             the tokens that went through it.
     """
 
-    def __init__(self, model: "HFModel", ids: Tensor, layout: Layout, kv: LinkedKV) -> None:
+    def __init__(
+        self,
+        model: "HFModel",
+        ids: Tensor,
+        layout: Layout,
+        kv: LinkedKV,
+        masses: Callable[[int | None, bool], Tensor | None],
+    ) -> None:
         self._model, self._ids, self._layout, self._kv = model, ids, layout, kv
+        self._masses = masses
         self.entered: list[Tensor] = []
 
     @override
     def query_attention(self, layers: int | None = None, value_norm: bool = False) -> Tensor:
         query = torch.arange(self._layout.context_length, self._layout.total_length)
-        ids = self._ids[query]
-        masses = self._model.attention_masses(ids, query, self._kv, layers, value_norm)
+        masses = self._masses(layers, value_norm)
+        if masses is None:
+            ids = self._ids[query]
+            masses = self._model.attention_masses(ids, query, self._kv, layers, value_norm)
         self.entered += [query] * len(masses)
         return masses[:, : self._layout.context_length]
 

@@ -1,7 +1,8 @@
 """A linked prompt as `generate` takes it: a batch of rows, padded on the left."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
 from picache.hf.held_kv import HeldKV
+from picache.kernels.queued import queued
 from picache.linking.report import LinkReport, total
 from picache.linking.row import LinkedRow
-from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import LinkMethod
 
 if TYPE_CHECKING:
@@ -119,18 +120,21 @@ def batched(
     rows: list[LinkedRow],
     method: LinkMethod,
     pad_id: int,
-    watch: Stopwatch,
     arena: "Arena | None" = None,
-) -> LinkedPrompt:
+) -> Callable[[tuple[LinkReport, ...], float], LinkedPrompt]:
     """Make one prompt of linked rows: padded on the left, the last token left for `generate`.
+
+    It needs no result of the device, which may still be computing them.
 
     Args:
         model: the model the rows were linked with.
         rows: one linked prompt each.
         method: the method the rows were linked by.
         pad_id: token id of the padding.
-        watch: started when linking began.
         arena: where the rows that were linked lie, in whose turn this thread is; None elsewhere.
+
+    Returns:
+        The prompt, once it is given the report of each row and the seconds that linking took.
     """
     width, device = max(len(row.ids) for row in rows), model.device
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -138,7 +142,7 @@ def batched(
     for index, row in enumerate(rows):
         input_ids[index, width - len(row.ids) :] = row.ids
         mask[index, width - len(row.ids) :] = 1
-    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+    inputs = {"input_ids": queued(input_ids, device), "attention_mask": queued(mask, device)}
     attach = None
     if method.parallel is not None:
         inputs["position_ids"], state = _side_by_side(
@@ -147,7 +151,7 @@ def batched(
         attach = model.attention.attachment(state)
     if arena is not None:
         for index, row in enumerate(rows):
-            if row.report.full_prefill:
+            if not row.in_places:
                 arena.put(len(rows), index, row.kv)
         arena.align([len(row.ids) for row in rows])
         held = arena.lend(len(rows), width - 1, model.attention)
@@ -157,14 +161,8 @@ def batched(
             (_stacked([k for k, _ in x], width), _stacked([v for _, v in x], width)) for x in layers
         ]
         held = HeldKV(kv, width - 1)
-    return LinkedPrompt(
-        inputs,
-        held,
-        torch.cat([row.logits for row in rows]),
-        tuple(row.report for row in rows),
-        watch.elapsed,
-        attach,
-    )
+    logits = torch.cat([row.logits for row in rows])
+    return partial(LinkedPrompt, inputs, held, logits, attach=attach)
 
 
 def _side_by_side(

@@ -1,12 +1,13 @@
 """One prompt of a batch: what is to be linked, and what linking made of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from picache.chunk import KV, Form
-from picache.linking.report import LinkReport
 from picache.methods.base import Layout
 
 
@@ -29,8 +30,8 @@ class Row:
     @property
     def ids(self) -> Tensor:
         """Token ids of the linked prompt, int64 ``[tokens]``."""
-        chunks = [token for form in self.chunks for token in form.ids[form.skip :]]
-        return torch.tensor([*chunks, *self.query])
+        query = torch.tensor(self.query, dtype=torch.int64)
+        return torch.cat([*(form.prompt_ids for form in self.chunks), query])
 
     def layout(self, num_layers: int) -> Layout:
         """Where the chunks, without the sinks they were compiled behind, and the query stand."""
@@ -47,11 +48,31 @@ class LinkedRow:
         layout: where the chunks stand.
         kv: keys and values of every token, layer by layer.
         logits: of the first new token, ``[1, vocab_size]``.
-        report: what linking did.
+        in_places: whether its keys and values lie in the places of an arena; `kv` is empty then.
     """
 
     ids: Tensor
     layout: Layout
     kv: list[KV]
     logits: Tensor
-    report: LinkReport
+    in_places: bool
+
+
+class RowPlaces(Sequence[KV]):
+    """The places of one row of a batch, layer by layer: views, made when they are asked for.
+
+    Args:
+        places: of the batch, keys and values ``[batch, kv_heads, places, head_dim]`` of each layer.
+        row: which one.
+        tokens: how many of the places.
+    """
+
+    def __init__(self, places: Sequence[KV], row: int, tokens: int) -> None:
+        self._places, self._row, self._tokens = places, slice(row, row + 1), slice(tokens)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, layer: Any) -> Any:
+        keys, values = self._places[layer]
+        return keys[self._row, :, self._tokens], values[self._row, :, self._tokens]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from picache.chunk import KV
+from picache.kernels.placing import Resident
 from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
 from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
@@ -88,6 +89,14 @@ class Sources:
         for row, query in zip(parts, self._queries, strict=False):
             row.append(query.__getitem__)
         return parts
+
+    def residents(self, index: int) -> list[Resident] | None:
+        """The parts of a row in all layers; None where one of them is to be loaded."""
+        found = [chunk.resident() for chunk in self.of(self._rows[index])]
+        if self._queries:
+            found.append(Resident.of(self._queries[index]))
+        parts = [part for part in found if part is not None]
+        return parts if len(parts) == len(found) else None
 
     def mend(self) -> None:
         """Compile again what was found damaged; not while the model runs a pass."""

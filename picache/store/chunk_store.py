@@ -266,13 +266,16 @@ class ChunkStore:
         """The chunk under `key` in the fastest tier that has it, without counting a hit."""
         with self._lock:
             held = self._memory.find(key)
-        if held is not None:
-            tier, entry = held
-            assert entry.header is not None
-            layers = entry.layers  # a demotion meanwhile replaces the list, and this one stays
-            return StoredChunk(
-                key, entry.header, entry.nbytes, tier.name, len(layers), layers.__getitem__
-            )
+            if held is not None:
+                tier, entry = held
+                assert entry.header is not None
+                layers = entry.layers  # a demotion later on replaces the list, and this one stays
+                if entry.given_out is None or entry.given_out.tier != tier.name:
+                    sizes = (entry.nbytes, tier.name, len(layers))
+                    entry.given_out = StoredChunk(
+                        key, entry.header, *sizes, layers.__getitem__, layers
+                    )
+                return entry.given_out
         disk = self._disk
         if disk is None:
             return None

@@ -83,6 +83,7 @@ class Memory:
             entry.layers = [
                 {name: to_host(part) for name, part in layer.items()} for layer in entry.layers
             ]
+            entry.given_out = None  # it holds what was on the device
         leave = tier.room_for(entry.nbytes, key, self._in_use)
         assert leave is not None, "level_for said there is room"
         for other in self.tiers:

@@ -1,12 +1,14 @@
 """A chunk as a store takes it in, checked, and as it gives it out again, layer by layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 
 from picache.chunk import DTYPES, KV, Header
 from picache.errors import PICacheError
+from picache.kernels.placing import Resident
 from picache.store.quantize import Encoded, decode
 
 
@@ -30,6 +32,7 @@ class StoredChunk:
         nbytes: bytes it takes in the store, all layers.
         tier: where it is: "device", "host" or "disk".
         num_layers: layers of the model.
+        held: its layers as they are stored, where they are in memory; empty for a file.
     """
 
     def __init__(
@@ -40,9 +43,10 @@ class StoredChunk:
         tier: str,
         num_layers: int,
         read: Callable[[int], Encoded],
+        held: Sequence[Encoded] = (),
     ) -> None:
         self.key, self.header, self.nbytes, self.tier = key, header, nbytes, tier
-        self.num_layers = num_layers
+        self.num_layers, self.held = num_layers, held
         self._read = read
 
     def encoded(self, index: int) -> Encoded:
@@ -71,6 +75,16 @@ class StoredChunk:
         if device is not None:
             parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
         return decode(parts, DTYPES[self.header.dtype])
+
+    def resident(self, device: torch.device) -> Resident | None:
+        """All layers as they lie on a device; None where they do not, or in 8 bits."""
+        if not self.held or self.header.storage != "exact":
+            return None
+        return self._resident if self.held[0]["keys"].device == device else None
+
+    @cached_property
+    def _resident(self) -> Resident:
+        return Resident.of(self)
 
     def load(self) -> list[KV]:
         """Keys and values of every layer; raises as `layer` does."""

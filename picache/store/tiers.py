@@ -4,12 +4,16 @@ import heapq
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from picache.arguments import real_number
 from picache.chunk import Header
 from picache.errors import PICacheError
 from picache.store.in_use import InUse
 from picache.store.quantize import Encoded
+
+if TYPE_CHECKING:
+    from picache.store.stored import StoredChunk
 
 SECONDS_PER_BYTE = 30e-6 / 2**17
 """Compile time assumed for a chunk whose header does not say, in seconds per byte of KV: that of an
@@ -46,6 +50,7 @@ class Entry:
         header: of the chunk; None for a file that was not opened yet.
         layers: its encoded layers; empty for a file.
         priority: set by the tier; the entry with the smallest is evicted first.
+        given_out: the chunk of these layers as the store gave it out last.
     """
 
     nbytes: int
@@ -53,6 +58,7 @@ class Entry:
     header: Header | None = None
     layers: list[Encoded] = field(default_factory=list)
     priority: tuple[float, int] = (0.0, 0)
+    given_out: "StoredChunk | None" = None
 
     @classmethod
     def of(cls, nbytes: int, header: Header | None = None) -> "Entry":

@@ -23,6 +23,7 @@ TAKEN = [
     "GLM",
     "Phi-3",
     "DeepSeek V3",  # latents
+    "SmolLM3",  # some layers without positions
 ]
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from picache.hf import captured_pass
+from picache.hf import recorders
 
 
 @pytest.fixture
 def captured(monkeypatch):
     """Passes are recorded on a CPU too: they run again each time."""
-    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", captured_pass.RunAgain)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", recorders.RunAgain)
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def eagerly(monkeypatch):
 
     def link(pic, *args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.delitem(captured_pass.RECORDERS, "cpu", raising=False)
+            patch.delitem(recorders.RECORDERS, "cpu", raising=False)
             prompt = pic.link(*args)
         assert not prompt.report.recompute_pass.startswith("captured,")
         return prompt

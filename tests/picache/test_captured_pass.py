@@ -20,7 +20,7 @@ from picache import (
     ProphetKV,
     RandomRecompute,
 )
-from picache.hf import captured_pass, padded_pass
+from picache.hf import captured_pass, padded_pass, recorders
 from picache.hf.arena import Arena
 from picache.hf.padded_pass import window_of
 from picache.hf.reading_back import RefuseReadingBack
@@ -124,12 +124,12 @@ def test_a_hook_of_the_users_is_called_at_every_link(captured):
 
 
 def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch, eagerly):
-    class Failing(captured_pass.RunAgain):
+    class Failing(recorders.RunAgain):
         def record(self, forward):
             forward()
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", Failing)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", Failing)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     before = pic.hf.attention.own
     prompt = pic.link(chunks, query, LegoLink(3))
@@ -142,14 +142,14 @@ def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("off", "said"), [(1.0, "eager: the captured pass gave logits"), (0.0, "captured, ")]
+    ("off", "said"), [(1.0, "eager: the captured pass gave numbers"), (0.0, "captured, ")]
 )
 def test_a_recording_that_gives_something_else_is_not_used(off, said, monkeypatch, eagerly):
-    class Recorder(captured_pass.RunAgain):
+    class Recorder(recorders.RunAgain):
         def record(self, forward):
-            return captured_pass.Proven(lambda: forward() + off, forward)
+            return recorders.Proven(lambda: forward() + off, forward, torch.float32)
 
-    monkeypatch.setitem(captured_pass.RECORDERS, "cpu", Recorder)
+    monkeypatch.setitem(recorders.RECORDERS, "cpu", Recorder)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     for _ in range(2):
         prompt = pic.link(chunks, query, LegoLink(3))

@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
-from picache.hf import captured_pass
+from picache.hf import padded_forward, recorders
+from picache.hf.model import HFModel
+from picache.kernels import attention_operator
+from picache.kernels.scattered_attention import scattered_attention
+from picache.linking.linked_kv import LinkedKV
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 from tests.picache.captured import TAKEN, families, linked_in_threads
 from tests.picache.helpers import chunks_of, compiled, prompt_parts
@@ -32,7 +36,7 @@ def pic_and_parts(model, **options):
 
 def eagerly(pic, *args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(captured_pass.RECORDERS, "cuda")
+        patch.delitem(recorders.RECORDERS, "cuda")
         prompt = pic.link(*args)
     assert prompt.report.recompute_pass == "eager: nothing is captured on a cuda"
     return prompt
@@ -94,6 +98,18 @@ def test_half_precision_gives_the_same_first_token(family):
         assert prompt.logits.argmax() == eager.logits.argmax() == reference.argmax()
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("method", [A3(0.3), ProphetKV(0.3, value_norm=True)], ids=str)
+def test_what_the_query_attends_to_is_found_in_a_captured_pass(family, method, monkeypatch):
+    pic, chunks, query = pic_and_parts(tiny_model(family))
+    rows, queries = [chunks, chunks[:3]], [query, query[:4]]
+    expected = [eagerly(pic, chunks, query, method), eagerly(pic, rows, queries, method)]
+    monkeypatch.delattr(HFModel, "attention_masses")
+    for _ in range(2):
+        for given, right in zip([(chunks, query), (rows, queries)], expected, strict=True):
+            assert_same(was_captured(pic.link(*given, method)), right)
+
+
 def test_a_batch_goes_through_one_pass():
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
     rows, queries = [chunks, chunks[:2], chunks[2:]], [query, query[:3], query[:1]]
@@ -115,6 +131,35 @@ def test_chunks_from_the_host_are_placed_before_the_pass_runs():
     slower, chunks, query = pic_and_parts(model, store=store)
     for _ in range(3):
         assert_same(was_captured(slower.link(chunks, query, LegoLink(3))), expected)
+        turned = was_captured(slower.link(chunks[::-1], query, LegoLink(3)))  # the arena holds both
+        assert_same(turned, eagerly(slower, chunks[::-1], query, LegoLink(3)))
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_layers_are_copied_from_the_host_beside_the_pass(storage, monkeypatch):
+    """However late a layer comes, the pass waits for it; of a batch, for that of every row."""
+    store = ChunkStore(device_bytes=1, host_bytes=math.inf, storage=storage)
+    pic, chunks, query = pic_and_parts(tiny_model("gemma3"), store=store)
+    rows, queries = [chunks, chunks[2:]], [query, query[:3]]
+    expected = [eagerly(pic, some, query, LegoLink(3)) for some in (chunks, chunks[::-1])]
+    expected.append(eagerly(pic, rows, queries, LegoLink(3)))
+    make = LinkedKV.make_ahead
+    made = []
+
+    def late(self, layer):
+        with torch.cuda.stream(pic.hf.loading):
+            torch.cuda._sleep(20_000_000)
+        make(self, layer)
+        made.append(layer)
+
+    monkeypatch.setattr(LinkedKV, "make_ahead", late)
+    pic.link(chunks, query, LegoLink(3))
+    made.clear()
+    for _ in range(2):
+        asked = [(chunks, query), (chunks[::-1], query), (rows, queries)]
+        for given, right in zip(asked, expected, strict=True):
+            assert_same(was_captured(pic.link(*given, LegoLink(3))), right)
+    assert made == 2 * [0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_two_prompts_stay_right_beside_each_other():
@@ -185,7 +230,7 @@ def test_a_pass_that_waits_for_the_device_is_eager_and_leaves_the_process_usable
     found_ahead, monkeypatch
 ):
     if not found_ahead:  # the capture itself fails
-        monkeypatch.setattr(captured_pass, "RefuseReadingBack", nullcontext)
+        monkeypatch.setattr(recorders, "RefuseReadingBack", nullcontext)
     reason = "reads numbers of the device back" if found_ahead else "capturing failed"
     model = tiny_model("llama")
     mlp = model.model.layers[1].mlp
@@ -211,7 +256,7 @@ def test_more_tokens_than_there_is_memory_for_are_refused_with_the_bytes():
     pic = PIC(model.to("cuda"))
     tokens = 2**38
     needed = (tokens + 1) * pic.hf.bytes_per_token
-    with pytest.raises(PICacheError, match=f"need {needed:,} bytes, and"):
+    with pytest.raises(PICacheError, match=f"need {needed:,} bytes on cuda:0, and"):
         pic.warm_up(tokens=tokens, rows=16)
     chunks = chunks_of(pic, 12, 40)
     was_captured(pic.link(chunks, random_ids(5)))
@@ -257,3 +302,97 @@ def test_decoding_behind_a_link_is_compiled_once():
     ours, theirs = (pic.model.generate(**one, **RUN) for one in (other, right))
     assert torch.equal(ours, theirs)
     assert_close("logits", other.logits, right.logits)
+
+
+@pytest.fixture
+def counted():
+    """Counters of what torch.compile traces, from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters["stats"]
+
+
+def was_compiled(prompt):
+    how = prompt.report.recompute_pass
+    assert how.startswith("captured and compiled, "), how
+    return prompt
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_compiled_passes_give_what_the_eager_pass_gives(family, counted):
+    pic, chunks, query = pic_and_parts(tiny_model(family))
+    pic.warm_up(tokens=256, rows=32, batch=2, progress=False, compile=True)
+    assert counted["unique_graphs"] == 2  # for one prompt, and for two
+    for method in (NaiveReuse(), LegoLink(3), LegoLink(16)):  # the last is of a later class
+        one = (chunks, query, method)
+        two = ([chunks, chunks[:3]], [query, query[:4]], method)
+        for asked in (one, two):
+            expected = eagerly(pic, *asked)
+            for _ in range(2):  # the second is not held against the plain pass any more
+                assert_same(was_compiled(pic.link(*asked)), expected)
+    assert counted["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_compiled_half_precision_is_as_good_as_the_eager_pass(family, counted):
+    """Within the error that the eager pass has against full precision."""
+    reference = eagerly(*pic_and_parts(tiny_model(family)), LegoLink(3)).logits
+    pic, chunks, query = pic_and_parts(tiny_model(family, dtype=torch.bfloat16))
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    eager = eagerly(pic, chunks, query, LegoLink(3))
+    prompt = was_compiled(pic.link(chunks, query, LegoLink(3)))
+    theirs, ours = ((one.logits.float() - reference).norm() for one in (eager, prompt))
+    assert ours <= 1.5 * theirs
+
+
+def test_compiled_passes_write_into_the_arena_itself(counted, monkeypatch):
+    """The compiler would otherwise copy the keys and values of all tokens in every layer."""
+    attended = set()
+
+    def noted(query, keys, values, *rest):
+        attended.update((keys.data_ptr(), values.data_ptr()))
+        return scattered_attention(query, keys, values, *rest)
+
+    monkeypatch.setattr(attention_operator, "scattered_attention", noted)
+    pic, _, _ = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=256, rows=16, progress=False, compile=True)
+    places = pic.passes.arena.places(1)
+    assert attended == {tensor.data_ptr() for layer in places for tensor in layer}
+
+
+def test_a_changed_model_is_captured_as_it_is_until_it_is_warmed_up_again(counted):
+    model = tiny_model("llama")
+    pic, chunks, query = pic_and_parts(model)
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    was_compiled(pic.link(chunks, query, LegoLink(3)))
+    written(model.model.layers[0].mlp.up_proj)
+    chunks = compiled(pic, prompt_parts(LENGTHS)[0])
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    assert_same(was_captured(pic.link(chunks, query, LegoLink(3))), expected)
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    assert_same(was_compiled(pic.link(chunks, query, LegoLink(3))), expected)
+
+
+def test_a_compilation_that_gives_something_else_is_not_used(counted, monkeypatch):
+    def adds_one(graph, inputs):
+        return lambda *given: [graph(*given)[0] + 1]
+
+    monkeypatch.setattr(padded_forward, "COMPILER", {"backend": adds_one})
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    for _ in range(2):
+        prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+        assert "not compiled: the compiled pass gave numbers" in prompt.report.recompute_pass
+        assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))
+
+
+def test_a_compiler_that_fails_is_named_and_links_go_on_without(counted, monkeypatch):
+    def fails(graph, inputs):
+        raise FileNotFoundError("no compiler")
+
+    monkeypatch.setattr(padded_forward, "COMPILER", {"backend": fails})
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    with pytest.raises(PICacheError, match=r"compile=True.*no compiler"):
+        pic.warm_up(tokens=256, rows=32, progress=False, compile=True)
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert_same(prompt, eagerly(pic, chunks, query, LegoLink(3)))

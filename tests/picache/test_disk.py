@@ -28,27 +28,10 @@ from picache.errors import CorruptChunk
 from picache.store import disk
 from picache.store.chunkfile import FORMAT, _checksum, _seal
 from picache.store.files import MARKED, MARKER, STALE_SECONDS
+from tests.picache.disk_chunks import KEY, OTHER, chunk, files, leftovers
 from tests.picache.helpers import same_kv
 
 ROOT = Path(__file__).parents[2]
-KEY = "ab" + "0" * 62
-OTHER = "cd" + "0" * 62
-
-
-def chunk(seed=0, tokens=5, layers=3):
-    made = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(1, 2, tokens, 4, generator=made), torch.randn(1, 2, tokens, 4, generator=made))
-        for _ in range(layers)
-    ]
-
-
-def files(path):
-    return sorted(path.rglob("*.safetensors"))
-
-
-def leftovers(path):
-    return sorted(path.rglob("*.tmp"))
 
 
 @pytest.fixture
@@ -543,7 +526,7 @@ def test_another_process_s_new_chunk_is_found_and_a_deleted_one_is_a_miss(folder
 WRITER = """
     import sys, torch
     sys.path.insert(0, {root!r})
-    from tests.picache.test_disk import KEY, chunk
+    from tests.picache.disk_chunks import KEY, chunk
     from picache import ChunkStore
     torch.set_num_threads(1)
     store = ChunkStore(path={path!r})

@@ -18,11 +18,10 @@ from picache import ChunkStore, PICacheError
 from picache.chunk import Header
 from picache.store import folder_index, writers
 from picache.store.chunk_name import file_name, key_of
+from tests.picache.disk_chunks import NAMES, chunk, files, leftovers
 from tests.picache.helpers import same_kv
-from tests.picache.test_disk import chunk, files, leftovers
 
 ROOT = Path(__file__).parents[2]
-NAMES = [f"{i:02}abcdef" for i in range(100)]  # keys of one length, in shards of their own
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes as on POSIX")
 
 
@@ -242,7 +241,7 @@ def test_an_index_does_not_grow_with_what_was_put_and_left(tmp_path):
 KILLED_WHILE_WRITING = """
     import os, sys
     sys.path.insert(0, {root!r})
-    from tests.picache.test_disk import chunk
+    from tests.picache.disk_chunks import chunk
     from picache import ChunkStore
     from picache.store import files, folder_index
     store = ChunkStore(path={path!r}, disk_bytes={bound})
@@ -422,8 +421,7 @@ def test_threads_do_not_pass_the_bound(tmp_path):
 PUTTER = """
     import sys
     sys.path.insert(0, {root!r})
-    from tests.picache.test_disk import chunk
-    from tests.picache.test_folder_index import NAMES
+    from tests.picache.disk_chunks import NAMES, chunk
     from picache import ChunkStore
     import warnings
     warnings.simplefilter("ignore")

@@ -111,9 +111,12 @@ def test_plans_fill_the_device_and_fit_its_memory():
 
     h200, small = Processors(132, 227 * 1024), Processors(46, 99 * 1024)
     shape = (128, 128, 2)
-    assert plan(8, 1280, 32768, *shape, h200) == Plan(128, 64, 7, 8, 3)
+    assert plan(8, 1280, 32768, *shape, h200) == Plan(128, 128, 5, 8, 3)
+    assert plan(8, 1280, 32768, *shape, small)[:2] == (128, 64)
     assert plan(8, 1280, 32768, *shape, small).stages == 2
-    assert plan(64, 352, 4096, *shape, h200).splits == 3
+    assert plan(8, 384, 4096, *shape, h200) == Plan(64, 64, 4, 4, 3)
+    assert plan(64, 352, 4096, *shape, h200).splits == 2
+    assert plan(8, 4352, 131072, *shape, h200).splits == 7
     assert plan(8, 4, 32768, *shape, h200).lines == 16
     assert plan(8, 4, 700, *shape, h200).splits == 2  # of 256 keys or more
     assert plan(8, 200_000, 200_000, *shape, h200).splits == 1

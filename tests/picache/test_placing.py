@@ -5,14 +5,14 @@ import torch
 
 from picache import PIC, DummySinks, LegoLink, NaiveReuse
 from picache.kernels import placing
-from picache.linking import linked_kv
+from picache.linking import link, linked_kv
 from tests.helpers import tiny_model
 
 
 @pytest.fixture
 def layer_by_layer(monkeypatch):
     def do():
-        monkeypatch.setattr(linked_kv, "can_place", lambda memory: False)
+        monkeypatch.setattr(link, "can_place", lambda memory: False)
 
     return do
 
@@ -48,16 +48,17 @@ def test_chunks_behind_sinks_in_a_batch(captured, layer_by_layer):
 def test_one_launch_for_layers_that_are_alike(captured, monkeypatch):
     model, counts = tiny_model("llama", torch.float32), []
 
-    def counted(layers, pieces):
+    def counted(layers, parts, pieces):
         counts.append((len({layer.kind for layer in layers}), len(pieces)))
-        return place_layers(layers, pieces)
+        return place_layers(layers, parts, pieces)
 
     place_layers = placing.place_layers
     monkeypatch.setattr(linked_kv, "place_layers", counted)
     pic = PIC(model, flops_per_byte=None)
     chunks = [pic.compile(list(range(5 + n, 17 + 3 * n))) for n in range(3)]
     pic.link(chunks, [3, 4, 5], LegoLink(2))
-    assert counts == [(1, 3)]
+    pic.link([chunks, chunks[:2]], [[3, 4, 5], [6]], LegoLink(2))
+    assert counts == [(1, 3), (1, 5)]  # all rows of a batch in one
 
 
 def test_the_exact_prefix_is_copied_bit_for_bit(captured):

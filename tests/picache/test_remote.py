@@ -16,8 +16,8 @@ from picache.errors import CorruptChunk
 from picache.store import listed_index, remote_calls, writers
 from picache.store.remote_calls import RemoteCalls, RemoteLimits, TierResting
 from tests.helpers import random_ids, tiny_model
+from tests.picache.disk_chunks import KEY, OTHER, chunk
 from tests.picache.helpers import same_kv
-from tests.picache.test_disk import KEY, OTHER, chunk
 
 fsspec = pytest.importorskip("fsspec")
 FAST = dict(remote_timeout=0.3, remote_retries=1, remote_pause=60.0)

@@ -18,8 +18,9 @@ from picache import PIC, ChunkStore, LegoLink, PICacheError
 from picache.errors import CorruptChunk, StoreUnavailable
 from picache.store import chunkfile, files, folder_index
 from tests.helpers import random_ids, tiny_model
+from tests.picache.disk_chunks import KEY, OTHER, chunk
 from tests.picache.helpers import same_kv
-from tests.picache.test_disk import KEY, OTHER, chunk, rewrite, set_header
+from tests.picache.test_disk import rewrite, set_header
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (9, 30, 21)

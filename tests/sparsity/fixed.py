@@ -1,5 +1,6 @@
 """Tests of memory of fixed size share: caches, `generate` compiled on a CPU, what is held."""
 
+import torch
 from transformers import CompileConfig
 
 from sparsity import RaaS, SparseCache
@@ -32,14 +33,24 @@ def fixed(model, policy, **kwargs):
 
 
 def held(cache, layer):
-    """Of each row and head: the columns held, by page, with what the policy notes."""
+    """Of each row and head: the pages held, as columns, stamps and pins; and their sums."""
     pool = cache.retentions[layer].pool
     found = []
     for b in range(pool.start.shape[0]):
         for h in range(pool.start.shape[1]):
-            slots = pool.slots[b, h].unflatten(0, (-1, pool.size)).tolist()
-            stamps, pins = pool.stamp[b, h].tolist(), pool.pinned[b, h].tolist()
-            sums = [[round(x, 3) for x in page] for page in pool.sums[b, h].tolist()]
-            pages = zip(pool.start[b, h].tolist(), slots, stamps, pins, sums, strict=True)
-            found.append(sorted(page for page in pages if page[0] >= 0))
+            start = pool.start[b, h].tolist()
+            order = sorted(
+                (at for at, first in enumerate(start) if first >= 0), key=start.__getitem__
+            )
+            slots = pool.slots[b, h].unflatten(0, (-1, pool.size))
+            parts = [t[order].tolist() for t in (slots, pool.stamp[b, h], pool.pinned[b, h])]
+            pages = list(zip([start[at] for at in order], *parts, strict=True))
+            found.append((pages, pool.sums[b, h][order]))
     return found
+
+
+def assert_same(one, other, tolerance=1e-4):
+    """Of what `held` found: the same pages, and sums that differ by their rounding at most."""
+    for (pages, sums), (others, their_sums) in zip(one, other, strict=True):
+        assert pages == others
+        torch.testing.assert_close(sums, their_sums, rtol=tolerance, atol=tolerance)

@@ -70,18 +70,20 @@ def shard_by_transformers(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, **config)
 
 
-def work(rank, port, folder, way):
+def work(rank, port, folder, ways):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    if way == "by hand":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        model = shard_by_hand(model, rank)
-    else:
-        model = shard_by_transformers(folder)
-    with torch.no_grad():
-        results = decode(model.eval())
+    results = {}
+    for way in ways:
+        if way == "by hand":
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            model = shard_by_hand(model, rank)
+        else:
+            model = shard_by_transformers(folder)
+        with torch.no_grad():
+            results[way] = decode(model.eval())
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -92,19 +94,30 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    """What one process decodes, and what each of two does, by the way they share the model."""
+    ways, folder = ["by hand"], tmp_path_factory.mktemp("model")
+    if find_spec("accelerate") is not None:
+        ways.append("transformers")
+    model = tiny_model("llama", **SHAPE)
+    model.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        mp.start_processes(
+            work, (free_port(), str(folder), ways), nprocs=PROCESSES, start_method="spawn"
+        )
+    shares = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    return decode(model), {way: [share[way] for share in shares] for way in ways}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["by hand", "transformers"])
-def test_two_processes_decode_what_one_does(way, tmp_path, monkeypatch):
-    if way == "transformers" and find_spec("accelerate") is None:
+def test_two_processes_decode_what_one_does(way, decoded):
+    expected, by_way = decoded
+    if way not in by_way:
         pytest.skip("transformers shards a model with accelerate only: pip install accelerate")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    model = tiny_model("llama", **SHAPE)
-    model.save_pretrained(tmp_path)
-    expected = decode(model)
-    mp.start_processes(
-        work, (free_port(), str(tmp_path), way), nprocs=PROCESSES, start_method="spawn"
-    )
-    shares = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    shares = by_way[way]
     refused = set()
     for policy in TIGHT:
         parts = [share[str(policy)] for share in shares]
