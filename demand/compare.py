@@ -49,6 +49,13 @@ FURTHER_OF_ENGINE = {
     "prefilled_again": "tokens whose KV was lost and computed again",
     "swapped_blocks": "blocks copied to the host or back",
     "peak_blocks": "the most blocks held at once",
+    "p50_ttft_seconds": "time to first token, median over requests",
+    "p95_ttft_seconds": "time to first token, 0.95-quantile over requests",
+    "p99_ttft_seconds": "time to first token, 0.99-quantile over requests",
+    "p50_tbt_seconds": "time between tokens, median over all gaps",
+    "p95_tbt_seconds": "time between tokens, 0.95-quantile over all gaps",
+    "p99_tbt_seconds": "time between tokens, 0.99-quantile over all gaps",
+    "kv_block_seconds": "blocks of KV held on the device, times the seconds they were held",
 }
 """The same, where there is an engine."""
 

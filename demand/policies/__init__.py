@@ -9,6 +9,7 @@ from demand.policies.fcfs import EDF, FCFS, Oracle, RandomOrder, RequestFCFS
 from demand.policies.gittins import Gittins
 from demand.policies.hysteresis import Hysteresis
 from demand.policies.job import Job, Service
+from demand.policies.kv_time import kv_time
 from demand.policies.las import LAS
 from demand.policies.least_slack import LeastSlack
 from demand.policies.priority_classes import PriorityClasses
@@ -41,4 +42,5 @@ __all__ = [
     "Service",
     "VirtualTime",
     "known_of",
+    "kv_time",
 ]

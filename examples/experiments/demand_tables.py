@@ -218,6 +218,85 @@ def engine_speed(record: dict) -> str:
     )
 
 
+def estimator(record: dict) -> str:
+    """Of estimator.json: milliseconds before and after, by refinement."""
+
+    def both(row: dict, name: str) -> list[str]:
+        return [f"{row['before'][name]:.1f} ms", f"{row['after'][name]:.2f} ms"]
+
+    ran, where = record["configuration"], record["environment"]
+    table = grid(
+        [
+            "refinement",
+            "observe a run and ask, before",
+            "after",
+            "ask in mid-unit, before",
+            "after",
+        ],
+        [
+            [f"`{row['refinement']}`", *both(row, "observe"), *both(row, "mid_unit")]
+            for row in record["rows"]
+        ],
+    )
+    beneath = (
+        f"Coding agents: {ran['learned']} runs are known, {ran['observed']} more are observed one "
+        f"by one, each followed by a question between units; mean over these (before: the first "
+        f"{ran['observed_before']}), and median of the questions in mid-unit; medians of "
+        f"{ran['turns']} turns of processor time, {where['hardware']}."
+    )
+    return f"{table}\n\n{beneath}"
+
+
+def engine_requests(record: dict) -> str:
+    """Of engine_requests.json: all policies over seeds, then two by application, of one seed."""
+    ran = record["configuration"]
+
+    def interval(row: dict, name: str) -> str:
+        return "{estimate:.3g} ({low:.3g} to {high:.3g})".format(**row[name])
+
+    def quantiles(row: dict, name: str) -> str:
+        cells = (row[f"p{percent}_{name}_seconds"] for percent in (50, 95, 99))
+        found = (cell["estimate"] if isinstance(cell, dict) else cell for cell in cells)
+        return " / ".join(f"{seconds:.3g}" for seconds in found)
+
+    heads = ["TTFT s, P50 / P95 / P99", "TBT s, P50 / P95 / P99"]
+    bounds = f"TTFT {ran['ttft_seconds']:g} s, TBT {ran['tbt_seconds']:g} s"
+    policies = grid(
+        [
+            "policy",
+            *heads,
+            f"requests a second within {bounds}",
+            "jobs a second in time",
+            "KV block-seconds a job",
+        ],
+        [
+            [
+                row["policy"],
+                quantiles(row, "ttft"),
+                quantiles(row, "tbt"),
+                interval(row, "requests_per_second"),
+                interval(row, "deadline_jobs_per_second"),
+                f"{row['kv_block_seconds_per_job']['estimate']:,.0f}",
+            ]
+            for row in record["policies"]
+        ],
+    )
+    applications = grid(
+        ["seed 0: policy, application", "requests", *heads, "KV block-seconds"],
+        [
+            [
+                f"{row['policy']}, {row['application']}",
+                f"{row['requests']:,}",
+                quantiles(row, "ttft"),
+                quantiles(row, "tbt"),
+                f"{row['kv_block_seconds']:,.0f}",
+            ]
+            for row in record["applications"]
+        ],
+    )
+    return f"{policies}\n\n{applications}"
+
+
 def continuous_batching(record: dict) -> str:
     """Of continuous_batching.json: measured in transformers, and simulated."""
     where = record["environment"]

@@ -163,11 +163,17 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "ranks": [demand_tables.ranks],
         "rank_noise": [demand_tables.rank_noise],
     },
-    "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
+    "docs/demand_graphs.md": {
+        "estimator": [demand_tables.estimator],
+        "refinement": [lambda found: refinement.markdown(found["results"])],
+    },
     "docs/scheduling.md": {
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
     },
-    "docs/engine.md": {"engine": [demand_tables.engine, demand_tables.engine_speed]},
+    "docs/engine.md": {
+        "engine": [demand_tables.engine, demand_tables.engine_speed],
+        "engine_requests": [demand_tables.engine_requests],
+    },
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {
         "continuous_batching": [demand_tables.continuous_batching],

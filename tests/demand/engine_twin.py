@@ -19,8 +19,9 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     lottery = np.random.default_rng(seed).random(len(workload))
     jobs, now, steps = [], 0.0, 0
     seen = SimpleNamespace(
-        preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0
-    )
+        preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0,
+        calls=[],
+    )  # fmt: skip
     for i, name in enumerate(workload.applications):
         known, tenant = workload.distributions[name], workload.tenants[i]
         demand = sum(execution_seconds(e, cost) for e in workload.runs[i])
@@ -79,6 +80,10 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                     host=0,
                     prefilled=0,
                     last=False,
+                    unit=entry.at,
+                    requested=now,
+                    token_seconds=[],
+                    block_seconds=0.0,
                 )
                 for k, (given, made) in enumerate(
                     (given, made)
@@ -86,6 +91,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                     for _ in range(count)
                 )
             ]
+            seen.calls += entry.calls
         else:
             entry.busy_until = now + execution.seconds
 
@@ -191,8 +197,11 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         assert 1 <= len(batch) <= engine.max_requests
         held = sum(c.blocks for c in calls)
         assert held <= engine.blocks
-        now += engine.step_seconds(tokens - len(decoding), len(decoding), kv, copied)
+        seconds = engine.step_seconds(tokens - len(decoding), len(decoding), kv, copied)
+        now += seconds
         steps += 1
+        for call in calls:
+            call.block_seconds += call.blocks * seconds
         outside(now)  # what happened during the step
         seen.requests += len(batch)
         seen.peak_blocks = max(seen.peak_blocks, held)
@@ -201,6 +210,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             call.prefilled = max(call.prefilled, min(call.kv, call.given))
             if call.kv == call.given + call.produced:
                 call.produced += 1
+                call.token_seconds.append(now)
                 seen.produced += 1
             if call.produced == call.made:
                 call.blocks = 0
@@ -219,4 +229,5 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     seen.completion_times = np.array([e.finish for e in jobs])
     seen.completion_steps = np.array([e.steps for e in jobs])
     seen.steps = steps
+    seen.calls.sort(key=lambda c: (c.entry.job.index, c.unit, c.number))
     return seen

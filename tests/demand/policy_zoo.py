@@ -41,6 +41,7 @@ PLAIN = [
     VTC(1.0),
     VTC(4.0),
     VirtualTime(),
+    VirtualTime(3.0, {"a": 40.0, "b": 7.0, "c": 19.0}),
     Oracle(),
 ]
 WRAPPED = [

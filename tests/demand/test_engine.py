@@ -131,9 +131,23 @@ engines = st.builds(
 )
 
 
+def ends(served):
+    """Whether every simulation ends.
+
+    Shy moves back by being served: where KV is recomputed, two jobs can displace each other in
+    turns, each before its prompt is computed.
+    """
+    engine, policy = served
+    return engine.preemption != "recompute" or not isinstance(policy, Shy)
+
+
+engines_and_policies = st.tuples(engines, st.sampled_from(POLICIES + OTHERS)).filter(ends)
+
+
 @settings(max_examples=150, deadline=None)
-@given(workloads(), engines, st.sampled_from(POLICIES + OTHERS))
-def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
+@given(workloads(), engines_and_policies)
+def test_jumping_over_equal_steps_changes_nothing(workload, served):
+    engine, policy = served
     result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
@@ -363,7 +377,7 @@ def test_repr_reads():
     result = simulate_engine(one_unit([(5, 4)]), FCFS(), Engine.counting_steps(2))
     assert repr(result) == (
         "EngineResult(FCFS(), 1 jobs, mean 4 s, p95 4 s, 4 steps of 1 requests, 0 preemptions, "
-        "0 tokens prefilled again)"
+        "0 tokens prefilled again, p95 TTFT 1 s, p95 TBT 1 s)"
     )
 
 

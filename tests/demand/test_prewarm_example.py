@@ -1,4 +1,4 @@
-"""The harnesses of prewarming.py and engine.py in examples/experiments, on a few jobs."""
+"""The harnesses of prewarming.py and of the two engine scripts in examples, on a few jobs."""
 
 import json
 import sys
@@ -63,4 +63,21 @@ def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
         assert (row["swapped_blocks_per_job"] > 0) <= (row["preemption"] == "swap")
     assert record["speed"][0]["steps_per_second"] > 0
     assert [row["jobs"] for row in record["growth"]] == [5, 5, 10, 10]
+    assert printed.count("| oracle |") == 1
+
+
+def test_engine_requests_writes_policies_applications_and_their_picture(example, monkeypatch):
+    import engine_requests
+
+    monkeypatch.setattr(engine_requests, "hermes_applications", partial(hermes_applications, 50))
+    folder, printed = example(engine_requests, "--jobs", "20", "--seeds", "2")
+    record = json.loads((folder / "engine_requests.json").read_text())
+    assert (folder / "engine_requests.png").stat().st_size > 10_000
+    for row in record["policies"]:
+        for name in ("ttft", "tbt"):
+            median, last = (row[f"p{percent}_{name}_seconds"]["estimate"] for percent in (50, 99))
+            assert 0.0 < median <= last
+        assert row["request_share"]["high"] <= 1.0
+    named = [row["policy"] for row in record["applications"] if row["application"] == "all"]
+    assert named == list(engine_requests.DRAWN)
     assert printed.count("| oracle |") == 1

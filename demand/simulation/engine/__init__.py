@@ -2,7 +2,17 @@
 
 from demand.simulation.engine.engine import Engine, Preemption
 from demand.simulation.engine.pools import Pool, PoolReport
-from demand.simulation.engine.result import EngineResult
+from demand.simulation.engine.result import EngineResult, Goodput
+from demand.simulation.engine.served_requests import ServedRequests
 from demand.simulation.engine.simulate import simulate_engine
 
-__all__ = ["Engine", "EngineResult", "Pool", "PoolReport", "Preemption", "simulate_engine"]
+__all__ = [
+    "Engine",
+    "EngineResult",
+    "Goodput",
+    "Pool",
+    "PoolReport",
+    "Preemption",
+    "ServedRequests",
+    "simulate_engine",
+]

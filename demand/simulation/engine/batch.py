@@ -5,6 +5,7 @@ from typing import final
 from demand.simulation.engine.blocks import Blocks
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
+from demand.simulation.engine.request_log import RequestLog
 
 
 @final
@@ -29,6 +30,7 @@ class Batch:
         kv_tokens: tokens whose KV they have at the end of the step.
         steady: whether the next step can be the same: each request decodes, nothing is copied.
         requests: sum of the sizes of all steps carried out.
+        log: the requests that are over.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -44,6 +46,7 @@ class Batch:
         self.kv_tokens = 0
         self.steady = True
         self.requests = 0
+        self.log = RequestLog()
         self._context = 0  # tokens with KV of the requests that decode
         self._seconds = 0.0
 
@@ -58,19 +61,24 @@ class Batch:
         """Schedule `tokens` tokens of each of `calls`, which hold the blocks for them."""
         self.room -= calls.count
         self.budget -= calls.count * tokens
-        if calls.input_tokens + calls.generated - calls.computed > 1 or not calls.generated:
+        step, history, computed = self.step, calls.history, calls.computed
+        pending = calls.input_tokens + calls.generated - computed
+        if pending > 1 or not calls.generated:
             calls.formed = self.formed
+            history += (step if tokens == pending else ~step, computed + tokens)
             self.prefilling.append((calls, tokens))
             return
-        step, job = self.step, calls.job
+        job = calls.job
         calls.over = step + calls.output_tokens - calls.generated
         if job.since_step != step:
             job.generated, job.since_step = job.produced(step), step
         job.decoding += calls.count
         job.check_step = 0
         self.blocks.enter(calls, step)
+        if history[-1] != computed or history[-2] != step - 1:  # it made none in the last step
+            history += (step, computed + 1)
         self.decoding += calls.count
-        self._context += calls.computed * calls.count
+        self._context += computed * calls.count
 
     def stop(self, job: JobOnEngine) -> None:
         """Take out the calls of `job` that decode, before the batch is open."""
@@ -133,6 +141,7 @@ class Batch:
             if calls.over:
                 self._leave(calls, ahead=False)
                 job.decoding -= calls.count
+            self.log.add(calls, self.step)
             self.blocks.release(calls)
             job.calls.remove(calls)
             job.requests -= calls.count

@@ -76,7 +76,7 @@ class Batcher:
             else:
                 self._serve_all(lacking)
             (passed_over if batch.room == room else served).append(job)
-        batch.blocks.trim()
+        batch.blocks.trim(batch.step)
         passed_over += [job for _, job in again]
         self._part_running_from_waiting(served, passed_over, now)
         self._find_checks(now)
@@ -229,7 +229,7 @@ class Batcher:
             tokens = pending if pending < budget else budget
             if calls.count > room or calls.count * tokens > budget:
                 job.split(calls, min(room, budget // tokens))
-            if not batch.blocks.hold(calls, tokens):
+            if not batch.blocks.hold(calls, tokens, batch.step):
                 return False
             if calls.formed == batch.formed - 1:
                 self.preemptions -= calls.count

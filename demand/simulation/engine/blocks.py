@@ -37,10 +37,15 @@ class Blocks:
         """Blocks that each of `calls` lacks for `tokens` more tokens."""
         return -(-(calls.computed + tokens) // self.block_tokens) - calls.blocks
 
-    def hold(self, calls: Calls, tokens: int) -> bool:
+    def hold(self, calls: Calls, tokens: int, step: int) -> bool:
         """Give blocks for `tokens` more tokens to as many of `calls` as can have them.
 
         Those are parted from the rest.
+
+        Args:
+            calls: which.
+            tokens: how many each is to compute.
+            step: how many steps have been carried out.
 
         Returns:
             Whether at least one could have them.
@@ -48,7 +53,7 @@ class Blocks:
         needed, job = self.needed(calls, tokens), calls.job
         if needed * calls.count > self.free:
             job.split(calls, max(self.free // needed, 1))
-            if needed > self.free and not self._make_room(calls, needed):
+            if needed > self.free and not self._make_room(calls, needed, step):
                 return False
         self.give(calls, needed)
         return True
@@ -114,11 +119,14 @@ class Blocks:
         """Take out a job whose calls are all over."""
         del self._jobs[job]
 
-    def trim(self) -> None:
-        """Under "recompute" and "swap", let no more than `max_requests` requests hold KV."""
+    def trim(self, step: int) -> None:
+        """Under "recompute" and "swap", let no more than `max_requests` requests hold KV.
+
+        `step` steps have been carried out.
+        """
         if self.engine.preemption in ("recompute", "swap"):
             while (excess := self._holders - self.engine.max_requests) > 0:
-                self._take(max(self._all(), key=_place), excess)
+                self._take(max(self._all(), key=_place), excess, step)
 
     def take_moved(self) -> int:
         """How many blocks were copied to or from the host since this was last asked."""
@@ -129,7 +137,7 @@ class Blocks:
     def _all(self) -> list[Calls]:
         return [calls for job in self._jobs for calls in job.calls if calls.blocks]
 
-    def _make_room(self, calls: Calls, needed: int) -> bool:
+    def _make_room(self, calls: Calls, needed: int, step: int) -> bool:
         """Free blocks of calls that come after `calls`, the last first, if that frees enough.
 
         Returns:
@@ -142,15 +150,16 @@ class Blocks:
         later.sort(key=_place)
         while self.free < needed:
             victims = later.pop()
-            self._take(victims, -(-(needed - self.free) // victims.blocks))
+            self._take(victims, -(-(needed - self.free) // victims.blocks), step)
         return True
 
-    def _take(self, victims: Calls, most: int) -> None:
+    def _take(self, victims: Calls, most: int, step: int) -> None:
         """Take the blocks of the last of `victims`, `most` of them if they are more."""
         if most < victims.count:
             job, at = victims.job, victims.job.calls.index(victims)
             job.split(victims, victims.count - most)
             victims = job.calls[at + 1]
+        victims.history += (~step, ~victims.computed)
         self.free += victims.blocks * victims.count
         self._holders -= victims.count
         if self.engine.preemption == "swap":

@@ -46,6 +46,7 @@ class Calls:
             stopped: those of the last batch are preempted unless they are in the next.
         over: while they decode, how many steps the engine will have carried out when they are
             over if they stay; 0 while they do not.
+        history: two numbers a change, one after the other (`RequestLog`).
     """
 
     job: "JobOnEngine"
@@ -60,6 +61,7 @@ class Calls:
     swapped: int = 0
     formed: int = -1
     over: int = 0
+    history: list[int] = field(default_factory=list)
 
     @property
     def pending(self) -> int:
@@ -187,6 +189,7 @@ class JobOnEngine(Job):
             calls.blocks,
             calls.swapped,
             calls.formed,
+            history=calls.history[:],
         )
         calls.count = count
         self.calls.insert(self.calls.index(calls) + 1, rest)

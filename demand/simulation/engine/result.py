@@ -1,15 +1,33 @@
 """What became of jobs served by an engine, and of the engine itself."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.pools import PoolReport
+from demand.simulation.engine.served_requests import LEVELS, ServedRequests
 from demand.simulation.result import Result
+
+
+class Goodput(NamedTuple):
+    """What met its bounds (`EngineResult.goodput`).
+
+    Attributes:
+        requests_per_second: requests that did, a second from the first arrival to the last finish.
+        jobs_per_second: jobs that did, and all of their requests.
+        request_share: share of the requests; NaN if there were none.
+        job_share: share of the jobs.
+    """
+
+    requests_per_second: float
+    jobs_per_second: float
+    request_share: float
+    job_share: float
 
 
 @final
@@ -34,6 +52,7 @@ class EngineResult(Result):
         swapped_blocks: blocks copied to the host or back.
         peak_blocks: the most blocks held at once.
         backends: what became of each pool, by its name.
+        requests: what became of each request: first tokens, times between tokens, KV held.
     """
 
     engine: Engine
@@ -46,15 +65,46 @@ class EngineResult(Result):
     swapped_blocks: int
     peak_blocks: int
     backends: Mapping[str, PoolReport] = field(repr=False)
+    requests: ServedRequests = field(repr=False)
 
     @property
     def mean_completion_steps(self) -> float:
         """Mean over jobs of `completion_steps`."""
         return float(self.completion_steps.mean())
 
+    @property
+    def kv_block_seconds(self) -> float:
+        """The integral of the blocks held on the device over the seconds of the steps."""
+        return float(self.requests.kv_block_seconds.sum())
+
+    def goodput(
+        self, *, ttft: float = math.inf, tbt: float = math.inf, tpot: float = math.inf
+    ) -> Goodput:
+        """How much met its bounds: each request these, each job its deadline if it has one.
+
+        Args:
+            ttft: seconds to the first token of a request.
+            tbt: seconds between any two tokens of a request that follow each other.
+            tpot: mean seconds between the tokens of a request (time per output token).
+
+        Raises:
+            DemandError: a bound that is negative or no number.
+        """
+        good = self.requests.within(ttft=ttft, tbt=tbt, tpot=tpot)
+        finished = self.workload.arrivals + self.completion_times
+        jobs = finished <= self.workload.deadlines
+        jobs[self.requests.job[~good]] = False
+        seconds = float(finished.max() - self.workload.arrivals.min())
+        return Goodput(
+            float(good.sum()) / seconds if seconds else math.nan,
+            float(jobs.sum()) / seconds if seconds else math.nan,
+            float(good.mean()) if good.size else math.nan,
+            float(jobs.mean()),
+        )
+
     def summary(self) -> dict[str, float]:
         """The figures of every result, and those of the engine."""
-        reports = self.backends.values()
+        reports, requests = self.backends.values(), self.requests
         return super().summary() | {
             "mean_completion_steps": self.mean_completion_steps,
             "steps": self.steps,
@@ -63,6 +113,9 @@ class EngineResult(Result):
             "prefilled_again": self.prefilled_again,
             "swapped_blocks": self.swapped_blocks,
             "peak_blocks": self.peak_blocks,
+            **{f"p{100 * q:.0f}_ttft_seconds": requests.ttft_quantile(q) for q in LEVELS},
+            **{f"p{100 * q:.0f}_tbt_seconds": requests.tbt_quantile(q) for q in LEVELS},
+            "kv_block_seconds": self.kv_block_seconds,
             "backend_wait_seconds": sum(report.wait_seconds for report in reports),
             "backend_idle_seconds": sum(report.idle_seconds for report in reports),
         }
@@ -72,5 +125,7 @@ class EngineResult(Result):
             f"EngineResult({self.policy!r}, {self.completion_times.size} jobs, "
             f"mean {self.mean:.4g} s, p95 {self.quantile(0.95):.4g} s, {self.steps} steps of "
             f"{self.mean_batch:.3g} requests, {self.preemptions} preemptions, "
-            f"{self.prefilled_again} tokens prefilled again)"
+            f"{self.prefilled_again} tokens prefilled again, "
+            f"p95 TTFT {self.requests.ttft_quantile(0.95):.4g} s, "
+            f"p95 TBT {self.requests.tbt_quantile(0.95):.4g} s)"
         )

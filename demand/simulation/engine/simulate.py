@@ -22,6 +22,8 @@ from demand.simulation.engine.identical_steps import identical_steps
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
+from demand.simulation.engine.served_requests import ServedRequests
+from demand.simulation.engine.step_times import StepLog
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.refining import check_refine, learn
 from demand.units import CostModel, Execution, Progress
@@ -141,6 +143,7 @@ class _Simulation:
         self.completion_times = np.empty(len(workload))
         self.completion_steps = np.empty(len(workload), dtype=np.int64)
         self.finished = 0
+        self.step_log = StepLog()
         self.steps = 0  # begun: those of the batch are carried out when what happened is taken in
         self.busy_seconds = 0.0
         self.decisions = 0
@@ -153,6 +156,7 @@ class _Simulation:
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
+                self.step_log.add(now, 0, 0)
             if self.next_second() <= now:
                 self.happen(now)
             if order:
@@ -174,6 +178,7 @@ class _Simulation:
         steps = identical_steps(batcher, now, upcoming)
         seconds = batcher.batch.seconds(steps)
         now += seconds
+        self.step_log.add(now, steps, batcher.batch.size)
         self.busy_seconds += seconds
         self.steps += steps
         if upcoming <= now:
@@ -307,6 +312,13 @@ class _Simulation:
             batch.blocks.swapped,
             batch.blocks.peak,
             self.backends.reports(now),
+            ServedRequests(
+                batch.log,
+                self.step_log,
+                batch.engine.kv_seconds_per_token,
+                batch.engine.block_tokens,
+                workload.applications,
+            ),
         )
 
 
