@@ -38,6 +38,47 @@ def test_a_link_is_held_against_the_faster_full_prefill_of_its_own_prompts(bench
     assert label(link) == "LegoLink-16, 64 chunks, host"
 
 
+def test_kernels_side_by_side_count_once_as_busy(benchmarks):
+    from link_profile import OTHERS, by_kind
+
+    events = [(0.0, 10.0, "nvjet_sm90"), (5.0, 10.0, "Memcpy HtoD"), (30.0, 4.0, "split_kernel")]
+    events += [(31.0, 2.0, "join_kernel"), (50.0, 1.0, "silu"), (60.0, 5.0, "place_kernel")]
+    found = by_kind(events[::-1], 2)
+    assert found["busy_ms"] == pytest.approx((15 + 4 + 1 + 5) / 2e3)
+    kinds = {row["kind"]: (row["ms"], row["kernels"]) for row in found["kinds"]}
+    assert kinds == {
+        "matrix products": (0.005, 0.5),
+        "copies": (0.005, 0.5),
+        "attention": (0.003, 1.0),
+        "placing chunks": (0.0025, 0.5),
+        OTHERS: (0.0005, 0.5),
+    }
+
+
+def test_aims_show_every_call(benchmarks):
+    from link_grid import COMPILED, FULL, Cell
+    from link_tables import aims
+
+    k = 1024
+
+    def row(ms, *cell, earlier=(), **more):
+        seconds = [{"call": 0, "first_token_seconds": one / 1e3} for one in earlier]
+        found = {"first_token_seconds": ms / 1e3, "earlier": seconds}
+        return Cell(*cell, **more).asdict() | found
+
+    rows = [row(1200, FULL[0], 32 * k), row(500, "CacheBlend 15 %", 32 * k, 16, "device")]
+    rows.append(row(90, "LegoLink-16", 32 * k, 16, "host"))
+    for arm, earlier in (("LegoLink-16", [20.0]), (COMPILED, [])):
+        rows.append(row(25, arm, 32 * k, 16, "device", earlier=earlier))
+        rows.append(row(10, arm, 4 * k, 16, "device"))
+        rows.append(row(40, arm, 4 * k, 16, "device", batch=8))
+    table = aims({"rows": rows})
+    assert "| LegoLink-16, 32k, on the device | 30 ms | 20.0, 25.0 ms |" in table
+    assert "| the same, less than a full prefill | 45 times | 60, 48 |" in table
+    assert "| LegoLink-16, 8 prompts of 4k over one | 3 | 4.0 |" in table
+    assert "| CacheBlend at 15 % over LegoLink-16, 32k | 8 | 20 |" in table
+
+
 def test_prompts_of_a_batch_share_the_first_half_of_their_chunks(benchmarks):
     from link_grid import Cell, texts
 
