@@ -218,35 +218,6 @@ def engine_speed(record: dict) -> str:
     )
 
 
-def estimator(record: dict) -> str:
-    """Of estimator.json: milliseconds before and after, by refinement."""
-
-    def both(row: dict, name: str) -> list[str]:
-        return [f"{row['before'][name]:.1f} ms", f"{row['after'][name]:.2f} ms"]
-
-    ran, where = record["configuration"], record["environment"]
-    table = grid(
-        [
-            "refinement",
-            "observe a run and ask, before",
-            "after",
-            "ask in mid-unit, before",
-            "after",
-        ],
-        [
-            [f"`{row['refinement']}`", *both(row, "observe"), *both(row, "mid_unit")]
-            for row in record["rows"]
-        ],
-    )
-    beneath = (
-        f"Coding agents: {ran['learned']} runs are known, {ran['observed']} more are observed one "
-        f"by one, each followed by a question between units; mean over these (before: the first "
-        f"{ran['observed_before']}), and median of the questions in mid-unit; medians of "
-        f"{ran['turns']} turns of processor time, {where['hardware']}."
-    )
-    return f"{table}\n\n{beneath}"
-
-
 def engine_requests(record: dict) -> str:
     """Of engine_requests.json: all policies over seeds, then two by application, of one seed."""
     ran = record["configuration"]
