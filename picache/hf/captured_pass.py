@@ -279,7 +279,8 @@ class CapturedPasses:
                     "out compile=True to have passes captured as they are"
                 ) from error
             except CannotCapture as error:
-                self._compile_no_more(str(error))
+                if compiled:
+                    self._compile_no_more(str(error))
                 raise PICacheError(
                     f"no pass of {type(self._model.model).__name__} can be captured ahead: {error}"
                 ) from error

@@ -196,7 +196,14 @@ def test_a_warm_up_that_finds_no_memory_leaves_nothing_to_compile(monkeypatch):
     for asked in ((chunks, query), ([chunks] * 2, [query] * 2)):
         prompt = pic.link(*asked, LegoLink(3))
         assert prompt.report.recompute_pass.startswith("captured, ")
+        assert "not compiled: there is not the memory" in prompt.report.recompute_pass
     assert traces() == before
+    other, chunks, query = pic_and_parts(small("llama"))
+    full = True
+    with pytest.raises(PICacheError, match="not the memory to capture it"):
+        other.warm_up(tokens=128, rows=32, progress=False)
+    full = False  # nobody asked for compilation, and nothing is said of it
+    assert other.link(chunks, query, LegoLink(3)).report.recompute_pass == PLAIN
 
 
 def test_a_model_whose_python_cannot_be_traced_is_refused():
