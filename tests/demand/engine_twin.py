@@ -20,7 +20,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     jobs, now, steps = [], 0.0, 0
     seen = SimpleNamespace(
         preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0,
-        calls=[],
+        calls=[], batches=[],
     )  # fmt: skip
     for i, name in enumerate(workload.applications):
         known, tenant = workload.distributions[name], workload.tenants[i]
@@ -56,6 +56,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             )
         )
     firsts = 0
+    running = []  # requests with a place, in order of admission; of "running_first" alone
 
     def next_unit(entry, now):
         entry.at += 1
@@ -123,12 +124,14 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 serve(entry, entry.settled, at)
             next_unit(entry, at)
 
+    by_first_service = engine.scheduling == "by_rank" and engine.preemption == "none"
+
     def place(call):
         entry = call.entry
-        if engine.preemption == "none" and entry.first_served is not None:
+        if by_first_service and entry.first_served is not None:
             return (0, entry.first_served, entry.job.index, call.number)
         rank = policy.rank(entry.job, now)
-        return (int(engine.preemption == "none"), rank, entry.job.index, call.number)
+        return (int(by_first_service), rank, entry.job.index, call.number)
 
     def take(victim):
         if engine.preemption == "swap":
@@ -139,17 +142,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             victim.kv = 0
         victim.blocks = 0
 
-    while True:
-        upcoming = outside(now)
-        calls = [c for e in jobs for c in e.calls if c.produced < c.made]
-        if not calls:
-            if upcoming is None:
-                break
-            now = upcoming
-            continue
-        places = {id(c): place(c) for c in calls}
-        order = sorted(calls, key=lambda c: places[id(c)])
-        copied = seen.swapped_blocks
+    def by_rank(calls, order, places):
+        """What each request of the step gets, `[(request, tokens)]`."""
         budget, batch = engine.token_budget, []
         for position, call in enumerate(order):
             if len(batch) == engine.max_requests or budget == 0:
@@ -173,14 +167,85 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             holders = [c for c in order if c.blocks]
             for victim in holders[engine.max_requests :]:
                 take(victim)
+        return batch
+
+    def give_way(call):
+        running.remove(call)
+        take(call)
+        seen.preemptions += 1
+
+    def running_first(calls, order, places):
+        """The same by the rules of vLLM."""
+        waiting = [c for c in order if c not in running]
+        if engine.preemption == "recompute":
+            free_places = engine.max_requests - len(running)
+            worst = sorted(running, key=lambda c: places[id(c)], reverse=True)
+            for better, worse in zip(waiting[free_places:], worst, strict=False):
+                if not places[id(better)][1] < places[id(worse)][1]:
+                    break
+                give_way(worse)
+        budget, tokens, lost = engine.token_budget, {}, False
+        for call in tuple(running):
+            if call not in running:
+                continue
+            n = min(call.given + call.produced - call.kv, budget)
+            assert n > 0  # the budget has a token for each that runs
+            while -(-(call.kv + n) // engine.block_tokens) > call.blocks + engine.blocks - sum(
+                c.blocks for c in calls
+            ):
+                victim = max(running, key=lambda c: places[id(c)])
+                budget += tokens.pop(id(victim), 0)
+                give_way(victim)
+                lost = True
+                if victim is call:
+                    break
+            if call not in running:
+                break
+            call.blocks = -(-(call.kv + n) // engine.block_tokens)
+            tokens[id(call)] = n
+            budget -= n
+        for call in [] if lost else order:
+            if call in running:
+                continue
+            free = engine.blocks - sum(c.blocks for c in calls)
+            known = call.given + call.produced
+            fits = -(-known // engine.block_tokens) <= free
+            if len(running) == engine.max_requests or budget == 0 or not fits:
+                break
+            running.append(call)
+            tokens[id(call)] = n = min(known, budget)
+            call.blocks = -(-n // engine.block_tokens)
+            budget -= n
+        for entry in {id(c.entry): c.entry for c in order}.values():
+            runs = any(c.entry is entry for c in running)
+            if runs and not entry.job.running:
+                entry.job.started_at = entry.job.attained_service
+            entry.job.running = runs
+        return [(c, tokens[id(c)]) for c in running if id(c) in tokens]
+
+    while True:
+        upcoming = outside(now)
+        calls = [c for e in jobs for c in e.calls if c.produced < c.made]
+        if not calls:
+            if upcoming is None:
+                break
+            now = upcoming
+            continue
+        places = {id(c): place(c) for c in calls}
+        order = sorted(calls, key=lambda c: places[id(c)])
+        copied = seen.swapped_blocks
+        form = running_first if engine.scheduling == "running_first" else by_rank
+        batch = form(calls, order, places)
         copied = seen.swapped_blocks - copied
         chosen = {id(c) for c, _ in batch}
-        seen.preemptions += sum(c.last and id(c) not in chosen for c in calls)
-        for call in calls:
-            call.last = id(call) in chosen
-        for entry in sorted(
+        if engine.scheduling == "by_rank":
+            seen.preemptions += sum(c.last and id(c) not in chosen for c in calls)
+            for call in calls:
+                call.last = id(call) in chosen
+        by_place = sorted(
             (e for e in jobs if e.calls), key=lambda e: places.get(id(e.calls[0]), ())
-        ):
+        )
+        for entry in by_place if engine.scheduling == "by_rank" else []:
             runs = any(c.last for c in entry.calls if c.produced < c.made)
             if runs and not entry.job.running:
                 entry.job.started_at = entry.job.attained_service
@@ -190,6 +255,9 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 call.entry.first_served = firsts
                 firsts += 1
 
+        if not batch:
+            continue
+        seen.batches.append({(c.entry.job.index, c.unit, c.number): n for c, n in batch})
         decoding = [c for c, n in batch if c.given + c.produced - c.kv == 1 and c.produced]
         tokens = sum(n for _, n in batch)
         kv = sum(c.kv + n for c, n in batch)
@@ -214,8 +282,15 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 seen.produced += 1
             if call.produced == call.made:
                 call.blocks = 0
+                if call in running:
+                    running.remove(call)
+        if engine.scheduling == "running_first":
+            for entry in jobs:
+                entry.job.running = any(c.entry is entry for c in running)
+                for call in entry.calls:
+                    call.last = call in running
         for entry in jobs:
-            if entry.job.running:
+            if entry.calls:
                 serve(entry, attained(entry), now)
         ended = []
         for call, _ in batch:

@@ -1,6 +1,6 @@
 """The engine simulator: applications served by continuous batching, step by step."""
 
-from demand.simulation.engine.engine import Engine, Preemption
+from demand.simulation.engine.engine import Engine, Preemption, Scheduling
 from demand.simulation.engine.pools import Pool, PoolReport
 from demand.simulation.engine.result import EngineResult, Goodput
 from demand.simulation.engine.served_requests import ServedRequests
@@ -13,6 +13,7 @@ __all__ = [
     "Pool",
     "PoolReport",
     "Preemption",
+    "Scheduling",
     "ServedRequests",
     "simulate_engine",
 ]

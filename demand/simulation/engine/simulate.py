@@ -22,6 +22,7 @@ from demand.simulation.engine.identical_steps import identical_steps
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.result import EngineResult
+from demand.simulation.engine.running_first import RunningFirst
 from demand.simulation.engine.served_requests import ServedRequests
 from demand.simulation.engine.step_times import StepLog
 from demand.simulation.job_maker import JobMaker
@@ -137,7 +138,8 @@ class _Simulation:
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
-        self.batcher = Batcher(engine, policy)
+        batching = RunningFirst if engine.scheduling == "running_first" else Batcher
+        self.batcher = batching(engine, policy)
         self.entries: list[int] = []  # in order of arrival
         self.arrived_at: list[float] = []
         self.completion_times = np.empty(len(workload))
@@ -247,7 +249,7 @@ class _Simulation:
 
     def submit(self, job: JobOnEngine, now: float) -> None:
         """Let the requests of an llm unit wait for their turn."""
-        self.batcher.order.add(job, now)
+        self.batcher.add(job, now)
 
     def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
         """Begin a unit that is executed outside of the engine."""
