@@ -26,3 +26,30 @@ def recomputation(record: dict) -> str:
         if engine != "displaces nobody":
             heads.append("tokens prefilled again a job")
     return grid(heads, [[f"{mix}, {policy}", *cells(mix, policy)] for mix, policy in names])
+
+
+def prefix_reuse(record: dict) -> str:
+    """Of prefix_reuse.json: a row a policy and rule of retention."""
+
+    def number(row: dict, name: str, form: str = ",.0f") -> str:
+        return format(row[name]["estimate"], form)
+
+    def cells(row: dict) -> list[str]:
+        ratio = row["mean_in_engine_over_lru"]
+        return [
+            f"{row['seconds_between_arrivals']:,.0f} s, {row['policy']}, {row['retention']}",
+            number(row, "hit_rate", ".1%"),
+            number(row, "of_findable", ".1%"),
+            number(row, "mean_in_engine_seconds"),
+            "{estimate:.2f} ({low:.2f} to {high:.2f})".format(**ratio),
+            number(row, "p95_in_engine_seconds"),
+            number(row, "mean_seconds"),
+            number(row, "p95_seconds"),
+            number(row, "p95_ttft_seconds", ",.1f"),
+            number(row, "held_blocks"),
+        ]
+
+    heads = ["between arrivals, policy, retention", "prompt tokens found", "of those that could be",
+             "mean s in the engine", "over LRU", "P95 s in the engine", "mean s", "P95 s",
+             "P95 TTFT s", "blocks held"]  # fmt: skip
+    return grid(heads, [cells(row) for row in record["rows"]])

@@ -172,6 +172,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "engine": [demand_tables.engine, demand_tables.engine_speed],
         "engine_requests": [demand_tables.engine_requests],
         "recomputation": [engine_tables.recomputation],
+        "prefix_reuse": [engine_tables.prefix_reuse],
     },
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {

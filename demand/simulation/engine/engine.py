@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
-from demand.arguments import set_whole_numbers
+from demand.arguments import check_instance, set_whole_numbers
 from demand.errors import DemandError
 from demand.seconds import check_seconds
+from demand.simulation.engine.retention import Retention
 
 Preemption = Literal["none", "pause", "recompute", "swap"]
 PREEMPTIONS: tuple[Preemption, ...] = get_args(Preemption)
@@ -93,6 +94,11 @@ class Engine:
         swap_seconds_per_block: added for each block copied to or from the host.
         scheduling: "running_first" or "by_rank", see above. Up to the last release all engines
             scheduled by rank, and paused by default.
+        retention: which of the KV that a run's call leaves behind stays for its next one, whose
+            prompt begins alike (`Execution.shared_tokens`), and for a request that lost its place:
+            `LRU`, as vLLM's prefix caching, `KeepAll` or `NextUse`. What is found is not computed
+            again; under 3, all known tokens count all the same. `None`: nothing stays. Of
+            "running_first" alone.
 
     Raises:
         DemandError: a limit below 1, a time that is negative or not finite, decoding in no time,
@@ -110,6 +116,7 @@ class Engine:
     kv_seconds_per_token: float = 0.0
     swap_seconds_per_block: float = 2e-4
     scheduling: Scheduling = "running_first"
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
         set_whole_numbers(self, "max_requests", "token_budget", "blocks", "block_tokens", least=1)
@@ -140,6 +147,15 @@ class Engine:
                 'first, as vLLM does, does not have; expected "none" or "recompute", or give '
                 'scheduling="by_rank" as well, the rules of this library up to its last release'
             )
+
+        if self.retention is not None:
+            expected = "a retention, such as LRU(), or None to drop what is left"
+            check_instance("retention", self.retention, Retention, expected)
+            if self.scheduling == "by_rank":
+                raise DemandError(
+                    f'retention is {self.retention!r} under scheduling="by_rank", which does not '
+                    'find prefixes again; give scheduling="running_first", or no retention'
+                )
 
     @classmethod
     def counting_steps(

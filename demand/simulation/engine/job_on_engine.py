@@ -49,6 +49,7 @@ class Calls:
         history: two numbers a change, one after the other (`RequestLog`).
         admitted: of those that run, how many were admitted to the engine before them; -1 while
             they wait. Under `scheduling="by_rank"` always -1.
+        shared_tokens: input tokens with which the last call of the unit began too.
     """
 
     job: "JobOnEngine"
@@ -65,6 +66,7 @@ class Calls:
     over: int = 0
     history: list[int] = field(default_factory=list)
     admitted: int = -1
+    shared_tokens: int = 0
 
     @property
     def pending(self) -> int:
@@ -196,6 +198,7 @@ class JobOnEngine(Job):
             calls.formed,
             history=calls.history[:],
             admitted=calls.admitted,
+            shared_tokens=calls.shared_tokens,
         )
         calls.count = count
         self.calls.insert(self.calls.index(calls) + 1, rest)

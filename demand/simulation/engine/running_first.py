@@ -9,6 +9,7 @@ from demand.simulation.engine.batch import Batch
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import FIRST, NEVER, NOBODY, Calls, JobOnEngine, Place
 from demand.simulation.engine.order import PlacedJobs, RankOrder
+from demand.simulation.engine.prefix_cache import PrefixCache
 
 Warm = Callable[[JobOnEngine, float], bool]
 
@@ -22,6 +23,11 @@ class RunningFirst:
     running ones, where one of them may have to give way. Since the budget has a token for each
     running request, at most one of them has not computed all of its prompt, the one admitted last.
 
+    Args:
+        engine: its limits and times.
+        policy: ranks the jobs.
+        cache: what calls leave behind; its calls come one by one, none alike with another.
+
     Attributes:
         order: the jobs with calls.
         batch: the requests chosen.
@@ -30,8 +36,9 @@ class RunningFirst:
         preemptions: times that a running request lost its place.
     """
 
-    def __init__(self, engine: Engine, policy: Policy) -> None:
+    def __init__(self, engine: Engine, policy: Policy, cache: PrefixCache | None = None) -> None:
         self.batch = Batch(engine)
+        self.cache = cache
         self.order = RankOrder(policy, self.batch, preemptive=True)
         self.moved = False
         self.until = 0
@@ -71,7 +78,9 @@ class RunningFirst:
         else:
             batch.open()
             self._serve_running()
+            self._fit(now)
             self._admit(again, turned, now, warm)
+        self._fit(now)
         self._partial = []
         for job in turned:
             self._settle(job, now)
@@ -88,7 +97,10 @@ class RunningFirst:
             order of arrival.
         """
         order, batch = self.order, self.batch
+        if self.cache is not None:
+            self.cache.hold(batch.seconds(steps), now)
         batch.advance(steps)
+        self._fit(now)
         step = batch.step
         touched = {calls.job: None for calls, _ in batch.prefilling}
         self._resuming += [calls for calls, _ in batch.prefilling]
@@ -102,11 +114,14 @@ class RunningFirst:
         for job in touched:
             if job.bound is not None and job.attained(step) >= job.bound_until:
                 job.bound, job.exact = None, False
-            before = job.requests
+            before, calls_before = job.requests, job.calls[:] if self.cache else []
             over = batch.finish(job)
             done = before - job.requests
             if not done:
                 continue
+            for calls in calls_before:
+                if calls not in job.calls:
+                    self._leave(calls, now, waits=False)
             self._present -= done
             job.placed -= done
             if over:
@@ -134,6 +149,8 @@ class RunningFirst:
         below one that runs.
         """
         order, partial = self.order, self._partial
+        if self.cache is not None:
+            most = self._steps_of_cache(most)
         if not partial:
             return most
         places = self.batch.engine.max_requests - self.batch.size
@@ -166,6 +183,30 @@ class RunningFirst:
         for job in partial:
             job.attained_service = job.attained(step)
         return max(steps, 1)
+
+    def _steps_of_cache(self, most: int) -> int:
+        """Steps before what is given up or held may be something else, at most `most`."""
+        cache, batch = self.cache, self.batch
+        if cache is None or not cache.retention.moves:
+            return most
+        if self._present > batch.size and batch.room:  # what is held may lapse
+            return 1
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if batch.blocks.growth(batch.step + 1, middle - 1) + cache.total <= batch.blocks.free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _leave(self, calls: Calls, now: float, waits: bool) -> None:
+        if self.cache is not None:
+            self.cache.leave(calls, now, waits)
+
+    def _fit(self, now: float) -> None:
+        if self.cache is not None:
+            self.cache.fit(self.batch.blocks.free, now)
 
     def _first_waiting(self) -> JobOnEngine | None:
         """The first of the jobs with calls that wait, if it is one of which others run."""
@@ -201,14 +242,14 @@ class RunningFirst:
             popped.append(job)
             wanted, places = waiting - places, 0
             while wanted and victim is not None:
-                wanted -= self._give_way(victim, wanted, again)
+                wanted -= self._give_way(victim, wanted, again, now)
                 victim = order.last_placed_after(job.place, now)
             if victim is None:
                 break
         for job in popped:
             heappush(again, (job.place, job))
 
-    def _give_way(self, job: JobOnEngine, most: int, again: PlacedJobs) -> int:
+    def _give_way(self, job: JobOnEngine, most: int, again: PlacedJobs, now: float) -> int:
         """Take their places from the last of the running calls of `job`, at most `most` of them.
 
         Returns:
@@ -218,7 +259,7 @@ class RunningFirst:
         gone = 0
         for calls in reversed(job.calls[:]):
             if gone < most and calls.admitted >= 0:
-                gone += self._lose(calls, most - gone, again).count
+                gone += self._lose(calls, most - gone, again, now).count
         return gone
 
     def _stop(self, job: JobOnEngine) -> None:
@@ -227,9 +268,10 @@ class RunningFirst:
             self._resuming += [calls for calls in job.calls if calls.over]
             self.batch.stop(job)
 
-    def _lose(self, calls: Calls, most: int, again: PlacedJobs) -> Calls:
+    def _lose(self, calls: Calls, most: int, again: PlacedJobs, now: float) -> Calls:
         """Take KV and place from the last of `calls`, which do not decode: `most` of them."""
         job = calls.job
+        self._leave(calls, now, waits=True)
         if job.placed == job.requests:  # else it is among those already
             heappush(again, (job.place, job))
         lost = self.batch.blocks.lose(calls, most, self.batch.step)
@@ -289,7 +331,7 @@ class RunningFirst:
                 continue
             last = max(queue, key=_place)
             at = queue.index(last)
-            lost = self._lose(last, 1, again)
+            lost = self._lose(last, 1, again, now)
             if at < len(scheduled):
                 budget += scheduled[at]
             if lost is last:
@@ -313,21 +355,31 @@ class RunningFirst:
                     continue
             turned.append(job)
             for calls in job.calls:  # a part that is split off is next
-                if calls.admitted < 0 and not self._admit_calls(calls):
+                if calls.admitted < 0 and not self._admit_calls(calls, now):
                     return
 
-    def _admit_calls(self, calls: Calls) -> bool:
+    def _admit_calls(self, calls: Calls, now: float) -> bool:
         """Admit as many of `calls` as can be; the others are parted from them.
 
         Returns:
             Whether others may be admitted after them.
         """
         batch, blocks, job = self.batch, self.batch.blocks, calls.job
+        free, found, cache = blocks.free, 0, self.cache
+        if cache is not None:
+            found = cache.hit(calls)
+            if batch.room < batch.engine.max_requests:  # else nobody runs
+                free -= max(cache.held(now) - found, 0)
         pending = calls.pending
-        whole = blocks.needed(calls, pending)
-        count = min(calls.count, batch.room, blocks.free // whole)
-        if not count:
+        count = min(calls.count, batch.room, free // blocks.needed(calls, pending))
+        if count <= 0:
             return False
+        if cache is not None:
+            cache.take(calls, found)
+            calls.computed = found * blocks.block_tokens
+            pending -= calls.computed
+            if calls.prefilled:  # what it lost and finds again is not computed again
+                blocks.prefilled_again -= calls.computed
         tokens = min(pending, batch.budget)
         count = min(count, batch.budget // tokens)
         job.split(calls, count)
@@ -336,6 +388,7 @@ class RunningFirst:
         job.placed += count
         blocks.give(calls, blocks.needed(calls, tokens))
         batch.add(calls, tokens)
+        self._fit(now)
         return batch.room > 0 and batch.budget > 0
 
     def _settle(self, job: JobOnEngine, now: float) -> None:
