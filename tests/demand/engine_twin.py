@@ -183,7 +183,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             found = min(kv.blocks, min(shared, known - 1) // engine.block_tokens)
         held = sum(one.kv.blocks for one in left if retention.holds(one.kv, now))
         held = min(held, int(retention.limit * engine.blocks))
-        return found, max(held - found, 0) if running else 0
+        return found, held if running else 0
 
     def shared_tokens(call):
         return min(int(call.entry.run[call.unit].shared_tokens or 0), call.given)

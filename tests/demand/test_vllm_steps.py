@@ -8,6 +8,7 @@ of every step, each with the same number of tokens, blocks run out and prompts a
 import gc
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from demand import (
 )
 from demand.integrations.vllm import annotation, make_scheduler
 from demand.policies import LAS, PriorityClasses
-from demand.simulation.engine import Engine, simulate_engine
+from demand.simulation.engine import LRU, Engine, simulate_engine
 from tests.demand.engine_twin import step_by_step
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here; .ci/vllm installs and runs")
@@ -48,7 +49,7 @@ KNOWN = {
     "long": Distribution([3.0]),
     "mixed": Distribution([0.5, 6.0]),
 }
-THINK = Unit("think", "llm")
+THINK, TOOL = Unit("think", "llm"), Unit("tool", "tool")
 BLOCK = 32
 SEEDS = range(12)
 
@@ -105,40 +106,86 @@ class Served:
             preempt(*args, **kwargs)
 
         scheduler.schedule, scheduler._preempt_request = noted, counted
-        added, step = 0, 0
+        step = 0
         assert workload.runs is not None
-        while added < len(workload) or engine.has_unfinished_requests():
+        # Second, number of the job, position in its run, and the tokens of the call before.
+        due: list[tuple[float, int, int, list[int]]] = [
+            (float(arrival), number, 0, []) for number, arrival in enumerate(workload.arrivals)
+        ]
+        prompts: dict[int, tuple[int, list[int]]] = {}
+        while due or engine.has_unfinished_requests():
+            due.sort()
             if not engine.has_unfinished_requests():
-                step = max(step, int(workload.arrivals[added]))
-            while added < len(workload) and workload.arrivals[added] <= step:
-                self._add(engine, added, workload)
-                added += 1
-            engine.step()
+                step = max(step, int(due[0][0]))
+            while due and due[0][0] <= step:
+                _, number, position, before = due.pop(0)
+                execution = workload.runs[number][position]
+                if execution.unit.kind != "llm":
+                    assert execution.seconds is not None
+                    due.append((step + execution.seconds, number, position + 1, before))
+                    due.sort()
+                    continue
+                fresh = int(execution.input_tokens) - len(before)
+                ids = before + [
+                    3 + (number * 31 + position * 97 + i * 7) % 500 for i in range(fresh)
+                ]
+                prompts[number] = (position, ids)
+                self._add(engine, number, position, ids, workload)
+            outputs = engine.step()
             if scheduled[-1]:  # a step without requests takes no time
                 self.batches.append(scheduled[-1])
                 step += 1
+            for output in outputs:
+                if output.finished:
+                    number = int(output.request_id.split("-")[0])
+                    position, ids = prompts[number]
+                    if position + 1 < len(workload.runs[number]):
+                        ids = ids + list(output.outputs[0].token_ids)
+                        due.append((step, number, position + 1, ids))
         scheduler.schedule, scheduler._preempt_request = schedule, preempt
 
-    def _add(self, engine: Any, number: int, workload: Workload) -> None:
+    def _add(
+        self, engine: Any, number: int, position: int, ids: list[int], workload: Workload
+    ) -> None:
         assert workload.runs is not None
-        (execution,) = workload.runs[number]
-        prompt, made = int(execution.input_tokens), int(execution.output_tokens)
+        made = int(workload.runs[number][position].output_tokens)
         parameters = vllm.SamplingParams(
             temperature=0.0,
             max_tokens=made,
             ignore_eos=True,
             extra_args=annotation(workload.applications[number]),
         )
-        ids = [3 + (number * 31 + i * 7) % 500 for i in range(prompt)]
         engine.add_request(
-            f"{number}-r",
+            f"{number}-{position}",
             {"prompt_token_ids": ids},
             parameters,
             priority=int(workload.priorities[number]) if workload.priorities is not None else 0,
         )
 
 
-def vllm_engine(shape: tuple[int, int, int], policy: str, scheduler: Any = None) -> Any:
+def conversations_of(seed: int) -> Workload:
+    """Runs of up to four calls, each of which begins with all that was said before."""
+    rng = np.random.default_rng(seed)
+    jobs = int(rng.integers(3, 9))
+    runs = []
+    for _ in range(jobs):
+        run: list[Execution] = []
+        said = 0
+        for turn in range(int(rng.integers(2, 5))):
+            if turn:
+                run.append(Execution(TOOL, seconds=float(rng.integers(1, 30))))
+            prompt, made = said + int(rng.integers(1, 40)), int(rng.integers(1, 20))
+            run.append(Execution(THINK, prompt, made, shared_tokens=said))
+            said = prompt + made
+        runs.append(run)
+    names = list(rng.choice(list(KNOWN), jobs))
+    arrivals = np.sort(rng.integers(0, 60, jobs)).astype(float)
+    return Workload(arrivals, np.ones(jobs), names, KNOWN, runs=runs)
+
+
+def vllm_engine(
+    shape: tuple[int, int, int], policy: str, scheduler: Any = None, caching: bool = False
+) -> Any:
     """An engine of so many requests, tokens a step and blocks."""
     width, budget, blocks = shape
     given = {} if scheduler is None else {"scheduler_cls": scheduler}
@@ -151,7 +198,7 @@ def vllm_engine(shape: tuple[int, int, int], policy: str, scheduler: Any = None)
         max_num_seqs=width,
         max_num_batched_tokens=budget,
         num_gpu_blocks_override=blocks + 1,  # vLLM keeps one for padding
-        enable_prefix_caching=False,
+        enable_prefix_caching=caching,
         enable_chunked_prefill=True,
         scheduling_policy=policy,
         **given,
@@ -202,5 +249,32 @@ def test_the_batches_are_those_of_the_scheduler_of_demand_in_vllm(policy: Policy
     shape = WIDTHS[0]
     engine = vllm_engine(shape, "priority", make_scheduler(policy, KNOWN))
     assert_same_steps(engine, shape, policy, "recompute")
+    del engine
+    gc.collect()
+
+
+def test_what_is_found_again_is_what_vllm_finds() -> None:
+    """With so few blocks that what runs left is given up, and requests lose their places."""
+    shape = (3, 40, 14)
+    engine = vllm_engine(shape, "fcfs", caching=True)
+    limits = (*shape, BLOCK)
+    simulated = replace(Engine.counting_steps(*limits, "none", "running_first"), retention=LRU())
+    found = findable = 0
+    for seed in range(30):
+        workload = conversations_of(seed)
+        engine.reset_prefix_cache()
+        served = Served(engine, workload)
+        twin = step_by_step(workload, RequestFCFS(), simulated, CostModel())
+        batches = [{key[0]: n for key, n in batch.items()} for batch in twin.batches]
+        for step, (ours, theirs) in enumerate(itertools.zip_longest(batches, served.batches)):
+            assert ours == theirs, f"seed {seed}, step {step}"
+        result = simulate_engine(workload, RequestFCFS(), simulated, service_cost=CostModel())
+        assert result.steps == len(served.batches)
+        assert result.preemptions == served.preemptions
+        assert result.prefixes.found == twin.found
+        found += result.prefixes.found
+        findable += result.prefixes.findable
+    print(f"\n{shape}: {found} of {findable} tokens found")
+    assert 0 < found < findable
     del engine
     gc.collect()

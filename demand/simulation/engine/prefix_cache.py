@@ -123,9 +123,10 @@ class PrefixCache:
         found = [left for left in self._left if retention.holds(left, now)]
         return min(sum(left.blocks for left in found), self._limit)
 
-    def hold(self, seconds: float, now: float) -> None:
-        """Count what is held, as of second `now`, over the `seconds` of the steps before."""
+    def carry_out(self, seconds: float, free: int, now: float) -> None:
+        """Steps begin at second `now`, take so many `seconds` and leave so many blocks `free`."""
         self.held_block_seconds += self.held(now) * seconds
+        self.fit(free, now)
 
     def report(self) -> Prefixes:
         """What was looked up and found."""

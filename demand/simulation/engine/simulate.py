@@ -193,6 +193,8 @@ class _Simulation:
         upcoming = self.next_second()
         steps = identical_steps(batcher, now, upcoming)
         seconds = batcher.batch.seconds(steps)
+        if self.cache is not None:
+            self.cache.carry_out(seconds, batcher.batch.free_after(steps), now)
         now += seconds
         self.step_log.add(now, steps, batcher.batch.size)
         self.busy_seconds += seconds
