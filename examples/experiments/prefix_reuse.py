@@ -161,7 +161,7 @@ def picture(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     canvas, ax = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    for (seconds, policy), marker in zip(SERVED, "^os", strict=True):
+    for (seconds, policy), marker in zip(SERVED, "^os", strict=False):
         served = (seconds, policy)
         chosen = [r for r in rows if (r["seconds_between_arrivals"], r["policy"]) == served]
         for at, row in enumerate(chosen):
@@ -170,7 +170,7 @@ def picture(rows: list[dict], path: Path) -> None:
                 row["mean_in_engine_seconds"]["estimate"],
                 marker,
                 color=f"C{at}",
-                label=row["retention"] if marker == "o" else None,
+                label=row["retention"] if marker == "^" else None,
             )
     ax.set(xlabel="prompt tokens found, %", ylabel="mean seconds in the engine", yscale="log")
     ax.set_title(

@@ -164,8 +164,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000, help="jobs of a run on one server")
     parser.add_argument("--seeds", type=int, default=15, help="runs of a policy on a workload")
     parser.add_argument("--load", type=float, default=0.9, help="of Hermes' mix and of sessions")
-    parser.add_argument("--again", nargs="+", default=[], metavar="SCENARIO",
-                        help="measure these alone; the rest is what the record in --out has")  # fmt: skip
+    again = "scenarios to measure alone; the rest is what the record in --out has"
+    parser.add_argument("--again", nargs="+", default=[], help=again)
     args = parser.parse_args()
     begun = time.perf_counter()
     hermes = hermes_applications()
