@@ -98,6 +98,7 @@ def test_what_a_call_left_is_not_computed_again(retention):
     # The prompt of 4 takes two steps of 3 tokens, three more tokens three steps.
     assert result.completion_times.tolist() == [5 + 2 + 1]
     assert result.prefixes[:3] == (4 + 9, 6, 6)
+    assert repr(result).endswith(", 46.2% of prompt tokens found again)")
     dropped = simulate_engine(two_calls(2.0), FCFS(), keeping(None))
     assert dropped.completion_times.tolist() == [5 + 2 + 3]
     assert np.isnan(dropped.prefixes.hit_rate)

@@ -146,11 +146,13 @@ class EngineResult(Result):
         }
 
     def __repr__(self) -> str:
+        found = f", {self.prefixes.hit_rate:.1%} of prompt tokens found again"
         return (
             f"EngineResult({self.policy!r}, {self.completion_times.size} jobs, "
             f"mean {self.mean:.4g} s, p95 {self.quantile(0.95):.4g} s, {self.steps} steps of "
             f"{self.mean_batch:.3g} requests, {self.preemptions} preemptions, "
             f"{self.prefilled_again} tokens prefilled again, "
             f"p95 TTFT {self.requests.ttft_quantile(0.95):.4g} s, "
-            f"p95 TBT {self.requests.tbt_quantile(0.95):.4g} s)"
+            f"p95 TBT {self.requests.tbt_quantile(0.95):.4g} s"
+            f"{found if self.prefixes.looked_up else ''})"
         )
