@@ -13,7 +13,9 @@ from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
 from picache.linking.link import Link
+from picache.linking.narrowing import why_never_captured
 from picache.linking.prompt import LinkedPrompt
+from picache.linking.questions import questions_of
 from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
@@ -288,12 +290,15 @@ class PIC:
         batch: int = 1,
         progress: bool = True,
         compile: bool = False,  # noqa: A002 - as torch.compile is called
+        method: LinkMethod | None = None,
     ) -> None:
         """Capture the sparse pass ahead, as CUDA graphs that later links replay.
 
         A link captures what it needs by itself, on the first prompt of each size; its report says
         what that took. Here it is done for all sizes at once, and the memory is allocated that
-        prompts are linked in. It stays allocated as long as this object.
+        prompts are linked in. It stays allocated as long as this object. A method that asks what
+        the query attends to, such as `ProphetKV`, runs the query through a pass of its own first:
+        give the `method` to have that one captured as well.
 
         With `compile` the pass is compiled by torch.compile before it is captured, which joins its
         many small kernels. A link does not begin that by itself, since it takes long: once for
@@ -310,11 +315,14 @@ class PIC:
             batch: how many prompts are linked at once.
             progress: whether to show a bar, where tqdm is installed.
             compile: whether to compile the pass; if not, what was compiled before is given up.
+            method: whose choice is captured, too, for queries of up to `rows` tokens; by default
+                `LegoLink`, which asks nothing of the query.
 
         Raises:
-            PICacheError: when the model has no `tokens` positions, when the device has not the
-                memory (the error names the bytes), when passes of this model cannot be captured,
-                as on a CPU, or when compiling them fails; says where.
+            PICacheError: when passes of the method are never captured, when the model has no
+                `tokens` positions, when the device has not the memory (the error names the bytes),
+                when passes of this model cannot be captured, as on a CPU, or when compiling them
+                fails; says where.
         """
         tokens = whole_number("warm_up needs a whole number of tokens", tokens, least=1)
         rows = whole_number("warm_up needs a whole number of rows", rows, least=1)
@@ -328,8 +336,15 @@ class PIC:
                 f"warm_up(rows={rows}) of prompts of {tokens} tokens: no more than all of them can "
                 "be recomputed"
             )
+        method = _as_method(method)
+        if reason := why_never_captured(method):
+            raise PICacheError(
+                f"warm_up(method={method!r}): {reason}, so that its passes run eagerly; leave the "
+                "method out"
+            )
+        questions = questions_of(method, len(self.hf.rotations))
         self._header()  # sees whether the model has changed
-        self.passes.warm_up(tokens, rows, batch, progress, compile)
+        self.passes.warm_up(tokens, rows, batch, progress, compile, questions)
 
     def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""

@@ -242,7 +242,13 @@ class CapturedPasses:
         return how
 
     def warm_up(
-        self, tokens: int, rows: int, batch: int, progress: bool, compiled: bool = False
+        self,
+        tokens: int,
+        rows: int,
+        batch: int,
+        progress: bool,
+        compiled: bool = False,
+        questions: Sequence[Question] = (),
     ) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.
 
@@ -253,6 +259,7 @@ class CapturedPasses:
             progress: whether to show a bar, where tqdm is installed.
             compiled: whether to compile passes of these batches before they are captured; those of
                 classes that are captured later, over an arena of this size, are compiled as well.
+            questions: what passes over a query are asked for besides, in all these classes.
 
         Raises:
             PICacheError: when nothing can be captured or compiled, or memory does not suffice.
@@ -265,7 +272,9 @@ class CapturedPasses:
                 elif not self._arena.vacate():  # recording writes to places of other divisions
                     self._allocate(self._arena.tokens)
                 # The largest first: the others then fit the memory that it has left in the pool.
-                sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                asked = (None, *questions)
+                classes = classes_up_to(rows)[::-1]
+                sizes = [(n, r, one) for r in classes for n in {batch, 1} for one in asked]
                 if compiled:
                     self._compile({batch, 1})
                 else:

@@ -15,8 +15,9 @@ from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
 from picache.linking.measured_evidence import MeasuredEvidence
-from picache.linking.narrowing import narrowing, narrows
+from picache.linking.narrowing import narrowing, narrows, why_never_captured
 from picache.linking.prompt import LinkedPrompt, batched
+from picache.linking.questions import question
 from picache.linking.report import LinkReport
 from picache.linking.row import LinkedRow, Row, RowPlaces
 from picache.linking.sources import Part, Sources
@@ -120,12 +121,8 @@ class Link:
     @contextmanager
     def _places(self) -> Iterator[tuple[list[KV] | None, str]]:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
-        passes, method = self._passes, self._method
-        reason = passes.why_no_device()
-        if narrows(method):
-            reason = "the method chooses again in each layer"
-        elif method.parallel is not None:
-            reason = "the method places chunks side by side"
+        passes = self._passes
+        reason = why_never_captured(self._method) or passes.why_no_device()
         with ExitStack() as turn:
             places = None
             if not reason:
@@ -384,9 +381,8 @@ class _Asked:
         """Of one row, fp32 ``[layers, tokens]`` on the CPU; None where no pass is captured."""
         if self._places is None:
             return None
-        length = self._rows[index].layout.num_layers
-        question = Question(length if layers is None else min(layers, length), value_norm)
-        if question not in self._answers:
-            self._answers[question] = self._link.masses(self._rows, self._places, question)
-        found = self._answers[question]
+        asked = question(layers, value_norm, self._rows[index].layout.num_layers)
+        if asked not in self._answers:
+            self._answers[asked] = self._link.masses(self._rows, self._places, asked)
+        found = self._answers[asked]
         return None if found is None else found[:, index, : self._rows[index].layout.total_length]
