@@ -1,8 +1,10 @@
 """`PIC`: compile chunks once, link them in any order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,7 +14,7 @@ from picache.chunk import Chunk, Form, Header, chunk_key
 from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
-from picache.linking.link import Link
+from picache.linking.link import Link, ModelChanged
 from picache.linking.narrowing import why_never_captured
 from picache.linking.prompt import LinkedPrompt
 from picache.linking.questions import questions_of
@@ -94,6 +96,7 @@ class PIC:
         self.hf = HFModel(model)
         self.passes = CapturedPasses(self.hf)
         self._check = check
+        self._seen: Header | None = None
         self._prove()
         self.model = model
         self._bos = self._special("bos_token_id")
@@ -150,7 +153,8 @@ class PIC:
         if self.hf.settings_now() != self._proven or self.hf.moved:
             self.hf.measure()
             self._prove()
-        return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
+        self._seen = self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
+        return self._seen
 
     def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:
         """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
@@ -275,11 +279,52 @@ class PIC:
         """
         watch = Stopwatch()
         method = _as_method(method)
-        rows = self._as_rows(chunks, query)
+        seen = self._seen
+        if (rows := self._rows_as_seen(seen, chunks, query)) is not None:
+            with suppress(ModelChanged):
+                return self._link(rows, method, watch, partial(self._look_again, seen))
+        rows = self._as_rows(chunks, query, self._header())
+        return self._link(rows, method, watch)
+
+    def _rows_as_seen(self, seen: Header | None, chunks: Any, query: Any) -> list[Row] | None:
+        """The rows for the model as it was seen last; None where it is to be looked at first.
+
+        To look at it takes a few milliseconds, in which the device would stand idle. Where a
+        captured pass is ready for replay, the link looks while the device computes.
+        """
+        if seen is None or not self.passes.replays or not self.hf.in_place:
+            return None
+        try:
+            rows = self._as_rows(chunks, query, seen)
+            self._refuse_too_long(rows)
+        except PICacheError:  # of the model as it is now, perhaps not
+            return None
+        return rows
+
+    def _look_again(self, seen: Header | None) -> None:
+        """Raise `ModelChanged` where the model is not as it was seen then."""
+        if self.hf.moved or self.hf.settings_now() != self._proven or self._header() != seen:
+            raise ModelChanged
+
+    def _link(
+        self,
+        rows: list[Row],
+        method: LinkMethod,
+        watch: Stopwatch,
+        look_again: Callable[[], None] | None = None,
+    ) -> LinkedPrompt:
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
         link = Link(
-            self.hf, self.passes, self.store, rows, method, self.flops_per_byte, pad_id, watch
+            self.hf,
+            self.passes,
+            self.store,
+            rows,
+            method,
+            self.flops_per_byte,
+            pad_id,
+            watch,
+            look_again,
         )
         return link()
 
@@ -346,7 +391,7 @@ class PIC:
         self._header()  # sees whether the model has changed
         self.passes.warm_up(tokens, rows, batch, progress, compile, questions)
 
-    def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
+    def _as_rows(self, chunks: Any, query: Any, header: Header) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""
         if not isinstance(chunks, list | tuple):
             raise PICacheError(
@@ -355,7 +400,7 @@ class PIC:
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
-            return [self._as_row(chunks, query, self._header())]
+            return [self._as_row(chunks, query, header)]
         if not isinstance(chunks[0], list | tuple):
             raise PICacheError(
                 f"link takes chunks that PIC.compile returned, got {type(chunks[0]).__name__} at "
@@ -365,7 +410,6 @@ class PIC:
             raise PICacheError(
                 f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
             )
-        header = self._header()  # reads every weight: once for all rows
         return [self._as_row(row, q, header) for row, q in zip(chunks, query, strict=True)]
 
     def _as_row(self, chunks: Any, query: Any, header: Header) -> Row:

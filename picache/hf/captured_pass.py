@@ -104,6 +104,11 @@ class CapturedPasses:
         kind = self._model.device.type
         return "" if kind in RECORDERS else f"nothing is captured on a {kind}"
 
+    @property
+    def replays(self) -> bool:
+        """Whether passes were captured, so that a link most likely replays one. Needs no turn."""
+        return bool(self._recorded) and not self.why_no_device()
+
     def why_not(self) -> str:
         """Why no pass of this model is captured; empty where passes are."""
         model = self._model

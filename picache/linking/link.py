@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
+class ModelChanged(Exception):  # noqa: N818 - no error: the link begins again
+    """Says that the model is not the one that a link has begun with."""
+
+
 @dataclass
 class _Linking:
     """One row while it is linked.
@@ -84,6 +88,9 @@ class Link:
             whatever it costs. A prompt is prefilled in full where linking would cost as much.
         pad_id: token id of the padding of a batch.
         watch: started when linking began; by the clock.
+        look_again: raises `ModelChanged`, or what refuses the model, where it is not as the rows
+            take it to be; None where it was looked at just now. It is asked before anything is
+            compiled, read or recomputed eagerly, else while the device runs the captured pass.
     """
 
     def __init__(
@@ -96,7 +103,9 @@ class Link:
         flops_per_byte: float | None,
         pad_id: int,
         watch: Stopwatch,
+        look_again: Callable[[], None] | None = None,
     ) -> None:
+        self._look_again = look_again
         self._model, self._passes, self._store = model, passes, store
         self._rows, self._method = rows, method
         self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
@@ -107,8 +116,11 @@ class Link:
 
     def __call__(self) -> LinkedPrompt:
         """Link the batch."""
+        keys = [form.key for row in self._rows for form in row.chunks]
         # Nobody evicts what is being read.
-        with self._store.using([form.key for row in self._rows for form in row.chunks]):
+        with self._store.using(keys):
+            if not self._store.on_device(keys):
+                self._see()  # before anything is compiled or read
             alone = not self._method.force_query
             sources = Sources(self._model, self._store, self._rows, alone, self._watch)
             while True:
@@ -117,6 +129,12 @@ class Link:
                         return self._linked(sources, places, reason)
                 except CorruptChunk:  # a layer was damaged when it was due: mend, begin again
                     sources.mend()
+
+    def _see(self) -> None:
+        """Look at the model again, unless that was done: `ModelChanged` where it has changed."""
+        if self._look_again is not None:
+            self._look_again()
+            self._look_again = None
 
     @contextmanager
     def _places(self) -> Iterator[tuple[list[KV] | None, str]]:
@@ -151,6 +169,8 @@ class Link:
                 self._choose(linking, sources, partial(asked, index))
             if places is not None:
                 reason = self._recompute_together(linkings, places)
+            if not all(linking.in_places for linking in linkings):
+                self._see()
             for linking in linkings:
                 if not linking.in_places:
                     self._recompute(linking, reason)
@@ -162,6 +182,7 @@ class Link:
         ]
         prompt = batched(self._model, rows, self._method, self._pad_id, arena)
         reports = [self._report(linking, sources) for linking in linkings]
+        self._see()
         self._model.finish()
         first_token = self._watch.elapsed
         self._promote(sources)
