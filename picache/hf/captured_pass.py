@@ -36,8 +36,9 @@ from picache.kernels.check import why_no_kernels
 from picache.kernels.queued import queued
 from picache.progress import bar
 
-MOST_ROWS = 4096
-"""Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
+MOST_ROWS = 32768
+"""Rows of all prompts up to which a pass is captured unasked. More of them keep a device busy without
+a graph, but not with attention as fast; it is their memory, which stays with the graph, that ends it."""
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
@@ -215,7 +216,7 @@ class CapturedPasses:
         rows = size_class(longest)
         before = self._recorded.get((batch, rows, question))
         if before is None and batch * rows > MOST_ROWS:
-            raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
+            raise CannotCapture(f"{batch * longest} rows would hold too much memory in a graph")
         begun = time.perf_counter()
         recorded = self._record(batch, rows, question)
         seconds = 0.0 if recorded is before else time.perf_counter() - begun
