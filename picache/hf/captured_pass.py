@@ -37,8 +37,8 @@ from picache.kernels.queued import queued
 from picache.progress import bar
 
 MOST_ROWS = 32768
-"""Rows of all prompts up to which a pass is captured unasked. More of them keep a device busy without
-a graph, but not with attention as fast; it is their memory, which stays with the graph, that ends it."""
+"""Rows of all prompts up to which a pass is captured unasked. More would keep a device busy without
+a graph, though with slower attention; what ends it is the memory that stays with the graph."""
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
