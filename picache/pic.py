@@ -150,7 +150,8 @@ class PIC:
         if self.hf.moved:
             self.hf.header(self.store.namespace, self.store.storage)  # or its weights are nowhere
             self.passes.forget()
-        if self.hf.settings_now() != self._proven or self.hf.moved:
+        # The model may have been measured with other settings by a copy of this (`behind`).
+        if self.hf.moved or not self.hf.settings_now() == self.hf.settings == self._proven:
             self.hf.measure()
             self._prove()
         self._seen = self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
@@ -304,6 +305,8 @@ class PIC:
     def _look_again(self, seen: Header | None) -> None:
         """Raise `ModelChanged` where the model is not as it was seen then."""
         if self.hf.moved or self.hf.settings_now() != self._proven or self._header() != seen:
+            raise ModelChanged
+        if self.passes.outdated:  # another module over the same weights, say
             raise ModelChanged
 
     def _link(

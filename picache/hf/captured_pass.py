@@ -28,7 +28,7 @@ from picache.hf.padded_forward import (
     padded_masses,
 )
 from picache.hf.reading_back import refusing
-from picache.hf.recorders import RECORDERS, Forward, ProvenCompiled, Recorder
+from picache.hf.recorders import RECORDERS, ProvenCompiled, Recorder, Recording
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.available import KernelError
@@ -39,6 +39,7 @@ from picache.progress import bar
 MOST_ROWS = 32768
 """Rows of all prompts up to which a pass is captured unasked. More would keep a device busy without
 a graph, though with slower attention; what ends it is the memory that stays with the graph."""
+_NO_MEMORY = "there is not the memory to capture it"
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
 _LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
@@ -54,7 +55,7 @@ class _Class:
     """
 
     rows: Tensor
-    replay: Forward
+    replay: Recording
     compiled: CompiledForward | None
 
 
@@ -109,6 +110,27 @@ class CapturedPasses:
     def replays(self) -> bool:
         """Whether passes were captured, so that a link most likely replays one. Needs no turn."""
         return bool(self._recorded) and not self.why_no_device()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the model is not what passes were captured of; needs the turn."""
+        state, hooked = self._look()
+        return state != self._state or hooked != self._hooked
+
+    def only_replays(self, ids: Sequence[Tensor], question: Question | None = None) -> bool:
+        """Whether a pass over these rows replays what was captured, and runs nothing besides.
+
+        The first replay of a size runs the pass itself as well, to hold the two together.
+
+        Args:
+            ids: of each prompt, the token ids of the rows.
+            question: what is asked for in place of logits.
+        """
+        batch = len(ids)
+        recorded = self._recorded.get((batch, size_class(max(map(len, ids))), question))
+        compiled = self._compiled.get((batch, self.arena.tokens // batch))
+        wanted = None if question is not None else compiled
+        return recorded is not None and recorded.compiled is wanted and recorded.replay.proven
 
     def why_not(self) -> str:
         """Why no pass of this model is captured; empty where passes are."""
@@ -229,6 +251,9 @@ class CapturedPasses:
             return recorded.replay().clone(), recorded, seconds
         except CannotCompile:
             raise
+        except torch.OutOfMemoryError as error:  # the first one runs the pass itself, too
+            self._recorded.pop((batch, rows, question), None)
+            raise CannotCapture(_NO_MEMORY) from error
         except CannotCapture as error:
             self._recorded.clear()
             self._failed = str(error)
@@ -396,7 +421,7 @@ class CapturedPasses:
             self._failed = str(error)
             raise
         except torch.OutOfMemoryError as error:
-            raise CannotCapture("there is not the memory to capture it") from error
+            raise CannotCapture(_NO_MEMORY) from error
         except KernelError as error:
             self._failed = str(error)
             raise CannotCapture(self._failed) from error

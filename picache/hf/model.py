@@ -459,11 +459,12 @@ class HFModel:
                 autocast; see `picache.hf.ambient`.
         """
         now = refuse_ambient(self.model, self._made)
+        hashed = self._fingerprint(now.weights)  # may be interrupted: nothing is noted before
         self.modules = now.modules
         self._in_memory = WeightsInMemory(tensor for _, tensor in now.weights)
         return Header(
             model=type(self.model).__name__,
-            fingerprint=self._fingerprint(now.weights),
+            fingerprint=hashed,
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
             dtype=str(self.one_token[0][0].dtype).removeprefix("torch."),
             rope=repr(sorted({str(rotation) for rotation in self.rotations})),

@@ -90,7 +90,7 @@ class Link:
         watch: started when linking began; by the clock.
         look_again: raises `ModelChanged`, or what refuses the model, where it is not as the rows
             take it to be; None where it was looked at just now. It is asked before anything is
-            compiled, read or recomputed eagerly, else while the device runs the captured pass.
+            compiled, read, captured or run eagerly, else while the device replays a captured pass.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Link:
             if not self._store.on_device(keys):
                 self._see()  # before anything is compiled or read
             alone = not self._method.force_query
-            sources = Sources(self._model, self._store, self._rows, alone, self._watch)
+            sources = Sources(self._model, self._store, self._rows, alone, self._watch, self._see)
             while True:
                 try:
                     with self._places() as (places, reason):
@@ -175,14 +175,14 @@ class Link:
                 if not linking.in_places:
                     self._recompute(linking, reason)
         # What follows keeps Python busy while the device still computes.
+        reports = [self._report(linking, sources) for linking in linkings]
+        self._see()  # before a prompt holds on to the arena
         arena = None if places is None else self._passes.arena
         rows = [
             LinkedRow(one.ids, one.layout, one.layers, one.logits, one.in_places)
             for one in linkings
         ]
         prompt = batched(self._model, rows, self._method, self._pad_id, arena)
-        reports = [self._report(linking, sources) for linking in linkings]
-        self._see()
         self._model.finish()
         first_token = self._watch.elapsed
         self._promote(sources)
@@ -229,7 +229,7 @@ class Link:
         """Choose the tokens to recompute, or to prefill the prompt in full if it costs no more."""
         model, method, layout = self._model, self._method, linking.layout
         with linking.kv.watch.span("choose"):
-            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses)
+            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses, self._see)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
         if self._flops_per_byte is None or narrows(method) or method.parallel is not None:
@@ -250,6 +250,8 @@ class Link:
             return ""
         self._place(linkings, places)
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
+        if not self._passes.only_replays(ids):
+            self._see()
         try:
             with self._together.span("recompute"):
                 logits, how, seconds = self._passes.run(ids, chosen)
@@ -277,6 +279,8 @@ class Link:
             torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
         ]
         ids = [one.ids[at] for one, at in zip(linkings, positions, strict=True)]
+        if not self._passes.only_replays(ids, question):
+            self._see()
         try:
             found, seconds = self._passes.masses(ids, positions, question)
         except CannotCapture:  # the pass over the chosen rows says why
