@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from picache.hf.reading_back import refusing
 from picache.hf.recorders import RECORDERS, ProvenCompiled, Recorder, Recording
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture, Question
+from picache.hf.traced_from import traced_from
 from picache.kernels.available import KernelError
 from picache.kernels.check import why_no_kernels
 from picache.kernels.queued import queued
@@ -41,7 +41,6 @@ MOST_ROWS = 32768
 a graph, though with slower attention; what ends it is the memory that stays with the graph."""
 _NO_MEMORY = "there is not the memory to capture it"
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
-_LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class CapturedPasses:
         """
         with self._model.attention.turn:
             self._model.attention.refuse_attached()
-            state, self._hooked = self._look()
+            state, self._hooked = traced_from(self._model)
             if state != self._state:
                 self._drop()
                 self._state, self._failed, self._checked = state, "", False
@@ -114,7 +113,7 @@ class CapturedPasses:
     @property
     def outdated(self) -> bool:
         """Whether the model is not what passes were captured of; needs the turn."""
-        state, hooked = self._look()
+        state, hooked = traced_from(self._model)
         return state != self._state or hooked != self._hooked
 
     def only_replays(self, ids: Sequence[Tensor], question: Question | None = None) -> bool:
@@ -435,28 +434,6 @@ class CapturedPasses:
             raise CannotCapture(self._failed) from error
         found = self._recorded[batch, rows, question] = _Class(static, replay, compiled)
         return found
-
-    def _look(self) -> tuple[object, str]:
-        """What a captured pass depends on, which differs where the model changed; and which
-        hook runs Python in a forward, empty for none.
-        """
-        model, seen, hooked = self._model, [], ""
-        for name, module in model.modules:
-            inside = vars(module)  # at every link: attributes of modules are slow
-            adapters = ""
-            if "_active_adapter" in inside or "_disable_adapters" in inside:  # peft's
-                adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"
-            seen.append((id(module), inside.get("forward"), adapters))
-            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
-                hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
-                if any(_package(hook) not in _LOOK_ON for hook in hooks):
-                    hooked = f"a forward hook on {name or type(module).__name__} runs Python"
-        return (model.weights_seen, model.attention.own, seen), hooked
-
-
-def _package(function: Any) -> str:
-    """The package that a function, or the method of an object, is from."""
-    return str(getattr(function, "__module__", type(function).__module__)).split(".")[0]
 
 
 def _free_bytes(device: torch.device) -> float:
