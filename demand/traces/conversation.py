@@ -41,10 +41,12 @@ class Conversation:
         self.said += len(text)
         self.read = self.said
 
-    def answer(self, unit: str, kind: Kind, text: str) -> None:
-        """What a tool or a person answers, which enters the context."""
+    def answer(self, unit: str, kind: Kind, text: str, seconds: float | None = None) -> None:
+        """What a tool or a person answers, which enters the context; `seconds` as in a span."""
         tokens = self._tokens(len(text))
-        self.spans.append(Span(unit, kind, output_tokens=tokens, parents=self._last()))
+        self.spans.append(
+            Span(unit, kind, seconds=seconds, output_tokens=tokens, parents=self._last())
+        )
         self.hear(text)
 
     def _last(self) -> tuple[int, ...]:
