@@ -150,7 +150,10 @@ class _Simulation:
         self.arrived_at.append(now)
         if self.arrived is not None:
             self.arrived(job, now)
-        job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
+        if self.runs is None:
+            job.ends = (job.demand,)
+        else:
+            job.run, job.ends = self.runs[entry], self.jobs.unit_ends(entry)
         self.servers.add(job)
 
     def end_unit(self, job: JobInService, now: float) -> None:
@@ -168,8 +171,8 @@ class _Simulation:
         self.servers.end_unit(job)
         job.units_finished = finished
         job.requested = now
-        if self.refine is not None and self.runs is not None:
-            progress = Progress(self.runs[job.entry][:finished])
+        if self.refine is not None:
+            progress = Progress(job.run[:finished])
             learn(job, progress, self.refine, self.policy)
 
     def result(self) -> SimulationResult:
