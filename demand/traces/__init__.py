@@ -13,6 +13,7 @@ from demand.traces.fireact import read_fireact
 from demand.traces.hermes_artifact import read_hermes_artifact
 from demand.traces.kv_cache_tester import read_kv_cache_tester
 from demand.traces.llm_compiler import read_llm_compiler, read_llm_compiler_plans
+from demand.traces.mini_swe_agent import read_mini_swe_agent
 from demand.traces.mooncake import read_mooncake
 from demand.traces.opentelemetry import read_opentelemetry
 from demand.traces.profiles import ApplicationProfile, StageProfile
@@ -41,6 +42,7 @@ __all__ = [
     "read_kv_cache_tester",
     "read_llm_compiler",
     "read_llm_compiler_plans",
+    "read_mini_swe_agent",
     "read_mooncake",
     "read_opentelemetry",
     "read_swe_agent",

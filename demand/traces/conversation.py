@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from demand.errors import DemandError
+from demand.traces.fields import Fields
 from demand.traces.schema import Span
 from demand.units import Kind
 
@@ -54,6 +55,14 @@ class Conversation:
 
     def _tokens(self, characters: int) -> float:
         return characters / self.characters_per_token
+
+
+def content_text(message: Fields) -> str:
+    """The text of a message, which is a string or a list of parts; images count nothing."""
+    if isinstance(message.values.get("content"), list):
+        parts = message.records("content")
+        return "".join(part.text("text") for part in parts if part.has("text"))
+    return message.text("content") if message.has("content") else ""
 
 
 def check_characters_per_token(characters_per_token: float) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from demand.traces.conversation import Conversation, check_characters_per_token
+from demand.traces.conversation import Conversation, check_characters_per_token, content_text
 from demand.traces.fields import Fields
 from demand.traces.schema import Session, Span
 from demand.traces.sources import nested_documents
@@ -60,7 +60,7 @@ def _session(characters_per_token: float, record: Fields) -> Session:
         for message in record.records("history"):
             if message.text("role") == "assistant" and not message.values.get("is_demo"):
                 break
-            conversation.hear(_content(message))
+            conversation.hear(content_text(message))
     before: list[str] = []  # messages of the latest prompt, and what was written on it
     for step in steps:
         before = _step(conversation, step, before)
@@ -102,15 +102,7 @@ def _prompt(step: Fields) -> list[str]:
     """Texts of the messages that a step showed to the model; none where it does not say."""
     if not step.has("query"):
         return []
-    return [_content(message) for message in step.records("query")]
-
-
-def _content(message: Fields) -> str:
-    """The text of a message, which is a string or a list of parts; images count nothing."""
-    if isinstance(message.values.get("content"), list):
-        parts = message.records("content")
-        return "".join(part.text("text") for part in parts if part.has("text"))
-    return message.text("content") if message.has("content") else ""
+    return [content_text(message) for message in step.records("query")]
 
 
 def _name(record: Fields) -> str:

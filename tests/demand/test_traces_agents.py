@@ -11,6 +11,7 @@ from demand.traces import (
     read_agent_sessions,
     read_llm_compiler,
     read_llm_compiler_plans,
+    read_mini_swe_agent,
     read_mooncake,
     read_swe_agent,
     read_taskbench,
@@ -109,6 +110,81 @@ def test_swe_agent_malformed(tmp_path, document, said):
     path = written(tmp_path / "t" / "x.traj", document)
     with pytest.raises(MalformedRecordError, match=said):
         list(read_swe_agent(path))
+
+
+def said(role, content, at=None, **extra):
+    stamp = {} if at is None else {"timestamp": at}
+    return {"role": role, "content": content, "extra": extra | stamp}
+
+
+def used(read, wrote, cached, created=1000):
+    details = {"cached_tokens": cached}
+    usage = {"prompt_tokens": read, "completion_tokens": wrote, "prompt_tokens_details": details}
+    return {"created": created, "usage": usage}
+
+
+MINI = [
+    {"role": "system", "content": "s" * 40},
+    {"role": "user", "content": "u" * 20},
+    said("assistant", None, 1003.5, response=used(150, 11, 32),
+         actions=[{"command": "ls -la"}, {"command": "cat a.py"}]),
+    said("tool", "a.py", 1004.0),
+    said("tool", "x = 1", 1004.25),
+    said("assistant", "done", 1010.0, response=used(180, 7, 160), actions=[{"command": "submit"}]),
+    said("exit", "diff"),
+]  # fmt: skip
+
+
+def test_mini_swe_agent(tmp_path):
+    document = {"info": {"exit_status": "Submitted"}, "messages": MINI, "instance_id": "a__a-1"}
+    written(tmp_path / "one" / "x.traj.json", document)
+    (session,) = read_mini_swe_agent(tmp_path)
+    assert (session.id, session.application) == ("a__a-1", "mini_swe_agent")
+    assert session.arrival_seconds == 1000.0
+    assert session.attributes == {"exit_status": "Submitted"}
+    assert [(s.unit, s.submit_seconds, s.seconds) for s in session.spans] == [
+        ("agent", 0.0, 3.5), ("ls", 3.5, 0.5), ("cat", 4.0, 0.25), ("agent", 4.25, 5.75),
+    ]  # fmt: skip
+    calls = [s for s in session.spans if s.kind == "llm"]
+    assert [(s.input_tokens, s.output_tokens, s.cached_tokens) for s in calls] == [
+        (150, 11, 32), (180, 7, 160),
+    ]  # fmt: skip
+    measured = session.run(llm="measured", prompt="fresh")
+    assert CostModel().run_seconds(measured) == pytest.approx(10.0)
+    assert [e.input_tokens for e in measured if e.unit.name == "agent"] == [118, 20]
+
+
+def test_mini_swe_agent_without_usage_and_times(tmp_path):
+    messages = [
+        {"role": "user", "content": "u" * 40},
+        {"role": "assistant", "content": "no command"},
+        {"role": "user", "content": "say a command"},
+        {"role": "assistant", "content": "THOUGHT\n```mswea_bash_command\npython a.py\n```"},
+        {"role": "user", "content": "ok"},
+    ]
+    path = written(tmp_path / "t" / "b__b-2.traj.json", {"messages": messages})
+    (session,) = read_mini_swe_agent(path)
+    assert session.id == "b__b-2"
+    assert [(s.unit, s.seconds) for s in session.spans] == [
+        ("agent", None), ("agent", None), ("python", None),
+    ]  # fmt: skip
+    assert [s.input_tokens * 4 for s in session.spans if s.kind == "llm"] == [40, 63]
+    assert session.spans[1].cached_tokens == 12.5
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([{"role": "user", "content": "x"}], "no call of the model"),
+        ([{"role": "pilot", "content": "x"}], "expected system, user, assistant, tool or exit"),
+        ([MINI[2], said("tool", "late", 1001.0)], "time goes backwards"),
+        ([said("assistant", "x", response={"usage": {}})], "usage.prompt_tokens': missing"),
+    ],
+)
+def test_mini_swe_agent_malformed(tmp_path, messages, told):
+    path = written(tmp_path / "t" / "x.traj.json", {"messages": messages})
+    with pytest.raises(MalformedRecordError, match=told):
+        list(read_mini_swe_agent(path))
 
 
 def node(task, *arguments):
