@@ -64,21 +64,21 @@ def serve(mix: str, jobs: int, data: Path) -> None:
 
 def table(record: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = [
-        (
-            "| jobs of | jobs | drawn in, before | after | memory, before | after | "
-            "served in, class mean | Gittins |"
-        ),
-        "| --- | ---: |" + " ---: |" * 6,
-    ]
+    columns = {
+        "drawn in": ("drawing", "{:.2f} s"),
+        "memory": ("mebibytes", "{:,.0f} MiB"),
+        "served by class mean in": ("ClassMean", "{:.2f} s"),
+        "by Gittins in": ("Gittins", "{:.2f} s"),
+    }
+    heads = " | ".join(f"{head}, before | after" for head in columns)
+    lines = [f"| jobs of | jobs | {heads} |", "| --- |" + " ---: |" * (1 + 2 * len(columns))]
     for row in record["rows"]:
-        before, after = row["before"], row["after"]
-        lines.append(
-            f"| {row['mix']} | {row['jobs']:,} | {before['drawing']:.2f} s "
-            f"| {after['drawing']:.2f} s | {before['mebibytes']:,.0f} MiB "
-            f"| {after['mebibytes']:,.0f} MiB | {after['ClassMean']:.2f} s "
-            f"| {after['Gittins']:.2f} s |"
-        )
+        cells = [
+            form.format(row[side][name])
+            for name, form in columns.values()
+            for side in ("before", "after")
+        ]
+        lines.append(f"| {row['mix']} | {row['jobs']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
