@@ -3,21 +3,24 @@
 import operator
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from demand.seconds import Floats
-from demand.units import CostModel, Execution, Unit
+from demand.units import CostModel, Execution, Unit, check_run
 
 Ints = NDArray[np.integer[Any]]
 Run = Sequence[Execution]
+KEPT = 4096
+"""Runs of columns that stay made, the first ones asked for: short workloads are often served again.
+"""
 
 
 class LazyRuns(Sequence[Run]):
-    """Runs by position. Asking twice for one makes its executions twice, equal and not the same.
+    """Runs by position; one that is asked for twice may be made twice, equal and not the same.
 
     They are equal to any sequence of equal runs.
     """
@@ -29,6 +32,10 @@ class LazyRuns(Sequence[Run]):
     @abstractmethod
     def seconds(self, cost: CostModel) -> Floats:
         """`[runs]` what `cost.run_seconds` says of each, to the bit."""
+
+    @abstractmethod
+    def execution_seconds(self, at: int, cost: CostModel) -> list[float]:
+        """What `cost.seconds` says of each execution of the run at `at`, to the bit."""
 
     @overload
     def __getitem__(self, at: int) -> Run: ...
@@ -73,6 +80,8 @@ class ColumnRuns(LazyRuns):
     output_tokens: Floats
     parallelism: Ints
     unit_seconds: Floats
+    _made: dict[int, Run] = field(default_factory=dict, init=False)
+    _costed: dict[CostModel, Floats] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return self.starts.size - 1
@@ -82,12 +91,15 @@ class ColumnRuns(LazyRuns):
 
     def run(self, at: int) -> Run:
         """The run at position `at`, from 0 up to the number of runs."""
+        made = self._made.get(at)
+        if made is not None:
+            return made
         of = slice(self.starts[at], self.starts[at + 1])
         columns = (
             *(self.unit, self.input_tokens, self.output_tokens),
             *(self.parallelism, self.unit_seconds),
         )
-        return [
+        made = [
             Execution(
                 self.units[unit], read, written, calls, None if seconds != seconds else seconds
             )
@@ -95,17 +107,33 @@ class ColumnRuns(LazyRuns):
                 *(column[of].tolist() for column in columns), strict=True
             )
         ]
+        if len(self._made) < KEPT:
+            self._made[at] = made
+        return made
+
+    def execution_seconds(self, at: int, cost: CostModel) -> list[float]:
+        """What `cost.seconds` says of each execution of the run at `at`, to the bit."""
+        costed = self._costed.get(cost)
+        if costed is None:
+            self._costed.clear()  # whoever asks run by run asks by one cost model
+            costed = self._costed[cost] = self._seconds(cost)
+        seconds: list[float] = costed[self.starts[at] : self.starts[at + 1]].tolist()
+        return seconds
 
     def seconds(self, cost: CostModel) -> Floats:
         """`[runs]` what `cost.run_seconds` says of each, to the bit."""
+        run = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        seconds = np.bincount(run, self._seconds(cost), minlength=len(self))
+        return seconds.astype(np.float64, copy=False)
+
+    def _seconds(self, cost: CostModel) -> Floats:
+        """`[n]` of each execution."""
         by_tokens = (
             self.input_tokens * cost.prefill_seconds_per_token
             + self.output_tokens * cost.decode_seconds_per_token
         )
         call = np.where(np.isnan(self.unit_seconds), by_tokens, self.unit_seconds)
-        run = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        seconds = np.bincount(run, self.parallelism * call, minlength=len(self))
-        return seconds.astype(np.float64, copy=False)
+        return call * self.parallelism
 
 
 @final
@@ -130,6 +158,10 @@ class PickedRuns(LazyRuns):
     def run(self, at: int) -> Run:
         """The run at position `at`, from 0 up to the number of runs."""
         return self.pool[int(self.picks[at])]
+
+    def execution_seconds(self, at: int, cost: CostModel) -> list[float]:
+        """What `cost.seconds` says of each execution of the run at `at`, to the bit."""
+        return execution_seconds(self.pool, int(self.picks[at]), cost)
 
     def seconds(self, cost: CostModel) -> Floats:
         """`[runs]` what `cost.run_seconds` says of each, to the bit."""
@@ -169,6 +201,10 @@ class MixedRuns(LazyRuns):
         """The run at position `at`, from 0 up to the number of runs."""
         return self.sources[int(self.source[at])][int(self._at[at])]
 
+    def execution_seconds(self, at: int, cost: CostModel) -> list[float]:
+        """What `cost.seconds` says of each execution of the run at `at`, to the bit."""
+        return execution_seconds(self.sources[int(self.source[at])], int(self._at[at]), cost)
+
     def seconds(self, cost: CostModel) -> Floats:
         """`[runs]` what `cost.run_seconds` says of each, to the bit."""
         seconds = np.empty(len(self))
@@ -182,3 +218,14 @@ def runs_seconds(runs: Sequence[Run], cost: CostModel) -> Floats:
     if isinstance(runs, LazyRuns):
         return runs.seconds(cost)
     return np.array([cost.run_seconds(run) for run in runs], np.float64)
+
+
+def execution_seconds(runs: Sequence[Run], at: int, cost: CostModel) -> list[float]:
+    """Seconds of each execution of the run at `at`, without making those of lazy ones.
+
+    Raises:
+        DemandError: a run that is no list of executions.
+    """
+    if isinstance(runs, LazyRuns):
+        return runs.execution_seconds(at, cost)
+    return [cost.seconds(execution) for execution in check_run(f"the run of job {at}", runs[at])]

@@ -13,6 +13,7 @@ from demand import (
     CostModel,
     DemandEstimator,
     Execution,
+    RequestFCFS,
     Unit,
     WholeRuns,
     hermes_applications,
@@ -21,7 +22,14 @@ from demand import (
     simulate,
 )
 from demand.flow import visits, visits_together
-from demand.lazy_runs import ColumnRuns, MixedRuns, PickedRuns, runs_seconds
+from demand.lazy_runs import (
+    KEPT,
+    ColumnRuns,
+    MixedRuns,
+    PickedRuns,
+    execution_seconds,
+    runs_seconds,
+)
 from demand.traces import ApplicationProfile, StageProfile
 from demand.workloads import closed_loop
 from demand.workloads.hermes import hermes_generator
@@ -70,6 +78,10 @@ def test_lazy_runs_are_the_runs(runs, data):
         assert one[1:3] == other[1:3]
         assert one != [*other, other[0]]
         assert one.seconds(COST).tolist() == [COST.run_seconds(run) for run in other]
+        for at, run in enumerate(other):
+            expected_seconds = [COST.seconds(execution) for execution in run]
+            assert one.execution_seconds(at, COST) == expected_seconds
+            assert execution_seconds(other, at, COST) == expected_seconds
         assert runs_seconds(other, COST).tolist() == runs_seconds(one, COST).tolist()
         with pytest.raises(IndexError):
             one[len(other)]
@@ -168,10 +180,18 @@ def test_drawing_and_serving_makes_no_executions(monkeypatch):
     monkeypatch.setattr(Execution, "__post_init__", lambda self: made.append(check(self)))
     workload = poisson_workload(applications, 0.8, 500)
     simulate(workload, SERPT())
+    simulate(workload, RequestFCFS())  # ends of units without the units
     closed_loop(applications, users=4, think_seconds=1.0, jobs=100)
     assert not made
     assert workload.demands.tolist() == [CostModel().run_seconds(run) for run in workload.runs]
     assert made
+
+
+def test_as_many_runs_stay_made_as_are_often_served_again():
+    runs = hermes_generator("react_fever").runs(np.random.default_rng(0), KEPT + 3)
+    made = list(runs)
+    assert sum(a is b for a, b in zip(made, runs, strict=True)) == KEPT
+    assert made == runs
 
 
 def test_results_are_those_of_lists():

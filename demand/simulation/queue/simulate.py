@@ -150,10 +150,9 @@ class _Simulation:
         self.arrived_at.append(now)
         if self.arrived is not None:
             self.arrived(job, now)
-        if self.runs is None:
-            job.ends = (job.demand,)
-        else:
-            job.run, job.ends = self.runs[entry], self.jobs.unit_ends(entry)
+        job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
+        if self.refine is not None and self.runs is not None:
+            job.run = self.runs[entry]
         self.servers.add(job)
 
     def end_unit(self, job: JobInService, now: float) -> None:
