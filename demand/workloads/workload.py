@@ -99,15 +99,26 @@ class Application:
         return self.draw(rng, n).demands
 
     def draw(self, rng: np.random.Generator, n: int) -> "Drawn":
-        """Draw `n` jobs: their demands, and what each executes where the application says."""
-        if self.sample_runs is not None:
-            runs = self.sample_runs(rng, n)
-            return Drawn(runs_seconds(runs, self.cost), runs)
-        if self.sample is not None:
+        """Draw `n` jobs: their demands, and what each executes where the application says.
+
+        Raises:
+            DemandError: a sampler that draws another number of them.
+        """
+        runs = None if self.sample_runs is None else self.sample_runs(rng, n)
+        if runs is not None:
+            demands = runs_seconds(runs, self.cost)
+        elif self.sample is not None:
             drawn = self.sample(rng, n)
-            return Drawn(as_seconds(f"what application {self.name!r} draws", drawn), None)
-        known = self.distribution
-        return Drawn(rng.choice(known.values, size=n, p=known.weights), None)
+            demands = as_seconds(f"what application {self.name!r} draws", drawn)
+        else:
+            known = self.distribution
+            demands = rng.choice(known.values, size=n, p=known.weights)
+        if demands.shape != (n,):
+            raise DemandError(
+                f"the sampler of application {self.name!r} drew shape {demands.shape} when asked "
+                f"for {n} jobs; expected one each"
+            )
+        return Drawn(demands, runs)
 
 
 class Drawn(NamedTuple):

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from demand import (
     SERPT,
+    Application,
     CostModel,
+    DemandError,
     DemandEstimator,
+    Distribution,
     Execution,
     RequestFCFS,
     Unit,
@@ -204,3 +207,12 @@ def test_results_are_those_of_lists():
     refine = DemandEstimator(lazy.graphs, WholeRuns())
     times = [simulate(w, SERPT(), refine=refine).completion_times for w in (lazy, lists)]
     np.testing.assert_array_equal(*times)
+
+
+def test_a_sampler_that_draws_too_few_is_refused():
+    unit = Execution(TOOL, seconds=1.0)
+    known = Distribution([1.0])
+    for samplers in ({"sample_runs": lambda rng, n: [[unit]]}, {"sample": lambda rng, n: [1.0]}):
+        application = Application("short", known, mean_seconds=1.0, **samplers)
+        with pytest.raises(DemandError, match=r"'short' drew shape \(1,\) when asked for 5 jobs"):
+            poisson_workload([application], 0.5, 5)
