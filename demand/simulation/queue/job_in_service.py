@@ -7,7 +7,6 @@ from typing import final
 
 from demand.policies.base import Rank
 from demand.policies.job import Job
-from demand.units import Execution
 
 Place = tuple[Rank, int]
 """Where a job stands in the order of service: its rank, then its order of arrival, which no other
@@ -21,7 +20,6 @@ class JobInService(Job):
 
     Attributes:
         entry: its position in the workload.
-        run: what it executes, where its progress is told.
         ends: attained service at the end of each of its units, its demand last.
         units_finished: how many of them it has reached.
         line_key: key of its line (`Policy.line`), if the policy `reranks`.
@@ -38,7 +36,6 @@ class JobInService(Job):
     """
 
     entry: int = 0
-    run: Sequence[Execution] = ()
     ends: Sequence[float] = ()
     units_finished: int = 0
     line_key: Hashable = None

@@ -151,8 +151,6 @@ class _Simulation:
         if self.arrived is not None:
             self.arrived(job, now)
         job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
-        if self.refine is not None and self.runs is not None:
-            job.run = self.runs[entry]
         self.servers.add(job)
 
     def end_unit(self, job: JobInService, now: float) -> None:
@@ -170,8 +168,8 @@ class _Simulation:
         self.servers.end_unit(job)
         job.units_finished = finished
         job.requested = now
-        if self.refine is not None:
-            progress = Progress(job.run[:finished])
+        if self.refine is not None and self.runs is not None:
+            progress = Progress(self.runs[job.entry][:finished])
             learn(job, progress, self.refine, self.policy)
 
     def result(self) -> SimulationResult:
