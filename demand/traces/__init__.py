@@ -12,7 +12,7 @@ from demand.traces.fields import MalformedRecordError
 from demand.traces.fireact import read_fireact
 from demand.traces.hermes_artifact import read_hermes_artifact
 from demand.traces.kv_cache_tester import read_kv_cache_tester
-from demand.traces.llm_compiler import read_llm_compiler, read_llm_compiler_plans
+from demand.traces.llmcompiler import read_llmcompiler, read_llmcompiler_plans
 from demand.traces.mini_swe_agent import read_mini_swe_agent
 from demand.traces.mooncake import read_mooncake
 from demand.traces.opentelemetry import read_opentelemetry
@@ -40,8 +40,8 @@ __all__ = [
     "read_fireact",
     "read_hermes_artifact",
     "read_kv_cache_tester",
-    "read_llm_compiler",
-    "read_llm_compiler_plans",
+    "read_llmcompiler",
+    "read_llmcompiler_plans",
     "read_mini_swe_agent",
     "read_mooncake",
     "read_opentelemetry",

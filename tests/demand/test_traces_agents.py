@@ -9,8 +9,8 @@ from demand import CostModel, DemandError, PDGraph
 from demand.traces import (
     MalformedRecordError,
     read_agent_sessions,
-    read_llm_compiler,
-    read_llm_compiler_plans,
+    read_llmcompiler,
+    read_llmcompiler_plans,
     read_mini_swe_agent,
     read_mooncake,
     read_swe_agent,
@@ -277,7 +277,7 @@ def stored(seconds, found):
     return {"question": "q", "label": "yes", "answer": "yes", "time": seconds, "stats": found}
 
 
-def test_llm_compiler(tmp_path):
+def test_llmcompiler(tmp_path):
     planner, executor = stats(2, (900, 60), [1.0, 2.0]), stats(2, (400, 20), [0.5, 0.5])
     react, none = stats(3, (300, 30), [1.0, 1.0, 1.0]), stats(0, (0, 0), [])
     path = written(
@@ -288,7 +288,7 @@ def test_llm_compiler(tmp_path):
             "c": stored(2.0, {"planner": stats(1, (450, 30), []), "executor": none}),
         },
     )
-    compiled, reacted, failed = read_llm_compiler(path)
+    compiled, reacted, failed = read_llmcompiler(path)
     assert [s.unit for s in compiled.spans] == ["plan", "tools", "join"] * 2
     assert [s.seconds for s in compiled.spans] == [1.0, 3.0, 0.5, 2.0, 3.0, 0.5]
     assert compiled.spans[3].input_tokens == 450.0
@@ -301,7 +301,7 @@ def test_llm_compiler(tmp_path):
     assert [(s.unit, s.seconds) for s in failed.spans] == [("plan", None), ("tools", 2.0)]
     streamed = written(tmp_path / "s" / "x.json",
                        {"a": stored(1.0, {"planner": planner, "executor": executor})})  # fmt: skip
-    assert next(iter(read_llm_compiler(streamed))).spans[1].seconds == 0.0
+    assert next(iter(read_llmcompiler(streamed))).spans[1].seconds == 0.0
 
 
 @pytest.mark.parametrize(
@@ -313,10 +313,10 @@ def test_llm_compiler(tmp_path):
         ({"planner": stats(1, (1, 1), [1]), "executor": stats(2, (1, 1), [1, 1])}, "more than 1"),
     ],
 )
-def test_llm_compiler_malformed(tmp_path, found, said):
+def test_llmcompiler_malformed(tmp_path, found, said):
     path = written(tmp_path / "s" / "store.json", {"a": stored(1.0, found)})
     with pytest.raises(MalformedRecordError, match=said):
-        list(read_llm_compiler(path))
+        list(read_llmcompiler(path))
 
 
 PLANS = """Here are some examples.
@@ -333,10 +333,10 @@ Question: What is it?
 """
 
 
-def test_llm_compiler_plans(tmp_path):
+def test_llmcompiler_plans(tmp_path):
     path = tmp_path / "plans.txt"
     path.write_text(PLANS)
-    plans = list(read_llm_compiler_plans(tmp_path))
+    plans = list(read_llmcompiler_plans(tmp_path))
     assert [plan.id for plan in plans] == ["line 3", "line 11"]
     assert [(s.unit, s.kind, s.parents) for s in plans[0].spans] == [
         ("plan", "llm", ()), ("search", "search", (0,)), ("search", "search", (0,)),
@@ -358,11 +358,11 @@ def test_llm_compiler_plans(tmp_path):
         ("1. a()\n1. b()\n2. join()\n", "task 1 comes twice"),
     ],
 )
-def test_llm_compiler_plans_malformed(tmp_path, text, said):
+def test_llmcompiler_plans_malformed(tmp_path, text, said):
     path = tmp_path / "plans.txt"
     path.write_text(text)
     with pytest.raises(MalformedRecordError, match=said):
-        list(read_llm_compiler_plans(path))
+        list(read_llmcompiler_plans(path))
 
 
 @pytest.mark.parametrize(

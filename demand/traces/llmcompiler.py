@@ -13,7 +13,7 @@ from demand.traces.schema import Session, Span
 from demand.traces.sources import Records, json_members, text_lines
 from demand.traces.trace import LINE_LIMIT, OneByOne, OnError, Trace
 
-APPLICATION = "llm_compiler"
+APPLICATION = "llmcompiler"
 REACT = "react"
 _ACTION = re.compile(r"^\s*(\d+)\.\s*(\w+)\s*\((.*)")
 _RESULT = re.compile(r"\$\{?(\d+)\}?")
@@ -21,7 +21,7 @@ _QUESTION = re.compile(r"^\s*Question:\s*(.*)")
 _JOIN = "join"
 
 
-def read_llm_compiler(
+def read_llmcompiler(
     path: str | os.PathLike[str], *, on_error: OnError = "raise", line_limit: int = LINE_LIMIT
 ) -> Trace[Session]:
     """Sessions of what `run_llm_compiler.py --store FILE --do_benchmark` writes, one document.
@@ -33,7 +33,7 @@ def read_llm_compiler(
 
     Units are `plan` and `join` (kind "llm") and `tools` between (kind "tool"), what `time` leaves
     besides the calls: shared equally by the rounds, 0 where tools ran while the plan was streamed.
-    Which tools a plan has is not in the file; `read_llm_compiler_plans` reads plans. Stored runs
+    Which tools a plan has is not in the file; `read_llmcompiler_plans` reads plans. Stored runs
     of ReAct (`--react`: stats of total alone) are sessions of application "react", of units
     `thought` and `action`, the last thought ending the run. Tokens are the mean of a session's
     calls of one unit: the file has their sums. Attributes are label and answer.
@@ -94,7 +94,7 @@ def _calls(part: Fields, unit: str) -> list[Span]:
     ]
 
 
-def read_llm_compiler_plans(
+def read_llmcompiler_plans(
     path: str | os.PathLike[str],
     *,
     characters_per_token: float = 4.0,
