@@ -2,11 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from demand.units import END, START
 
 U = TypeVar("U")
+Ints = NDArray[np.integer[Any]]
 
 
 class FlowFault(NamedTuple):
@@ -65,10 +69,35 @@ def visits(first: U, following: Callable[[U], U], end: U) -> Iterator[U]:
     """The units of one run, from `first` on: each is yielded before `following` is asked for the
     next, until that is `end`.
 
-    Every random run goes this way, whatever is drawn at a unit, and whether units are known by
-    name or by number.
+    Every random run that is drawn by itself goes this way, whatever is drawn at a unit, and whether
+    units are known by name or by number; many that are drawn together go by `visits_together`.
     """
     unit = first
     while unit != end:
         yield unit
         unit = following(unit)
+
+
+def visits_together(
+    first: Ints, following: Callable[[Ints, Ints], Ints], end: int
+) -> tuple[Ints, Ints]:
+    """The units of many runs that take their steps together, by number, as `visits` of one.
+
+    Args:
+        first: `[runs]` unit each begins with.
+        following: (positions of the runs that go on, the units they are at) to their next units.
+        end: of a run.
+
+    Returns:
+        `[n]` units of all runs end to end, and `[runs + 1]` where each run starts.
+    """
+    going, at = np.flatnonzero(first != end), first[first != end]
+    runs, units = [], []
+    while going.size:
+        runs.append(going.astype(np.int32))
+        units.append(at)
+        at = following(going, at)
+        going, at = going[at != end], at[at != end]
+    run = np.concatenate(runs or [np.empty(0, np.int32)])
+    unit = np.concatenate(units or [first[:0]])[np.argsort(run, kind="stable")]
+    return unit, np.cumsum([0, *np.bincount(run, minlength=first.size)])

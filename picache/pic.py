@@ -1,8 +1,10 @@
 """`PIC`: compile chunks once, link them in any order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,8 +14,10 @@ from picache.chunk import Chunk, Form, Header, chunk_key
 from picache.entrance import as_flops_per_byte, as_sinks, as_store, as_tokenizer, spelled
 from picache.errors import CorruptChunk, PICacheError
 from picache.linking.fetched_chunk import FetchedChunk
-from picache.linking.link import Link
+from picache.linking.link import Link, ModelChanged
+from picache.linking.narrowing import why_never_captured
 from picache.linking.prompt import LinkedPrompt
+from picache.linking.questions import questions_of
 from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.methods import LegoLink
@@ -92,6 +96,7 @@ class PIC:
         self.hf = HFModel(model)
         self.passes = CapturedPasses(self.hf)
         self._check = check
+        self._seen: Header | None = None
         self._prove()
         self.model = model
         self._bos = self._special("bos_token_id")
@@ -145,10 +150,12 @@ class PIC:
         if self.hf.moved:
             self.hf.header(self.store.namespace, self.store.storage)  # or its weights are nowhere
             self.passes.forget()
-        if self.hf.settings_now() != self._proven or self.hf.moved:
+        # The model may have been measured with other settings by a copy of this (`behind`).
+        if self.hf.moved or not self.hf.settings_now() == self.hf.settings == self._proven:
             self.hf.measure()
             self._prove()
-        return self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
+        self._seen = self.hf.header(namespace=self.store.namespace, storage=self.store.storage)
+        return self._seen
 
     def _form(self, text: TextIds | Chunk, header: Header, first: bool = False) -> Form:
         """The form a text is prefilled in: as the first chunk of a prompt, or behind sinks."""
@@ -273,11 +280,54 @@ class PIC:
         """
         watch = Stopwatch()
         method = _as_method(method)
-        rows = self._as_rows(chunks, query)
+        seen = self._seen
+        if (rows := self._rows_as_seen(seen, chunks, query)) is not None:
+            with suppress(ModelChanged):
+                return self._link(rows, method, watch, partial(self._look_again, seen))
+        rows = self._as_rows(chunks, query, self._header())
+        return self._link(rows, method, watch)
+
+    def _rows_as_seen(self, seen: Header | None, chunks: Any, query: Any) -> list[Row] | None:
+        """The rows for the model as it was seen last; None where it is to be looked at first.
+
+        To look at it takes a few milliseconds, in which the device would stand idle. Where a
+        captured pass is ready for replay, the link looks while the device computes.
+        """
+        if seen is None or not self.passes.replays or not self.hf.in_place:
+            return None
+        try:
+            rows = self._as_rows(chunks, query, seen)
+            self._refuse_too_long(rows)
+        except PICacheError:  # of the model as it is now, perhaps not
+            return None
+        return rows
+
+    def _look_again(self, seen: Header | None) -> None:
+        """Raise `ModelChanged` where the model is not as it was seen then."""
+        if self.hf.moved or self.hf.settings_now() != self._proven or self._header() != seen:
+            raise ModelChanged
+        if self.passes.outdated:  # another module over the same weights, say
+            raise ModelChanged
+
+    def _link(
+        self,
+        rows: list[Row],
+        method: LinkMethod,
+        watch: Stopwatch,
+        look_again: Callable[[], None] | None = None,
+    ) -> LinkedPrompt:
         self._refuse_too_long(rows)  # before anything is loaded or compiled
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
         link = Link(
-            self.hf, self.passes, self.store, rows, method, self.flops_per_byte, pad_id, watch
+            self.hf,
+            self.passes,
+            self.store,
+            rows,
+            method,
+            self.flops_per_byte,
+            pad_id,
+            watch,
+            look_again,
         )
         return link()
 
@@ -288,12 +338,15 @@ class PIC:
         batch: int = 1,
         progress: bool = True,
         compile: bool = False,  # noqa: A002 - as torch.compile is called
+        method: LinkMethod | None = None,
     ) -> None:
         """Capture the sparse pass ahead, as CUDA graphs that later links replay.
 
         A link captures what it needs by itself, on the first prompt of each size; its report says
         what that took. Here it is done for all sizes at once, and the memory is allocated that
-        prompts are linked in. It stays allocated as long as this object.
+        prompts are linked in. It stays allocated as long as this object. A method that asks what
+        the query attends to, such as `ProphetKV`, runs the query through a pass of its own first:
+        give the `method` to have that one captured as well.
 
         With `compile` the pass is compiled by torch.compile before it is captured, which joins its
         many small kernels. A link does not begin that by itself, since it takes long: once for
@@ -310,11 +363,14 @@ class PIC:
             batch: how many prompts are linked at once.
             progress: whether to show a bar, where tqdm is installed.
             compile: whether to compile the pass; if not, what was compiled before is given up.
+            method: whose choice is captured, too, for queries of up to `rows` tokens; by default
+                `LegoLink`, which asks nothing of the query.
 
         Raises:
-            PICacheError: when the model has no `tokens` positions, when the device has not the
-                memory (the error names the bytes), when passes of this model cannot be captured,
-                as on a CPU, or when compiling them fails; says where.
+            PICacheError: when passes of the method are never captured, when the model has no
+                `tokens` positions, when the device has not the memory (the error names the bytes),
+                when passes of this model cannot be captured, as on a CPU, or when compiling them
+                fails; says where.
         """
         tokens = whole_number("warm_up needs a whole number of tokens", tokens, least=1)
         rows = whole_number("warm_up needs a whole number of rows", rows, least=1)
@@ -328,10 +384,17 @@ class PIC:
                 f"warm_up(rows={rows}) of prompts of {tokens} tokens: no more than all of them can "
                 "be recomputed"
             )
+        method = _as_method(method)
+        if reason := why_never_captured(method):
+            raise PICacheError(
+                f"warm_up(method={method!r}): {reason}, so that its passes run eagerly; leave the "
+                "method out"
+            )
+        questions = questions_of(method, len(self.hf.rotations))
         self._header()  # sees whether the model has changed
-        self.passes.warm_up(tokens, rows, batch, progress, compile)
+        self.passes.warm_up(tokens, rows, batch, progress, compile, questions)
 
-    def _as_rows(self, chunks: Any, query: Any) -> list[Row]:
+    def _as_rows(self, chunks: Any, query: Any, header: Header) -> list[Row]:
         """The arguments of `link` as rows of a batch; one row where `chunks` is a flat list."""
         if not isinstance(chunks, list | tuple):
             raise PICacheError(
@@ -340,7 +403,7 @@ class PIC:
         if not len(chunks):
             raise PICacheError("link needs at least one chunk: the first is the exact prefix")
         if isinstance(chunks[0], Chunk):
-            return [self._as_row(chunks, query, self._header())]
+            return [self._as_row(chunks, query, header)]
         if not isinstance(chunks[0], list | tuple):
             raise PICacheError(
                 f"link takes chunks that PIC.compile returned, got {type(chunks[0]).__name__} at "
@@ -350,7 +413,6 @@ class PIC:
             raise PICacheError(
                 f"a batch of {len(chunks)} lists of chunks needs a list of as many queries"
             )
-        header = self._header()  # reads every weight: once for all rows
         return [self._as_row(row, q, header) for row, q in zip(chunks, query, strict=True)]
 
     def _as_row(self, chunks: Any, query: Any, header: Header) -> Row:

@@ -7,11 +7,12 @@ from typing import Generic, TypeVar, final
 
 import numpy as np
 
-from demand.arguments import instance_of, instances_of, whole_number
+from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
+from demand.lazy_runs import execution_seconds
 from demand.policies.base import Policy, check_policy
 from demand.policies.job import Job
-from demand.units import CostModel, Execution
+from demand.units import CostModel
 from demand.workloads.workload import Workload
 
 J = TypeVar("J", bound=Job)
@@ -96,8 +97,7 @@ class JobMaker(Generic[J]):
         graph = workload.graphs.get(workload.applications[entry])
         cost = CostModel() if graph is None else graph.cost
         demand = self._demands[entry]
-        run = instances_of(f"the run of job {entry}", workload.runs[entry], Execution)
-        ends = list(accumulate(map(cost.seconds, run)))
+        ends = list(accumulate(execution_seconds(workload.runs, entry, cost)))
         if not ends or not math.isclose(ends[-1], demand, rel_tol=1e-6, abs_tol=1e-9):
             raise DemandError(
                 f"the units of job {entry} take {ends[-1] if ends else 0.0} s and its demand is "

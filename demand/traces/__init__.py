@@ -12,10 +12,14 @@ from demand.traces.fields import MalformedRecordError
 from demand.traces.fireact import read_fireact
 from demand.traces.hermes_artifact import read_hermes_artifact
 from demand.traces.kv_cache_tester import read_kv_cache_tester
+from demand.traces.llmcompiler import read_llmcompiler, read_llmcompiler_plans
+from demand.traces.mini_swe_agent import read_mini_swe_agent
 from demand.traces.mooncake import read_mooncake
 from demand.traces.opentelemetry import read_opentelemetry
 from demand.traces.profiles import ApplicationProfile, StageProfile
 from demand.traces.schema import Request, Session, Span
+from demand.traces.swe_agent import read_swe_agent
+from demand.traces.taskbench import read_taskbench
 from demand.traces.tau_bench import read_tau_bench
 from demand.traces.trace import Trace
 from demand.traces.tracelab import read_tracelab
@@ -36,8 +40,13 @@ __all__ = [
     "read_fireact",
     "read_hermes_artifact",
     "read_kv_cache_tester",
+    "read_llmcompiler",
+    "read_llmcompiler_plans",
+    "read_mini_swe_agent",
     "read_mooncake",
     "read_opentelemetry",
+    "read_swe_agent",
+    "read_taskbench",
     "read_tau_bench",
     "read_tracelab",
     "read_vidur",

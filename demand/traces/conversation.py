@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from demand.errors import DemandError
+from demand.traces.fields import Fields
 from demand.traces.schema import Span
 from demand.units import Kind
 
@@ -41,10 +42,12 @@ class Conversation:
         self.said += len(text)
         self.read = self.said
 
-    def answer(self, unit: str, kind: Kind, text: str) -> None:
-        """What a tool or a person answers, which enters the context."""
+    def answer(self, unit: str, kind: Kind, text: str, seconds: float | None = None) -> None:
+        """What a tool or a person answers, which enters the context; `seconds` as in a span."""
         tokens = self._tokens(len(text))
-        self.spans.append(Span(unit, kind, output_tokens=tokens, parents=self._last()))
+        self.spans.append(
+            Span(unit, kind, seconds=seconds, output_tokens=tokens, parents=self._last())
+        )
         self.hear(text)
 
     def _last(self) -> tuple[int, ...]:
@@ -52,6 +55,14 @@ class Conversation:
 
     def _tokens(self, characters: int) -> float:
         return characters / self.characters_per_token
+
+
+def content_text(message: Fields) -> str:
+    """The text of a message, which is a string or a list of parts; images count nothing."""
+    if isinstance(message.values.get("content"), list):
+        parts = message.records("content")
+        return "".join(part.text("text") for part in parts if part.has("text"))
+    return message.text("content") if message.has("content") else ""
 
 
 def check_characters_per_token(characters_per_token: float) -> None:

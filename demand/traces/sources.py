@@ -28,7 +28,8 @@ def json_lines(path: Path, clock: Clock, line_limit: int) -> Records:
     """One JSON object a line; `path` is a file or a folder of .jsonl or .jsonl.gz files.
 
     Raises:
-        DemandError: a file that is one JSON document over several lines, or a list.
+        DemandError: a file that is one JSON document (over several lines, a list, or records under
+            their names), or a row of such as are printed over several lines.
     """
     for file in _files(path, (".jsonl", ".jsonl.gz")):
         begun = False
@@ -37,31 +38,45 @@ def json_lines(path: Path, clock: Clock, line_limit: int) -> Records:
                 yield _too_long(file, number, line_limit)
             elif line.strip():
                 record = _json_object(line, file, number, clock)
-                if not begun and isinstance(record, MalformedRecordError):
+                if not begun and _looks_whole(record):
                     _refuse_document(file, line_limit)
                 begun = True
                 yield record
 
 
+def _looks_whole(record: Fields | MalformedRecordError) -> bool:
+    """Whether a first line may be part of one document: no record, or records under their names."""
+    if isinstance(record, MalformedRecordError):
+        return True
+    return bool(record.values) and all(isinstance(v, dict) for v in record.values.values())
+
+
 def _refuse_document(file: Path, line_limit: int) -> None:
-    """Raise `DemandError` if the whole of `file`, which holds no JSON lines, is one document.
+    """Raise `DemandError` if `file`, which holds no JSON lines, is one document, or a row of them.
 
     Read line by line, it would be thousands of malformed lines, or some that look like records.
     """
     with _reading(file) as text:
         whole = text.read(line_limit + 1)
+    if len(whole) > line_limit:
+        return
+    begin = len(whole) - len(whole.lstrip())
     try:
-        document = json.loads(whole) if len(whole) <= line_limit else None
+        document, end = json.JSONDecoder().raw_decode(whole, begin)
     except (ValueError, RecursionError):
         return
     if not isinstance(document, dict | list):
         return
+    lines = whole.count("\n", begin, end) + 1
+    more = bool(whole[end:].strip())
+    if more and lines == 1:
+        return  # the first line alone is no record
     nested = isinstance(document, list) or all(isinstance(v, dict) for v in document.values())
-    lines = whole.strip().count("\n") + 1
     of = "a list" if isinstance(document, list) else "an object"
     shown = "gunzip -c" if file.suffix == ".gz" else "cat"
     raise DemandError(
-        f"{file} is one JSON document, {of} of {len(document)} over {lines} lines; expected JSON "
+        f"{file} is {'several JSON documents, the first' if more else 'one JSON document,'} {of} "
+        f"of {len(document)} over {lines} line{'s' if lines > 1 else ''}; expected JSON "
         f"lines, one object a line: {shown} {file.name} | jq -c '{'.[]' if nested else '.'}' > "
         f"{file.name.split('.')[0]}.jsonl, and read that"
     )
@@ -69,7 +84,18 @@ def _refuse_document(file: Path, line_limit: int) -> None:
 
 def json_documents(path: Path, clock: Clock, line_limit: int) -> Records:
     """One JSON object a file; `path` is a file or a folder of .json or .json.gz files."""
-    for file in _files(path, (".json", ".json.gz")):
+    return _json_documents((".json", ".json.gz"), False, path, clock, line_limit)
+
+
+def nested_documents(*suffixes: str) -> Source:
+    """As `json_documents`, of files with these endings, which lie in folders of `path`, too."""
+    return partial(_json_documents, suffixes, True)
+
+
+def _json_documents(
+    suffixes: tuple[str, ...], nested: bool, path: Path, clock: Clock, line_limit: int
+) -> Records:
+    for file in _files(path, suffixes, nested):
         with _reading(file) as text:
             whole = text.read(line_limit + 1)
         if len(whole) > line_limit:
@@ -86,6 +112,16 @@ def json_members(path: Path, clock: Clock, line_limit: int) -> Records:
             continue
         for name, value in document.values.items():
             yield Fields({name: value}, document.file, document.line, clock)
+
+
+def text_lines(path: Path, clock: Clock, line_limit: int) -> Records:
+    """Lines of text, each a record {line}; `path` is a file or a folder of .txt or .log files."""
+    for file in _files(path, (".txt", ".log")):
+        for number, line in _lines(file, line_limit):
+            if line is None:
+                yield _too_long(file, number, line_limit)
+            else:
+                yield Fields({"line": line}, file, number, clock)
 
 
 def csv_rows(*columns: str) -> Source:
@@ -155,10 +191,11 @@ def _json_object(text: str, file: Path, line: int, clock: Clock) -> Fields | Mal
     return Fields(values, file, line, clock)
 
 
-def _files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def _files(path: Path, suffixes: tuple[str, ...], nested: bool = False) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.name.endswith(suffixes))
+    inside = path.rglob("*") if nested else path.iterdir()
+    files = sorted(file for file in inside if file.name.endswith(suffixes))
     if not files:
         raise DemandError(f"folder {path} has no {' or '.join(suffixes)} file; give a file")
     return files

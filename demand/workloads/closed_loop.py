@@ -9,6 +9,7 @@ import numpy as np
 
 from demand.arguments import instance_of, whole_number
 from demand.errors import DemandError
+from demand.lazy_runs import PickedRuns
 from demand.seconds import Floats, as_seconds, one_of_seconds
 from demand.workloads.workload import Application, Workload, poisson_workload
 
@@ -64,7 +65,7 @@ class ClosedLoop:
             deadlines=jobs.deadlines[entries] + (arrivals - jobs.arrivals[entries]),
             tenants=[jobs.tenants[entry] for entry in order],
             priorities=[jobs.priorities[entry] for entry in order],
-            runs=None if jobs.runs is None else [jobs.runs[entry] for entry in order],
+            runs=None if jobs.runs is None else PickedRuns(jobs.runs, entries),
         )
 
 

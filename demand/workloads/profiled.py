@@ -1,16 +1,23 @@
 """Applications whose runs are drawn from published samples of their stages."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from demand.arguments import instances_of, mapping_of, positive_number, whole_number
 from demand.errors import DemandError
+from demand.flow import Ints, visits_together
 from demand.graph.pdgraph import PDGraph
-from demand.traces.profiles import ApplicationProfile
-from demand.units import Execution
+from demand.lazy_runs import ColumnRuns
+from demand.seconds import Floats
+from demand.traces.profiles import ApplicationProfile, StageProfile
+from demand.units import END, Unit
 from demand.workloads.workload import Application
+
+N = TypeVar("N", bound=np.generic)
 
 
 def profiled_applications(
@@ -57,7 +64,7 @@ def profiled_applications(
     streams = np.random.default_rng(whole_number("seed", seed, least=0)).spawn(len(weighed))
     applications = []
     for (name, weight), rng in zip(weighed.items(), streams, strict=True):
-        training = _drawn(known[name], rng, training_runs)
+        training = [known[name].session(rng).run() for _ in range(training_runs)]
         graph = PDGraph.fit(training, name=name, window=training_runs)
         applications.append(
             Application(
@@ -66,11 +73,90 @@ def profiled_applications(
                 mean_seconds=float(np.mean([graph.cost.run_seconds(run) for run in training])),
                 weight=positive_number(f"weight of {name!r}", weight),
                 graph=graph,
-                sample_runs=partial(_drawn, known[name]),
+                sample_runs=partial(draw_runs, known[name]),
             )
         )
     return tuple(applications)
 
 
-def _drawn(profile: ApplicationProfile, rng: np.random.Generator, n: int) -> list[list[Execution]]:
-    return [profile.session(rng).run() for _ in range(n)]
+def draw_runs(profile: ApplicationProfile, rng: np.random.Generator, n: int) -> ColumnRuns:
+    """Draw `n` runs together, a step of all at a time, by the law of `profile.session(rng).run()`.
+
+    Of one seed they are others than those. They make their executions when asked.
+
+    Args:
+        profile: of an application.
+        rng: to draw from.
+        n: how many.
+    """
+    names = list(profile.stages)
+    stages = list(profile.stages.values())
+    number = {name: at for at, name in enumerate([*names, END])}
+    left = np.zeros(n, np.int32)  # rounds of the stage that each run is at
+
+    def following(going: Ints, at: Ints) -> Ints:
+        after, rounds = at.copy(), np.maximum(left[going], 1)
+        for profiled, mine in _by_stage(stages, at):
+            begun = mine[left[going[mine]] == 0]
+            if profiled.rounds:
+                rounds[begun] = rng.choice(np.array(profiled.rounds, np.int32), begun.size)
+            over = mine[rounds[mine] == 1]
+            ways = np.array([number[name] for name in profiled.successors], at.dtype)
+            after[over] = rng.choice(ways, over.size, p=profiled.chances or None)
+        left[going] = rounds - 1
+        return after
+
+    first = np.array([number[name] for name in profile.entries], np.int16)
+    unit, starts = visits_together(rng.choice(first, n), following, len(names))
+    read, written = np.zeros(unit.size), np.zeros(unit.size)
+    calls, seconds = np.ones(unit.size, np.int32), np.full(unit.size, np.nan)
+    gaps, before = np.zeros(unit.size), np.zeros(unit.size, bool)
+    begins = np.zeros(unit.size, bool)
+    begins[starts[:-1]] = True
+    for stage, mine in _by_stage(stages, unit):
+        if stage.parallelism:
+            calls[mine] = rng.choice(np.array(stage.parallelism, np.int32), mine.size)
+        read[mine] = _means(rng, stage.input_tokens, calls[mine])
+        written[mine] = _means(rng, stage.output_tokens, calls[mine])
+        if stage.kind != "llm":
+            seconds[mine] = _means(rng, stage.seconds, calls[mine])
+        if stage.gap_seconds:
+            later = mine[~begins[mine]]
+            before[later] = True
+            gaps[later] = rng.choice(stage.gap_seconds, later.size)
+    units = (
+        *(Unit(name, stage.kind) for name, stage in profile.stages.items()),
+        *(Unit(f"before {name}", "tool") for name in names),
+    )
+    return ColumnRuns(
+        units,
+        _woven(unit, before, unit + len(stages)),
+        starts + np.concatenate([[0], np.cumsum(before)])[starts],
+        _woven(read, before, 0.0),
+        _woven(written, before, 0.0),
+        _woven(calls, before, 1),
+        _woven(seconds, before, gaps),
+    )
+
+
+def _by_stage(stages: list[StageProfile], at: Ints) -> Iterator[tuple[StageProfile, Ints]]:
+    """Each stage with the positions at which it stands."""
+    for number, stage in enumerate(stages):
+        yield stage, np.flatnonzero(at == number)
+
+
+def _means(rng: np.random.Generator, samples: tuple[float, ...], calls: Ints) -> Floats:
+    """For each number of calls the mean of as many samples; 0 without samples."""
+    if not samples or not calls.size:
+        return np.zeros(calls.size)
+    each = rng.choice(samples, int(calls.sum()))
+    return np.add.reduceat(each, np.cumsum(calls) - calls) / calls
+
+
+def _woven(column: NDArray[N], before: NDArray[np.bool_], other: ArrayLike) -> NDArray[N]:
+    """`column` with the value of `other` put before each place that `before` marks."""
+    at = np.arange(before.size) + np.cumsum(before)
+    woven = np.empty(at.size + int(before.sum()), column.dtype)
+    woven[at] = column
+    woven[at[before] - 1] = np.broadcast_to(other, before.shape)[before]
+    return woven

@@ -10,6 +10,7 @@ from demand.arguments import instance_of, mapping_of, share, whole_number
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.lazy_runs import PickedRuns
 from demand.units import CostModel, Execution, check_run
 from demand.workloads.workload import Application
 
@@ -149,5 +150,5 @@ def _divided(
     return halves
 
 
-def _drawn(runs: Sequence[Run], rng: np.random.Generator, n: int) -> list[Run]:
-    return [runs[at] for at in rng.integers(len(runs), size=n)]
+def _drawn(runs: Sequence[Run], rng: np.random.Generator, n: int) -> PickedRuns:
+    return PickedRuns(runs, rng.integers(len(runs), size=n))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from demand.errors import DemandError
-from demand.flow import visits, without_end
+from demand.flow import Ints, visits, visits_together, without_end
+from demand.lazy_runs import ColumnRuns
 from demand.seconds import Floats
 from demand.units import END, CostModel, Execution, Kind, Unit
 
@@ -36,7 +37,9 @@ class RunGenerator:
     """Draws runs of an application that starts at its first stage.
 
     Tokens, seconds and calls are gamma variables around the means of a stage, each draw on its
-    own; tokens and calls are rounded at random, so that rounding leaves the means alone.
+    own; tokens and calls are rounded at random, so that rounding leaves the means alone. `run`
+    draws one run step by step; `runs` draws many from the same law together, a step of all at a
+    time, and of one seed others than `run`.
 
     Args:
         stages: by unit name.
@@ -87,13 +90,42 @@ class RunGenerator:
             executed.append(self._execute(Unit(name, stage.kind), stage, rng))
         return executed
 
-    def runs(self, rng: np.random.Generator, n: int) -> list[list[Execution]]:
-        """Draw `n` runs."""
-        return [self.run(rng) for _ in range(n)]
+    def runs(self, rng: np.random.Generator, n: int) -> ColumnRuns:
+        """Draw `n` runs, as columns that make their executions when asked."""
+        names = list(self.stages)
+        end = len(names)
+        number = {name: at for at, name in enumerate([*names, END])}
+        ways = max(len(stage.then) for stage in self.stages.values())
+        bounds, targets = np.full((end, ways), np.inf), np.zeros((end, ways), np.int16)
+        for at, stage in enumerate(self.stages.values()):
+            bounds[at, : len(stage.then) - 1] = np.cumsum(list(stage.then.values()))[:-1]
+            targets[at, : len(stage.then)] = [number[name] for name in stage.then]
+
+        def following(_: Ints, at: Ints) -> Ints:
+            taken = (rng.random(at.size)[:, None] >= bounds[at]).sum(axis=1)
+            return targets[at, taken]
+
+        unit, starts = visits_together(np.zeros(n, np.int16), following, end)
+        read, written = np.zeros(unit.size), np.zeros(unit.size)
+        calls, seconds = np.ones(unit.size, np.int32), np.full(unit.size, np.nan)
+        for at, stage in enumerate(self.stages.values()):
+            mine = np.flatnonzero(unit == at)
+            if stage.calls > 1.0:
+                drawn = _many_around(stage.calls, self.call_spread, rng, mine.size)
+                calls[mine] = _many_rounded(drawn, rng)
+            if stage.seconds is not None:
+                mean = stage.seconds * self.scale
+                seconds[mine] = _many_around(mean, self.spread, rng, mine.size)
+                continue
+            for column, mean in zip((read, written), stage.tokens, strict=True):
+                tokens = _many_around(mean * self.scale, self.spread, rng, mine.size)
+                column[mine] = _many_rounded(tokens, rng)
+        units = tuple(Unit(name, stage.kind) for name, stage in self.stages.items())
+        return ColumnRuns(units, unit, starts, read, written, calls, seconds)
 
     def demands(self, rng: np.random.Generator, n: int) -> Floats:
         """Draw `n` runs, and give their total seconds `[n]` under the default cost model."""
-        return np.array([CostModel().run_seconds(run) for run in self.runs(rng, n)], np.float64)
+        return self.runs(rng, n).seconds(CostModel())
 
     def mean_seconds(self) -> float:
         """Expected total seconds of a run: expected visits of each stage times its mean."""
@@ -147,3 +179,15 @@ def _around(mean: float, spread: float, rng: np.random.Generator) -> float:
 
 def _rounded(number: float, rng: np.random.Generator) -> int:
     return math.floor(number + rng.random())
+
+
+def _many_around(mean: float, spread: float, rng: np.random.Generator, n: int) -> Floats:
+    if spread == 0.0:
+        return np.full(n, mean)
+    shape = spread**-2
+    return rng.gamma(shape, mean / shape, n)
+
+
+def _many_rounded(numbers: Floats, rng: np.random.Generator) -> Floats:
+    """At random, at least 1."""
+    return np.maximum(np.floor(numbers + rng.random(numbers.size)), 1.0)

@@ -20,6 +20,7 @@ from demand.arguments import (
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.lazy_runs import MixedRuns, runs_seconds
 from demand.seconds import Floats, as_seconds, one_number
 from demand.units import CostModel, Execution
 
@@ -28,7 +29,7 @@ Sampler = Callable[[np.random.Generator, int], Floats]
 """(generator, n) to `[n]` true demands in seconds."""
 
 RunSampler = Callable[[np.random.Generator, int], Sequence[Sequence[Execution]]]
-"""(generator, n) to `[n]` true runs."""
+"""(generator, n) to `[n]` true runs; lazy ones (`demand.lazy_runs`) take no memory for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +99,26 @@ class Application:
         return self.draw(rng, n).demands
 
     def draw(self, rng: np.random.Generator, n: int) -> "Drawn":
-        """Draw `n` jobs: their demands, and what each executes where the application says."""
-        if self.sample_runs is not None:
-            runs = self.sample_runs(rng, n)
-            return Drawn(np.array([self.cost.run_seconds(run) for run in runs], float), runs)
-        if self.sample is not None:
+        """Draw `n` jobs: their demands, and what each executes where the application says.
+
+        Raises:
+            DemandError: a sampler that draws another number of them.
+        """
+        runs = None if self.sample_runs is None else self.sample_runs(rng, n)
+        if runs is not None:
+            demands = runs_seconds(runs, self.cost)
+        elif self.sample is not None:
             drawn = self.sample(rng, n)
-            return Drawn(as_seconds(f"what application {self.name!r} draws", drawn), None)
-        known = self.distribution
-        return Drawn(rng.choice(known.values, size=n, p=known.weights), None)
+            demands = as_seconds(f"what application {self.name!r} draws", drawn)
+        else:
+            known = self.distribution
+            demands = rng.choice(known.values, size=n, p=known.weights)
+        if demands.shape != (n,):
+            raise DemandError(
+                f"the sampler of application {self.name!r} drew shape {demands.shape} when asked "
+                f"for {n} jobs; expected one each"
+            )
+        return Drawn(demands, runs)
 
 
 class Drawn(NamedTuple):
@@ -280,20 +292,20 @@ def poisson_workload(
     arrivals = np.cumsum(streams[0].exponential(size=jobs)) * (mean / (load * servers))
     kind = streams[1].choice(len(names), size=jobs, p=share)
     demands = np.empty(jobs)
-    runs: list[Sequence[Execution]] = [()] * jobs
+    runs: list[Sequence[Sequence[Execution]]] = []
     for number, application in enumerate(applications):
         mine = np.flatnonzero(kind == number)
         drawn = application.draw(streams[2 + number], mine.size)
         demands[mine] = drawn.demands
-        for at, run in zip(mine.tolist(), drawn.runs or (), strict=False):
-            runs[at] = run
+        if drawn.runs is not None:
+            runs.append(drawn.runs)
     return Workload(
         arrivals,
         demands,
-        [names[number] for number in kind],
+        [names[number] for number in kind.tolist()],
         {application.name: application.distribution for application in applications},
         load,
-        runs=runs if all(application.sample_runs for application in applications) else None,
+        runs=MixedRuns.of(runs, kind.astype(np.int32)) if len(runs) == len(names) else None,
         graphs={a.name: a.graph for a in applications if a.graph is not None},
     )
 

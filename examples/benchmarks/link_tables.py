@@ -65,10 +65,13 @@ def tables(record: dict) -> str:
     where, asked = call["environment"], call["configuration"]
     lines = [markdown([_line(record, row) for row in measured(record)], COLUMNS), ""]
     lines += [f"{r['name']}: {r['error']}" for r in record["rows"] if "error" in r]
-    absent = {
-        f"{r['arm']} was not measured: {r['missing']}." for r in record["rows"] if "missing" in r
-    }
-    lines += sorted(absent)
+    absent: dict[tuple[str, str], list[int]] = {}
+    for row in record["rows"]:
+        if "missing" in row:
+            absent.setdefault((row["arm"], row["missing"]), []).append(row["tokens"])
+    for (arm, why), tokens in sorted(absent.items()):
+        prompts = ", ".join(f"{one:,}" for one in sorted(tokens))
+        lines.append(f"{arm} was not measured on prompts of {prompts} tokens: {why}.")
     speed = call["copy_bytes_a_second"] / 1e12
     lines.append(
         f"{where['hardware']}, torch {where['torch']}, transformers {where['transformers']}, "
@@ -107,7 +110,7 @@ def aims(record: dict) -> str:
         ]
         ratio = min(taken(arm, short, **eight)) / min(at_short)
         lines += [{"what": f"{arm}, 8 prompts of 4k over one", "aim": "3", "found": f"{ratio:.1f}"}]
-    blend = taken("CacheBlend 15 %", long)[-1] / max(taken("LegoLink-16", long))
+    blend = taken("CacheBlend 15 %", long)[-1] / taken("LegoLink-16", long)[-1]
     lines += [
         {"what": "CacheBlend at 15 % over LegoLink-16, 32k", "aim": "8", "found": f"{blend:.0f}"},
         {

@@ -16,6 +16,7 @@ import claims
 import demand_tables
 import engine_tables
 import hermes_samples
+import knowing_demand
 import link_accuracy
 import past_trained_length
 import prewarming
@@ -36,6 +37,7 @@ from quickstart_pages import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 import decode_tables
+import drawing
 import link_profile
 import link_tables
 
@@ -167,6 +169,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
     "docs/scheduling.md": {
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
+        "drawing": [drawing.table],
     },
     "docs/engine.md": {
         "engine": [demand_tables.engine, demand_tables.engine_speed],
@@ -183,6 +186,14 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             hermes_samples.demand_table,
             hermes_samples.claim_table,
             hermes_samples.gains_table,
+        ]
+    },
+    "docs/knowing_demand.md": {
+        "knowing_demand": [
+            lambda found: knowing_demand.tables(found)[1],
+            knowing_demand.worth,
+            knowing_demand.tails,
+            lambda found: knowing_demand.tables(found)[0],
         ]
     },
     "docs/when_gittins_helps.md": {

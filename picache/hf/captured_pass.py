@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,18 +27,20 @@ from picache.hf.padded_forward import (
     padded_masses,
 )
 from picache.hf.reading_back import refusing
-from picache.hf.recorders import RECORDERS, Forward, ProvenCompiled, Recorder
+from picache.hf.recorders import RECORDERS, ProvenCompiled, Recorder, Recording
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture, Question
+from picache.hf.traced_from import traced_from
 from picache.kernels.available import KernelError
 from picache.kernels.check import why_no_kernels
 from picache.kernels.queued import queued
 from picache.progress import bar
 
-MOST_ROWS = 4096
-"""Rows of all prompts up to which a pass is captured unasked; more keep a device busy anyway."""
+MOST_ROWS = 32768
+"""Rows of all prompts up to which a pass is captured unasked. More would keep a device busy without
+a graph, though with slower attention; what ends it is the memory that stays with the graph."""
+_NO_MEMORY = "there is not the memory to capture it"
 _ROOM = 512  # tokens that may be decoded behind each prompt in an arena that nobody asked for
-_LOOK_ON = ("transformers", "sparsity")  # their hooks serve caches of their own kind alone
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class _Class:
     """
 
     rows: Tensor
-    replay: Forward
+    replay: Recording
     compiled: CompiledForward | None
 
 
@@ -87,7 +88,7 @@ class CapturedPasses:
         """
         with self._model.attention.turn:
             self._model.attention.refuse_attached()
-            state, self._hooked = self._look()
+            state, self._hooked = traced_from(self._model)
             if state != self._state:
                 self._drop()
                 self._state, self._failed, self._checked = state, "", False
@@ -103,6 +104,32 @@ class CapturedPasses:
         """Why nothing is captured where the model is; empty where passes are. Needs no turn."""
         kind = self._model.device.type
         return "" if kind in RECORDERS else f"nothing is captured on a {kind}"
+
+    @property
+    def replays(self) -> bool:
+        """Whether passes were captured, so that a link most likely replays one. Needs no turn."""
+        return bool(self._recorded) and not self.why_no_device()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the model is not what passes were captured of; needs the turn."""
+        state, hooked = traced_from(self._model)
+        return state != self._state or hooked != self._hooked
+
+    def only_replays(self, ids: Sequence[Tensor], question: Question | None = None) -> bool:
+        """Whether a pass over these rows replays what was captured, and runs nothing besides.
+
+        The first replay of a size runs the pass itself as well, to hold the two together.
+
+        Args:
+            ids: of each prompt, the token ids of the rows.
+            question: what is asked for in place of logits.
+        """
+        batch = len(ids)
+        recorded = self._recorded.get((batch, size_class(max(map(len, ids))), question))
+        compiled = self._compiled.get((batch, self.arena.tokens // batch))
+        wanted = None if question is not None else compiled
+        return recorded is not None and recorded.compiled is wanted and recorded.replay.proven
 
     def why_not(self) -> str:
         """Why no pass of this model is captured; empty where passes are."""
@@ -210,7 +237,7 @@ class CapturedPasses:
         rows = size_class(longest)
         before = self._recorded.get((batch, rows, question))
         if before is None and batch * rows > MOST_ROWS:
-            raise CannotCapture(f"{batch * longest} rows keep the device busy without it")
+            raise CannotCapture(f"{batch * longest} rows would hold too much memory in a graph")
         begun = time.perf_counter()
         recorded = self._record(batch, rows, question)
         seconds = 0.0 if recorded is before else time.perf_counter() - begun
@@ -223,6 +250,9 @@ class CapturedPasses:
             return recorded.replay().clone(), recorded, seconds
         except CannotCompile:
             raise
+        except torch.OutOfMemoryError as error:  # the first one runs the pass itself, too
+            self._recorded.pop((batch, rows, question), None)
+            raise CannotCapture(_NO_MEMORY) from error
         except CannotCapture as error:
             self._recorded.clear()
             self._failed = str(error)
@@ -242,7 +272,13 @@ class CapturedPasses:
         return how
 
     def warm_up(
-        self, tokens: int, rows: int, batch: int, progress: bool, compiled: bool = False
+        self,
+        tokens: int,
+        rows: int,
+        batch: int,
+        progress: bool,
+        compiled: bool = False,
+        questions: Sequence[Question] = (),
     ) -> None:
         """Allocate the arena and capture every class of rows up to that of `rows`.
 
@@ -253,6 +289,7 @@ class CapturedPasses:
             progress: whether to show a bar, where tqdm is installed.
             compiled: whether to compile passes of these batches before they are captured; those of
                 classes that are captured later, over an arena of this size, are compiled as well.
+            questions: what passes over a query are asked for besides, in all these classes.
 
         Raises:
             PICacheError: when nothing can be captured or compiled, or memory does not suffice.
@@ -265,7 +302,9 @@ class CapturedPasses:
                 elif not self._arena.vacate():  # recording writes to places of other divisions
                     self._allocate(self._arena.tokens)
                 # The largest first: the others then fit the memory that it has left in the pool.
-                sizes = [(n, r) for r in classes_up_to(rows)[::-1] for n in {batch, 1}]
+                asked = (None, *questions)
+                classes = classes_up_to(rows)[::-1]
+                sizes = [(n, r, one) for r in classes for n in {batch, 1} for one in asked]
                 if compiled:
                     self._compile({batch, 1})
                 else:
@@ -381,7 +420,7 @@ class CapturedPasses:
             self._failed = str(error)
             raise
         except torch.OutOfMemoryError as error:
-            raise CannotCapture("there is not the memory to capture it") from error
+            raise CannotCapture(_NO_MEMORY) from error
         except KernelError as error:
             self._failed = str(error)
             raise CannotCapture(self._failed) from error
@@ -395,28 +434,6 @@ class CapturedPasses:
             raise CannotCapture(self._failed) from error
         found = self._recorded[batch, rows, question] = _Class(static, replay, compiled)
         return found
-
-    def _look(self) -> tuple[object, str]:
-        """What a captured pass depends on, which differs where the model changed; and which
-        hook runs Python in a forward, empty for none.
-        """
-        model, seen, hooked = self._model, [], ""
-        for name, module in model.modules:
-            inside = vars(module)  # at every link: attributes of modules are slow
-            adapters = ""
-            if "_active_adapter" in inside or "_disable_adapters" in inside:  # peft's
-                adapters = f"{inside.get('_active_adapter')}{inside.get('_disable_adapters')}"
-            seen.append((id(module), inside.get("forward"), adapters))
-            if inside["_forward_hooks"] or inside["_forward_pre_hooks"]:
-                hooks = (*inside["_forward_hooks"].values(), *inside["_forward_pre_hooks"].values())
-                if any(_package(hook) not in _LOOK_ON for hook in hooks):
-                    hooked = f"a forward hook on {name or type(module).__name__} runs Python"
-        return (model.weights_seen, model.attention.own, seen), hooked
-
-
-def _package(function: Any) -> str:
-    """The package that a function, or the method of an object, is from."""
-    return str(getattr(function, "__module__", type(function).__module__)).split(".")[0]
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -27,6 +27,7 @@ from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
+from picache.hf.weights_in_memory import WeightsInMemory
 from picache.kernels.queued import queued
 
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # of any layer, tokens
@@ -78,6 +79,7 @@ class HFModel:
         self.config = model.config.get_text_config(decoder=True)
         self.modules: tuple[tuple[str, nn.Module], ...] = ()
         self._digest: tuple[object, str] = (None, "")
+        self._in_memory: WeightsInMemory | None = None
         self._angle_tables: dict[object, Angles] = {}  # of all positions, by how they are made
         self.measure()
 
@@ -457,10 +459,12 @@ class HFModel:
                 autocast; see `picache.hf.ambient`.
         """
         now = refuse_ambient(self.model, self._made)
+        hashed = self._fingerprint(now.weights)  # may be interrupted: nothing is noted before
         self.modules = now.modules
+        self._in_memory = WeightsInMemory(tensor for _, tensor in now.weights)
         return Header(
             model=type(self.model).__name__,
-            fingerprint=self._fingerprint(now.weights),
+            fingerprint=hashed,
             revision=str(getattr(self.model.config, "_commit_hash", None) or ""),
             dtype=str(self.one_token[0][0].dtype).removeprefix("torch."),
             rope=repr(sorted({str(rotation) for rotation in self.rotations})),
@@ -472,6 +476,11 @@ class HFModel:
     def weights_seen(self) -> object:
         """What the last `header` saw of the weights and settings; it differs once they change."""
         return self._digest
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weights lie where the last `header` saw them; see `WeightsInMemory`."""
+        return self._in_memory is not None and self._in_memory.as_seen
 
     def _fingerprint(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """A hash of the configuration and of every parameter and buffer.

@@ -17,6 +17,20 @@ Forward = Callable[[], Tensor]
 """A pass over tensors whose addresses never change; its result lies where the next one writes."""
 
 
+class Recording(Protocol):
+    """A pass that was recorded.
+
+    Attributes:
+        proven: whether calling it does no more than what was recorded.
+    """
+
+    proven: bool
+
+    def __call__(self) -> Tensor:
+        """What the pass gives, on what stands in its memory."""
+        ...
+
+
 class Recorder(Protocol):
     """Records passes of one model.
 
@@ -27,7 +41,7 @@ class Recorder(Protocol):
 
     events: LayerEvents | None
 
-    def record(self, forward: Forward) -> Forward:
+    def record(self, forward: Forward) -> Recording:
         """A function that does what `forward` does, on what then stands in its memory."""
         ...
 
@@ -47,7 +61,7 @@ class CUDAGraphs:
         self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
         self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
 
-    def record(self, forward: Forward) -> Forward:
+    def record(self, forward: Forward) -> Recording:
         """Capture it; see `Recorder`."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
@@ -86,18 +100,18 @@ class Proven:
 
     def __init__(self, replay: Forward, forward: Forward, dtype: torch.dtype) -> None:
         self._replay, self._forward, self._dtype = replay, forward, dtype
-        self._proven = False
+        self.proven = False
 
     def __call__(self) -> Tensor:
         """What the pass gives; `CannotCapture` where the recording gives something else."""
         given = self._replay()
-        if not self._proven:
+        if not self.proven:
             expected = self._forward()
             bound = 1e-4 if self._dtype in (torch.float32, torch.float64) else 3e-2
             off = (given - expected).float().norm() / expected.float().norm()
             if not off <= self.slack * bound:  # nor where it is not a number
                 self._refuse(f"gave numbers that are {float(off):.1e} off those of the pass")
-            self._proven = True
+            self.proven = True
         return given
 
     def _refuse(self, what: str) -> NoReturn:
@@ -134,10 +148,25 @@ class RunAgain:
     def __init__(self, device: torch.device, layers: int, dtype: torch.dtype) -> None:
         self.events = None
 
-    def record(self, forward: Forward) -> Forward:
+    def record(self, forward: Forward) -> Recording:
         """Run it once, to see whether it can be; see `Recorder`."""
         forward()
-        return forward
+        return Again(forward)
+
+
+class Again:
+    """A pass that is run again each time.
+
+    Args:
+        forward: the pass.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward, self.proven = forward, True
+
+    def __call__(self) -> Tensor:
+        """What the pass gives."""
+        return self._forward()
 
 
 RECORDERS: dict[str, Callable[[torch.device, int, torch.dtype], Recorder]] = {"cuda": CUDAGraphs}

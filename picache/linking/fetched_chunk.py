@@ -1,5 +1,6 @@
 """One chunk's keys and values: found in the store, or compiled when the store has lost them."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ class FetchedChunk:
         must_store: whether it is an error (`StoreFull`) that a chunk was compiled and finds no room
             in the store, as when the user asks for it to be compiled. A link goes on with the KV in
             hand. A disk that fails is no error for either.
+        see: called before it is compiled; raises where the model is not what the form's header
+            says.
 
     Attributes:
         hit: whether the store had it.
@@ -47,6 +50,7 @@ class FetchedChunk:
         form: Form,
         watch: Stopwatch,
         must_store: bool = False,
+        see: Callable[[], None] | None = None,
     ) -> None:
         self._model, self._store, self._form, self._watch = model, store, form, watch
         self._device = model.device
@@ -57,6 +61,8 @@ class FetchedChunk:
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         if self._stored is None:
+            if see is not None:
+                see()
             with suppress(StoreUnavailable if must_store else StoreFull):
                 self._compile()
 

@@ -15,8 +15,9 @@ from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
 from picache.linking.measured_evidence import MeasuredEvidence
-from picache.linking.narrowing import narrowing, narrows
+from picache.linking.narrowing import narrowing, narrows, why_never_captured
 from picache.linking.prompt import LinkedPrompt, batched
+from picache.linking.questions import question
 from picache.linking.report import LinkReport
 from picache.linking.row import LinkedRow, Row, RowPlaces
 from picache.linking.sources import Part, Sources
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
+
+
+class ModelChanged(Exception):  # noqa: N818 - no error: the link begins again
+    """Says that the model is not the one that a link has begun with."""
 
 
 @dataclass
@@ -83,6 +88,9 @@ class Link:
             whatever it costs. A prompt is prefilled in full where linking would cost as much.
         pad_id: token id of the padding of a batch.
         watch: started when linking began; by the clock.
+        look_again: raises `ModelChanged`, or what refuses the model, where it is not as the rows
+            take it to be; None where it was looked at just now. It is asked before anything is
+            compiled, read, captured or run eagerly, else while the device replays a captured pass.
     """
 
     def __init__(
@@ -95,7 +103,9 @@ class Link:
         flops_per_byte: float | None,
         pad_id: int,
         watch: Stopwatch,
+        look_again: Callable[[], None] | None = None,
     ) -> None:
+        self._look_again = look_again
         self._model, self._passes, self._store = model, passes, store
         self._rows, self._method = rows, method
         self._flops_per_byte, self._pad_id, self._watch = flops_per_byte, pad_id, watch
@@ -106,10 +116,13 @@ class Link:
 
     def __call__(self) -> LinkedPrompt:
         """Link the batch."""
+        keys = [form.key for row in self._rows for form in row.chunks]
         # Nobody evicts what is being read.
-        with self._store.using([form.key for row in self._rows for form in row.chunks]):
+        with self._store.using(keys):
+            if not self._store.on_device(keys):
+                self._see()  # before anything is compiled or read
             alone = not self._method.force_query
-            sources = Sources(self._model, self._store, self._rows, alone, self._watch)
+            sources = Sources(self._model, self._store, self._rows, alone, self._watch, self._see)
             while True:
                 try:
                     with self._places() as (places, reason):
@@ -117,15 +130,17 @@ class Link:
                 except CorruptChunk:  # a layer was damaged when it was due: mend, begin again
                     sources.mend()
 
+    def _see(self) -> None:
+        """Look at the model again, unless that was done: `ModelChanged` where it has changed."""
+        if self._look_again is not None:
+            self._look_again()
+            self._look_again = None
+
     @contextmanager
     def _places(self) -> Iterator[tuple[list[KV] | None, str]]:
         """The arena's places for the batch, in whose turn the block runs, or why there are none."""
-        passes, method = self._passes, self._method
-        reason = passes.why_no_device()
-        if narrows(method):
-            reason = "the method chooses again in each layer"
-        elif method.parallel is not None:
-            reason = "the method places chunks side by side"
+        passes = self._passes
+        reason = why_never_captured(self._method) or passes.why_no_device()
         with ExitStack() as turn:
             places = None
             if not reason:
@@ -154,17 +169,20 @@ class Link:
                 self._choose(linking, sources, partial(asked, index))
             if places is not None:
                 reason = self._recompute_together(linkings, places)
+            if not all(linking.in_places for linking in linkings):
+                self._see()
             for linking in linkings:
                 if not linking.in_places:
                     self._recompute(linking, reason)
         # What follows keeps Python busy while the device still computes.
+        reports = [self._report(linking, sources) for linking in linkings]
+        self._see()  # before a prompt holds on to the arena
         arena = None if places is None else self._passes.arena
         rows = [
             LinkedRow(one.ids, one.layout, one.layers, one.logits, one.in_places)
             for one in linkings
         ]
         prompt = batched(self._model, rows, self._method, self._pad_id, arena)
-        reports = [self._report(linking, sources) for linking in linkings]
         self._model.finish()
         first_token = self._watch.elapsed
         self._promote(sources)
@@ -211,7 +229,7 @@ class Link:
         """Choose the tokens to recompute, or to prefill the prompt in full if it costs no more."""
         model, method, layout = self._model, self._method, linking.layout
         with linking.kv.watch.span("choose"):
-            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses)
+            evidence = MeasuredEvidence(model, linking.ids, layout, linking.kv, masses, self._see)
             linking.positions = positions_to_recompute(method, layout, evidence)
         linking.measured = evidence.entered
         if self._flops_per_byte is None or narrows(method) or method.parallel is not None:
@@ -232,6 +250,8 @@ class Link:
             return ""
         self._place(linkings, places)
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
+        if not self._passes.only_replays(ids):
+            self._see()
         try:
             with self._together.span("recompute"):
                 logits, how, seconds = self._passes.run(ids, chosen)
@@ -259,6 +279,8 @@ class Link:
             torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
         ]
         ids = [one.ids[at] for one, at in zip(linkings, positions, strict=True)]
+        if not self._passes.only_replays(ids, question):
+            self._see()
         try:
             found, seconds = self._passes.masses(ids, positions, question)
         except CannotCapture:  # the pass over the chosen rows says why
@@ -384,9 +406,8 @@ class _Asked:
         """Of one row, fp32 ``[layers, tokens]`` on the CPU; None where no pass is captured."""
         if self._places is None:
             return None
-        length = self._rows[index].layout.num_layers
-        question = Question(length if layers is None else min(layers, length), value_norm)
-        if question not in self._answers:
-            self._answers[question] = self._link.masses(self._rows, self._places, question)
-        found = self._answers[question]
+        asked = question(layers, value_norm, self._rows[index].layout.num_layers)
+        if asked not in self._answers:
+            self._answers[asked] = self._link.masses(self._rows, self._places, asked)
+        found = self._answers[asked]
         return None if found is None else found[:, index, : self._rows[index].layout.total_length]

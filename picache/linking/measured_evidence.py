@@ -38,6 +38,7 @@ class MeasuredEvidence(Evidence):
         kv: of the whole prompt as compiled.
         masses: answers how much the query attends to each token, fp32 ``[layers, tokens]``; None
             where it cannot, and the query is then run eagerly here.
+        see: called before the model is run eagerly; raises where it is not what it was taken for.
 
     Attributes:
         entered: what the answers cost: one entry for each layer that was run, with the positions of
@@ -51,9 +52,10 @@ class MeasuredEvidence(Evidence):
         layout: Layout,
         kv: LinkedKV,
         masses: Callable[[int | None, bool], Tensor | None],
+        see: Callable[[], None],
     ) -> None:
         self._model, self._ids, self._layout, self._kv = model, ids, layout, kv
-        self._masses = masses
+        self._masses, self._see = masses, see
         self.entered: list[Tensor] = []
 
     @override
@@ -61,6 +63,7 @@ class MeasuredEvidence(Evidence):
         query = torch.arange(self._layout.context_length, self._layout.total_length)
         masses = self._masses(layers, value_norm)
         if masses is None:
+            self._see()
             ids = self._ids[query]
             masses = self._model.attention_masses(ids, query, self._kv, layers, value_norm)
         self.entered += [query] * len(masses)
@@ -68,6 +71,7 @@ class MeasuredEvidence(Evidence):
 
     @override
     def true_deviation(self, metric: Metric) -> Tensor:
+        self._see()
         true = self._model.prefill(self._ids[None])
         context = self._layout.context_length
         by_layer = [

@@ -14,6 +14,13 @@ def narrows(method: LinkMethod) -> bool:
     return type(method).narrow is not LinkMethod.narrow
 
 
+def why_never_captured(method: LinkMethod) -> str:
+    """Why no pass of this method is captured; empty where passes are."""
+    if narrows(method):
+        return "the method chooses again in each layer"
+    return "" if method.parallel is None else "the method places chunks side by side"
+
+
 def narrowing(method: LinkMethod, layout: Layout) -> Narrow | None:
     """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
 

@@ -27,6 +27,7 @@ class Sources:
         rows: of the batch.
         compile_queries: whether the queries are compiled alone, like chunks.
         watch: measures "look_up" and "compile"; by the clock.
+        see: called before anything is compiled; see `FetchedChunk`.
 
     Attributes:
         chunks: by key; a chunk may stand in several places and rows.
@@ -39,14 +40,16 @@ class Sources:
         rows: Sequence[Row],
         compile_queries: bool,
         watch: Stopwatch,
+        see: Callable[[], None],
     ) -> None:
         different = {form.key: form for row in rows for form in row.chunks}
         self.chunks = {
-            key: FetchedChunk(model, store, form, watch) for key, form in different.items()
+            key: FetchedChunk(model, store, form, watch, see=see) for key, form in different.items()
         }
         self._rows = rows
         self._queries: list[list[KV]] = []
         if compile_queries:
+            see()
             with watch.span("compile"):
                 self._queries = [compile_chunk(model, row.query) for row in rows]
 

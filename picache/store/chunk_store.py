@@ -230,6 +230,11 @@ class ChunkStore:
                 return key in disk
         return False
 
+    def on_device(self, keys: Iterable[str]) -> bool:
+        """Whether all of these chunks are in the device's tier."""
+        with self._lock:
+            return all(key in self._memory.tiers[0].entries for key in keys)
+
     def __len__(self) -> int:
         with self._lock:
             in_memory = [key for tier in self._memory.tiers for key in tier.entries]

@@ -295,7 +295,7 @@ def test_a_bad_application_costs_itself_alone(tmp_path):
 DOCUMENTS = {
     "indented list": (json.dumps([{"a": 1}, {"b": 2}], indent=1), r"a list of 2 .* jq -c '\.\[\]'"),
     "a member a line": ('[\n{"a": 1},\n{"b": 2}\n]\n', r"a list of 2 over 4 lines"),
-    "one line": ('[{"a": 1}, {"b": 2}]', r"a list of 2 over 1 lines"),
+    "one line": ('[{"a": 1}, {"b": 2}]', r"a list of 2 over 1 line"),
     "by key": (json.dumps({"x": {"a": 1}}, indent=1), r"an object of 1 .* jq -c '\.\[\]'"),
     "one record": (json.dumps({"a": 1, "b": [2]}, indent=1), r"an object of 2 .* jq -c '\.'"),
 }

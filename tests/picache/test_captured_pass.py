@@ -371,6 +371,29 @@ def test_warming_up_leaves_nothing_to_capture(captured):
     assert pic.link(chunks, query, LegoLink(16)).report.seconds["capture"] > 0
 
 
+@pytest.mark.parametrize("method", [A3(0.3), ProphetKV(0.3, value_norm=True)], ids=str)
+def test_warming_up_for_a_method_captures_what_it_chooses_by(method, captured):
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=128, rows=48, progress=False)
+    assert pic.link(chunks, query, method).report.seconds["capture"] > 0
+    pic, chunks, query = pic_and_parts(tiny_model("llama"))
+    pic.warm_up(tokens=128, rows=48, batch=2, progress=False, method=method)
+    assert pic.link(chunks, query, method).report.seconds["capture"] == 0
+    prompt = pic.link([chunks, chunks[:2]], [query, query[:3]], method)
+    assert prompt.report.seconds["capture"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"), [(CacheBlend(), "in each layer"), (APE(), "side by side")], ids=str
+)
+def test_warming_up_refuses_methods_that_are_never_captured(method, reason, captured):
+    pic, _, _ = pic_and_parts(tiny_model("llama"))
+    with pytest.raises(PICacheError, match=reason):
+        pic.warm_up(tokens=64, rows=16, method=method)
+    with pytest.raises(PICacheError, match="LegoLink"):
+        pic.warm_up(tokens=64, rows=16, method=LegoLink)
+
+
 def test_warming_up_refuses_what_cannot_be(captured, monkeypatch):
     pic = PIC(tiny_model("llama"))
     with pytest.raises(PICacheError, match=r"tokens=513.*positions for 512"):
@@ -396,7 +419,7 @@ def test_very_many_rows_are_not_captured_unasked(captured, monkeypatch):
     monkeypatch.setattr(captured_pass, "MOST_ROWS", 16)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
     report = pic.link(chunks, query, LegoLink(3)).report
-    assert report.recompute_pass == "eager: 19 rows keep the device busy without it"
+    assert report.recompute_pass == "eager: 19 rows would hold too much memory in a graph"
     pic.warm_up(tokens=128, rows=32, progress=False)
     assert pic.link(chunks, query, LegoLink(3)).report.recompute_pass.startswith("captured")
 

@@ -239,7 +239,7 @@ def test_the_compiled_pass_is_what_is_captured_after_the_search_for_waits(monkey
             ran.clear()
             forward()
             assert ran == [1]
-            return forward
+            return recorders.Again(forward)
 
     def counts(graph, inputs):
         return lambda *given: ran.append(1) or graph(*given)

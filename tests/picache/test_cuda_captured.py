@@ -75,7 +75,7 @@ def test_every_family_gives_what_the_eager_pass_gives(family):
 @pytest.mark.parametrize("method", [NaiveReuse(), A3(0.3), ProphetKV(0.3)], ids=str)
 def test_one_graph_serves_every_prompt_of_its_size(method):
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"))
-    pic.warm_up(tokens=400, rows=128, progress=False)
+    pic.warm_up(tokens=400, rows=128, progress=False, method=method)
     for some in (chunks, chunks[:3], chunks[::-1], [*chunks, *chunks[1:4]]):
         prompt = was_captured(pic.link(some, query, method))
         assert prompt.report.seconds["capture"] == 0

@@ -118,7 +118,7 @@ def test_where_no_pass_is_captured_the_query_runs_eagerly(method, captured, eage
     pic.passes.forget()
     monkeypatch.setattr(captured_pass, "MOST_ROWS", 4)
     prompt = pic.link(chunks, query, method)
-    assert "keep the device busy" in prompt.report.recompute_pass
+    assert "too much memory in a graph" in prompt.report.recompute_pass
     assert_same(prompt, expected)
 
 

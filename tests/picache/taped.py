@@ -1,0 +1,68 @@
+"""A recorder for CPUs that, as a CUDA graph does, replays operations over the memory of recording.
+
+It runs no Python of the model, so that whatever a replay does not notice shows.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
+
+from picache.hf import recorders
+
+
+class _Tape(TorchDispatchMode):
+    """Notes every operation with the tensors that it read and made."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    @override
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        # Their memory, as a graph knows it, and not the parameters that stand for it.
+        read = tree_map(_memory, (args, kwargs or {}))
+        self.operations.append((func, *read, made))
+        return made
+
+
+def _memory(value):
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class Taped:
+    """Stands for `recorders.CUDAGraphs`; `Taped.runs` counts what is recorded and replayed.
+
+    Args:
+        device: of the model.
+        layers: of the model.
+        dtype: of the model.
+    """
+
+    runs: list[str]
+
+    def __init__(self, device, layers, dtype):
+        self.events = None
+        self._dtype = dtype
+
+    def record(self, forward):
+        forward()
+        tape = _Tape()
+        with torch.no_grad(), tape:
+            result = forward()
+        self.runs.append("record")
+
+        @torch.no_grad()
+        def replay():
+            self.runs.append("replay")
+            for func, args, kwargs, made in tape.operations:
+                again = func(*args, **kwargs)
+                for now, then in zip(tree_leaves(again), tree_leaves(made), strict=True):
+                    moved = isinstance(now, Tensor) and now.numel()
+                    if moved and now.data_ptr() != then.data_ptr():
+                        then.copy_(now)
+            return result
+
+        return recorders.Proven(replay, forward, self._dtype)
