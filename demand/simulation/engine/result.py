@@ -57,10 +57,11 @@ class EngineResult(Result):
     """What became of each job served by an engine in continuous batches.
 
     A slowdown can be below 1 here: demand adds up the seconds of parallel calls, by the cost
-    model, and the engine runs them side by side. Its events are jobs that arrive,
-    requests that are submitted, left out of a step after one they were in, and over, timed actions
-    outside of the engine (ends of other units, warm-ups and what is planned for later), and
-    steps, repeated ones included. Its preemptions are of requests, not jobs.
+    model, and the engine runs them side by side. Its preemptions are of requests, not jobs: that
+    one lost its place and KV, or, with `scheduling="by_rank"`, was left out of a step after one it
+    was in. Its events are jobs that arrive, requests that are submitted, preempted and over, timed
+    actions outside of the engine (ends of other units, warm-ups and what is planned for later),
+    and steps, repeated ones included.
 
     Attributes:
         engine: its limits and times.
