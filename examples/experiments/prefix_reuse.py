@@ -173,9 +173,8 @@ def picture(rows: list[dict], path: Path) -> None:
                 label=row["retention"] if marker == "^" else None,
             )
     ax.set(xlabel="prompt tokens found, %", ylabel="mean seconds in the engine", yscale="log")
-    ax.set_title(
-        "Triangles: 1,500 s between arrivals; 900 s: circles request FCFS, squares Gittins"
-    )
+    said = "Arrivals 1,500 s apart: triangles; 900 s: circles request FCFS, squares Gittins"
+    ax.set_title(said, fontsize="medium")
     ax.legend(fontsize="small")
     canvas.savefig(path, dpi=100)
 
