@@ -101,7 +101,7 @@ def test_what_a_call_left_is_not_computed_again(retention):
     assert repr(result).endswith(", 46.2% of prompt tokens found again)")
     dropped = simulate_engine(two_calls(2.0), FCFS(), keeping(None))
     assert dropped.completion_times.tolist() == [5 + 2 + 3]
-    assert np.isnan(dropped.prefixes.hit_rate)
+    assert dropped.prefixes.hit_rate == 0.0
 
 
 def test_the_last_token_is_always_computed():

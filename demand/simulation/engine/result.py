@@ -47,8 +47,8 @@ class Prefixes(NamedTuple):
 
     @property
     def hit_rate(self) -> float:
-        """Share of the prompt tokens that were found; NaN if none were looked up."""
-        return self.found / self.looked_up if self.looked_up else math.nan
+        """Share of the prompt tokens that were found; 0 if none were looked up."""
+        return self.found / self.looked_up if self.looked_up else 0.0
 
 
 @final
@@ -140,7 +140,7 @@ class EngineResult(Result):
             **{f"p{100 * q:.0f}_ttft_seconds": requests.ttft_quantile(q) for q in LEVELS},
             **{f"p{100 * q:.0f}_tbt_seconds": requests.tbt_quantile(q) for q in LEVELS},
             "kv_block_seconds": self.kv_block_seconds,
-            "prefix_hit_rate": self.prefixes.hit_rate,
+            "prefix_misses": 1.0 - self.prefixes.hit_rate,
             "held_block_seconds": self.prefixes.held_block_seconds,
             "backend_wait_seconds": sum(report.wait_seconds for report in reports),
             "backend_idle_seconds": sum(report.idle_seconds for report in reports),
