@@ -56,6 +56,8 @@ FURTHER_OF_ENGINE = {
     "p95_tbt_seconds": "time between tokens, 0.95-quantile over all gaps",
     "p99_tbt_seconds": "time between tokens, 0.99-quantile over all gaps",
     "kv_block_seconds": "blocks of KV held on the device, times the seconds they were held",
+    "prefix_misses": "share of the prompt tokens whose KV was not found from a call before",
+    "held_block_seconds": "blocks of KV kept from requests that wait, times the seconds of steps",
 }
 """The same, where there is an engine."""
 

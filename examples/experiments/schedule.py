@@ -164,10 +164,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000, help="jobs of a run on one server")
     parser.add_argument("--seeds", type=int, default=15, help="runs of a policy on a workload")
     parser.add_argument("--load", type=float, default=0.9, help="of Hermes' mix and of sessions")
+    again = "scenarios to measure alone; the rest is what the record in --out has"
+    parser.add_argument("--again", nargs="+", default=[], help=again)
     args = parser.parse_args()
     begun = time.perf_counter()
     hermes = hermes_applications()
     chosen = scenarios(hermes, args.load, args.jobs, args.traces)
+    path = args.out / "scheduling.json"
+    before = json.loads(path.read_text()) if args.again else {}
+    kept = {each["name"]: each for each in before.get("scenarios", ())}
     results = [
         {
             "name": scenario.name,
@@ -175,9 +180,11 @@ def main() -> None:
             "mean_demand_seconds": scenario.unit,
             "rows": compared(scenario, scenario.arms(), args.seeds),
         }
+        if not args.again or scenario.name in args.again
+        else kept[scenario.name]
         for scenario in chosen
     ]
-    swept = against_load(hermes, args.jobs, args.seeds)
+    swept = before["loads"] if args.again else against_load(hermes, args.jobs, args.seeds)
     claims = {f"load {each['load']}": claim(each["rows"]) for each in swept} | {
         each["name"]: claim(each["rows"]) for each in results if "engine" in each["name"]
     }
@@ -190,11 +197,12 @@ def main() -> None:
             "traces": ["agent_sessions", "azure_llm_2023", "mooncake"] if args.traces else [],
             "engines": {s.name: vars(s.engine) for s in chosen if s.engine is not None},
         },
-        "environment": environment(),
+        "environment": before.get("environment", environment()),
+        "measured_again": {name: environment() for name in args.again},
         "claims": claims,
         "scenarios": results,
         "loads": swept,
-        "seconds": time.perf_counter() - begun,
+        "seconds": before.get("seconds", time.perf_counter() - begun),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "scheduling.json").write_text(json.dumps(record, indent=1) + "\n")

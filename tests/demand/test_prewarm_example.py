@@ -66,6 +66,20 @@ def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
     assert printed.count("| oracle |") == 1
 
 
+def test_recomputation_writes_a_row_for_each_mix_engine_and_policy(example, monkeypatch):
+    import recomputation
+
+    monkeypatch.setattr(recomputation, "hermes_applications", partial(hermes_applications, 50))
+    folder, printed = example(recomputation, "--jobs", "15", "--seeds", "2")
+    record = json.loads((folder / "recomputation.json").read_text())
+    arms = 2 * len(recomputation.ENGINES) * len(recomputation.policies())
+    assert len(record["rows"]) == arms
+    for row in record["rows"]:
+        if row["engine"] == "displaces nobody":
+            assert row["prefilled_again_per_job"]["high"] == 0.0
+    assert printed.count("labelled, oracle |") == 2
+
+
 def test_engine_requests_writes_policies_applications_and_their_picture(example, monkeypatch):
     import engine_requests
 
@@ -81,3 +95,33 @@ def test_engine_requests_writes_policies_applications_and_their_picture(example,
     named = [row["policy"] for row in record["applications"] if row["application"] == "all"]
     assert named == list(engine_requests.DRAWN)
     assert printed.count("| oracle |") == 1
+
+
+def test_prefix_reuse_writes_a_row_for_each_rule_and_its_picture(example, monkeypatch, tmp_path):
+    import gzip
+
+    import prefix_reuse
+
+    calls = [
+        {"t": 20.0 * k, "in": 900 + 700 * k, "out": 40, "api_s": 2.0, "think_s": 10.0 * (k > 0)}
+        for k in range(4)
+    ]
+    folder = tmp_path / "agent_sessions"
+    folder.mkdir()
+    with gzip.open(folder / "sessions.jsonl.gz", "wt") as file:
+        for number in range(8):
+            file.write(json.dumps({"session": str(number), "calls": calls}) + "\n")
+    monkeypatch.setattr(prefix_reuse, "SERVED", ((3.0, "request FCFS"), (3.0, "Gittins")))
+    limits = ["--width", "3", "--token-budget", "500", "--blocks", "64"]
+    written, printed = example(prefix_reuse, "--data", str(tmp_path), "--seeds", "2", *limits)
+    record = json.loads((written / "prefix_reuse.json").read_text())
+    assert (written / "prefix_reuse.png").stat().st_size > 10_000
+    assert len(record["rows"]) == 2 * (len(prefix_reuse.ARMS) + 1)
+    rows = {row["retention"]: row for row in record["rows"] if row["policy"] == "request FCFS"}
+    assert rows["drop all"]["hit_rate"]["high"] == 0.0
+    most = rows[prefix_reuse.BOUND]
+    assert most["of_findable"]["low"] == 1.0
+    for row in rows.values():
+        assert row["hit_rate"]["estimate"] <= most["hit_rate"]["estimate"]
+        assert (row["jobs"], row["requests"]) == (4, 16)
+    assert printed.count("room for all |") == 2

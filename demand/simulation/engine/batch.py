@@ -111,6 +111,11 @@ class Batch:
             return self.engine.decode_seconds(self.size, self.kv_tokens, steps)
         return self._seconds
 
+    def free_after(self, steps: int) -> int:
+        """Blocks that nobody holds once the step has been carried out, `steps` times over."""
+        more = self.blocks.growth(self.step + 1, steps - 1) if steps > 1 else 0
+        return self.blocks.free - more
+
     def advance(self, steps: int) -> None:
         """Carry out the step, `steps` times over. Ask `finish` afterwards which calls are over."""
         if steps > 1:

@@ -30,16 +30,38 @@ class Goodput(NamedTuple):
     job_share: float
 
 
+class Prefixes(NamedTuple):
+    """What calls found of the KV that others had left (`Engine.retention`).
+
+    Attributes:
+        looked_up: prompt tokens of all requests.
+        found: of those, tokens whose KV was on the device when the request was first admitted.
+        findable: of those, tokens that would have been found if nothing were ever given up.
+        held_block_seconds: blocks held from requests that waited, times the seconds of steps.
+    """
+
+    looked_up: int = 0
+    found: int = 0
+    findable: int = 0
+    held_block_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were found; 0 if none were looked up."""
+        return self.found / self.looked_up if self.looked_up else 0.0
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class EngineResult(Result):
     """What became of each job served by an engine in continuous batches.
 
     A slowdown can be below 1 here: demand adds up the seconds of parallel calls, by the cost
-    model, and the engine runs them side by side. Its events are jobs that arrive,
-    requests that are submitted, left out of a step after one they were in, and over, timed actions
-    outside of the engine (ends of other units, warm-ups and what is planned for later), and
-    steps, repeated ones included. Its preemptions are of requests, not jobs.
+    model, and the engine runs them side by side. Its preemptions are of requests, not jobs: that
+    one lost its place and KV, or, with `scheduling="by_rank"`, was left out of a step after one it
+    was in. Its events are jobs that arrive, requests that are submitted, preempted and over, timed
+    actions outside of the engine (ends of other units, warm-ups and what is planned for later),
+    and steps, repeated ones included.
 
     Attributes:
         engine: its limits and times.
@@ -53,6 +75,7 @@ class EngineResult(Result):
         peak_blocks: the most blocks held at once.
         backends: what became of each pool, by its name.
         requests: what became of each request: first tokens, times between tokens, KV held.
+        prefixes: what was found of the KV that calls left.
     """
 
     engine: Engine
@@ -66,6 +89,7 @@ class EngineResult(Result):
     peak_blocks: int
     backends: Mapping[str, PoolReport] = field(repr=False)
     requests: ServedRequests = field(repr=False)
+    prefixes: Prefixes = field(repr=False, default=Prefixes())
 
     @property
     def mean_completion_steps(self) -> float:
@@ -116,16 +140,20 @@ class EngineResult(Result):
             **{f"p{100 * q:.0f}_ttft_seconds": requests.ttft_quantile(q) for q in LEVELS},
             **{f"p{100 * q:.0f}_tbt_seconds": requests.tbt_quantile(q) for q in LEVELS},
             "kv_block_seconds": self.kv_block_seconds,
+            "prefix_misses": 1.0 - self.prefixes.hit_rate,
+            "held_block_seconds": self.prefixes.held_block_seconds,
             "backend_wait_seconds": sum(report.wait_seconds for report in reports),
             "backend_idle_seconds": sum(report.idle_seconds for report in reports),
         }
 
     def __repr__(self) -> str:
+        found = f", {self.prefixes.hit_rate:.1%} of prompt tokens found again"
         return (
             f"EngineResult({self.policy!r}, {self.completion_times.size} jobs, "
             f"mean {self.mean:.4g} s, p95 {self.quantile(0.95):.4g} s, {self.steps} steps of "
             f"{self.mean_batch:.3g} requests, {self.preemptions} preemptions, "
             f"{self.prefilled_again} tokens prefilled again, "
             f"p95 TTFT {self.requests.ttft_quantile(0.95):.4g} s, "
-            f"p95 TBT {self.requests.tbt_quantile(0.95):.4g} s)"
+            f"p95 TBT {self.requests.tbt_quantile(0.95):.4g} s"
+            f"{found if self.prefixes.looked_up else ''})"
         )
