@@ -75,10 +75,14 @@ class Execution:
             costs; `None`: all calls are taken to be alike, which makes the critical path too
             short wherever they are not.
         longest_seconds: duration of the longest call, where seconds are given; `None` likewise.
+        shared_tokens: prompt tokens per call that begin the prompt as the last execution of the
+            same unit in the run left them, its prompt and then its output: what a prefix cache can
+            have kept. `None`: nothing is known of it, and nothing is found.
 
     Raises:
         DemandError: a negative, NaN or infinite attribute, one missing or not allowed for the
-            kind of the unit, or a longest call below the mean or above the sum of the calls.
+            kind of the unit, a longest call below the mean or above the sum of the calls, or more
+            shared than prompt tokens.
     """
 
     unit: Unit
@@ -88,6 +92,7 @@ class Execution:
     seconds: float | None = None
     longest_output_tokens: float | None = None
     longest_seconds: float | None = None
+    shared_tokens: float | None = None
 
     @classmethod
     def of_calls(
@@ -154,6 +159,11 @@ class Execution:
                     f"{attribute} of unit {name!r} is {value}; expected a finite number of at "
                     "least 0: drop or repair the broken measurement"
                 )
+        if self.shared_tokens is not None and self.shared_tokens > self.input_tokens:
+            raise DemandError(
+                f"shared_tokens of unit {name!r} are {self.shared_tokens} of {self.input_tokens} "
+                "prompt tokens; input_tokens counts all of the prompt, what is shared included"
+            )
         if type(self.parallelism) is not int or self.parallelism < 1:
             calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
             object.__setattr__(self, "parallelism", calls)
@@ -200,7 +210,7 @@ class Execution:
 
 _TOKENS = ("input_tokens", "output_tokens")
 _SECONDS = ("seconds", "longest_seconds")
-_ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens")
+_ATTRIBUTES = (*_TOKENS, *_SECONDS, "longest_output_tokens", "shared_tokens")
 
 
 @dataclass(frozen=True, slots=True)

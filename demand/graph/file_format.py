@@ -110,6 +110,7 @@ def _row(number: Mapping[Unit, int], execution: Execution) -> list[float | None]
         execution.seconds,
         execution.longest_output_tokens,
         execution.longest_seconds,
+        *([] if execution.shared_tokens is None else [execution.shared_tokens]),
     ]
 
 
@@ -137,9 +138,18 @@ def _record(document: dict[str, Any]) -> GraphRecord:
 
 
 def _execution(units: Sequence[Unit], row: list[Any]) -> Execution:
-    position, input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest = row
+    position, input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest, *more = (
+        row
+    )
     if not 0 <= position < len(units):
         raise DemandError(f"there is no unit {position} in a list of {len(units)}")
     return Execution(
-        units[position], input_tokens, output_tokens, parallelism, seconds, longest_tokens, longest
+        units[position],
+        input_tokens,
+        output_tokens,
+        parallelism,
+        seconds,
+        longest_tokens,
+        longest,
+        *more,
     )

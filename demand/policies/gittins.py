@@ -25,6 +25,12 @@ class Gittins(Policy):
     the time spent on jobs that do not finish; a job beyond all samples does not get rank 0. As in
     the artifact, nothing bounds how long a large job may wait: `Aging` does.
 
+    Preemption at no cost is the assumption. Where an engine recomputes the KV of whom it displaces
+    (vLLM with `make_scheduler`, `Engine(preemption="recompute")`), ranks that move with every
+    sample a job outlives make jobs take turns, and on a mix without labels the mean is several
+    times that of FCFS. Wrap it, `Quantum(Gittins(), 100.0)`, or let nobody be displaced
+    (`preemption="none"`); docs/engine.md has the figures.
+
     Args:
         variant: as of `RankTable`: "gittins" is exact, "shifted" steadier on few samples;
             "bucketed" and "hermes_artifact" are there for comparison.

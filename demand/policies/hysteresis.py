@@ -22,6 +22,10 @@ class Hysteresis(Wrapper):
     it is put back when (r - margin, order of arrival) exceeds that of a waiting job of rank w,
     which needs w <= r - margin. QED.
 
+    The claim is about a waiting job that takes the place of a running one. Between two that run
+    the margin cancels: where an engine runs out of KV blocks, the one of larger rank loses its own
+    for any lead, and prefills it again.
+
     Args:
         policy: of single-number ranks.
         margin: in units of rank, seconds for most policies.

@@ -25,6 +25,11 @@ class LAS(Policy):
     share the server; Autellix uses a few levels of growing quanta and promotes jobs that starve,
     for which there is `Aging`.
 
+    Each end of a quantum can displace a job. Where an engine recomputes the KV of whom it displaces
+    (vLLM with `make_scheduler`, `Engine(preemption="recompute")`) short quanta cost more than they
+    gain: take a longer one, wrap it, `Quantum(LAS(20.0), 100.0)`, or let nobody be displaced
+    (`preemption="none"`); docs/engine.md has the figures.
+
     Args:
         quantum: seconds of service.
 

@@ -23,6 +23,9 @@ class Quantum(Wrapper):
     job of demand d is put back at most d / seconds times. Proof: its rank is minus infinity until
     then, and only a smaller rank takes a server. QED.
 
+    The claim is about servers and places. Where an engine runs out of KV blocks, one of those that
+    run loses its own, and jobs within their quantum go last in order of arrival.
+
     `Gittins` has a `quantum` of its own, which changes what it ranks by and not who may preempt.
 
     Args:

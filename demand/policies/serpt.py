@@ -14,7 +14,15 @@ from demand.policies.job import Job
 @final
 @dataclass(frozen=True)
 class SERPT(Policy):
-    """Smallest mean remaining demand first: E[X - a | X > a] at attained service a."""
+    """Smallest mean remaining demand first: E[X - a | X > a] at attained service a.
+
+    Not for an engine that recomputes the KV of whom it displaces (vLLM with `make_scheduler`,
+    `Engine(preemption="recompute")`), as it is: where demands of one application differ widely, its
+    ranks rise and fall with every sample that a job outlives, jobs take turns, and each turn is a
+    prefill. On a mix without labels that is tens of times the mean of FCFS. Wrap it,
+    `Quantum(SERPT(), 100.0)`, or let nobody be displaced (`preemption="none"`); docs/engine.md has
+    the figures.
+    """
 
     @override
     def table(self, distribution: Distribution) -> RankTable:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -117,12 +117,46 @@ class Session:
                     "positions before its own: put the spans in order of submission"
                 )
 
+    def with_growing_prompts(self) -> "Session":
+        """The same session, with `cached_tokens` where they are unknown, as of a growing context.
+
+        For chats and agents whose every prompt is the last one, what was answered and something
+        new: a call then shares all that the last llm span of its unit had, prompt and answer,
+        among those it follows (`Span.parents`). A prompt shorter than the last one was begun anew,
+        by a summary say, and shares nothing, as far as is known; so does the first of a unit, such
+        as that of a sub-agent. What is recorded stays.
+        """
+        spans: list[Span] = []
+        for span in self.spans:
+            if span.kind == "llm" and span.cached_tokens is None:
+                last = self._last_like(span)
+                grown = last is not None and span.input_tokens >= last.input_tokens
+                had = last.input_tokens + last.output_tokens if last is not None and grown else 0.0
+                span = replace(span, cached_tokens=min(had, span.input_tokens))
+            spans.append(span)
+        return replace(self, spans=tuple(spans))
+
+    def _last_like(self, span: Span) -> Span | None:
+        """The last llm span of the same unit among those that `span` follows."""
+        seen: set[int] = set()
+        ahead = list(span.parents)
+        while ahead:
+            at = max(ahead)
+            ahead.remove(at)
+            if at in seen:
+                continue
+            seen.add(at)
+            if self.spans[at].unit == span.unit and self.spans[at].kind == "llm":
+                return self.spans[at]
+            ahead += self.spans[at].parents
+        return None
+
     def run(
         self,
         *,
         leave_out: Collection[Kind] = (),
         llm: Literal["tokens", "measured"] = "tokens",
-        prompt: Literal["whole", "fresh"] = "whole",
+        prompt: Literal["whole", "fresh", "shared"] = "whole",
         assumed_seconds: Mapping[str, float] = _NOTHING,
     ) -> list[Execution]:
         """The session as `PDGraph.fit` takes it; its demand is the sum over what is kept.
@@ -136,7 +170,9 @@ class Session:
             leave_out: kinds that do not count.
             llm: "tokens" leaves the cost of llm spans to the cost model; "measured" takes their
                 recorded seconds, as units of kind "model" that keep their tokens.
-            prompt: "whole" counts all prompt tokens; "fresh" only those no prefix cache held.
+            prompt: "whole" counts all prompt tokens; "fresh" only those no prefix cache held;
+                "shared" all, and says which those are (`Execution.shared_tokens`), for an engine
+                that has such a cache.
             assumed_seconds: durations for spans without one, by unit or else by kind.
 
         Raises:
@@ -148,7 +184,7 @@ class Session:
             raise DemandError(f"leave_out has {sorted(strangers)}; kinds are {', '.join(KINDS)}")
         for name, value, known in (
             ("llm", llm, ("tokens", "measured")),
-            ("prompt", prompt, ("whole", "fresh")),
+            ("prompt", prompt, ("whole", "fresh", "shared")),
         ):
             if value not in known:
                 raise DemandError(f"{name} is {value!r}; expected one of {', '.join(known)}")
@@ -165,6 +201,7 @@ class Session:
                     span.output_tokens,
                     span.parallelism,
                     None if by_tokens else self._seconds(span, assumed_seconds),
+                    shared_tokens=self._shared_tokens(span) if prompt == "shared" else None,
                 )
             )
         if not run:
@@ -172,14 +209,21 @@ class Session:
         return run
 
     def _prompt_tokens(self, span: Span, prompt: str) -> float:
-        if prompt == "whole" or span.kind != "llm":
+        if prompt != "fresh" or span.kind != "llm":
             return span.input_tokens
+        return span.input_tokens - self._cached_tokens(span)
+
+    def _shared_tokens(self, span: Span) -> float | None:
+        return self._cached_tokens(span) if span.kind == "llm" else None
+
+    def _cached_tokens(self, span: Span) -> float:
         if span.cached_tokens is None:
             raise DemandError(
                 f"session {self.id!r} does not say how much of a prompt of {span.unit!r} was "
-                'cached; use prompt="whole"'
+                'cached; use prompt="whole", or derive it where contexts only grow: '
+                "session.with_growing_prompts()"
             )
-        return span.input_tokens - span.cached_tokens
+        return span.cached_tokens
 
     def _seconds(self, span: Span, assumed: Mapping[str, float]) -> float:
         if span.seconds is not None:

@@ -169,7 +169,7 @@ def engine(record: dict) -> str:
             ),
             grid(
                 [
-                    "preemption, policy",
+                    "scheduling, preemption, policy",
                     "mean s",
                     "over request FCFS, ample KV",
                     "P95 s",
@@ -178,7 +178,7 @@ def engine(record: dict) -> str:
                 ],
                 [
                     [
-                        f"{row['preemption']}, {row['policy']}",
+                        f"{row['scheduling']}, {row['preemption']}, {row['policy']}",
                         *completion(row),
                         f"{row['prefilled_again_per_job']:.0f}",
                         f"{row['swapped_blocks_per_job']:.0f}",

@@ -3,10 +3,9 @@
     python examples/experiments/engine.py --out docs/results
 
 Serves the applications of Hermes (arXiv 2506.14851), runs and all, on an engine of the profile in
-its artifact: every policy with ample KV, then every way to preempt with scarce KV. All serve the
-same jobs of a seed; intervals are over seeds. Last, the speed of the simulator, at rising load and
-with ever more jobs.
-Writes `engine.json`.
+its artifact: every policy with ample KV, then every way to schedule and preempt with scarce KV. All
+serve the same jobs of a seed; intervals are over seeds. Last, the speed of the simulator, at rising
+load and with ever more jobs. Writes `engine.json`.
 """
 
 import argparse
@@ -34,7 +33,13 @@ from demand import (
     poisson_workload,
 )
 from demand.policies import LAS, RequestFCFS
-from demand.simulation.engine import Engine, EngineResult, simulate_engine
+from demand.simulation.engine import (
+    Engine,
+    EngineResult,
+    Preemption,
+    Scheduling,
+    simulate_engine,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import demand_tables
@@ -50,7 +55,14 @@ POLICIES: dict[str, Policy] = {
     "Gittins": Gittins(),
     "oracle": Oracle(),
 }
-MODES = ("none", "pause", "recompute", "swap")
+MODES: tuple[tuple[Scheduling, Preemption], ...] = (
+    ("running_first", "none"),
+    ("running_first", "recompute"),
+    ("by_rank", "none"),
+    ("by_rank", "pause"),
+    ("by_rank", "recompute"),
+    ("by_rank", "swap"),
+)
 AMPLE, SCARCE = 65_536, 4_000
 SPEED_LOADS = (10.0, 20.0, 30.0, 40.0, 50.0)
 OVERLOAD = ((50.0, 1_000), (60.0, 1_000))
@@ -98,11 +110,12 @@ def compare(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         results = serve(workloads, policy, ample)
         policies.append({"policy": name} | figures(results, baseline))
     modes = []
-    for mode in tqdm(MODES, desc="preemption"):
-        engine = replace(ample, blocks=SCARCE, preemption=mode)
+    for scheduling, mode in tqdm(MODES, desc="preemption"):
+        engine = replace(ample, blocks=SCARCE, preemption=mode, scheduling=scheduling)
         for name in ("request FCFS", "FCFS", "Gittins"):
             results = serve(workloads, POLICIES[name], engine)
-            modes.append({"preemption": mode, "policy": name} | figures(results, baseline))
+            named = {"scheduling": scheduling, "preemption": mode, "policy": name}
+            modes.append(named | figures(results, baseline))
     return policies, modes
 
 

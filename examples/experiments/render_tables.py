@@ -14,6 +14,7 @@ from pathlib import Path
 
 import claims
 import demand_tables
+import engine_tables
 import hermes_samples
 import knowing_demand
 import link_accuracy
@@ -173,6 +174,8 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/engine.md": {
         "engine": [demand_tables.engine, demand_tables.engine_speed],
         "engine_requests": [demand_tables.engine_requests],
+        "recomputation": [engine_tables.recomputation],
+        "prefix_reuse": [engine_tables.prefix_reuse],
     },
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {

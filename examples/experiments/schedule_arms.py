@@ -135,7 +135,7 @@ def scenarios(
             draw=partial(poisson_workload, hermes, load, ENGINE_JOBS, servers=ENGINE_REQUESTS),
             engine=Engine(max_requests=ENGINE_REQUESTS, preemption=left_out),
         )
-        for left_out, says in (("pause", "KV kept"), ("recompute", "KV computed again"))
+        for left_out, says in (("none", "nobody displaced"), ("recompute", "KV computed again"))
     ]
     with_due = replace(
         mix,

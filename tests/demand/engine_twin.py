@@ -10,6 +10,7 @@ import numpy as np
 
 from demand import CostModel, Job
 from demand.simulation.engine.calls import call_groups, execution_seconds
+from demand.simulation.engine.retention import LeftKV
 
 
 def step_by_step(workload, policy, engine, cost=None, seed=0):
@@ -20,7 +21,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     jobs, now, steps = [], 0.0, 0
     seen = SimpleNamespace(
         preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0,
-        calls=[],
+        calls=[], batches=[], used=0, looked_up=0, found=0,
     )  # fmt: skip
     for i, name in enumerate(workload.applications):
         known, tenant = workload.distributions[name], workload.tenants[i]
@@ -56,6 +57,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             )
         )
     firsts = 0
+    left, retention = [], engine.retention  # KV that calls left
+    running = []  # requests with a place, in order of admission; of "running_first" alone
 
     def next_unit(entry, now):
         entry.at += 1
@@ -64,6 +67,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         if entry.at == len(entry.run):
             entry.finish, entry.steps = now - entry.job.arrival, steps - entry.begun
             policy.departed(entry.job, now)
+            for key in [one.key for one in left if one.key[0] == entry.job.index]:
+                forget(key)
             return
         entry.job.requested = now
         execution = entry.run[entry.at]
@@ -92,6 +97,9 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 )
             ]
             seen.calls += entry.calls
+            for one in left:
+                if one.kv.of_run and one.key in map(key_of, entry.calls):
+                    one.kv.wanted = now
         else:
             entry.busy_until = now + execution.seconds
 
@@ -123,12 +131,76 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 serve(entry, entry.settled, at)
             next_unit(entry, at)
 
+    by_first_service = engine.scheduling == "by_rank" and engine.preemption == "none"
+
     def place(call):
         entry = call.entry
-        if engine.preemption == "none" and entry.first_served is not None:
+        if by_first_service and entry.first_served is not None:
             return (0, entry.first_served, entry.job.index, call.number)
         rank = policy.rank(entry.job, now)
-        return (int(engine.preemption == "none"), rank, entry.job.index, call.number)
+        return (int(by_first_service), rank, entry.job.index, call.number)
+
+    def forget(key):
+        """No call will find it; the engine may know."""
+        for one in [one for one in left if one.key == key and one.kv.of_run]:
+            one.kv.of_run = False
+            if retention.knows_ends or not one.kv.blocks:
+                left.remove(one)
+
+    def key_of(call):
+        return call.entry.job.index, call.entry.run[call.unit].unit.name, call.number
+
+    def leave(call, waits):
+        if retention is None:
+            return
+        forget(key_of(call))
+        application, name = call.entry.job.application, key_of(call)[1]
+        blocks = call.kv // engine.block_tokens
+        table = retention.table(name, workload.graphs.get(application), cost)
+        kv = LeftKV(application, name, blocks, now, seen.used, waits=waits, table=table)
+        kv.wanted = now if waits else None
+        seen.used += 1
+        if blocks:
+            left.append(SimpleNamespace(key=key_of(call), kv=kv))
+
+    def fit(calls):
+        """Give up KV that lies in blocks that requests have."""
+        while sum(one.kv.blocks for one in left) > engine.blocks - sum(c.blocks for c in calls):
+            worst = max(left, key=lambda one: retention.rank(one.kv, now))
+            worst.kv.blocks -= 1
+            if not worst.kv.blocks:
+                left.remove(worst)
+
+    def find(call):
+        """Blocks that it finds, and how many are held from it."""
+        if retention is None:
+            return 0, 0
+        mine = [one.kv for one in left if one.key == key_of(call) and one.kv.of_run]
+        known = call.given + call.produced
+        found = 0
+        for kv in mine:
+            shared = known if kv.waits else min(shared_tokens(call), known)
+            found = min(kv.blocks, min(shared, known - 1) // engine.block_tokens)
+        held = sum(one.kv.blocks for one in left if retention.holds(one.kv, now))
+        held = min(held, int(retention.limit * engine.blocks))
+        return found, max(held - found, 0) if running else 0
+
+    def shared_tokens(call):
+        return min(int(call.entry.run[call.unit].shared_tokens or 0), call.given)
+
+    def use(call, found):
+        if retention is None:
+            return
+        if call.prefilled:
+            seen.prefilled_again -= found * engine.block_tokens
+        else:
+            seen.looked_up += call.given
+            seen.found += found * engine.block_tokens
+        for one in left:
+            if one.key == key_of(call) and one.kv.of_run:
+                one.kv.blocks -= found
+        forget(key_of(call))
+        call.kv = found * engine.block_tokens
 
     def take(victim):
         if engine.preemption == "swap":
@@ -139,17 +211,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             victim.kv = 0
         victim.blocks = 0
 
-    while True:
-        upcoming = outside(now)
-        calls = [c for e in jobs for c in e.calls if c.produced < c.made]
-        if not calls:
-            if upcoming is None:
-                break
-            now = upcoming
-            continue
-        places = {id(c): place(c) for c in calls}
-        order = sorted(calls, key=lambda c: places[id(c)])
-        copied = seen.swapped_blocks
+    def by_rank(calls, order, places):
+        """What each request of the step gets, `[(request, tokens)]`."""
         budget, batch = engine.token_budget, []
         for position, call in enumerate(order):
             if len(batch) == engine.max_requests or budget == 0:
@@ -173,14 +236,92 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             holders = [c for c in order if c.blocks]
             for victim in holders[engine.max_requests :]:
                 take(victim)
+        return batch
+
+    def give_way(call):
+        running.remove(call)
+        leave(call, waits=True)
+        take(call)
+        seen.preemptions += 1
+
+    def running_first(calls, order, places):
+        """The same by the rules of vLLM."""
+        waiting = [c for c in order if c not in running]
+        if engine.preemption == "recompute":
+            free_places = engine.max_requests - len(running)
+            worst = sorted(running, key=lambda c: places[id(c)], reverse=True)
+            for better, worse in zip(waiting[free_places:], worst, strict=False):
+                if not places[id(better)][1] < places[id(worse)][1]:
+                    break
+                give_way(worse)
+        budget, tokens, lost = engine.token_budget, {}, False
+        for call in tuple(running):
+            if call not in running:
+                continue
+            n = min(call.given + call.produced - call.kv, budget)
+            assert n > 0  # the budget has a token for each that runs
+            while -(-(call.kv + n) // engine.block_tokens) > call.blocks + engine.blocks - sum(
+                c.blocks for c in calls
+            ):
+                victim = max(running, key=lambda c: places[id(c)])
+                budget += tokens.pop(id(victim), 0)
+                give_way(victim)
+                lost = True
+                if victim is call:
+                    break
+            if call not in running:
+                break
+            call.blocks = -(-(call.kv + n) // engine.block_tokens)
+            tokens[id(call)] = n
+            budget -= n
+        if not lost:
+            fit(calls)
+        for call in [] if lost else order:
+            if call in running:
+                continue
+            found, held = find(call)
+            free = engine.blocks - sum(c.blocks for c in calls) - held
+            known = call.given + call.produced
+            fits = -(-known // engine.block_tokens) <= free
+            if len(running) == engine.max_requests or budget == 0 or not fits:
+                break
+            running.append(call)
+            use(call, found)
+            tokens[id(call)] = n = min(known - call.kv, budget)
+            call.blocks = -(-(call.kv + n) // engine.block_tokens)
+            budget -= n
+            fit(calls)
+        fit(calls)
+        for entry in {id(c.entry): c.entry for c in order}.values():
+            runs = any(c.entry is entry for c in running)
+            if runs and not entry.job.running:
+                entry.job.started_at = entry.job.attained_service
+            entry.job.running = runs
+        return [(c, tokens[id(c)]) for c in running if id(c) in tokens]
+
+    while True:
+        upcoming = outside(now)
+        calls = [c for e in jobs for c in e.calls if c.produced < c.made]
+        if not calls:
+            if upcoming is None:
+                break
+            now = upcoming
+            continue
+        places = {id(c): place(c) for c in calls}
+        order = sorted(calls, key=lambda c: places[id(c)])
+        copied = seen.swapped_blocks
+        form = running_first if engine.scheduling == "running_first" else by_rank
+        batch = form(calls, order, places)
         copied = seen.swapped_blocks - copied
         chosen = {id(c) for c, _ in batch}
-        seen.preemptions += sum(c.last and id(c) not in chosen for c in calls)
-        for call in calls:
-            call.last = id(call) in chosen
-        for entry in sorted(
+        if engine.scheduling == "by_rank":
+            seen.preemptions += sum(c.last and id(c) not in chosen for c in calls)
+            for call in calls:
+                call.last = id(call) in chosen
+        by_place = sorted(
             (e for e in jobs if e.calls), key=lambda e: places.get(id(e.calls[0]), ())
-        ):
+        )
+        for entry in by_place if engine.scheduling == "by_rank" else []:
             runs = any(c.last for c in entry.calls if c.produced < c.made)
             if runs and not entry.job.running:
                 entry.job.started_at = entry.job.attained_service
@@ -190,6 +331,9 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 call.entry.first_served = firsts
                 firsts += 1
 
+        if not batch:
+            continue
+        seen.batches.append({(c.entry.job.index, c.unit, c.number): n for c, n in batch})
         decoding = [c for c, n in batch if c.given + c.produced - c.kv == 1 and c.produced]
         tokens = sum(n for _, n in batch)
         kv = sum(c.kv + n for c, n in batch)
@@ -214,8 +358,16 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 seen.produced += 1
             if call.produced == call.made:
                 call.blocks = 0
+                if call in running:
+                    running.remove(call)
+                    leave(call, waits=False)
+        if engine.scheduling == "running_first":
+            for entry in jobs:
+                entry.job.running = any(c.entry is entry for c in running)
+                for call in entry.calls:
+                    call.last = call in running
         for entry in jobs:
-            if entry.job.running:
+            if entry.calls:
                 serve(entry, attained(entry), now)
         ended = []
         for call, _ in batch:

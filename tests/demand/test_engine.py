@@ -128,7 +128,18 @@ engines = st.builds(
     decode_seconds_per_request=st.sampled_from([0.0, 0.125]),
     kv_seconds_per_token=st.sampled_from([0.0, 1 / 64]),
     swap_seconds_per_block=st.sampled_from([0.0, 0.125]),
+    scheduling=st.just("by_rank"),
 )
+
+
+@st.composite
+def running_first(draw):
+    """Engines like vLLM, often too small for what comes."""
+    return replace(
+        draw(engines),
+        preemption=draw(st.sampled_from(["none", "recompute"])),
+        scheduling="running_first",
+    )
 
 
 def ends(served):
@@ -141,13 +152,24 @@ def ends(served):
     return engine.preemption != "recompute" or not isinstance(policy, Shy)
 
 
-engines_and_policies = st.tuples(engines, st.sampled_from(POLICIES + OTHERS)).filter(ends)
+policies = st.sampled_from(POLICIES + OTHERS)
+engines_and_policies = st.tuples(engines, policies).filter(ends)
+like_vllm_and_policies = st.tuples(running_first(), policies).filter(ends)
 
 
 @settings(max_examples=150, deadline=None)
 @given(workloads(), engines_and_policies)
 def test_jumping_over_equal_steps_changes_nothing(workload, served):
-    engine, policy = served
+    assert_like_twin(workload, *served)
+
+
+@settings(max_examples=250, deadline=None)
+@given(workloads(), like_vllm_and_policies)
+def test_the_same_where_running_requests_are_served_first(workload, served):
+    assert_like_twin(workload, *served)
+
+
+def assert_like_twin(workload, engine, policy):
     result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
@@ -194,14 +216,21 @@ def test_a_quantum_that_ends_a_rounding_early_is_not_missed():
     assert result.preemptions == 6
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("scheduling", "mode"),
+    [
+        *(("by_rank", mode) for mode in MODES),
+        ("running_first", "none"),
+        ("running_first", "recompute"),
+    ],
+)
 @pytest.mark.parametrize(
     "policy", [FCFS(), Gittins(), LAS(20.0), LeastSlack(), VTC(10.0)], ids=repr
 )
-def test_a_crowded_engine_is_jumped_over_rightly(policy, mode):
+def test_a_crowded_engine_is_jumped_over_rightly(policy, scheduling, mode):
     """Applications of Hermes with costs of their own, a wide batch, and too few blocks."""
     workload = with_deadlines(poisson_workload(hermes_applications(), 60.0, 25, 3), 2.0)
-    engine = Engine(32, 512, 900, preemption=mode, kv_seconds_per_token=1e-7)
+    engine = Engine(32, 512, 900, preemption=mode, kv_seconds_per_token=1e-7, scheduling=scheduling)
     result = simulate_engine(workload, policy, engine, service_cost=CostModel())
     twin = step_by_step(workload, policy, engine, CostModel())
     np.testing.assert_allclose(result.completion_times, twin.completion_times, rtol=1e-9)
@@ -272,7 +301,7 @@ def test_prefill_in_chunks_shares_the_budget():
 
 
 def test_times_of_steps_add_up():
-    engine = Engine(4, 100, 100, 4, "pause", 1.0, 0.5, 0.25, 0.125, 0.0)
+    engine = Engine(4, 100, 100, 4, "none", 1.0, 0.5, 0.25, 0.125, 0.0)
     result = simulate_engine(one_unit([(3, 3)]), FCFS(), engine)
     prefill = 1.0 + 3 * 0.5 + 3 * 0.125
     assert result.mean == prefill + (1.25 + 4 * 0.125) + (1.25 + 5 * 0.125)
@@ -353,6 +382,11 @@ def test_bad_input_is_refused():
         Engine(base_seconds=0.0, decode_seconds_per_request=0.0)
     with pytest.raises(DemandError, match="preemption is 'kill'; expected one of none, pause"):
         Engine(preemption="kill")
+    with pytest.raises(DemandError, match="scheduling is 'fair'; expected one of running_first"):
+        Engine(scheduling="fair")
+    for mode in ("pause", "swap"):
+        with pytest.raises(DemandError, match='or give scheduling="by_rank" as well'):
+            Engine(preemption=mode)
     with pytest.raises(DemandError, match="takes 7 blocks of 16 tokens; the engine has 6"):
         simulate_engine(workload, FCFS(), Engine(blocks=6))
     assert simulate_engine(workload, FCFS(), Engine(blocks=7)).peak_blocks == 7

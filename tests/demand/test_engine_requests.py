@@ -17,6 +17,7 @@ from tests.demand.test_engine import (
     THINK,
     WHOLE_COST,
     engines_and_policies,
+    like_vllm_and_policies,
     one_unit,
     workloads,
 )
@@ -78,7 +79,7 @@ bounds = st.integers(1, 60).map(lambda n: n / 2 + 1 / 1024 + 1e-4)
 
 
 @settings(max_examples=150, deadline=None)
-@given(workloads(), engines_and_policies, st.floats(0.0, 1.0), bounds)
+@given(workloads(), engines_and_policies | like_vllm_and_policies, st.floats(0.0, 1.0), bounds)
 def test_figures_are_those_of_every_token(workload, served, q, bound):
     engine, policy = served
     result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
@@ -87,7 +88,7 @@ def test_figures_are_those_of_every_token(workload, served, q, bound):
 
 
 @settings(max_examples=60, deadline=None)
-@given(workloads(), engines_and_policies)
+@given(workloads(), engines_and_policies | like_vllm_and_policies)
 def test_laws(workload, served):
     """First token and gaps add up to the whole; KV-seconds are held blocks over time."""
     engine, policy = served
@@ -165,12 +166,23 @@ def test_a_cold_backend_is_waited_for_before_the_first_token():
 
 
 @pytest.mark.parametrize("kv_seconds", [0.0, 1e-6])
-@pytest.mark.parametrize("mode", ["pause", "recompute", "swap"])
-def test_a_crowded_engine(mode, kv_seconds):
+@pytest.mark.parametrize(
+    ("scheduling", "mode"),
+    [
+        ("by_rank", "pause"),
+        ("by_rank", "recompute"),
+        ("by_rank", "swap"),
+        ("running_first", "none"),
+        ("running_first", "recompute"),
+    ],
+)
+def test_a_crowded_engine(scheduling, mode, kv_seconds):
     rng = np.random.default_rng(3)
     tokens = [(int(i), int(o)) for i, o in rng.integers(1, 200, (30, 2))]
     workload = one_unit(tokens, arrivals=np.sort(rng.random(30) * 20).tolist())
-    engine = Engine(6, 64, 60, preemption=mode, kv_seconds_per_token=kv_seconds)
+    engine = Engine(
+        6, 64, 60, preemption=mode, kv_seconds_per_token=kv_seconds, scheduling=scheduling
+    )
     policy = LAS(3.0)
     result = simulate_engine(workload, policy, engine)
     check_against_every_token(result, step_by_step(workload, policy, engine), 0.9, 0.12345)

@@ -66,6 +66,20 @@ def test_engine_writes_policies_modes_and_speed(example, monkeypatch):
     assert printed.count("| oracle |") == 1
 
 
+def test_recomputation_writes_a_row_for_each_mix_engine_and_policy(example, monkeypatch):
+    import recomputation
+
+    monkeypatch.setattr(recomputation, "hermes_applications", partial(hermes_applications, 50))
+    folder, printed = example(recomputation, "--jobs", "15", "--seeds", "2")
+    record = json.loads((folder / "recomputation.json").read_text())
+    arms = 2 * len(recomputation.ENGINES) * len(recomputation.policies())
+    assert len(record["rows"]) == arms
+    for row in record["rows"]:
+        if row["engine"] == "displaces nobody":
+            assert row["prefilled_again_per_job"]["high"] == 0.0
+    assert printed.count("labelled, oracle |") == 2
+
+
 def test_engine_requests_writes_policies_applications_and_their_picture(example, monkeypatch):
     import engine_requests
 

@@ -26,7 +26,7 @@ def written(tmp_path, monkeypatch, capsys):
 
 def test_every_table_has_its_baselines_and_no_policy_beats_the_oracle(written):
     record, printed = written
-    engines = ["hermes_engine_pause", "hermes_engine_recompute"]
+    engines = ["hermes_engine_none", "hermes_engine_recompute"]
     names = [scenario["name"] for scenario in record["scenarios"]]
     assert names == ["hermes", "bimodal", "lognormal", "pareto", *engines, "hermes_deadlines"]
     assert list(record["claims"]) == ["load 0.5", "load 0.9", *engines]

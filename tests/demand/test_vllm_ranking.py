@@ -57,13 +57,13 @@ def test_priorities_by_hand() -> None:
 
 def one_by_one(running: list[Key], waiting: list[Key], slots: int) -> list[int]:
     """The slow twin: the best that waits takes a free place or that of the worst, if better."""
-    served: list[tuple[Key, int]] = [(key, -i) for i, key in enumerate(running)]
+    served: list[tuple[Key, int]] = [(key, i) for i, key in enumerate(running)]
     victims = []
     for admitted, key in enumerate(sorted(waiting)):
         if len(served) + admitted >= slots:
             if not served or not key[0] < max(served)[0][0]:
                 break
-            victims.append(-max(served)[1])
+            victims.append(max(served)[1])
             served.remove(max(served))
     return victims
 

@@ -17,14 +17,14 @@ def displaced(running: Sequence[Key], waiting: Sequence[Key], slots: int) -> lis
     Afterwards the requests of smallest rank hold the slots.
 
     Args:
-        running: keys of the requests being served, in any order.
+        running: keys of the requests being served; of one key the later in this order goes first.
         waiting: keys of those that could be served at once, in any order.
         slots: how many requests can be served at a time. Where more are running already, none is
             preempted for that reason.
     """
     free = max(slots - len(running), 0)
     best_waiting = sorted(waiting)[free:]
-    worst_running = sorted(range(len(running)), key=lambda i: running[i], reverse=True)
+    worst_running = sorted(range(len(running)), key=lambda i: (running[i], i), reverse=True)
     victims = []
     for position, key in zip(worst_running, best_waiting, strict=False):
         if not key[0] < running[position][0]:  # type: ignore[operator]  # ranks are of one form

@@ -1,4 +1,4 @@
-"""Forms the batch of each step: which requests are served, and which give way."""
+"""Forms the batch of each step by rank alone: who is served, and who gives way."""
 
 from collections.abc import Callable
 from heapq import heapify, heappush
@@ -13,7 +13,7 @@ from demand.simulation.engine.order import PlacedJobs, RankOrder
 
 @final
 class Batcher:
-    """Forms the batch of every step of an engine, by rules 1 to 3 of `Engine`.
+    """Forms the batch of every step of an engine by rank, rules 1 to 3 of `Engine`.
 
     A batch goes on from the last one: requests that decode stay in it as long as no better one
     needs what they have. So only the others, those that wait and those whose prompt is not
@@ -33,7 +33,7 @@ class Batcher:
 
     def __init__(self, engine: Engine, policy: Policy) -> None:
         self.batch = Batch(engine)
-        self.order = RankOrder(policy, self.batch)
+        self.order = RankOrder(policy, self.batch, engine.preemption != "none")
         self.partial: JobOnEngine | None = None
         self.moved = False
         self.until = 0
@@ -111,6 +111,16 @@ class Batcher:
         ended.sort(key=_index)
         alarmed.sort(key=_index)
         return ended, alarmed
+
+    def add(self, job: JobOnEngine, now: float) -> None:
+        """Let `job` wait with the calls of a new unit."""
+        self.order.add(job, now)
+
+    def steps_in_order(self, now: float, most: int) -> int:
+        """Steps after which another call may come before one of the batch, at most `most`."""
+        if self.partial is None or not self.order.preemptive:
+            return most
+        return self.order.steps_of_partial(self.partial, now, most)
 
     def _to_serve_anew(self, now: float) -> PlacedJobs:
         """The jobs of the last batch that are to be served anew: not all of their calls decode.

@@ -126,7 +126,7 @@ class Blocks:
         """
         if self.engine.preemption in ("recompute", "swap"):
             while (excess := self._holders - self.engine.max_requests) > 0:
-                self._take(max(self._all(), key=_place), excess, step)
+                self.lose(max(self._all(), key=_place), excess, step)
 
     def take_moved(self) -> int:
         """How many blocks were copied to or from the host since this was last asked."""
@@ -150,11 +150,15 @@ class Blocks:
         later.sort(key=_place)
         while self.free < needed:
             victims = later.pop()
-            self._take(victims, -(-(needed - self.free) // victims.blocks), step)
+            self.lose(victims, -(-(needed - self.free) // victims.blocks), step)
         return True
 
-    def _take(self, victims: Calls, most: int, step: int) -> None:
-        """Take the blocks of the last of `victims`, `most` of them if they are more."""
+    def lose(self, victims: Calls, most: int, step: int) -> Calls:
+        """Take the blocks of the last of `victims`, `most` of them if they are more.
+
+        Returns:
+            Those that have lost theirs, parted from the rest.
+        """
         if most < victims.count:
             job, at = victims.job, victims.job.calls.index(victims)
             job.split(victims, victims.count - most)
@@ -169,6 +173,7 @@ class Blocks:
             self.prefilled_again += victims.computed * victims.count
             victims.computed = 0
         victims.blocks = 0
+        return victims
 
 
 def _place(calls: Calls) -> tuple[object, int]:

@@ -31,6 +31,11 @@ def call_groups(execution: Execution) -> list[tuple[int, int, int]]:
     return [(1, given, _whole(longest)), (calls - 1, given, _whole(others))]
 
 
+def shared_tokens(execution: Execution) -> int:
+    """Whole prompt tokens that each call of an llm execution shares with the last one."""
+    return 0 if execution.shared_tokens is None else int(execution.shared_tokens)
+
+
 def execution_seconds(execution: Execution, cost: CostModel) -> float:
     """Seconds of service of an execution; those of an llm by the whole tokens that are served."""
     if execution.unit.kind != "llm":

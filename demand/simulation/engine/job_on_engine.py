@@ -47,6 +47,9 @@ class Calls:
         over: while they decode, how many steps the engine will have carried out when they are
             over if they stay; 0 while they do not.
         history: two numbers a change, one after the other (`RequestLog`).
+        admitted: of those that run, how many were admitted to the engine before them; -1 while
+            they wait. Under `scheduling="by_rank"` always -1.
+        shared_tokens: input tokens with which the last call of the unit began too.
     """
 
     job: "JobOnEngine"
@@ -62,6 +65,8 @@ class Calls:
     formed: int = -1
     over: int = 0
     history: list[int] = field(default_factory=list)
+    admitted: int = -1
+    shared_tokens: int = 0
 
     @property
     def pending(self) -> int:
@@ -94,6 +99,7 @@ class JobOnEngine(Job):
         generated: output tokens produced for the present unit by step `since_step`, over its calls.
         since_step: steps carried out by then.
         decoding: calls that decode, a token in each step from then on.
+        placed: calls that run, under `scheduling="running_first"`.
         place: where it stood in the order when it was last ranked.
         exact: whether it stands there still, `bound` being that very place (with preemption "none"
             for good, once it has been served).
@@ -120,6 +126,7 @@ class JobOnEngine(Job):
     generated: int = 0
     since_step: int = 0
     decoding: int = 0
+    placed: int = 0
     place: Place = (0, math.nan, 0)
     exact: bool = False
     bound: Place | None = None
@@ -190,6 +197,8 @@ class JobOnEngine(Job):
             calls.swapped,
             calls.formed,
             history=calls.history[:],
+            admitted=calls.admitted,
+            shared_tokens=calls.shared_tokens,
         )
         calls.count = count
         self.calls.insert(self.calls.index(calls) + 1, rest)

@@ -9,7 +9,7 @@ from demand.policies.exact_thresholds import ROUNDING
 from demand.policies.wrapper import hook
 from demand.simulation.bounded_ranks import BoundedRanks, threshold
 from demand.simulation.engine.batch import Batch
-from demand.simulation.engine.job_on_engine import ANY, NOBODY, JobOnEngine, Place
+from demand.simulation.engine.job_on_engine import ANY, FIRST, NEVER, NOBODY, JobOnEngine, Place
 
 PlacedJobs = list[tuple[Place, JobOnEngine]]
 """A heap of jobs by their places."""
@@ -25,19 +25,20 @@ class RankOrder:
     Args:
         policy: ranks the jobs.
         batch: of the step to come; says how many steps have been carried out.
+        preemptive: whether a better rank goes before a unit that has been served.
 
     Attributes:
-        preemptive: whether a better rank goes before a unit that has been served.
+        preemptive: as given.
         reranks: whether serving one job can change the rank of others (`Policy.reranks`).
         running: jobs with a call in the last batch, in any order.
         waiting: heap of (place, job) of the others.
         best_waiting: place of the first of them, `NOBODY` if there is none.
     """
 
-    def __init__(self, policy: Policy, batch: Batch) -> None:
+    def __init__(self, policy: Policy, batch: Batch, preemptive: bool) -> None:
         self.policy = policy
         self.reranks = policy.reranks
-        self.preemptive = batch.engine.preemption != "none"
+        self.preemptive = preemptive
         self.running: list[JobOnEngine] = []
         self.waiting: PlacedJobs = []
         self.best_waiting = NOBODY
@@ -67,6 +68,11 @@ class RankOrder:
         job = heappop(self.waiting)[1]
         self.best_waiting = self.waiting[0][0] if self.waiting else NOBODY
         return job
+
+    def put_back(self, job: JobOnEngine) -> None:
+        """Let `job`, which was popped and waits still, stand where it stood."""
+        heappush(self.waiting, (job.place, job))
+        self.best_waiting = self.waiting[0][0]
 
     def start(self, job: JobOnEngine) -> None:
         """`job` has calls in the batch."""
@@ -125,6 +131,17 @@ class RankOrder:
         ]
         return self._ranks.last_after(candidates, place, now)
 
+    def last_placed_after(self, place: Place, now: float) -> JobOnEngine | None:
+        """The last of the running jobs that have a place in the engine, if it goes after `place`.
+
+        Those of the same rank as `place` do not, whatever their order of arrival.
+        """
+        place = (place[0], place[1], NEVER)
+        candidates = [
+            job for job in self.running if job.placed and (job.bound is None or job.bound > place)
+        ]
+        return self._ranks.last_after(candidates, place, now)
+
     def find_bound(self, job: JobOnEngine, now: float, best: Place) -> None:
         """Bound the place of a running job half-way to `best`, and find when it is to be checked.
 
@@ -143,6 +160,27 @@ class RankOrder:
                 # Sooner than that: quanta may end a rounding sooner (`Policy.next_above`).
                 job.bound_until = self.policy.next_above(job, highest) * (1.0 - ROUNDING)
         job.check_step = job.next_check(self._batch.step)
+
+    def steps_of_partial(self, partial: JobOnEngine, now: float, most: int) -> int:
+        """Steps for which `partial` stays behind all others that run, and before those that wait.
+
+        The bounds of the others hold for all of the steps, at most `most`. `partial`, of which
+        calls wait as well, is ranked step by step.
+        """
+        step, best, worst = self._batch.step, self.best_waiting, FIRST
+        for job in self.running:
+            if job is not partial:
+                if job.bound is None:
+                    return 1
+                worst = max(worst, job.bound)
+        steps = 0
+        while steps < most and worst < partial.place < best:
+            steps += 1
+            partial.attained_service = partial.attained(step + steps)
+            self.place(partial, now)
+            partial.exact = False  # that is where it will stand
+        partial.attained_service = partial.attained(step)
+        return max(steps, 1)
 
     def place(self, job: JobOnEngine, now: float) -> Place:
         """Find the place of `job`, by what it has attained."""

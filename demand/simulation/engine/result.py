@@ -30,6 +30,27 @@ class Goodput(NamedTuple):
     job_share: float
 
 
+class Prefixes(NamedTuple):
+    """What calls found of the KV that others had left (`Engine.retention`).
+
+    Attributes:
+        looked_up: prompt tokens of all requests.
+        found: of those, tokens whose KV was on the device when the request was first admitted.
+        findable: of those, tokens that would have been found if nothing were ever given up.
+        held_block_seconds: blocks held from requests that waited, times the seconds of steps.
+    """
+
+    looked_up: int = 0
+    found: int = 0
+    findable: int = 0
+    held_block_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were found; NaN if none were looked up."""
+        return self.found / self.looked_up if self.looked_up else math.nan
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class EngineResult(Result):
@@ -53,6 +74,7 @@ class EngineResult(Result):
         peak_blocks: the most blocks held at once.
         backends: what became of each pool, by its name.
         requests: what became of each request: first tokens, times between tokens, KV held.
+        prefixes: what was found of the KV that calls left.
     """
 
     engine: Engine
@@ -66,6 +88,7 @@ class EngineResult(Result):
     peak_blocks: int
     backends: Mapping[str, PoolReport] = field(repr=False)
     requests: ServedRequests = field(repr=False)
+    prefixes: Prefixes = field(repr=False, default=Prefixes())
 
     @property
     def mean_completion_steps(self) -> float:
@@ -116,6 +139,8 @@ class EngineResult(Result):
             **{f"p{100 * q:.0f}_ttft_seconds": requests.ttft_quantile(q) for q in LEVELS},
             **{f"p{100 * q:.0f}_tbt_seconds": requests.tbt_quantile(q) for q in LEVELS},
             "kv_block_seconds": self.kv_block_seconds,
+            "prefix_hit_rate": self.prefixes.hit_rate,
+            "held_block_seconds": self.prefixes.held_block_seconds,
             "backend_wait_seconds": sum(report.wait_seconds for report in reports),
             "backend_idle_seconds": sum(report.idle_seconds for report in reports),
         }

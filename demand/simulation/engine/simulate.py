@@ -16,12 +16,20 @@ from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.engine.agenda import Action, Agenda
 from demand.simulation.engine.backends import Backends, check_pools, checked_pools
 from demand.simulation.engine.batcher import Batcher
-from demand.simulation.engine.calls import call_groups, check_run, execution_seconds
+from demand.simulation.engine.calls import (
+    call_groups,
+    check_run,
+    execution_seconds,
+    shared_tokens,
+)
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.identical_steps import identical_steps
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
-from demand.simulation.engine.result import EngineResult
+from demand.simulation.engine.prefix_cache import PrefixCache
+from demand.simulation.engine.result import EngineResult, Prefixes
+from demand.simulation.engine.retention import Tables
+from demand.simulation.engine.running_first import RunningFirst
 from demand.simulation.engine.served_requests import ServedRequests
 from demand.simulation.engine.step_times import StepLog
 from demand.simulation.job_maker import JobMaker
@@ -137,7 +145,15 @@ class _Simulation:
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
-        self.batcher = Batcher(engine, policy)
+        self.cache: PrefixCache | None = None
+        if engine.retention is not None:
+            tables = Tables(engine.retention, entries.graphs, costs)
+            self.cache = PrefixCache(engine.retention, tables, engine.block_tokens, engine.blocks)
+        self.batcher = (
+            RunningFirst(engine, policy, self.cache)
+            if engine.scheduling == "running_first"
+            else Batcher(engine, policy)
+        )
         self.entries: list[int] = []  # in order of arrival
         self.arrived_at: list[float] = []
         self.completion_times = np.empty(len(workload))
@@ -232,8 +248,15 @@ class _Simulation:
         job.prefilled = job.generated = 0
         number = 0
         for count, given, made in call_groups(job.execution):
-            job.calls.append(Calls(job, number, count, given, made))
+            if self.cache is None:
+                job.calls.append(Calls(job, number, count, given, made))
+            else:  # each may find something else
+                shared = min(shared_tokens(job.execution), given)
+                for k in range(number, number + count):
+                    job.calls.append(Calls(job, k, 1, given, made, shared_tokens=shared))
             number += count
+        if self.cache is not None:
+            self.cache.ask(job, now)
         job.requests = number
         self.requests += number
         self.backends.alarms(job, later)
@@ -247,7 +270,7 @@ class _Simulation:
 
     def submit(self, job: JobOnEngine, now: float) -> None:
         """Let the requests of an llm unit wait for their turn."""
-        self.batcher.order.add(job, now)
+        self.batcher.add(job, now)
 
     def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
         """Begin a unit that is executed outside of the engine."""
@@ -278,6 +301,8 @@ class _Simulation:
         self.completion_times[job.index] = now - job.arrival
         self.completion_steps[job.index] = self.steps - job.arrived_step
         self.policy.departed(job, now)
+        if self.cache is not None:
+            self.cache.end(job)
         self.arrivals.finished(job.entry, now)
 
     def place(self, job: JobOnEngine, now: float) -> tuple[Rank, int]:
@@ -319,6 +344,7 @@ class _Simulation:
                 batch.engine.block_tokens,
                 workload.applications,
             ),
+            Prefixes() if self.cache is None else self.cache.report(),
         )
 
 

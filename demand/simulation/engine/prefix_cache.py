@@ -1,0 +1,146 @@
+"""The KV that calls have left on the device, and what later calls find of it."""
+
+from typing import final
+
+from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
+from demand.simulation.engine.result import Prefixes
+from demand.simulation.engine.retention import LeftKV, Retention, Tables
+
+Key = tuple[int, str, int]
+"""Index of the job, name of the unit, number of the call within the unit."""
+
+
+@final
+class PrefixCache:
+    """Overlay on the blocks of an engine: which of those that no request holds still have KV.
+
+    A call finds what the last call of its number of the same unit left, as far as its prompt
+    shares tokens with that one (`Execution.shared_tokens`); a request that lost its place finds its
+    own. Whole blocks only, and never the last token, which is computed to go on from.
+
+    Args:
+        retention: which is given up first.
+        tables: what it knows of each unit.
+        block_tokens: tokens in a block.
+        blocks: of the engine.
+
+    Attributes:
+        total: blocks with KV that no request holds.
+        looked_up: prompt tokens of requests when they were first admitted.
+        found: of those, tokens whose KV was there.
+        findable: of those, tokens in whole blocks that it shares with the last call.
+        held_block_seconds: blocks held, times seconds.
+    """
+
+    def __init__(
+        self, retention: Retention, tables: Tables, block_tokens: int, blocks: int
+    ) -> None:
+        self.retention = retention
+        self.total = 0
+        self.looked_up = 0
+        self.found = 0
+        self.findable = 0
+        self.held_block_seconds = 0.0
+        self._tables = tables
+        self._block_tokens = block_tokens
+        self._limit = int(retention.limit * blocks)
+        self._left: dict[LeftKV, Key | None] = {}  # in the order of use
+        self._by_key: dict[Key, LeftKV] = {}
+        self._used = 0
+
+    def leave(self, calls: Calls, now: float, waits: bool) -> None:
+        """A single call, which has its tokens written down, is over or has lost its place."""
+        blocks = calls.computed // self._block_tokens
+        job = calls.job
+        key = (job.index, job.execution.unit.name, calls.number)
+        self._forget(key)
+        if not blocks:
+            return
+        unit = job.execution.unit.name
+        table = self._tables.of(job.application, unit)
+        left = LeftKV(job.application, unit, blocks, now, self._used, waits=waits, table=table)
+        left.wanted = now if waits else None
+        self._used += 1
+        self._left[left] = key
+        self._by_key[key] = left
+        self.total += blocks
+
+    def ask(self, job: JobOnEngine, now: float) -> None:
+        """The calls of the present unit of `job` are asked for."""
+        for calls in job.calls:
+            left = self._by_key.get(self._key(calls))
+            if left is not None:
+                left.wanted = now
+
+    def hit(self, calls: Calls) -> int:
+        """How many blocks `calls`, a single one that waits, would find now."""
+        left = self._by_key.get(self._key(calls))
+        if left is None:
+            return 0
+        known = calls.input_tokens + calls.generated
+        shared = known if left.waits else min(calls.shared_tokens, known)
+        return min(left.blocks, min(shared, known - 1) // self._block_tokens)
+
+    def take(self, calls: Calls, blocks: int) -> None:
+        """Give `calls` the first `blocks` that it finds; what is left of them is of no use."""
+        key = self._key(calls)
+        if not calls.prefilled:
+            self.looked_up += calls.input_tokens
+            self.found += blocks * self._block_tokens
+            shared = min(calls.shared_tokens, calls.input_tokens - 1)
+            self.findable += shared - shared % self._block_tokens
+        left = self._by_key.get(key)
+        if left is None:
+            return
+        left.blocks -= blocks
+        self.total -= blocks
+        self._forget(key)
+
+    def end(self, job: JobOnEngine) -> None:
+        """The run of `job` is over."""
+        for key in [key for key in self._by_key if key[0] == job.index]:
+            self._forget(key)
+
+    def fit(self, free: int, now: float) -> None:
+        """Give up KV until it fits into `free` blocks, those that no request holds."""
+        excess = self.total - free
+        while excess > 0:
+            left = max(self._left, key=lambda one: self.retention.rank(one, now))
+            gone = min(left.blocks, excess)
+            left.blocks -= gone
+            excess -= gone
+            self.total -= gone
+            if not left.blocks:
+                key = self._left.pop(left)
+                if key is not None:
+                    del self._by_key[key]
+
+    def held(self, now: float) -> int:
+        """Blocks kept from requests that wait, those of least rank first up to the limit."""
+        if not self._limit:
+            return 0
+        retention = self.retention
+        found = [left for left in self._left if retention.holds(left, now)]
+        return min(sum(left.blocks for left in found), self._limit)
+
+    def hold(self, seconds: float, now: float) -> None:
+        """Count what is held, as of second `now`, over the `seconds` of the steps before."""
+        self.held_block_seconds += self.held(now) * seconds
+
+    def report(self) -> Prefixes:
+        """What was looked up and found."""
+        return Prefixes(self.looked_up, self.found, self.findable, self.held_block_seconds)
+
+    def _key(self, calls: Calls) -> Key:
+        return (calls.job.index, calls.job.execution.unit.name, calls.number)
+
+    def _forget(self, key: Key) -> None:
+        """No call will find what is under `key`; its blocks lie there until they are given up."""
+        left = self._by_key.pop(key, None)
+        if left is None:
+            return
+        left.of_run = False
+        self._left[left] = None
+        if not left.blocks or self.retention.knows_ends:
+            del self._left[left]
+            self.total -= left.blocks
