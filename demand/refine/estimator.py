@@ -1,17 +1,26 @@
 """What a scheduler asks for the remaining demand of any application, known to it or not."""
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import NamedTuple, final
 
 from demand.arguments import instance_of, mapping_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import unseen
+from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
 from demand.refine.no_refinement import NoRefinement
-from demand.units import CostModel, Execution, ParallelCalls, Progress, check_parallel_calls
+from demand.seconds import one_number
+from demand.units import (
+    CostModel,
+    Execution,
+    ParallelCalls,
+    Progress,
+    check_parallel_calls,
+)
 
 
 @final
@@ -28,18 +37,26 @@ class DemandEstimator:
     - a unit that its graph has not seen: the units are left out of account, and the answer is
       that of `NoRefinement`.
 
-    Graphs keep learning through `observe`; what a refinement prepared is made anew at the next
-    question about that application.
+    Graphs keep learning through `observe`. What a refinement prepared from n runs is made anew at
+    the first question where more than `lag` n have been observed since, or where the graph knows
+    other units; with a half-life of h runs n is h at most. So an observation costs the work of its
+    own run and its share of a preparation. An answer rests on the runs as they were r <= lag n
+    observations ago. The empirical distribution of these gives no event a probability that differs
+    from that of all n + r runs by more than r / (n + r) <= lag / (1 + lag), the share of the runs
+    left out; where a full window has forgotten r meanwhile, by r / n <= lag; with a half-life
+    by the weight of the runs left out, (1 - 2^(-r / h)) / (1 - 2^(-(n + r) / h)) <= 2 ln(2) lag.
 
     Args:
         graphs: by application; they are taken over, and change with `observe`.
         refinement: asked where there is a graph and it knows all units.
         parallel_calls: how parallel calls count.
         cost: seconds of an execution, for applications without a graph.
+        lag: runs that an answer may leave out, over those that it rests on; 0 for none.
 
     Raises:
-        DemandError: an unknown way to count parallel calls, or what is no graph, refinement (a
-            class in place of an instance of it, for one) or cost model.
+        DemandError: a lag that is negative or not finite, an unknown way to count parallel calls,
+            or what is no graph, refinement (a class in place of an instance of it, for one) or
+            cost model.
 
     Attributes:
         fallbacks: questions answered by a fallback, by (application, reason); the reason is
@@ -53,8 +70,15 @@ class DemandEstimator:
         refinement: Refinement | None = None,
         parallel_calls: ParallelCalls = "sum",
         cost: CostModel | None = None,
+        lag: float = 0.125,
     ) -> None:
         check_parallel_calls(parallel_calls)
+        self.lag = one_number("lag", lag)
+        if not 0.0 <= self.lag < math.inf:
+            raise DemandError(
+                f"lag is {lag}; expected a share of the remembered runs, such as 0.125, or 0 to "
+                "answer from all of them"
+            )
         self.graphs = {
             name: instance_of(f"graph of {name!r}", graph, PDGraph)
             for name, graph in mapping_of("graphs", graphs, "a PDGraph by application").items()
@@ -67,7 +91,7 @@ class DemandEstimator:
         self.parallel_calls = parallel_calls
         self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.fallbacks: Counter[tuple[str, str]] = Counter()
-        self._refined: dict[tuple[str, Refinement], Refined] = {}
+        self._prepared: dict[tuple[str, Refinement], _Prepared] = {}
 
     @property
     def demand(self) -> ParallelCalls:
@@ -84,20 +108,25 @@ class DemandEstimator:
         """
         progress = Progress() if progress is None else instance_of("progress", progress, Progress)
         graph = self.graphs.get(application)
-        if graph is None or not graph.units:
+        if graph is None or not (known := graph.known):
             self.fallbacks[application, "application"] += 1
             return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
         ran = {execution.unit.name for execution in progress.executed}
         if progress.current is not None:
             ran.add(progress.current)
         refinement = self.refinement
-        if not ran <= {unit.name for unit in graph.units}:
+        if not ran <= known:
             self.fallbacks[application, "unit"] += 1
             refinement = NoRefinement()
         key = application, refinement
-        if key not in self._refined:
-            self._refined[key] = refinement.fit(graph, self.parallel_calls)
-        return self._refined[key].remaining(progress)
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.answers(graph, known, self.lag):
+            refined = refinement.fit(graph, self.parallel_calls)
+            half_life = math.inf if graph.half_life_runs is None else graph.half_life_runs
+            runs = min(len(graph.runs), half_life)
+            prepared = _Prepared(refined, graph, graph.observed, runs, known)
+            self._prepared[key] = prepared
+        return prepared.refined.remaining(progress)
 
     def observe(self, application: str, run: Sequence[Execution]) -> None:
         """Learn from a finished run; the first of an application starts its graph.
@@ -108,4 +137,18 @@ class DemandEstimator:
         graph = self.graphs.get(application) or PDGraph(application, cost=self.cost)
         graph.observe(run)
         self.graphs[application] = graph
-        self._refined = {key: kept for key, kept in self._refined.items() if key[0] != application}
+
+
+class _Prepared(NamedTuple):
+    """What a refinement made of a graph, and what the graph had seen by then."""
+
+    refined: Refined
+    graph: PDGraph
+    observed: int
+    runs: float
+    known: frozenset[str]
+
+    def answers(self, graph: PDGraph, known: frozenset[str], lag: float) -> bool:
+        """Whether it may still be asked about `graph`, which knows the units `known` now."""
+        since = graph.observed - self.observed
+        return graph is self.graph and since <= lag * self.runs and known == self.known

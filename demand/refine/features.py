@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -50,14 +51,27 @@ class ProgressFeatures:
 
     def of_columns(self, columns: RunColumns) -> Boundaries:
         """Features and what remained, at every boundary of every run but its end."""
-        seconds = columns.execution_seconds(self.parallel_calls)
-        tables, remaining = [], []
-        for start, end in zip(columns.starts[:-1], columns.starts[1:], strict=True):
-            own = slice(start, end)
-            table = self._table(columns.unit[own], seconds[own], columns.attributes[own, :2])
-            tables.append(table[:-1])
-            remaining.append(np.cumsum(seconds[own][::-1])[::-1])
-        return Boundaries(np.concatenate(tables), np.concatenate(remaining), columns.run)
+        seconds, run = columns.execution_seconds(self.parallel_calls), columns.run
+        so_far, remaining = np.zeros(seconds.size), np.empty(seconds.size)
+        for start, end in pairwise(columns.starts.tolist()):  # sums that round as those of one run
+            own = seconds[start:end]
+            np.cumsum(own[:-1], out=so_far[start + 1 : end])
+            np.cumsum(own[::-1], out=remaining[start:end][::-1])
+        at = np.arange(seconds.size)
+        finished = at - columns.starts[run]
+        recent = np.minimum(finished, RECENT)
+        last = at[finished > 0] - 1
+        numbers = np.zeros((seconds.size, 6))
+        numbers[:, 0] = finished
+        numbers[:, 1] = so_far
+        numbers[last + 1, 2] = seconds[last]
+        numbers[:, 3] = (so_far - so_far[at - recent]) / np.maximum(recent, 1)
+        numbers[last + 1, 4:] = columns.attributes[last, :2]
+        before = np.zeros((seconds.size, len(self.units)))
+        before[last + 1, columns.unit[last]] = 1.0
+        ran = np.cumsum(before, axis=0)  # over all runs: whole numbers, so that nothing is rounded
+        ran -= ran[columns.starts[:-1]][run]
+        return Boundaries(np.hstack([np.log1p(numbers), np.log1p(ran), before]), remaining, run)
 
     def of_progress(self, progress: Progress) -> Floats:
         """`[d]` features of the boundary after the last finished unit.

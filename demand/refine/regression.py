@@ -1,7 +1,8 @@
 """A prediction by regression on what a run has shown at the boundaries between its units."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from typing_extensions import override
@@ -67,14 +68,16 @@ class ProgressRegression(Refinement):
         # A run that ends in units of no cost has nothing left there, of which there is no log.
         floor = max(1e-3 * columns.run_seconds(parallel_calls).mean(), 1e-9)
         y = np.log(np.maximum(seen.remaining, floor))
-        fitted = self._least_squares(seen.features, y, weights)
+        folds = [np.flatnonzero(seen.run % self.folds == fold) for fold in range(self.folds)]
+        folds = [own for own in folds if own.size]
+        moments = [Moments.of(seen.features[own], y[own], weights[own]) for own in folds]
+        fitted = self._least_squares(Moments.merged(moments))
         predicted = fitted(seen.features)
         left_out = predicted.copy()
-        for fold in range(self.folds):
-            out = seen.run % self.folds == fold
-            if out.any() and not out.all():
-                rest = self._least_squares(seen.features[~out], y[~out], weights[~out])
-                left_out[out] = rest(seen.features[out])
+        if len(folds) > 1:
+            for at, own in enumerate(folds):
+                rest = self._least_squares(Moments.merged([*moments[:at], *moments[at + 1 :]]))
+                left_out[own] = rest(seen.features[own])
         edges = np.quantile(left_out, np.arange(1, self.groups) / self.groups)
         group = np.searchsorted(edges, left_out, side="right")
         levels = (np.arange(self.atoms) + 0.5) / self.atoms
@@ -85,15 +88,62 @@ class ProgressRegression(Refinement):
         span = (float(predicted.min()), float(predicted.max()))
         return Regressed(features, fitted, span, edges, np.array(residuals))
 
-    def _least_squares(self, x: Floats, y: Floats, weights: Floats) -> "LogLinear":
-        weights = weights / weights.mean()
-        mean, level = np.average(x, axis=0, weights=weights), np.average(y, weights=weights)
-        centred = x - mean
-        scale = np.sqrt(np.average(centred**2, axis=0, weights=weights))
+    def _least_squares(self, of: "Moments") -> "LogLinear":
+        scale = np.sqrt(np.diag(of.scatter) / of.weight)
         scale[scale <= 1e-9] = np.inf  # a feature that never changes has no say
-        weighted = (centred / scale).T * weights
-        gram = weighted @ (centred / scale) + self.ridge * np.eye(mean.size)
-        return LogLinear(mean, np.linalg.solve(gram, weighted @ (y - level)) / scale, float(level))
+        each = of.observations / of.weight  # so that they weigh one on average
+        gram = each * of.scatter / np.outer(scale, scale) + self.ridge * np.eye(scale.size)
+        slopes = np.linalg.solve(gram, each * of.cross / scale) / scale
+        return LogLinear(of.mean, slopes, of.level)
+
+
+class Moments(NamedTuple):
+    """What least squares have to know of weighted observations.
+
+    Attributes:
+        observations: how many.
+        weight: sum of their weights.
+        mean: `[d]` of the features.
+        level: mean of what is predicted.
+        scatter: `[d, d]` weighted sum of the products of the features, less their means.
+        cross: `[d]` the same of the features and what is predicted.
+    """
+
+    observations: int
+    weight: float
+    mean: Floats
+    level: float
+    scatter: Floats
+    cross: Floats
+
+    @classmethod
+    def of(cls, x: Floats, y: Floats, weights: Floats) -> "Moments":
+        """Those of `[n, d]` features and `[n]` predicted, with `[n]` weights."""
+        weight = float(weights.sum())
+        mean, level = weights @ x / weight, float(weights @ y) / weight
+        centred = x - mean
+        weighted = centred.T * weights
+        return cls(y.size, weight, mean, level, weighted @ centred, weighted @ (y - level))
+
+    @classmethod
+    def merged(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Those of all observations together.
+
+        Sums of squares are added up, never subtracted, so that no digit is lost to the means.
+        """
+        weights = np.array([part.weight for part in parts])
+        means, levels = np.array([part.mean for part in parts]), [part.level for part in parts]
+        mean, level = weights @ means / weights.sum(), float(weights @ levels) / weights.sum()
+        off = means - mean
+        weighted = off.T * weights
+        return cls(
+            sum(part.observations for part in parts),
+            float(weights.sum()),
+            mean,
+            level,
+            sum(part.scatter for part in parts) + weighted @ off,
+            sum(part.cross for part in parts) + weighted @ (np.array(levels) - level),
+        )
 
 
 @dataclass(frozen=True, eq=False)

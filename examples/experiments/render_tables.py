@@ -163,7 +163,10 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "ranks": [demand_tables.ranks],
         "rank_noise": [demand_tables.rank_noise],
     },
-    "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
+    "docs/demand_graphs.md": {
+        "estimator": [demand_tables.estimator],
+        "refinement": [lambda found: refinement.markdown(found["results"])],
+    },
     "docs/scheduling.md": {
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
     },
