@@ -49,11 +49,14 @@ from demand.refine import (
     NearestRuns,
     NoRefinement,
     PearsonFilter,
+    PendingCall,
+    Predictor,
     ProgressRegression,
+    PromptRegression,
     Refinement,
     WholeRuns,
 )
-from demand.refine.calibration import CalibrationReport, calibrate
+from demand.refine.calibration import CalibrationReport, calibrate, calibrate_calls
 from demand.refine.estimator import DemandEstimator
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.simulation.job_maker import JobMaker
@@ -102,8 +105,12 @@ __all__ = [
     "ProgressRegression",
     "NearestRuns",
     "DemandEstimator",
+    "Predictor",
+    "PendingCall",
+    "PromptRegression",
     "CalibrationReport",
     "calibrate",
+    "calibrate_calls",
     # distributions of seconds, and their ranks
     "Distribution",
     "RankTable",

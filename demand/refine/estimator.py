@@ -13,6 +13,7 @@ from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
 from demand.refine.no_refinement import NoRefinement
+from demand.refine.predictor import PendingCall
 from demand.seconds import one_number
 from demand.units import (
     CostModel,
@@ -107,13 +108,33 @@ class DemandEstimator:
             DemandError: a progress that contradicts itself.
         """
         progress = Progress() if progress is None else instance_of("progress", progress, Progress)
+        refined = self._refined(application, progress)
+        if refined is None:
+            return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+        return refined.remaining(progress)
+
+    def predict(self, call: PendingCall) -> Distribution:
+        """The same from a call before its first token, included in what is predicted.
+
+        Only refinements that look at what comes say more than at the progress alone
+        (`PromptRegression`).
+        """
+        progress = instance_of("call", call, PendingCall).progress
+        refined = self._refined(call.application, progress, call.unit.name)
+        if refined is None:
+            return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+        return refined.predict(call)
+
+    def _refined(
+        self, application: str, progress: Progress, ahead: str | None = None
+    ) -> Refined | None:
+        """Whom to ask about `application` at `progress`; `None` where no run of it was seen."""
         graph = self.graphs.get(application)
         if graph is None or not (known := graph.known):
             self.fallbacks[application, "application"] += 1
-            return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+            return None
         ran = {execution.unit.name for execution in progress.executed}
-        if progress.current is not None:
-            ran.add(progress.current)
+        ran |= {name for name in (progress.current, ahead) if name is not None}
         refinement = self.refinement
         if not ran <= known:
             self.fallbacks[application, "unit"] += 1
@@ -126,7 +147,7 @@ class DemandEstimator:
             runs = min(len(graph.runs), half_life)
             prepared = _Prepared(refined, graph, graph.observed, runs, known)
             self._prepared[key] = prepared
-        return prepared.refined.remaining(progress)
+        return prepared.refined
 
     def observe(self, application: str, run: Sequence[Execution]) -> None:
         """Learn from a finished run; the first of an application starts its graph.

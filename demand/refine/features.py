@@ -10,7 +10,7 @@ from demand.arguments import instance_of
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints, RunColumns
 from demand.seconds import Floats
-from demand.units import CostModel, Execution, ParallelCalls, Progress
+from demand.units import CostModel, ParallelCalls, Progress
 
 RECENT = 4
 """Executions that count as recent."""
@@ -49,6 +49,14 @@ class ProgressFeatures:
     cost: CostModel
     parallel_calls: ParallelCalls
 
+    @classmethod
+    def of_graph(
+        cls, columns: RunColumns, cost: CostModel, parallel_calls: ParallelCalls
+    ) -> "ProgressFeatures":
+        """Those of the units of a graph, by its columns."""
+        units = {unit.name: number for number, unit in enumerate(columns.units)}
+        return cls(units, cost, parallel_calls)
+
     def of_columns(self, columns: RunColumns) -> Boundaries:
         """Features and what remained, at every boundary of every run but its end."""
         seconds, run = columns.execution_seconds(self.parallel_calls), columns.run
@@ -82,7 +90,7 @@ class ProgressFeatures:
         executed = instance_of("progress", progress, Progress).executed
         tokens = np.array([(e.input_tokens, e.output_tokens) for e in executed]).reshape(-1, 2)
         seconds = np.array([self.cost.seconds(e, self.parallel_calls) for e in executed])
-        unit = np.array([self._number(e) for e in executed], dtype=np.int64)
+        unit = np.array([self.number(e.unit.name) for e in executed], dtype=np.int64)
         return self._table(unit, seconds, tokens)[-1]
 
     def _table(self, unit: Ints, seconds: Floats, tokens: Floats) -> Floats:
@@ -101,11 +109,15 @@ class ProgressFeatures:
         numbers[1:, 4:] = tokens
         return np.hstack([np.log1p(numbers), np.log1p(np.cumsum(ran, axis=0)), ran])
 
-    def _number(self, execution: Execution) -> int:
-        name = execution.unit.name
-        if name not in self.units:
+    def number(self, unit: str) -> int:
+        """Position of a unit.
+
+        Raises:
+            DemandError: an unknown unit.
+        """
+        if unit not in self.units:
             raise DemandError(
-                f"unit {name!r} is not in the graph, which has {', '.join(self.units)}; "
+                f"unit {unit!r} is not in the graph, which has {', '.join(self.units)}; "
                 "observe a run that has it first"
             )
-        return self.units[name]
+        return self.units[unit]

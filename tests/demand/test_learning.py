@@ -17,7 +17,7 @@ from demand.refine import (
 )
 from demand.refine.estimator import DemandEstimator
 from demand.refine.features import ProgressFeatures
-from demand.refine.regression import Moments
+from demand.refine.log_ridge import Moments
 from tests.demand.test_refine import correlated_runs, counted_runs
 
 LLM = Unit("write", "llm")
@@ -108,7 +108,9 @@ def test_the_regression_is_that_of_plain_least_squares():
     slopes = np.linalg.solve(
         (z.T * weights) @ z + 3.0 * np.eye(mean.size), z.T @ (weights * (y - level))
     )
-    np.testing.assert_allclose(refined.fitted(seen.features), level + z @ slopes, atol=1e-9)
+    np.testing.assert_allclose(
+        refined.predicted.fitted(seen.features), level + z @ slopes, atol=1e-9
+    )
 
 
 class Counting:
