@@ -6,7 +6,12 @@ from typing import final
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import instance_of, renamed_keyword
+from demand.arguments import (
+    instance_of,
+    positive_number,
+    renamed_keyword,
+    set_whole_numbers,
+)
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints, RunColumns
@@ -51,7 +56,8 @@ class PromptRegression(Refinement):
     folds: int = 5
 
     def __post_init__(self) -> None:
-        LogRidge(self.ridge, self.atoms, self.groups, self.folds)
+        object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
+        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @override
     @renamed_keyword("demand", "parallel_calls")

@@ -5,7 +5,12 @@ from typing import final
 
 from typing_extensions import override
 
-from demand.arguments import instance_of, renamed_keyword
+from demand.arguments import (
+    instance_of,
+    positive_number,
+    renamed_keyword,
+    set_whole_numbers,
+)
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
@@ -40,7 +45,8 @@ class ProgressRegression(Refinement):
     folds: int = 5
 
     def __post_init__(self) -> None:
-        LogRidge(self.ridge, self.atoms, self.groups, self.folds)
+        object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
+        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @override
     @renamed_keyword("demand", "parallel_calls")
