@@ -13,6 +13,7 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
 from demand.graph.given_units import GivenUnit, check_given, given_arrays
+from demand.graph.kinds import check_kind
 from demand.graph.run_columns import RunArrays, RunColumns, decayed
 from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
@@ -166,12 +167,8 @@ class PDGraph:
             raise DemandError("the run is empty; pass the units it executed, in order")
         kinds = dict(self._kinds)
         for execution in executed:
-            unit = execution.unit
-            if kinds.setdefault(unit.name, unit) != unit:
-                raise DemandError(
-                    f"unit {unit.name!r} is of kind {unit.kind!r} here and of kind "
-                    f"{kinds[unit.name].kind!r} before; give the two different names"
-                )
+            kinds.setdefault(execution.unit.name, execution.unit)
+            check_kind(execution.unit, kinds)
         self._kinds = kinds
         if len(self._runs) == self.window:
             self._executed -= Counter(execution.unit.name for execution in self._runs[0])
@@ -181,6 +178,10 @@ class PDGraph:
         self._run_arrays.append(RunArrays.of(executed, numbers, self.cost))
         self._observed += 1
         self._columns, self._arrays, self._table = None, {}, None
+
+    def check_unit(self, unit: Unit) -> None:
+        """Raise `DemandError` if a unit of this name was of another kind before."""
+        check_kind(unit, self._kinds)
 
     @property
     def observed(self) -> int:
@@ -345,8 +346,7 @@ class PDGraph:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph to `path` as JSON; a reader sees the old file or the new, never half."""
-        settings = (self.name, self.window, self.cost, self.half_life_runs)
-        write_graph(path, GraphRecord(*settings, self.runs, *(self._given or ((), {}))))
+        write_graph(path, self.record())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PDGraph":
@@ -356,7 +356,16 @@ class PDGraph:
             DemandError: not such a file, another format version, or a broken entry.
             FileNotFoundError: no file at `path`.
         """
-        record = read_graph(path)
+        return cls.of_record(read_graph(path))
+
+    def record(self) -> GraphRecord:
+        """All that is saved of the graph."""
+        settings = (self.name, self.window, self.cost, self.half_life_runs)
+        return GraphRecord(*settings, self.runs, *(self._given or ((), {})))
+
+    @classmethod
+    def of_record(cls, record: GraphRecord) -> "PDGraph":
+        """The graph of which `record` was taken."""
         if record.given:
             return cls.from_units(record.given, record.entries, name=record.name, cost=record.cost)
         graph = cls(record.name, record.window, record.cost, record.half_life_runs)

@@ -1,6 +1,7 @@
 """What a scheduler asks for the remaining demand of any application, known to it or not."""
 
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from demand.distribution.never_seen import unseen
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
+from demand.refine.estimator_file import EstimatorRecord, read_estimator, write_estimator
 from demand.refine.no_refinement import NoRefinement
 from demand.refine.predictor import PendingCall
 from demand.seconds import one_number
@@ -158,6 +160,33 @@ class DemandEstimator:
         graph = self.graphs.get(application) or PDGraph(application, cost=self.cost)
         graph.observe(run)
         self.graphs[application] = graph
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write its graphs and settings to `path` as JSON; a reader never sees half a file.
+
+        The refinement is code, and is not in it.
+        """
+        graphs = {name: graph.record() for name, graph in self.graphs.items()}
+        record = EstimatorRecord(graphs, self.parallel_calls, self.cost, self.lag)
+        write_estimator(path, record)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], refinement: Refinement | None = None
+    ) -> "DemandEstimator":
+        """Read what `save` wrote, to ask `refinement` again.
+
+        Raises:
+            DemandError: not such a file, another format version, or a broken entry.
+            FileNotFoundError: no file at `path`.
+        """
+        record = read_estimator(path)
+        graphs = {name: PDGraph.of_record(graph) for name, graph in record.graphs.items()}
+        return cls(graphs, refinement, record.parallel_calls, record.cost, record.lag)
+
+    def __repr__(self) -> str:
+        runs = ", ".join(f"{name!r}: {len(graph.runs)} runs" for name, graph in self.graphs.items())
+        return f"DemandEstimator({{{runs}}}, {self.refinement!r}, {self.parallel_calls!r})"
 
 
 class _Prepared(NamedTuple):
