@@ -5,6 +5,7 @@ from demand.policies.aging import Aging
 from demand.policies.base import Policy, Rank
 from demand.policies.class_mean import ClassMean
 from demand.policies.deadline_mix import DeadlineMix
+from demand.policies.decaying_las import DecayingLAS
 from demand.policies.fcfs import EDF, FCFS, Oracle, RandomOrder, RequestFCFS
 from demand.policies.gittins import Gittins
 from demand.policies.hysteresis import Hysteresis
@@ -12,6 +13,7 @@ from demand.policies.job import Job, Service
 from demand.policies.kv_time import kv_time
 from demand.policies.las import LAS
 from demand.policies.least_slack import LeastSlack
+from demand.policies.mlfq import MLFQ
 from demand.policies.priority_classes import PriorityClasses
 from demand.policies.quantum import Quantum
 from demand.policies.serpt import SERPT
@@ -22,12 +24,14 @@ __all__ = [
     "EDF",
     "FCFS",
     "LAS",
+    "MLFQ",
     "NEVER_SEEN",
     "SERPT",
     "VTC",
     "Aging",
     "ClassMean",
     "DeadlineMix",
+    "DecayingLAS",
     "Gittins",
     "Hysteresis",
     "Job",

@@ -2,7 +2,7 @@
 
 from demand.refine.base import Refine, Refined, Refinement
 from demand.refine.current_unit import CurrentUnit
-from demand.refine.log_ridge import LogRidge
+from demand.refine.log_ridge import LogFit, LogRidge
 from demand.refine.nearest import NearestRuns
 from demand.refine.no_refinement import NoRefinement
 from demand.refine.pearson import PearsonFilter
@@ -13,6 +13,7 @@ from demand.refine.whole_runs import WholeRuns
 
 __all__ = [
     "CurrentUnit",
+    "LogFit",
     "LogRidge",
     "NearestRuns",
     "NoRefinement",
