@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import attained
 import claims
 import demand_tables
 import hermes_samples
 import link_accuracy
 import past_trained_length
+import predictors
 import prewarming
 import refinement
 import replay_policies
@@ -167,7 +169,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "estimator": [demand_tables.estimator],
         "refinement": [lambda found: refinement.markdown(found["results"])],
     },
+    "docs/learning.md": {"predictors": [predictors.markdown]},
     "docs/scheduling.md": {
+        "attained": [attained.markdown],
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
     },
     "docs/engine.md": {
