@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.arguments import check_callable, check_instance, whole_number
+from demand.arguments import check_callable, check_instance, renamed_keyword, whole_number
 from demand.comparison import Comparison
 from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
@@ -66,6 +66,7 @@ HIGHER_IS_BETTER = frozenset({"jain", "deadline_hits"})
 REFERENCE = "FCFS"
 
 
+@renamed_keyword("refine", "estimator")
 def compare(
     workload: Callable[..., Workload | ClosedLoop],
     policies: Sequence[Policy] | Mapping[str, Policy],
@@ -73,7 +74,7 @@ def compare(
     *,
     servers: int = 1,
     engine: Engine | None = None,
-    refine: Refine | None = None,
+    estimator: Refine | None = None,
     also: Sequence[str] = (),
     progress: bool = True,
     seed: int = 0,
@@ -93,7 +94,7 @@ def compare(
         seeds: at least two, of the workloads and of what `RandomOrder` draws.
         servers: how many jobs are served at once, by `simulate`.
         engine: serves the runs of the jobs in batches instead, by `simulate_engine`.
-        refine: a `DemandEstimator`, or any other answer to how much is left, for all arms alike.
+        estimator: a `DemandEstimator`, or any other answer to how much is left, for all arms alike.
         also: what to measure besides `METRICS`, of `FURTHER`, and of `FURTHER_OF_ENGINE` where
             there is an engine.
         progress: whether to show a bar, where tqdm is installed.
@@ -126,8 +127,8 @@ def compare(
 
     def run(jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
         if engine is None:
-            return simulate(jobs, policy, servers, seed, refine)
-        return simulate_engine(jobs, policy, engine, refine=refine, seed=seed)
+            return simulate(jobs, policy, servers, seed, estimator)
+        return simulate_engine(jobs, policy, engine, estimator=estimator, seed=seed)
 
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""
@@ -149,7 +150,7 @@ def compare(
         "seeds": list(drawn_by),
         "servers": servers if engine is None else None,
         "engine": None if engine is None else dataclasses.asdict(engine),
-        "refine": None if refine is None else repr(refine),
+        "estimator": None if estimator is None else repr(estimator),
         "seed": seed,
     }
     return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)

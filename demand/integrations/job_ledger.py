@@ -103,7 +103,7 @@ class JobLedger:
         self._tables = {name: policy.table(known) for name, known in distributions.items()}
         self._lottery = random.Random(whole_number("seed", seed))
         self._state = policy.new_state()
-        self.loop = LearningLoop(estimator, predictor, self.cost, self.learn)
+        self.loop = LearningLoop(estimator, predictor, self.cost, self.expect)
         self._opened = 0
         self._now = -math.inf
 
@@ -247,14 +247,14 @@ class JobLedger:
         """Note that `job` is no longer being served."""
         job.running = False
 
-    def learn(self, job: Job, remaining: Distribution) -> None:
+    def expect(self, job: Job, remaining: Distribution) -> None:
         """Take in the distribution of the seconds that `job` still needs, as its progress tells it.
 
         Raises:
             DemandError: something that is no distribution.
         """
         _check_distribution("remaining", remaining)
-        job.learn(remaining, self.policy.table(remaining))
+        job.expect(remaining, self.policy.table(remaining))
 
     def close(self, job: Job, now: float, whole: bool = True) -> None:
         """Let `job` depart at second `now`: its application is over.

@@ -1,5 +1,8 @@
 """Scheduling policies behind one protocol: `Policy` ranks a `Job`, the smallest rank first."""
 
+from typing import Any
+
+from demand.arguments import moved_attribute
 from demand.distribution.never_seen import NEVER_SEEN, known_of
 from demand.policies.aging import Aging
 from demand.policies.base import Policy, Rank
@@ -15,10 +18,18 @@ from demand.policies.las import LAS
 from demand.policies.least_slack import LeastSlack
 from demand.policies.mlfq import MLFQ
 from demand.policies.priority_classes import PriorityClasses
-from demand.policies.quantum import Quantum
 from demand.policies.serpt import SERPT
+from demand.policies.time_slice import TimeSlice
 from demand.policies.virtual_time import VirtualTime
 from demand.policies.vtc import VTC
+
+_MOVED: dict[str, tuple[str, Any]] = {"Quantum": ("demand.policies.TimeSlice", TimeSlice)}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of before, for one release."""
+    return moved_attribute(__name__, name, _MOVED)
+
 
 __all__ = [
     "EDF",
@@ -39,11 +50,11 @@ __all__ = [
     "Oracle",
     "Policy",
     "PriorityClasses",
-    "Quantum",
     "RandomOrder",
     "Rank",
     "RequestFCFS",
     "Service",
+    "TimeSlice",
     "VirtualTime",
     "known_of",
     "kv_time",

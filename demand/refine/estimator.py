@@ -35,7 +35,7 @@ class DemandEstimator:
 
     - an application without a finished run: nothing is known but the seconds it has received, so
       the answer is the doubling rule of `beyond_samples`, `extrapolated`, from which
-      `Job.learn` takes nothing: ranks follow attained service (least attained service first, in
+      `Job.expect` takes nothing: ranks follow attained service (least attained service first, in
       powers of two), for it and all others like it;
     - a unit that its graph has not seen: the units are left out of account, and the answer is
       that of `NoRefinement`.

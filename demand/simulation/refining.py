@@ -15,14 +15,14 @@ from demand.workloads.workload import Workload
 _EXPECTED = "a DemandEstimator(graphs, refinement), or any function of (application, Progress)"
 
 
-def check_refine(refine: object, entries: Workload) -> None:
-    """Raise `DemandError` unless `refine` can be asked about the jobs of `entries`, or is None."""
-    if refine is None:
+def check_estimator(estimator: object, entries: Workload) -> None:
+    """Raise `DemandError` unless `estimator` can be asked about jobs of `entries`, or is None."""
+    if estimator is None:
         return
-    check_callable("refine", refine, _EXPECTED)
+    check_callable("estimator", estimator, _EXPECTED)
     if entries.runs is None:
         raise DemandError(
-            "refine is asked at the end of every unit, and the workload has no runs; give "
+            "the estimator is asked at the end of every unit, and the workload has no runs; give "
             "Workload(runs=...), the executions of each job"
         )
 
@@ -40,13 +40,13 @@ def check_predictor(predictor: object, entries: Workload) -> None:
         )
 
 
-def learn(job: Job, progress: Progress, refine: Refine, policy: Policy) -> None:
-    """Let `job`, which is at `progress`, take in what `refine` says is left of it.
+def learn(job: Job, progress: Progress, estimator: Refine, policy: Policy) -> None:
+    """Let `job`, which is at `progress`, take in what `estimator` says is left of it.
 
     Raises:
-        DemandError: `refine` answers with something else than a distribution.
+        DemandError: `estimator` answers with something else than a distribution.
     """
-    _take_in(job, refine(job.application, progress), "refine", policy)
+    _take_in(job, estimator(job.application, progress), "the estimator", policy)
 
 
 def foresee(
@@ -68,4 +68,4 @@ def foresee(
 def _take_in(job: Job, remaining: object, who: str, policy: Policy) -> None:
     name = f"what {who} says of {job.application!r}"
     known = instance_of(name, remaining, Distribution)
-    job.learn(known, policy.table(known))
+    job.expect(known, policy.table(known))

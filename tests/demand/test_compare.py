@@ -104,8 +104,8 @@ def test_what_progress_tells_is_told_to_all_arms():
         return Distribution([1.0, 9.0])
 
     work = partial(poisson_workload, HERMES, 0.9, 15)
-    result = quietly(work, [SERPT()], (0, 1), refine=refine)
-    told = [simulate(work(seed=s), SERPT(), refine=refine).mean for s in (0, 1)]
+    result = quietly(work, [SERPT()], (0, 1), estimator=refine)
+    told = [simulate(work(seed=s), SERPT(), estimator=refine).mean for s in (0, 1)]
     assert asked
     assert result.measured["SERPT"]["mean_seconds"].tolist() == told
     assert told != [simulate(work(seed=s), SERPT()).mean for s in (0, 1)]

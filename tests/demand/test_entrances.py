@@ -33,13 +33,13 @@ from demand import (
     closed_loop,
     drift,
     hermes_applications,
-    known_of,
     poisson_workload,
     rank_many,
     recorded_applications,
     with_arrivals,
     with_deadlines,
 )
+from demand.policies import known_of
 from demand.refine import LogRidge
 from demand.refine.calibration import crps
 from demand.traces import Span, read_opentelemetry

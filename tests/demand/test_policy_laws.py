@@ -29,7 +29,7 @@ from demand.policies import (
     Oracle,
     Policy,
     PriorityClasses,
-    Quantum,
+    TimeSlice,
     VirtualTime,
 )
 from demand.policies.exact_thresholds import (
@@ -169,7 +169,7 @@ def test_a_quantum_ends_where_it_was_meant_to_and_counts_a_rounding_sooner():
 
 
 def test_the_end_of_a_doubling_a_rounding_away_is_found():
-    policy = Quantum(Gittins(), 3.0)
+    policy = TimeSlice(Gittins(), 3.0)
     known = Distribution([15.0])
     job = Job(0, "a", 0.0, known, table=policy.table(known), attained_service=59.99999999999999)
     job.running = True
@@ -243,7 +243,7 @@ RERANKING = [
     VTC(1.0),
     Aging(VTC(2.0), cap=200.0, rate=0.3),
     Hysteresis(VTC(2.0), 1.0),
-    Quantum(VTC(1.0), 2.0),
+    TimeSlice(VTC(1.0), 2.0),
     DeadlineMix(VTC(1.0), VTC(3.0)),
     DeadlineMix(EDF(), VTC(2.0)),
     PriorityClasses(VTC(2.0)),
@@ -388,7 +388,7 @@ def backlog_at_arrivals(workload):
 @settings(max_examples=30, deadline=None)
 @given(workload=whole_second_workloads(), seconds=st.integers(1, 8))
 def test_a_quantum_bounds_preemptions(inner, workload, seconds):
-    policy = Spied(Quantum(inner, float(seconds)))
+    policy = Spied(TimeSlice(inner, float(seconds)))
     result = simulate(workload, policy)
     assert result.preemptions <= sum(d // seconds for d in workload.demands)
     for index in range(len(workload)):

@@ -190,7 +190,7 @@ async def test_a_run_accumulates_service_while_its_tokens_arrive() -> None:
         run.serve(5.0)
         await (await run.submit("completions", body("y"))).text()  # without usage
         assert job.attained_service == pytest.approx(2.1 + 5.0 + 3.0)
-        run.learn(Distribution([4.0]))
+        run.expect(Distribution([4.0]))
         assert (job.age, SERPT().rank(job, 0.0)) == (0.0, 4.0)
         run.finish()
         with pytest.raises(DemandError, match="run is finished"):
@@ -383,7 +383,7 @@ def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
             with pytest.raises(DemandError, match="service holds text"):
                 run.serve("1")  # type: ignore[arg-type]
             with pytest.raises(DemandError, match="remaining is None; expected a distribution"):
-                run.learn(None)  # type: ignore[arg-type]
+                run.expect(None)  # type: ignore[arg-type]
             with pytest.raises(DemandError, match=r"service is -1\.0; expected finite seconds"):
                 run.serve(-1.0)
             assert controller.counts.submitted == 0

@@ -157,7 +157,7 @@ class Batching:
 
     Args:
         manager: started, and checked by `check_installed`. Only this object may read its results.
-        jobs: the table that its scheduler ranks by. Use its `open`, `close`, `learn`, `serve` and
+        jobs: the table that its scheduler ranks by. Use its `open`, `close`, `expect`, `serve` and
             `record` for jobs that make several requests.
 
     Attributes:

@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Unpack, final
 
-from demand.arguments import check_callable, check_instance, whole_number
+from demand.arguments import (
+    check_callable,
+    check_instance,
+    warn_renamed_method,
+    whole_number,
+)
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
@@ -195,7 +200,7 @@ class JobTable:
             entry.closed = True
             self._depart_if_done(entry)
 
-    def learn(self, job: Job, remaining: Distribution) -> None:
+    def expect(self, job: Job, remaining: Distribution) -> None:
         """Replace what is known of the demand of `job` by `remaining`: the seconds it still needs.
 
         For instance between two stages of an agent, by `graph.remaining(progress)`.
@@ -205,7 +210,12 @@ class JobTable:
                 another table opened.
         """
         with self._lock:
-            self._ledger.learn(self._entry(job).job, remaining)
+            self._ledger.expect(self._entry(job).job, remaining)
+
+    def learn(self, job: Job, remaining: Distribution) -> None:
+        """The old name of `expect`."""
+        warn_renamed_method("JobTable", "learn", "expect")
+        self.expect(job, remaining)
 
     def serve(self, job: Job, seconds: float) -> None:
         """Count `seconds` of service that `job` received outside the engine, such as in a tool.

@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self, final, get_args
 
+from demand.arguments import warn_renamed_method
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger
@@ -111,13 +112,18 @@ class Run:
             raise DemandError("the run is finished; record what it executes before that")
         self._ledger.record(self.job, execution, self._clock())
 
-    def learn(self, remaining: Distribution) -> None:
+    def expect(self, remaining: Distribution) -> None:
         """Replace what is known of its demand by `remaining`: the seconds it needs from here on.
 
         Raises:
             DemandError: something that is no distribution.
         """
-        self._ledger.learn(self.job, remaining)
+        self._ledger.expect(self.job, remaining)
+
+    def learn(self, remaining: Distribution) -> None:
+        """The old name of `expect`."""
+        warn_renamed_method("Run", "learn", "expect")
+        self.expect(remaining)
 
     def finish(self) -> None:
         """End the run and cancel those of its calls that have not ended. Again has no effect.
