@@ -161,7 +161,9 @@ def test_what_cannot_be_asked_for_the_rest_is_refused(simulator, wrong):
 
 @pytest.mark.parametrize("simulator", [simulate, simulate_engine])
 def test_a_refinement_that_answers_with_no_distribution_is_refused(simulator):
-    with pytest.raises(DemandError, match=r"what the estimator says of 'a' is 3.0; expected a Distributi"):
+    with pytest.raises(
+        DemandError, match=r"what the estimator says of 'a' is 3.0; expected a Distributi"
+    ):
         simulator(runs(), FCFS(), estimator=lambda application, progress: 3.0)
 
 

@@ -1,0 +1,66 @@
+"""The examples that measure predictors and attained service, on made-up data, and their pages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demand import Execution, Unit, bimodal_mix
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "experiments"))
+    import attained
+    import predictors
+
+    return predictors, attained
+
+
+def asked(predictors, n, seed=0):
+    """The prompt is a number of words, each of which takes a second; its length tells nothing."""
+    rng = np.random.default_rng(seed)
+    words = rng.integers(1, 30, n)
+    runs = [[Execution(Unit("solve", "llm"), 100, float(w) / 0.06)] for w in words]
+    return predictors.Asked([f"{w:03}" for w in words], runs)
+
+
+def test_an_embedding_that_tells_all_closes_the_gap(examples):
+    predictors, _ = examples
+
+    def embed(prompt):
+        return np.array([np.log(float(prompt)), 1.0])
+
+    found = predictors.experiment(embed, asked(predictors, 200), seeds=2, jobs=80)
+    closed = {arm: gap["share"] for arm, gap in found["gap_closed"].items()}
+    assert closed["shortest predicted, embedding"] > 0.8
+    assert closed["shortest predicted, prompt length"] < 0.4
+    assert found["calibration"]["embedding"]["crps_ratio_to_none"] < 0.3
+    record = {
+        "configuration": {"seeds": 2, "jobs": 80, "load": 0.9, "model": "made up"},
+        "results": {"made up": found},
+    }
+    assert "| embedding | 0." in predictors.markdown(record)
+
+
+def test_policies_that_know_nothing_are_compared(examples):
+    _, attained = examples
+    found = attained.experiment(
+        lambda jobs, seed: bimodal_mix(load=0.9, jobs=jobs, seed=seed), 60, 2
+    )
+    assert found["FCFS"]["mean"] == [1.0, 1.0, 1.0]
+    assert found["oracle"]["mean"][0] < found["LAS"]["mean"][0] < 1.0
+    assert found["MLFQ"]["preemptions"] < found["LAS"]["preemptions"] / 5
+    text = attained.markdown({"configuration": {"jobs": 60, "seeds": 2}, "results": {"x": found}})
+    assert text.count("\n| ") == len(found) + 2
+
+
+@pytest.mark.parametrize("name", ["predictors", "attained"])
+def test_the_record_says_how_it_was_made(name):
+    record = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    assert record["environment"]["commit"]
+    assert record["configuration"]["load"] == 0.9
