@@ -117,18 +117,18 @@ class LearningLoop:
         sequence: Hashable = None,
     ) -> None:
         """Note how many tokens `call` has read and generated so far, or one of its sequences."""
-        if self.active:
+        if job.index in self._records:  # else its run was closed before its calls had ended
             self._records[job.index].count(call, input_tokens, output_tokens, sequence)
 
     def end(self, job: Job, call: Hashable, finished: bool) -> None:
         """Note that `call` is over, and let the job learn what is left of it."""
-        if self.active:
+        if job.index in self._records:
             self._records[job.index].end(call, finished)
             self._refine(job)
 
     def add(self, job: Job, execution: Execution) -> None:
         """Note what `job` executed elsewhere, and let it learn what is left of it."""
-        if self.active:
+        if job.index in self._records:
             self._records[job.index].add(execution)
             self._refine(job)
 

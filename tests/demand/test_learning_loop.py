@@ -194,6 +194,16 @@ def test_runs_that_were_cut_off_are_not_learned_from():
     assert learns.graphs["agent"].observed == before + 1
 
 
+def test_a_call_may_end_after_its_run_was_closed():
+    ledger = ledger_of(estimator())
+    job = ledger.open("agent", 0.0)
+    ledger.loop.begin(job, 0, "plan")
+    ledger.close(job, 0.0)
+    ledger.loop.count(job, 0, 1, 1)
+    ledger.loop.end(job, 0, finished=False)
+    assert job.distribution == job.prior
+
+
 def test_a_predictor_is_asked_as_a_call_is_submitted():
     class Noting:
         asked: list

@@ -542,7 +542,7 @@ async def test_runs_are_recorded_refined_and_learned_from() -> None:
 
 
 @run_async
-async def test_runs_that_break_off_are_not_learned_from() -> None:
+async def test_runs_that_break_off_are_not_learned_from(caplog: pytest.LogCaptureFixture) -> None:
     estimator = learner()
     answers = iter([Answer(("x", "y")), Answer(status=400), Answer(("x",), fault="hang", after=1)])
     async with (
@@ -560,6 +560,7 @@ async def test_runs_that_break_off_are_not_learned_from() -> None:
             await anext(await run.submit("completions", body("a")))
         await controller.drain()
     assert estimator.graphs["agent"].observed == 2
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 @run_async
