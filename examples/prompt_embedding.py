@@ -24,15 +24,17 @@ class Embedder:
     """The mean of a model's hidden states over the tokens of a text, half-way up its layers."""
 
     def __init__(self, name: str = "smollm2", most_tokens: int = 512) -> None:
-        self.model, self.tokenizer = load(name)
-        self.layer = self.model.config.num_hidden_layers // 2
+        model, self.tokenizer = load(name)
+        self.decoder = model.get_decoder()
+        self.layer = self.decoder.config.num_hidden_layers // 2
+        self.decoder.layers = self.decoder.layers[: self.layer + 1]  # the rest is not needed
         self.most_tokens = most_tokens
 
     def __call__(self, text: str) -> np.ndarray:
         """`[d]` of one text."""
         ids = self.tokenizer(text, return_tensors="pt").input_ids[:, -self.most_tokens :]
         with torch.inference_mode():
-            out = self.model(ids.to(self.model.device), output_hidden_states=True, logits_to_keep=1)
+            out = self.decoder(ids.to(self.decoder.device), output_hidden_states=True)
         return out.hidden_states[self.layer][0].float().mean(dim=0).cpu().numpy().astype(float)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demand import Execution, Unit, bimodal_mix
+from demand import Execution, PendingCall, Unit, bimodal_mix
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +64,22 @@ def test_the_record_says_how_it_was_made(name):
     record = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert record["environment"]["commit"]
     assert record["configuration"]["load"] == 0.9
+
+
+def test_a_small_model_reads_the_prompt(examples):
+    """The embedding is that of the whole model, of which half is left out."""
+    import torch
+    from models import load
+    from prompt_embedding import Embedder, EmbeddingPredictor
+
+    embed = Embedder("reference")
+    prompts = [f"Q : where is number {n} ?" for n in range(12)]
+    model, tokenizer = load("reference")
+    with torch.inference_mode():
+        ids = tokenizer(prompts[3], return_tensors="pt").input_ids
+        layers = model(ids, output_hidden_states=True).hidden_states
+    middle = layers[model.config.num_hidden_layers // 2][0].mean(dim=0)
+    np.testing.assert_allclose(embed(prompts[3]), middle.numpy(), rtol=1e-5, atol=1e-6)
+    predictor = EmbeddingPredictor.fit(embed, prompts, [1.0 + n for n in range(12)])
+    told = predictor.predict(PendingCall("a", Unit("ask", "llm"), prompt=prompts[5]))
+    assert 1.0 < told.mean() < 12.0
