@@ -82,7 +82,8 @@ def simulate(
         servers: how many jobs are served at once.
         seed: of the number each job draws (`Job.lottery`), which only `RandomOrder` reads; under
             every other policy the run is the same for all seeds.
-        estimator: a `DemandEstimator`, or any other answer to how much is left.
+        estimator: a `DemandEstimator`, or any other answer to how much is left. It is asked, and
+            does not learn from the jobs that end.
         predictor: what says it from a call before its first token.
 
     Raises:
