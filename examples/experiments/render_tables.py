@@ -16,6 +16,7 @@ import attained
 import claims
 import demand_tables
 import hermes_samples
+import learning_loop
 import link_accuracy
 import past_trained_length
 import predictors
@@ -169,7 +170,10 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "estimator": [demand_tables.estimator],
         "refinement": [lambda found: refinement.markdown(found["results"])],
     },
-    "docs/learning.md": {"predictors": [predictors.markdown]},
+    "docs/learning.md": {
+        "learning_loop": [learning_loop.markdown],
+        "predictors": [predictors.markdown],
+    },
     "docs/scheduling.md": {
         "attained": [attained.markdown],
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demand import Execution, PendingCall, Unit, bimodal_mix
+from demand import Execution, PendingCall, Unit, bimodal_mix, hermes_mix
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,9 +16,10 @@ def examples(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "experiments"))
     import attained
+    import learning_loop
     import predictors
 
-    return predictors, attained
+    return predictors, attained, learning_loop
 
 
 def asked(predictors, n, seed=0):
@@ -30,7 +31,7 @@ def asked(predictors, n, seed=0):
 
 
 def test_an_embedding_that_tells_all_closes_the_gap(examples):
-    predictors, _ = examples
+    predictors, *_ = examples
 
     def embed(prompt):
         return np.array([np.log(float(prompt)), 1.0])
@@ -48,7 +49,7 @@ def test_an_embedding_that_tells_all_closes_the_gap(examples):
 
 
 def test_policies_that_know_nothing_are_compared(examples):
-    _, attained = examples
+    _, attained, _ = examples
     found = attained.experiment(
         lambda jobs, seed: bimodal_mix(load=0.9, jobs=jobs, seed=seed), 60, 2
     )
@@ -59,7 +60,20 @@ def test_policies_that_know_nothing_are_compared(examples):
     assert text.count("\n| ") == len(found) + 2
 
 
-@pytest.mark.parametrize("name", ["predictors", "attained"])
+def test_who_starts_from_nothing_has_learned_by_the_end(examples):
+    *_, learning_loop = examples
+    found = learning_loop.experiment([hermes_mix(load=0.9, jobs=120, seed=seed) for seed in (0, 1)])
+    learning, knowing, las = (
+        found[name]
+        for name in ("Gittins, learning from nothing", "Gittins, graphs from the start", "LAS")
+    )
+    assert learning[-1][0] < las[-1][0]
+    assert learning[3][0] < 1.3 * knowing[3][0]
+    text = learning_loop.markdown({"configuration": {"jobs": 120, "seeds": 2}, "results": found})
+    assert text.count("\n| ") == len(found) + 1
+
+
+@pytest.mark.parametrize("name", ["predictors", "attained", "learning_loop"])
 def test_the_record_says_how_it_was_made(name):
     record = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     assert record["environment"]["commit"]
