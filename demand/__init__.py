@@ -11,10 +11,14 @@ first. `demand.traces` reads what others recorded; `demand.integrations` has the
 inside transformers and vLLM. All times are seconds, all ranks are smaller-first. Needs numpy alone.
 """
 
+from typing import Any
+
+from demand.arguments import moved_attribute
 from demand.compare import compare
 from demand.comparison import Comparison
 from demand.distribution.distribution import Distribution
-from demand.distribution.rank import gittins_brute_force, gittins_rank
+from demand.distribution.rank import gittins_brute_force as _gittins_brute_force
+from demand.distribution.rank import gittins_rank
 from demand.distribution.rank_table import RankTable, rank_many
 from demand.errors import DemandError
 from demand.graph.drift import DriftReport, drift
@@ -24,12 +28,14 @@ from demand.policies import (
     EDF,
     FCFS,
     LAS,
+    MLFQ,
     NEVER_SEEN,
     SERPT,
     VTC,
     Aging,
     ClassMean,
     DeadlineMix,
+    DecayingLAS,
     Gittins,
     Hysteresis,
     Job,
@@ -37,23 +43,26 @@ from demand.policies import (
     Oracle,
     Policy,
     PriorityClasses,
-    Quantum,
     RandomOrder,
     RequestFCFS,
+    TimeSlice,
     VirtualTime,
-    known_of,
 )
+from demand.policies import known_of as _known_of
 from demand.prewarm import CallbackBackend, CostAwarePlanner, Prewarming, PrewarmPlanner
 from demand.refine import (
     CurrentUnit,
     NearestRuns,
     NoRefinement,
     PearsonFilter,
+    PendingCall,
+    Predictor,
     ProgressRegression,
+    PromptRegression,
     Refinement,
     WholeRuns,
 )
-from demand.refine.calibration import CalibrationReport, calibrate
+from demand.refine.calibration import CalibrationReport, calibrate, calibrate_calls
 from demand.refine.estimator import DemandEstimator
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.simulation.job_maker import JobMaker
@@ -83,6 +92,18 @@ from demand.workloads import (
     with_deadlines,
 )
 
+_MOVED: dict[str, tuple[str, Any]] = {
+    "Quantum": ("demand.TimeSlice", TimeSlice),
+    "gittins_brute_force": ("demand.distribution.rank.gittins_brute_force", _gittins_brute_force),
+    "known_of": ("demand.policies.known_of", _known_of),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of before, for one release."""
+    return moved_attribute(__name__, name, _MOVED)
+
+
 __all__ = [
     # learn an application from its runs
     "PDGraph",
@@ -102,16 +123,18 @@ __all__ = [
     "ProgressRegression",
     "NearestRuns",
     "DemandEstimator",
+    "Predictor",
+    "PendingCall",
+    "PromptRegression",
     "CalibrationReport",
     "calibrate",
+    "calibrate_calls",
     # distributions of seconds, and their ranks
     "Distribution",
     "RankTable",
     "rank_many",
     "gittins_rank",
-    "gittins_brute_force",
     "NEVER_SEEN",
-    "known_of",
     # policies
     "Policy",
     "Job",
@@ -119,6 +142,8 @@ __all__ = [
     "FCFS",
     "RandomOrder",
     "LAS",
+    "DecayingLAS",
+    "MLFQ",
     "ClassMean",
     "SERPT",
     "Gittins",
@@ -130,7 +155,7 @@ __all__ = [
     "Oracle",
     # policies around policies
     "Aging",
-    "Quantum",
+    "TimeSlice",
     "Hysteresis",
     "PriorityClasses",
     # simulate a queue

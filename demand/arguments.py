@@ -155,6 +155,31 @@ def warn_renamed(function: str, old: str, new: str) -> None:
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
+def warn_renamed_method(owner: str, old: str, new: str) -> None:
+    """Say to who called `old` of `owner` that it is now `new`."""
+    message = f"{owner}.{old} is now {owner}.{new}; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+def moved_attribute(module: str, name: str, moved: Mapping[str, tuple[str, Any]]) -> Any:
+    """What a module's `__getattr__` gives for a name that it has no more, with a warning.
+
+    Args:
+        module: its name.
+        name: what was asked for.
+        moved: by old name, where it stands now ("demand.TimeSlice") and what it is.
+
+    Raises:
+        AttributeError: a name that it never had.
+    """
+    if name not in moved:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    place, found = moved[name]
+    message = f"{module}.{name} is now {place}; the old name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return found
+
+
 def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
     """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning."""
 

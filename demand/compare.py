@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.arguments import check_callable, check_instance, whole_number
+from demand.arguments import check_callable, check_instance, renamed_keyword, whole_number
 from demand.comparison import Comparison
 from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
 from demand.policies.fcfs import FCFS
 from demand.refine.base import Refine
+from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
 from demand.simulation.queue.simulate import simulate
 from demand.simulation.result import Result
@@ -68,6 +69,7 @@ HIGHER_IS_BETTER = frozenset({"jain", "deadline_hits"})
 REFERENCE = "FCFS"
 
 
+@renamed_keyword("refine", "estimator")
 def compare(
     workload: Callable[..., Workload | ClosedLoop],
     policies: Sequence[Policy] | Mapping[str, Policy],
@@ -75,7 +77,8 @@ def compare(
     *,
     servers: int = 1,
     engine: Engine | None = None,
-    refine: Refine | None = None,
+    estimator: Refine | None = None,
+    predictor: Predictor | None = None,
     also: Sequence[str] = (),
     progress: bool = True,
     seed: int = 0,
@@ -95,7 +98,9 @@ def compare(
         seeds: at least two, of the workloads and of what `RandomOrder` draws.
         servers: how many jobs are served at once, by `simulate`.
         engine: serves the runs of the jobs in batches instead, by `simulate_engine`.
-        refine: a `DemandEstimator`, or any other answer to how much is left, for all arms alike.
+        estimator: a `DemandEstimator`, or any other answer to how much is left, for all arms alike.
+        predictor: what says it from a call before its first token, for all arms; not with an
+            engine.
         also: what to measure besides `METRICS`, of `FURTHER`, and of `FURTHER_OF_ENGINE` where
             there is an engine.
         progress: whether to show a bar, where tqdm is installed.
@@ -124,12 +129,16 @@ def compare(
                 f"servers is {servers} and an engine is given, which serves by its own limits: "
                 "give Engine(max_requests=...), or servers alone"
             )
+        if predictor is not None:
+            raise DemandError(
+                "a predictor and an engine are given, and simulate_engine asks none; drop one"
+            )
     metrics = _metrics(also, engine)
 
     def run(jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
         if engine is None:
-            return simulate(jobs, policy, servers, seed, refine)
-        return simulate_engine(jobs, policy, engine, refine=refine, seed=seed)
+            return simulate(jobs, policy, servers, seed, estimator, predictor)
+        return simulate_engine(jobs, policy, engine, estimator=estimator, seed=seed)
 
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""
@@ -151,7 +160,8 @@ def compare(
         "seeds": list(drawn_by),
         "servers": servers if engine is None else None,
         "engine": None if engine is None else dataclasses.asdict(engine),
-        "refine": None if refine is None else repr(refine),
+        "estimator": None if estimator is None else repr(estimator),
+        "predictor": None if predictor is None else repr(predictor),
         "seed": seed,
     }
     return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)

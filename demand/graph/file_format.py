@@ -3,10 +3,10 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from demand.errors import DemandError
 from demand.graph.given_units import GivenUnit, check_given
@@ -14,6 +14,8 @@ from demand.units import CostModel, Execution, Unit
 
 FORMAT = "demand.PDGraph"
 VERSION = 2
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,24 @@ class GraphRecord:
 
 
 def write_graph(path: str | os.PathLike[str], record: GraphRecord) -> None:
-    """Write `record` to `path`, in one step as far as readers can see.
+    """Write `record` to `path`, in one step as far as readers can see."""
+    write_document(path, graph_document(record))
 
-    The file lists the units by name and kind, then either `runs`, oldest first, with a row
+
+def read_graph(path: str | os.PathLike[str]) -> GraphRecord:
+    """Read what `write_graph` wrote, checking every entry.
+
+    Raises:
+        DemandError: the file is not such a document, with what is wrong and where.
+        FileNotFoundError: no file at `path`.
+    """
+    return graph_record(path, read_document(path, "PDGraph.save"))
+
+
+def graph_document(record: GraphRecord) -> dict[str, Any]:
+    """`record` as a JSON object.
+
+    It lists the units by name and kind, then either `runs`, oldest first, with a row
     [position of the unit, input_tokens, output_tokens, parallelism, seconds,
     longest_output_tokens, longest_seconds] for each execution; or `given`, with such rows and the
     successors of each unit in turn, and `entries`. Tokens and seconds are per call; null: not
@@ -61,6 +78,25 @@ def write_graph(path: str | os.PathLike[str], record: GraphRecord) -> None:
         ]
     else:
         document["runs"] = [[_row(number, execution) for execution in run] for run in record.runs]
+    return document
+
+
+def graph_record(path: str | os.PathLike[str], document: object) -> GraphRecord:
+    """What `graph_document` made an object of, checking every entry.
+
+    Args:
+        path: of the file that `document` was in, for errors.
+        document: what was read.
+
+    Raises:
+        DemandError: it is not such a document, with what is wrong and where.
+    """
+    checked = check_format(path, document, FORMAT, VERSION, "PDGraph.save")
+    return undamaged(path, lambda: _record(checked))
+
+
+def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write JSON to `path` in one step: a reader sees the old file or the new, never half."""
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -74,30 +110,45 @@ def write_graph(path: str | os.PathLike[str], record: GraphRecord) -> None:
         raise
 
 
-def read_graph(path: str | os.PathLike[str]) -> GraphRecord:
-    """Read what `write_graph` wrote, checking every entry.
+def read_document(path: str | os.PathLike[str], writer: str) -> object:
+    """The JSON at `path`.
+
+    Args:
+        path: of the file.
+        writer: what writes such files, for errors.
 
     Raises:
-        DemandError: the file is not such a document, with what is wrong and where.
+        DemandError: it is not JSON.
         FileNotFoundError: no file at `path`.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # too deep, too long an integer, not UTF-8
-        message = f"{path} is not JSON ({error}); expected a file that PDGraph.save wrote"
+        message = f"{path} is not JSON ({error}); expected a file that {writer} wrote"
         raise DemandError(message) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DemandError(f"{path} is not a {FORMAT} file; expected one that PDGraph.save wrote")
-    if document.get("version") != VERSION:
+
+
+def check_format(
+    path: str | os.PathLike[str], document: object, kind: str, version: int, writer: str
+) -> dict[str, Any]:
+    """`document`, which is an object of this kind and version, or `DemandError`."""
+    if not isinstance(document, dict) or document.get("format") != kind:
+        raise DemandError(f"{path} is not a {kind} file; expected one that {writer} wrote")
+    if document.get("version") != version:
         raise DemandError(
             f"{path} has format version {document.get('version')!r}; this package reads version "
-            f"{VERSION}: save the graph again with a matching package"
+            f"{version}: save it again with a matching package"
         )
+    return document
+
+
+def undamaged(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:
+    """What `read` gives; what it stumbles over in the document at `path` becomes `DemandError`."""
     try:
-        return _record(document)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return read()
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise DemandError(
-            f"{path} is damaged: {type(error).__name__}: {error}; save the graph again"
+            f"{path} is damaged: {type(error).__name__}: {error}; save it again"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -13,7 +13,9 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
 from demand.graph.given_units import GivenUnit, check_given, given_arrays
-from demand.graph.run_columns import RunColumns, decayed
+from demand.graph.kinds import check_kind
+from demand.graph.run_columns import RunArrays, RunColumns, decayed
+from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats, one_number
 from demand.units import (
@@ -80,10 +82,14 @@ class PDGraph:
         self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.half_life_runs = half_life_runs
         self._runs: deque[Run] = deque(maxlen=self.window)
+        self._run_arrays: deque[RunArrays] = deque(maxlen=self.window)
+        self._observed = 0
+        self._executed: Counter[str] = Counter()  # of the remembered runs, by unit
         self._kinds: dict[str, Unit] = {}  # every unit ever seen
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
         self._columns: RunColumns | None = None  # made at the first need after a change
         self._arrays: dict[ParallelCalls, WalkArrays] = {}
+        self._table: WalkTable | None = None  # of the last question
 
     @classmethod
     def fit(
@@ -161,16 +167,33 @@ class PDGraph:
             raise DemandError("the run is empty; pass the units it executed, in order")
         kinds = dict(self._kinds)
         for execution in executed:
-            unit = execution.unit
-            if kinds.setdefault(unit.name, unit) != unit:
-                raise DemandError(
-                    f"unit {unit.name!r} is of kind {unit.kind!r} here and of kind "
-                    f"{kinds[unit.name].kind!r} before; give the two different names"
-                )
+            kinds.setdefault(execution.unit.name, execution.unit)
+            check_kind(execution.unit, kinds)
         self._kinds = kinds
+        if len(self._runs) == self.window:
+            self._executed -= Counter(execution.unit.name for execution in self._runs[0])
+        self._executed.update(execution.unit.name for execution in executed)
         self._runs.append(executed)
-        self._columns = None
-        self._arrays = {}
+        numbers = {name: number for number, name in enumerate(kinds)}
+        self._run_arrays.append(RunArrays.of(executed, numbers, self.cost))
+        self._observed += 1
+        self._columns, self._arrays, self._table = None, {}, None
+
+    def check_unit(self, unit: Unit) -> None:
+        """Raise `DemandError` if a unit of this name was of another kind before."""
+        check_kind(unit, self._kinds)
+
+    @property
+    def observed(self) -> int:
+        """Runs ever observed, those that are forgotten included."""
+        return self._observed
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Names of the units of the remembered runs, or of those given."""
+        if self._given is not None:
+            return frozenset(given.unit.name for given in self._given[0])
+        return frozenset(self._executed)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -218,7 +241,7 @@ class PDGraph:
                 "fit one to `draw_runs` of it"
             )
         if self._columns is None:
-            self._columns = RunColumns.of(self._runs, self.cost)
+            self._columns = RunColumns.of(self._run_arrays, tuple(self._kinds.values()))
         return self._columns
 
     def run_weights(self) -> Floats:
@@ -266,6 +289,9 @@ class PDGraph:
     ) -> Distribution:
         """Distribution of the seconds an application still needs, by Monte Carlo.
 
+        The walks ahead of the present unit are drawn once and serve the next questions, too;
+        `WalkTable` says why an answer is as good as one by walks of its own.
+
         Args:
             progress: where it stands; `None` is before its first unit. The sample of the current
                 unit is conditioned on exceeding what was received; when no sample does, the rest
@@ -283,11 +309,13 @@ class PDGraph:
         """
         progress = Progress() if progress is None else instance_of("progress", progress, Progress)
         walks = whole_number("walks", walks, least=1)
-        rng = np.random.default_rng(whole_number("seed", seed, least=0))
+        seed = whole_number("seed", seed, least=0)
+        most = whole_number("max_units", max_units, least=0)
         arrays = self.walk_arrays(parallel_calls)
         first = arrays.first_draws(progress, parallel_calls)
-        most = whole_number("max_units", max_units, least=0)
-        return Distribution(arrays.walk(first, rng, walks, most))
+        if self._table is None or not self._table.answers(arrays, walks, seed, most):
+            self._table = WalkTable(arrays, walks, seed, most)
+        return Distribution(self._table.totals(first))
 
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
         """Draw `n` runs by random walks over the samples, for workloads and tests.
@@ -318,8 +346,7 @@ class PDGraph:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph to `path` as JSON; a reader sees the old file or the new, never half."""
-        settings = (self.name, self.window, self.cost, self.half_life_runs)
-        write_graph(path, GraphRecord(*settings, self.runs, *(self._given or ((), {}))))
+        write_graph(path, self.record())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PDGraph":
@@ -329,7 +356,16 @@ class PDGraph:
             DemandError: not such a file, another format version, or a broken entry.
             FileNotFoundError: no file at `path`.
         """
-        record = read_graph(path)
+        return cls.of_record(read_graph(path))
+
+    def record(self) -> GraphRecord:
+        """All that is saved of the graph."""
+        settings = (self.name, self.window, self.cost, self.half_life_runs)
+        return GraphRecord(*settings, self.runs, *(self._given or ((), {})))
+
+    @classmethod
+    def of_record(cls, record: GraphRecord) -> "PDGraph":
+        """The graph of which `record` was taken."""
         if record.given:
             return cls.from_units(record.given, record.entries, name=record.name, cost=record.cost)
         graph = cls(record.name, record.window, record.cost, record.half_life_runs)

@@ -1,7 +1,8 @@
 """The runs that a graph remembers, as arrays: what walks, refinements and drift tests read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,36 @@ def decayed(ages: Ints, half_life_runs: float) -> Floats:
     return np.exp2(-np.minimum(ages / half_life_runs, 1000.0))
 
 
+class RunArrays(NamedTuple):
+    """One run as arrays, made when it is observed.
+
+    Attributes:
+        unit: `[n]` number of the unit of each execution, as its graph counts them.
+        attributes: `[n, 4]`, by `ATTRIBUTES`.
+        seconds: `[n]` of each execution, for "sum" and for "critical_path".
+    """
+
+    unit: Ints
+    attributes: Floats
+    seconds: Mapping[ParallelCalls, Floats]
+
+    @classmethod
+    def of(
+        cls, run: Sequence[Execution], numbers: Mapping[str, int], cost: CostModel
+    ) -> "RunArrays":
+        """The arrays of a run of at least one execution, its units numbered by name."""
+        seconds: dict[ParallelCalls, Floats] = {
+            parallel_calls: np.array([cost.seconds(execution, parallel_calls) for execution in run])
+            for parallel_calls in PARALLEL_CALLS
+        }
+        tokens = [(e.input_tokens, e.output_tokens, e.parallelism) for e in run]
+        return cls(
+            np.array([numbers[execution.unit.name] for execution in run], dtype=np.int64),
+            np.column_stack([np.array(tokens, dtype=np.float64), seconds["sum"]]),
+            seconds,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class RunColumns:
     """Executions of all remembered runs end to end, oldest run first.
@@ -47,24 +78,28 @@ class RunColumns:
     seconds: Mapping[ParallelCalls, Floats]
 
     @classmethod
-    def of(cls, runs: Sequence[Sequence[Execution]], cost: CostModel) -> "RunColumns":
-        """The columns of `runs`, each of at least one execution."""
-        flat = [execution for run in runs for execution in run]
-        units = dict.fromkeys(execution.unit for execution in flat)
-        number = {unit: position for position, unit in enumerate(units)}
-        seconds: dict[ParallelCalls, Floats] = {
-            parallel_calls: np.array(
-                [cost.seconds(execution, parallel_calls) for execution in flat]
-            )
-            for parallel_calls in PARALLEL_CALLS
-        }
-        tokens = [(e.input_tokens, e.output_tokens, e.parallelism) for e in flat]
+    def of(cls, runs: Iterable[RunArrays], numbered: Sequence[Unit]) -> "RunColumns":
+        """The arrays of at least one run end to end.
+
+        Args:
+            runs: oldest first.
+            numbered: the units by the numbers that `runs` give them, and maybe others.
+        """
+        runs = list(runs)
+        unit = np.concatenate([run.unit for run in runs])
+        numbers, first = np.unique(unit, return_index=True)
+        numbers = numbers[np.argsort(first)]
+        position = np.zeros(len(numbered), dtype=np.int64)
+        position[numbers] = np.arange(numbers.size)
         return cls(
-            tuple(units),
-            np.array([number[execution.unit] for execution in flat], dtype=np.int64),
-            np.cumsum([0, *map(len, runs)]),
-            np.column_stack([np.array(tokens, dtype=np.float64), seconds["sum"]]),
-            seconds,
+            tuple(numbered[number] for number in numbers),
+            position[unit],
+            np.cumsum([0, *(run.unit.size for run in runs)]),
+            np.concatenate([run.attributes for run in runs]),
+            {
+                parallel_calls: np.concatenate([run.seconds[parallel_calls] for run in runs])
+                for parallel_calls in PARALLEL_CALLS
+            },
         )
 
     @property

@@ -62,6 +62,11 @@ class WalkArrays:
     weights: Floats | None = None
 
     @cached_property
+    def sizes(self) -> Ints:
+        """`[nodes]` samples of each node."""
+        return np.diff(self.offsets)
+
+    @cached_property
     def cumulative(self) -> Floats:
         """`[n + 1]` running sum of the weights, from which samples are drawn by bisection."""
         assert self.weights is not None
@@ -227,11 +232,16 @@ class WalkArrays:
         """
         total, at = first.draw(rng, walks)
         walking = np.flatnonzero(at)
+        here = at[walking]
         for _ in range(steps):
             if not walking.size:
                 break
-            self.step(total, at, walking, rng)
-            walking = walking[at[walking] != 0]
+            drawn = self._draw(here, rng)
+            total[walking] += self.seconds[drawn]
+            here = self.successors[drawn]
+            if not here.all():
+                going = here != 0
+                walking, here = walking[going], here[going]
         check_over(walking, walks, steps)
         return total
 
@@ -263,7 +273,7 @@ class WalkArrays:
         """A sample of each node of `here`, by position in `seconds`."""
         first = self.offsets[here]
         if self.weights is None:
-            return first + rng.integers(self.offsets[here + 1] - first)
+            return first + rng.integers(self.sizes[here])
         cumulative = self.cumulative
         low, high = cumulative[first], cumulative[self.offsets[here + 1]]
         drawn = np.searchsorted(cumulative, low + rng.random(here.size) * (high - low), "right") - 1

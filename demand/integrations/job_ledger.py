@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict, final
 
-from demand.arguments import check_instance, whole_number
+from demand.arguments import check_instance, instance_of, whole_number
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import known_of
 from demand.errors import DemandError
+from demand.integrations.learning import LearningLoop
 from demand.policies.base import Policy, Rank, check_policy, rank_of
 from demand.policies.job import Job
+from demand.refine.estimator import DemandEstimator
+from demand.refine.predictor import Predictor
 from demand.seconds import check_seconds, one_number, one_of_seconds
-from demand.units import CostModel
+from demand.units import CostModel, Execution
 
 
 class JobDetails(TypedDict, total=False):
@@ -51,16 +54,40 @@ class JobLedger:
             Jobs of any other application are ranked by attained service, and a warning names the
             application once.
         seed: of the random number that each job draws on arrival (`Job.lottery`).
+        estimator: says instead what is known of a job, at its arrival and at each of its calls, and
+            learns from the jobs that end; `None` for none. An application that it has seen no run
+            of is ranked by attained service, without a warning: it is about to learn.
+        predictor: says what is left of a job as it submits a call; `None` for none.
+        cost: seconds of service that a token stands for, as the adapter counts them; `None` for
+            that of the estimator, or `CostModel()`.
 
     Raises:
         DemandError: a `policy` that is no policy, `distributions` that are no mapping to
-            distributions, or a seed that is no whole number.
+            distributions, or a seed that is no whole number; distributions beside an estimator;
+            and what `LearningLoop` refuses.
+
+    Attributes:
+        policy: as given.
+        cost: seconds of service that a token stands for.
+        loop: is told of the calls of the jobs.
     """
 
     def __init__(
-        self, policy: Policy, distributions: Mapping[str, Distribution], seed: int = 0
+        self,
+        policy: Policy,
+        distributions: Mapping[str, Distribution],
+        seed: int = 0,
+        *,
+        estimator: DemandEstimator | None = None,
+        predictor: Predictor | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         check_policy("policy", policy)
+        if estimator is not None and distributions:
+            raise DemandError(
+                f"there are distributions of {sorted(distributions)} beside an estimator, which "
+                "says what is known of every application; give one of them"
+            )
         check_instance(
             "distributions",
             distributions,
@@ -71,10 +98,12 @@ class JobLedger:
             _check_text("name of an application in distributions", name)
             _check_distribution(f"distribution of {name!r}", known)
         self.policy = policy
+        self.cost = cost_of(cost, estimator)
         self._distributions = {**distributions}
         self._tables = {name: policy.table(known) for name, known in distributions.items()}
         self._lottery = random.Random(whole_number("seed", seed))
         self._state = policy.new_state()
+        self.loop = LearningLoop(estimator, predictor, self.cost, self.expect)
         self._opened = 0
         self._now = -math.inf
 
@@ -124,10 +153,7 @@ class JobLedger:
         ):
             if not good:
                 raise DemandError(f"{name} of a job is {value!r}; expected {expected}")
-        if application not in self._tables:
-            known = known_of(application, self._distributions)
-            self._distributions[application] = known
-            self._tables[application] = self.policy.table(known)
+        self._know(application)
         now = self._at(now)
         job = Job(
             self._opened,
@@ -150,7 +176,19 @@ class JobLedger:
             self.policy.departed(job, now)
             raise
         self._opened += 1
+        self.loop.opened(job)
         return job
+
+    def _know(self, application: str) -> None:
+        """Look up what is known of `application`, and make its table where that is new."""
+        learned = self.loop.known(application)
+        if learned is None:
+            if application in self._tables:
+                return
+            learned = known_of(application, self._distributions)
+        if learned is not self._distributions.get(application):
+            self._distributions[application] = learned
+            self._tables[application] = self.policy.table(learned)
 
     def rank(self, job: Job, now: float) -> Rank:
         """Rank of `job` at second `now`: the smallest is served first, ties by `job.index`.
@@ -163,6 +201,31 @@ class JobLedger:
     def request(self, job: Job, now: float) -> None:
         """Note that `job` submits a request at second `now` (`Job.requested`)."""
         job.requested = self._at(now)
+
+    def record(self, job: Job, execution: Execution, now: float) -> None:
+        """Count the service of an execution elsewhere, such as that of a tool, and record it.
+
+        Raises:
+            DemandError: what is no execution, or of a unit that was of another kind before.
+        """
+        seconds = self.cost.seconds(execution)
+        self.loop.check_unit(job.application, execution.unit)
+        self.serve(job, seconds, now)
+        self.loop.add(job, execution)
+
+    def serve_elsewhere(self, job: Job, seconds: float, now: float) -> None:
+        """Count `seconds` of service that `job` received elsewhere, in nobody knows what unit.
+
+        Raises:
+            DemandError: seconds that are no number, negative or not finite; an estimator, which
+                would learn of runs that lack them.
+        """
+        if self.loop.learns:
+            raise DemandError(
+                "seconds of service without a unit cannot be learned from; with an estimator, give "
+                'an execution to record: Execution(Unit("search", "tool"), seconds=2.0)'
+            )
+        self.serve(job, seconds, now)
 
     def start(self, job: Job) -> None:
         """Note that `job` is being served from here on. No effect if it is already."""
@@ -184,25 +247,43 @@ class JobLedger:
         """Note that `job` is no longer being served."""
         job.running = False
 
-    def learn(self, job: Job, remaining: Distribution) -> None:
+    def expect(self, job: Job, remaining: Distribution) -> None:
         """Take in the distribution of the seconds that `job` still needs, as its progress tells it.
 
         Raises:
             DemandError: something that is no distribution.
         """
         _check_distribution("remaining", remaining)
-        job.learn(remaining, self.policy.table(remaining))
+        job.expect(remaining, self.policy.table(remaining))
 
-    def close(self, job: Job, now: float) -> None:
-        """Let `job` depart at second `now`: its application is over."""
+    def close(self, job: Job, now: float, whole: bool = True) -> None:
+        """Let `job` depart at second `now`: its application is over.
+
+        Args:
+            job: to depart.
+            now: second on the clock.
+            whole: whether it came to its end by itself, so that its run may be learned from.
+        """
         self.stop(job)
         self.policy.departed(job, self._at(now))
+        self.loop.closed(job, whole)
 
     def _at(self, now: float) -> float:
         if not math.isfinite(now):
             raise DemandError(f"the clock says {now}; expected finite seconds")
         self._now = max(self._now, now)
         return self._now
+
+
+def cost_of(cost: CostModel | None, estimator: DemandEstimator | None) -> CostModel:
+    """The cost model of an adapter: as given, or that of the estimator, or the default.
+
+    Raises:
+        DemandError: what is no cost model.
+    """
+    if cost is None:
+        return estimator.cost if isinstance(estimator, DemandEstimator) else CostModel()
+    return instance_of("cost", cost, CostModel)
 
 
 def _check_text(name: str, value: object) -> None:

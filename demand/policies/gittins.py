@@ -28,7 +28,7 @@ class Gittins(Policy):
     Preemption at no cost is the assumption. Where an engine recomputes the KV of whom it displaces
     (vLLM with `make_scheduler`, `Engine(preemption="recompute")`), ranks that move with every
     sample a job outlives make jobs take turns, and on a mix without labels the mean is several
-    times that of FCFS. Wrap it, `Quantum(Gittins(), 100.0)`, or let nobody be displaced
+    times that of FCFS. Wrap it, `TimeSlice(Gittins(), 100.0)`, or let nobody be displaced
     (`preemption="none"`); docs/engine.md has the figures.
 
     Args:

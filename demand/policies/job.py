@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from demand.arguments import instance_of
+from demand.arguments import instance_of, warn_renamed_method
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.seconds import one_number
@@ -64,7 +64,7 @@ class Service:
             attained = below
         return attained
 
-    def learn(self, remaining: Distribution, table: Any) -> None:
+    def expect(self, remaining: Distribution, table: Any) -> None:
         """Take in what its progress says: the distribution of its demand from here on.
 
         For the scheduler. A distribution that is `extrapolated` says nothing: what was known stays
@@ -75,6 +75,11 @@ class Service:
             return
         self.distribution, self.table = remaining, table
         self.known_at = self.attained_service
+
+    def learn(self, remaining: Distribution, table: Any) -> None:
+        """The old name of `expect`."""
+        warn_renamed_method("Job", "learn", "expect")
+        self.expect(remaining, table)
 
 
 @dataclass(slots=True, eq=False)

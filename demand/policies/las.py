@@ -27,7 +27,7 @@ class LAS(Policy):
 
     Each end of a quantum can displace a job. Where an engine recomputes the KV of whom it displaces
     (vLLM with `make_scheduler`, `Engine(preemption="recompute")`) short quanta cost more than they
-    gain: take a longer one, wrap it, `Quantum(LAS(20.0), 100.0)`, or let nobody be displaced
+    gain: take a longer one, wrap it, `TimeSlice(LAS(20.0), 100.0)`, or let nobody be displaced
     (`preemption="none"`); docs/engine.md has the figures.
 
     Args:

@@ -20,8 +20,8 @@ class SERPT(Policy):
     `Engine(preemption="recompute")`), as it is: where demands of one application differ widely, its
     ranks rise and fall with every sample that a job outlives, jobs take turns, and each turn is a
     prefill. On a mix without labels that is tens of times the mean of FCFS. Wrap it,
-    `Quantum(SERPT(), 100.0)`, or let nobody be displaced (`preemption="none"`); docs/engine.md has
-    the figures.
+    `TimeSlice(SERPT(), 100.0)`, or let nobody be displaced (`preemption="none"`); docs/engine.md
+    has the figures.
     """
 
     @override

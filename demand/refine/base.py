@@ -6,6 +6,7 @@ from collections.abc import Callable
 from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
+from demand.refine.predictor import PendingCall
 from demand.units import CostModel, ParallelCalls, Progress
 
 Refine = Callable[[str, Progress], Distribution]
@@ -27,6 +28,13 @@ class Refined(ABC):
         Raises:
             DemandError: a unit that the graph does not know.
         """
+
+    def predict(self, call: PendingCall) -> Distribution:
+        """The same for an application that is about to make `call`, which is included.
+
+        `remaining(call.progress)` here: most refinements do not look at what comes.
+        """
+        return self.remaining(call.progress)
 
 
 class Refinement(ABC):

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.arguments import check_callable, instance_of, renamed_keyword, whole_number
+from demand.arguments import (
+    check_callable,
+    check_instance,
+    instance_of,
+    renamed_keyword,
+    whole_number,
+)
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.plotting import axes
+from demand.refine.predictor import PendingCall, Predictor
 from demand.seconds import Floats, one_of_seconds
 from demand.units import CostModel, Execution, ParallelCalls, Progress, check_run
 
@@ -150,26 +157,92 @@ def calibrate(
         DemandError: no run reaches any of the points, or a unit the graph does not know.
     """
     check_callable("predict", predict, "a function such as refinement.fit(graph).remaining")
+
+    def ask(number: int, units: int) -> Distribution:
+        return predict(Progress(executed=checked[number][:units]))
+
+    checked = _checked(runs)
+    return _report(ask, checked, after_units, cost, parallel_calls, seed)
+
+
+def calibrate_calls(
+    predictor: Predictor,
+    application: str,
+    runs: Sequence[Sequence[Execution]],
+    after_units: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
+    *,
+    prompts: Sequence[Sequence[str]] | None = None,
+    cost: CostModel | None = None,
+    parallel_calls: ParallelCalls = "sum",
+    seed: int = 0,
+) -> CalibrationReport:
+    """Ask a predictor before calls of held-out runs, and compare with what the runs still took.
+
+    As `calibrate`, at those progress points where the unit ahead is a call to a model.
+
+    Args:
+        predictor: what predicts, such as `refinement.fit(graph)` or a `DemandEstimator`; it must
+            not have seen `runs`.
+        application: whose runs they are.
+        runs: finished runs.
+        after_units: finished units at which to ask.
+        prompts: of each unit of each run, its prompt ("" for a unit that has none); `None` where
+            only their lengths are known.
+        cost: seconds of an execution, as in the graph.
+        parallel_calls: how parallel calls count, as in the predictor.
+        seed: of the randomised PIT.
+
+    Raises:
+        DemandError: no run makes a call at any of the points, other prompts than units, or what is
+            no predictor.
+    """
+    expected = "an object with a method predict(call), such as a DemandEstimator"
+    check_instance("predictor", predictor, Predictor, expected)
+    checked = _checked(runs)
+    if prompts is not None and [len(run) for run in checked] != [len(texts) for texts in prompts]:
+        raise DemandError("prompts are not as many as units; give one for each unit of each run")
+
+    def ask(number: int, units: int) -> Distribution | None:
+        run = checked[number]
+        if run[units].unit.kind != "llm":
+            return None
+        prompt = None if prompts is None else prompts[number][units]
+        return predictor.predict(PendingCall.of_run(application, run, units, prompt))
+
+    return _report(ask, checked, after_units, cost, parallel_calls, seed)
+
+
+def _checked(runs: Sequence[Sequence[Execution]]) -> list[tuple[Execution, ...]]:
     if not isinstance(runs, Iterable):
         raise DemandError(f"runs is {runs!r:.200}; expected a list of runs, each of executions")
+    return [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
+
+
+def _report(
+    ask: Callable[[int, int], Distribution | None],
+    runs: Sequence[tuple[Execution, ...]],
+    after_units: Sequence[int],
+    cost: CostModel | None,
+    parallel_calls: ParallelCalls,
+    seed: int,
+) -> CalibrationReport:
+    """Scores of what `ask` says of a run, by its number, after some units; `None` is not asked."""
     after_units = [whole_number("after_units", units, least=0) for units in after_units]
-    runs = [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
     rng = np.random.default_rng(whole_number("seed", seed, least=0))
     asked: list[tuple[int, list[tuple[float, ...]]]] = []
     for units in after_units:
         rows = []
-        for run in runs:
-            if len(run) > units:
+        for number, run in enumerate(runs):
+            if len(run) > units and (told := ask(number, units)) is not None:
                 left = cost.run_seconds(run[units:], parallel_calls)
-                told = predict(Progress(executed=run[:units]))
                 predicted = instance_of("what predict says", told, Distribution).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:
             asked.append((units, rows))
     if not asked:
         raise DemandError(
-            f"none of {len(runs)} runs has more units than {list(after_units)}; "
+            f"none of {len(runs)} runs has more units than {list(after_units)}, or a call there; "
             "ask at earlier points, or give longer runs"
         )
     everything = [row for _, rows in asked for row in rows]

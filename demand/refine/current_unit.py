@@ -1,18 +1,17 @@
 """A prediction from the unit at which the application stands, and nothing before it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
-import numpy as np
 from typing_extensions import override
 
 from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
-from demand.graph.walks import MAX_UNITS, Draws, WalkArrays
+from demand.graph.walk_table import WalkTable
+from demand.graph.walks import MAX_UNITS
 from demand.refine.base import Refined, Refinement
-from demand.units import END, START, ParallelCalls, Progress
+from demand.units import START, ParallelCalls, Progress
 
 
 @final
@@ -25,8 +24,9 @@ class CurrentUnit(Refinement):
     what the units before have shown. In a loop that makes it forget how often it went round.
 
     Args:
-        walks: random walks for each answer (1000 in the paper). Applications that have just
-            finished the same unit share one answer, which `fit` computes.
+        walks: random walks for each answer (1000 in the paper), drawn from each unit at the first
+            question that needs them (`WalkTable`). Applications that have just finished the same
+            unit share one answer.
         seed: of the walks.
     """
 
@@ -40,33 +40,25 @@ class CurrentUnit(Refinement):
     @override
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
-        """Walk from the start and from the end of each unit."""
+        """Take the samples of the graph; walks are drawn as they are needed."""
         instance_of("graph", graph, PDGraph)
         arrays = graph.walk_arrays(parallel_calls)
-        after = {
-            name: self.walk(arrays, arrays.finished(node))
-            for name, node in arrays.nodes.items()
-            if name != END
-        }
-        return _Walks(self, arrays, after, parallel_calls)
-
-    def walk(self, arrays: WalkArrays, first: Draws) -> Distribution:
-        """Seconds to the end by random walks over `arrays` whose first step draws from `first`."""
-        rng = np.random.default_rng(self.seed)
-        return Distribution(arrays.walk(first, rng, self.walks, MAX_UNITS))
+        return _Walks(WalkTable(arrays, self.walks, self.seed, MAX_UNITS), parallel_calls)
 
 
 @final
 @dataclass(frozen=True)
 class _Walks(Refined):
-    config: CurrentUnit
-    arrays: WalkArrays
-    after: Mapping[str, Distribution]
+    table: WalkTable
     parallel_calls: ParallelCalls
+    after: dict[str, Distribution] = field(default_factory=dict)  # by the unit that has finished
 
     @override
     def remaining(self, progress: Progress) -> Distribution:
-        first = self.arrays.first_draws(progress, self.parallel_calls)
-        if progress.current is None:
-            return self.after[progress.executed[-1].unit.name if progress.executed else START]
-        return self.config.walk(self.arrays, first)
+        first = self.table.arrays.first_draws(progress, self.parallel_calls)
+        if progress.current is not None:
+            return Distribution(self.table.totals(first))
+        last = progress.executed[-1].unit.name if progress.executed else START
+        if last not in self.after:
+            self.after[last] = Distribution(self.table.totals(first))
+        return self.after[last]

@@ -1,17 +1,29 @@
 """What a scheduler asks for the remaining demand of any application, known to it or not."""
 
+import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import NamedTuple, final
 
 from demand.arguments import instance_of, mapping_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.distribution.never_seen import unseen
+from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement, seconds_so_far
+from demand.refine.estimator_file import EstimatorRecord, read_estimator, write_estimator
 from demand.refine.no_refinement import NoRefinement
-from demand.units import CostModel, Execution, ParallelCalls, Progress, check_parallel_calls
+from demand.refine.predictor import PendingCall
+from demand.seconds import one_number
+from demand.units import (
+    CostModel,
+    Execution,
+    ParallelCalls,
+    Progress,
+    check_parallel_calls,
+)
 
 
 @final
@@ -23,23 +35,31 @@ class DemandEstimator:
 
     - an application without a finished run: nothing is known but the seconds it has received, so
       the answer is the doubling rule of `beyond_samples`, `extrapolated`, from which
-      `Job.learn` takes nothing: ranks follow attained service (least attained service first, in
+      `Job.expect` takes nothing: ranks follow attained service (least attained service first, in
       powers of two), for it and all others like it;
     - a unit that its graph has not seen: the units are left out of account, and the answer is
       that of `NoRefinement`.
 
-    Graphs keep learning through `observe`; what a refinement prepared is made anew at the next
-    question about that application.
+    Graphs keep learning through `observe`. What a refinement prepared from n runs is made anew at
+    the first question where more than `lag` n have been observed since, or where the graph knows
+    other units; with a half-life of h runs n is h at most. So an observation costs the work of its
+    own run and its share of a preparation. An answer rests on the runs as they were r <= lag n
+    observations ago. The empirical distribution of these gives no event a probability that differs
+    from that of all n + r runs by more than r / (n + r) <= lag / (1 + lag), the share of the runs
+    left out; where a full window has forgotten r meanwhile, by r / n <= lag; with a half-life
+    by the weight of the runs left out, (1 - 2^(-r / h)) / (1 - 2^(-(n + r) / h)) <= 2 ln(2) lag.
 
     Args:
         graphs: by application; they are taken over, and change with `observe`.
         refinement: asked where there is a graph and it knows all units.
         parallel_calls: how parallel calls count.
         cost: seconds of an execution, for applications without a graph.
+        lag: runs that an answer may leave out, over those that it rests on; 0 for none.
 
     Raises:
-        DemandError: an unknown way to count parallel calls, or what is no graph, refinement (a
-            class in place of an instance of it, for one) or cost model.
+        DemandError: a lag that is negative or not finite, an unknown way to count parallel calls,
+            or what is no graph, refinement (a class in place of an instance of it, for one) or
+            cost model.
 
     Attributes:
         fallbacks: questions answered by a fallback, by (application, reason); the reason is
@@ -53,8 +73,15 @@ class DemandEstimator:
         refinement: Refinement | None = None,
         parallel_calls: ParallelCalls = "sum",
         cost: CostModel | None = None,
+        lag: float = 0.125,
     ) -> None:
         check_parallel_calls(parallel_calls)
+        self.lag = one_number("lag", lag)
+        if not 0.0 <= self.lag < math.inf:
+            raise DemandError(
+                f"lag is {lag}; expected a share of the remembered runs, such as 0.125, or 0 to "
+                "answer from all of them"
+            )
         self.graphs = {
             name: instance_of(f"graph of {name!r}", graph, PDGraph)
             for name, graph in mapping_of("graphs", graphs, "a PDGraph by application").items()
@@ -67,7 +94,7 @@ class DemandEstimator:
         self.parallel_calls = parallel_calls
         self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.fallbacks: Counter[tuple[str, str]] = Counter()
-        self._refined: dict[tuple[str, Refinement], Refined] = {}
+        self._prepared: dict[tuple[str, Refinement], _Prepared] = {}
 
     @property
     def demand(self) -> ParallelCalls:
@@ -83,21 +110,46 @@ class DemandEstimator:
             DemandError: a progress that contradicts itself.
         """
         progress = Progress() if progress is None else instance_of("progress", progress, Progress)
-        graph = self.graphs.get(application)
-        if graph is None or not graph.units:
-            self.fallbacks[application, "application"] += 1
+        refined = self._refined(application, progress)
+        if refined is None:
             return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+        return refined.remaining(progress)
+
+    def predict(self, call: PendingCall) -> Distribution:
+        """The same from a call before its first token, included in what is predicted.
+
+        Only refinements that look at what comes say more than at the progress alone
+        (`PromptRegression`).
+        """
+        progress = instance_of("call", call, PendingCall).progress
+        refined = self._refined(call.application, progress, call.unit.name)
+        if refined is None:
+            return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+        return refined.predict(call)
+
+    def _refined(
+        self, application: str, progress: Progress, ahead: str | None = None
+    ) -> Refined | None:
+        """Whom to ask about `application` at `progress`; `None` where no run of it was seen."""
+        graph = self.graphs.get(application)
+        if graph is None or not (known := graph.known):
+            self.fallbacks[application, "application"] += 1
+            return None
         ran = {execution.unit.name for execution in progress.executed}
-        if progress.current is not None:
-            ran.add(progress.current)
+        ran |= {name for name in (progress.current, ahead) if name is not None}
         refinement = self.refinement
-        if not ran <= {unit.name for unit in graph.units}:
+        if not ran <= known:
             self.fallbacks[application, "unit"] += 1
             refinement = NoRefinement()
         key = application, refinement
-        if key not in self._refined:
-            self._refined[key] = refinement.fit(graph, self.parallel_calls)
-        return self._refined[key].remaining(progress)
+        prepared = self._prepared.get(key)
+        if prepared is None or not prepared.answers(graph, known, self.lag):
+            refined = refinement.fit(graph, self.parallel_calls)
+            half_life = math.inf if graph.half_life_runs is None else graph.half_life_runs
+            runs = min(len(graph.runs), half_life)
+            prepared = _Prepared(refined, graph, graph.observed, runs, known)
+            self._prepared[key] = prepared
+        return prepared.refined
 
     def observe(self, application: str, run: Sequence[Execution]) -> None:
         """Learn from a finished run; the first of an application starts its graph.
@@ -108,4 +160,45 @@ class DemandEstimator:
         graph = self.graphs.get(application) or PDGraph(application, cost=self.cost)
         graph.observe(run)
         self.graphs[application] = graph
-        self._refined = {key: kept for key, kept in self._refined.items() if key[0] != application}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write its graphs and settings to `path` as JSON; a reader never sees half a file.
+
+        The refinement is code, and is not in it.
+        """
+        graphs = {name: graph.record() for name, graph in self.graphs.items()}
+        record = EstimatorRecord(graphs, self.parallel_calls, self.cost, self.lag)
+        write_estimator(path, record)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], refinement: Refinement | None = None
+    ) -> "DemandEstimator":
+        """Read what `save` wrote, to ask `refinement` again.
+
+        Raises:
+            DemandError: not such a file, another format version, or a broken entry.
+            FileNotFoundError: no file at `path`.
+        """
+        record = read_estimator(path)
+        graphs = {name: PDGraph.of_record(graph) for name, graph in record.graphs.items()}
+        return cls(graphs, refinement, record.parallel_calls, record.cost, record.lag)
+
+    def __repr__(self) -> str:
+        runs = ", ".join(f"{name!r}: {len(graph.runs)} runs" for name, graph in self.graphs.items())
+        return f"DemandEstimator({{{runs}}}, {self.refinement!r}, {self.parallel_calls!r})"
+
+
+class _Prepared(NamedTuple):
+    """What a refinement made of a graph, and what the graph had seen by then."""
+
+    refined: Refined
+    graph: PDGraph
+    observed: int
+    runs: float
+    known: frozenset[str]
+
+    def answers(self, graph: PDGraph, known: frozenset[str], lag: float) -> bool:
+        """Whether it may still be asked about `graph`, which knows the units `known` now."""
+        since = graph.observed - self.observed
+        return graph is self.graph and since <= lag * self.runs and known == self.known

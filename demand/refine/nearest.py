@@ -48,11 +48,7 @@ class NearestRuns(Refinement):
         """Standardise the features of every boundary."""
         instance_of("graph", graph, PDGraph)
         columns = graph.columns()
-        features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)},
-            graph.cost,
-            parallel_calls,
-        )
+        features = ProgressFeatures.of_graph(columns, graph.cost, parallel_calls)
         seen = features.of_columns(columns)
         deviation = seen.features.std(axis=0)
         scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-9)

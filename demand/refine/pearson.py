@@ -23,6 +23,10 @@ from demand.units import CostModel, Execution, ParallelCalls, Progress
 class PearsonFilter(Refinement):
     """Predicts by random walks that draw, at each unit ahead, from similar past runs only.
 
+    Kept as the ablation of the paper: on held-out runs of real agents it predicts no better than
+    walks without filters, takes longer than any other refinement, and is nobody's default; prefer
+    `NearestRuns` or `ProgressRegression` where progress is to tell something.
+
     Hermes (arXiv 2506.14851, on cross-unit correlation): where an attribute of a unit upstream
     (input tokens, output tokens, parallelism, seconds) correlates with one downstream by more
     than 0.5 in absolute value (Pearson), the stored tuples of the unit downstream are filtered by

@@ -3,16 +3,19 @@
 from dataclasses import dataclass
 from typing import final
 
-import numpy as np
 from typing_extensions import override
 
-from demand.arguments import instance_of, renamed_keyword, set_whole_numbers
+from demand.arguments import (
+    instance_of,
+    positive_number,
+    renamed_keyword,
+    set_whole_numbers,
+)
 from demand.distribution.distribution import Distribution
-from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.seconds import Floats
+from demand.refine.log_ridge import LogFit, LogRidge
 from demand.units import ParallelCalls, Progress
 
 
@@ -22,11 +25,9 @@ class ProgressRegression(Refinement):
     """Predicts by a ridge regression of the logarithm of the remaining seconds on progress.
 
     Ours, not from a paper. Every boundary between two units of every remembered run is one
-    observation; `ProgressFeatures` lists what is known there. The answer is a distribution: the
-    predicted seconds times the factors by which predictions of about that size were off, so that
-    the spread is empirical and may change with the prediction. The factors come from predictions
-    made without the run in question (cross-validation in folds), or they would be too small. While
-    a unit runs, the answer at its start is conditioned on the seconds it has received.
+    observation; `ProgressFeatures` lists what is known there. The answer is a distribution with an
+    empirical spread (`LogRidge`). While a unit runs, the answer at its start is conditioned on the
+    seconds it has received.
 
     Args:
         ridge: penalty on the squared standardised coefficients, in observations.
@@ -44,11 +45,7 @@ class ProgressRegression(Refinement):
     folds: int = 5
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ridge < np.inf:
-            raise DemandError(
-                f"ridge is {self.ridge}; expected a positive finite number: features that are "
-                "alike in all runs have no solution without one"
-            )
+        object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
         set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @override
@@ -57,95 +54,34 @@ class ProgressRegression(Refinement):
         """Solve the least squares once for all runs, and once without each fold."""
         instance_of("graph", graph, PDGraph)
         columns = graph.columns()
-        features = ProgressFeatures(
-            {unit.name: number for number, unit in enumerate(columns.units)},
-            graph.cost,
-            parallel_calls,
-        )
+        features = ProgressFeatures.of_graph(columns, graph.cost, parallel_calls)
         seen = features.of_columns(columns)
+        ridge = LogRidge(self.ridge, self.atoms, self.groups, self.folds)
         weights = graph.run_weights()[seen.run]
-        # A run that ends in units of no cost has nothing left there, of which there is no log.
-        floor = max(1e-3 * columns.run_seconds(parallel_calls).mean(), 1e-9)
-        y = np.log(np.maximum(seen.remaining, floor))
-        fitted = self._least_squares(seen.features, y, weights)
-        predicted = fitted(seen.features)
-        left_out = predicted.copy()
-        for fold in range(self.folds):
-            out = seen.run % self.folds == fold
-            if out.any() and not out.all():
-                rest = self._least_squares(seen.features[~out], y[~out], weights[~out])
-                left_out[out] = rest(seen.features[out])
-        edges = np.quantile(left_out, np.arange(1, self.groups) / self.groups)
-        group = np.searchsorted(edges, left_out, side="right")
-        levels = (np.arange(self.atoms) + 0.5) / self.atoms
-        residuals = []
-        for g in range(self.groups):
-            alike = group == g if (group == g).any() else group >= 0
-            residuals.append(_quantiles((y - left_out)[alike], weights[alike], levels))
-        span = (float(predicted.min()), float(predicted.max()))
-        return Regressed(features, fitted, span, edges, np.array(residuals))
-
-    def _least_squares(self, x: Floats, y: Floats, weights: Floats) -> "LogLinear":
-        weights = weights / weights.mean()
-        mean, level = np.average(x, axis=0, weights=weights), np.average(y, weights=weights)
-        centred = x - mean
-        scale = np.sqrt(np.average(centred**2, axis=0, weights=weights))
-        scale[scale <= 1e-9] = np.inf  # a feature that never changes has no say
-        weighted = (centred / scale).T * weights
-        gram = weighted @ (centred / scale) + self.ridge * np.eye(mean.size)
-        return LogLinear(mean, np.linalg.solve(gram, weighted @ (y - level)) / scale, float(level))
-
-
-@dataclass(frozen=True, eq=False)
-class LogLinear:
-    """The logarithm of seconds as a linear function of the features.
-
-    Attributes:
-        mean: `[d]` of the features.
-        slopes: `[d]` log seconds per unit of a feature.
-        level: log seconds at the mean.
-    """
-
-    mean: Floats
-    slopes: Floats
-    level: float
-
-    def __call__(self, features: Floats) -> Floats:
-        """`[...]` log seconds at `[..., d]` features."""
-        return self.level + (features - self.mean) @ self.slopes
+        # A run that ends in units of no cost has nothing left there.
+        least = 1e-3 * columns.run_seconds(parallel_calls).mean()
+        predicted = ridge.fit(
+            seen.features, seen.remaining, run=seen.run, weights=weights, least=least
+        )
+        return Regressed(features, predicted)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Regressed(Refined):
-    """A fitted regression, with the residuals that give its answers their spread.
+    """A fitted regression on progress.
 
     Attributes:
         features: of a progress.
-        fitted: predicts log seconds.
-        span: least and greatest prediction at what was learned from; no answer goes beyond.
-        edges: `[groups - 1]` log seconds between groups of predictions.
-        residuals: `[groups, atoms]` log factors.
+        predicted: from them, the seconds that remain.
     """
 
     features: ProgressFeatures
-    fitted: LogLinear
-    span: tuple[float, float]
-    edges: Floats
-    residuals: Floats
+    predicted: LogFit
 
     @override
     def remaining(self, progress: Progress) -> Distribution:
         """Prediction times residual factors, conditioned on the current unit's seconds."""
-        predicted = float(np.clip(self.fitted(self.features.of_progress(progress)), *self.span))
-        group = int(np.searchsorted(self.edges, predicted, side="right"))
-        at_boundary = Distribution(np.exp(predicted + self.residuals[group]))
+        at_boundary = self.predicted(self.features.of_progress(progress))
         received = progress.current_seconds(self.features.parallel_calls)
         return at_boundary.condition(received) if received else at_boundary
-
-
-def _quantiles(values: Floats, weights: Floats, levels: Floats) -> Floats:
-    order = np.argsort(values)
-    cumulative = np.cumsum(weights[order])
-    at = np.searchsorted(cumulative, levels * cumulative[-1])
-    return values[order][at]

@@ -1,37 +1,71 @@
 """What a simulator learns of a job from the units it has finished."""
 
-from demand.arguments import check_callable, check_instance
+from collections.abc import Sequence
+
+from demand.arguments import check_callable, check_instance, instance_of
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.policies.job import Job
 from demand.refine.base import Refine
-from demand.units import Progress
+from demand.refine.predictor import PendingCall, Predictor
+from demand.units import Execution, Progress
 from demand.workloads.workload import Workload
 
 _EXPECTED = "a DemandEstimator(graphs, refinement), or any function of (application, Progress)"
 
 
-def check_refine(refine: object, entries: Workload) -> None:
-    """Raise `DemandError` unless `refine` can be asked about the jobs of `entries`, or is None."""
-    if refine is None:
+def check_estimator(estimator: object, entries: Workload) -> None:
+    """Raise `DemandError` unless `estimator` can be asked about jobs of `entries`, or is None."""
+    if estimator is None:
         return
-    check_callable("refine", refine, _EXPECTED)
+    check_callable("estimator", estimator, _EXPECTED)
     if entries.runs is None:
         raise DemandError(
-            "refine is asked at the end of every unit, and the workload has no runs; give "
+            "the estimator is asked at the end of every unit, and the workload has no runs; give "
             "Workload(runs=...), the executions of each job"
         )
 
 
-def learn(job: Job, progress: Progress, refine: Refine, policy: Policy) -> None:
-    """Let `job`, which is at `progress`, take in what `refine` says is left of it.
+def check_predictor(predictor: object, entries: Workload) -> None:
+    """Raise `DemandError` unless `predictor` can be asked about calls of `entries`, or is None."""
+    if predictor is None:
+        return
+    expected = "an object with a method predict(call), such as a DemandEstimator"
+    check_instance("predictor", predictor, Predictor, expected)
+    if entries.runs is None:
+        raise DemandError(
+            "the predictor is asked before every call, and the workload has no runs; give "
+            "Workload(runs=...), the executions of each job"
+        )
+
+
+def learn(job: Job, progress: Progress, estimator: Refine, policy: Policy) -> None:
+    """Let `job`, which is at `progress`, take in what `estimator` says is left of it.
 
     Raises:
-        DemandError: `refine` answers with something else than a distribution.
+        DemandError: `estimator` answers with something else than a distribution.
     """
-    remaining = refine(job.application, progress)
-    check_instance(
-        f"what refine says of {job.application!r}", remaining, Distribution, "a Distribution"
-    )
-    job.learn(remaining, policy.table(remaining))
+    _take_in(job, estimator(job.application, progress), "the estimator", policy)
+
+
+def foresee(
+    job: Job, run: Sequence[Execution], finished: int, predictor: Predictor, policy: Policy
+) -> None:
+    """Let `job` take in what `predictor` says at the call that follows `finished` units.
+
+    Nothing is asked where what follows is no call to a model. The prompt is not known, only its
+    length.
+
+    Raises:
+        DemandError: `predictor` answers with something else than a distribution.
+    """
+    if run[finished].unit.kind == "llm":
+        call = PendingCall.of_run(job.application, run, finished)
+        _take_in(job, predictor.predict(call), "the predictor", policy)
+
+
+def _take_in(job: Job, remaining: object, who: str, policy: Policy) -> None:
+    name = f"what {who} says of {job.application!r}"
+    known = instance_of(name, remaining, Distribution)
+    job.expect(known, policy.table(known))

@@ -218,6 +218,32 @@ def engine_speed(record: dict) -> str:
     )
 
 
+def estimator(record: dict) -> str:
+    """Of estimator.json: milliseconds before and after, by refinement."""
+    measured = {
+        "observe": "observe a run",
+        "between_units": "ask between units",
+        "mid_unit": "in mid-unit",
+    }
+    ran, where = record["configuration"], record["environment"]
+    head = ["ms, before and after"]
+    for name in measured.values():
+        head += [name, ""]
+    rows = []
+    for row in record["rows"]:
+        cells = [f"`{row['refinement']}`"]
+        for what in measured:
+            cells += [f"{row['before'][what]:.2f}", f"{row['after'][what]:.2f}"]
+        rows.append(cells)
+    beneath = (
+        f"Coding agents: {ran['learned']} runs are known, {ran['observed']} more are observed one "
+        f"by one (before: the first {ran['observed_before']}); means over these, what is prepared "
+        f"anew counted with the observations, and median of the questions in mid-unit; medians of "
+        f"{ran['turns']} turns of processor time, {where['hardware']}."
+    )
+    return f"{grid(head, rows)}\n\n{beneath}"
+
+
 def engine_requests(record: dict) -> str:
     """Of engine_requests.json: all policies over seeds, then two by application, of one seed."""
     ran = record["configuration"]

@@ -33,7 +33,7 @@ from demand import (
     paired_ratio_interval,
     poisson_workload,
 )
-from demand.policies import LAS, Hysteresis, Quantum, RequestFCFS
+from demand.policies import LAS, Hysteresis, RequestFCFS, TimeSlice
 from demand.simulation.engine import Engine, EngineResult, Preemption, Scheduling, simulate_engine
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
@@ -60,7 +60,7 @@ def policies() -> dict[str, Policy]:
         "FCFS": FCFS(),
         "class mean": ClassMean(),
         **moving,
-        **{f"{name}, quantum": Quantum(policy, SECONDS) for name, policy in moving.items()},
+        **{f"{name}, quantum": TimeSlice(policy, SECONDS) for name, policy in moving.items()},
         **{f"{name}, hysteresis": Hysteresis(policy, SECONDS) for name, policy in moving.items()},
         "oracle": Oracle(),
     }

@@ -275,9 +275,9 @@ def served(
         refine = None if aged else asked[name]
         for kind in POLICIES:
             policy = ranks[kind, name]
-            means[f"{kind}, {name}"] = simulate(at_start, policy, refine=refine).mean
+            means[f"{kind}, {name}"] = simulate(at_start, policy, estimator=refine).mean
     for kind, policy in POLICIES.items():
-        means[f"{kind}, {HINT}"] = simulate(told, policy, refine=hint).mean
+        means[f"{kind}, {HINT}"] = simulate(told, policy, estimator=hint).mean
     return means
 
 

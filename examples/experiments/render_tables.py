@@ -12,13 +12,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import attained
 import claims
 import demand_tables
 import engine_tables
 import hermes_samples
 import knowing_demand
+import learning_loop
 import link_accuracy
 import past_trained_length
+import predictors
 import prewarming
 import refinement
 import replay_policies
@@ -166,8 +169,16 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "ranks": [demand_tables.ranks],
         "rank_noise": [demand_tables.rank_noise],
     },
-    "docs/demand_graphs.md": {"refinement": [lambda found: refinement.markdown(found["results"])]},
+    "docs/demand_graphs.md": {
+        "estimator": [demand_tables.estimator],
+        "refinement": [lambda found: refinement.markdown(found["results"])],
+    },
+    "docs/learning.md": {
+        "learning_loop": [learning_loop.markdown],
+        "predictors": [predictors.markdown],
+    },
     "docs/scheduling.md": {
+        "attained": [attained.markdown],
         "simulator": [demand_tables.simulator, demand_tables.simulator_servers],
         "drawing": [drawing.table],
     },

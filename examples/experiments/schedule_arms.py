@@ -22,9 +22,9 @@ from demand.policies import (
     LeastSlack,
     Oracle,
     Policy,
-    Quantum,
     RandomOrder,
     RequestFCFS,
+    TimeSlice,
     VirtualTime,
 )
 from demand.simulation.engine import Engine
@@ -93,7 +93,7 @@ def policies(unit: float, timed: bool) -> list[Arm]:
         Arm("SERPT", SERPT(), KNOWN),
         Arm("Gittins", Gittins(), KNOWN),
         Arm("Gittins, Hermes artifact", Gittins(variant="hermes_artifact"), KNOWN),
-        Arm("Gittins, quantum", Quantum(Gittins(), unit / 5), KNOWN),
+        Arm("Gittins, quantum", TimeSlice(Gittins(), unit / 5), KNOWN),
         Arm("Gittins, hysteresis", Hysteresis(Gittins(), unit / 5), KNOWN),
         Arm("Gittins, aging", Aging(Gittins(), cap=20 * unit, rate=0.1), KNOWN),
         Arm("oracle", Oracle(), TRUTH),

@@ -49,9 +49,10 @@ def _generated(model, prompt: tuple[int, ...], new: int) -> list[int]:
 class Stepped:
     """A manager whose loop is run step by step by the test, under a clock that counts steps."""
 
-    def __init__(self, model, policy, engine, known=KNOWN, **generation) -> None:
+    def __init__(self, model, policy, engine, known=KNOWN, *, learning=None, **generation) -> None:
         self.manager = None
-        self.table = JobTable(policy, known, clock=lambda: float(self.steps))
+        told = dict(distributions=known) if learning is None else learning
+        self.table = JobTable(policy, **told, clock=lambda: float(self.steps))
         generation_config = deepcopy(model.generation_config)
         generation_config.update(**generation)
         with install(self.table) as name:
@@ -67,8 +68,8 @@ class Stepped:
     def steps(self) -> int:
         return 0 if self.manager is None else self.manager.current_batch
 
-    def add(self, job, request_id: str, prompt: list[int], new: int) -> None:
-        self.table.announce(job, request_id)
+    def add(self, job, request_id: str, prompt: list[int], new: int, unit: str = "call") -> None:
+        self.table.announce(job, request_id, unit, prompt)
         self.manager.add_request(prompt, request_id, max_new_tokens=new)
 
     def submit(self, application: str, request_id: str, prompt: list[int], new: int, **fields):

@@ -96,6 +96,20 @@ def test_on_an_engine_numbers_are_those_of_simulate_engine():
     assert json.loads(result.to_json())["settings"]["engine"] == dataclasses.asdict(engine)
 
 
+def test_what_a_call_tells_is_told_to_all_arms():
+    class Says:
+        def predict(self, call):
+            return Distribution([1.0 + len(call.progress.executed), 9.0])
+
+    work = partial(poisson_workload, HERMES, 0.9, 15)
+    result = quietly(work, [SERPT()], (0, 1), predictor=Says())
+    told = [simulate(work(seed=s), SERPT(), predictor=Says()).mean for s in (0, 1)]
+    assert result.measured["SERPT"]["mean_seconds"].tolist() == told
+    assert told != [simulate(work(seed=s), SERPT()).mean for s in (0, 1)]
+    with pytest.raises(DemandError, match="a predictor and an engine are given"):
+        quietly(work, [SERPT()], (0, 1), predictor=Says(), engine=Engine())
+
+
 def test_what_progress_tells_is_told_to_all_arms():
     asked = []
 
@@ -104,8 +118,8 @@ def test_what_progress_tells_is_told_to_all_arms():
         return Distribution([1.0, 9.0])
 
     work = partial(poisson_workload, HERMES, 0.9, 15)
-    result = quietly(work, [SERPT()], (0, 1), refine=refine)
-    told = [simulate(work(seed=s), SERPT(), refine=refine).mean for s in (0, 1)]
+    result = quietly(work, [SERPT()], (0, 1), estimator=refine)
+    told = [simulate(work(seed=s), SERPT(), estimator=refine).mean for s in (0, 1)]
     assert asked
     assert result.measured["SERPT"]["mean_seconds"].tolist() == told
     assert told != [simulate(work(seed=s), SERPT()).mean for s in (0, 1)]
@@ -118,9 +132,9 @@ def test_all_arms_of_a_seed_serve_the_same_jobs(monkeypatch):
         drawn.append(seed)
         return draw(seed=seed)
 
-    def watched(workload, policy, servers, seed, refine):
+    def watched(workload, policy, servers, seed, *told):
         served.append((seed, workload))
-        return simulate(workload, policy, servers, seed, refine)
+        return simulate(workload, policy, servers, seed, *told)
 
     monkeypatch.setattr(module, "simulate", watched)
     quietly(drawing, [Gittins(), Oracle()], SEEDS)

@@ -34,8 +34,8 @@ from demand.policies import (
     Hysteresis,
     LeastSlack,
     PriorityClasses,
-    Quantum,
     RequestFCFS,
+    TimeSlice,
     VirtualTime,
 )
 from demand.simulation.engine import Engine, simulate_engine
@@ -54,7 +54,7 @@ OTHERS = [
     VTC(2.0),
     VirtualTime(2.0),
     Hysteresis(Oracle(), 5.0),
-    Quantum(Gittins(), 2.5),
+    TimeSlice(Gittins(), 2.5),
     Aging(SERPT(), 30.0, 0.5),
     PriorityClasses(Gittins()),
     DeadlineMix(EDF(), Gittins()),

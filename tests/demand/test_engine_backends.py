@@ -257,7 +257,7 @@ def test_refinement_is_asked_at_the_end_of_every_unit():
         return Distribution([1.0])
 
     run = [Execution(WRITE, 1, 2), Execution(TEST, seconds=1.0), Execution(READ, 1, 2)]
-    serve(of_runs([run]), {}, refine=refine)
+    serve(of_runs([run]), {}, estimator=refine)
     assert asked == [["write"], ["write", "test"]]
 
 
@@ -275,8 +275,8 @@ def test_refinement_and_the_single_server_queue_agree():
         ["a"] * 40, {"a": graph.remaining()}, runs=runs, graphs={"a": graph},
     )  # fmt: skip
     refine = DemandEstimator({"a": graph}, CurrentUnit(walks=50))
-    engine = simulate_engine(workload, SERPT(), Engine.counting_steps(1), refine=refine)
-    queue = simulate(workload, SERPT(), refine=refine)
+    engine = simulate_engine(workload, SERPT(), Engine.counting_steps(1), estimator=refine)
+    queue = simulate(workload, SERPT(), estimator=refine)
     np.testing.assert_allclose(engine.completion_times, queue.completion_times, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ from demand import (
     hermes_applications,
     poisson_workload,
 )
-from demand.policies import Hysteresis, Quantum, RequestFCFS
+from demand.policies import Hysteresis, RequestFCFS, TimeSlice
 from demand.simulation.engine import Engine, simulate_engine
 from tests.demand.engine_twin import step_by_step
 from tests.demand.test_engine import one_unit
@@ -121,5 +121,5 @@ def test_what_recomputation_costs_serpt_without_labels_and_what_helps():
     nobody, displaced = Engine(32, preemption="none"), Engine(32)
     baseline = simulate_engine(workload, FCFS(), nobody).mean
     assert simulate_engine(workload, SERPT(), displaced).mean > 5.0 * baseline
-    assert simulate_engine(workload, Quantum(SERPT(), 100.0), displaced).mean < 1.5 * baseline
+    assert simulate_engine(workload, TimeSlice(SERPT(), 100.0), displaced).mean < 1.5 * baseline
     assert simulate_engine(workload, SERPT(), nobody).mean < baseline

@@ -23,6 +23,7 @@ from demand import (
     PearsonFilter,
     Progress,
     ProgressRegression,
+    PromptRegression,
     RankTable,
     Unit,
     WholeRuns,
@@ -32,13 +33,14 @@ from demand import (
     closed_loop,
     drift,
     hermes_applications,
-    known_of,
     poisson_workload,
     rank_many,
     recorded_applications,
     with_arrivals,
     with_deadlines,
 )
+from demand.policies import known_of
+from demand.refine import LogRidge
 from demand.refine.calibration import crps
 from demand.traces import Span, read_opentelemetry
 
@@ -236,6 +238,7 @@ WHOLE = {
     "refinements": lambda n: [
         *(NearestRuns(n), CurrentUnit(n, n), NoRefinement(n, n)),
         *(PearsonFilter(0.5, n, n, n, n), ProgressRegression(1.0, n, n, n)),
+        *(PromptRegression(1.0, n, n, n), LogRidge(1.0, n, n, n)),
     ],
     "jobs": lambda n: poisson_workload(bimodal_applications(n, n), 0.5, n, n, n).demands,
     "closed_loop": lambda n: closed_loop(bimodal_applications(9), n, 1.0, n, n).think_seconds,

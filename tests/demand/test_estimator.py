@@ -91,7 +91,7 @@ def test_refinement_beyond_all_samples_leaves_the_rank_to_attained_service():
     runs = [[Execution(unit, seconds=10.0)] * 20, [Execution(unit, seconds=6.0)]]
     workload = Workload([0.0, 100.0], [200.0, 6.0], ["new", "new"], {"new": NEVER_SEEN}, runs=runs)
     estimator = DemandEstimator({})
-    told = simulate(workload, Gittins(), refine=estimator)
+    told = simulate(workload, Gittins(), estimator=estimator)
     assert told.completion_times.tolist() == simulate(workload, Gittins()).completion_times.tolist()
     assert told.completion_times[1] == 6.0  # the newcomer has attained less at every moment
     assert estimator.fallbacks["new", "application"] > 0
@@ -101,6 +101,6 @@ def test_a_job_does_not_look_nearly_done_as_it_is_served_beyond_all_samples():
     known = Distribution([1.0])
     job = Job(0, "a", 0.0, known, attained_service=1.0, table=RankTable(known))
     assert known.condition(1.0).gittins(0.999) == pytest.approx(0.001)  # the trap
-    job.learn(known.condition(1.0), RankTable(known.condition(1.0)))
+    job.expect(known.condition(1.0), RankTable(known.condition(1.0)))
     job.attained_service = 1.999
     assert Gittins().rank(job, 0.0) == known.gittins(1.999) == 1.0

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from demand import DemandError, Distribution, gittins_brute_force, gittins_rank
+from demand import DemandError, Distribution, gittins_rank
+from demand.distribution.rank import gittins_brute_force
 from tests.demand.strategies import aged, costs, hyperexponential_quantile, quantile_grid
 
 

@@ -204,8 +204,8 @@ def test_results_are_those_of_lists():
         lazy.arrivals, lazy.demands, lazy.applications, lazy.distributions, lazy.load,
         runs=list(lazy.runs), graphs=lazy.graphs,
     )  # fmt: skip
-    refine = DemandEstimator(lazy.graphs, WholeRuns())
-    times = [simulate(w, SERPT(), refine=refine).completion_times for w in (lazy, lists)]
+    estimator = DemandEstimator(lazy.graphs, WholeRuns())
+    times = [simulate(w, SERPT(), estimator=estimator).completion_times for w in (lazy, lists)]
     np.testing.assert_array_equal(*times)
 
 

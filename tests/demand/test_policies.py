@@ -23,8 +23,8 @@ from demand.policies import (
     Oracle,
     Policy,
     PriorityClasses,
-    Quantum,
     RequestFCFS,
+    TimeSlice,
     VirtualTime,
     known_of,
 )
@@ -192,7 +192,7 @@ def test_hysteresis_favours_the_running_job():
 
 
 def test_a_quantum_is_served_to_its_end():
-    policy = Quantum(Gittins(), seconds=4.0)
+    policy = TimeSlice(Gittins(), seconds=4.0)
     job = job_of(policy, attained=1.0)
     assert policy.rank(job, 0.0) == 9.0
     job.running, job.started_at = True, 1.0
@@ -220,7 +220,7 @@ def test_a_mix_gives_each_side_its_policy_table_and_state():
         policy.arrived(job, 0.0)
     assert policy.rank(timed, 0.0) == (0, 20.0)
     assert policy.rank(free, 0.0) == (1, 2.0)
-    free.learn(Distribution([7.0]), policy.table(Distribution([7.0])))
+    free.expect(Distribution([7.0]), policy.table(Distribution([7.0])))
     assert policy.rank(free, 0.0) == (1, 7.0)
     shared = DeadlineMix(EDF(), VTC())
     job = job_of(shared)
@@ -243,7 +243,8 @@ def test_wrappers_within_wrappers():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: Aging(p, 1.0, 1.0), lambda p: Hysteresis(p, 1.0), lambda p: Quantum(p, 1.0)]
+    "make",
+    [lambda p: Aging(p, 1.0, 1.0), lambda p: Hysteresis(p, 1.0), lambda p: TimeSlice(p, 1.0)],
 )
 def test_what_adds_to_ranks_refuses_tuples(make):
     for within in (PriorityClasses(FCFS()), DeadlineMix(EDF(), FCFS())):
@@ -264,7 +265,7 @@ def test_what_is_within_is_a_policy(within):
     for make in (
         lambda: Aging(within, 1.0, 1.0),
         lambda: Hysteresis(within, 1.0),
-        lambda: Quantum(within, 1.0),
+        lambda: TimeSlice(within, 1.0),
         lambda: PriorityClasses(within),
         lambda: DeadlineMix(within, FCFS()),
         lambda: DeadlineMix(FCFS(), within),
@@ -294,7 +295,7 @@ def test_a_job_is_checked(field, values):
 
 @pytest.mark.parametrize("attained", [-1.0, math.nan])
 @pytest.mark.parametrize(
-    "policy", [LAS(), Oracle(), Gittins(), SERPT(), LeastSlack(), Quantum(FCFS(), 1.0)], ids=str
+    "policy", [LAS(), Oracle(), Gittins(), SERPT(), LeastSlack(), TimeSlice(FCFS(), 1.0)], ids=str
 )
 def test_service_that_is_no_service_is_refused(policy, attained):
     job = job_of(policy, attained=attained, demand=5.0, deadline=9.0)
@@ -313,7 +314,7 @@ def test_service_that_is_no_service_is_refused(policy, attained):
         lambda x: Aging(FCFS(), x, 1.0),
         lambda x: Aging(FCFS(), 1.0, x),
         lambda x: Hysteresis(FCFS(), x),
-        lambda x: Quantum(FCFS(), x),
+        lambda x: TimeSlice(FCFS(), x),
     ],
 )
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
@@ -365,7 +366,7 @@ def test_an_application_never_seen_is_ranked_by_attained_service_and_said_so():
 def test_what_was_learned_counts_from_where_it_was_learned():
     policy = Gittins()
     job = job_of(policy, attained=3.0)
-    job.learn(Distribution([1.0, 10.0]), policy.table(Distribution([1.0, 10.0])))
+    job.expect(Distribution([1.0, 10.0]), policy.table(Distribution([1.0, 10.0])))
     assert policy.rank(job, 3.0) == 2.0
     assert policy.next_above(job, 2.0) == 4.0
     assert job.prior.mean() == 5.5

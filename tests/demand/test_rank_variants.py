@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from demand import DemandError, Distribution, RankTable, gittins_brute_force
+from demand import DemandError, Distribution, RankTable
 from demand.distribution.grid import default_step
+from demand.distribution.rank import gittins_brute_force
 from demand.distribution.rank_variants import RANKS
 from tests.demand.strategies import aged, costs
 

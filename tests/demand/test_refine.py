@@ -10,6 +10,7 @@ from demand.refine import (
     NoRefinement,
     PearsonFilter,
     ProgressRegression,
+    PromptRegression,
     WholeRuns,
 )
 from demand.refine.calibration import calibrate
@@ -22,6 +23,7 @@ EVERY = (
     CurrentUnit(),
     PearsonFilter(),
     ProgressRegression(),
+    PromptRegression(),
     NearestRuns(),
 )
 

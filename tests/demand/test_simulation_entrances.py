@@ -28,7 +28,7 @@ from demand import (
     Pool,
     PrewarmPlanner,
     PriorityClasses,
-    Quantum,
+    TimeSlice,
     Unit,
     VirtualTime,
     Workload,
@@ -96,7 +96,7 @@ def test_a_rank_that_is_no_number_is_refused_by_the_name_of_the_policy(schedule,
     [
         lambda p: Aging(p, 5.0, 1.0),
         lambda p: Hysteresis(p, 1.0),
-        lambda p: Quantum(p, 1.0),
+        lambda p: TimeSlice(p, 1.0),
         PriorityClasses,
         lambda p: DeadlineMix(FCFS(), p),
     ],
@@ -155,14 +155,16 @@ def test_what_is_no_workload_is_refused(simulator, wrong):
 @pytest.mark.parametrize("wrong", [DemandEstimator, NoRefinement(), NoRefinement, "x"], ids=repr)
 @pytest.mark.parametrize("simulator", [simulate, simulate_engine])
 def test_what_cannot_be_asked_for_the_rest_is_refused(simulator, wrong):
-    with pytest.raises(DemandError, match=r"refine is .*expected a DemandEstimator"):
-        simulator(runs(), FCFS(), refine=wrong)
+    with pytest.raises(DemandError, match=r"estimator is .*expected a DemandEstimator"):
+        simulator(runs(), FCFS(), estimator=wrong)
 
 
 @pytest.mark.parametrize("simulator", [simulate, simulate_engine])
 def test_a_refinement_that_answers_with_no_distribution_is_refused(simulator):
-    with pytest.raises(DemandError, match=r"what refine says of 'a' is 3.0; expected a Distributi"):
-        simulator(runs(), FCFS(), refine=lambda application, progress: 3.0)
+    with pytest.raises(
+        DemandError, match=r"what the estimator says of 'a' is 3.0; expected a Distributi"
+    ):
+        simulator(runs(), FCFS(), estimator=lambda application, progress: 3.0)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ SETTINGS = {
     "quantum of Gittins": lambda x: Gittins(quantum=x),
     "preemption_cost": lambda x: Gittins(preemption_cost=x),
     "quantum of LeastSlack": lambda x: LeastSlack(quantum=x),
-    "seconds": lambda x: Quantum(FCFS(), x),
+    "seconds": lambda x: TimeSlice(FCFS(), x),
     "cap": lambda x: Aging(FCFS(), x, 1.0),
     "warm_seconds": lambda x: Pool(1, x),
     "warm_seconds of a callback": lambda x: CallbackBackend(x, print),

@@ -24,7 +24,7 @@ def refine(application, progress):
 
 def assert_as_the_twin(workload, policy, servers, refine=None):
     expected, preemptions = second_by_second(workload, policy, servers, refine)
-    result = simulate(workload, policy, servers, refine=refine)
+    result = simulate(workload, policy, servers, estimator=refine)
     np.testing.assert_allclose(result.completion_times, expected, rtol=0, atol=1e-9)
     assert result.preemptions == preemptions
 

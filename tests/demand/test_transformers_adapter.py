@@ -275,7 +275,7 @@ def test_an_agent_that_comes_back_is_ranked_by_what_it_had(model):
 def test_learning_between_two_stages_changes_the_order(model):
     run = Stepped(model, SERPT(), config(width=1))
     agent = run.table.open("short")
-    run.table.learn(agent, Distribution([50.0]))
+    run.table.expect(agent, Distribution([50.0]))
     last, other = ends_beside_another(run, agent, "agent")
     assert other < last
 

@@ -417,7 +417,7 @@ def test_jobs_that_make_no_sense():
     with pytest.raises(DemandError, match="job is the class Job; expected a job that `open` gave"):
         table.close(Job)
     with pytest.raises(DemandError, match="remaining is 3; expected a distribution"):
-        table.learn(job, 3)
+        table.expect(job, 3)
     with pytest.raises(DemandError, match="service holds text"):
         table.serve(job, "1")
     table.close(job)
@@ -426,7 +426,7 @@ def test_jobs_that_make_no_sense():
     table.ended("one")
     assert len(table) == 0
     with pytest.raises(DemandError, match="has departed"):
-        table.learn(job, Distribution([1.0]))
+        table.expect(job, Distribution([1.0]))
 
 
 def test_counts_of_tokens_never_fall():

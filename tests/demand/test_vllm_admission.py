@@ -1,6 +1,7 @@
 """The admission controller against a real HTTP server on this machine: order, service, the end."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,18 @@ from demand import (
     ClassMean,
     CostModel,
     DemandError,
+    DemandEstimator,
     Distribution,
+    Execution,
     Gittins,
     Job,
     Oracle,
+    PDGraph,
+    PendingCall,
     Policy,
+    Progress,
     RandomOrder,
+    Unit,
     Workload,
     simulate,
 )
@@ -31,9 +38,11 @@ from demand.integrations.vllm import (
     Server,
     millisecond_priority,
 )
+from demand.integrations.vllm.chunks import prompt_of
 from tests.demand.openai_server import Answer, FakeServer, body, run_async, tokens_of
 
 COST = CostModel(prefill_seconds_per_token=0.01, decode_seconds_per_token=1.0)
+WRITE = Unit("write", "llm")
 KNOWN = {
     "short": Distribution([2.0, 3.0]),
     "long": Distribution([30.0, 50.0]),
@@ -48,7 +57,7 @@ def controller_of(
     return AdmissionController(
         Server(server.url, silence_seconds=5.0),
         FCFS() if policy is None else policy,
-        KNOWN,
+        options.pop("distributions", KNOWN),
         in_flight=in_flight,
         cost=COST,
         retry=options.pop("retry", Retry(first_seconds=0.001, longest_seconds=0.5)),
@@ -181,7 +190,7 @@ async def test_a_run_accumulates_service_while_its_tokens_arrive() -> None:
         run.serve(5.0)
         await (await run.submit("completions", body("y"))).text()  # without usage
         assert job.attained_service == pytest.approx(2.1 + 5.0 + 3.0)
-        run.learn(Distribution([4.0]))
+        run.expect(Distribution([4.0]))
         assert (job.age, SERPT().rank(job, 0.0)) == (0.0, 4.0)
         run.finish()
         with pytest.raises(DemandError, match="run is finished"):
@@ -374,7 +383,7 @@ def test_what_cannot_be_ranked_or_sent_is_refused() -> None:
             with pytest.raises(DemandError, match="service holds text"):
                 run.serve("1")  # type: ignore[arg-type]
             with pytest.raises(DemandError, match="remaining is None; expected a distribution"):
-                run.learn(None)  # type: ignore[arg-type]
+                run.expect(None)  # type: ignore[arg-type]
             with pytest.raises(DemandError, match=r"service is -1\.0; expected finite seconds"):
                 run.serve(-1.0)
             assert controller.counts.submitted == 0
@@ -492,3 +501,100 @@ async def test_a_priority_that_cannot_be_computed_costs_its_own_call_alone() -> 
         with pytest.raises(CallError, match=r"could not be ranked: .*division"):
             await calls[0].text()
     assert controller.counts == Counts(3, 0, 0, 2, 1, 0)
+
+
+def learner(**settings: Any) -> DemandEstimator:
+    runs = [[Execution.of_calls(WRITE, input_tokens=[1], output_tokens=[n])] for n in (2, 20)]
+    return DemandEstimator({"agent": PDGraph.fit(runs, cost=COST)}, cost=COST, lag=0.0, **settings)
+
+
+@run_async
+async def test_runs_are_recorded_refined_and_learned_from() -> None:
+    estimator = learner()
+    graph = estimator.graphs["agent"]
+    search = Execution(Unit("search", "search"), seconds=3.0)
+    async with (
+        FakeServer() as server,
+        AdmissionController(
+            Server(server.url), SERPT(), in_flight=2, estimator=estimator
+        ) as controller,
+    ):
+        with controller.start("agent") as run:
+            assert run.job.distribution == estimator("agent")
+            await (await run.submit("completions", body("a", 4), unit="write")).text()
+            record = Execution.of_calls(WRITE, input_tokens=[10], output_tokens=[4])
+            assert run.job.distribution == estimator("agent", Progress([record]))
+            run.record(search)
+            first, second = [
+                await run.submit("completions", body(name, 5), unit="write") for name in "bc"
+            ]
+            await first.text()
+            await second.text()
+            assert run.job.attained_service == pytest.approx(
+                sum(map(COST.seconds, [record, search])) + 10 * 1.0 + 20 * 0.01
+            )
+            assert len(graph.runs) == 2
+        write, found, both = graph.runs[-1]
+        assert (write, found) == (record, search)
+        assert (both.parallelism, both.output_tokens, both.input_tokens) == (2, 5.0, 10.0)
+        with pytest.raises(DemandError, match="the run is finished; record"):
+            run.record(search)
+
+
+@run_async
+async def test_runs_that_break_off_are_not_learned_from(caplog: pytest.LogCaptureFixture) -> None:
+    estimator = learner()
+    answers = iter([Answer(("x", "y")), Answer(status=400), Answer(("x",), fault="hang", after=1)])
+    async with (
+        FakeServer(lambda request: next(answers)) as server,
+        AdmissionController(
+            Server(server.url), FCFS(), in_flight=2, estimator=estimator
+        ) as controller,
+    ):
+        with suppress(ZeroDivisionError), controller.start("agent") as run:
+            await (await run.submit("completions", body("a"))).text()
+            1 / 0  # noqa: B018
+        with controller.start("agent") as run, pytest.raises(CallError):
+            await (await run.submit("completions", body("a"))).text()
+        with controller.start("agent") as run:
+            await anext(await run.submit("completions", body("a")))
+        await controller.drain()
+    assert estimator.graphs["agent"].observed == 2
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+@run_async
+async def test_an_attempt_that_failed_is_not_in_the_record() -> None:
+    estimator = learner()
+    answers = iter([Answer(("a", "b", "c"), fault="cut", after=2), Answer(("a", "b", "c", "d"))])
+    async with (
+        FakeServer(lambda request: next(answers)) as server,
+        controller_of(server, distributions=None, estimator=estimator) as controller,
+    ):
+        with controller.start("agent") as run:
+            await (await run.submit("completions", body("a"), unit="write")).text()
+    assert estimator.graphs["agent"].runs[-1][0].output_tokens == 4.0
+
+
+@run_async
+async def test_a_predictor_is_told_the_text_of_the_prompt() -> None:
+    class Letters:
+        def predict(self, call: PendingCall) -> Distribution:
+            assert isinstance(call.prompt, str)
+            return Distribution([float(len(call.prompt))])
+
+    async with (
+        FakeServer() as server,
+        controller_of(server, SERPT(), predictor=Letters()) as controller,
+    ):
+        with controller.start("long") as run:
+            await (await run.submit("completions", body("seven!!"))).text()
+            assert run.job.distribution == Distribution([7.0])
+
+
+def test_a_prompt_is_text_or_messages() -> None:
+    said = [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"text": "you"}, {}]}]
+    assert prompt_of({"prompt": "x"}) == "x"
+    assert prompt_of({"messages": said}) == "user: hi\nuser: you"
+    assert prompt_of({"prompt": [1, 2]}) is None
+    assert prompt_of({}) is None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from demand import FCFS, SERPT, DemandError, Distribution, Gittins, Policy
+from demand import FCFS, SERPT, DemandError, DemandEstimator, Distribution, Gittins, Policy
 from demand.integrations.vllm import AdmissionController, Server, annotation, make_scheduler
 from demand.policies.las import LAS
 
@@ -172,6 +172,29 @@ def test_requests_that_are_aborted_leave_nothing_behind() -> None:
         engine.step()
     assert not scheduler._ranking._requests
     assert not scheduler._ranking._runs
+
+
+def test_an_estimator_learns_inside_the_engine_and_is_saved_as_it_shuts_down(
+    tmp_path: Path,
+) -> None:
+    """Requests are runs of their own: what the graph observes is what was read and generated."""
+    estimator = DemandEstimator({}, lag=0.0)
+    saved = tmp_path / "learned.json"
+    engine = engine_of(make_scheduler(SERPT(), estimator=estimator, save_to=saved))
+    tokens = [8, 30, 20, 12]
+    for number, new in enumerate(tokens):
+        add(engine, number, "learned", new)
+    add(engine, len(tokens), "aborted", 50)
+    while engine.has_unfinished_requests():
+        engine.step()
+        if not scheduler_of(engine).waiting:
+            engine.abort_request([str(len(tokens))])
+    assert list(estimator.graphs) == ["learned"]
+    runs = estimator.graphs["learned"].runs
+    assert sorted(run[0].output_tokens for run in runs) == sorted(map(float, tokens))
+    assert {(run[0].input_tokens, run[0].unit.name) for run in runs} == {(4.0, "call")}
+    scheduler_of(engine).shutdown()
+    assert DemandEstimator.load(saved).graphs["learned"].runs == runs
 
 
 def test_first_come_first_served_configuration_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Order and displacement, without vLLM: priorities, annotations, the ranking, and its mixin."""
 
+import enum
 import heapq
 import math
 import sys
@@ -12,7 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from demand import FCFS, SERPT, CostModel, DemandError, Distribution, Gittins, Job, Oracle, Policy
+from demand import (
+    FCFS,
+    SERPT,
+    CostModel,
+    DemandError,
+    DemandEstimator,
+    Distribution,
+    Execution,
+    Gittins,
+    Job,
+    Oracle,
+    PDGraph,
+    PendingCall,
+    Policy,
+    Unit,
+)
 from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm import annotation, make_scheduler, millisecond_priority
 from demand.integrations.vllm.annotation import UNANNOTATED, Annotation
@@ -21,6 +37,7 @@ from demand.integrations.vllm.ranking import Ranking
 from demand.integrations.vllm.scheduler import RankedScheduling
 
 COST = CostModel(prefill_seconds_per_token=0.1, decode_seconds_per_token=1.0)
+WRITE = Unit("write", "llm")
 KNOWN = {"short": Distribution([5.0]), "long": Distribution([50.0])}
 
 floats = st.floats(-1e6, 1e6) | st.sampled_from([math.inf, -math.inf])
@@ -203,6 +220,15 @@ def test_a_rank_that_is_no_number_is_refused_by_the_policys_name() -> None:
 # The mixin on a stand-in for vLLM's scheduler that has what it touches.
 
 
+class Status(enum.Enum):
+    """Some of vLLM's."""
+
+    WAITING = enum.auto()
+    WAITING_FOR_REMOTE_KVS = enum.auto()
+    FINISHED_STOPPED = enum.auto()
+    FINISHED_ABORTED = enum.auto()
+
+
 @dataclass(eq=False)
 class FakeRequest:
     request_id: str
@@ -212,7 +238,8 @@ class FakeRequest:
     num_output_tokens: int = 0
     priority: Any = 0
     arrival_time: float = 0.0
-    status: str = "waiting"
+    status: Status = Status.WAITING
+    prompt_token_ids: list[int] | None = None
     num_stale_output_tokens: int = 0
     drop_stale_output: bool = False
     lora_request: object = None
@@ -255,7 +282,9 @@ class FakeScheduler:
     def schedule(self, throttle_prefills: bool = False) -> list[str]:
         self.passed.append(throttle_prefills)
         for request in sorted(self.waiting._heap):
-            blocked = request.status == "blocked" or request.num_stale_output_tokens
+            blocked = (
+                self._is_blocked_waiting_status(request.status) or request.num_stale_output_tokens
+            )
             if len(self.running) < self.max_num_active_reqs and not (
                 blocked or request.lora_request
             ):
@@ -266,8 +295,8 @@ class FakeScheduler:
             request.num_output_tokens += 1
         return [request.request_id for request in self.running]
 
-    def _is_blocked_waiting_status(self, status: str) -> bool:
-        return status == "blocked"
+    def _is_blocked_waiting_status(self, status: Status) -> bool:
+        return status is Status.WAITING_FOR_REMOTE_KVS
 
     def _request_blocks_can_be_freed(self, request: FakeRequest) -> bool:
         return True
@@ -303,7 +332,11 @@ def test_the_mixin_displaces_the_worst_and_passes_arguments_through() -> None:
 
 @pytest.mark.parametrize(
     "hindrance",
-    [{"status": "blocked"}, {"num_stale_output_tokens": 1}, {"lora_request": object()}],
+    [
+        {"status": Status.WAITING_FOR_REMOTE_KVS},
+        {"num_stale_output_tokens": 1},
+        {"lora_request": object()},
+    ],
     ids=lambda h: next(iter(h)),
 )
 def test_nobody_gives_way_to_one_that_could_not_run(hindrance: dict[str, Any]) -> None:
@@ -394,3 +427,91 @@ def test_a_clock_that_goes_backwards_stands_still() -> None:
     ledger = JobLedger(Clock(), KNOWN)
     job = ledger.open("short", 5.0)
     assert [ledger.rank(job, now) for now in (6.0, 2.0, 7.0)] == [6.0, 6.0, 7.0]
+
+
+# An estimator that learns, and a predictor.
+
+
+def learning(**settings: Any) -> tuple[Ranking, DemandEstimator]:
+    runs = [[Execution.of_calls(WRITE, input_tokens=[2], output_tokens=[n])] for n in (5, 50)]
+    estimator = DemandEstimator({"agent": PDGraph.fit(runs, cost=COST)}, cost=COST, lag=0.0)
+    return Ranking(JobLedger(SERPT(), {}, estimator=estimator, **settings), COST, 9), estimator
+
+
+def test_requests_of_a_run_are_learned_from_once_it_is_over() -> None:
+    ranking, estimator = learning()
+    graph = estimator.graphs["agent"]
+    ranking.add("1", annotation("agent", "r", unit="write"), 0.0)
+    ranking.serve([("1", 2, 3)], 1.0)
+    ranking.finish("1", 2, 3, 2.0)
+    assert len(graph.runs) == 2
+    ranking.add("2", annotation("agent", "r", unit="check", last=True), 3.0)
+    ranking.finish("2", 1, 4, 4.0)
+    write, check = graph.runs[-1]
+    assert (write.unit, write.input_tokens, write.output_tokens) == (WRITE, 2.0, 3.0)
+    assert (check.unit.name, check.output_tokens) == ("check", 4.0)
+    ranking.add("3", annotation("agent"), 5.0)  # a run of its own, which is aborted
+    ranking.finish("3", 1, 4, 6.0, whole=False)
+    assert len(graph.runs) == 3
+    ranking.add("4", annotation("agent"), 5.0)
+    ranking.finish("4", 1, 4, 6.0)
+    assert len(graph.runs) == 4
+
+
+def test_runs_forgotten_while_idle_are_not_learned_from() -> None:
+    ranking, estimator = learning()
+    for number in range(12):
+        ranking.add(str(number), annotation("agent", str(number)), 0.0)
+        ranking.finish(str(number), 1, 1, 1.0)
+    assert estimator.graphs["agent"].observed == 2
+
+
+def test_the_end_of_a_request_ranks_those_of_its_run_anew() -> None:
+    ranking, _ = learning()
+    ranking.add("1", annotation("agent", "r", unit="write"), 0.0)
+    ranking.add("2", annotation("agent", "r", unit="write"), 0.0)
+    ranking.serve([("1", 2, 20)], 1.0)
+    assert ranking.serve([], 1.0) == {"1", "2"}
+    assert ranking.serve([], 1.0) == set()
+    ranking.finish("1", 2, 20, 2.0, whole=False)  # aborted while it waits
+    assert ranking.serve([], 3.0) == {"2"}
+    assert ranking.serve([], 3.0) == set()
+
+
+def test_a_predictor_reads_the_ids_of_the_prompt() -> None:
+    class Length:
+        def predict(self, call: PendingCall) -> Distribution:
+            assert call.input_tokens == len(call.prompt or ())
+            return Distribution([float(len(call.prompt or ()))])
+
+    ledger = JobLedger(SERPT(), KNOWN, predictor=Length())
+    ranking = Ranking(ledger, COST, 9)
+    assert ranking.add("1", annotation("long"), 0.0, [3, 4, 5])[0] == 3.0
+    assert ranking.add("2", annotation("long"), 0.0, [3])[0] == 1.0
+
+
+def test_a_unit_of_another_kind_is_served_as_unannotated(caplog: pytest.LogCaptureFixture) -> None:
+    look = [[Execution(Unit("look", "tool"), seconds=1.0)]]
+    estimator = DemandEstimator({"agent": PDGraph.fit(look, cost=COST)}, cost=COST)
+    ranking = Ranking(JobLedger(SERPT(), {}, estimator=estimator), COST, 9)
+    ranking.add("1", annotation("agent", unit="look"), 0.0)
+    assert "served as unannotated" in caplog.text
+    ranking.finish("1", 1, 1, 1.0)
+    assert estimator.graphs["agent"].observed == 1
+
+
+def test_the_mixin_tells_what_finished_from_what_was_aborted() -> None:
+    ranking, estimator = learning()
+
+    class Learned(RankedScheduling, FakeScheduler):
+        make_ranking = staticmethod(lambda: ranking)
+
+    scheduler = Learned()
+    for name, status in (("1", Status.FINISHED_STOPPED), ("2", Status.FINISHED_ABORTED)):
+        request = FakeRequest(name, annotation("agent", unit="write"), prompt_token_ids=[1, 2])
+        scheduler.add_request(request)
+        scheduler.schedule()
+        request.status = status
+        scheduler.running.remove(request)
+        scheduler._free_request(request)
+    assert estimator.graphs["agent"].observed == 3

@@ -129,7 +129,7 @@ def second_by_second(loop, policy, servers=1, refine=None, step=1.0) -> tuple[li
         if refine is not None:
             run = workload.runs[order[job.index]]
             left = refine(job.application, Progress(run[: executed[job.index]]))
-            job.learn(left, policy.table(left))
+            job.expect(left, policy.table(left))
 
     while absent or present:
         for job in [*running]:

@@ -23,11 +23,14 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails
+from demand.integrations.learning import CALL
 from demand.integrations.transformers.attention import check_attention
 from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
 from demand.policies.base import Policy
 from demand.policies.job import Job
+from demand.refine.estimator import DemandEstimator
+from demand.refine.predictor import Predictor
 from demand.units import CostModel
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -45,6 +48,8 @@ def continuous_batching(
     generation_config: GenerationConfig | None = None,
     clock: Callable[[], float] = time.monotonic,
     seed: int = 0,
+    estimator: DemandEstimator | None = None,
+    predictor: Predictor | None = None,
 ) -> Iterator["Batching"]:
     """Serve requests to `model` in the order of `policy` while the context is open.
 
@@ -67,6 +72,9 @@ def continuous_batching(
         generation_config: `None` takes the model's.
         clock: gives seconds.
         seed: of the random numbers that jobs draw, and of the graphs' walks.
+        estimator: in place of distributions and graphs, as for `JobTable`: it learns from the jobs
+            as they end. Save it afterwards (`DemandEstimator.save`).
+        predictor: asked before the first token of a request, as for `JobTable`.
 
     Raises:
         DemandError: something that is no model, a model whose attention function the engine
@@ -84,7 +92,16 @@ def continuous_batching(
             GenerationConfig,
             "a GenerationConfig of transformers, or None for the model's",
         )
-    jobs = JobTable(policy, distributions, graphs, cost, clock, seed)
+    jobs = JobTable(
+        policy,
+        distributions,
+        graphs,
+        cost,
+        clock,
+        seed,
+        estimator=estimator,
+        predictor=predictor,
+    )
     generation_config = deepcopy(generation_config or model.generation_config)
     with install(jobs, f"demand-{id(jobs):x}") as name:
         config = replace(config, scheduler_type=name)
@@ -140,8 +157,8 @@ class Batching:
 
     Args:
         manager: started, and checked by `check_installed`. Only this object may read its results.
-        jobs: the table that its scheduler ranks by. Use its `open`, `close`, `learn` and `serve`
-            for jobs that make several requests.
+        jobs: the table that its scheduler ranks by. Use its `open`, `close`, `expect`, `serve` and
+            `record` for jobs that make several requests.
 
     Attributes:
         manager: as given.
@@ -174,6 +191,7 @@ class Batching:
         *,
         max_new_tokens: int,
         streaming: bool = False,
+        unit: str = CALL,
         **details: Unpack[JobDetails],
     ) -> str:
         """Submit a job that makes one request; give the id of the request.
@@ -183,6 +201,7 @@ class Batching:
             application: name of the application that the job is a run of.
             max_new_tokens: number of tokens to generate, if no end-of-sequence token comes first.
             streaming: whether `stream` is to give its tokens as they are generated.
+            unit: name of the unit that it is a call of, as for `JobTable.announce`.
             details: of the job, as for `JobTable.open`.
 
         Raises:
@@ -194,7 +213,7 @@ class Batching:
         tokens = self._check(input_ids, max_new_tokens)
         job = self.jobs.open(application, **details)
         try:
-            return self._submit(job, tokens, max_new_tokens, streaming)
+            return self._submit(job, tokens, max_new_tokens, streaming, unit)
         finally:
             self.jobs.close(job)
 
@@ -205,6 +224,7 @@ class Batching:
         *,
         max_new_tokens: int,
         streaming: bool = False,
+        unit: str = CALL,
     ) -> str:
         """Submit a request of a job that `jobs.open` gave; give the id of the request.
 
@@ -213,12 +233,14 @@ class Batching:
             input_ids: token ids of the prompt, a list or `[tokens]`.
             max_new_tokens: number of tokens to generate, if no end-of-sequence token comes first.
             streaming: whether `stream` is to give its tokens as they are generated.
+            unit: name of the unit that it is a call of, as for `JobTable.announce`.
 
         Raises:
             DemandError: as for `submit`, or a job that is closed or not in the table.
         """
         max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
-        return self._submit(job, self._check(input_ids, max_new_tokens), max_new_tokens, streaming)
+        tokens = self._check(input_ids, max_new_tokens)
+        return self._submit(job, tokens, max_new_tokens, streaming, unit)
 
     def result(self, request_id: str, timeout_seconds: float = math.inf) -> GenerationOutput:
         """Wait for a request to end, and take its output once: `.generated_tokens` are its tokens.
@@ -299,11 +321,13 @@ class Batching:
             )
         return tokens.tolist()
 
-    def _submit(self, job: Job, tokens: list[int], max_new_tokens: int, streaming: bool) -> str:
+    def _submit(
+        self, job: Job, tokens: list[int], max_new_tokens: int, streaming: bool, unit: str
+    ) -> str:
         with self._lock:
             request_id = f"{job.application}/{job.index}/{self._submitted}"
             self._submitted += 1
-            self.jobs.announce(job, request_id)
+            self.jobs.announce(job, request_id, unit, tokens)
             forked = range(self.manager.num_return_sequences - 1)
             ids = [request_id, *(f"{request_id}{CHILD}{number}" for number in forked)]
             self._outputs |= {one: deque() for one in ids}

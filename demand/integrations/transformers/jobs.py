@@ -2,19 +2,27 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Unpack, final
 
-from demand.arguments import check_callable, check_instance, whole_number
+from demand.arguments import (
+    check_callable,
+    check_instance,
+    warn_renamed_method,
+    whole_number,
+)
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails, JobLedger
+from demand.integrations.learning import CALL
 from demand.policies.base import Policy, Rank
 from demand.policies.job import Job
+from demand.refine.estimator import DemandEstimator
+from demand.refine.predictor import Predictor
 from demand.seconds import check_seconds
-from demand.units import CostModel
+from demand.units import CostModel, Execution
 
 CHILD = "__child#"
 """Stands between the id of a request and the number of a sequence forked off it."""
@@ -63,10 +71,15 @@ class JobTable:
             `CostModel()` without graphs.
         clock: gives seconds; `now()` counts them from the making of the table.
         seed: of the random numbers that jobs draw (`Job.lottery`), and of the graphs' walks.
+        estimator: in place of distributions and graphs: says what is known of a job as it arrives
+            and what is left of it at the end of each request, and learns from the jobs that end.
+            From here on it belongs to the table.
+        predictor: says what is left of a job as it makes a request, before the first token.
 
     Raises:
         DemandError: an argument of the wrong kind, such as the class of a policy, an application
-            that has both a distribution and a graph, or cost models that differ.
+            that has both a distribution and a graph, either beside an estimator, an estimator that
+            counts the critical path, or cost models that differ.
     """
 
     def __init__(
@@ -77,6 +90,9 @@ class JobTable:
         cost: CostModel | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int = 0,
+        *,
+        estimator: DemandEstimator | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         example = 'a mapping from names, such as {"report": ...}, or None'
         for name, given in (("distributions", distributions), ("graphs", graphs)):
@@ -98,9 +114,16 @@ class JobTable:
                 f"cost models differ: {sorted(map(repr, costs))}; attained service and demand must "
                 "be the same seconds: fit every graph with the cost model of the table"
             )
-        self.cost = costs.pop() if costs else CostModel()
         known |= {name: graph.remaining(seed=seed) for name, graph in graphs.items()}
-        self._ledger = JobLedger(policy, known, seed)
+        self._ledger = JobLedger(
+            policy,
+            known,
+            seed,
+            estimator=estimator,
+            predictor=predictor,
+            cost=costs.pop() if costs else None,
+        )
+        self.cost = self._ledger.cost
         self._clock, self._origin = clock, clock()
         self._lock = threading.RLock()
         self._entries: dict[int, _Entry] = {}
@@ -132,12 +155,21 @@ class JobTable:
             self._entries[job.index] = _Entry(job)
             return job
 
-    def announce(self, job: Job, request_id: str) -> None:
+    def announce(
+        self, job: Job, request_id: str, unit: str = CALL, prompt: Sequence[int] | None = None
+    ) -> None:
         """Say that `job` makes a request of this id, before the engine is given it.
 
+        Args:
+            job: whose it is.
+            request_id: that the engine will be given.
+            unit: name of the unit that it is a call of, for an estimator or a predictor; requests
+                of one unit that overlap in time are one execution of it.
+            prompt: ids of its tokens, for a predictor.
+
         Raises:
-            DemandError: a job that is closed or not in the table, or an id that is in use or
-                would be taken for a forked sequence.
+            DemandError: a job that is closed or not in the table, an id that is in use or would be
+                taken for a forked sequence, or a unit that was of another kind before.
         """
         with self._lock:
             entry = self._entry(job)
@@ -151,6 +183,8 @@ class JobTable:
                     f"request id {request_id!r} is in use or contains {CHILD!r}, which marks "
                     "forked sequences; choose another"
                 )
+            tokens = None if prompt is None else len(prompt)
+            self._ledger.loop.begin(job, request_id, unit, tokens, prompt)
             self._requests[request_id] = entry
             entry.live.add(request_id)
             self._ledger.request(job, self.now())
@@ -166,7 +200,7 @@ class JobTable:
             entry.closed = True
             self._depart_if_done(entry)
 
-    def learn(self, job: Job, remaining: Distribution) -> None:
+    def expect(self, job: Job, remaining: Distribution) -> None:
         """Replace what is known of the demand of `job` by `remaining`: the seconds it still needs.
 
         For instance between two stages of an agent, by `graph.remaining(progress)`.
@@ -176,7 +210,12 @@ class JobTable:
                 another table opened.
         """
         with self._lock:
-            self._ledger.learn(self._entry(job).job, remaining)
+            self._ledger.expect(self._entry(job).job, remaining)
+
+    def learn(self, job: Job, remaining: Distribution) -> None:
+        """The old name of `expect`."""
+        warn_renamed_method("JobTable", "learn", "expect")
+        self.expect(job, remaining)
 
     def serve(self, job: Job, seconds: float) -> None:
         """Count `seconds` of service that `job` received outside the engine, such as in a tool.
@@ -184,14 +223,28 @@ class JobTable:
         Needed where the distributions of total demand include such seconds.
 
         Raises:
-            DemandError: seconds that are no number, negative or not finite, a job that has
-                departed, or one that another table opened.
+            DemandError: seconds that are no number, negative or not finite, an estimator (which
+                has to know the unit: `record`), a job that has departed, or one that another table
+                opened.
         """
         with self._lock:
             entry = self._entry(job)
             seconds = check_seconds("service", seconds)
-            self._ledger.serve(job, seconds, self.now())
+            self._ledger.serve_elsewhere(job, seconds, self.now())
             entry.seconds_outside += seconds
+
+    def record(self, job: Job, execution: Execution) -> None:
+        """Count what `job` executed outside the engine, such as a tool, and record its unit.
+
+        Raises:
+            DemandError: what is no execution, a unit that was of another kind before, a job that
+                has departed, or one that another table opened.
+        """
+        with self._lock:
+            entry = self._entry(job)
+            before = job.attained_service
+            self._ledger.record(job, execution, self.now())
+            entry.seconds_outside += job.attained_service - before
 
     # What follows is for the scheduler of the engine.
 
@@ -222,6 +275,7 @@ class JobTable:
             if after == before:
                 return
             entry.tokens[request_id] = after
+            self._ledger.loop.count(entry.job, base_id(request_id), *after, request_id)
             # From the token counts, not by adding up steps: rounding errors would move the sum
             # away from the values of the demand's distribution.
             attained = (
@@ -261,12 +315,18 @@ class JobTable:
             for index, entry in self._entries.items():
                 (self._ledger.start if index in running else self._ledger.stop)(entry.job)
 
-    def ended(self, request_id: str) -> None:
-        """Forget a request that finished, failed or was cancelled. Again has no effect."""
+    def ended(self, request_id: str, finished: bool = False) -> None:
+        """Forget a request that has ended. Again has no effect.
+
+        Args:
+            request_id: of the request.
+            finished: whether it got all its tokens, and did not fail and was not cancelled.
+        """
         with self._lock:
             entry = self._requests.pop(request_id, None)
             if entry is not None:
                 entry.live.discard(request_id)
+                self._ledger.loop.end(entry.job, request_id, finished)
                 self._depart_if_done(entry)
 
     def __len__(self) -> int:

@@ -61,6 +61,7 @@ class RankScheduler(Scheduler):
     ) -> None:
         self.jobs = jobs
         self._prompt_tokens: dict[str, int] = {}  # of the requests in the engine
+        self._finished: set[str] = set()  # of those that have left it, before that is noted
         super().__init__(cache, safety_margin or 0.0, max_requests_per_batch)
 
     @override
@@ -89,7 +90,10 @@ class RankScheduler(Scheduler):
     def finish_request(self, request_id: str) -> None:
         """Free the KV of a request that has ended or is being evicted."""
         if request_id in self.active_requests:
-            self._note_progress(self.active_requests[request_id])
+            state = self.active_requests[request_id]
+            self._note_progress(state)
+            if state.status == RequestStatus.FINISHED:
+                self._finished.add(request_id)
         super().finish_request(request_id)
 
     @override
@@ -210,5 +214,7 @@ class RankScheduler(Scheduler):
                 for request_id, tokens in self._prompt_tokens.items()
                 if base_id(request_id) not in gone
             }
+        finished = {base_id(request_id) for request_id in self._finished}
         for base in gone:
-            self.jobs.ended(base)
+            self.jobs.ended(base, base in finished)
+        self._finished = {each for each in self._finished if base_id(each) not in gone}

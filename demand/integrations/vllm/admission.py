@@ -14,12 +14,14 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobDetails, JobLedger, TokenMeter
 from demand.integrations.vllm.call import Call, Restart, Status
-from demand.integrations.vllm.chunks import Chunk
+from demand.integrations.vllm.chunks import Chunk, prompt_of
 from demand.integrations.vllm.failures import AttemptError, Retry, Shedding
 from demand.integrations.vllm.run import Run
 from demand.integrations.vllm.server import Server
 from demand.policies.base import Policy, Rank
 from demand.policies.job import Job
+from demand.refine.estimator import DemandEstimator
+from demand.refine.predictor import Predictor
 from demand.units import CostModel
 
 if TYPE_CHECKING:
@@ -81,10 +83,17 @@ class AdmissionController:
             `millisecond_priority`; for servers that order by it (vLLM with
             `--scheduling-policy priority`; others refuse the field). `None` sends none.
         retry: how often and when a call is tried again; `None` is `Retry()`.
-        cost: seconds of service that a token stands for; `None` is `CostModel()`.
+        cost: seconds of service that a token stands for; `None` is that of the estimator, or
+            `CostModel()`.
         clock: gives seconds, for policies that read the time; `None` counts from the making of the
             controller, so that ranks by time stay within the range of `millisecond_priority`.
         seed: of the random numbers that jobs draw, and of the random part of the backoff.
+        estimator: in place of distributions: says what is known of a run as it starts and what is
+            left of it at the end of each call, and learns from runs that finish. From here on it
+            belongs to the controller; save it afterwards (`DemandEstimator.save`).
+        predictor: says what is left of a run as it submits a call. Of the prompt it is told the
+            text, where that is a string ("completions") or messages, which are told as lines; the
+            server alone knows how many tokens that is.
 
     Raises:
         DemandError: an argument of the wrong kind, such as a URL in place of a `Server`, fewer
@@ -95,7 +104,7 @@ class AdmissionController:
         self,
         server: Server,
         policy: Policy,
-        distributions: Mapping[str, Distribution],
+        distributions: Mapping[str, Distribution] | None = None,
         *,
         in_flight: int,
         capacity: int = 10_000,
@@ -104,12 +113,14 @@ class AdmissionController:
         cost: CostModel | None = None,
         clock: Callable[[], float] | None = None,
         seed: int = 0,
+        estimator: DemandEstimator | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         check_instance("server", server, Server, 'a server, Server("http://127.0.0.1:8000/v1")')
         retry = Retry() if retry is None else retry
         check_instance("retry", retry, Retry, "Retry(attempts=5), say, or None for the default")
-        cost = CostModel() if cost is None else cost
-        check_instance("cost", cost, CostModel, "a CostModel, or None for the default")
+        if cost is not None:
+            check_instance("cost", cost, CostModel, "a CostModel, or None for the default")
         if priority is not None:
             check_callable("priority", priority, "a function such as millisecond_priority, or None")
         if clock is not None:
@@ -123,12 +134,18 @@ class AdmissionController:
                 "expected 1 <= in_flight <= capacity"
             )
         self._client = _client_of(server)
-        self._ledger = JobLedger(policy, distributions, seed)
+        self._ledger = JobLedger(
+            policy,
+            {} if distributions is None else distributions,
+            seed,
+            estimator=estimator,
+            predictor=predictor,
+            cost=cost,
+        )
         self._most_in_flight = in_flight
         self._room = asyncio.Semaphore(capacity)
         self._priority = priority
         self._retry = retry
-        self._cost = cost
         began = time.monotonic()
         self._clock = (lambda: time.monotonic() - began) if clock is None else clock
         self._rng = random.Random(seed)
@@ -202,14 +219,21 @@ class AdmissionController:
         job = self._ledger.open(application, self._clock(), **details)
         return Run(job, self._ledger, self._clock, self._submit)
 
-    async def _submit(self, run: Run, path: str, body: Mapping[str, Any], restart: Restart) -> Call:
+    async def _submit(
+        self, run: Run, path: str, body: Mapping[str, Any], restart: Restart, unit: str
+    ) -> Call:
         await self._room.acquire()
         if run.finished or not self._open:
             self._room.release()
             over = "run is finished" if run.finished else "controller is closed"
             raise DemandError(f"the {over}; submit inside its `with` block")
-        meter = TokenMeter(self._cost)
+        meter = TokenMeter(self._ledger.cost)
         call = Call(self._submitted, run.job, path, body, restart, meter, self._cancel)
+        try:
+            self._ledger.loop.begin(run.job, call.number, unit, None, prompt_of(body))
+        except BaseException:
+            self._room.release()
+            raise
         self._submitted += 1
         self._waiting.append(call)
         self._idle.clear()
@@ -286,6 +310,7 @@ class AdmissionController:
     def _take(self, call: Call, chunk: Chunk) -> None:
         self._shedding.taken(call.sent_at)
         self._ledger.serve(call.job, call.take(chunk), self._clock())
+        self._ledger.loop.count(call.job, call.number, *call.tokens)
 
     def _attempt_over(self, call: Call, task: asyncio.Task[None]) -> None:
         """End a call whose attempt is over, or let it wait for another attempt."""
@@ -327,9 +352,12 @@ class AdmissionController:
     ) -> None:
         self._over[status] += 1
         self._room.release()
-        call.end(status, reason, cause)
-        if not self._waiting and not self._in_flight:
-            self._idle.set()
+        try:
+            self._ledger.loop.end(call.job, call.number, status == "finished")
+        finally:  # an estimator that fails leaves no reader waiting
+            call.end(status, reason, cause)
+            if not self._waiting and not self._in_flight:
+                self._idle.set()
 
     def _set_timer(self, now: float) -> None:
         """Dispatch again when the next retry is due, unless a call ends or is submitted before."""

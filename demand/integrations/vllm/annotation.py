@@ -7,6 +7,8 @@ from typing import Any, Self, final
 
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobDetails
+from demand.integrations.learning import CALL
+from demand.units import Unit
 
 UNANNOTATED = "unannotated"
 """Name of the application of all requests that name none."""
@@ -25,12 +27,14 @@ class Annotation:
         run: see there.
         last: see there.
         details: see there.
+        unit: see there.
     """
 
     application: str = UNANNOTATED
     run: str = ""
     last: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = CALL
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
@@ -46,6 +50,8 @@ class Annotation:
         }
         application = _text(ours, "application", UNANNOTATED)
         run, last = _text(ours, "run", ""), ours.pop("last", 0)
+        unit = _text(ours, "unit", CALL)
+        Unit(unit, "llm")
         details: dict[str, Any] = {}
         for name, value in ours.items():
             number = isinstance(value, int | float) and not math.isnan(value)
@@ -53,11 +59,16 @@ class Annotation:
             if name not in _DETAILS or not good:
                 raise DemandError(f"{_PREFIX}{name} is {value!r}; expected what `annotation` makes")
             details[name] = value
-        return cls(application, run, bool(last), details)
+        return cls(application, run, bool(last), details, unit)
 
 
 def annotation(
-    application: str, run: str = "", *, last: bool = False, **details: str | float
+    application: str,
+    run: str = "",
+    *,
+    last: bool = False,
+    unit: str = CALL,
+    **details: str | float,
 ) -> dict[str, str | int | float]:
     """Fields that tell a scheduler of `make_scheduler` which run a request belongs to.
 
@@ -69,6 +80,8 @@ def annotation(
         run: identifies the run among those of the application; the requests of one run are ranked
             together. Empty for a request that is a run of its own.
         last: whether it is the last request of the run.
+        unit: name of the unit that it is a call of, for an estimator; requests of one unit that
+            overlap in time are one execution of it.
         details: of the run, any of `deadline_seconds`, `tenant`, `weight`, `priority` and
             `demand_seconds`, as for `AdmissionController.start`. Those that the first request of
             a run gives hold for all of it.
@@ -80,6 +93,7 @@ def annotation(
         f"{_PREFIX}application": application,
         f"{_PREFIX}run": run,
         f"{_PREFIX}last": int(last),
+        **({} if unit == CALL else {f"{_PREFIX}unit": unit}),
         **{_PREFIX + name: value for name, value in details.items()},
     }
     Annotation.of(fields)

@@ -149,6 +149,11 @@ class Call:
             self._news.set()
         return self._meter.gained(self._tokens.input_tokens, self._tokens.output_tokens)
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Input and output tokens of the present attempt so far, as `TokenCount` counts them."""
+        return self._tokens.input_tokens, self._tokens.output_tokens
+
     def check_complete(self) -> None:
         """Check, at the end of an attempt, that it repeated all that was handed over before.
 

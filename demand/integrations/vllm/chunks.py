@@ -1,6 +1,6 @@
 """The chunks of a stream: their text, their tokens, and what a restarted stream repeats."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 from demand.integrations.vllm.failures import AttemptError
@@ -12,6 +12,29 @@ Chunk = dict[str, Any]
 def text_of(chunk: Chunk) -> str:
     """Text that `chunk` adds to the first choice; empty if it adds none."""
     return "".join(_text(choice) for choice in chunk["choices"] if choice.get("index", 0) == 0)
+
+
+def prompt_of(body: Mapping[str, Any]) -> str | None:
+    """The text of the prompt in the body of a request; `None` where it is no text.
+
+    Messages of a chat are lines of "role: content"; parts of a content that are no text are left
+    out.
+    """
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return prompt
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return None
+    lines = []
+    for message in messages:
+        if isinstance(message, dict):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part.get("text") for part in parts if isinstance(part, dict)]
+            said = " ".join(text for text in texts if isinstance(text, str))
+            lines.append(f"{message.get('role')}: {said}")
+    return "\n".join(lines)
 
 
 @final

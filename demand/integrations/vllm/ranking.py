@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -12,7 +12,7 @@ from demand.integrations.job_ledger import JobLedger, TokenMeter
 from demand.integrations.vllm.annotation import Annotation
 from demand.integrations.vllm.displacement import Key
 from demand.policies.job import Job
-from demand.units import CostModel
+from demand.units import CostModel, Unit
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,15 @@ class Ranking:
         self._idle: dict[RunName, _Run] = {}  # a subset, idle for longest first
         self._running: dict[RunName, _Run] = {}
         self._requests: dict[str, _Request] = {}
+        self._told: dict[RunName, _Run] = {}  # whose rest was told anew since keys were given
 
-    def add(self, request: str, fields: Mapping[str, Any], now: float) -> Key:
+    def add(
+        self,
+        request: str,
+        fields: Mapping[str, Any],
+        now: float,
+        prompt: Sequence[int] | None = None,
+    ) -> Key:
         """Take in a request, and give the key by which it is sorted.
 
         If its annotation is wrong, that is logged and the request is served as unannotated: an
@@ -76,14 +83,21 @@ class Ranking:
             request: its id, unique in the engine.
             fields: what came with it, `annotation` among other things.
             now: second on the engine's clock.
+            prompt: ids of its tokens, for a predictor; `None` where the engine has none.
         """
+        input_tokens = None if prompt is None else len(prompt)
         try:
             annotation = Annotation.of(fields)
+            made_of = Unit(annotation.unit, "llm")
+            self._ledger.loop.check_unit(annotation.application, made_of)
             name, run = self._run_of(request, annotation, now)
         except DemandError as error:
             logger.warning("request %s is served as unannotated: %s", request, error)
             annotation = Annotation()
             name, run = self._run_of(request, annotation, now)
+        self._ledger.loop.begin(run.job, request, annotation.unit, input_tokens, prompt)
+        if self._ledger.loop.active:
+            self._told[name] = run
         if not run.requests:
             self._ledger.request(run.job, now)
         run.requests.add(request)
@@ -106,8 +120,8 @@ class Ranking:
 
         Returns:
             Ids of the requests whose keys may have changed: those of all runs that are served or
-            were served until now, or every request if serving one run can change the rank of
-            others (`Policy.reranks`).
+            were served until now, or were told of their rest; or every request if serving one run
+            can change the rank of others (`Policy.reranks`).
         """
         served: dict[RunName, _Run] = {}
         for request, input_tokens, output_tokens in progress:
@@ -115,36 +129,54 @@ class Ranking:
             self._ledger.start(entry.run.job)
             gained = entry.meter.gained(input_tokens, output_tokens)
             self._ledger.serve(entry.run.job, gained, now)
+            self._ledger.loop.count(entry.run.job, request, input_tokens, output_tokens)
             served[entry.name] = entry.run
         stopped = {name: run for name, run in self._running.items() if name not in served}
         for run in stopped.values():
             self._ledger.stop(run.job)
         self._running = served
         if self._ledger.policy.reranks:
+            self._told = {}
             return set(self._requests)
-        changed = [*served.values(), *stopped.values()]
+        changed = {**self._told, **stopped, **served}.values()
+        self._told = {}
         return {request for run in changed for request in run.requests}
 
-    def finish(self, request: str, input_tokens: int, output_tokens: int, now: float) -> None:
-        """Note that `request` has left the engine, with this many tokens read and generated."""
+    def finish(
+        self, request: str, input_tokens: int, output_tokens: int, now: float, whole: bool = True
+    ) -> None:
+        """Note that `request` has left the engine, with this many tokens read and generated.
+
+        Args:
+            request: its id.
+            input_tokens: read.
+            output_tokens: generated.
+            now: second on the engine's clock.
+            whole: whether it finished, and was not aborted.
+        """
         entry = self._requests.pop(request)
         run = entry.run
         self._ledger.serve(run.job, entry.meter.gained(input_tokens, output_tokens), now)
+        self._ledger.loop.count(run.job, request, input_tokens, output_tokens)
+        self._ledger.loop.end(run.job, request, whole)
+        if self._ledger.loop.active:
+            self._told[entry.name] = run
         run.requests.remove(request)
         if run.requests:
             return
         if run.last:
-            self._close(entry.name, now)
+            self._close(entry.name, now, whole=True)
             return
         self._ledger.stop(run.job)
         self._idle[entry.name] = run
         if len(self._idle) > self._idle_runs:
             forgotten = next(iter(self._idle))
             del self._idle[forgotten]
-            self._close(forgotten, now)
+            self._close(forgotten, now, whole=False)  # nobody said that it was over
 
-    def _close(self, name: RunName, now: float) -> None:
-        self._ledger.close(self._runs.pop(name).job, now)
+    def _close(self, name: RunName, now: float, whole: bool) -> None:
+        self._told.pop(name, None)
+        self._ledger.close(self._runs.pop(name).job, now, whole)
 
     def _run_of(self, request: str, annotation: Annotation, now: float) -> tuple[RunName, _Run]:
         # No application is named "", so a request that is a run of its own shares no name.

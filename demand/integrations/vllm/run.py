@@ -5,18 +5,21 @@ import reprlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Self, final, get_args
 
+from demand.arguments import warn_renamed_method
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger
+from demand.integrations.learning import CALL
 from demand.integrations.vllm.call import Call, Restart
 from demand.policies.job import Job
+from demand.units import Execution
 
 _PATHS = ("chat/completions", "completions")
 _OWN_FIELDS = ("priority", "stream")
 _USAGE = {"stream_options": {"include_usage": True}}
 
-Submit = Callable[["Run", str, Mapping[str, Any], Restart], Awaitable[Call]]
-"""How a run hands a path, a body and `restart` to its controller."""
+Submit = Callable[["Run", str, Mapping[str, Any], Restart, str], Awaitable[Call]]
+"""How a run hands a path, a body, `restart` and the name of the unit to its controller."""
 
 
 @final
@@ -43,10 +46,12 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._finish(whole=kind is None)
 
-    async def submit(self, path: str, body: Mapping[str, Any], restart: Restart = "raise") -> Call:
+    async def submit(
+        self, path: str, body: Mapping[str, Any], restart: Restart = "raise", unit: str = CALL
+    ) -> Call:
         """Submit a call, and return as soon as the controller holds it; it may be sent much later.
 
         Args:
@@ -55,10 +60,12 @@ class Run:
                 sets.
             restart: what to do when a stream breaks after part of it was handed over, "raise" or
                 "skip"; see `Call`.
+            unit: name of the unit that it is a call of, for an estimator or a predictor; calls of
+                one unit that overlap in time are one execution of it.
 
         Raises:
-            DemandError: a path or body that cannot be sent, a run that is finished, or a
-                controller that is closed.
+            DemandError: a path or body that cannot be sent, a run that is finished, a controller
+                that is closed, or a unit that was of another kind before.
         """
         if path not in _PATHS:
             raise DemandError(f"path is {path!r}; expected one of {', '.join(_PATHS)}")
@@ -79,7 +86,7 @@ class Run:
         self._calls = [call for call in self._calls if not call.over]
         if not self._calls:
             self._ledger.request(self.job, self._clock())
-        call = await self._submit(self, path, sent, restart)
+        call = await self._submit(self, path, sent, restart, unit)
         self._calls.append(call)
         return call
 
@@ -89,25 +96,50 @@ class Run:
         Needed where the distributions of total demand include such seconds.
 
         Raises:
-            DemandError: seconds that are no number, negative or not finite.
+            DemandError: seconds that are no number, negative or not finite, or an estimator (which
+                has to know the unit: `record`).
         """
-        self._ledger.serve(self.job, seconds, self._clock())
+        self._ledger.serve_elsewhere(self.job, seconds, self._clock())
 
-    def learn(self, remaining: Distribution) -> None:
+    def record(self, execution: Execution) -> None:
+        """Count what the run executed elsewhere, such as a tool, and record its unit.
+
+        Raises:
+            DemandError: what is no execution, a unit that was of another kind before, or a run that
+                is finished.
+        """
+        if self.finished:
+            raise DemandError("the run is finished; record what it executes before that")
+        self._ledger.record(self.job, execution, self._clock())
+
+    def expect(self, remaining: Distribution) -> None:
         """Replace what is known of its demand by `remaining`: the seconds it needs from here on.
 
         Raises:
             DemandError: something that is no distribution.
         """
-        self._ledger.learn(self.job, remaining)
+        self._ledger.expect(self.job, remaining)
+
+    def learn(self, remaining: Distribution) -> None:
+        """The old name of `expect`."""
+        warn_renamed_method("Run", "learn", "expect")
+        self.expect(remaining)
 
     def finish(self) -> None:
-        """End the run and cancel those of its calls that have not ended. Again has no effect."""
+        """End the run and cancel those of its calls that have not ended. Again has no effect.
+
+        An estimator learns from the run, unless calls had to be cancelled, the last one failed, or
+        its `with` block was left by an error.
+        """
+        self._finish(whole=True)
+
+    def _finish(self, whole: bool) -> None:
         if not self.finished:
             self.finished = True
-            for call in self._calls:
+            live = [call for call in self._calls if not call.over]
+            for call in live:
                 call.cancel()
-            self._ledger.close(self.job, self._clock())
+            self._ledger.close(self.job, self._clock(), whole and not live)
 
 
 def _as_json(body: Mapping[str, Any]) -> bytes:

@@ -1,19 +1,21 @@
 """A scheduler class for vLLM's engine; the one file that uses its private interface (0.32.0)."""
 
 import heapq
+import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.integrations.job_ledger import JobLedger
+from demand.integrations.job_ledger import JobLedger, cost_of
 from demand.integrations.vllm.displacement import displaced
 from demand.integrations.vllm.ranking import Ranking
 from demand.policies.base import Policy
+from demand.refine.estimator import DemandEstimator
+from demand.refine.predictor import Predictor
 from demand.units import CostModel
 
 if TYPE_CHECKING:
@@ -22,15 +24,20 @@ else:
     AsyncScheduler = object
 
 _VERIFIED_VERSIONS = ("0.32.0",)
+_FINISHED = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_REPETITION")
+"""Names of the states of requests that came to an end by themselves."""
 
 
 def make_scheduler(
     policy: Policy,
-    distributions: Mapping[str, Distribution],
+    distributions: Mapping[str, Distribution] | None = None,
     *,
     cost: CostModel | None = None,
     idle_runs: int = 10_000,
     seed: int = 0,
+    estimator: DemandEstimator | None = None,
+    predictor: Predictor | None = None,
+    save_to: str | os.PathLike[str] | None = None,
 ) -> type[Any]:
     """A scheduler class for vLLM that serves by `policy`; start vLLM with priority scheduling.
 
@@ -51,13 +58,20 @@ def make_scheduler(
         policy: ranks the runs.
         distributions: total demand in seconds, by name of the application. A run of any other
             application is ranked by attained service, and a warning names it.
-        cost: seconds of service that a token stands for; `None` is `CostModel()`.
+        cost: seconds of service that a token stands for; `None` is that of the estimator, or
+            `CostModel()`.
         idle_runs: how many runs are remembered that have no request in the engine.
         seed: of the random numbers that jobs draw.
+        estimator: in place of distributions: says what is known of a run at its first request and
+            what is left of it at the end of each, and learns from runs whose `last` request has
+            finished, and from requests that are runs of their own.
+        predictor: says what is left of a run as a request comes in, told the ids of its prompt.
+        save_to: where the estimator is saved as the engine shuts down, since it may be in a process
+            of its own; `None` for nowhere. An engine that is killed saves nothing.
 
     Raises:
-        DemandError: vLLM is missing or of a version that this was not verified on, or an argument
-            of the wrong kind, such as the class of a policy.
+        DemandError: vLLM is missing or of a version that this was not verified on, an argument
+            of the wrong kind, such as the class of a policy, or a place to save no estimator to.
     """
     try:
         import vllm
@@ -73,17 +87,25 @@ def make_scheduler(
             "AdmissionController in front of the server, which works with any version"
         )
 
-    cost = CostModel() if cost is None else cost
-    check_instance("cost", cost, CostModel, "a CostModel, or None for the default")
+    if save_to is not None and estimator is None:
+        raise DemandError(f"save_to is {save_to!r} and there is no estimator; give one, or drop it")
+    cost = cost_of(cost, estimator)
+    known = {} if distributions is None else distributions
 
     def ranking() -> Ranking:
-        return Ranking(JobLedger(policy, distributions, seed), cost, idle_runs)
+        ledger = JobLedger(policy, known, seed, estimator=estimator, predictor=predictor, cost=cost)
+        return Ranking(ledger, cost, idle_runs)
+
+    def save() -> None:
+        if save_to is not None and estimator is not None:
+            estimator.save(save_to)
 
     ranking()  # refuses wrong arguments here, not in the process of the engine
     body = {
         "__doc__": f"Serves by {policy!r}.",
         "__module__": __name__,
         "make_ranking": staticmethod(ranking),
+        "save": staticmethod(save),
     }
     return type("DemandScheduler", (RankedScheduling, AsyncScheduler), body)
 
@@ -100,6 +122,7 @@ class RankedScheduling(AsyncScheduler):
     """
 
     make_ranking: ClassVar[Any]
+    save: ClassVar[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,7 +141,8 @@ class RankedScheduling(AsyncScheduler):
         if request.request_id not in self.requests:  # else it continues a streaming session
             parameters = request.sampling_params
             fields = (parameters and parameters.extra_args) or {}
-            request.priority = self._ranking.add(request.request_id, fields, time.monotonic())
+            now, prompt = time.monotonic(), request.prompt_token_ids
+            request.priority = self._ranking.add(request.request_id, fields, now, prompt)
         super().add_request(request)
 
     @override
@@ -131,8 +155,15 @@ class RankedScheduling(AsyncScheduler):
     @override
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         """Forget a request; vLLM comes here with every one that finishes or is aborted."""
-        self._ranking.finish(*_progress(request), time.monotonic())
+        whole = request.status.name in _FINISHED
+        self._ranking.finish(*_progress(request), time.monotonic(), whole)
         return super()._free_request(request, *args, **kwargs)
+
+    @override
+    def shutdown(self) -> None:
+        """Save what was learned, where that was asked for, and shut down."""
+        self.save()
+        super().shutdown()
 
     def _rank_anew(self, now: float) -> None:
         changed = self._ranking.serve(map(_progress, self.running), now)

@@ -75,7 +75,7 @@ class Engine:
 
     A policy that changes its mind often pays for it under "recompute": ranks that move as a job is
     served (SERPT, Gittins on raw samples, LAS) can recompute more than they serve. Wrap such a
-    policy in `Quantum`, or choose "none".
+    policy in `TimeSlice`, or choose "none".
 
     Args:
         max_requests: requests in one step, the width of the batch.

@@ -33,12 +33,13 @@ from demand.simulation.engine.running_first import RunningFirst
 from demand.simulation.engine.served_requests import ServedRequests
 from demand.simulation.engine.step_times import StepLog
 from demand.simulation.job_maker import JobMaker
-from demand.simulation.refining import check_refine, learn
+from demand.simulation.refining import check_estimator, learn
 from demand.units import CostModel, Execution, Progress
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
+@renamed_keyword("refine", "estimator")
 @renamed_keyword("cost", "service_cost")
 def simulate_engine(
     workload: Workload | ClosedLoop,
@@ -48,7 +49,7 @@ def simulate_engine(
     backends: Mapping[str, Pool] | None = None,
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
-    refine: Refine | None = None,
+    estimator: Refine | None = None,
     service_cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
@@ -78,7 +79,7 @@ def simulate_engine(
         prewarm: warms backends ahead; `None` for `NoPrewarm`.
         pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
             over; `None` for `service_cost`.
-        refine: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
+        estimator: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
         service_cost: seconds of attained service that a token counts for, on the scale of the
             distributions of `workload`; not what it takes on the engine. `None` for the cost model
@@ -98,7 +99,7 @@ def simulate_engine(
             "the workload has no runs, and an engine serves requests, not seconds; give "
             "Workload(runs=...), the executions of each job"
         )
-    check_refine(refine, entries)
+    check_estimator(estimator, entries)
     engine = Engine() if engine is None else engine
     prewarm = NoPrewarm() if prewarm is None else prewarm
     check_instance("engine", engine, Engine, "an engine, such as Engine(max_requests=64)")
@@ -111,7 +112,9 @@ def simulate_engine(
         check_run(entry, run, engine)
     check_pools(pools, prewarm, entries, entries.runs)
     costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
-    simulation = _Simulation(workload, entries, entries.runs, policy, engine, costs, seed, refine)
+    simulation = _Simulation(
+        workload, entries, entries.runs, policy, engine, costs, seed, estimator
+    )
     simulation.backends = Backends(
         pools,
         prewarm,

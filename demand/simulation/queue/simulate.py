@@ -6,15 +6,16 @@ from typing import final
 
 import numpy as np
 
-from demand.arguments import whole_number
+from demand.arguments import renamed_keyword, whole_number
 from demand.policies.base import Policy, check_policy
 from demand.policies.wrapper import hook
 from demand.refine.base import Refine
+from demand.refine.predictor import Predictor
 from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
 from demand.simulation.queue.job_in_service import JobInService
-from demand.simulation.refining import check_refine, learn
+from demand.simulation.refining import check_estimator, check_predictor, foresee, learn
 from demand.simulation.result import Result
 from demand.units import Progress
 from demand.workloads.closed_loop import ClosedLoop
@@ -40,12 +41,14 @@ class SimulationResult(Result):
         )
 
 
+@renamed_keyword("refine", "estimator")
 def simulate(
     workload: Workload | ClosedLoop,
     policy: Policy,
     servers: int = 1,
     seed: int = 0,
-    refine: Refine | None = None,
+    estimator: Refine | None = None,
+    predictor: Predictor | None = None,
 ) -> SimulationResult:
     """Serve `workload` under `policy`, preempting at no cost: an M/G/k queue when it is Poisson.
 
@@ -66,10 +69,12 @@ def simulate(
     Gittins, or SERPT on two far modes) jobs of near-equal rank take turns, up to once per atom
     and job.
 
-    Ends of units are events if `refine` is given or the policy ranks by request: the next unit
-    is then a new request (`Job.requested`), and what `refine` says of the units finished so far is
-    what the scheduler knows from there on. The seconds of a unit are those of the cost model of
-    the application's graph (`workload.graphs`), or of the default one.
+    Ends of units are events if `estimator` or `predictor` is given or the policy ranks by request:
+    the next unit is then a new request (`Job.requested`), and what `estimator` says of the units
+    finished so far is what the scheduler knows from there on. A `predictor` is asked after it, as a
+    job arrives and at each of these ends, if what follows is a call to a model: its answer holds,
+    then, from before the first token. The seconds of a unit are those of the cost model of the
+    application's graph (`workload.graphs`), or of the default one.
 
     Args:
         workload: the jobs; the result of a closed loop has them as they arrived.
@@ -77,19 +82,22 @@ def simulate(
         servers: how many jobs are served at once.
         seed: of the number each job draws (`Job.lottery`), which only `RandomOrder` reads; under
             every other policy the run is the same for all seeds.
-        refine: a `DemandEstimator`, or any other answer to how much is left.
+        estimator: a `DemandEstimator`, or any other answer to how much is left. It is asked, and
+            does not learn from the jobs that end.
+        predictor: what says it from a call before its first token.
 
     Raises:
-        DemandError: a workload, policy or refine that is none; servers that are not a whole number
-            of at least 1; a policy whose rank is no number, or that contradicts itself; where ends
-            of units matter, a workload without runs, or a run whose units do not add up to its
-            demand.
+        DemandError: a workload, policy, estimator or predictor that is none; servers that are not a
+            whole number of at least 1; a policy whose rank is no number, or that contradicts
+            itself; where ends of units matter, a workload without runs, or a run whose units do not
+            add up to its demand.
     """
     entries = entries_of(workload)
     check_policy("policy", policy)
-    check_refine(refine, entries)
+    check_estimator(estimator, entries)
+    check_predictor(predictor, entries)
     servers = whole_number("servers", servers, least=1)
-    return _Simulation(workload, entries, policy, servers, seed, refine).run()
+    return _Simulation(workload, entries, policy, servers, seed, estimator, predictor).run()
 
 
 class _Simulation:
@@ -100,12 +108,14 @@ class _Simulation:
         policy: Policy,
         servers: int,
         seed: int,
-        refine: Refine | None,
+        estimator: Refine | None,
+        predictor: Predictor | None,
     ) -> None:
         self.workload = workload
         self.policy = policy
-        self.refine = refine
-        self.runs = entries.runs if refine is not None or policy.by_request else None
+        self.estimator, self.predictor = estimator, predictor
+        by_unit = estimator is not None or predictor is not None or policy.by_request
+        self.runs = entries.runs if by_unit else None
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, JobInService, seed)
         self.server_count = servers
@@ -151,6 +161,8 @@ class _Simulation:
         if self.arrived is not None:
             self.arrived(job, now)
         job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
+        if self.predictor is not None and self.runs is not None:
+            foresee(job, self.runs[entry], 0, self.predictor, self.policy)
         self.servers.add(job)
 
     def end_unit(self, job: JobInService, now: float) -> None:
@@ -168,9 +180,11 @@ class _Simulation:
         self.servers.end_unit(job)
         job.units_finished = finished
         job.requested = now
-        if self.refine is not None and self.runs is not None:
+        if self.estimator is not None and self.runs is not None:
             progress = Progress(self.runs[job.entry][:finished])
-            learn(job, progress, self.refine, self.policy)
+            learn(job, progress, self.estimator, self.policy)
+        if self.predictor is not None and self.runs is not None:
+            foresee(job, self.runs[job.entry], finished, self.predictor, self.policy)
 
     def result(self) -> SimulationResult:
         workload = self.workload

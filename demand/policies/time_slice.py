@@ -16,7 +16,7 @@ from demand.seconds import check_age
 
 @final
 @dataclass(frozen=True)
-class Quantum(Wrapper):
+class TimeSlice(Wrapper):
     """Once put into service a job is served for `seconds` before another may take its server.
 
     Claim: between two preemptions of a job it receives at least `seconds` of service, so that a

@@ -1,0 +1,113 @@
+"""What one run of an application has executed so far, as its calls begin and end."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import final
+
+from demand.units import CostModel, Execution, Progress, Unit
+
+Tokens = tuple[int, int]
+"""Of a call: those of its prompt that were read, and those generated."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A unit with calls that have not ended.
+
+    Attributes:
+        unit: what they are calls of.
+        live: those that have not ended.
+        counts: tokens so far of each sequence of each call.
+    """
+
+    unit: Unit
+    live: set[Hashable] = field(default_factory=set)
+    counts: dict[Hashable, dict[Hashable, Tokens]] = field(default_factory=dict)
+
+    def calls(self) -> list[Tokens]:
+        """Tokens of all sequences of all calls."""
+        return [tokens for call in self.counts.values() for tokens in call.values() if any(tokens)]
+
+
+@final
+class RunRecord:
+    """The executions of one run, put together from its calls.
+
+    Calls of one unit that overlap in time are one execution of it, with as many parallel calls; it
+    is over when the last of them has ended. Units that overlap are recorded one after another, in
+    the order in which they end, since a run is a sequence; of those that are not over, only the one
+    that began first is in `progress`. A call that did not finish leaves nothing behind.
+
+    Args:
+        cost: seconds of service that a token stands for.
+
+    Attributes:
+        executed: units that are over, in order.
+        cut_off: whether the last call did not finish.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self.executed: list[Execution] = []
+        self.cut_off = False
+        self._cost = cost
+        self._open: dict[str, _Open] = {}
+        self._of_call: dict[Hashable, _Open] = {}
+
+    def begin(self, call: Hashable, unit: Unit) -> bool:
+        """Note that `call`, of `unit`, is submitted; whether no other is in progress."""
+        alone = not self._open
+        entry = self._open.setdefault(unit.name, _Open(unit))
+        entry.live.add(call)
+        entry.counts[call] = {}
+        self._of_call[call] = entry
+        return alone
+
+    def count(
+        self, call: Hashable, input_tokens: int, output_tokens: int, sequence: Hashable = None
+    ) -> None:
+        """Note how many tokens `call` has read and generated so far.
+
+        Args:
+            call: that has begun and not ended.
+            input_tokens: of the prompt.
+            output_tokens: generated.
+            sequence: which of the sequences that the call generates, where there are several.
+        """
+        self._of_call[call].counts[call][sequence] = (input_tokens, output_tokens)
+
+    def end(self, call: Hashable, finished: bool = True) -> None:
+        """Note that `call` is over."""
+        entry = self._of_call.pop(call)
+        entry.live.discard(call)
+        self.cut_off = not finished
+        if not finished:
+            del entry.counts[call]
+        if entry.live:
+            return
+        del self._open[entry.unit.name]
+        calls = entry.calls()
+        if calls:
+            read, made = zip(*calls, strict=True)
+            self.executed.append(
+                Execution.of_calls(entry.unit, input_tokens=read, output_tokens=made)
+            )
+
+    def add(self, execution: Execution) -> None:
+        """Note an execution that took place elsewhere, such as that of a tool."""
+        self.executed.append(execution)
+        self.cut_off = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a run that came to its end by itself, from which may be learned."""
+        return bool(self.executed) and not self._open and not self.cut_off
+
+    def progress(self) -> Progress:
+        """Where the run stands, by the calls that have been counted."""
+        if not self._open:
+            return Progress(tuple(self.executed))
+        entry = next(iter(self._open.values()))
+        prefill, decode = self._cost.prefill_seconds_per_token, self._cost.decode_seconds_per_token
+        seconds = [read * prefill + made * decode for read, made in entry.calls()]
+        attained = (sum(seconds), max(seconds, default=0.0))
+        return Progress(tuple(self.executed), entry.unit.name, *attained)

@@ -1,0 +1,166 @@
+"""What is predicted from a call before its first token: by whom, for whom, and how well."""
+
+import numpy as np
+import pytest
+
+from demand import (
+    NEVER_SEEN,
+    CostModel,
+    DemandError,
+    DemandEstimator,
+    Distribution,
+    Execution,
+    PDGraph,
+    PendingCall,
+    Predictor,
+    Progress,
+    ProgressRegression,
+    PromptRegression,
+    Unit,
+    Workload,
+    calibrate,
+    calibrate_calls,
+    simulate,
+)
+from demand.policies import SERPT, Oracle
+from demand.refine import CurrentUnit, LogRidge
+
+ASK, SEARCH = Unit("ask", "llm"), Unit("search", "search")
+COST = CostModel(prefill_seconds_per_token=0.001, decode_seconds_per_token=0.1)
+
+
+def told_runs(n, seed=0):
+    """The longer the prompt, the more is generated; a search follows half of the calls."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for _ in range(n):
+        prompt = int(rng.integers(10, 1000))
+        generated = max(int(prompt * rng.uniform(0.8, 1.2)), 1)
+        searched = [Execution(SEARCH, seconds=1.0)] if rng.random() < 0.5 else []
+        runs.append([Execution(ASK, prompt, generated), *searched])
+    return runs
+
+
+def graph(n=300, seed=0):
+    return PDGraph.fit(told_runs(n, seed), cost=COST)
+
+
+def pending(tokens, **more):
+    return PendingCall("a", ASK, tokens, **more)
+
+
+def test_the_length_of_the_prompt_tells_how_much_is_left():
+    refined = PromptRegression().fit(graph())
+    short, long = (refined.predict(pending(tokens)) for tokens in (30, 900))
+    assert short.mean() == pytest.approx(0.1 * 30 + 0.5, rel=0.3)
+    assert long.mean() == pytest.approx(0.1 * 900 + 0.9 + 0.5, rel=0.15)
+    held_out = told_runs(200, seed=1)
+    blind = calibrate(refined.remaining, held_out, cost=COST).points[0]
+    told = calibrate_calls(refined, "a", held_out, cost=COST).points[0]
+    assert told.runs == blind.runs == 200
+    assert told.crps < 0.3 * blind.crps
+    assert abs(told.coverage[1] - 0.8) < 0.1
+
+
+def test_without_a_call_or_its_tokens_it_is_the_regression_on_progress():
+    refined, plain = (each.fit(graph()) for each in (PromptRegression(), ProgressRegression()))
+    after = Progress(told_runs(1)[0][:1])
+    for progress in (Progress(), after):
+        assert refined.remaining(progress) == plain.remaining(progress)
+        call = pending(None, progress=progress)
+        assert refined.predict(call) == plain.remaining(progress)
+    measured = PDGraph.fit([[Execution(ASK, seconds=float(s))] for s in range(1, 9)])
+    untold = PromptRegression().fit(measured)
+    assert untold.predict(pending(50)) == untold.remaining(Progress())
+
+
+def test_the_regression_is_that_of_plain_least_squares_on_the_calls():
+    """The twin builds a row a call by hand, and solves once for all."""
+    known = graph(80)
+    refined = PromptRegression(ridge=2.0).fit(known)
+    rows, y = [], []
+    for run in known.runs:
+        before = refined.features.of_progress(Progress())
+        ahead = [np.log1p(run[0].input_tokens), np.log(2.0), 1.0, 0.0]
+        rows.append([*before, *ahead])
+        y.append(np.log(sum(map(COST.seconds, run))))
+    x, y = np.array(rows), np.array(y)
+    scale = x.std(axis=0)
+    z = (x - x.mean(axis=0)) / np.where(scale > 1e-9, scale, np.inf)
+    slopes = np.linalg.solve(z.T @ z + 2.0 * np.eye(x.shape[1]), z.T @ (y - y.mean()))
+    np.testing.assert_allclose(refined.predicted.fitted(x), y.mean() + z @ slopes, atol=1e-9)
+
+
+def test_most_refinements_do_not_look_at_the_call():
+    refined = CurrentUnit().fit(graph())
+    assert refined.predict(pending(900)) == refined.remaining(Progress())
+
+
+def test_an_estimator_is_a_predictor():
+    estimator = DemandEstimator({"a": graph()}, PromptRegression())
+    assert isinstance(estimator, Predictor)
+    assert estimator.predict(pending(30)).mean() < 0.1 * estimator.predict(pending(900)).mean()
+    assert not estimator.fallbacks
+    assert estimator.predict(PendingCall("a", Unit("new", "llm"), 9)).mean() > 0.0
+    assert estimator.predict(PendingCall("b", ASK, 9)) == NEVER_SEEN
+    assert estimator.fallbacks == {("a", "unit"): 1, ("b", "application"): 1}
+
+
+def workload(runs):
+    demands = [sum(map(COST.seconds, run)) for run in runs]
+    arrivals = np.cumsum(np.random.default_rng(2).exponential(np.mean(demands) / 0.8, len(runs)))
+    known = graph()
+    return Workload(
+        arrivals, demands, ["a"] * len(runs), {"a": known.remaining()}, runs=runs,
+        graphs={"a": known},
+    )  # fmt: skip
+
+
+def test_a_queue_is_told_before_the_first_token():
+    jobs = workload(told_runs(300, seed=3))
+    estimator = DemandEstimator(jobs.graphs, PromptRegression())
+    blind, told = (simulate(jobs, SERPT(), predictor=each) for each in (None, estimator))
+    oracle = simulate(jobs, Oracle())
+    assert blind.mean - told.mean > 0.8 * (blind.mean - oracle.mean) > 0.0
+
+
+def test_a_queue_asks_at_arrival_and_between_units_where_a_call_follows():
+    class Noting:
+        asked: list
+
+        def predict(self, call):
+            self.asked.append((call.unit.name, call.input_tokens, len(call.progress.executed)))
+            return Distribution([5.0])
+
+    predictor = Noting()
+    predictor.asked = []
+    call, found = Execution(ASK, 10, 20), Execution(SEARCH, seconds=1.0)
+    simulate(workload([[call, found, call], [found]]), SERPT(), predictor=predictor)
+    assert predictor.asked == [("ask", 10.0, 0), ("ask", 10.0, 2)]
+
+
+def test_what_is_no_predictor_or_no_call_is_refused():
+    jobs = workload(told_runs(3))
+    with pytest.raises(DemandError, match=r"predictor is .*expected an object with a method"):
+        simulate(jobs, SERPT(), predictor=lambda call: Distribution([1.0]))
+    alone = Workload([0.0], [1.0], ["a"], {"a": Distribution([1.0])})
+    with pytest.raises(DemandError, match="the workload has no runs"):
+        simulate(alone, SERPT(), predictor=DemandEstimator({}))
+    with pytest.raises(DemandError, match="kind 'search'; expected an llm"):
+        PendingCall("a", SEARCH)
+    with pytest.raises(DemandError, match="in the middle of unit 'ask'"):
+        PendingCall("a", ASK, progress=Progress(current="ask", attained_seconds=1.0))
+    with pytest.raises(DemandError, match="input_tokens of a call are -1"):
+        pending(-1)
+    with pytest.raises(DemandError, match="expected one ahead"):
+        PendingCall.of_run("a", told_runs(1)[0], 9)
+    with pytest.raises(DemandError, match="prompts are not as many as units"):
+        calibrate_calls(DemandEstimator({}), "a", told_runs(2), prompts=[["x"]])
+    for x, y, said in (
+        ([[1.0]], [], r"expected \[n, d\] and \[n\]"),
+        ([1.0], [1.0], r"expected \[n, d\] and \[n\]"),
+        ([[1.0]], [-1.0], "negative"),
+        ([[np.nan]], [1.0], "not finite"),
+    ):
+        with pytest.raises(DemandError, match=said):
+            LogRidge().fit(x, y)
