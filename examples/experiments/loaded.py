@@ -4,6 +4,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -12,8 +13,10 @@ from models import load
 
 
 @cache
-def loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(
+    name: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load`, in silence and once in a process."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return load(name)
+    return load(name, dtype)
