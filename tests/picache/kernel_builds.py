@@ -10,10 +10,8 @@ H200 = scattered_attention_triton.Processors(132, 227 * 1024)
 SHAPES = [
     # batch, kv_heads, groups, rows, capacity, head_dim, value_dim, dtype
     (1, 8, 4, 320, 32768, 128, 128, torch.bfloat16),
-    (8, 8, 4, 88, 4096, 128, 128, torch.bfloat16),
     (1, 2, 4, 96, 4096, 64, 64, torch.float32),
     (2, 2, 2, 96, 8192, 256, 256, torch.float32),
-    (1, 4, 2, 320, 8192, 256, 256, torch.float16),
     (1, 4, 3, 96, 8192, 80, 96, torch.bfloat16),
 ]
 RULES = [
