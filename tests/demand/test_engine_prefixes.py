@@ -69,6 +69,7 @@ def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
     for name in ("steps", "preemptions", "prefilled_again", "peak_blocks"):
         assert getattr(result, name) == getattr(twin, name), name
     assert (result.prefixes.looked_up, result.prefixes.found) == (twin.looked_up, twin.found)
+    assert result.prefixes.held_block_seconds == pytest.approx(twin.held_block_seconds)
     assert result.prefixes.found <= result.prefixes.findable <= result.prefixes.looked_up
 
 
@@ -133,6 +134,22 @@ def test_what_is_held_stays_for_its_run_and_others_wait():
     assert held.completion_times[2] == (9 - 6) + 1  # the other is over, and nobody runs
     assert held.prefixes.found == 6
     assert held.prefixes.held_block_seconds == 3 * (9 - 4) + 3 * 1
+
+
+def test_what_is_held_lapses_in_the_middle_of_equal_steps():
+    """Three blocks are left at second 4, and held until the 9th; equal steps go on to the 40th."""
+    runs = [two_calls(100.0).runs[0], [Execution(CODE, 2, 40)]]
+    graph = PDGraph.fit([two_calls(seconds).runs[0] for seconds in (5.0, 1e6)])
+    workload = Workload(
+        [0, 0], [1, 1], "ab", {n: Distribution([1.0]) for n in "ab"}, runs=runs,
+        graphs={"a": graph},
+    )  # fmt: skip
+    # At age a below 5 the rank is 4 (5 - a): of four uses one is by then. After it, 1e6 and more.
+    engine = keeping(NextUse(price=30.0, limit=1.0), budget=20)
+    result = simulate_engine(workload, FCFS(), engine)
+    twin = step_by_step(workload, FCFS(), engine)
+    assert result.prefixes.held_block_seconds == twin.held_block_seconds == 3 * 5
+    assert result.decisions < 10
 
 
 def test_the_time_to_the_next_use_is_that_of_the_graph():

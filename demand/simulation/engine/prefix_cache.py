@@ -2,6 +2,9 @@
 
 from typing import final
 
+import numpy as np
+
+from demand.simulation.engine.batch import Batch
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.result import Prefixes
 from demand.simulation.engine.retention import LeftKV, Retention, Tables
@@ -29,7 +32,7 @@ class PrefixCache:
         looked_up: prompt tokens of requests when they were first admitted.
         found: of those, tokens whose KV was there.
         findable: of those, tokens in whole blocks that it shares with the last call.
-        held_block_seconds: blocks held, times seconds.
+        held_block_seconds: blocks held as each step begins, times its seconds.
     """
 
     def __init__(
@@ -123,10 +126,30 @@ class PrefixCache:
         found = [left for left in self._left if retention.holds(left, now)]
         return min(sum(left.blocks for left in found), self._limit)
 
-    def carry_out(self, seconds: float, free: int, now: float) -> None:
-        """Steps begin at second `now`, take so many `seconds` and leave so many blocks `free`."""
-        self.held_block_seconds += self.held(now) * seconds
-        self.fit(free, now)
+    def carry_out(self, batch: Batch, steps: int, now: float) -> None:
+        """The step of `batch` begins at second `now`, and is carried out `steps` times over."""
+        if self._limit:
+            self.held_block_seconds += self._held_over(batch, steps, now)
+        self.fit(batch.free_after(steps), now)
+
+    def _held_over(self, batch: Batch, steps: int, now: float) -> float:
+        """Blocks held at the beginning of each step, times its seconds, over all of them."""
+        if self.retention.moves and steps > 1:  # nothing is given up but in the last step
+            ends = [batch.seconds(step) for step in range(1, steps + 1)]
+            starts = np.array([0.0, *ends[:-1]])
+            held = np.zeros(steps)
+            for left in self._left:
+                held += left.blocks * self.retention.holds_at(left, now + starts)
+            return float(np.minimum(held, self._limit) @ (np.array(ends) - starts))
+        if self.total <= batch.free_after(steps):
+            return self.held(now) * batch.seconds(steps)
+        found, before = 0.0, 0.0
+        for step in range(1, steps + 1):
+            self.fit(batch.free_after(step), now)
+            after = batch.seconds(step)
+            found += self.held(now) * (after - before)
+            before = after
+        return found
 
     def report(self) -> Prefixes:
         """What was looked up and found."""
