@@ -70,6 +70,7 @@ def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
         assert getattr(result, name) == getattr(twin, name), name
     assert (result.prefixes.looked_up, result.prefixes.found) == (twin.looked_up, twin.found)
     assert result.prefixes.held_block_seconds == pytest.approx(twin.held_block_seconds)
+    assert result.prefixes.findable == twin.findable
     assert result.prefixes.found <= result.prefixes.findable <= result.prefixes.looked_up
 
 
@@ -110,6 +111,13 @@ def test_the_last_token_is_always_computed():
     workload = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[run])
     result = simulate_engine(workload, FCFS(), keeping(LRU()))
     assert result.prefixes.found == 6  # three blocks: the fourth has the last token
+
+
+def test_a_first_call_can_find_nothing_whatever_it_says_to_share():
+    run = [Execution(THINK, 9, 4, shared_tokens=8), Execution(THINK, 9, 1, shared_tokens=6)]
+    workload = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[run])
+    result = simulate_engine(workload, FCFS(), keeping(KeepAll(1.0)))
+    assert result.prefixes[:3] == (9 + 9, 6, 6)
 
 
 def test_only_the_same_unit_of_the_same_run_finds_it():

@@ -31,7 +31,8 @@ class PrefixCache:
         total: blocks with KV that no request holds.
         looked_up: prompt tokens of requests when they were first admitted.
         found: of those, tokens whose KV was there.
-        findable: of those, tokens in whole blocks that it shares with the last call.
+        findable: of those, tokens in whole blocks that it shares with the last call, where there
+            was one.
         held_block_seconds: blocks held as each step begins, times its seconds.
     """
 
@@ -49,6 +50,7 @@ class PrefixCache:
         self._limit = int(retention.limit * blocks)
         self._left: dict[LeftKV, Key | None] = {}  # in the order of use
         self._by_key: dict[Key, LeftKV] = {}
+        self._ended: dict[int, dict[tuple[str, int], int]] = {}  # by job: blocks of its last calls
         self._used = 0
 
     def leave(self, calls: Calls, now: float, waits: bool) -> None:
@@ -57,6 +59,8 @@ class PrefixCache:
         job = calls.job
         key = (job.index, job.execution.unit.name, calls.number)
         self._forget(key)
+        if not waits:
+            self._ended.setdefault(job.index, {})[key[1:]] = blocks
         if not blocks:
             return
         unit = job.execution.unit.name
@@ -91,7 +95,8 @@ class PrefixCache:
             self.looked_up += calls.input_tokens
             self.found += blocks * self._block_tokens
             shared = min(calls.shared_tokens, calls.input_tokens - 1)
-            self.findable += shared - shared % self._block_tokens
+            last = self._ended.get(key[0], {}).get(key[1:], 0)
+            self.findable += min(shared // self._block_tokens, last) * self._block_tokens
         left = self._by_key.get(key)
         if left is None:
             return
@@ -101,6 +106,7 @@ class PrefixCache:
 
     def end(self, job: JobOnEngine) -> None:
         """The run of `job` is over."""
+        self._ended.pop(job.index, None)
         for key in [key for key in self._by_key if key[0] == job.index]:
             self._forget(key)
 
