@@ -179,6 +179,23 @@ def test_the_time_to_the_next_use_is_that_of_the_graph():
     assert NextUse().rank(left, 13.0) < 0.0
 
 
+def test_the_next_use_weighs_runs_as_the_graph_does():
+    def run(seconds):
+        return [Execution(THINK, 4, 4), Execution(TOOL, seconds=seconds), Execution(THINK, 9, 1)]
+
+    graph = PDGraph.fit([run(3.0), run(5.0)], half_life_runs=1.0)
+    known = next_use(graph, "think", CostModel())
+    assert known.values.tolist() == [3.0, 5.0, NEVER_SECONDS]
+    np.testing.assert_allclose(known.weights, [1 / 6, 1 / 3, 1 / 2])
+
+
+def test_nothing_is_known_of_the_next_use_in_a_graph_that_has_no_runs_yet():
+    workload = replace(two_calls(2.0), graphs={"a": PDGraph("a")})
+    assert next_use(workload.graphs["a"], "think", CostModel()) is None
+    result = simulate_engine(workload, FCFS(), keeping(NextUse(5.0)))
+    assert result.prefixes.found == 6  # by the time it lies
+
+
 def test_contexts_that_grow_share_what_they_had():
     spans = (
         Span("llm", "llm", 0.0, 1.0, input_tokens=100, output_tokens=20),
