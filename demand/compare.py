@@ -168,7 +168,7 @@ def compare(
 
 
 def _settings_of(engine: Engine) -> dict[str, Any]:
-    """Its fields; the rule of retention by its repr, since its own fields do not say which it is."""
+    """Its fields; the rule of retention by its repr, since its fields do not say which it is."""
     rule = engine.retention
     return dataclasses.asdict(engine) | {"retention": None if rule is None else repr(rule)}
 
