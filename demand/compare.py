@@ -159,12 +159,18 @@ def compare(
         "policies": {name: repr(policy) for name, policy in arms.items()},
         "seeds": list(drawn_by),
         "servers": servers if engine is None else None,
-        "engine": None if engine is None else dataclasses.asdict(engine),
+        "engine": None if engine is None else _settings_of(engine),
         "estimator": None if estimator is None else repr(estimator),
         "predictor": None if predictor is None else repr(predictor),
         "seed": seed,
     }
     return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)
+
+
+def _settings_of(engine: Engine) -> dict[str, Any]:
+    """Its fields; the rule of retention by its repr, since its fields do not say which it is."""
+    rule = engine.retention
+    return dataclasses.asdict(engine) | {"retention": None if rule is None else repr(rule)}
 
 
 def _figures(result: Result) -> dict[str, float]:

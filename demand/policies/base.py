@@ -50,6 +50,17 @@ class Policy(ABC):
         """Whether ranks read `Job.requested`: simulators then stop at the end of every unit."""
         return False
 
+    @property
+    def by_clock(self) -> bool:
+        """Whether ranks read the seconds on the clock at which service was received (`served`).
+
+        A scheduler may tell of many seconds of service at once, and seconds of service need not be
+        seconds on the clock: on an engine parallel calls, and a prompt, receive many a second. The
+        engine's simulator then tells of the service of every step when it ends, so that every step
+        is a decision, as where `reranks`.
+        """
+        return False
+
     def line(self, job: Job) -> Hashable:
         """Key of the FIFO sub-queue of `job`, such as its tenant; only its head is ranked.
 

@@ -47,6 +47,11 @@ class DeadlineMix(ByClass):
     def by_request(self) -> bool:
         return self.urgent.by_request or self.best_effort.by_request
 
+    @property
+    @override
+    def by_clock(self) -> bool:
+        return self.urgent.by_clock or self.best_effort.by_clock
+
     @override
     def table(self, distribution: Distribution) -> "_Sides":
         """The tables of both policies; a job later keeps that of its side alone."""

@@ -50,6 +50,12 @@ class DecayingLAS(Policy):
         for name in ("half_life_seconds", "quantum"):
             object.__setattr__(self, name, positive_seconds(name, getattr(self, name)))
 
+    @property
+    @override
+    def by_clock(self) -> bool:
+        """A quantum decays from its end on."""
+        return True
+
     @override
     def new_state(self) -> "Decayed":
         """What all jobs of one scheduler have attained."""
@@ -81,8 +87,10 @@ class DecayingLAS(Policy):
     def served(self, job: Job, seconds: float, now: float) -> None:
         """Add the quanta that have ended, each as of its end, to what is left of those before.
 
-        Seconds of service are taken for seconds on the clock: of a piece that ends `now`, a quantum
-        ended as much earlier as service came after it.
+        Within a piece seconds of service are taken for seconds on the clock: of one that ends `now`
+        a quantum ended as much earlier as service came after it. That is exact in a queue of
+        servers, and on an engine, which tells of each step, wrong by less than a step and its
+        service.
         """
         mine = _attained(job)
         first = whole_quanta(mine.seconds, self.quantum) + 1

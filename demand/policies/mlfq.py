@@ -63,6 +63,12 @@ class MLFQ(ByClass):
         """Whether jobs that wait are promoted."""
         return self.starvation_seconds < math.inf
 
+    @property
+    @override
+    def by_clock(self) -> bool:
+        """A job arrives at its queue when its quantum ends."""
+        return True
+
     @override
     def new_state(self) -> "QueuesState":
         """Where all jobs of one scheduler stand."""
@@ -108,7 +114,9 @@ class MLFQ(ByClass):
     def served(self, job: Job, seconds: float, now: float) -> None:
         """Count its service, and let it go to the next queue at the end of its quantum.
 
-        Where several end in one piece, seconds of service are taken for seconds on the clock.
+        Within a piece seconds of service are taken for seconds on the clock. That is exact in a
+        queue of servers, and on an engine, which tells of each step, wrong by less than a step and
+        its service.
         """
         state, place = _state(job), self._place(job)
         state.now = now

@@ -46,6 +46,11 @@ class Wrapper(Policy, ABC):
     def by_request(self) -> bool:
         return self.policy.by_request
 
+    @property
+    @override
+    def by_clock(self) -> bool:
+        return self.policy.by_clock
+
     @override
     def table(self, distribution: Distribution) -> Any:
         return self.policy.table(distribution)

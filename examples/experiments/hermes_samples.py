@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=15)
     args = parser.parse_args()
     begun = time.perf_counter()
-    engine = Engine(max_requests=ENGINE_REQUESTS, preemption="pause", scheduling="by_rank")
+    engine = Engine(max_requests=ENGINE_REQUESTS, preemption="none", scheduling="running_first")
     record: dict = {
         "configuration": {
             "jobs": args.jobs, "engine_jobs": args.engine_jobs, "seeds": list(range(args.seeds)),

@@ -14,7 +14,9 @@ import argparse
 import json
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,11 @@ def workloads(args: argparse.Namespace, seconds_between_arrivals: float) -> list
     return found
 
 
+def serve(drawn: list[Workload], policy: Policy, arm: Engine) -> list[EngineResult]:
+    """A result for each seed."""
+    return [simulate_engine(w, policy, arm, seed=i) for i, w in enumerate(drawn)]
+
+
 def _service(run: list[Execution], cost: CostModel) -> float:
     return sum(cost.seconds(execution) for execution in run)
 
@@ -189,6 +196,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--blocks", type=int, default=16_384)
     parser.add_argument("--block-tokens", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2, help="arms served at once")
     args = parser.parse_args()
     begun = time.perf_counter()
     arms = {
@@ -198,10 +206,10 @@ def main() -> None:
     rows = []
     for seconds, policy in SERVED:
         drawn = workloads(args, seconds)
-        served = {
-            name: [simulate_engine(w, POLICIES[policy], arm, seed=i) for i, w in enumerate(drawn)]
-            for name, arm in tqdm(arms.items(), desc=f"{policy}, {seconds:.0f} s")
-        }
+        with ProcessPoolExecutor(args.processes) as pool:
+            found = pool.map(partial(serve, drawn, POLICIES[policy]), arms.values())
+            bar = tqdm(found, desc=f"{policy}, {seconds:.0f} s", total=len(arms))
+            served = dict(zip(arms, bar, strict=True))
         of = {"seconds_between_arrivals": seconds, "policy": policy}
         rows += [
             of | {"retention": name} | figures(results, served["LRU"])

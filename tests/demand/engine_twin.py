@@ -21,7 +21,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     jobs, now, steps = [], 0.0, 0
     seen = SimpleNamespace(
         preemptions=0, prefilled_again=0, swapped_blocks=0, peak_blocks=0, requests=0, produced=0,
-        calls=[], batches=[], used=0, looked_up=0, found=0,
+        calls=[], batches=[], used=0, looked_up=0, found=0, findable=0, held_block_seconds=0.0,
+        ended={},
     )  # fmt: skip
     for i, name in enumerate(workload.applications):
         known, tenant = workload.distributions[name], workload.tenants[i]
@@ -160,6 +161,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         kv = LeftKV(application, name, blocks, now, seen.used, waits=waits, table=table)
         kv.wanted = now if waits else None
         seen.used += 1
+        if not waits:
+            seen.ended[key_of(call)] = blocks
         if blocks:
             left.append(SimpleNamespace(key=key_of(call), kv=kv))
 
@@ -181,9 +184,13 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         for kv in mine:
             shared = known if kv.waits else min(shared_tokens(call), known)
             found = min(kv.blocks, min(shared, known - 1) // engine.block_tokens)
+        return found, held_blocks() if running else 0
+
+    def held_blocks():
+        if retention is None:
+            return 0
         held = sum(one.kv.blocks for one in left if retention.holds(one.kv, now))
-        held = min(held, int(retention.limit * engine.blocks))
-        return found, held if running else 0
+        return min(held, int(retention.limit * engine.blocks))
 
     def shared_tokens(call):
         return min(int(call.entry.run[call.unit].shared_tokens or 0), call.given)
@@ -196,6 +203,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         else:
             seen.looked_up += call.given
             seen.found += found * engine.block_tokens
+            shared = min(shared_tokens(call), call.given - 1) // engine.block_tokens
+            seen.findable += min(shared, seen.ended.get(key_of(call), 0)) * engine.block_tokens
         for one in left:
             if one.key == key_of(call) and one.kv.of_run:
                 one.kv.blocks -= found
@@ -342,6 +351,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
         held = sum(c.blocks for c in calls)
         assert held <= engine.blocks
         seconds = engine.step_seconds(tokens - len(decoding), len(decoding), kv, copied)
+        seen.held_block_seconds += held_blocks() * seconds
         now += seconds
         steps += 1
         for call in calls:

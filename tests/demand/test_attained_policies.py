@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from demand import LAS, MLFQ, DecayingLAS, DemandError, Distribution, Job, Workload, simulate
+from demand import (
+    LAS,
+    MLFQ,
+    DecayingLAS,
+    DemandError,
+    Distribution,
+    Gittins,
+    Job,
+    Workload,
+    simulate,
+)
+from demand.policies import EDF, DeadlineMix, PriorityClasses, TimeSlice
 
 KNOWN = {"a": Distribution([9.0])}
 
@@ -116,3 +127,10 @@ def test_who_starves_is_promoted_at_that_very_second():
 def test_what_makes_no_sense_is_refused(make, said):
     with pytest.raises(DemandError, match=said):
         make()
+
+
+def test_what_is_around_a_policy_by_the_clock_is_by_the_clock():
+    assert TimeSlice(DecayingLAS(), 5.0).by_clock
+    assert PriorityClasses(MLFQ()).by_clock
+    assert DeadlineMix(EDF(), DecayingLAS()).by_clock
+    assert not DeadlineMix(EDF(), Gittins()).by_clock

@@ -39,6 +39,7 @@ from demand import (
     simulate_engine,
     with_deadlines,
 )
+from demand.simulation.engine import LRU, NextUse
 
 module = import_module("demand.compare")  # the function of the same name hides it
 BIMODAL = bimodal_applications(training_runs=40)
@@ -320,3 +321,11 @@ def test_the_example_of_the_page_runs(capsys, monkeypatch, tmp_path):
     printed = capsys.readouterr().out
     assert "8 seeds, 95 % intervals of the mean" in printed
     assert (tmp_path / "compared.json").exists()
+
+
+def test_the_settings_say_which_rule_of_retention_it_was():
+    for rule in (LRU(), NextUse(30.0)):
+        work = partial(poisson_workload, HERMES, 3.0, 4)
+        result = quietly(work, [LAS(2)], range(2), engine=Engine(retention=rule))
+        said = json.loads(result.to_json())["settings"]["engine"]["retention"]
+        assert said == repr(rule)

@@ -28,9 +28,11 @@ from demand import (
 from demand.policies import (
     EDF,
     LAS,
+    MLFQ,
     VTC,
     Aging,
     DeadlineMix,
+    DecayingLAS,
     Hysteresis,
     LeastSlack,
     PriorityClasses,
@@ -59,6 +61,10 @@ OTHERS = [
     PriorityClasses(Gittins()),
     DeadlineMix(EDF(), Gittins()),
     Shy(),
+    MLFQ(1.0, queues=4),
+    MLFQ(0.5, 1.0, 4, starvation_seconds=4.0),
+    DecayingLAS(8.0, 2.0),
+    TimeSlice(DecayingLAS(3.0), 2.0),
 ]
 WHOLE_COST = CostModel(0.25, 1.0)  # sums of quarters are exact
 MODES = ["none", "pause", "recompute", "swap"]

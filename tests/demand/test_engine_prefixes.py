@@ -69,6 +69,8 @@ def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
     for name in ("steps", "preemptions", "prefilled_again", "peak_blocks"):
         assert getattr(result, name) == getattr(twin, name), name
     assert (result.prefixes.looked_up, result.prefixes.found) == (twin.looked_up, twin.found)
+    assert result.prefixes.held_block_seconds == pytest.approx(twin.held_block_seconds)
+    assert result.prefixes.findable == twin.findable
     assert result.prefixes.found <= result.prefixes.findable <= result.prefixes.looked_up
 
 
@@ -111,6 +113,13 @@ def test_the_last_token_is_always_computed():
     assert result.prefixes.found == 6  # three blocks: the fourth has the last token
 
 
+def test_a_first_call_can_find_nothing_whatever_it_says_to_share():
+    run = [Execution(THINK, 9, 4, shared_tokens=8), Execution(THINK, 9, 1, shared_tokens=6)]
+    workload = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[run])
+    result = simulate_engine(workload, FCFS(), keeping(KeepAll(1.0)))
+    assert result.prefixes[:3] == (9 + 9, 6, 6)
+
+
 def test_only_the_same_unit_of_the_same_run_finds_it():
     run = [Execution(THINK, 4, 4), Execution(CODE, 9, 1, shared_tokens=7)]
     workload = Workload([0, 20], [1, 1], "aa", {"a": Distribution([1.0])}, runs=[run] * 2)
@@ -135,6 +144,22 @@ def test_what_is_held_stays_for_its_run_and_others_wait():
     assert held.prefixes.held_block_seconds == 3 * (9 - 4) + 3 * 1
 
 
+def test_what_is_held_lapses_in_the_middle_of_equal_steps():
+    """Three blocks are left at second 4, and held until the 9th; equal steps go on to the 40th."""
+    runs = [two_calls(100.0).runs[0], [Execution(CODE, 2, 40)]]
+    graph = PDGraph.fit([two_calls(seconds).runs[0] for seconds in (5.0, 1e6)])
+    workload = Workload(
+        [0, 0], [1, 1], "ab", {n: Distribution([1.0]) for n in "ab"}, runs=runs,
+        graphs={"a": graph},
+    )  # fmt: skip
+    # At age a below 5 the rank is 4 (5 - a): of four uses one is by then. After it, 1e6 and more.
+    engine = keeping(NextUse(price=30.0, limit=1.0), budget=20)
+    result = simulate_engine(workload, FCFS(), engine)
+    twin = step_by_step(workload, FCFS(), engine)
+    assert result.prefixes.held_block_seconds == twin.held_block_seconds == 3 * 5
+    assert result.decisions < 10
+
+
 def test_the_time_to_the_next_use_is_that_of_the_graph():
     runs = [
         [Execution(THINK, 4, 4), Execution(TOOL, seconds=3.0), Execution(THINK, 9, 1)],
@@ -152,6 +177,23 @@ def test_the_time_to_the_next_use_is_that_of_the_graph():
     assert not NextUse(price=8.0).holds(left, 10.0)
     left.wanted = 12.0
     assert NextUse().rank(left, 13.0) < 0.0
+
+
+def test_the_next_use_weighs_runs_as_the_graph_does():
+    def run(seconds):
+        return [Execution(THINK, 4, 4), Execution(TOOL, seconds=seconds), Execution(THINK, 9, 1)]
+
+    graph = PDGraph.fit([run(3.0), run(5.0)], half_life_runs=1.0)
+    known = next_use(graph, "think", CostModel())
+    assert known.values.tolist() == [3.0, 5.0, NEVER_SECONDS]
+    np.testing.assert_allclose(known.weights, [1 / 6, 1 / 3, 1 / 2])
+
+
+def test_nothing_is_known_of_the_next_use_in_a_graph_that_has_no_runs_yet():
+    workload = replace(two_calls(2.0), graphs={"a": PDGraph("a")})
+    assert next_use(workload.graphs["a"], "think", CostModel()) is None
+    result = simulate_engine(workload, FCFS(), keeping(NextUse(5.0)))
+    assert result.prefixes.found == 6  # by the time it lies
 
 
 def test_contexts_that_grow_share_what_they_had():

@@ -29,7 +29,8 @@ class RankOrder:
 
     Attributes:
         preemptive: as given.
-        reranks: whether serving one job can change the rank of others (`Policy.reranks`).
+        reranks: whether ranks are asked for, and service is told of, at each step: serving one job
+            can change the rank of others (`Policy.reranks`), or its second counts (`by_clock`).
         running: jobs with a call in the last batch, in any order.
         waiting: heap of (place, job) of the others.
         best_waiting: place of the first of them, `NOBODY` if there is none.
@@ -37,7 +38,7 @@ class RankOrder:
 
     def __init__(self, policy: Policy, batch: Batch, preemptive: bool) -> None:
         self.policy = policy
-        self.reranks = policy.reranks
+        self.reranks = policy.reranks or policy.by_clock
         self.preemptive = preemptive
         self.running: list[JobOnEngine] = []
         self.waiting: PlacedJobs = []

@@ -2,6 +2,9 @@
 
 from typing import final
 
+import numpy as np
+
+from demand.simulation.engine.batch import Batch
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.result import Prefixes
 from demand.simulation.engine.retention import LeftKV, Retention, Tables
@@ -28,8 +31,9 @@ class PrefixCache:
         total: blocks with KV that no request holds.
         looked_up: prompt tokens of requests when they were first admitted.
         found: of those, tokens whose KV was there.
-        findable: of those, tokens in whole blocks that it shares with the last call.
-        held_block_seconds: blocks held, times seconds.
+        findable: of those, tokens in whole blocks that it shares with the last call, where there
+            was one.
+        held_block_seconds: blocks held as each step begins, times its seconds.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PrefixCache:
         self._limit = int(retention.limit * blocks)
         self._left: dict[LeftKV, Key | None] = {}  # in the order of use
         self._by_key: dict[Key, LeftKV] = {}
+        self._ended: dict[int, dict[tuple[str, int], int]] = {}  # by job: blocks of its last calls
         self._used = 0
 
     def leave(self, calls: Calls, now: float, waits: bool) -> None:
@@ -54,6 +59,8 @@ class PrefixCache:
         job = calls.job
         key = (job.index, job.execution.unit.name, calls.number)
         self._forget(key)
+        if not waits:
+            self._ended.setdefault(job.index, {})[key[1:]] = blocks
         if not blocks:
             return
         unit = job.execution.unit.name
@@ -88,7 +95,8 @@ class PrefixCache:
             self.looked_up += calls.input_tokens
             self.found += blocks * self._block_tokens
             shared = min(calls.shared_tokens, calls.input_tokens - 1)
-            self.findable += shared - shared % self._block_tokens
+            last = self._ended.get(key[0], {}).get(key[1:], 0)
+            self.findable += min(shared // self._block_tokens, last) * self._block_tokens
         left = self._by_key.get(key)
         if left is None:
             return
@@ -98,6 +106,7 @@ class PrefixCache:
 
     def end(self, job: JobOnEngine) -> None:
         """The run of `job` is over."""
+        self._ended.pop(job.index, None)
         for key in [key for key in self._by_key if key[0] == job.index]:
             self._forget(key)
 
@@ -123,10 +132,30 @@ class PrefixCache:
         found = [left for left in self._left if retention.holds(left, now)]
         return min(sum(left.blocks for left in found), self._limit)
 
-    def carry_out(self, seconds: float, free: int, now: float) -> None:
-        """Steps begin at second `now`, take so many `seconds` and leave so many blocks `free`."""
-        self.held_block_seconds += self.held(now) * seconds
-        self.fit(free, now)
+    def carry_out(self, batch: Batch, steps: int, now: float) -> None:
+        """The step of `batch` begins at second `now`, and is carried out `steps` times over."""
+        if self._limit:
+            self.held_block_seconds += self._held_over(batch, steps, now)
+        self.fit(batch.free_after(steps), now)
+
+    def _held_over(self, batch: Batch, steps: int, now: float) -> float:
+        """Blocks held at the beginning of each step, times its seconds, over all of them."""
+        if self.retention.moves and steps > 1:  # nothing is given up but in the last step
+            ends = [batch.seconds(step) for step in range(1, steps + 1)]
+            starts = np.array([0.0, *ends[:-1]])
+            held = np.zeros(steps)
+            for left in self._left:
+                held += left.blocks * self.retention.holds_at(left, now + starts)
+            return float(np.minimum(held, self._limit) @ (np.array(ends) - starts))
+        if self.total <= batch.free_after(steps):
+            return self.held(now) * batch.seconds(steps)
+        found, before = 0.0, 0.0
+        for step in range(1, steps + 1):
+            self.fit(batch.free_after(step), now)
+            after = batch.seconds(step)
+            found += self.held(now) * (after - before)
+            before = after
+        return found
 
     def report(self) -> Prefixes:
         """What was looked up and found."""

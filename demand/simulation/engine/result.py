@@ -37,7 +37,8 @@ class Prefixes(NamedTuple):
         looked_up: prompt tokens of all requests.
         found: of those, tokens whose KV was on the device when the request was first admitted.
         findable: of those, tokens that would have been found if nothing were ever given up.
-        held_block_seconds: blocks held from requests that waited, times the seconds of steps.
+        held_block_seconds: blocks held from requests that wait, as each step begins, times its
+            seconds.
     """
 
     looked_up: int = 0

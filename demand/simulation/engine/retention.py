@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from demand.arguments import share
 from demand.distribution.rank_table import RankTable
 from demand.graph.pdgraph import PDGraph
-from demand.seconds import check_seconds
+from demand.seconds import Floats, check_seconds
 from demand.simulation.engine.next_use import next_use
 from demand.units import CostModel
+
+Bools = NDArray[np.bool_]
 
 
 @final
@@ -80,6 +84,10 @@ class Retention(ABC):
     def holds(self, left: LeftKV, now: float) -> bool:
         """Whether to keep it from requests that wait, within `limit`."""
         return False
+
+    def holds_at(self, left: LeftKV, seconds: Floats) -> Bools:
+        """`[n]`: `holds` at each of `[n]` seconds on the clock, between which nothing happens."""
+        return np.array([self.holds(left, second) for second in seconds.tolist()], dtype=np.bool_)
 
 
 @final
@@ -203,6 +211,14 @@ class NextUse(Retention):
     def holds(self, left: LeftKV, now: float) -> bool:
         """While its rank is no greater than the price."""
         return self.price > 0.0 and 0.0 <= self.rank(left, now) <= self.price
+
+    @override
+    def holds_at(self, left: LeftKV, seconds: Floats) -> Bools:
+        """The same, all at once."""
+        if not self.price or not left.of_run or left.wanted is not None:
+            return np.zeros(seconds.shape, dtype=np.bool_)
+        ages = np.maximum(seconds - left.since, 0.0)
+        return (ages if left.table is None else left.table(ages)) <= self.price
 
 
 @final

@@ -104,7 +104,7 @@ class RunningFirst:
         for job in order.running:
             if job.check_step <= step:
                 touched[job] = None
-        if order.reranks:  # who is served moves others
+        if order.reranks:  # who is served moves others, or when
             for job in order.running:
                 order.count_service(job, now)
         ended, left = [], []

@@ -197,7 +197,7 @@ class _Simulation:
         steps = identical_steps(batcher, now, upcoming)
         seconds = batcher.batch.seconds(steps)
         if self.cache is not None:
-            self.cache.carry_out(seconds, batcher.batch.free_after(steps), now)
+            self.cache.carry_out(batcher.batch, steps, now)
         now += seconds
         self.step_log.add(now, steps, batcher.batch.size)
         self.busy_seconds += seconds
