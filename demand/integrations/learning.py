@@ -85,7 +85,9 @@ class LearningLoop:
         input_tokens: int | None = None,
         prompt: str | Sequence[int] | None = None,
     ) -> None:
-        """Note that `job` submits `call`.
+        """Ask the predictor about `call`, then note that `job` submits it.
+
+        A call that is refused, or about which the predictor fails, leaves nothing behind.
 
         Args:
             job: whose call it is.
@@ -95,18 +97,49 @@ class LearningLoop:
             prompt: text or ids of tokens, for a predictor that reads it.
 
         Raises:
-            DemandError: a name that is no unit's, or a unit that was of another kind before, in
-                this run or in others.
+            DemandError: a name that is no unit's, a unit that was of another kind before, in
+                this run or in others, or a predictor that gives no distribution.
+        """
+        self.foresee(job, unit, input_tokens, prompt)
+        self.enter(job, call, unit)
+
+    def foresee(
+        self,
+        job: Job,
+        unit: str,
+        input_tokens: int | None = None,
+        prompt: str | Sequence[int] | None = None,
+    ) -> None:
+        """Let `job` learn what the predictor says of a call that it is about to submit.
+
+        Nothing is asked without a predictor, or while another call of the job is in progress.
+
+        Args:
+            job: this and the rest as in `begin`.
+            unit: see there.
+            input_tokens: see there.
+            prompt: see there.
+
+        Raises:
+            DemandError: as `begin`.
         """
         made_of = Unit(unit, "llm")
-        if not self.active:
+        if self._predictor is None or (record := self._records[job.index]).busy:
             return
         self.check_unit(job.application, made_of)
-        record = self._records[job.index]
-        before = record.progress()
-        if record.begin(call, made_of) and self._predictor is not None:
-            ahead = PendingCall(job.application, made_of, input_tokens, 1, before, prompt)
-            self._take_in(job, self._predictor.predict(ahead), "predictor")
+        ahead = PendingCall(job.application, made_of, input_tokens, 1, record.progress(), prompt)
+        self._take_in(job, self._predictor.predict(ahead), "predictor")
+
+    def enter(self, job: Job, call: Hashable, unit: str) -> None:
+        """Note that `job` submits `call`, of which nobody predicts anything more.
+
+        Raises:
+            DemandError: a name that is no unit's, or a unit that was of another kind before.
+        """
+        made_of = Unit(unit, "llm")
+        if self.active:
+            self.check_unit(job.application, made_of)
+            self._records[job.index].begin(call, made_of)
 
     def count(
         self,

@@ -56,12 +56,14 @@ def serve(ledger, job, call_id, read, made, now=0.0):
 def test_one_call_after_another_is_a_run():
     record = RunRecord(COST)
     assert not record.whole
-    assert record.begin("a", PLAN)
+    record.begin("a", PLAN)
+    assert record.busy
     record.count("a", 3, 0)
     record.count("a", 3, 7)
     assert record.progress() == Progress((), "plan", 15.5, 15.5)
     assert not record.whole
     record.end("a")
+    assert not record.busy
     record.add(Execution(SEARCH, seconds=2.0))
     record.begin("b", PLAN)
     record.end("b")  # it read and made nothing that anybody knows of
@@ -72,8 +74,8 @@ def test_one_call_after_another_is_a_run():
 
 def test_calls_of_a_unit_that_overlap_are_one_execution():
     record = RunRecord(COST)
-    assert record.begin("a", PLAN)
-    assert not record.begin("b", PLAN)
+    record.begin("a", PLAN)
+    record.begin("b", PLAN)
     record.count("a", 2, 10)
     record.count("b", 4, 3, "first")
     record.count("b", 4, 5, "second")
@@ -232,6 +234,35 @@ def test_a_predictor_is_asked_as_a_call_is_submitted():
     predictor.predict = lambda call: None
     with pytest.raises(DemandError, match="what the predictor says of 'agent' is None"):
         ledger.loop.begin(job, 3, "call")
+
+
+class FailsOnce:
+    """A predictor whose first answer is an error."""
+
+    def __init__(self):
+        self.asked = []
+
+    def predict(self, call):
+        self.asked.append(call)
+        if len(self.asked) == 1:
+            raise ValueError("the model is not loaded yet")
+        return Distribution([7.0])
+
+
+def test_a_call_about_which_the_predictor_fails_leaves_nothing_behind():
+    learns, predictor = estimator(), FailsOnce()
+    ledger = JobLedger(SERPT(), {}, estimator=learns, predictor=predictor)
+    job = ledger.open("agent", 0.0)
+    with pytest.raises(ValueError, match="not loaded yet"):
+        ledger.loop.begin(job, 0, "plan", 4)
+    for number in (1, 2):  # the first is the same call, made again
+        ledger.loop.begin(job, number, "plan", 4)
+        assert job.distribution == Distribution([7.0])
+        serve(ledger, job, number, 4, 5)
+        ledger.loop.end(job, number, finished=True)
+    ledger.close(job, 0.0)
+    assert [len(call.progress.executed) for call in predictor.asked] == [0, 0, 1]
+    assert learns.graphs["agent"].runs[-1] == (call(PLAN, 4, 5),) * 2
 
 
 def test_nothing_is_kept_of_runs_without_anybody_to_tell():

@@ -202,6 +202,24 @@ def test_an_annotation_gone_wrong_takes_down_nothing(caplog: pytest.LogCaptureFi
     assert oracle.add("y", annotation("short"), 0.0) == (math.inf, 1)
 
 
+def test_a_predictor_that_fails_takes_down_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Fails:
+        def predict(self, call: PendingCall) -> Distribution:
+            raise RuntimeError("out of memory")
+
+    learns = DemandEstimator({}, cost=COST)
+    ledger = JobLedger(SERPT(), {}, estimator=learns, predictor=Fails())
+    ranking = Ranking(ledger, COST, 2)
+    key = ranking.add("a", annotation("short", "1", last=True, unit="write"), 0.0, [1, 2])
+    assert key == ranking.key("a", 0.0)
+    assert [r.message for r in caplog.records] == ["request a is served without a prediction"]
+    assert "out of memory" in caplog.text
+    ranking.finish("a", 2, 3, 1.0)
+    assert not ranking._runs
+    executed = Execution.of_calls(WRITE, input_tokens=[2], output_tokens=[3])
+    assert learns.graphs["short"].runs == ((executed,),)
+
+
 def test_a_rank_that_is_no_number_is_refused_by_the_policys_name() -> None:
     @dataclass(frozen=True)
     class Speechless(Policy):
