@@ -184,6 +184,11 @@ class PDGraph:
         check_kind(unit, self._kinds)
 
     @property
+    def learns(self) -> bool:
+        """Whether it can `observe`; one of given probabilities (`from_units`) cannot."""
+        return self._given is None
+
+    @property
     def observed(self) -> int:
         """Runs ever observed, those that are forgotten included."""
         return self._observed

@@ -36,7 +36,7 @@ class LearningLoop:
 
     Raises:
         DemandError: what is no estimator or no predictor; an estimator that counts the critical
-            path, or whose cost model is another.
+            path, whose cost model is another, or with a graph of given probabilities.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class LearningLoop:
 
 
 def check_estimator(estimator: object, cost: CostModel) -> None:
-    """Raise `DemandError` unless `estimator` counts service as an adapter of this cost does."""
+    """Raise `DemandError` unless `estimator` can learn from an adapter that counts by `cost`."""
     check_instance(
         "estimator", estimator, DemandEstimator, "a DemandEstimator(graphs, refinement), or None"
     )
@@ -216,4 +216,11 @@ def check_estimator(estimator: object, cost: CostModel) -> None:
             raise DemandError(
                 f"{whose} costs by {given} and service is counted by {cost}; attained service and "
                 "demand must be the same seconds: give both one cost model"
+            )
+    for name, graph in estimator.graphs.items():
+        if not graph.learns:  # said here, and not as the first of its runs ends inside an engine
+            raise DemandError(
+                f"the estimator's graph of {name!r} was given its probabilities and does not "
+                "learn; fit one to draw_runs of it: PDGraph.fit(graph.draw_runs(1000), "
+                "cost=graph.cost)"
             )

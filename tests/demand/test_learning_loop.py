@@ -19,6 +19,7 @@ from demand import (
     Progress,
     Unit,
 )
+from demand.graph.given_units import GivenUnit
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.run_record import RunRecord
 from demand.refine import CurrentUnit
@@ -295,6 +296,14 @@ def test_what_cannot_be_learned_from_is_refused():
         ledger_of(DemandEstimator({}, parallel_calls="critical_path"))
     with pytest.raises(DemandError, match="its graph of 'agent' costs by"):
         ledger_of(DemandEstimator(learns.graphs))
+    published = PDGraph.from_units(
+        [GivenUnit(PLAN, [call(PLAN, 4, 5)], {"end": 1.0})], {"plan": 1.0}, cost=COST
+    )
+    with pytest.raises(DemandError, match=r"graph of 'agent' was given .*draw_runs of it"):
+        ledger_of(DemandEstimator({"agent": published}, cost=COST))
+    drawn = PDGraph.fit(published.draw_runs(3), cost=published.cost)
+    assert (drawn.learns, published.learns) == (True, False)
+    assert ledger_of(DemandEstimator({"agent": drawn}, cost=COST)).loop.learns
     with pytest.raises(DemandError, match=r"estimator is .*; expected a DemandEstimator"):
         JobLedger(SERPT(), {}, estimator=CurrentUnit())  # type: ignore[arg-type]
     with pytest.raises(DemandError, match=r"predictor is .*; expected an object with a method"):
