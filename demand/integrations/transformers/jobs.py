@@ -185,9 +185,10 @@ class JobTable:
                 )
             tokens = None if prompt is None else len(prompt)
             self._ledger.loop.begin(job, request_id, unit, tokens, prompt)
+            if not entry.live:  # else the job has waited since it made the others
+                self._ledger.request(job, self.now())
             self._requests[request_id] = entry
             entry.live.add(request_id)
-            self._ledger.request(job, self.now())
 
     def close(self, job: Job) -> None:
         """Close `job`: it makes no further request, and departs once its last one has ended.
