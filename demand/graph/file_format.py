@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from demand.arguments import file_to_write
 from demand.errors import DemandError
 from demand.graph.given_units import GivenUnit, check_given
 from demand.units import CostModel, Execution, Unit
@@ -96,8 +97,12 @@ def graph_record(path: str | os.PathLike[str], document: object) -> GraphRecord:
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write JSON to `path` in one step: a reader sees the old file or the new, never half."""
-    target = Path(path)
+    """Write JSON to `path` in one step: a reader sees the old file or the new, never half.
+
+    Raises:
+        DemandError: a path that is a folder, or in a folder that is missing.
+    """
+    target = file_to_write("path", path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

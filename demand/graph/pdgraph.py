@@ -350,7 +350,11 @@ class PDGraph:
         return draw_graph(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the graph to `path` as JSON; a reader sees the old file or the new, never half."""
+        """Write the graph to `path` as JSON; a reader sees the old file or the new, never half.
+
+        Raises:
+            DemandError: a path that is a folder, or in a folder that is missing.
+        """
         write_graph(path, self.record())
 
     @classmethod

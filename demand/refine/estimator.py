@@ -165,6 +165,9 @@ class DemandEstimator:
         """Write its graphs and settings to `path` as JSON; a reader never sees half a file.
 
         The refinement is code, and is not in it.
+
+        Raises:
+            DemandError: a path that is a folder, or in a folder that is missing.
         """
         graphs = {name: graph.record() for name, graph in self.graphs.items()}
         record = EstimatorRecord(graphs, self.parallel_calls, self.cost, self.lag)

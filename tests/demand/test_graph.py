@@ -182,6 +182,17 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["graph.json"]
 
 
+def test_a_place_that_cannot_be_saved_to_is_named(tmp_path):
+    graph = PDGraph.fit([chain(1, 1.0)])
+    with pytest.raises(DemandError, match=r"graph\.json', and there is no folder .*missing'"):
+        graph.save(tmp_path / "missing" / "graph.json")
+    with pytest.raises(DemandError, match="a folder; expected the path of a file in it"):
+        graph.save(tmp_path)
+    with pytest.raises(DemandError, match="path is 3; expected the path of a file"):
+        graph.save(3)
+    assert not [*tmp_path.iterdir()]
+
+
 def _tampered(tmp_path, change):
     path = tmp_path / "graph.json"
     PDGraph.fit([chain(1, 1.0)]).save(path)

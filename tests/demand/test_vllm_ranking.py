@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,7 @@ class FakeScheduler:
         self.requires_kv_delivery = False
         self.pause_state = types.SimpleNamespace(name="UNPAUSED")
         self.passed: list[Any] = []
+        self.is_shut_down = False
 
     def add_request(self, request: FakeRequest) -> None:
         self.requests[request.request_id] = request
@@ -321,6 +323,9 @@ class FakeScheduler:
 
     def _preempt_request(self, request: FakeRequest, now: float, drop_stale_output: bool) -> None:
         heapq.heappush(self.waiting._heap, request)
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
 
     def _free_request(self, request: FakeRequest) -> None:
         del self.requests[request.request_id]
@@ -412,6 +417,10 @@ def test_make_scheduler_makes_a_class_that_carries_its_policy(fake_vllm: Any) ->
         ({"cost": 0.1}, r"cost is 0\.1; expected a CostModel"),
         ({"idle_runs": -1}, "idle_runs is -1; expected a whole number of at least 0"),
         ({"seed": 0.5}, r"seed is 0\.5; expected a whole number"),
+        (
+            {"distributions": {}, "estimator": DemandEstimator({}), "save_to": "missing/a.json"},
+            "save_to is 'missing/a.json', and there is no folder 'missing'; make it first",
+        ),
     ],
 )
 def test_wrong_objects_are_refused_before_an_engine_starts(
@@ -421,6 +430,17 @@ def test_wrong_objects_are_refused_before_an_engine_starts(
         make_scheduler(**(dict(policy=FCFS(), distributions=KNOWN) | given))
     made = make_scheduler(FCFS(), KNOWN, idle_runs=np.int64(2), seed=1.0)  # type: ignore[arg-type]
     assert made().schedule() == []
+
+
+def test_vllm_shuts_down_even_if_nothing_can_be_saved(fake_vllm: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    learns = DemandEstimator({})
+    scheduler = make_scheduler(FCFS(), estimator=learns, save_to=folder / "learned.json")()
+    folder.rmdir()
+    with pytest.raises(DemandError, match="there is no folder"):
+        scheduler.shutdown()
+    assert scheduler.is_shut_down
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.31.0", "0.32.1", "1.0"])
