@@ -6,7 +6,7 @@ from typing import final
 from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph.kinds import check_kind
+from demand.integrations.open_units import OpenUnits
 from demand.integrations.run_record import RunRecord
 from demand.policies.job import Job
 from demand.refine.estimator import DemandEstimator
@@ -56,7 +56,7 @@ class LearningLoop:
         self._cost = cost
         self._learn = learn
         self._records: dict[int, RunRecord] = {}
-        self._units: dict[str, dict[str, Unit]] = {}  # by application and name
+        self._units = OpenUnits()
 
     @property
     def active(self) -> bool:
@@ -139,6 +139,7 @@ class LearningLoop:
         made_of = Unit(unit, "llm")
         if self.active:
             self.check_unit(job.application, made_of)
+            self._hold(job, made_of)
             self._records[job.index].begin(call, made_of)
 
     def count(
@@ -162,11 +163,14 @@ class LearningLoop:
     def add(self, job: Job, execution: Execution) -> None:
         """Note what `job` executed elsewhere, and let it learn what is left of it."""
         if job.index in self._records:
+            self._hold(job, execution.unit)
             self._records[job.index].add(execution)
             self._refine(job)
 
     def check_unit(self, application: str, unit: Unit) -> None:
-        """Refuse a unit of another kind than one of its name in any run of `application`.
+        """Refuse a unit of another kind than its name has in a run of `application`.
+
+        The run is one that is open, or that was learned from.
 
         Raises:
             DemandError: it is; the graph could not observe such a run.
@@ -175,15 +179,18 @@ class LearningLoop:
             return
         if application in self._estimator.graphs:
             self._estimator.graphs[application].check_unit(unit)
-        units = self._units.setdefault(application, {})
-        check_kind(unit, units)
-        units[unit.name] = unit
+        self._units.check(application, unit)
 
     def closed(self, job: Job, whole: bool) -> None:
         """Forget `job`, and observe its run if it is whole."""
         record = self._records.pop(job.index, None)
+        self._units.release(job.index)
         if whole and record is not None and record.whole and self._estimator is not None:
             self._estimator.observe(job.application, record.executed)
+
+    def _hold(self, job: Job, unit: Unit) -> None:
+        if self._estimator is not None:
+            self._units.hold(job.index, job.application, unit)
 
     def _refine(self, job: Job) -> None:
         if self._estimator is not None:

@@ -310,6 +310,42 @@ def test_what_cannot_be_learned_from_is_refused():
         JobLedger(SERPT(), {}, predictor=print)  # type: ignore[arg-type]
 
 
+tool_or_call = st.sampled_from([Unit(name, kind) for name in "ab" for kind in ("llm", "tool")])
+happenings = st.lists(
+    st.tuples(st.integers(0, 2), st.none() | st.booleans() | tool_or_call), max_size=30
+)
+
+
+@given(happenings)
+def test_a_name_is_barred_by_open_runs_and_by_what_was_learned_alone(happenings):
+    """The twin looks through all runs that are open and all that were observed."""
+    learns = DemandEstimator({}, cost=COST)
+    ledger = ledger_of(learns)
+    jobs, held, learned = {}, {}, set()
+    for run, what in happenings:
+        if run not in jobs:
+            jobs[run], held[run] = ledger.open("new", 0.0), set()
+        if isinstance(what, Unit):
+            others = set().union(*held.values(), learned)
+            barred = any(u.name == what.name and u.kind != what.kind for u in others)
+            try:
+                if what.kind == "llm":
+                    ledger.loop.begin(jobs[run], "x", what.name)
+                    serve(ledger, jobs[run], "x", 1, 1)
+                    ledger.loop.end(jobs[run], "x", finished=True)
+                else:
+                    ledger.record(jobs[run], Execution(what, seconds=1.0), 0.0)
+            except DemandError:
+                assert barred
+            else:
+                assert not barred
+                held[run].add(what)
+        else:
+            ledger.close(jobs.pop(run), 0.0, whole=bool(what))
+            learned |= held.pop(run) if what else set()
+            assert {u for r in learns.graphs.values() for u in r.units} == learned
+
+
 # Saved and loaded.
 
 
