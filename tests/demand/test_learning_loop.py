@@ -342,7 +342,8 @@ def test_a_name_is_barred_by_open_runs_and_by_what_was_learned_alone(happenings)
                 held[run].add(what)
         else:
             ledger.close(jobs.pop(run), 0.0, whole=bool(what))
-            learned |= held.pop(run) if what else set()
+            its_units = held.pop(run)
+            learned |= its_units if what else set()
             assert {u for r in learns.graphs.values() for u in r.units} == learned
 
 
