@@ -37,6 +37,9 @@ class PromptRegression(Refinement):
     what `ProgressRegression` knows of the run until then. Every call of every remembered run whose
     prompt tokens are known is one observation.
 
+    An adapter says of every call that it is the only one (`PendingCall`), so that inside an engine
+    what a unit of parallel calls needs is predicted too low.
+
     Asked without a call (`remaining`), or about one whose prompt nobody has counted, it answers as
     `ProgressRegression`.
 

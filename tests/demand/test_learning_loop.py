@@ -113,6 +113,16 @@ def test_a_call_that_did_not_finish_leaves_nothing_and_cuts_off():
     assert (record.executed, record.whole) == ([call(PLAN, 2, 3)], True)
 
 
+def test_what_was_cancelled_beside_calls_that_finished_leaves_nothing_behind():
+    record = RunRecord(COST)
+    for number in range(10):
+        record.begin(number, PLAN)
+        record.count(number, 4, 5)
+    for number in range(10):
+        record.end(number, finished=number == 9)
+    assert (record.executed, record.whole) == ([call(PLAN, 4, 5)], True)
+
+
 steps = st.lists(
     st.tuples(st.sampled_from("ab"), st.integers(1, 9), st.integers(1, 9), st.booleans()),
     min_size=1,

@@ -6,6 +6,7 @@ from demand import (
     SERPT,
     DemandError,
     DemandEstimator,
+    Distribution,
     Execution,
     Gittins,
     PDGraph,
@@ -107,6 +108,21 @@ def test_an_estimator_stands_alone():
     job = table.open("agent")
     with pytest.raises(DemandError, match="seconds of service without a unit"):
         table.serve(job, 2.0)
+
+
+def test_nobody_is_asked_about_a_request_that_came_unannounced():
+    class Fails:
+        def predict(self, call):
+            raise RuntimeError("out of memory")
+
+    table = JobTable(SERPT(), {"agent": Distribution([9.0])}, predictor=Fails())
+    with pytest.warns(UserWarning, match="'unannounced request' was never seen"):
+        table.entered("alone")
+    assert (len(table), table.ranked(["alone"])) == (1, ["alone"])
+    table.ended("alone", finished=True)
+    assert not len(table)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.announce(table.open("agent"), "one")
 
 
 def test_requests_side_by_side_are_one_request_of_their_job():
