@@ -60,14 +60,14 @@ class MLFQ(ByClass):
 
     @property
     @override
-    def reranks(self) -> bool:
-        """Whether jobs that wait are promoted."""
+    def by_request(self) -> bool:
+        """Whether jobs that wait are promoted, which wait from their present request on."""
         return self.starvation_seconds < math.inf
 
     @property
     @override
-    def by_request(self) -> bool:
-        """Whether jobs that wait are promoted, which wait from their present request on."""
+    def reranks(self) -> bool:
+        """Whether jobs that wait are promoted."""
         return self.starvation_seconds < math.inf
 
     @override

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from demand import LAS, MLFQ, DecayingLAS, DemandError, Distribution, Job, Workload, simulate
-from demand.integrations.job_ledger import JobLedger
 
 KNOWN = {"a": Distribution([9.0])}
 
@@ -99,23 +98,6 @@ def test_who_starves_is_promoted_at_that_very_second():
     # It is served in its first second, and promoted at 5.5, before those who come at 6: it gets a
     # second from 6 on, is promoted again at 11.5, and goes behind the one that came at 11.
     assert soon == 14.0
-
-
-def test_time_away_is_no_wait():
-    """A job that was in a tool for longer than it may starve comes back to its own queue."""
-    ledger = JobLedger(MLFQ(1.0, starvation_seconds=10.0), KNOWN)
-    away = ledger.open("a", 0.0)
-    ledger.start(away)
-    ledger.serve(away, 6.0, 6.0)
-    ledger.stop(away)
-    own = ledger.rank(away, 6.0)
-    waiting = ledger.open("a", 29.0)
-    ledger.request(away, 30.0)
-    assert ledger.rank(away, 30.0) == own > ledger.rank(waiting, 30.0)
-    assert ledger.rank(away, 39.5) == own
-    assert ledger.rank(away, 40.0) == (0.0, 40.0)
-    ledger.request(away, 50.0)  # it gave up that request, and makes another
-    assert ledger.rank(away, 50.0) == own
 
 
 @pytest.mark.parametrize(
