@@ -2,9 +2,11 @@
 
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, SupportsFloat, TypeVar, cast
 
 from demand.errors import DemandError
@@ -46,6 +48,23 @@ def check_callable(name: str, value: object, expected: str) -> None:
         raise DemandError(f"{name} is the class {value.__name__}; expected {expected}")
     if not callable(value):
         raise DemandError(f"{name} is {value!r:.200}; expected {expected}")
+
+
+def file_to_write(name: str, value: object) -> Path:
+    """`value` as the path of a file that can be made: one in a folder that exists.
+
+    Raises:
+        DemandError: what is no path, a folder itself, or a folder that is missing.
+    """
+    check_instance(name, value, (str, os.PathLike), 'the path of a file, such as "learned.json"')
+    path = Path(cast("str | os.PathLike[str]", value))
+    if path.is_dir():
+        raise DemandError(f"{name} is {str(path)!r}, a folder; expected the path of a file in it")
+    if not path.parent.is_dir():
+        raise DemandError(
+            f"{name} is {str(path)!r}, and there is no folder {str(path.parent)!r}; make it first"
+        )
+    return path
 
 
 def positive_number(name: str, value: object) -> float:

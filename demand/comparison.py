@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from demand.arguments import file_to_write
 from demand.errors import DemandError
 
 if TYPE_CHECKING:
@@ -213,14 +213,18 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         return ax
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The table, the settings and every number as JSON; also written to `path`, if given."""
+        """The table, the settings and every number as JSON; also written to `path`, if given.
+
+        Raises:
+            DemandError: a path that is a folder, or in a folder that is missing.
+        """
         numbers = {
             arm: {m: v.tolist() for m, v in found.items()} for arm, found in self.measured.items()
         }
         record = {"settings": self.settings, "table": self.table, "values": numbers}
         text = json.dumps(_finite(record), indent=1)
         if path is not None:
-            target = Path(path)
+            target = file_to_write("path", path)
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:

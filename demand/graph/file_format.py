@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from demand.arguments import file_to_write
 from demand.errors import DemandError
 from demand.graph.given_units import GivenUnit, check_given
 from demand.units import CostModel, Execution, Unit
 
 FORMAT = "demand.PDGraph"
 VERSION = 2
+"""Of files without `shared_tokens`: the releases from before there were any read them, too."""
+SHARED_TOKENS_VERSION = 3
+"""Of files with a row that has them."""
 
 Read = TypeVar("Read")
 
@@ -51,16 +55,22 @@ def graph_document(record: GraphRecord) -> dict[str, Any]:
 
     It lists the units by name and kind, then either `runs`, oldest first, with a row
     [position of the unit, input_tokens, output_tokens, parallelism, seconds,
-    longest_output_tokens, longest_seconds] for each execution; or `given`, with such rows and the
-    successors of each unit in turn, and `entries`. Tokens and seconds are per call; null: not
-    given.
+    longest_output_tokens, longest_seconds] for each execution, and shared_tokens as its last entry
+    where they are given; or `given`, with such rows and the successors of each unit in turn, and
+    `entries`. Tokens and seconds are per call; null: not given.
     """
+    executions = [
+        execution
+        for each in (*record.runs, *(given.executions for given in record.given))
+        for execution in each
+    ]
+    shared = any(execution.shared_tokens is not None for execution in executions)
     executed = dict.fromkeys(execution.unit for run in record.runs for execution in run)
     units = [*(given.unit for given in record.given), *executed]
     number = {unit: position for position, unit in enumerate(units)}
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": SHARED_TOKENS_VERSION if shared else VERSION,
         "name": record.name,
         "window": record.window,
         "half_life_runs": record.half_life_runs,
@@ -91,13 +101,18 @@ def graph_record(path: str | os.PathLike[str], document: object) -> GraphRecord:
     Raises:
         DemandError: it is not such a document, with what is wrong and where.
     """
-    checked = check_format(path, document, FORMAT, VERSION, "PDGraph.save")
+    versions = (VERSION, SHARED_TOKENS_VERSION)
+    checked = check_format(path, document, FORMAT, versions, "PDGraph.save")
     return undamaged(path, lambda: _record(checked))
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Write JSON to `path` in one step: a reader sees the old file or the new, never half."""
-    target = Path(path)
+    """Write JSON to `path` in one step: a reader sees the old file or the new, never half.
+
+    Raises:
+        DemandError: a path that is a folder, or in a folder that is missing.
+    """
+    target = file_to_write("path", path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -129,15 +144,19 @@ def read_document(path: str | os.PathLike[str], writer: str) -> object:
 
 
 def check_format(
-    path: str | os.PathLike[str], document: object, kind: str, version: int, writer: str
+    path: str | os.PathLike[str],
+    document: object,
+    kind: str,
+    versions: Sequence[int],
+    writer: str,
 ) -> dict[str, Any]:
-    """`document`, which is an object of this kind and version, or `DemandError`."""
+    """`document`, which is an object of this kind and one of these versions, or `DemandError`."""
     if not isinstance(document, dict) or document.get("format") != kind:
         raise DemandError(f"{path} is not a {kind} file; expected one that {writer} wrote")
-    if document.get("version") != version:
+    if document.get("version") not in versions:
         raise DemandError(
             f"{path} has format version {document.get('version')!r}; this package reads version "
-            f"{version}: save it again with a matching package"
+            f"{' and '.join(map(str, versions))}: save it again with a matching package"
         )
     return document
 

@@ -184,6 +184,11 @@ class PDGraph:
         check_kind(unit, self._kinds)
 
     @property
+    def learns(self) -> bool:
+        """Whether it can `observe`; one of given probabilities (`from_units`) cannot."""
+        return self._given is None
+
+    @property
     def observed(self) -> int:
         """Runs ever observed, those that are forgotten included."""
         return self._observed
@@ -345,7 +350,11 @@ class PDGraph:
         return draw_graph(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the graph to `path` as JSON; a reader sees the old file or the new, never half."""
+        """Write the graph to `path` as JSON; a reader sees the old file or the new, never half.
+
+        Raises:
+            DemandError: a path that is a folder, or in a folder that is missing.
+        """
         write_graph(path, self.record())
 
     @classmethod

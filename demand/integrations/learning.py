@@ -6,7 +6,7 @@ from typing import final
 from demand.arguments import check_instance
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
-from demand.graph.kinds import check_kind
+from demand.integrations.open_units import OpenUnits
 from demand.integrations.run_record import RunRecord
 from demand.policies.job import Job
 from demand.refine.estimator import DemandEstimator
@@ -36,7 +36,7 @@ class LearningLoop:
 
     Raises:
         DemandError: what is no estimator or no predictor; an estimator that counts the critical
-            path, or whose cost model is another.
+            path, whose cost model is another, or with a graph of given probabilities.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LearningLoop:
         self._cost = cost
         self._learn = learn
         self._records: dict[int, RunRecord] = {}
-        self._units: dict[str, dict[str, Unit]] = {}  # by application and name
+        self._units = OpenUnits()
 
     @property
     def active(self) -> bool:
@@ -85,7 +85,9 @@ class LearningLoop:
         input_tokens: int | None = None,
         prompt: str | Sequence[int] | None = None,
     ) -> None:
-        """Note that `job` submits `call`.
+        """Ask the predictor about `call`, then note that `job` submits it.
+
+        A call that is refused, or about which the predictor fails, leaves nothing behind.
 
         Args:
             job: whose call it is.
@@ -95,18 +97,50 @@ class LearningLoop:
             prompt: text or ids of tokens, for a predictor that reads it.
 
         Raises:
-            DemandError: a name that is no unit's, or a unit that was of another kind before, in
-                this run or in others.
+            DemandError: a name that is no unit's, a unit that was of another kind before, in
+                this run or in others, or a predictor that gives no distribution.
+        """
+        self.foresee(job, unit, input_tokens, prompt)
+        self.enter(job, call, unit)
+
+    def foresee(
+        self,
+        job: Job,
+        unit: str,
+        input_tokens: int | None = None,
+        prompt: str | Sequence[int] | None = None,
+    ) -> None:
+        """Let `job` learn what the predictor says of a call that it is about to submit.
+
+        Nothing is asked without a predictor, or while another call of the job is in progress.
+
+        Args:
+            job: this and the rest as in `begin`.
+            unit: see there.
+            input_tokens: see there.
+            prompt: see there.
+
+        Raises:
+            DemandError: as `begin`.
         """
         made_of = Unit(unit, "llm")
-        if not self.active:
+        if self._predictor is None or (record := self._records[job.index]).busy:
             return
         self.check_unit(job.application, made_of)
-        record = self._records[job.index]
-        before = record.progress()
-        if record.begin(call, made_of) and self._predictor is not None:
-            ahead = PendingCall(job.application, made_of, input_tokens, 1, before, prompt)
-            self._take_in(job, self._predictor.predict(ahead), "predictor")
+        ahead = PendingCall(job.application, made_of, input_tokens, 1, record.progress(), prompt)
+        self._take_in(job, self._predictor.predict(ahead), "predictor")
+
+    def enter(self, job: Job, call: Hashable, unit: str) -> None:
+        """Note that `job` submits `call`, of which nobody predicts anything more.
+
+        Raises:
+            DemandError: a name that is no unit's, or a unit that was of another kind before.
+        """
+        made_of = Unit(unit, "llm")
+        if self.active:
+            self.check_unit(job.application, made_of)
+            self._hold(job, made_of)
+            self._records[job.index].begin(call, made_of)
 
     def count(
         self,
@@ -129,11 +163,14 @@ class LearningLoop:
     def add(self, job: Job, execution: Execution) -> None:
         """Note what `job` executed elsewhere, and let it learn what is left of it."""
         if job.index in self._records:
+            self._hold(job, execution.unit)
             self._records[job.index].add(execution)
             self._refine(job)
 
     def check_unit(self, application: str, unit: Unit) -> None:
-        """Refuse a unit of another kind than one of its name in any run of `application`.
+        """Refuse a unit of another kind than its name has in a run of `application`.
+
+        The run is one that is open, or that was learned from.
 
         Raises:
             DemandError: it is; the graph could not observe such a run.
@@ -142,15 +179,18 @@ class LearningLoop:
             return
         if application in self._estimator.graphs:
             self._estimator.graphs[application].check_unit(unit)
-        units = self._units.setdefault(application, {})
-        check_kind(unit, units)
-        units[unit.name] = unit
+        self._units.check(application, unit)
 
     def closed(self, job: Job, whole: bool) -> None:
         """Forget `job`, and observe its run if it is whole."""
         record = self._records.pop(job.index, None)
+        self._units.release(job.index)
         if whole and record is not None and record.whole and self._estimator is not None:
             self._estimator.observe(job.application, record.executed)
+
+    def _hold(self, job: Job, unit: Unit) -> None:
+        if self._estimator is not None:
+            self._units.hold(job.index, job.application, unit)
 
     def _refine(self, job: Job) -> None:
         if self._estimator is not None:
@@ -165,7 +205,7 @@ class LearningLoop:
 
 
 def check_estimator(estimator: object, cost: CostModel) -> None:
-    """Raise `DemandError` unless `estimator` counts service as an adapter of this cost does."""
+    """Raise `DemandError` unless `estimator` can learn from an adapter that counts by `cost`."""
     check_instance(
         "estimator", estimator, DemandEstimator, "a DemandEstimator(graphs, refinement), or None"
     )
@@ -183,4 +223,11 @@ def check_estimator(estimator: object, cost: CostModel) -> None:
             raise DemandError(
                 f"{whose} costs by {given} and service is counted by {cost}; attained service and "
                 "demand must be the same seconds: give both one cost model"
+            )
+    for name, graph in estimator.graphs.items():
+        if not graph.learns:  # said here, and not as the first of its runs ends inside an engine
+            raise DemandError(
+                f"the estimator's graph of {name!r} was given its probabilities and does not "
+                "learn; fit one to draw_runs of it: PDGraph.fit(graph.draw_runs(1000), "
+                "cost=graph.cost)"
             )

@@ -53,14 +53,17 @@ class RunRecord:
         self._open: dict[str, _Open] = {}
         self._of_call: dict[Hashable, _Open] = {}
 
-    def begin(self, call: Hashable, unit: Unit) -> bool:
-        """Note that `call`, of `unit`, is submitted; whether no other is in progress."""
-        alone = not self._open
+    @property
+    def busy(self) -> bool:
+        """Whether a call is in progress."""
+        return bool(self._open)
+
+    def begin(self, call: Hashable, unit: Unit) -> None:
+        """Note that `call`, of `unit`, is submitted."""
         entry = self._open.setdefault(unit.name, _Open(unit))
         entry.live.add(call)
         entry.counts[call] = {}
         self._of_call[call] = entry
-        return alone
 
     def count(
         self, call: Hashable, input_tokens: int, output_tokens: int, sequence: Hashable = None

@@ -21,8 +21,9 @@ class MLFQ(ByClass):
 
     A job joins the first queue. In queue l it may be served for `quantum * ratio ** l` seconds,
     then it goes to the end of the next; the last has no quantum. The first queue that is not empty
-    is served, in order of arrival at it. A job that has not been served for `starvation_seconds`
-    is promoted to the first queue, with a quantum anew.
+    is served, in order of arrival at it. A job that has waited for `starvation_seconds` is promoted
+    to the first queue, with a quantum anew. It waits from the end of its last service on, or from
+    its present request, if that came later: time away, in a tool or with its user, is no wait.
 
     Departures: FastServe puts a job into the queue whose quantum covers its prefill ("skip-join"),
     and lets it skip queues whose quantum is less than an iteration; nothing here knows of prefill
@@ -36,7 +37,7 @@ class MLFQ(ByClass):
         quantum: seconds of service in the first queue.
         ratio: of the quantum of a queue to that of the one before; 2 in the paper.
         queues: how many; with one, it is first come, first served.
-        starvation_seconds: without service, after which a job is promoted; infinity for never.
+        starvation_seconds: of waiting, after which a job is promoted; infinity for never.
 
     Raises:
         DemandError: a quantum or starvation that is not positive, a ratio below 1, or no queue.
@@ -59,6 +60,12 @@ class MLFQ(ByClass):
 
     @property
     @override
+    def by_request(self) -> bool:
+        """Whether jobs that wait are promoted, which wait from their present request on."""
+        return self.starvation_seconds < math.inf
+
+    @property
+    @override
     def reranks(self) -> bool:
         """Whether jobs that wait are promoted."""
         return self.starvation_seconds < math.inf
@@ -78,11 +85,12 @@ class MLFQ(ByClass):
     def rank(self, job: Job, now: float) -> tuple[float, ...]:
         """(number of its queue, second of arrival at it)."""
         place = self._place(job)
-        if not job.running and not place.starving:
-            waited = now - place.served_at
-            place.starving = waited >= self.starvation_seconds * (1.0 - ROUNDING)
+        if not job.running:
+            since = place.waits_since
+            place.starving = now - since >= self.starvation_seconds * (1.0 - ROUNDING)
+            place.promoted_at = since + self.starvation_seconds
         if place.starving:
-            return (0.0, place.served_at + self.starvation_seconds)
+            return (0.0, place.promoted_at)
         return (float(place.queue), place.joined_at)
 
     @override
@@ -94,7 +102,7 @@ class MLFQ(ByClass):
         if self.starvation_seconds < math.inf:
             state = _state(job)
             due = [
-                other.served_at + self.starvation_seconds - state.now
+                other.waits_since + self.starvation_seconds - state.now
                 for other in state.places.values()
                 if other is not place and not other.starving
             ]
@@ -108,7 +116,7 @@ class MLFQ(ByClass):
         """Let it join the first queue."""
         state = _state(job)
         state.now = now
-        state.places[job.index] = Place(now, now)
+        state.places[job.index] = Place(job, now, now)
 
     @override
     def served(self, job: Job, seconds: float, now: float) -> None:
@@ -121,7 +129,7 @@ class MLFQ(ByClass):
         state, place = _state(job), self._place(job)
         state.now = now
         if place.starving:
-            place.queue, place.joined_at = 0, place.served_at + self.starvation_seconds
+            place.queue, place.joined_at = 0, place.promoted_at
             place.used, place.starving = 0.0, False
         place.served_at = now
         place.used += seconds
@@ -146,18 +154,27 @@ class Place:
     """Where a job stands.
 
     Attributes:
+        job: which stands there.
         joined_at: second of arrival at its queue.
         served_at: second of its last service, or of its own arrival.
         queue: number of its queue.
         used: seconds of service in it.
         starving: whether it was seen to have waited for too long, and has not been served since.
+        promoted_at: second at which it starves, as it was last seen to wait.
     """
 
+    job: Job
     joined_at: float
     served_at: float
     queue: int = 0
     used: float = 0.0
     starving: bool = False
+    promoted_at: float = math.inf
+
+    @property
+    def waits_since(self) -> float:
+        """Second from which on it waits, if it is not being served."""
+        return max(self.served_at, self.job.requested)
 
 
 @dataclass

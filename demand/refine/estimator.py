@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple, final
 
 from demand.arguments import instance_of, mapping_of, renamed_keyword
@@ -41,8 +41,8 @@ class DemandEstimator:
       that of `NoRefinement`.
 
     Graphs keep learning through `observe`. What a refinement prepared from n runs is made anew at
-    the first question where more than `lag` n have been observed since, or where the graph knows
-    other units; with a half-life of h runs n is h at most. So an observation costs the work of its
+    the first question where more than `lag` n have been observed since, or that names a unit which
+    came since; with a half-life of h runs n is h at most. So an observation costs the work of its
     own run and its share of a preparation. An answer rests on the runs as they were r <= lag n
     observations ago. The empirical distribution of these gives no event a probability that differs
     from that of all n + r runs by more than r / (n + r) <= lag / (1 + lag), the share of the runs
@@ -140,10 +140,10 @@ class DemandEstimator:
         refinement = self.refinement
         if not ran <= known:
             self.fallbacks[application, "unit"] += 1
-            refinement = NoRefinement()
+            refinement, ran = NoRefinement(), set()  # which leaves the units out of account
         key = application, refinement
         prepared = self._prepared.get(key)
-        if prepared is None or not prepared.answers(graph, known, self.lag):
+        if prepared is None or not prepared.answers(graph, ran, self.lag):
             refined = refinement.fit(graph, self.parallel_calls)
             half_life = math.inf if graph.half_life_runs is None else graph.half_life_runs
             runs = min(len(graph.runs), half_life)
@@ -165,6 +165,9 @@ class DemandEstimator:
         """Write its graphs and settings to `path` as JSON; a reader never sees half a file.
 
         The refinement is code, and is not in it.
+
+        Raises:
+            DemandError: a path that is a folder, or in a folder that is missing.
         """
         graphs = {name: graph.record() for name, graph in self.graphs.items()}
         record = EstimatorRecord(graphs, self.parallel_calls, self.cost, self.lag)
@@ -198,7 +201,7 @@ class _Prepared(NamedTuple):
     runs: float
     known: frozenset[str]
 
-    def answers(self, graph: PDGraph, known: frozenset[str], lag: float) -> bool:
-        """Whether it may still be asked about `graph`, which knows the units `known` now."""
+    def answers(self, graph: PDGraph, named: Set[str], lag: float) -> bool:
+        """Whether it may still be asked about `graph`, by a question that names these units."""
         since = graph.observed - self.observed
-        return graph is self.graph and since <= lag * self.runs and known == self.known
+        return graph is self.graph and since <= lag * self.runs and named <= self.known

@@ -51,7 +51,7 @@ def read_estimator(path: str | os.PathLike[str]) -> EstimatorRecord:
         DemandError: the file is not such a document, with what is wrong.
         FileNotFoundError: no file at `path`.
     """
-    found = check_format(path, read_document(path, WRITER), FORMAT, VERSION, WRITER)
+    found = check_format(path, read_document(path, WRITER), FORMAT, (VERSION,), WRITER)
     return undamaged(
         path,
         lambda: EstimatorRecord(

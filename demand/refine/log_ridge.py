@@ -14,15 +14,9 @@ from demand.graph.run_columns import Ints
 from demand.seconds import Floats, as_numbers, as_seconds, one_number
 
 
-@final
 @dataclass(frozen=True)
-class LogRidge:
-    """Ridge regression of the logarithm of seconds, whose answers are distributions.
-
-    Ours, not from a paper. The answer is the predicted seconds times the factors by which
-    predictions of about that size were off, so that the spread is empirical and may change with the
-    prediction. The factors come from predictions made without the observation in question
-    (cross-validation in folds), or they would be too small.
+class RidgeSettings:
+    """Settings of `LogRidge`, which are those of all that predicts by it.
 
     Args:
         ridge: penalty on the squared standardised coefficients, in observations.
@@ -42,6 +36,20 @@ class LogRidge:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
         set_whole_numbers(self, "atoms", "groups", "folds", least=1)
+
+
+@final
+@dataclass(frozen=True)
+class LogRidge(RidgeSettings):
+    """Ridge regression of the logarithm of seconds, whose answers are distributions.
+
+    Ours, not from a paper. The answer is the predicted seconds times the factors by which
+    predictions of about that size were off, so that the spread is empirical and may change with the
+    prediction. The factors come from predictions made without the observation in question
+    (cross-validation in folds), or they would be too small.
+
+    Arguments and errors are those of `RidgeSettings`.
+    """
 
     def fit(
         self,

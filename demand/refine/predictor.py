@@ -20,7 +20,8 @@ class PendingCall:
         application: name of the application.
         unit: whose call it is; of kind "llm".
         input_tokens: of its prompt, per call; `None` where nobody has counted them.
-        parallelism: calls made side by side.
+        parallelism: calls made side by side. An adapter, which is given them one by one and asks at
+            the first, does not know how many will follow, and says 1.
         progress: the units that its run has finished.
         prompt: the text, or the ids of its tokens; `None` where only its length is known.
 

@@ -1,23 +1,18 @@
 """A prediction by regression on the length of a prompt and on the calls before it."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import final
 
 import numpy as np
 from typing_extensions import override
 
-from demand.arguments import (
-    instance_of,
-    positive_number,
-    renamed_keyword,
-    set_whole_numbers,
-)
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.graph.run_columns import Ints, RunColumns
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.refine.log_ridge import LogFit, LogRidge
+from demand.refine.log_ridge import LogFit, LogRidge, RidgeSettings
 from demand.refine.predictor import PendingCall
 from demand.refine.regression import ProgressRegression
 from demand.seconds import Floats
@@ -26,7 +21,7 @@ from demand.units import ParallelCalls, Progress
 
 @final
 @dataclass(frozen=True)
-class PromptRegression(Refinement):
+class PromptRegression(RidgeSettings, Refinement):
     """Predicts, before the first token of a call, from the length of its prompt and past calls.
 
     Ours, after the place of the predictors of LTR (arXiv 2408.15792) and ELIS (arXiv 2505.09142),
@@ -37,27 +32,14 @@ class PromptRegression(Refinement):
     what `ProgressRegression` knows of the run until then. Every call of every remembered run whose
     prompt tokens are known is one observation.
 
+    An adapter says of every call that it is the only one (`PendingCall`), so that inside an engine
+    what a unit of parallel calls needs is predicted too low.
+
     Asked without a call (`remaining`), or about one whose prompt nobody has counted, it answers as
     `ProgressRegression`.
 
-    Args:
-        ridge: penalty on the squared standardised coefficients, in observations.
-        atoms: number of equally likely atoms of each answer.
-        groups: of predictions, each with a spread of its own.
-        folds: of the runs, each predicted from the others; 1 predicts all from all.
-
-    Raises:
-        DemandError: a ridge that is not positive, or atoms, groups or folds below 1.
+    Arguments and errors are those of `RidgeSettings`.
     """
-
-    ridge: float = 10.0
-    atoms: int = 50
-    groups: int = 10
-    folds: int = 5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
-        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @override
     @renamed_keyword("demand", "parallel_calls")
@@ -65,8 +47,7 @@ class PromptRegression(Refinement):
         """Solve the least squares for all calls, and those of `ProgressRegression`."""
         instance_of("graph", graph, PDGraph)
         columns = graph.columns()
-        settings = self.ridge, self.atoms, self.groups, self.folds
-        at_progress = ProgressRegression(*settings).fit(graph, parallel_calls)
+        at_progress = ProgressRegression(*astuple(self)).fit(graph, parallel_calls)
         features = ProgressFeatures.of_graph(columns, graph.cost, parallel_calls)
         calls = _calls(columns)
         if not calls.size:
@@ -79,7 +60,7 @@ class PromptRegression(Refinement):
             len(columns.units),
         )
         run = seen.run[calls]
-        predicted = LogRidge(*settings).fit(
+        predicted = LogRidge(*astuple(self)).fit(
             np.hstack([seen.features[calls], ahead]),
             seen.remaining[calls],
             run=run,

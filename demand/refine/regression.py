@@ -1,27 +1,22 @@
 """A prediction by regression on what a run has shown at the boundaries between its units."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import final
 
 from typing_extensions import override
 
-from demand.arguments import (
-    instance_of,
-    positive_number,
-    renamed_keyword,
-    set_whole_numbers,
-)
+from demand.arguments import instance_of, renamed_keyword
 from demand.distribution.distribution import Distribution
 from demand.graph.pdgraph import PDGraph
 from demand.refine.base import Refined, Refinement
 from demand.refine.features import ProgressFeatures
-from demand.refine.log_ridge import LogFit, LogRidge
+from demand.refine.log_ridge import LogFit, LogRidge, RidgeSettings
 from demand.units import ParallelCalls, Progress
 
 
 @final
 @dataclass(frozen=True)
-class ProgressRegression(Refinement):
+class ProgressRegression(RidgeSettings, Refinement):
     """Predicts by a ridge regression of the logarithm of the remaining seconds on progress.
 
     Ours, not from a paper. Every boundary between two units of every remembered run is one
@@ -29,24 +24,8 @@ class ProgressRegression(Refinement):
     empirical spread (`LogRidge`). While a unit runs, the answer at its start is conditioned on the
     seconds it has received.
 
-    Args:
-        ridge: penalty on the squared standardised coefficients, in observations.
-        atoms: number of equally likely atoms of each answer, quantiles of the factors.
-        groups: observations are grouped by their prediction, into so many groups of one size.
-        folds: of the runs, each predicted from the others; 1 predicts all from all.
-
-    Raises:
-        DemandError: a ridge that is not positive, or atoms, groups or folds below 1.
+    Arguments and errors are those of `RidgeSettings`.
     """
-
-    ridge: float = 10.0
-    atoms: int = 50
-    groups: int = 10
-    folds: int = 5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ridge", positive_number("ridge", self.ridge))
-        set_whole_numbers(self, "atoms", "groups", "folds", least=1)
 
     @override
     @renamed_keyword("demand", "parallel_calls")
@@ -56,11 +35,10 @@ class ProgressRegression(Refinement):
         columns = graph.columns()
         features = ProgressFeatures.of_graph(columns, graph.cost, parallel_calls)
         seen = features.of_columns(columns)
-        ridge = LogRidge(self.ridge, self.atoms, self.groups, self.folds)
         weights = graph.run_weights()[seen.run]
         # A run that ends in units of no cost has nothing left there.
         least = 1e-3 * columns.run_seconds(parallel_calls).mean()
-        predicted = ridge.fit(
+        predicted = LogRidge(*astuple(self)).fit(
             seen.features, seen.remaining, run=seen.run, weights=weights, least=least
         )
         return Regressed(features, predicted)

@@ -167,6 +167,21 @@ def test_round_trip(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["graph.json"]
 
 
+@pytest.mark.parametrize(("shared", "version"), [(None, 2), (0, 3), (4, 3)])
+def test_files_with_shared_tokens_are_of_a_version_of_their_own(tmp_path, shared, version):
+    """The last release says of them which version it reads, and does not call them damaged."""
+    run = [wrote(5), Execution(WRITE, 9, 5, shared_tokens=shared)]
+    path = tmp_path / "graph.json"
+    for graph in (
+        PDGraph.fit([[wrote(2)], run]),
+        PDGraph.from_units([GivenUnit(WRITE, run, {"end": 1.0})], {"write": 1.0}),
+    ):
+        graph.save(path)
+        assert json.loads(path.read_text())["version"] == version
+        again = PDGraph.load(path)
+        assert (again.runs, again.samples("write")) == (graph.runs, graph.samples("write"))
+
+
 def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "graph.json"
     PDGraph.fit([chain(1, 1.0)]).save(path)
@@ -180,6 +195,17 @@ def test_a_failed_save_leaves_the_old_file_alone(tmp_path, monkeypatch):
         PDGraph.fit([[wrote(2)]]).save(path)
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["graph.json"]
+
+
+def test_a_place_that_cannot_be_saved_to_is_named(tmp_path):
+    graph = PDGraph.fit([chain(1, 1.0)])
+    with pytest.raises(DemandError, match=r"graph\.json', and there is no folder .*missing'"):
+        graph.save(tmp_path / "missing" / "graph.json")
+    with pytest.raises(DemandError, match="a folder; expected the path of a file in it"):
+        graph.save(tmp_path)
+    with pytest.raises(DemandError, match="path is 3; expected the path of a file"):
+        graph.save(3)
+    assert not [*tmp_path.iterdir()]
 
 
 def _tampered(tmp_path, change):

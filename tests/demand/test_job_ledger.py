@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from demand import DemandError, Distribution, Job, Policy, RequestFCFS, VirtualTime
+from demand import MLFQ, DemandError, Distribution, Job, Policy, RequestFCFS, VirtualTime
 from demand.integrations.job_ledger import JobLedger
 
 KNOWN = {"short": Distribution([2.0, 3.0])}
@@ -142,3 +142,20 @@ def test_a_clock_that_says_no_time_is_refused(now):
     with pytest.raises(DemandError, match="the clock says"):
         ledger.open("short", now)
     assert ledger.open("short", 1.0).arrival == 1.0
+
+
+def test_time_away_is_no_wait_under_mlfq() -> None:
+    """A job that was in a tool for longer than it may starve comes back to its own queue."""
+    ledger = JobLedger(MLFQ(1.0, starvation_seconds=10.0), KNOWN)
+    away = ledger.open("short", 0.0)
+    ledger.start(away)
+    ledger.serve(away, 6.0, 6.0)
+    ledger.stop(away)
+    own = ledger.rank(away, 6.0)
+    waiting = ledger.open("short", 29.0)
+    ledger.request(away, 30.0)
+    assert ledger.rank(away, 30.0) == own > ledger.rank(waiting, 30.0)
+    assert ledger.rank(away, 39.5) == own
+    assert ledger.rank(away, 40.0) == (0.0, 40.0)
+    ledger.request(away, 50.0)  # it gave up that request, and makes another
+    assert ledger.rank(away, 50.0) == own

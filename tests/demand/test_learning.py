@@ -193,3 +193,21 @@ def test_what_a_graph_observes_by_itself_counts_too():
 def test_a_lag_is_a_share(lag):
     with pytest.raises(DemandError, match="lag"):
         DemandEstimator({}, lag=lag)
+
+
+def test_a_new_name_in_each_run_prepares_nothing_anew_until_it_is_asked_about(monkeypatch):
+    counted = Counting(monkeypatch, CurrentUnit)
+    runs = [[Execution(UNITS[1], seconds=float(s))] for s in range(1, 101)]
+    estimator = DemandEstimator({"a": PDGraph.fit(runs, name="a")}, CurrentUnit(), lag=0.125)
+    asked = Progress(runs[1])
+    rare = [Execution(Unit(f"rare {number}", "tool"), seconds=1.0) for number in range(13)]
+    for one in rare[:12]:
+        estimator("a", asked)
+        estimator.observe("a", [*runs[0], one])
+    estimator("a", asked)
+    assert counted.fits["a"] == 1
+    about_it = Progress([rare[3]])
+    assert estimator("a", about_it) == CurrentUnit().remaining(estimator.graphs["a"], about_it)
+    assert counted.fits["a"] == 3  # one of them to compare with
+    estimator("a", Progress([rare[12]]))
+    assert (counted.fits["a"], estimator.fallbacks) == (3, {("a", "unit"): 1})

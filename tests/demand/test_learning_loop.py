@@ -19,6 +19,7 @@ from demand import (
     Progress,
     Unit,
 )
+from demand.graph.given_units import GivenUnit
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.run_record import RunRecord
 from demand.refine import CurrentUnit
@@ -56,12 +57,14 @@ def serve(ledger, job, call_id, read, made, now=0.0):
 def test_one_call_after_another_is_a_run():
     record = RunRecord(COST)
     assert not record.whole
-    assert record.begin("a", PLAN)
+    record.begin("a", PLAN)
+    assert record.busy
     record.count("a", 3, 0)
     record.count("a", 3, 7)
     assert record.progress() == Progress((), "plan", 15.5, 15.5)
     assert not record.whole
     record.end("a")
+    assert not record.busy
     record.add(Execution(SEARCH, seconds=2.0))
     record.begin("b", PLAN)
     record.end("b")  # it read and made nothing that anybody knows of
@@ -72,8 +75,8 @@ def test_one_call_after_another_is_a_run():
 
 def test_calls_of_a_unit_that_overlap_are_one_execution():
     record = RunRecord(COST)
-    assert record.begin("a", PLAN)
-    assert not record.begin("b", PLAN)
+    record.begin("a", PLAN)
+    record.begin("b", PLAN)
     record.count("a", 2, 10)
     record.count("b", 4, 3, "first")
     record.count("b", 4, 5, "second")
@@ -108,6 +111,16 @@ def test_a_call_that_did_not_finish_leaves_nothing_and_cuts_off():
     record.count("b", 2, 3)
     record.end("b")
     assert (record.executed, record.whole) == ([call(PLAN, 2, 3)], True)
+
+
+def test_what_was_cancelled_beside_calls_that_finished_leaves_nothing_behind():
+    record = RunRecord(COST)
+    for number in range(10):
+        record.begin(number, PLAN)
+        record.count(number, 4, 5)
+    for number in range(10):
+        record.end(number, finished=number == 9)
+    assert (record.executed, record.whole) == ([call(PLAN, 4, 5)], True)
 
 
 steps = st.lists(
@@ -234,6 +247,35 @@ def test_a_predictor_is_asked_as_a_call_is_submitted():
         ledger.loop.begin(job, 3, "call")
 
 
+class FailsOnce:
+    """A predictor whose first answer is an error."""
+
+    def __init__(self):
+        self.asked = []
+
+    def predict(self, call):
+        self.asked.append(call)
+        if len(self.asked) == 1:
+            raise ValueError("the model is not loaded yet")
+        return Distribution([7.0])
+
+
+def test_a_call_about_which_the_predictor_fails_leaves_nothing_behind():
+    learns, predictor = estimator(), FailsOnce()
+    ledger = JobLedger(SERPT(), {}, estimator=learns, predictor=predictor)
+    job = ledger.open("agent", 0.0)
+    with pytest.raises(ValueError, match="not loaded yet"):
+        ledger.loop.begin(job, 0, "plan", 4)
+    for number in (1, 2):  # the first is the same call, made again
+        ledger.loop.begin(job, number, "plan", 4)
+        assert job.distribution == Distribution([7.0])
+        serve(ledger, job, number, 4, 5)
+        ledger.loop.end(job, number, finished=True)
+    ledger.close(job, 0.0)
+    assert [len(call.progress.executed) for call in predictor.asked] == [0, 0, 1]
+    assert learns.graphs["agent"].runs[-1] == (call(PLAN, 4, 5),) * 2
+
+
 def test_nothing_is_kept_of_runs_without_anybody_to_tell():
     ledger = JobLedger(SERPT(), {"agent": Distribution([9.0])})
     job = ledger.open("agent", 0.0)
@@ -264,10 +306,55 @@ def test_what_cannot_be_learned_from_is_refused():
         ledger_of(DemandEstimator({}, parallel_calls="critical_path"))
     with pytest.raises(DemandError, match="its graph of 'agent' costs by"):
         ledger_of(DemandEstimator(learns.graphs))
+    published = PDGraph.from_units(
+        [GivenUnit(PLAN, [call(PLAN, 4, 5)], {"end": 1.0})], {"plan": 1.0}, cost=COST
+    )
+    with pytest.raises(DemandError, match=r"graph of 'agent' was given .*draw_runs of it"):
+        ledger_of(DemandEstimator({"agent": published}, cost=COST))
+    drawn = PDGraph.fit(published.draw_runs(3), cost=published.cost)
+    assert (drawn.learns, published.learns) == (True, False)
+    assert ledger_of(DemandEstimator({"agent": drawn}, cost=COST)).loop.learns
     with pytest.raises(DemandError, match=r"estimator is .*; expected a DemandEstimator"):
         JobLedger(SERPT(), {}, estimator=CurrentUnit())  # type: ignore[arg-type]
     with pytest.raises(DemandError, match=r"predictor is .*; expected an object with a method"):
         JobLedger(SERPT(), {}, predictor=print)  # type: ignore[arg-type]
+
+
+tool_or_call = st.sampled_from([Unit(name, kind) for name in "ab" for kind in ("llm", "tool")])
+happenings = st.lists(
+    st.tuples(st.integers(0, 2), st.none() | st.booleans() | tool_or_call), max_size=30
+)
+
+
+@given(happenings)
+def test_a_name_is_barred_by_open_runs_and_by_what_was_learned_alone(happenings):
+    """The twin looks through all runs that are open and all that were observed."""
+    learns = DemandEstimator({}, cost=COST)
+    ledger = ledger_of(learns)
+    jobs, held, learned = {}, {}, set()
+    for run, what in happenings:
+        if run not in jobs:
+            jobs[run], held[run] = ledger.open("new", 0.0), set()
+        if isinstance(what, Unit):
+            others = set().union(*held.values(), learned)
+            barred = any(u.name == what.name and u.kind != what.kind for u in others)
+            try:
+                if what.kind == "llm":
+                    ledger.loop.begin(jobs[run], "x", what.name)
+                    serve(ledger, jobs[run], "x", 1, 1)
+                    ledger.loop.end(jobs[run], "x", finished=True)
+                else:
+                    ledger.record(jobs[run], Execution(what, seconds=1.0), 0.0)
+            except DemandError:
+                assert barred
+            else:
+                assert not barred
+                held[run].add(what)
+        else:
+            ledger.close(jobs.pop(run), 0.0, whole=bool(what))
+            its_units = held.pop(run)
+            learned |= its_units if what else set()
+            assert {u for r in learns.graphs.values() for u in r.units} == learned
 
 
 # Saved and loaded.

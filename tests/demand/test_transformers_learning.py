@@ -6,6 +6,7 @@ from demand import (
     SERPT,
     DemandError,
     DemandEstimator,
+    Distribution,
     Execution,
     Gittins,
     PDGraph,
@@ -107,3 +108,34 @@ def test_an_estimator_stands_alone():
     job = table.open("agent")
     with pytest.raises(DemandError, match="seconds of service without a unit"):
         table.serve(job, 2.0)
+
+
+def test_nobody_is_asked_about_a_request_that_came_unannounced():
+    class Fails:
+        def predict(self, call):
+            raise RuntimeError("out of memory")
+
+    table = JobTable(SERPT(), {"agent": Distribution([9.0])}, predictor=Fails())
+    with pytest.warns(UserWarning, match="'unannounced request' was never seen"):
+        table.entered("alone")
+    assert (len(table), table.ranked(["alone"])) == (1, ["alone"])
+    table.ended("alone", finished=True)
+    assert not len(table)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table.announce(table.open("agent"), "one")
+
+
+def test_requests_side_by_side_are_one_request_of_their_job():
+    """A job waits from the first of them on, as it does in a simulator and inside vLLM."""
+    clock = [0.0]
+    table = JobTable(SERPT(), estimator=learner(), clock=lambda: clock[0])
+    job = table.open("agent")
+    for second, name in ((1.0, "first"), (2.0, "beside it")):
+        clock[0] = second
+        table.announce(job, name, "write")
+        assert job.requested == 1.0
+    for name in ("first", "beside it"):
+        table.ended(name, finished=True)
+    clock[0] = 3.0
+    table.announce(job, "later", "write")
+    assert job.requested == 3.0

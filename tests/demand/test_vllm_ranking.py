@@ -6,6 +6,7 @@ import math
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,24 @@ def test_an_annotation_gone_wrong_takes_down_nothing(caplog: pytest.LogCaptureFi
     assert oracle.add("y", annotation("short"), 0.0) == (math.inf, 1)
 
 
+def test_a_predictor_that_fails_takes_down_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Fails:
+        def predict(self, call: PendingCall) -> Distribution:
+            raise RuntimeError("out of memory")
+
+    learns = DemandEstimator({}, cost=COST)
+    ledger = JobLedger(SERPT(), {}, estimator=learns, predictor=Fails())
+    ranking = Ranking(ledger, COST, 2)
+    key = ranking.add("a", annotation("short", "1", last=True, unit="write"), 0.0, [1, 2])
+    assert key == ranking.key("a", 0.0)
+    assert [r.message for r in caplog.records] == ["request a is served without a prediction"]
+    assert "out of memory" in caplog.text
+    ranking.finish("a", 2, 3, 1.0)
+    assert not ranking._runs
+    executed = Execution.of_calls(WRITE, input_tokens=[2], output_tokens=[3])
+    assert learns.graphs["short"].runs == ((executed,),)
+
+
 def test_a_rank_that_is_no_number_is_refused_by_the_policys_name() -> None:
     @dataclass(frozen=True)
     class Speechless(Policy):
@@ -274,6 +293,7 @@ class FakeScheduler:
         self.requires_kv_delivery = False
         self.pause_state = types.SimpleNamespace(name="UNPAUSED")
         self.passed: list[Any] = []
+        self.is_shut_down = False
 
     def add_request(self, request: FakeRequest) -> None:
         self.requests[request.request_id] = request
@@ -303,6 +323,9 @@ class FakeScheduler:
 
     def _preempt_request(self, request: FakeRequest, now: float, drop_stale_output: bool) -> None:
         heapq.heappush(self.waiting._heap, request)
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
 
     def _free_request(self, request: FakeRequest) -> None:
         del self.requests[request.request_id]
@@ -394,6 +417,10 @@ def test_make_scheduler_makes_a_class_that_carries_its_policy(fake_vllm: Any) ->
         ({"cost": 0.1}, r"cost is 0\.1; expected a CostModel"),
         ({"idle_runs": -1}, "idle_runs is -1; expected a whole number of at least 0"),
         ({"seed": 0.5}, r"seed is 0\.5; expected a whole number"),
+        (
+            {"distributions": {}, "estimator": DemandEstimator({}), "save_to": "missing/a.json"},
+            "save_to is 'missing/a.json', and there is no folder 'missing'; make it first",
+        ),
     ],
 )
 def test_wrong_objects_are_refused_before_an_engine_starts(
@@ -403,6 +430,17 @@ def test_wrong_objects_are_refused_before_an_engine_starts(
         make_scheduler(**(dict(policy=FCFS(), distributions=KNOWN) | given))
     made = make_scheduler(FCFS(), KNOWN, idle_runs=np.int64(2), seed=1.0)  # type: ignore[arg-type]
     assert made().schedule() == []
+
+
+def test_vllm_shuts_down_even_if_nothing_can_be_saved(fake_vllm: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    learns = DemandEstimator({})
+    scheduler = make_scheduler(FCFS(), estimator=learns, save_to=folder / "learned.json")()
+    folder.rmdir()
+    with pytest.raises(DemandError, match="there is no folder"):
+        scheduler.shutdown()
+    assert scheduler.is_shut_down
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.31.0", "0.32.1", "1.0"])

@@ -185,9 +185,7 @@ class JobTable:
                 )
             tokens = None if prompt is None else len(prompt)
             self._ledger.loop.begin(job, request_id, unit, tokens, prompt)
-            self._requests[request_id] = entry
-            entry.live.add(request_id)
-            self._ledger.request(job, self.now())
+            self._submitted(entry, request_id)
 
     def close(self, job: Job) -> None:
         """Close `job`: it makes no further request, and departs once its last one has ended.
@@ -249,12 +247,16 @@ class JobTable:
     # What follows is for the scheduler of the engine.
 
     def entered(self, request_id: str) -> None:
-        """Note that a request is in the engine; one that was not announced is a job of its own."""
+        """Note that a request is in the engine; one that was not announced is a job of its own.
+
+        A predictor is not asked about it: nobody could be told if it failed.
+        """
         with self._lock:
             base = base_id(request_id)
             if base not in self._requests:
                 job = self.open(UNANNOUNCED)
-                self.announce(job, base)
+                self._ledger.loop.enter(job, base, CALL)
+                self._submitted(self._entry(job), base)
                 self.close(job)
 
     def progressed(self, request_id: str, prefilled_tokens: int, generated_tokens: int) -> None:
@@ -335,6 +337,12 @@ class JobTable:
 
     def __repr__(self) -> str:
         return f"JobTable({self.policy!r}, {len(self)} jobs, {len(self._requests)} requests)"
+
+    def _submitted(self, entry: _Entry, request_id: str) -> None:
+        if not entry.live:  # else the job has waited since it made the others
+            self._ledger.request(entry.job, self.now())
+        self._requests[request_id] = entry
+        entry.live.add(request_id)
 
     def _entry(self, job: Job) -> _Entry:
         check_instance("job", job, Job, "a job that `open` gave")

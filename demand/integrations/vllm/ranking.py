@@ -77,7 +77,8 @@ class Ranking:
 
         If its annotation is wrong, that is logged and the request is served as unannotated: an
         engine has others to serve, and no way to refuse one at this point. An oracle ranks a
-        request without `demand_seconds` last.
+        request without `demand_seconds` last. A predictor that fails is logged as well, and the
+        request is served without its prediction.
 
         Args:
             request: its id, unique in the engine.
@@ -95,7 +96,11 @@ class Ranking:
             logger.warning("request %s is served as unannotated: %s", request, error)
             annotation = Annotation()
             name, run = self._run_of(request, annotation, now)
-        self._ledger.loop.begin(run.job, request, annotation.unit, input_tokens, prompt)
+        try:
+            self._ledger.loop.foresee(run.job, annotation.unit, input_tokens, prompt)
+        except Exception:  # of any kind: predictors are the user's
+            logger.exception("request %s is served without a prediction", request)
+        self._ledger.loop.enter(run.job, request, annotation.unit)
         if self._ledger.loop.active:
             self._told[name] = run
         if not run.requests:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
+from demand.arguments import file_to_write
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger, cost_of
@@ -71,7 +72,8 @@ def make_scheduler(
 
     Raises:
         DemandError: vLLM is missing or of a version that this was not verified on, an argument
-            of the wrong kind, such as the class of a policy, or a place to save no estimator to.
+            of the wrong kind, such as the class of a policy, a place to save no estimator to, or
+            one in a folder that is missing.
     """
     try:
         import vllm
@@ -89,6 +91,7 @@ def make_scheduler(
 
     if save_to is not None and estimator is None:
         raise DemandError(f"save_to is {save_to!r} and there is no estimator; give one, or drop it")
+    saved = None if save_to is None else file_to_write("save_to", save_to)
     cost = cost_of(cost, estimator)
     known = {} if distributions is None else distributions
 
@@ -97,8 +100,8 @@ def make_scheduler(
         return Ranking(ledger, cost, idle_runs)
 
     def save() -> None:
-        if save_to is not None and estimator is not None:
-            estimator.save(save_to)
+        if saved is not None and estimator is not None:
+            estimator.save(saved)
 
     ranking()  # refuses wrong arguments here, not in the process of the engine
     body = {
@@ -161,9 +164,11 @@ class RankedScheduling(AsyncScheduler):
 
     @override
     def shutdown(self) -> None:
-        """Save what was learned, where that was asked for, and shut down."""
-        self.save()
-        super().shutdown()
+        """Save what was learned, where that was asked for, and shut down in any case."""
+        try:
+            self.save()
+        finally:
+            super().shutdown()
 
     def _rank_anew(self, now: float) -> None:
         changed = self._ranking.serve(map(_progress, self.running), now)
