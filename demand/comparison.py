@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from demand.arguments import file_to_write
 from demand.errors import DemandError
 
 if TYPE_CHECKING:
@@ -224,7 +224,11 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         record = {"settings": self.settings, "table": self.table, "values": numbers}
         text = json.dumps(_finite(record), indent=1)
         if path is not None:
-            target = file_to_write("path", path)
+            target = Path(path)
+            if target.is_dir() or not target.parent.is_dir():
+                raise DemandError(
+                    f"path is {str(target)!r}; expected a file, in a folder that there is"
+                )
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:

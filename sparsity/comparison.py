@@ -213,7 +213,11 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         return ax
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The table, the settings and every number as JSON; also written to `path`, if given."""
+        """The table, the settings and every number as JSON; also written to `path`, if given.
+
+        Raises:
+            SparsityError: a path that is a folder, or in a folder that is missing.
+        """
         numbers = {
             arm: {m: v.tolist() for m, v in found.items()} for arm, found in self.measured.items()
         }
@@ -221,6 +225,10 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         text = json.dumps(_finite(record), indent=1)
         if path is not None:
             target = Path(path)
+            if target.is_dir() or not target.parent.is_dir():
+                raise SparsityError(
+                    f"path is {str(target)!r}; expected a file, in a folder that there is"
+                )
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:

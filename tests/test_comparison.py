@@ -107,6 +107,15 @@ def test_names_are_no_markup(comparison):
     assert "&lt;b&gt;" in shown
 
 
+def test_a_place_that_cannot_be_written_to_is_named(result, tmp_path, comparison):
+    error = ERRORS[comparison.__module__.partition(".")[0]]
+    for place in (tmp_path, tmp_path / "missing" / "result.json"):
+        with pytest.raises(Exception, match="in a folder that there is") as refused:
+            result.to_json(place)
+        assert type(refused.value).__name__ == error
+        assert str(place) in str(refused.value)
+
+
 def test_json_has_every_number(result, tmp_path):
     path = tmp_path / "result.json"
     assert path.write_text("before")
