@@ -285,6 +285,7 @@ class PIC:
             with suppress(ModelChanged):
                 return self._link(rows, method, watch, partial(self._look_again, seen))
         rows = self._as_rows(chunks, query, self._header())
+        self._refuse_too_long(rows)  # before anything is loaded or compiled
         return self._link(rows, method, watch)
 
     def _rows_as_seen(self, seen: Header | None, chunks: Any, query: Any) -> list[Row] | None:
@@ -316,7 +317,6 @@ class PIC:
         watch: Stopwatch,
         look_again: Callable[[], None] | None = None,
     ) -> LinkedPrompt:
-        self._refuse_too_long(rows)  # before anything is loaded or compiled
         pad_id = (*self._special("pad_token_id"), *self._special("eos_token_id"), 0)[0]
         link = Link(
             self.hf,

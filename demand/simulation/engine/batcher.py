@@ -90,19 +90,9 @@ class Batcher:
             order of arrival.
         """
         order, batch = self.order, self.batch
-        batch.advance(steps)
-        step = batch.step
-        touched = {calls.job: None for calls, _ in batch.prefilling}
-        for job in order.running:
-            if job.check_step <= step:
-                touched[job] = None
-        if order.reranks:  # who is served moves others, or when
-            for job in order.running:
-                order.count_service(job, now)
+        touched = order.carry_out(steps, now)
         ended = []
         for job in touched:
-            if job.bound is not None and job.attained(step) >= job.bound_until:
-                job.bound, job.exact = None, False
             if batch.finish(job):
                 order.count_service(job, now)
                 order.leave(job)

@@ -97,20 +97,10 @@ class RunningFirst:
             order of arrival.
         """
         order, batch = self.order, self.batch
-        batch.advance(steps)
-        step = batch.step
-        touched = {calls.job: None for calls, _ in batch.prefilling}
+        touched = order.carry_out(steps, now)
         self.places.resuming += [calls for calls, _ in batch.prefilling]
-        for job in order.running:
-            if job.check_step <= step:
-                touched[job] = None
-        if order.reranks:  # who is served moves others, or when
-            for job in order.running:
-                order.count_service(job, now)
         ended, left = [], []
         for job in touched:
-            if job.bound is not None and job.attained(step) >= job.bound_until:
-                job.bound, job.exact = None, False
             before, calls_before = job.requests, job.calls[:] if self.cache else []
             over = batch.finish(job)
             done = before - job.requests
