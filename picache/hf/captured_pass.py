@@ -18,7 +18,6 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
-from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
 from picache.hf.padded_forward import (
     CannotCompile,
@@ -26,6 +25,7 @@ from picache.hf.padded_forward import (
     padded_forward,
     padded_masses,
 )
+from picache.hf.padded_pass import Due, nothing_due
 from picache.hf.reading_back import refusing
 from picache.hf.recorders import RECORDERS, ProvenCompiled, Recorder, Recording
 from picache.hf.size_class import classes_up_to, size_class
@@ -167,24 +167,20 @@ class CapturedPasses:
         return self.arena.places(batch)
 
     @property
-    def layer_events(self) -> LayerEvents | None:
-        """What the passes over the arena of the last claim wait for, layer by layer; None where
-        they wait for all that was begun before them, as those that are compiled do.
-        """
-        return None if self._recorder is None or self._compiled else self._recorder.events
-
-    @property
     def arena(self) -> Arena:
         """The arena of the last claim."""
         assert self._arena is not None
         return self._arena
 
-    def run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+    def run(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], due: Due = nothing_due
+    ) -> tuple[Tensor, str, float]:
         """Recompute rows of the prompts that lie in the arena, and write their KV into it.
 
         Args:
             ids: of each prompt, the token ids of the rows to recompute, int64 ``[rows]``.
             positions: where they stand, ascending, the last token of the prompt among them.
+            due: called with layers before they are read; by a compiled pass with all of them.
 
         Returns:
             Logits of each prompt's first new token, ``[batch, vocab_size]``; how the pass ran, for
@@ -195,20 +191,26 @@ class CapturedPasses:
         """
         begun = time.perf_counter()
         try:
-            return self._run(ids, positions)
+            return self._run(ids, positions, due)
         except CannotCompile as error:
             self._compile_no_more(str(error))
             lost = time.perf_counter() - begun
-            logits, how, seconds = self._run(ids, positions)
+            logits, how, seconds = self._run(ids, positions, due)
             return logits, how, lost + seconds
 
-    def _run(self, ids: Sequence[Tensor], positions: Sequence[Tensor]) -> tuple[Tensor, str, float]:
+    def _run(
+        self, ids: Sequence[Tensor], positions: Sequence[Tensor], due: Due
+    ) -> tuple[Tensor, str, float]:
         """`run`; `CannotCompile` where the compiled form of the pass is of no use."""
-        logits, recorded, seconds = self._replayed(ids, positions, None)
+        logits, recorded, seconds = self._replayed(ids, positions, None, due)
         return logits, self._how(recorded, max(map(len, ids))), seconds
 
     def masses(
-        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question
+        self,
+        ids: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        question: Question,
+        due: Due = nothing_due,
     ) -> tuple[Tensor, float]:
         """How much rows of the prompts that lie in the arena attend to each token.
 
@@ -218,6 +220,7 @@ class CapturedPasses:
             ids: of each prompt, the token ids of the rows, int64 ``[rows]``; one at least.
             positions: where they stand, ascending.
             question: which layers, and whether the values count.
+            due: as for `run`.
 
         Returns:
             The mean over heads and rows, fp32 ``[layers, batch, places]`` on the CPU, and the
@@ -226,11 +229,15 @@ class CapturedPasses:
         Raises:
             CannotCapture: says why it is to be found in another way.
         """
-        masses, _, seconds = self._replayed(ids, positions, question)
+        masses, _, seconds = self._replayed(ids, positions, question, due)
         return masses.cpu(), seconds
 
     def _replayed(
-        self, ids: Sequence[Tensor], positions: Sequence[Tensor], question: Question | None
+        self,
+        ids: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        question: Question | None,
+        due: Due,
     ) -> tuple[Tensor, _Class, float]:
         """What a pass gives, the recording that gave it, and the seconds that capturing took."""
         batch, longest = len(ids), max(map(len, ids))
@@ -247,7 +254,7 @@ class CapturedPasses:
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
         recorded.rows.copy_(queued(padded, recorded.rows.device))
         try:
-            return recorded.replay().clone(), recorded, seconds
+            return recorded.replay(due).clone(), recorded, seconds
         except CannotCompile:
             raise
         except torch.OutOfMemoryError as error:  # the first one runs the pass itself, too
@@ -354,7 +361,7 @@ class CapturedPasses:
         except torch.OutOfMemoryError as error:
             raise CannotCapture(f"{where}, which are not free in pieces of a layer") from error
         dtype = model.one_token[0][0].dtype
-        self._recorder = RECORDERS[model.device.type](model.device, len(model.one_token), dtype)
+        self._recorder = RECORDERS[model.device.type](model.device, dtype)
 
     def _compile(self, batches: set[int]) -> None:
         """Compile passes of these numbers of prompts, over this arena, once they are recorded."""
@@ -397,20 +404,20 @@ class CapturedPasses:
         assert self._recorder is not None
         recorder = self._recorder
 
-        given = (model, static, places, recorder.events)
-        plain = partial(padded_forward, *given)
+        plain = partial(padded_forward, model, static, places)
         if question is not None:
-            plain = partial(padded_masses, *given, question)
+            plain = partial(padded_masses, model, static, places, question)
 
-        def forward() -> Tensor:
+        def forward(due: Due) -> Tensor:
             # Inside such a block torch.compile leaves functions alone.
             if compiled is None or refusing():
-                return plain()
+                return plain(due)
+            due(range(len(places)))
             return compiled(static, places)
 
         try:
             if compiled is not None:
-                forward()  # what it needs is built before anything is captured
+                forward(nothing_due)  # what it needs is built before anything is captured
             replay = recorder.record(forward)
             if compiled is not None:
                 replay = ProvenCompiled(replay, plain, model.one_token[0][0].dtype)

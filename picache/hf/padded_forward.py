@@ -12,13 +12,14 @@ from transformers import Cache
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.compiled import never_compiled
-from picache.hf.layer_events import LayerEvents
 from picache.hf.model import HFModel
 from picache.hf.padded_pass import (
+    Due,
     ObservingPass,
     PaddedLayer,
     PaddedPass,
     TracedPass,
+    nothing_due,
     running,
 )
 from picache.hf.sparse_pass import CannotCapture, Question, Stop
@@ -32,7 +33,7 @@ class CannotCompile(CannotCapture):
 
 
 def padded_forward(
-    model: HFModel, rows: Tensor, places: list[KV], events: LayerEvents | None = None
+    model: HFModel, rows: Tensor, places: list[KV], due: Due = nothing_due
 ) -> Tensor:
     """Logits of a padded pass, which writes the keys and values of its rows.
 
@@ -40,20 +41,20 @@ def padded_forward(
         model: the model.
         rows: token ids and positions, int64 ``[2, batch, rows]``; see `picache.hf.padded_pass`.
         places: keys and values of each layer, ``[batch, kv_heads, places + 1, head_dim]``.
-        events: to wait for before each layer; None where all layers stand in their places already.
+        due: called before each layer.
 
     Returns:
         Of the last row of each prompt, ``[batch, vocab_size]``.
     """
-    return _plain(model, rows, places, events)[0]
+    return _plain(model, rows, places, due)[0]
 
 
 @torch.no_grad()
 def _plain(
-    model: HFModel, rows: Tensor, places: list[KV], events: LayerEvents | None = None
+    model: HFModel, rows: Tensor, places: list[KV], due: Due = nothing_due
 ) -> tuple[Tensor, Sequence[int | None]]:
     """The logits, and the window of each layer in the order in which they attend."""
-    passing = PaddedPass(rows[1], _room(places), events)
+    passing = PaddedPass(rows[1], _room(places), due)
     outside = running.set(passing)
     try:
         with model.attention.padded(), never_compiled:
@@ -64,11 +65,7 @@ def _plain(
 
 @torch.no_grad()
 def padded_masses(
-    model: HFModel,
-    rows: Tensor,
-    places: list[KV],
-    events: LayerEvents | None,
-    question: Question,
+    model: HFModel, rows: Tensor, places: list[KV], question: Question, due: Due = nothing_due
 ) -> Tensor:
     """How much the rows of each prompt attend to each place, in the first layers of a padded pass.
 
@@ -78,13 +75,13 @@ def padded_masses(
         model: as for `padded_forward`.
         rows: as for `padded_forward`; in each prompt at least one.
         places: as for `padded_forward`.
-        events: as for `padded_forward`.
         question: which layers, and whether the values count.
+        due: as for `padded_forward`.
 
     Returns:
         The mean over heads and rows, fp32 ``[layers, batch, places + 1]``.
     """
-    passing = ObservingPass(rows[1], _room(places), events, question)
+    passing = ObservingPass(rows[1], _room(places), due, question)
     outside = running.set(passing)
     try:
         with model.attention.padded(), never_compiled, suppress(Stop):

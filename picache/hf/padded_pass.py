@@ -19,7 +19,6 @@ from typing_extensions import override
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_autocast, refuse_other_dtype
-from picache.hf.layer_events import LayerEvents
 from picache.hf.sparse_pass import (
     CHANGED_MEANWHILE,
     OTHER_THREAD,
@@ -31,6 +30,13 @@ from picache.hf.sparse_pass import (
 from picache.kernels.attention_mass import attention_mass
 from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
+
+Due = Callable[[range], None]
+"""Called with layers before a pass reads what stands in their places: puts it there."""
+
+
+def nothing_due(layers: range) -> None:
+    """For a pass whose layers stand in their places already."""
 
 
 class Attended(NamedTuple):
@@ -62,12 +68,12 @@ class PaddedPass:
         positions: where the rows of each prompt stand, int64 ``[batch, rows]`` on the device; -1
             for padding.
         places: places for the tokens of a prompt, without the last, which padding is written to.
-        events: to wait for before each layer; None where all layers stand in their places already.
+        due: called before each layer.
 
     Attributes:
         positions: as handed in.
         places: as handed in.
-        events: as handed in.
+        due: as handed in.
         batch: index of the prompt of each row, ``[batch, 1]``.
         written: the place of each row, ``[batch, rows]``.
         updated: how many layers so far have made their keys and values.
@@ -75,8 +81,8 @@ class PaddedPass:
             to at most; None for all.
     """
 
-    def __init__(self, positions: Tensor, places: int, events: LayerEvents | None = None) -> None:
-        self.positions, self.places, self.events = positions, places, events
+    def __init__(self, positions: Tensor, places: int, due: Due = nothing_due) -> None:
+        self.positions, self.places, self.due = positions, places, due
         self.batch = torch.arange(len(positions), device=positions.device)[:, None]
         self.written = torch.where(positions < 0, places, positions)
         self.updated = 0
@@ -107,7 +113,7 @@ class ObservingPass(PaddedPass):
     Args:
         positions: as for `PaddedPass`.
         places: as for `PaddedPass`.
-        events: as for `PaddedPass`.
+        due: as for `PaddedPass`.
         question: what is asked.
 
     Attributes:
@@ -115,10 +121,8 @@ class ObservingPass(PaddedPass):
             rows, fp32 ``[batch, places + 1]``.
     """
 
-    def __init__(
-        self, positions: Tensor, places: int, events: LayerEvents | None, question: Question
-    ) -> None:
-        super().__init__(positions, places, events)
+    def __init__(self, positions: Tensor, places: int, due: Due, question: Question) -> None:
+        super().__init__(positions, places, due)
         self._question = question
         self.masses: list[Tensor] = []
 
@@ -205,8 +209,7 @@ class PaddedLayer(DynamicLayer):
         fresh, whole = (key_states, value_states), self.memory
         refuse_other_dtype(fresh, whole, "the compiled chunks hold")
         self.of.updated += 1
-        if self.of.events is not None:
-            self.of.events.wait(self.index)
+        self.of.due(range(self.index, self.index + 1))
         for new, held in zip(fresh, whole, strict=True):
             held[self.of.batch, :, self.of.written] = new.transpose(1, 2)
         return whole

@@ -1,4 +1,4 @@
-"""What records a pass: as a CUDA graph, whose first result is held against that of the pass."""
+"""What records a pass: as CUDA graphs, whose first result is held against that of the pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from picache.hf.layer_events import LayerEvents
+from picache.hf.graph_pieces import GraphPieces
 from picache.hf.padded_forward import CannotCompile
+from picache.hf.padded_pass import Due, nothing_due
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.sparse_pass import CannotCapture
 
-Forward = Callable[[], Tensor]
-"""A pass over tensors whose addresses never change; its result lies where the next one writes."""
+Forward = Callable[[Due], Tensor]
+"""A pass over tensors whose addresses never change; its result lies where the next one writes.
+
+It calls what it is given with the layers that it is about to read."""
 
 
 class Recording(Protocol):
@@ -26,20 +29,13 @@ class Recording(Protocol):
 
     proven: bool
 
-    def __call__(self) -> Tensor:
-        """What the pass gives, on what stands in its memory."""
+    def __call__(self, due: Due) -> Tensor:
+        """What the pass gives, on what stands in its memory, once `due` has put it there."""
         ...
 
 
 class Recorder(Protocol):
-    """Records passes of one model.
-
-    Attributes:
-        events: what a recorded pass waits for before each layer; None where it waits for all that
-            was begun before it.
-    """
-
-    events: LayerEvents | None
+    """Records passes of one model."""
 
     def record(self, forward: Forward) -> Recording:
         """A function that does what `forward` does, on what then stands in its memory."""
@@ -51,36 +47,30 @@ class CUDAGraphs:
 
     Args:
         device: of the model.
-        layers: of the model.
         dtype: of the model.
     """
 
-    def __init__(self, device: torch.device, layers: int, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self.events = LayerEvents(layers, device) if LayerEvents.exist() else None
         self._stream = torch.cuda.Stream(device)  # one for all: libraries keep memory for each
         self._pool = torch.cuda.graph_pool_handle()  # graphs that never run at the same time
 
     def record(self, forward: Forward) -> Recording:
         """Capture it; see `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             # Libraries make their plans and workspaces, and what cannot be captured is found out.
             with torch.cuda.stream(self._stream), RefuseReadingBack():
-                forward()
+                forward(nothing_due)
             here.wait_stream(self._stream)
-            mode = "thread_local"  # other threads may use the device meanwhile
-            with (
-                _workspaces_of_its_own(),
-                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode),
-            ):
-                logits = forward()
+            pieces = GraphPieces(self._stream, self._pool)
+            with _workspaces_of_its_own():
+                logits = pieces.capture(forward)
 
-        def replay() -> Tensor:
+        def replay(due: Due) -> Tensor:
             with torch.cuda.device(self._device):
-                graph.replay()
+                pieces.replay(due)
             return logits
 
         return Proven(replay, forward, self._dtype)
@@ -102,11 +92,11 @@ class Proven:
         self._replay, self._forward, self._dtype = replay, forward, dtype
         self.proven = False
 
-    def __call__(self) -> Tensor:
+    def __call__(self, due: Due) -> Tensor:
         """What the pass gives; `CannotCapture` where the recording gives something else."""
-        given = self._replay()
+        given = self._replay(due)
         if not self.proven:
-            expected = self._forward()
+            expected = self._forward(nothing_due)
             bound = 1e-4 if self._dtype in (torch.float32, torch.float64) else 3e-2
             off = (given - expected).float().norm() / expected.float().norm()
             if not off <= self.slack * bound:  # nor where it is not a number
@@ -141,16 +131,15 @@ class RunAgain:
 
     Args:
         device: of the model.
-        layers: of the model.
         dtype: of the model.
     """
 
-    def __init__(self, device: torch.device, layers: int, dtype: torch.dtype) -> None:
-        self.events = None
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        pass
 
     def record(self, forward: Forward) -> Recording:
         """Run it once, to see whether it can be; see `Recorder`."""
-        forward()
+        forward(nothing_due)
         return Again(forward)
 
 
@@ -164,12 +153,12 @@ class Again:
     def __init__(self, forward: Forward) -> None:
         self._forward, self.proven = forward, True
 
-    def __call__(self) -> Tensor:
+    def __call__(self, due: Due) -> Tensor:
         """What the pass gives."""
-        return self._forward()
+        return self._forward(due)
 
 
-RECORDERS: dict[str, Callable[[torch.device, int, torch.dtype], Recorder]] = {"cuda": CUDAGraphs}
+RECORDERS: dict[str, Callable[[torch.device, torch.dtype], Recorder]] = {"cuda": CUDAGraphs}
 """What records passes, by the kind of device; on others they are not recorded."""
 
 

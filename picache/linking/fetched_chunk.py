@@ -39,6 +39,7 @@ class FetchedChunk:
 
     Attributes:
         hit: whether the store had it.
+        nbytes: bytes that it takes in the store; 0 where it was compiled just now.
         tier: where the store had it: "device", "host" or "disk"; "device" when it was compiled
             just now.
     """
@@ -60,6 +61,7 @@ class FetchedChunk:
             self._stored = store.get(form.key)
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
+        self.nbytes = 0 if self._stored is None else self._stored.nbytes
         if self._stored is None:
             if see is not None:
                 see()
@@ -76,16 +78,16 @@ class FetchedChunk:
             self._compiled = [decode(encode(kv, storage), kv[0].dtype) for kv in computed]
             self._store.put(self._form.key, computed, header)
 
-    def layer(self, index: int) -> KV:
-        """Keys and values ``[1, kv_heads, tokens, head_dim]`` on the model's device.
+    def layers(self, layers: range) -> list[KV]:
+        """Keys and values ``[1, kv_heads, tokens, head_dim]`` of layers, on the model's device.
 
         Raises:
             CorruptChunk: when the file is damaged; the store has dropped it, `mend` compiles it.
         """
         if self._stored is None:
-            return self._compiled[index]
+            return self._compiled[layers.start : layers.stop]
         try:
-            return self._stored.layer(index, self._device)
+            return self._stored.layers(layers, self._device)
         except CorruptChunk:
             self._damaged = True
             raise

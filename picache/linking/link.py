@@ -11,6 +11,7 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import CorruptChunk
+from picache.hf.padded_pass import Due
 from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
@@ -210,6 +211,7 @@ class Link:
         with LinkedKV(
             self._model,
             parts,
+            sources.groups,
             sources.skips(row),
             layout,
             sources.prefetch_from,
@@ -248,13 +250,13 @@ class Link:
         ]
         if not any(map(len, chosen)):
             return ""
-        self._place(linkings, places)
+        due = self._placing(linkings, places)
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         if not self._passes.only_replays(ids):
             self._see()
         try:
             with self._together.span("recompute"):
-                logits, how, seconds = self._passes.run(ids, chosen)
+                logits, how, seconds = self._passes.run(ids, chosen, due)
         except CannotCapture as error:
             self._model.wait_for_loading()
             return str(error)
@@ -274,7 +276,7 @@ class Link:
         Returns:
             fp32 ``[layers, batch, places]`` on the CPU.
         """
-        self._place(linkings, places)
+        due = self._placing(linkings, places)
         positions = [
             torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
         ]
@@ -282,36 +284,30 @@ class Link:
         if not self._passes.only_replays(ids, question):
             self._see()
         try:
-            found, seconds = self._passes.masses(ids, positions, question)
+            found, seconds = self._passes.masses(ids, positions, question, due)
         except CannotCapture:  # the pass over the chosen rows says why
             self._model.wait_for_loading()
             return None
         self._choose_capture_seconds += seconds
         return found
 
-    def _place(self, linkings: list["_Linking"], places: list[KV]) -> None:
-        """Put the rows together that are linked: at once, or layer by layer.
+    def _placing(self, linkings: list["_Linking"], places: list[KV]) -> Due:
+        """Put the rows together that are linked: at once, or, as what is returned does, when due.
 
         Layer by layer, what rows share is soon let go.
         """
         at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
         at = [index for index in at if not linkings[index].kv.begun]
         rows = [linkings[index].kv for index in at]
-        if not rows:
-            return
-        if all(row.at_once for row in rows):
+        if rows and all(row.at_once for row in rows):
             place_rows(rows, at, places, self._together)
-            return
-        events = self._passes.layer_events if all(row.ahead for row in rows) else None
-        for layer in range(len(self._model.rotations)):
-            for row in rows:
-                if events is None:
+
+        def due(layers: range) -> None:
+            for layer in layers:
+                for row in rows:
                     row[layer]
-                else:
-                    row.make_ahead(layer)
-            if events is not None:
-                with torch.cuda.stream(self._model.loading):
-                    events.placed(layer)
+
+        return due
 
     def _recompute(self, linking: "_Linking", reason: str) -> None:
         """Recompute one row eagerly, or prefill it in full."""

@@ -1,9 +1,10 @@
 """The keys and values of a whole prompt, put together from compiled chunks layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from picache.hf.rope import rotate_
 from picache.kernels.placing import LayerKV, Resident, place_layers
 from picache.linking.moves import Moves
 from picache.linking.read_ahead import ReadAhead
+from picache.linking.sources import Part
 from picache.linking.stopwatch import Stopwatch
 from picache.methods.base import Layout, ParallelEncoding
 
@@ -21,32 +23,45 @@ if TYPE_CHECKING:
     from picache.hf.model import HFModel
 
 
+class _Made(NamedTuple):
+    """Layers that are made, or will be as soon as the device comes to it.
+
+    Args:
+        layers: keys and values of each.
+        done: tells when they are, in the CUDA stream for loading; None where they are.
+    """
+
+    layers: Sequence[KV]
+    done: torch.cuda.Event | None
+
+
 class LinkedKV:
     """The keys and values of a prompt, layer by layer; a layer is made when it is first asked for.
 
     The KV of each chunk is copied to its place in the prompt, and its keys are rotated from the
-    positions they were compiled at to those they have in the prompt.
+    positions they were compiled at to those they have in the prompt. A few layers are made at a
+    time: a copy for every layer of every chunk would take longer to begin than to do.
 
     In memory that is handed in, all layers of chunks that lie on the model's device are made when
-    the first is asked for, or before, together with other prompts (`place_rows`). Those that lie in
-    host memory may be made ahead of a pass that waits for each layer by itself (`make_ahead`).
+    the first is asked for, or before, together with other prompts (`place_rows`).
 
-    With `prefetch_from`, layer i + 1 is made while layer i is recomputed, so that loading and
-    computing overlap. On a CUDA device that is done in a stream of its own. A thread is used where
-    loading waits for a disk; not otherwise, since two threads of Python slow each other down, and a
-    CPU that copies does not compute meanwhile. From a disk, further threads read and check the
-    chunks of that layer and the next ones (`ReadAhead`). Use it as a context manager, which ends
-    the threads.
+    With `prefetch_from`, the next layers are made while the last ones are recomputed, so that
+    loading and computing overlap. On a CUDA device that is done in a stream of its own. A thread is
+    used where loading waits for a disk; not otherwise, since two threads of Python slow each other
+    down, and a CPU that copies does not compute meanwhile. From a disk, further threads read and
+    check the chunks in those layers and in later ones (`ReadAhead`). Use it as a context manager,
+    which ends the threads.
 
     Args:
         model: the model the chunks were compiled with.
-        parts: for each chunk in prompt order, a function that gives its KV in a layer,
+        parts: for each chunk in prompt order, a function that gives its KV in some layers,
             ``[1, kv_heads, tokens, head_dim]``, on the model's device; after them one for the
             query, if it was compiled too.
+        groups: the layers that are made at a time, in their order.
         skips: how many of the first tokens of each part, its sinks, are left out.
         layout: where the chunks stand in the prompt.
-        prefetch_from: prefetch layer i + 1 while layer i is computed, out of "host" memory or from
-            "disk"; None to make each layer when it is asked for, as on a CPU out of "host" too.
+        prefetch_from: prefetch the next layers out of "host" memory or from "disk"; None to make
+            layers when they are asked for, as on a CPU out of "host" too.
         parallel: how chunks side by side are encoded (APE); None for chunks one after the other.
         memory: keys and values ``[1, kv_heads, tokens, head_dim]`` of each layer, which the prompt
             is put together in; None to allocate them.
@@ -56,7 +71,6 @@ class LinkedKV:
     Attributes:
         at_once: whether all layers are made at once.
         begun: whether they were.
-        ahead: whether layers may be made ahead of a pass that waits for each by itself.
         moves: where the parts go.
         watch: measures copying ("load"), rotating ("rotate"), and how long the reader of a layer
             waits for it ("wait").
@@ -69,7 +83,8 @@ class LinkedKV:
     def __init__(
         self,
         model: "HFModel",
-        parts: Sequence[Callable[[int], KV]],
+        parts: Sequence[Part],
+        groups: Sequence[range],
         skips: Sequence[int],
         layout: Layout,
         prefetch_from: Literal["host", "disk"] | None = None,
@@ -91,24 +106,25 @@ class LinkedKV:
                 "not reach: chunks side by side (APE) are refused, choose a method that places "
                 "them in order"
             )
-        self._parts, self._skips, self._layout = parts, skips, layout
+        self._parts, self._groups = parts, groups
+        self._group_of = [index for index, group in enumerate(groups) for _ in group]
+        self._skips, self._layout = skips, layout
         self._memory, self.residents = memory, residents
         self._placeable = memory is not None and placeable
         self.at_once = self._placeable and residents is not None
         self._made: list[KV | None] = [None] * layout.num_layers
         self._device = model.device
-        self._coming: dict[int, Future[KV]] = {}
+        self._coming: dict[int, Future[_Made]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: ReadAhead | None = None
         if prefetch_from == "disk":
             self._thread = ThreadPoolExecutor(1, "picache-load")
-            self._ahead = ReadAhead(parts, layout.num_layers, self._loading)
+            self._ahead = ReadAhead(parts, groups, self._loading)
         self._stream: torch.cuda.Stream | None = None
         if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading
             # Chunks that were compiled just now may not be finished in the model's stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self.ahead = self._stream is not None and self._thread is None and memory is not None
         self.begun = False
         self.nbytes = 0
         self.watch = Stopwatch(self._device)
@@ -143,54 +159,57 @@ class LinkedKV:
             return self._memory[layer]
         made = self._made[layer]
         if made is None:
-            with self.watch.span("wait"):
-                coming = self._coming.pop(layer, None)
-                made = self._make(layer) if coming is None else coming.result()
-                self._made[layer] = made
-                self._hand_over(made)
-            prefetches = self._thread is not None or self._stream is not None
-            if prefetches and layer + 1 < len(self):
-                self._coming[layer + 1] = self._begin(layer + 1)
+            made = self._receive(layer)
         return made
 
-    def make_ahead(self, layer: int) -> None:
-        """Make a layer in the CUDA stream for loading, which its reader has yet to wait for."""
-        if self.at_once:
-            if not self.begun:
-                assert self._memory is not None
-                with self._loading():
-                    place_rows([self], [0], self._memory, self.watch)
-        elif self._made[layer] is None:
-            coming = self._coming.pop(layer, None)
-            self._made[layer] = (coming or self._begin(layer)).result()
+    def _receive(self, layer: int) -> KV:
+        """Make the layers of a group, or wait for them; begin to make the next."""
+        group = self._group_of[layer]
+        with self.watch.span("wait"):
+            coming = self._coming.pop(group, None)
+            made = self._make(group) if coming is None else coming.result()
+            self._hand_over(made)
+        layers = self._groups[group]
+        self._made[layers.start : layers.stop] = made.layers
+        prefetches = self._thread is not None or self._stream is not None
+        if prefetches and group + 1 < len(self._groups):
+            self._coming[group + 1] = self._begin(group + 1)
+        return made.layers[layer - layers.start]
 
-    def _begin(self, layer: int) -> Future[KV]:
-        """Start to make a layer, in the thread or in the CUDA stream."""
+    def _begin(self, group: int) -> Future["_Made"]:
+        """Start to make the layers of a group, in the thread or in the CUDA stream."""
         if self._thread is not None:
-            return self._thread.submit(self._make, layer)
-        begun: Future[KV] = Future()
-        begun.set_result(self._make(layer))  # returns as soon as the work is queued
+            return self._thread.submit(self._make, group)
+        begun: Future[_Made] = Future()
+        begun.set_result(self._make(group))  # returns as soon as the work is queued
         return begun
 
-    def _make(self, layer: int) -> KV:
-        """Copy the chunks' KV in a layer together, and rotate the keys to their positions."""
+    def _make(self, group: int) -> "_Made":
+        """Copy the chunks' KV in a group of layers together, and rotate the keys."""
+        layers = self._groups[group]
         with self._loading():
             with self.watch.span("load"):
                 ahead = self._ahead
-                parts = [part(layer) for part in self._parts] if ahead is None else ahead(layer)
-                if self._placeable and self._device.type == "cuda":
-                    return self._placed(layer, parts)
-                kv = self._copied(layer, parts)
-            with self.watch.span("rotate"):
-                self._move(layer, kv)
-        return kv
+                parts = [part(layers) for part in self._parts] if ahead is None else ahead(group)
+                placed = self._placeable and self._device.type == "cuda"
+                if placed:
+                    made = self._placed(layers, parts)
+                else:
+                    each = zip(layers, zip(*parts, strict=True), strict=True)
+                    made = [self._copied(layer, kv) for layer, kv in each]
+            if not placed:
+                with self.watch.span("rotate"):
+                    for layer, kv in zip(layers, made, strict=True):
+                        self._move(layer, kv)
+            return _Made(made, None if self._stream is None else self._stream.record_event())
 
-    def _placed(self, layer: int, parts: list[KV]) -> KV:
+    def _placed(self, layers: range, parts: list[list[KV]]) -> list[KV]:
         """Copy and rotate the parts in one kernel, to where the prompt's memory is."""
         assert self._memory is not None
-        memory = self._memory[layer]
-        held = [Resident.of([kv]) for kv in parts]
-        place_layers([LayerKV(memory, self.moves.turn(layer))], held, self.moves.pieces)
+        memory = [self._memory[layer] for layer in layers]
+        held = [Resident.of(kv) for kv in parts]
+        into = [LayerKV(kv, self.moves.turn(at)) for at, kv in zip(layers, memory, strict=True)]
+        place_layers(into, held, self.moves.pieces)
         self._count(held)
         return memory
 
@@ -203,17 +222,16 @@ class LinkedKV:
         """What a thread loads in: the CUDA stream for it, where there is one."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _hand_over(self, kv: KV) -> None:
-        """Let the reader's CUDA stream wait for the stream that made these tensors."""
-        if self._stream is None:
+    def _hand_over(self, made: "_Made") -> None:
+        """Let the reader's CUDA stream wait until these layers are made."""
+        if made.done is None:
             return
         reader = torch.cuda.current_stream(self._device)
-        # The loading stream has been given this layer so far, and perhaps layers of another link.
-        reader.wait_stream(self._stream)
-        for tensor in kv:
+        reader.wait_event(made.done)
+        for tensor in chain.from_iterable(made.layers):
             tensor.record_stream(reader)  # or their memory is reused while the reader still reads
 
-    def _copied(self, layer: int, parts: list[KV]) -> KV:
+    def _copied(self, layer: int, parts: Sequence[KV]) -> KV:
         """One layer of the whole prompt, with the KV of the parts in their places."""
         starts = (*self._layout.starts, self._layout.context_length)
         both: list[Tensor] = []

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from picache.chunk import KV
@@ -11,11 +12,13 @@ from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
 from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.store import ChunkStore
+from picache.store.together import groups
 
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
 
-Part = Callable[[int], KV]
+Part = Callable[[range], list[KV]]
+"""Gives the KV of a chunk in layers that follow each other."""
 
 
 class Sources:
@@ -46,7 +49,7 @@ class Sources:
         self.chunks = {
             key: FetchedChunk(model, store, form, watch, see=see) for key, form in different.items()
         }
-        self._rows = rows
+        self._rows, self._num_layers = rows, len(model.rotations)
         self._queries: list[list[KV]] = []
         if compile_queries:
             see()
@@ -68,6 +71,12 @@ class Sources:
             return "disk"
         return "host" if "host" in tiers else None
 
+    @property
+    def groups(self) -> list[range]:
+        """The layers in the groups in which they are loaded: as suits the largest chunk."""
+        largest = max((chunk.nbytes for chunk in self.chunks.values()), default=0)
+        return groups(self._num_layers, largest)
+
     def skips(self, row: Row) -> list[int]:
         """How many of the first tokens of each part of a row, its sinks, are left out."""
         return [*(form.skip for form in row.chunks), *([0] if self._queries else [])]
@@ -78,19 +87,19 @@ class Sources:
         return sum(len(form.ids) for form in row.chunks) + query
 
     def parts(self) -> list[list[Part]]:
-        """For each row, functions that give the KV of its parts in a layer; each asked once.
+        """For each row, functions that give the KV of its parts in a group of layers, asked once.
 
-        A layer of a chunk that stands in several places is loaded when it is first asked for, and
-        let go when it has been given to the last of them.
+        What a chunk that stands in several places has there is loaded when it is first asked for,
+        and let go when it has been given to the last of them.
         """
         uses = Counter(form.key for row in self._rows for form in row.chunks)
         shared: dict[str, Part] = {
-            key: LoadedOnce(chunk.layer, uses[key]) if uses[key] > 1 else chunk.layer
+            key: LoadedOnce(chunk.layers, uses[key]) if uses[key] > 1 else chunk.layers
             for key, chunk in self.chunks.items()
         }
         parts = [[shared[form.key] for form in row.chunks] for row in self._rows]
         for row, query in zip(parts, self._queries, strict=False):
-            row.append(query.__getitem__)
+            row.append(partial(_of, query))
         return parts
 
     def residents(self, index: int) -> list[Resident] | None:
@@ -108,25 +117,29 @@ class Sources:
 
 
 class LoadedOnce:
-    """Loads each layer of a chunk once for all the places that ask for it, one time each.
+    """Loads each group of layers of a chunk once for all places that ask for it, one time each.
 
     Args:
-        load: gives the KV of a layer.
+        load: gives their KV.
         places: how many there are.
     """
 
     def __init__(self, load: Part, places: int) -> None:
         self._load, self._places = load, places
         self._turn = threading.Lock()  # rows are put together by threads of their own
-        self._held: dict[int, tuple[KV, int]] = {}
+        self._held: dict[range, tuple[list[KV], int]] = {}
 
-    def __call__(self, layer: int) -> KV:
-        """The KV of a layer."""
+    def __call__(self, layers: range) -> list[KV]:
+        """The KV of a group of layers."""
         with self._turn:
-            if layer in self._held:
-                kv, left = self._held.pop(layer)
+            if layers in self._held:
+                kv, left = self._held.pop(layers)
             else:
-                kv, left = self._load(layer), self._places
+                kv, left = self._load(layers), self._places
             if left > 1:
-                self._held[layer] = kv, left - 1
+                self._held[layers] = kv, left - 1
             return kv
+
+
+def _of(kv: list[KV], layers: range) -> list[KV]:
+    return kv[layers.start : layers.stop]

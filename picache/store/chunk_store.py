@@ -23,6 +23,7 @@ from picache.store.quantize import Encoded, encode
 from picache.store.remote_calls import RemoteLimits
 from picache.store.stored import StoredChunk, check_kv, human
 from picache.store.tiers import Entry
+from picache.store.together import groups, moved
 
 
 @dataclass(frozen=True)
@@ -277,9 +278,7 @@ class ChunkStore:
                 layers = entry.layers  # a demotion later on replaces the list, and this one stays
                 if entry.given_out is None or entry.given_out.tier != tier.name:
                     sizes = (entry.nbytes, tier.name, len(layers))
-                    entry.given_out = StoredChunk(
-                        key, entry.header, *sizes, layers.__getitem__, layers
-                    )
+                    entry.given_out = StoredChunk(key, entry.header, *sizes, layers)
                 return entry.given_out
         disk = self._disk
         if disk is None:
@@ -291,9 +290,9 @@ class ChunkStore:
                 return None
             file, reading, dropped = found.file, found, threading.Lock()
 
-            def read(index: int) -> Encoded:
+            def read(layers: range) -> list[Encoded]:
                 try:
-                    return reading.layer(index)
+                    return reading.layers(layers)
                 except CorruptChunk:
                     if dropped.acquire(blocking=False):  # once: several threads read its layers
                         with self._failures.absorbed("disk", "remove", f"chunk {key} is damaged"):
@@ -303,7 +302,7 @@ class ChunkStore:
                     self._failures.count("disk", "read", f"chunk {key} is compiled again", error)
                     raise CorruptChunk(f"chunk {key} cannot be read: {error}") from error
 
-            return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read)
+            return StoredChunk(key, file.header, file.nbytes, "disk", len(file), read=read)
         return None
 
     # Writing
@@ -380,14 +379,12 @@ class ChunkStore:
             room = self._memory.tiers[0].room_for(found.nbytes, key, self._in_use)
         if room is None and found.tier == "host":
             return False
-        layers = []
-        for index in range(found.num_layers):
-            parts = found.encoded(index)
+        layers: list[Encoded] = []
+        for group in groups(found.num_layers, found.nbytes):
+            parts = found.encoded(group)
             so = f"chunk {key} stays where it is"
             with self._failures.absorbed("device", "write", so) as absorbed:
-                layers.append(
-                    {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-                )
+                layers += moved(parts, device)
             if absorbed.error is not None:
                 return False
         entry = _entry(found.header, layers)

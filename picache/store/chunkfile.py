@@ -31,6 +31,7 @@ from picache.chunk import DTYPES, Header
 from picache.errors import CorruptChunk
 from picache.store.files import open_regular
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
+from picache.store.together import side_by_side
 
 FORMAT = "picache-chunk/3"
 CODES = {
@@ -155,6 +156,17 @@ def _places(entries: dict[str, Any], begin: int, end: int) -> dict[str, _Place]:
     return found
 
 
+def _runs(places: list[_Place]) -> list[tuple[int, int]]:
+    """Where places of a file, in its order, begin, and their bytes; neighbours are one."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and sum(runs[-1]) == place.begin:
+            runs[-1] = runs[-1][0], runs[-1][1] + place.nbytes
+        else:
+            runs.append((place.begin, place.nbytes))
+    return runs
+
+
 def _read_header(text: str) -> Header:
     """The chunk's `Header` out of JSON; ValueError or TypeError when a field is of another type."""
     header = Header(**json.loads(text))
@@ -266,23 +278,33 @@ class ChunkFile:
     def __len__(self) -> int:
         return len(self._checksums)
 
-    def layer(self, index: int) -> Encoded:
-        """One layer, in memory of its own, page-locked where there is a CUDA device.
+    def layers(self, layers: range) -> list[Encoded]:
+        """Layers that follow each other, side by side in memory of their own.
+
+        It is page-locked where there is a CUDA device. What stands side by side in the file is
+        read at once.
 
         Raises:
-            CorruptChunk: when it is not what was written.
-            OSError: when it cannot be read.
+            CorruptChunk: when one is not what was written.
+            OSError: when they cannot be read.
         """
-        parts = {}
-        for part in PARTS[self.header.storage]:
-            place = self._places[f"{index}.{part}"]
-            parts[part] = torch.empty(
-                place.shape, dtype=place.dtype, pin_memory=torch.cuda.is_available()
-            )
-            self._read(place.begin, _bytes(parts[part]))
-        if _checksum(parts, self._format) != self._checksums[index]:
-            raise self._corrupt(f"fails the checksum of layer {index}")
-        return parts
+        names = [(index, part) for index in layers for part in PARTS[self.header.storage]]
+        places = {name: self._places[f"{name[0]}.{name[1]}"] for name in names}
+        names.sort(key=lambda name: places[name].begin)
+        in_order = [places[name] for name in names]
+        memory, tensors = side_by_side([(place.shape, place.dtype) for place in in_order])
+        into, done = _bytes(memory), 0
+        for begin, nbytes in _runs(in_order):
+            self._read(begin, into[done : done + nbytes])
+            done += nbytes
+        read = dict(zip(names, tensors, strict=True))
+        found = [
+            {part: read[index, part] for part in PARTS[self.header.storage]} for index in layers
+        ]
+        for index, parts in zip(layers, found, strict=True):
+            if _checksum(parts, self._format) != self._checksums[index]:
+                raise self._corrupt(f"fails the checksum of layer {index}")
+        return found
 
     def _read(self, begin: int, into: Buffer) -> Buffer:
         """Fill `into` from byte `begin` on; the same buffer."""

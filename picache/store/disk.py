@@ -203,18 +203,18 @@ class OpenChunk:
     def __init__(self, disk: Disk, key: str, file: ChunkFile) -> None:
         self._disk, self._key, self.file = disk, key, file
 
-    def layer(self, index: int) -> Encoded:
-        """One layer; a copy that fails its check is made a second time.
+    def layers(self, layers: range) -> list[Encoded]:
+        """Layers that follow each other; a copy that fails its check is made a second time.
 
         Raises:
             CorruptChunk: when the file is damaged; it is not deleted yet.
             Exception: whatever the file system raises when it cannot be read.
         """
         try:
-            return self.file.layer(index)
+            return self.file.layers(layers)
         except CorruptChunk:
             second = self._disk.again(self._key, self.file.version)
             if second is None:
                 raise
             self.file = second
-            return second.layer(index)
+            return second.layers(layers)

@@ -2,21 +2,11 @@
 
 import math
 
-import torch
-from torch import Tensor
-
 from picache.errors import StoreFull
 from picache.store.failures import Failures
 from picache.store.in_use import InUse
 from picache.store.tiers import Entry, Tier
-
-
-def to_host(part: Tensor) -> Tensor:
-    """A copy of a tensor in host memory, page-locked if it comes from a CUDA device."""
-    if part.device.type == "cpu":
-        return part
-    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
-    return host.copy_(part)
+from picache.store.together import to_host
 
 
 class Memory:
@@ -80,9 +70,7 @@ class Memory:
         """
         tier = self.tiers[level]
         if level > 0:
-            entry.layers = [
-                {name: to_host(part) for name, part in layer.items()} for layer in entry.layers
-            ]
+            entry.layers = to_host(entry.layers)
             entry.given_out = None  # it holds what was on the device
         leave = tier.room_for(entry.nbytes, key, self._in_use)
         assert leave is not None, "level_for said there is room"

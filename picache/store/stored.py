@@ -10,6 +10,7 @@ from picache.chunk import DTYPES, KV, Header
 from picache.errors import PICacheError
 from picache.kernels.placing import Resident
 from picache.store.quantize import Encoded, decode
+from picache.store.together import moved
 
 
 def human(nbytes: float) -> str:
@@ -33,6 +34,9 @@ class StoredChunk:
         tier: where it is: "device", "host" or "disk".
         num_layers: layers of the model.
         held: its layers as they are stored, where they are in memory; empty for a file.
+
+    Args:
+        read: reads layers that follow each other from a file; None where they are held.
     """
 
     def __init__(
@@ -42,39 +46,45 @@ class StoredChunk:
         nbytes: int,
         tier: str,
         num_layers: int,
-        read: Callable[[int], Encoded],
         held: Sequence[Encoded] = (),
+        read: Callable[[range], list[Encoded]] | None = None,
     ) -> None:
         self.key, self.header, self.nbytes, self.tier = key, header, nbytes, tier
         self.num_layers, self.held = num_layers, held
         self._read = read
 
-    def encoded(self, index: int) -> Encoded:
-        """The tensors of layer `index` as they are stored; raises as `layer` does."""
-        if not 0 <= index < self.num_layers:
-            raise IndexError(f"layer {index} of a chunk of {self.num_layers} layers")
-        return self._read(index)
+    def encoded(self, layers: range) -> list[Encoded]:
+        """The tensors of these layers as they are stored; raises as `layers` does."""
+        if not 0 <= layers.start < layers.stop <= self.num_layers or layers.step != 1:
+            raise IndexError(f"layers {[*layers]} of a chunk of {self.num_layers} layers")
+        if self._read is None:
+            return list(self.held[layers.start : layers.stop])
+        return self._read(layers)
 
-    def layer(self, index: int, device: torch.device | None = None) -> KV:
-        """Keys and values of one layer, each ``[1, kv_heads, tokens, head_dim]``.
+    def layers(self, layers: range, device: torch.device | str | None = None) -> list[KV]:
+        """Keys and values of layers that follow each other, ``[1, kv_heads, tokens, head_dim]``.
 
         They are on the device they were put from, or in host memory, which is page-locked where
         there is a CUDA device. Do not write to them.
 
         Args:
-            index: of the layer.
+            layers: one at least.
             device: where to copy them; None to leave them where they are. They are copied as
                 stored, so that fewer bytes move where 8 bits are stored. From page-locked memory
                 the copy is queued in the current CUDA stream and the call does not wait for it.
 
         Raises:
             CorruptChunk: when the file does not hold what was written; the store has dropped it.
-            IndexError: when there is no such layer.
+            IndexError: when there are no such layers.
         """
-        parts = self.encoded(index)
+        parts = self.encoded(layers)
         if device is not None:
-            parts = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        return decode(parts, DTYPES[self.header.dtype])
+            parts = moved(parts, device)
+        return [decode(layer, DTYPES[self.header.dtype]) for layer in parts]
+
+    def layer(self, index: int, device: torch.device | str | None = None) -> KV:
+        """Keys and values of one layer; see `layers`."""
+        return self.layers(range(index, index + 1), device)[0]
 
     def resident(self, device: torch.device) -> Resident | None:
         """All layers as they lie on a device; None where they do not, or in 8 bits."""

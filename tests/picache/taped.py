@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from picache.hf import recorders
+from picache.hf.padded_pass import nothing_due
 
 
 class _Tape(TorchDispatchMode):
@@ -37,27 +38,29 @@ class Taped:
 
     Args:
         device: of the model.
-        layers: of the model.
         dtype: of the model.
     """
 
     runs: list[str]
 
-    def __init__(self, device, layers, dtype):
-        self.events = None
+    def __init__(self, device, dtype):
         self._dtype = dtype
 
     def record(self, forward):
-        forward()
+        forward(nothing_due)
         tape = _Tape()
         with torch.no_grad(), tape:
-            result = forward()
+            result = forward(tape.operations.append)
         self.runs.append("record")
 
         @torch.no_grad()
-        def replay():
+        def replay(due):
             self.runs.append("replay")
-            for func, args, kwargs, made in tape.operations:
+            for operation in tape.operations:
+                if isinstance(operation, range):  # layers that are due here
+                    due(operation)
+                    continue
+                func, args, kwargs, made = operation
                 again = func(*args, **kwargs)
                 for now, then in zip(tree_leaves(again), tree_leaves(made), strict=True):
                     moved = isinstance(now, Tensor) and now.numel()

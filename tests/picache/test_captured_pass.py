@@ -22,7 +22,7 @@ from picache import (
 )
 from picache.hf import captured_pass, padded_pass, recorders
 from picache.hf.arena import Arena
-from picache.hf.padded_pass import window_of
+from picache.hf.padded_pass import nothing_due, window_of
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture
@@ -126,7 +126,7 @@ def test_a_hook_of_the_users_is_called_at_every_link(captured):
 def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch, eagerly):
     class Failing(recorders.RunAgain):
         def record(self, forward):
-            forward()
+            forward(nothing_due)
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setitem(recorders.RECORDERS, "cpu", Failing)
@@ -147,7 +147,7 @@ def test_a_capture_that_fails_is_said_and_leaves_the_model_as_it_was(monkeypatch
 def test_a_recording_that_gives_something_else_is_not_used(off, said, monkeypatch, eagerly):
     class Recorder(recorders.RunAgain):
         def record(self, forward):
-            return recorders.Proven(lambda: forward() + off, forward, torch.float32)
+            return recorders.Proven(lambda due: forward(due) + off, forward, torch.float32)
 
     monkeypatch.setitem(recorders.RECORDERS, "cpu", Recorder)
     pic, chunks, query = pic_and_parts(tiny_model("llama"))
@@ -241,24 +241,25 @@ def test_a_shared_chunk_is_loaded_once(recorded, request, tmp_path, monkeypatch)
     pic = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path), flops_per_byte=None)
     documents, query = prompt_parts()
     chunks = compiled(pic, documents)
-    read, original = [], StoredChunk.layer
+    read, original = [], StoredChunk.layers
 
-    def counted(self, index, *args):
-        read.append((id(self), index))
-        return original(self, index, *args)
+    def counted(self, layers, *args):
+        read.extend((id(self), layer) for layer in layers)
+        return original(self, layers, *args)
 
-    monkeypatch.setattr(StoredChunk, "layer", counted)
+    monkeypatch.setattr(StoredChunk, "layers", counted)
     pic.link([chunks, chunks, [chunks[0], chunks[1], chunks[1]]], [query] * 3, LegoLink(3))
     assert len(read) == len(set(read)) == 5 * 4
 
 
-def test_a_layer_is_let_go_when_all_places_have_it():
+def test_layers_are_let_go_when_all_places_have_them():
     asked = []
-    once = LoadedOnce(lambda layer: asked.append(layer) or (layer, layer), places=3)
-    for layer in (0, 1, 0, 1, 0):
-        assert once(layer) == (layer, layer)
-    assert asked == [0, 1]
-    assert list(once._held) == [1]
+    once = LoadedOnce(lambda layers: asked.append(layers) or [*layers], places=3)
+    some, others = range(2), range(2, 3)
+    for layers in (some, others, some, others, range(2)):
+        assert once(layers) == [*layers]
+    assert asked == [some, others]
+    assert list(once._held) == [others]
 
 
 def test_an_earlier_prompt_stays_right_when_the_next_one_is_linked(captured, eagerly):

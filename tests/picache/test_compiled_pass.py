@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from picache import LegoLink, NaiveReuse, PICacheError
 from picache.hf import padded_forward, recorders
 from picache.hf.compiled import never_compiled
+from picache.hf.padded_pass import nothing_due
 from picache.hf.reading_back import RefuseReadingBack
 from picache.kernels import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
@@ -235,9 +236,9 @@ def test_the_compiled_pass_is_what_is_captured_after_the_search_for_waits(monkey
     class LikeCUDAGraphs(recorders.RunAgain):
         def record(self, forward):
             with RefuseReadingBack():
-                forward()
+                forward(nothing_due)
             ran.clear()
-            forward()
+            forward(nothing_due)
             assert ran == [1]
             return recorders.Again(forward)
 

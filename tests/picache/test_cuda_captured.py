@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from picache import A3, PIC, ChunkStore, LegoLink, NaiveReuse, PICacheError, ProphetKV
-from picache.hf import padded_forward, recorders
+from picache.hf import graph_pieces, padded_forward, recorders
 from picache.hf.model import HFModel
 from picache.kernels import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
 from picache.linking.linked_kv import LinkedKV
+from picache.store import together as store_together
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 from tests.picache.captured import TAKEN, families, linked_in_threads
 from tests.picache.helpers import chunks_of, compiled, prompt_parts
@@ -135,31 +136,36 @@ def test_chunks_from_the_host_are_placed_before_the_pass_runs():
         assert_same(turned, eagerly(slower, chunks[::-1], query, LegoLink(3)))
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("storage", ["exact", "int8"])
-def test_layers_are_copied_from_the_host_beside_the_pass(storage, monkeypatch):
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_layers_are_loaded_beside_the_pass(tier, storage, together, monkeypatch, tmp_path):
     """However late a layer comes, the pass waits for it; of a batch, for that of every row."""
-    store = ChunkStore(device_bytes=1, host_bytes=math.inf, storage=storage)
+    monkeypatch.setattr(store_together, "MOST_LAYERS", together)
+    monkeypatch.setattr(graph_pieces, "LAYERS", 1)
+    where = {"host": {"host_bytes": math.inf}, "disk": {"path": tmp_path}}[tier]
+    store = ChunkStore(device_bytes=1, storage=storage, **where)
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"), store=store)
     rows, queries = [chunks, chunks[2:]], [query, query[:3]]
     expected = [eagerly(pic, some, query, LegoLink(3)) for some in (chunks, chunks[::-1])]
     expected.append(eagerly(pic, rows, queries, LegoLink(3)))
-    make = LinkedKV.make_ahead
+    make = LinkedKV._make
     made = []
 
-    def late(self, layer):
+    def late(self, group):
         with torch.cuda.stream(pic.hf.loading):
             torch.cuda._sleep(20_000_000)
-        make(self, layer)
-        made.append(layer)
+        made.extend(self._groups[group])
+        return make(self, group)
 
-    monkeypatch.setattr(LinkedKV, "make_ahead", late)
+    monkeypatch.setattr(LinkedKV, "_make", late)
     pic.link(chunks, query, LegoLink(3))
     made.clear()
     for _ in range(2):
         asked = [(chunks, query), (chunks[::-1], query), (rows, queries)]
         for given, right in zip(asked, expected, strict=True):
             assert_same(was_captured(pic.link(*given, LegoLink(3))), right)
-    assert made == 2 * [0, 1, 2, 3, 0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(made) == sorted(2 * 4 * [0, 1, 2, 3])  # each once for every row
 
 
 def test_two_prompts_stay_right_beside_each_other():

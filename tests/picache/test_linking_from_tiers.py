@@ -8,6 +8,7 @@ import torch
 
 from picache import PIC, ChunkStore, FullRecompute, LegoLink, PICacheError
 from picache.linking.linked_kv import LinkedKV
+from picache.store import together
 from tests.helpers import assert_close, random_ids, tiny_model
 from tests.picache.helpers import compiled
 
@@ -100,7 +101,15 @@ def flip_last_byte(path):
     path.write_bytes(bytes(data))
 
 
-def test_a_damaged_file_is_compiled_again_in_the_middle_of_a_link(model, expected, tmp_path):
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Layers are loaded one by one, as those of long chunks of a large model are."""
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)
+
+
+def test_a_damaged_file_is_compiled_again_in_the_middle_of_a_link(
+    model, expected, one_by_one, tmp_path
+):
     """The damage shows when the layer is read, after others have been used."""
     linked(PIC(model, store=ChunkStore(path=tmp_path)))
     store = ChunkStore(device_bytes=1, path=tmp_path)
@@ -125,7 +134,9 @@ def test_a_damaged_file_is_compiled_again_by_compile(model, expected, tmp_path):
     assert store.corrupt == 3
 
 
-def test_the_next_layer_is_loaded_while_this_one_is_computed(model, monkeypatch, tmp_path):
+def test_the_next_layer_is_loaded_while_this_one_is_computed(
+    model, one_by_one, monkeypatch, tmp_path
+):
     """Layer i + 1 is put together by another thread, begun before layer i is left."""
     linked(PIC(model, store=ChunkStore(path=tmp_path)))
     pic = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path))
@@ -155,7 +166,9 @@ def test_the_next_layer_is_loaded_while_this_one_is_computed(model, monkeypatch,
     assert not any(t.name.startswith("picache-load") for t in threading.enumerate())
 
 
-def test_an_error_in_the_loading_thread_reaches_the_caller(model, monkeypatch, tmp_path):
+def test_an_error_in_the_loading_thread_reaches_the_caller(
+    model, one_by_one, monkeypatch, tmp_path
+):
     linked(PIC(model, store=ChunkStore(path=tmp_path)))
     pic = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path))
     texts, query = documents()

@@ -6,19 +6,18 @@ The streams and events of a CUDA link are replaced by nothing, so that its order
 import gc
 import math
 import pickle
+import threading
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from picache import A3, PIC, ChunkStore, LegoLink, ProphetKV
-from picache.hf.captured_pass import CapturedPasses
-from picache.hf.model import HFModel
+from picache.hf.padded_pass import PaddedPass
 from picache.linking import link, linked_kv
 from picache.linking.linked_kv import LinkedKV
-from picache.store import memory
+from picache.store import memory, together
 from picache.store.stored import StoredChunk
 from tests.helpers import random_ids, tiny_model
 from tests.picache.captured import assert_same
@@ -30,7 +29,7 @@ class Placed:
     """What was placed: rows at once, by how many in each launch, and layers one by one."""
 
     def __init__(self):
-        self.at_once, self.layers, self.events = [], [], []
+        self.at_once, self.layers = [], []
 
 
 @pytest.fixture
@@ -42,29 +41,25 @@ def placed(captured, monkeypatch):
 
     def like_cuda(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        if args[4] is not None:
-            self._stream = object()
-            self.ahead = self._thread is None and self._memory is not None
+        if args[5] is not None:
+            self._stream = SimpleNamespace(record_event=lambda: None)
 
     def counted(rows, at, places, watch):
         found.at_once.append(len(rows))
         return place(rows, at, places, watch)
 
+    def made(self, group):
+        found.layers += self._groups[group]
+        return make(self, group)
+
     monkeypatch.setattr(LinkedKV, "__init__", like_cuda)
     monkeypatch.setattr(LinkedKV, "_loading", lambda self: nullcontext())
-    monkeypatch.setattr(LinkedKV, "_hand_over", lambda self, kv: None)
-    monkeypatch.setattr(
-        LinkedKV, "_make", lambda self, layer: found.layers.append(layer) or make(self, layer)
-    )
+    monkeypatch.setattr(LinkedKV, "_make", made)
     monkeypatch.setattr(
         StoredChunk, "resident",
         lambda self, device: None if self.tier == "host" else resident(self, device),
     )  # fmt: skip
     monkeypatch.setattr(ChunkStore, "promote", lambda *_: False)  # they stay where they are
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(HFModel, "loading", None, raising=False)
-    events = SimpleNamespace(placed=found.events.append)
-    monkeypatch.setattr(CapturedPasses, "layer_events", events)
     for where in (link, linked_kv):
         monkeypatch.setattr(where, "place_rows", counted)
     return found
@@ -98,7 +93,6 @@ def test_a_layer_of_chunks_on_the_host_is_made_once(method, placed, eagerly):
     prompt = pic.link(host, query, method)
     assert sorted(placed.layers) == [*range(LAYERS)]
     assert placed.at_once == []
-    assert placed.events[-LAYERS:] == [*range(LAYERS)]
     assert prompt.report.bytes_loaded == bytes_of(host)
     assert_same(prompt, expected)
 
@@ -131,6 +125,61 @@ def test_a_row_beside_one_that_is_prefilled_in_full_is_placed_once(placed, monke
     assert [bool(one.full_prefill) for one in prompt.reports] == [False, True]
 
 
+def on_disk(path):
+    """A PIC whose chunks lie on disk alone, and those chunks."""
+    pic = PIC(tiny_model("llama"), store=ChunkStore(device_bytes=1, path=path), flops_per_byte=None)
+    return pic, [pic.compile(random_ids(40, seed=seed)) for seed in range(3)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_captured_pass_computes_while_the_disk_is_read(
+    method, captured, eagerly, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)
+    pic, chunks = on_disk(tmp_path)
+    query = random_ids(6)
+    expected = eagerly(pic, chunks, query, method)
+    attended, layers, attend = threading.Event(), StoredChunk.layers, PaddedPass.attend
+
+    def slow(self, group, *device):
+        if LAYERS - 1 in group:
+            assert attended.wait(30), "no layer was computed before the last one was there"
+        return layers(self, group, *device)
+
+    def noted(self, mask):
+        attended.set()
+        return attend(self, mask)
+
+    monkeypatch.setattr(StoredChunk, "layers", slow)
+    monkeypatch.setattr(PaddedPass, "attend", noted)
+    pic.link(chunks, query, method)  # records the passes, which runs them once
+    for _ in range(2):
+        attended.clear()
+        prompt = pic.link(chunks, query, method)
+        assert prompt.report.recompute_pass.startswith("captured")
+        assert_same(prompt, expected)
+
+
+@pytest.mark.parametrize("damaged", range(LAYERS))
+def test_a_layer_found_damaged_while_the_captured_pass_runs_is_mended(
+    damaged, captured, eagerly, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)
+    pic, chunks = on_disk(tmp_path)
+    query = random_ids(6)
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    pic.link(chunks, query, LegoLink(3))
+    (path,) = tmp_path.rglob(f"{chunks[1].key}*")
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin + (len(data) - begin) * (2 * damaged + 1) // (2 * LAYERS)] ^= 1
+    path.write_bytes(data)
+    prompt = pic.link(chunks, query, LegoLink(3))
+    assert prompt.report.chunk_hits == (True, False, True)
+    assert prompt.report.recompute_pass.startswith("captured")
+    assert_same(prompt, expected)
+
+
 def test_the_seconds_of_placing_are_shared_by_the_rows(placed):
     pic, _, device = two_tiers()
     reports = pic.link([device, device[::-1]], [random_ids(6)] * 2, LegoLink(3)).reports
@@ -138,8 +187,12 @@ def test_the_seconds_of_placing_are_shared_by_the_rows(placed):
     assert reports[0].seconds["load"] == reports[1].seconds["load"] > 0
 
 
+def copied(layers):
+    return [{name: part.clone() for name, part in layer.items()} for layer in layers]
+
+
 def test_chunks_that_leave_the_device_leave_nothing_there(captured, monkeypatch):
-    monkeypatch.setattr(memory, "to_host", lambda part: part.clone())  # as it is from a device
+    monkeypatch.setattr(memory, "to_host", copied)  # as it is from a device
     model = tiny_model("llama")
     store = ChunkStore(device_bytes=120 * PIC(model).hf.bytes_per_token, host_bytes=math.inf)
     pic = PIC(model, store=store, flops_per_byte=None)
@@ -161,13 +214,13 @@ def test_chunks_in_8_bits_are_decoded_once_for_all_rows(storage, captured, eager
     chunks, query = [pic.compile(random_ids(20, seed=s)) for s in range(3)], random_ids(5)
     rows = [chunks, chunks[::-1], chunks[:2]]
     expected = eagerly(pic, rows, [query] * 3, LegoLink(3))
-    decoded, own = [], StoredChunk.layer
+    decoded, own = [], StoredChunk.layers
 
-    def layer(self, index, device=None):
-        decoded.append((self.key, index))
-        return own(self, index, device)
+    def counted(self, layers, device=None):
+        decoded.extend((self.key, layer) for layer in layers)
+        return own(self, layers, device)
 
-    monkeypatch.setattr(StoredChunk, "layer", layer)
+    monkeypatch.setattr(StoredChunk, "layers", counted)
     prompt = pic.link(rows, [query] * 3, LegoLink(3))
     # The first chunk of a prompt and the same chunk elsewhere have keys of their own.
     assert len(decoded) == len(set(decoded))

@@ -340,7 +340,7 @@ def test_a_link_that_is_refused_leaves_the_arena_free(taped, monkeypatch):
 
 
 def test_memory_that_lacks_for_the_first_replay_leaves_the_eager_pass(taped, monkeypatch, eagerly):
-    def full(self):
+    def full(self, due):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     pic, chunks, query = pic_and_parts(tiny_model("llama"))

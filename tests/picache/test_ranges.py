@@ -7,7 +7,7 @@ import torch
 
 from picache import PIC, ChunkStore, LegoLink
 from picache.errors import CorruptChunk
-from picache.store import ranged_copy
+from picache.store import ranged_copy, together
 from picache.store.ranged_copy import RangedCopy
 from tests.helpers import random_ids, tiny_model
 from tests.picache.helpers import compiled, same_kv
@@ -208,6 +208,7 @@ def test_a_store_that_fails_loses_no_file(url, monkeypatch, error):
 
 def test_a_link_goes_on_while_chunks_arrive_and_mends_what_is_damaged(url, ranges, monkeypatch):
     monkeypatch.setattr(ranged_copy, "SEGMENT", 2**12)
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)  # as where layers are large
     model = tiny_model("llama", num_hidden_layers=8)
     texts, query = [random_ids(n, seed=n) for n in (150, 100, 120)], random_ids(4)
     own = PIC(model)

@@ -21,22 +21,29 @@ class Parts:
 
     def __init__(self, count, fails=()):
         self.read, self.threads, self.fails = [], set(), fails
-        self.functions = [lambda layer, part=part: self(part, layer) for part in range(count)]
+        self.functions = [lambda layers, part=part: self(part, layers) for part in range(count)]
 
-    def __call__(self, part, layer):
-        self.read.append((part, layer))
+    def __call__(self, part, layers):
+        self.read += [(part, layer) for layer in layers]
         self.threads.add(threading.current_thread().name)
-        if (part, layer) in self.fails:
-            raise CorruptChunk(f"{part} {layer}")
-        return part, layer
+        for layer in layers:
+            if (part, layer) in self.fails:
+                raise CorruptChunk(f"{part} {layer}")
+        return [(part, layer) for layer in layers]
 
 
-def test_each_layer_of_each_chunk_is_read_once_and_the_next_ones_beside_it():
+def one_by_one(layers):
+    return [range(layer, layer + 1) for layer in range(layers)]
+
+
+@pytest.mark.parametrize("groups", [one_by_one(LAYERS), [range(4), range(4, 6)], [range(6)]])
+def test_each_layer_of_each_chunk_is_read_once_and_the_next_ones_beside_it(groups):
     parts = Parts(3)
-    ahead = ReadAhead(parts.functions, LAYERS, nullcontext)
-    for layer in range(LAYERS):
-        assert ahead(layer) == [(part, layer) for part in range(3)]
-        assert max(index for _, index in parts.read) <= layer + AHEAD
+    ahead = ReadAhead(parts.functions, groups, nullcontext)
+    for index, layers in enumerate(groups):
+        assert ahead(index) == [[(part, layer) for layer in layers] for part in range(3)]
+        last = groups[min(index + AHEAD, len(groups) - 1)]
+        assert max(layer for _, layer in parts.read) <= last[-1]
     ahead.close()
     assert sorted(parts.read) == [(part, layer) for part in range(3) for layer in range(LAYERS)]
     assert all(name.startswith("picache-read") for name in parts.threads)
@@ -46,20 +53,19 @@ def test_each_layer_of_each_chunk_is_read_once_and_the_next_ones_beside_it():
 def test_layers_of_several_chunks_are_read_at_the_same_time():
     together = threading.Barrier(3, timeout=30)
 
-    def part(layer):
-        if layer == 0:
-            together.wait()  # breaks unless three threads come
-        return layer
+    def part(layers):
+        together.wait()  # breaks unless three threads come
+        return layers
 
-    ahead = ReadAhead([part] * 3, 1, nullcontext)
-    assert ahead(0) == [0, 0, 0]
+    ahead = ReadAhead([part] * 3, one_by_one(1), nullcontext)
+    assert ahead(0) == [range(1)] * 3
     ahead.close()
 
 
 def test_an_error_is_raised_when_its_layer_is_due_and_not_before():
-    ahead = ReadAhead(Parts(2, fails={(1, 2)}).functions, LAYERS, nullcontext)
-    assert ahead(0) == [(0, 0), (1, 0)]  # layer 2 is being read, or has failed
-    assert ahead(1) == [(0, 1), (1, 1)]
+    ahead = ReadAhead(Parts(2, fails={(1, 2)}).functions, one_by_one(LAYERS), nullcontext)
+    assert ahead(0) == [[(0, 0)], [(1, 0)]]  # layer 2 is being read, or has failed
+    assert ahead(1) == [[(0, 1)], [(1, 1)]]
     with pytest.raises(CorruptChunk, match="1 2"):
         ahead(2)
     ahead.close()
@@ -69,14 +75,14 @@ def test_closing_cancels_what_has_not_begun(monkeypatch):
     monkeypatch.setattr(read_ahead, "READERS", 1)
     go_on, read = threading.Event(), []
 
-    def part(layer):
-        read.append(layer)
-        if layer == 1:
+    def part(layers):
+        read.extend(layers)
+        if 1 in layers:
             go_on.wait(30)
-        return layer
+        return layers
 
-    ahead = ReadAhead([part], LAYERS, nullcontext)
-    assert ahead(0) == [0]
+    ahead = ReadAhead([part], one_by_one(LAYERS), nullcontext)
+    assert ahead(0) == [range(1)]
     threading.Timer(0.2, go_on.set).start()
     ahead.close()
     assert read in ([0], [0, 1])
@@ -91,7 +97,7 @@ def test_threads_read_inside_what_they_are_given():
         yield
         inside.now = False
 
-    ahead = ReadAhead([lambda layer: inside.now], LAYERS, given)
+    ahead = ReadAhead([lambda layers: inside.now], one_by_one(LAYERS), given)
     assert all(ahead(layer) == [True] for layer in range(LAYERS))
     ahead.close()
 

@@ -309,7 +309,7 @@ def test_a_chunk_is_read_one_layer_at_a_time_from_any_tier(tmp_path):
         assert (chunk.tier, chunk.num_layers, len(chunk)) == (tier, 2, 2)
         assert same_kv([chunk.layer(1)], kv[1:])
         assert same_kv(chunk.load(), kv)
-        with pytest.raises(IndexError, match="layer 2 of a chunk of 2"):
+        with pytest.raises(IndexError, match="of a chunk of 2 layers"):
             chunk.layer(2)
 
 
