@@ -29,11 +29,18 @@ class Resident:
 
     @classmethod
     def of(cls, layers: Iterable[KV]) -> "Resident":
-        """A chunk of these layers; a copy of those that are not contiguous."""
-        layers = [(keys.contiguous(), values.contiguous()) for keys, values in layers]
+        """A chunk of these layers; a copy of those that kernels do not take as they lie."""
+        layers = [(_settled(keys), _settled(values)) for keys, values in layers]
         tensors = [tensor for layer in layers for tensor in layer]
         nbytes = sum(tensor.nbytes for tensor in tensors)
         return cls(layers, addresses(tensors).view(-1, 2), nbytes)
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that is contiguous and begins where a kernel may begin to read."""
+    if tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from picache.store.quantize import Encoded, encode
 from picache.store.remote_calls import RemoteLimits
 from picache.store.stored import StoredChunk, check_kv, human
 from picache.store.tiers import Entry
-from picache.store.together import groups, moved
+from picache.store.together import Packed, groups, moved
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class ChunkStore:
                 return None
             file, reading, dropped = found.file, found, threading.Lock()
 
-            def read(layers: range) -> list[Encoded]:
+            def read(layers: range) -> Packed:
                 try:
                     return reading.layers(layers)
                 except CorruptChunk:

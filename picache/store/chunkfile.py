@@ -17,8 +17,8 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from io import FileIO
 from stat import S_ISREG
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from picache.chunk import DTYPES, Header
 from picache.errors import CorruptChunk
 from picache.store.files import open_regular
 from picache.store.quantize import FP8, KEPT_AS, PARTS, Encoded
-from picache.store.together import side_by_side
+from picache.store.together import Form, Packed, Place
 
 FORMAT = "picache-chunk/3"
 CODES = {
@@ -68,13 +68,13 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(parts: Encoded, form: str = FORMAT) -> str:
-    """The checksum of a layer in a file of a format."""
+def _checksum(parts: Mapping[str, tuple[Place | Tensor, memoryview]], form: str = FORMAT) -> str:
+    """The checksum of a layer in a file of a format, of its tensors' dtypes, shapes and bytes."""
     digest = _DIGESTS[form]()
     for name in sorted(parts):
-        tensor = parts[name]
+        tensor, data = parts[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(data)
     return digest.hexdigest()
 
 
@@ -95,11 +95,12 @@ def pack(key: str, header: Header, layers: list[Encoded]) -> list[memoryview]:
         layers: as encoded for storage.
     """
     held = [{name: part.cpu().contiguous() for name, part in layer.items()} for layer in layers]
+    read = [{name: (part, _bytes(part)) for name, part in layer.items()} for layer in held]
     metadata = {
         "format": FORMAT,
         "key": key,
         "header": json.dumps(asdict(header), sort_keys=True),
-        "checksums": json.dumps([_checksum(layer) for layer in held]),
+        "checksums": json.dumps([_checksum(layer) for layer in read]),
     }
     metadata["checksum"] = _seal(metadata)
     named = [(f"{i}.{name}", part) for i, layer in enumerate(held) for name, part in layer.items()]
@@ -128,26 +129,13 @@ def _number(value: object) -> int:
     return value
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor stands in a file, from the file's beginning, and what it is."""
-
-    begin: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _places(entries: dict[str, Any], begin: int, end: int) -> dict[str, _Place]:
+def _places(entries: dict[str, Any], begin: int, end: int) -> dict[str, Place]:
     """The tensors a safetensors header lists, which must fill the file from `begin` to `end`."""
     found = {}
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = map(_number, entry["data_offsets"])
         shape = tuple(map(_number, entry["shape"]))
-        found[name] = place = _Place(begin, _DTYPES[entry["dtype"]], shape)
+        found[name] = place = Place(begin, _DTYPES[entry["dtype"]], shape)
         if last - first != place.nbytes:
             raise ValueError(f"{name} does not take the bytes of its shape")
         begin += place.nbytes
@@ -156,7 +144,7 @@ def _places(entries: dict[str, Any], begin: int, end: int) -> dict[str, _Place]:
     return found
 
 
-def _runs(places: list[_Place]) -> list[tuple[int, int]]:
+def _runs(places: list[Place]) -> list[tuple[int, int]]:
     """Where places of a file, in its order, begin, and their bytes; neighbours are one."""
     runs: list[tuple[int, int]] = []
     for place in places:
@@ -278,8 +266,8 @@ class ChunkFile:
     def __len__(self) -> int:
         return len(self._checksums)
 
-    def layers(self, layers: range) -> list[Encoded]:
-        """Layers that follow each other, side by side in memory of their own.
+    def layers(self, layers: range) -> Packed:
+        """Layers that follow each other, in memory of the host.
 
         It is page-locked where there is a CUDA device. What stands side by side in the file is
         read at once.
@@ -289,22 +277,23 @@ class ChunkFile:
             OSError: when they cannot be read.
         """
         names = [(index, part) for index in layers for part in PARTS[self.header.storage]]
-        places = {name: self._places[f"{name[0]}.{name[1]}"] for name in names}
-        names.sort(key=lambda name: places[name].begin)
-        in_order = [places[name] for name in names]
-        memory, tensors = side_by_side([(place.shape, place.dtype) for place in in_order])
-        into, done = _bytes(memory), 0
-        for begin, nbytes in _runs(in_order):
-            self._read(begin, into[done : done + nbytes])
+        stored = [(self._places[f"{index}.{part}"], index, part) for index, part in names]
+        stored.sort(key=lambda one: one[0].begin)
+        packed = Packed.empty(
+            [
+                Form(index - layers.start, part, place.dtype, place.shape)
+                for place, index, part in stored
+            ]
+        )
+        memory, done = _bytes(packed.memory), 0
+        for begin, nbytes in _runs([place for place, _, _ in stored]):
+            self._read(begin, memory[done : done + nbytes])
             done += nbytes
-        read = dict(zip(names, tensors, strict=True))
-        found = [
-            {part: read[index, part] for part in PARTS[self.header.storage]} for index in layers
-        ]
-        for index, parts in zip(layers, found, strict=True):
+        for index, places in zip(layers, packed.places, strict=True):
+            parts = {part: (one, memory[one.begin : one.end]) for part, one in places.items()}
             if _checksum(parts, self._format) != self._checksums[index]:
                 raise self._corrupt(f"fails the checksum of layer {index}")
-        return found
+        return packed
 
     def _read(self, begin: int, into: Buffer) -> Buffer:
         """Fill `into` from byte `begin` on; the same buffer."""

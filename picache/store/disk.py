@@ -16,6 +16,7 @@ from picache.store.listed_index import ListedIndex
 from picache.store.quantize import Encoded
 from picache.store.remote import RemoteFiles
 from picache.store.remote_calls import RemoteLimits
+from picache.store.together import Packed
 from picache.store.writers import being_written
 
 
@@ -203,7 +204,7 @@ class OpenChunk:
     def __init__(self, disk: Disk, key: str, file: ChunkFile) -> None:
         self._disk, self._key, self.file = disk, key, file
 
-    def layers(self, layers: range) -> list[Encoded]:
+    def layers(self, layers: range) -> Packed:
         """Layers that follow each other; a copy that fails its check is made a second time.
 
         Raises:

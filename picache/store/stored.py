@@ -10,7 +10,7 @@ from picache.chunk import DTYPES, KV, Header
 from picache.errors import PICacheError
 from picache.kernels.placing import Resident
 from picache.store.quantize import Encoded, decode
-from picache.store.together import moved
+from picache.store.together import Packed, moved
 
 
 def human(nbytes: float) -> str:
@@ -47,18 +47,18 @@ class StoredChunk:
         tier: str,
         num_layers: int,
         held: Sequence[Encoded] = (),
-        read: Callable[[range], list[Encoded]] | None = None,
+        read: Callable[[range], Packed] | None = None,
     ) -> None:
         self.key, self.header, self.nbytes, self.tier = key, header, nbytes, tier
         self.num_layers, self.held = num_layers, held
         self._read = read
 
-    def encoded(self, layers: range) -> list[Encoded]:
-        """The tensors of these layers as they are stored; raises as `layers` does."""
+    def encoded(self, layers: range) -> Packed | Sequence[Encoded]:
+        """These layers as they are stored; raises as `layers` does."""
         if not 0 <= layers.start < layers.stop <= self.num_layers or layers.step != 1:
             raise IndexError(f"layers {[*layers]} of a chunk of {self.num_layers} layers")
         if self._read is None:
-            return list(self.held[layers.start : layers.stop])
+            return self.held[layers.start : layers.stop]
         return self._read(layers)
 
     def layers(self, layers: range, device: torch.device | str | None = None) -> list[KV]:
@@ -77,9 +77,7 @@ class StoredChunk:
             CorruptChunk: when the file does not hold what was written; the store has dropped it.
             IndexError: when there are no such layers.
         """
-        parts = self.encoded(layers)
-        if device is not None:
-            parts = moved(parts, device)
+        parts = moved(self.encoded(layers), device)
         return [decode(layer, DTYPES[self.header.dtype]) for layer in parts]
 
     def layer(self, index: int, device: torch.device | str | None = None) -> KV:

@@ -1,39 +1,24 @@
-"""Tensors that lie side by side in one piece of memory, and are read and moved as one."""
+"""Layers that lie side by side in one piece of memory, and are read and moved as one.
+
+Every operation on a tensor lets other threads of Python go first, which takes longer than the
+operation where several of them read chunks. So a few layers are one piece of memory for as long as
+they are on their way, and tensors of their own where they arrive.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from picache.kernels.tables import ALIGNED
 from picache.store.quantize import Encoded
 
 AT_ONCE = 2**24
 """Bytes of a chunk that are read or moved at once, where a layer is smaller."""
 MOST_LAYERS = 8
 """Layers that are read or moved at once; what computes with the first waits for all of them."""
-
-Form = tuple[Sequence[int], torch.dtype]
-"""Shape and dtype of a tensor."""
-
-
-def side_by_side(forms: Sequence[Form]) -> tuple[Tensor, list[Tensor]]:
-    """Memory of the host for tensors in a row, page-locked where there is a CUDA device.
-
-    Args:
-        forms: of the tensors, of larger elements before those of smaller ones, so that each is
-            aligned to its elements.
-
-    Returns:
-        The memory, uint8 ``[bytes]``, and the tensors, which are views of it.
-    """
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in forms]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    pieces = memory.split(sizes)
-    return memory, [
-        piece.view(dtype).view(shape) for piece, (shape, dtype) in zip(pieces, forms, strict=True)
-    ]
 
 
 def groups(num_layers: int, nbytes: int) -> list[range]:
@@ -47,56 +32,152 @@ def groups(num_layers: int, nbytes: int) -> list[range]:
     return [range(first, min(first + each, num_layers)) for first in range(0, num_layers, each)]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in a file or in memory, in bytes from its beginning, and what it is."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.begin + self.nbytes
+
+
+class Form(NamedTuple):
+    """A tensor that is to stand in memory: of which layer, under which name, and what it is."""
+
+    layer: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Layers of a chunk in one piece of memory.
+
+    Attributes:
+        memory: uint8 ``[bytes]``.
+        places: of each layer, where its tensors stand, each at a multiple of its elements' size.
+    """
+
+    memory: Tensor
+    places: Sequence[Mapping[str, Place]]
+
+    @classmethod
+    def empty(cls, forms: Sequence[Form]) -> "Packed":
+        """Memory of the host for tensors, page-locked where there is a CUDA device.
+
+        Args:
+            forms: of the tensors, in the order in which they come to stand without gaps; those of
+                larger elements before those of smaller ones.
+        """
+        places: list[dict[str, Place]] = [{} for _ in range(1 + max(form.layer for form in forms))]
+        begin = 0
+        for form in forms:
+            place = Place(begin, form.dtype, form.shape)
+            places[form.layer][form.name] = place
+            begin = place.end
+        memory = torch.empty(begin, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return cls(memory, places)
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same on a device, by one copy that is queued if the memory is page-locked."""
+        return Packed(self.memory.to(device, non_blocking=True), self.places)
+
+    def layers(self) -> list[Encoded]:
+        """The tensors, which are views of the memory."""
+        whole: dict[torch.dtype, Tensor] = {}
+
+        def tensor(place: Place) -> Tensor:
+            if place.dtype not in whole:
+                size = len(self.memory) // place.dtype.itemsize * place.dtype.itemsize
+                whole[place.dtype] = self.memory[:size].view(place.dtype)
+            strides = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
+            begin = place.begin // place.dtype.itemsize
+            return whole[place.dtype].as_strided(place.shape, strides, begin)
+
+        return [{name: tensor(place) for name, place in one.items()} for one in self.places]
+
+
 def to_host(layers: Sequence[Encoded]) -> list[Encoded]:
     """Layers of a chunk in one piece of host memory; those that are on the host as they are."""
-    named = [(index, name) for index, layer in enumerate(layers) for name in layer]
-    named.sort(key=lambda one: -layers[one[0]][one[1]].itemsize)
-    held = [layers[index][name] for index, name in named]
-    if all(part.device.type == "cpu" for part in held):
+    parts = [part for layer in layers for part in layer.values()]
+    if all(part.device.type == "cpu" for part in parts):
         return list(layers)
-    _, copies = side_by_side([(part.shape, part.dtype) for part in held])
-    found: list[Encoded] = [{} for _ in layers]
-    for (index, name), part, copy in zip(named, held, copies, strict=True):
-        found[index][name] = copy.copy_(part, non_blocking=True)
-    for device in {part.device for part in held if part.is_cuda}:
+    forms = [
+        Form(index, name, part.dtype, tuple(part.shape))
+        for index, layer in enumerate(layers)
+        for name, part in layer.items()
+    ]
+    copies = Packed.empty(sorted(forms, key=lambda form: -form.dtype.itemsize)).layers()
+    for layer, copy in zip(layers, copies, strict=True):
+        for name, part in layer.items():
+            copy[name].copy_(part, non_blocking=True)
+    for device in {part.device for part in parts if part.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-    return found
+    return copies
 
 
-def moved(layers: Sequence[Encoded], device: torch.device | str) -> list[Encoded]:
+def moved(
+    layers: Packed | Sequence[Encoded], device: torch.device | str | None
+) -> Sequence[Encoded]:
     """Layers of a chunk on a device: by one copy where they lie side by side.
 
     From page-locked memory the copies are queued in the current CUDA stream, and the call does not
     wait for them. What is on the device already is not copied.
+
+    Args:
+        layers: packed or as tensors.
+        device: None for the one they are on.
     """
+    if device is None:
+        return layers.layers() if isinstance(layers, Packed) else layers
+    if not isinstance(layers, Packed):
+        packed = _packed(layers)
+        if packed is None:
+            return _one_by_one(layers, device)
+        layers = packed
+    return layers.to(device).layers()
+
+
+def _one_by_one(layers: Sequence[Encoded], device: torch.device | str) -> list[Encoded]:
+    """Layers of a chunk on a device, by one copy a tensor."""
+    return [
+        {name: part.to(device, non_blocking=True) for name, part in layer.items()}
+        for layer in layers
+    ]
+
+
+def _packed(layers: Sequence[Encoded]) -> Packed | None:
+    """Layers as the piece of memory that they fill without a gap; None where they do not."""
     parts = [part for layer in layers for part in layer.values()]
-    span = _span(parts)
-    if span is None:
-        there = [part.to(device, non_blocking=True) for part in parts]
-    else:
-        copy = span.to(device, non_blocking=True)
-        first = span.data_ptr()
-        there = []
-        for part in parts:
-            begin = part.data_ptr() - first
-            there.append(copy[begin : begin + part.nbytes].view(part.dtype).view(part.shape))
-    in_order = iter(there)
-    return [{name: next(in_order) for name in layer} for layer in layers]
-
-
-def _span(parts: Sequence[Tensor]) -> Tensor | None:
-    """The bytes that these tensors fill without a gap, uint8; None where they do not.
-
-    Nor where a tensor would come to stand at an address that kernels do not take.
-    """
     storages = {part.untyped_storage().data_ptr() for part in parts}
-    if len(parts) < 2 or len(storages) > 1 or not all(part.is_contiguous() for part in parts):
+    if len(storages) > 1 or not all(part.is_contiguous() for part in parts):
         return None
-    begins = [part.data_ptr() for part in parts]
-    first, nbytes = min(begins), sum(part.nbytes for part in parts)
-    ends = (begin + part.nbytes for begin, part in zip(begins, parts, strict=True))
-    if max(ends) - first != nbytes or any((begin - first) % ALIGNED for begin in begins):
-        return None
+    first = min(part.data_ptr() for part in parts)
+    places = [
+        {
+            name: Place(part.data_ptr() - first, part.dtype, tuple(part.shape))
+            for name, part in layer.items()
+        }
+        for layer in layers
+    ]
+    every = [place for layer in places for place in layer.values()]
+    sizes, nbytes = [place.dtype.itemsize for place in every], sum(place.nbytes for place in every)
     storage = parts[0].untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8, device=parts[0].device)
-    return whole.set_(storage, first - storage.data_ptr(), (nbytes,), (1,))
+    offset = first - storage.data_ptr()
+    aligned = all(place.begin % size == 0 for place, size in zip(every, sizes, strict=True))
+    if max(place.end for place in every) != nbytes or not aligned or offset % max(sizes):
+        return None
+    memory = torch.empty(0, dtype=torch.uint8, device=parts[0].device)
+    memory.set_(storage, offset, (nbytes,), (1,))
+    return Packed(memory, places)

@@ -18,6 +18,7 @@ from picache import (
     RandomRecompute,
 )
 from picache.linking.linked_kv import LinkedKV
+from picache.store import together
 from tests.helpers import CONFIGS, assert_close, random_ids, tiny_model
 from tests.picache.helpers import chunks_of, compiled, full_logits, pic_of, prompt_parts
 
@@ -116,6 +117,7 @@ def test_a_link_from_a_slower_tier_is_the_same_to_the_bit(tier, storage, tmp_pat
 
 def test_the_next_layer_is_copied_while_this_one_is_computed(monkeypatch):
     """Layer 1 is in place on the device before the device is done with a long layer 0."""
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)  # as where layers are large
     model = tiny_model("llama").to("cuda")
     pic = PIC(model, store=ChunkStore(device_bytes=1, host_bytes=math.inf))
     linked(pic, LegoLink(3))

@@ -322,7 +322,8 @@ def test_a_file_of_the_format_before_is_still_read_and_checked(folder):
     def as_before(metadata, tensors):
         before = "picache-chunk/2"
         layers = [{p: tensors[f"{i}.{p}"] for p in ("keys", "values")} for i in range(3)]
-        sums = [_checksum(layer, before) for layer in layers]
+        read = [{name: (part, _bytes(part)) for name, part in layer.items()} for layer in layers]
+        sums = [_checksum(layer, before) for layer in read]
         assert all(len(each) == 64 for each in sums), "SHA-256"
         metadata.update(format=before, checksums=json.dumps(sums))
 

@@ -1,6 +1,7 @@
 """A replay begins before the model is looked at; what has changed is noticed all the same."""
 
 import gc
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -124,29 +125,30 @@ def test_chunks_of_other_weights_are_linked_with_them(captured, eagerly, order):
     assert_same(prompt, eagerly(pic, again, query, LegoLink(3)))
 
 
-def trained(model, _):
+def trained(model, outside):
     model.train()
 
 
-def moved(model, monkeypatch):
+def moved(model, outside):
     model.to(torch.float64)
 
 
-def in_autocast(model, monkeypatch):
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+def in_autocast(model, outside):
+    outside.enter_context(torch.autocast("cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [(trained, "training mode"), (moved, "float64"), (in_autocast, "autocast")],
 )
-def test_a_state_that_is_refused_is_refused_beside_a_replay(change, message, captured, monkeypatch):
+def test_a_state_that_is_refused_is_refused_beside_a_replay(change, message, captured):
     model = tiny_model("llama")
     pic, chunks, query = pic_and_parts(model)
     linked(pic, chunks, query)
-    change(model, monkeypatch)
-    with pytest.raises(PICacheError, match=message):
-        linked(pic, chunks, query)
+    with ExitStack() as outside:
+        change(model, outside)
+        with pytest.raises(PICacheError, match=message):
+            linked(pic, chunks, query)
 
 
 def test_settings_that_changed_are_measured_and_linked_with(captured, eagerly):

@@ -1,6 +1,7 @@
-"""Tensors side by side in one piece of memory: laid out, read, moved, and in which groups."""
+"""Layers side by side in one piece of memory: laid out, read, moved, and in which groups."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from picache import ChunkStore
+from picache.kernels.placing import Resident
+from picache.kernels.tables import ALIGNED
 from picache.store import together
 from picache.store.quantize import FP8
-from picache.store.together import groups, moved, side_by_side, to_host
+from picache.store.together import Form, Packed, groups, moved, to_host
 from tests.picache.disk_chunks import chunk
 
 META = torch.device("meta")
@@ -18,78 +21,63 @@ META = torch.device("meta")
 
 def encoded(layers, tokens=3, head_dim=8, dtype=torch.bfloat16):
     shape = (1, 2, tokens, head_dim)
-    return [{"keys": torch.randn(shape).to(dtype), "values": torch.randn(shape).to(dtype)}
-            for _ in range(layers)]  # fmt: skip
+    names = ("keys", "values")
+    return [{name: torch.randn(shape).to(dtype) for name in names} for _ in range(layers)]
 
 
-def in_one_piece(layers):
+def packed(layers):
     """The same layers in one piece of memory."""
-    parts = [part for layer in layers for part in layer.values()]
-    _, copies = side_by_side([(part.shape, part.dtype) for part in parts])
-    copies = iter([copy.copy_(part) for copy, part in zip(copies, parts, strict=True)])
-    return [{name: next(copies) for name in layer} for layer in layers]
+    forms = [
+        Form(index, name, part.dtype, tuple(part.shape))
+        for index, layer in enumerate(layers)
+        for name, part in layer.items()
+    ]
+    one = Packed.empty(forms)
+    for layer, copy in zip(layers, one.layers(), strict=True):
+        for name, part in layer.items():
+            copy[name].copy_(part)
+    return one
+
+
+def assert_equal(layers, others):
+    for layer, other in zip(layers, others, strict=True):
+        assert set(layer) == set(other)
+        for name, part in layer.items():
+            assert part.dtype == other[name].dtype
+            assert torch.equal(part, other[name])
 
 
 def test_tensors_lie_one_behind_the_other():
-    forms = [((2, 3), torch.float32), ((5,), torch.bfloat16), ((3, 1), FP8)]
-    memory, tensors = side_by_side(forms)
-    assert memory.nbytes == 24 + 10 + 3
-    begins = [tensor.data_ptr() - memory.data_ptr() for tensor in tensors]
-    assert begins == [0, 24, 34]
-    assert [(tensor.shape, tensor.dtype) for tensor in tensors] == [
-        (torch.Size(shape), dtype) for shape, dtype in forms
+    one = Packed.empty(
+        [
+            Form(1, "scale", torch.float32, (2, 3)),
+            Form(0, "keys", torch.bfloat16, (5,)),
+            Form(1, "keys", FP8, (3, 1)),
+        ]
+    )
+    assert one.memory.nbytes == 24 + 10 + 3
+    first, second = one.layers()
+    begins = [
+        part.data_ptr() - one.memory.data_ptr() for part in (*first.values(), *second.values())
     ]
+    assert begins == [24, 0, 34]
+    assert (first["keys"].shape, first["keys"].dtype) == ((5,), torch.bfloat16)
+    assert (second["keys"].shape, second["keys"].dtype) == ((3, 1), FP8)
+    assert all(part.is_contiguous() for part in second.values())
 
 
-def copies_of(monkeypatch):
-    """How many bytes each copy to another device moves."""
-    copies, to = [], torch.Tensor.to
+@contextmanager
+def copies_elsewhere():
+    """How many bytes each copy to another device moves; other memory stands for that device."""
+    copies = []
 
     def counted(self, *args, **kwargs):
         copies.append(self.nbytes)
-        return to(self, *args, **kwargs)
+        return self.clone()
 
-    monkeypatch.setattr(torch.Tensor, "to", counted)
-    return copies
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_what_lies_side_by_side_is_moved_by_one_copy(dtype, monkeypatch):
-    layers = in_one_piece(encoded(3, tokens=4, dtype=dtype))
-    copies = copies_of(monkeypatch)
-    there = moved(layers, META)
-    assert copies == [sum(part.nbytes for layer in layers for part in layer.values())]
-    for layer, copy in zip(layers, there, strict=True):
-        assert list(layer) == list(copy)
-        for name, part in layer.items():
-            assert (copy[name].shape, copy[name].dtype) == (part.shape, part.dtype)
-            assert copy[name].device == META
-
-
-def apart(layers):
-    return layers
-
-
-def with_a_gap(layers):
-    return [*layers[:1], *layers[2:]]
-
-
-def misaligned(layers):
-    return in_one_piece([{"first": torch.zeros(1, dtype=torch.bfloat16)}, *layers])
-
-
-def strided(layers):
-    layers[0]["keys"] = layers[0]["keys"].transpose(1, 2)
-    return layers
-
-
-@pytest.mark.parametrize("change", [apart, with_a_gap, misaligned, strided])
-def test_what_does_not_is_moved_by_one_copy_a_tensor(change, monkeypatch):
-    layers = encoded(4, tokens=4)
-    layers = change(layers if change is apart else in_one_piece(layers))
-    copies = copies_of(monkeypatch)
-    moved(layers, META)
-    assert copies == [part.nbytes for layer in layers for part in layer.values()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", counted)
+        yield copies
 
 
 @given(
@@ -98,16 +86,44 @@ def test_what_does_not_is_moved_by_one_copy_a_tensor(change, monkeypatch):
     head_dim=st.sampled_from([1, 2, 8, 16]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     first=st.integers(0, 4),
+    last=st.integers(1, 5),
 )
-def test_a_move_changes_nothing(layers, tokens, head_dim, dtype, first):
-    there = encoded(layers, tokens, head_dim, dtype)
-    some = in_one_piece(there)[first:]
+def test_what_lies_side_by_side_is_moved_by_one_copy(layers, tokens, head_dim, dtype, first, last):
+    held = encoded(layers, tokens, head_dim, dtype)
+    first = min(first, layers - 1)
+    whole = packed(held)
+    some = whole.layers()[first : max(first + 1, last)]
+    nbytes = sum(part.nbytes for layer in some for part in layer.values())
+    with copies_elsewhere() as copies:
+        assert_equal(moved(some, META), held[first : max(first + 1, last)])
+        assert copies == [nbytes]
+        assert_equal(moved(whole, META), held)
+        assert copies == [nbytes, whole.memory.nbytes]
+    assert_equal(moved(some, None), some)
+    assert_equal(moved(whole, None), held)
 
-    with pytest.MonkeyPatch.context() as patch:  # other memory stands for another device
-        patch.setattr(torch.Tensor, "to", lambda self, *_, **__: self.clone())
-        copies = moved(some, torch.device("cpu"))
-    for layer, copy in zip(there[first:], copies, strict=True):
-        assert all(torch.equal(layer[name], copy[name]) for name in layer)
+
+def apart(layers):
+    return layers
+
+
+def with_a_gap(layers):
+    layers = packed(layers).layers()
+    return [*layers[:1], *layers[2:]]
+
+
+def strided(layers):
+    layers = packed(layers).layers()
+    layers[0]["keys"] = layers[0]["keys"].transpose(1, 2)
+    return layers
+
+
+@pytest.mark.parametrize("change", [apart, with_a_gap, strided])
+def test_what_does_not_is_moved_by_one_copy_a_tensor(change):
+    layers = change(encoded(4, tokens=4))
+    with copies_elsewhere() as copies:
+        assert_equal(moved(layers, META), layers)
+    assert copies == [part.nbytes for layer in layers for part in layer.values()]
 
 
 def test_what_is_on_the_host_stays_as_it_is():
@@ -142,18 +158,28 @@ def test_a_file_is_read_in_as_few_pieces_as_its_layers_lie_in(storage, tmp_path,
         return read(self, begin, into)
 
     monkeypatch.setattr(type(file), "_read", counted)
-    some = found.encoded(range(1, len(kv)))
+    some = moved(found.encoded(range(1, len(kv))), None)
     assert len(reads) == {"exact": 1}.get(storage, 2)  # 8 bits: the scales stand in front
     assert sum(reads) == sum(part.nbytes for layer in some for part in layer.values())
-    for index, layer in enumerate(some, 1):
-        (expected,) = one_by_one.encoded(range(index, index + 1))
-        assert list(layer) == list(expected)
-        assert all(torch.equal(layer[name], expected[name]) for name in layer)
+    single = [one_by_one.encoded(range(index, index + 1)) for index in range(1, len(kv))]
+    assert_equal(some, [layer for one in single for layer in moved(one, None)])
 
 
 @pytest.mark.parametrize("layers", [range(0), range(1, 9), range(-1, 1), range(0, 2, 2)])
-def test_layers_that_are_not_there_are_refused(layers, tmp_path):
+def test_layers_that_are_not_there_are_refused(layers):
     store = ChunkStore(device_bytes=math.inf)
     store.put("a", chunk())
     with pytest.raises(IndexError, match=rf"of a chunk of {len(chunk())} layers"):
         store.get("a").layers(layers)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5])
+def test_kernels_are_given_tensors_that_begin_where_they_may(tokens):
+    """In memory that others fill up to an odd place, as chunks of few or narrow heads do."""
+    held = encoded(3, tokens=tokens, head_dim=2)
+    kv = [(layer["keys"], layer["values"]) for layer in packed(held).layers()]
+    resident = Resident.of(kv)
+    assert not (resident.begins % ALIGNED).any()
+    for layer, (keys, values) in zip(held, resident.layers, strict=True):
+        assert torch.equal(layer["keys"], keys)
+        assert torch.equal(layer["values"], values)
