@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from picache import ChunkStore, PICacheError
 from picache.errors import CorruptChunk
 from picache.store import disk
-from picache.store.chunkfile import FORMAT, _checksum, _seal
+from picache.store.chunkfile import FORMAT, _bytes, _checksum, _seal
 from picache.store.files import MARKED, MARKER, STALE_SECONDS
 from tests.picache.disk_chunks import KEY, OTHER, chunk, files, leftovers
 from tests.picache.helpers import same_kv
