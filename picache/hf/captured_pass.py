@@ -254,7 +254,9 @@ class CapturedPasses:
             padded[:, index, rows - len(tokens) :] = torch.stack([tokens, at])
         recorded.rows.copy_(queued(padded, recorded.rows.device))
         try:
-            return recorded.replay(due).clone(), recorded, seconds
+            return recorded.replay(_apart(due)).clone(), recorded, seconds
+        except _NotLoaded as failed:
+            raise failed.error from None
         except CannotCompile:
             raise
         except torch.OutOfMemoryError as error:  # the first one runs the pass itself, too
@@ -441,6 +443,30 @@ class CapturedPasses:
             raise CannotCapture(self._failed) from error
         found = self._recorded[batch, rows, question] = _Class(static, replay, compiled)
         return found
+
+
+class _NotLoaded(Exception):  # noqa: N818 - carries an error past those that a replay may raise
+    """What putting layers in place has raised.
+
+    Args:
+        error: that.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _apart(due: Due) -> Due:
+    """The same, whose errors are not taken for those of the pass."""
+
+    def told_apart(layers: range) -> None:
+        try:
+            due(layers)
+        except Exception as error:
+            raise _NotLoaded(error) from error
+
+    return told_apart
 
 
 def _free_bytes(device: torch.device) -> float:

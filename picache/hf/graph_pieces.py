@@ -33,6 +33,7 @@ class GraphPieces:
     def __init__(self, stream: torch.cuda.Stream, pool: "_POOL_HANDLE") -> None:
         self._stream, self._pool = stream, pool
         self._pieces: list[tuple[torch.cuda.CUDAGraph, list[range]]] = []
+        self._open: torch.cuda.CUDAGraph | None = None
 
     def capture(self, forward: Callable[[Due], Tensor]) -> Tensor:
         """Capture a pass; the tensor that it will leave its result in."""
@@ -40,8 +41,8 @@ class GraphPieces:
         gc.collect()  # what is freed while a graph is captured cannot be given back
         torch.cuda.empty_cache()
         with torch.cuda.stream(self._stream):
-            self._begin()
             try:
+                self._begin()
                 result = forward(self._due)
             except BaseException:
                 with suppress(RuntimeError):  # what has failed is not captured: the first is said
@@ -71,7 +72,10 @@ class GraphPieces:
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(self._pool, capture_error_mode="thread_local")  # others may go on
+        self._open = graph
         self._pieces.append((graph, []))
 
     def _end(self) -> None:
-        self._pieces[-1][0].capture_end()
+        graph, self._open = self._open, None
+        if graph is not None:
+            graph.capture_end()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from picache.hf.model import HFModel
 
 
+_WAIT_TO_CHOOSE = "wait to choose"
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
@@ -175,6 +176,8 @@ class Link:
             for linking in linkings:
                 if not linking.in_places:
                     self._recompute(linking, reason)
+        # What was begun for layers that a row prefilled in full does not need may still be placed.
+        self._model.wait_for_loading()
         # What follows keeps Python busy while the device still computes.
         reports = [self._report(linking, sources) for linking in linkings]
         self._see()  # before a prompt holds on to the arena
@@ -211,7 +214,7 @@ class Link:
         with LinkedKV(
             self._model,
             parts,
-            sources.groups,
+            sources.layer_groups,
             sources.skips(row),
             layout,
             sources.prefetch_from,
@@ -250,7 +253,7 @@ class Link:
         ]
         if not any(map(len, chosen)):
             return ""
-        due = self._placing(linkings, places)
+        due = self._placing(linkings, places, "wait")
         ids = [linking.ids[at] for linking, at in zip(linkings, chosen, strict=True)]
         if not self._passes.only_replays(ids):
             self._see()
@@ -276,7 +279,7 @@ class Link:
         Returns:
             fp32 ``[layers, batch, places]`` on the CPU.
         """
-        due = self._placing(linkings, places)
+        due = self._placing(linkings, places, _WAIT_TO_CHOOSE)
         positions = [
             torch.arange(one.layout.context_length, one.layout.total_length) for one in linkings
         ]
@@ -291,10 +294,11 @@ class Link:
         self._choose_capture_seconds += seconds
         return found
 
-    def _placing(self, linkings: list["_Linking"], places: list[KV]) -> Due:
+    def _placing(self, linkings: list["_Linking"], places: list[KV], waiting: str) -> Due:
         """Put the rows together that are linked: at once, or, as what is returned does, when due.
 
-        Layer by layer, what rows share is soon let go.
+        Layer by layer, what rows share is soon let go. The time until they are there is measured
+        under the name that is given.
         """
         at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
         at = [index for index in at if not linkings[index].kv.begun]
@@ -303,9 +307,10 @@ class Link:
             place_rows(rows, at, places, self._together)
 
         def due(layers: range) -> None:
-            for layer in layers:
-                for row in rows:
-                    row[layer]
+            with self._together.span(waiting):
+                for layer in layers:
+                    for row in rows:
+                        row[layer]
 
         return due
 
@@ -364,12 +369,15 @@ class Link:
         watch, share = linking.kv.watch, 1 / len(self._rows)
         capture = self._choose_capture_seconds + self._recompute_capture_seconds
         choose = watch.seconds("choose", without="wait")
-        if linking.row is self._rows[0]:  # which is asked first
+        if linking.row is self._rows[0]:  # which is asked first, for all
+            waited = self._together.seconds(_WAIT_TO_CHOOSE)
+            if waited:
+                choose = watch.seconds("choose") - waited
             choose = max(0.0, choose - self._choose_capture_seconds)
         recompute = watch.seconds("recompute", without="wait")
         if not linking.full_prefill:
-            together = self._together.seconds("recompute") - self._recompute_capture_seconds
-            recompute += share * max(together, 0.0)
+            together = self._together.seconds("recompute", without="wait")
+            recompute += share * max(together - self._recompute_capture_seconds, 0.0)
         return {
             "look_up": share * self._watch.seconds("look_up"),
             "compile": share * self._watch.seconds("compile"),

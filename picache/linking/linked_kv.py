@@ -57,7 +57,7 @@ class LinkedKV:
         parts: for each chunk in prompt order, a function that gives its KV in some layers,
             ``[1, kv_heads, tokens, head_dim]``, on the model's device; after them one for the
             query, if it was compiled too.
-        groups: the layers that are made at a time, in their order.
+        layer_groups: the layers that are made at a time, in their order.
         skips: how many of the first tokens of each part, its sinks, are left out.
         layout: where the chunks stand in the prompt.
         prefetch_from: prefetch the next layers out of "host" memory or from "disk"; None to make
@@ -84,7 +84,7 @@ class LinkedKV:
         self,
         model: "HFModel",
         parts: Sequence[Part],
-        groups: Sequence[range],
+        layer_groups: Sequence[range],
         skips: Sequence[int],
         layout: Layout,
         prefetch_from: Literal["host", "disk"] | None = None,
@@ -106,8 +106,8 @@ class LinkedKV:
                 "not reach: chunks side by side (APE) are refused, choose a method that places "
                 "them in order"
             )
-        self._parts, self._groups = parts, groups
-        self._group_of = [index for index, group in enumerate(groups) for _ in group]
+        self._parts, self._groups = parts, layer_groups
+        self._group_of = [index for index, group in enumerate(layer_groups) for _ in group]
         self._skips, self._layout = skips, layout
         self._memory, self.residents = memory, residents
         self._placeable = memory is not None and placeable
@@ -119,7 +119,7 @@ class LinkedKV:
         self._ahead: ReadAhead | None = None
         if prefetch_from == "disk":
             self._thread = ThreadPoolExecutor(1, "picache-load")
-            self._ahead = ReadAhead(parts, groups, self._loading)
+            self._ahead = ReadAhead(parts, layer_groups, self._loading)
         self._stream: torch.cuda.Stream | None = None
         if prefetch_from and self._device.type == "cuda":
             self._stream = model.loading

@@ -23,17 +23,17 @@ class ReadAhead:
 
     Args:
         parts: for each chunk, a function that gives its KV in a group; several threads call it.
-        groups: the layers of the model.
+        layer_groups: the layers of the model.
         inside: gives a context manager in which a thread reads, such as a CUDA stream's.
     """
 
     def __init__(
         self,
         parts: Sequence[Part],
-        groups: Sequence[range],
+        layer_groups: Sequence[range],
         inside: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._parts, self._groups, self._inside = parts, groups, inside
+        self._parts, self._groups, self._inside = parts, layer_groups, inside
         self._threads = ThreadPoolExecutor(
             min(READERS, len(parts)), "picache-read", initializer=partial(beside.set, True)
         )
@@ -46,7 +46,9 @@ class ReadAhead:
             reads = [partial(self._read, part, self._groups[group]) for part in self._parts]
             self._coming[group] = [self._threads.submit(read) for read in reads]
             self._begun = group + 1
-        return [future.result() for future in self._coming.pop(index)]
+        found = [future.result() for future in self._coming[index]]
+        del self._coming[index]  # not where one has failed: who asks again is told the same
+        return found
 
     def _read(self, part: Part, layers: range) -> list[KV]:
         with self._inside():

@@ -12,7 +12,7 @@ from picache.linking.fetched_chunk import FetchedChunk, compile_chunk
 from picache.linking.row import Row
 from picache.linking.stopwatch import Stopwatch
 from picache.store import ChunkStore
-from picache.store.together import groups
+from picache.store.together import layer_groups
 
 if TYPE_CHECKING:
     from picache.hf.model import HFModel
@@ -72,10 +72,9 @@ class Sources:
         return "host" if "host" in tiers else None
 
     @property
-    def groups(self) -> list[range]:
-        """The layers in the groups in which they are loaded: as suits the largest chunk."""
-        largest = max((chunk.nbytes for chunk in self.chunks.values()), default=0)
-        return groups(self._num_layers, largest)
+    def layer_groups(self) -> list[range]:
+        """The layers in the groups in which those of all chunks are loaded."""
+        return layer_groups(self._num_layers, sum(chunk.nbytes for chunk in self.chunks.values()))
 
     def skips(self, row: Row) -> list[int]:
         """How many of the first tokens of each part of a row, its sinks, are left out."""

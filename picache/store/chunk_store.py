@@ -23,7 +23,7 @@ from picache.store.quantize import Encoded, encode
 from picache.store.remote_calls import RemoteLimits
 from picache.store.stored import StoredChunk, check_kv, human
 from picache.store.tiers import Entry
-from picache.store.together import Packed, groups, moved
+from picache.store.together import Packed, layer_groups, moved
 
 
 @dataclass(frozen=True)
@@ -380,7 +380,7 @@ class ChunkStore:
         if room is None and found.tier == "host":
             return False
         layers: list[Encoded] = []
-        for group in groups(found.num_layers, found.nbytes):
+        for group in layer_groups(found.num_layers, found.nbytes):
             parts = found.encoded(group)
             so = f"chunk {key} stays where it is"
             with self._failures.absorbed("device", "write", so) as absorbed:

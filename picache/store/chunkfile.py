@@ -278,7 +278,7 @@ class ChunkFile:
         """
         names = [(index, part) for index in layers for part in PARTS[self.header.storage]]
         stored = [(self._places[f"{index}.{part}"], index, part) for index, part in names]
-        stored.sort(key=lambda one: one[0].begin)
+        stored.sort(key=lambda one: (-one[0].dtype.itemsize, one[0].begin))
         packed = Packed.empty(
             [
                 Form(index - layers.start, part, place.dtype, place.shape)

@@ -8,6 +8,7 @@ they are on their way, and tensors of their own where they arrive.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,18 @@ from torch import Tensor
 
 from picache.store.quantize import Encoded
 
-AT_ONCE = 2**24
-"""Bytes of a chunk that are read or moved at once, where a layer is smaller."""
+AT_ONCE = 2**28
+"""Bytes of the chunks of a prompt that are read or moved at once, where a layer is smaller."""
 MOST_LAYERS = 8
 """Layers that are read or moved at once; what computes with the first waits for all of them."""
 
 
-def groups(num_layers: int, nbytes: int) -> list[range]:
-    """The layers of a model in the groups in which a chunk's are read and moved.
+def layer_groups(num_layers: int, nbytes: int) -> list[range]:
+    """The layers of a model in the groups in which those of chunks are read and moved.
 
     Args:
         num_layers: of the model.
-        nbytes: of the chunk, all layers.
+        nbytes: of all chunks and layers.
     """
     each = max(1, min(MOST_LAYERS, AT_ONCE * num_layers // max(nbytes, 1)))
     return [range(first, min(first + each, num_layers)) for first in range(0, num_layers, each)]
@@ -102,17 +103,28 @@ class Packed:
                 size = len(self.memory) // place.dtype.itemsize * place.dtype.itemsize
                 whole[place.dtype] = self.memory[:size].view(place.dtype)
             strides = [math.prod(place.shape[i + 1 :]) for i in range(len(place.shape))]
-            begin = place.begin // place.dtype.itemsize
+            whole_begin = whole[place.dtype].storage_offset()  # which `as_strided` leaves out
+            begin = whole_begin + place.begin // place.dtype.itemsize
             return whole[place.dtype].as_strided(place.shape, strides, begin)
 
         return [{name: tensor(place) for name, place in one.items()} for one in self.places]
 
 
 def to_host(layers: Sequence[Encoded]) -> list[Encoded]:
-    """Layers of a chunk in one piece of host memory; those that are on the host as they are."""
-    parts = [part for layer in layers for part in layer.values()]
+    """Layers of a chunk in host memory, some side by side; those that are there as they are."""
+    parts = _parts(layers)
     if all(part.device.type == "cpu" for part in parts):
         return list(layers)
+    found: list[Encoded] = []
+    for group in layer_groups(len(layers), sum(part.nbytes for part in parts)):
+        found += _packed_on_host(layers[group.start : group.stop])
+    for device in {part.device for part in parts if part.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return found
+
+
+def _packed_on_host(layers: Sequence[Encoded]) -> list[Encoded]:
+    """Copies side by side in host memory, once the devices have made them."""
     forms = [
         Form(index, name, part.dtype, tuple(part.shape))
         for index, layer in enumerate(layers)
@@ -122,8 +134,6 @@ def to_host(layers: Sequence[Encoded]) -> list[Encoded]:
     for layer, copy in zip(layers, copies, strict=True):
         for name, part in layer.items():
             copy[name].copy_(part, non_blocking=True)
-    for device in {part.device for part in parts if part.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
     return copies
 
 
@@ -139,18 +149,30 @@ def moved(
         layers: packed or as tensors.
         device: None for the one they are on.
     """
-    if device is None:
-        return layers.layers() if isinstance(layers, Packed) else layers
-    if not isinstance(layers, Packed):
-        packed = _packed(layers)
-        if packed is None:
-            return _one_by_one(layers, device)
-        layers = packed
-    return layers.to(device).layers()
+    if isinstance(layers, Packed):
+        return (layers if device is None else layers.to(device)).layers()
+    if device is None or all(part.device == torch.device(device) for part in _parts(layers)):
+        return layers
+    found: list[Encoded] = []
+    for _, some in groupby(layers, _storage):
+        found += _moved(list(some), device)
+    return found
 
 
-def _one_by_one(layers: Sequence[Encoded], device: torch.device | str) -> list[Encoded]:
-    """Layers of a chunk on a device, by one copy a tensor."""
+def _parts(layers: Sequence[Encoded]) -> list[Tensor]:
+    return [part for layer in layers for part in layer.values()]
+
+
+def _storage(layer: Encoded) -> int:
+    """Where the memory begins that the layer's first tensor lies in."""
+    return next(iter(layer.values())).untyped_storage().data_ptr()
+
+
+def _moved(layers: Sequence[Encoded], device: torch.device | str) -> list[Encoded]:
+    """Layers on another device, by one copy where they fill a piece of memory."""
+    packed = _packed(layers)
+    if packed is not None:
+        return packed.to(device).layers()
     return [
         {name: part.to(device, non_blocking=True) for name, part in layer.items()}
         for layer in layers
@@ -159,7 +181,7 @@ def _one_by_one(layers: Sequence[Encoded], device: torch.device | str) -> list[E
 
 def _packed(layers: Sequence[Encoded]) -> Packed | None:
     """Layers as the piece of memory that they fill without a gap; None where they do not."""
-    parts = [part for layer in layers for part in layer.values()]
+    parts = _parts(layers)
     storages = {part.untyped_storage().data_ptr() for part in parts}
     if len(storages) > 1 or not all(part.is_contiguous() for part in parts):
         return None

@@ -23,6 +23,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def _one_layer_a_graph(monkeypatch):
+    """These models have four layers, which would be one graph."""
+    monkeypatch.setattr(graph_pieces, "LAYERS", 1)
+
+
 LENGTHS = (7, 60, 33, 1, 90)
 ABSOLUTE = 1e-5
 MAY_BE_EAGER = ("GPT-OSS", "DeepSeek V3")  # experts may be chosen in Python
@@ -142,7 +149,6 @@ def test_chunks_from_the_host_are_placed_before_the_pass_runs():
 def test_layers_are_loaded_beside_the_pass(tier, storage, together, monkeypatch, tmp_path):
     """However late a layer comes, the pass waits for it; of a batch, for that of every row."""
     monkeypatch.setattr(store_together, "MOST_LAYERS", together)
-    monkeypatch.setattr(graph_pieces, "LAYERS", 1)
     where = {"host": {"host_bytes": math.inf}, "disk": {"path": tmp_path}}[tier]
     store = ChunkStore(device_bytes=1, storage=storage, **where)
     pic, chunks, query = pic_and_parts(tiny_model("gemma3"), store=store)
@@ -166,6 +172,52 @@ def test_layers_are_loaded_beside_the_pass(tier, storage, together, monkeypatch,
         for given, right in zip(asked, expected, strict=True):
             assert_same(was_captured(pic.link(*given, LegoLink(3))), right)
     assert sorted(made) == sorted(2 * 4 * [0, 1, 2, 3])  # each once for every row
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("method", [A3(0.3, layers=1), ProphetKV(0.3)], ids=str)
+def test_layers_begun_for_a_prompt_that_is_prefilled_in_full_do_not_reach_it(
+    method, tier, monkeypatch, tmp_path
+):
+    """They are still on their way to its places when it has been chosen to be."""
+    monkeypatch.setattr(store_together, "MOST_LAYERS", 1)
+    where = {"host": {"host_bytes": math.inf}, "disk": {"path": tmp_path}}[tier]
+    store = ChunkStore(device_bytes=1, **where)
+    model = tiny_model("llama").to("cuda")
+    pic = PIC(model, flops_per_byte=1e12, store=store)
+    documents, query = prompt_parts(LENGTHS)
+    chunks = compiled(pic, documents)
+    other = PIC(model, flops_per_byte=1e12)
+    expected = other.link(compiled(other, documents), query, method)
+    place = LinkedKV._placed
+
+    def late(self, layers, parts):
+        torch.cuda._sleep(50_000_000)
+        return place(self, layers, parts)
+
+    monkeypatch.setattr(LinkedKV, "_placed", late)
+    for _ in range(3):
+        prompt = pic.link(chunks, query, method)
+        assert prompt.report.full_prefill
+        torch.cuda.synchronize()
+        assert_same(prompt, expected)
+
+
+@pytest.mark.parametrize("damaged", range(4))
+def test_a_layer_found_damaged_between_two_graphs_is_mended(damaged, monkeypatch, tmp_path):
+    monkeypatch.setattr(store_together, "MOST_LAYERS", 1)
+    store = ChunkStore(device_bytes=1, path=tmp_path)
+    pic, chunks, query = pic_and_parts(tiny_model("llama"), store=store)
+    expected = eagerly(pic, chunks, query, LegoLink(3))
+    was_captured(pic.link(chunks, query, LegoLink(3)))
+    (path,) = tmp_path.rglob(f"{chunks[1].key}*")
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin + (len(data) - begin) * (2 * damaged + 1) // 8] ^= 1
+    path.write_bytes(data)
+    prompt = was_captured(pic.link(chunks, query, LegoLink(3)))
+    assert prompt.report.chunk_hits.count(False) == 1
+    assert_same(prompt, expected)
 
 
 def test_two_prompts_stay_right_beside_each_other():

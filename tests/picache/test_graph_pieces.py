@@ -96,14 +96,38 @@ def test_a_pass_that_says_all_layers_at_once_is_one_piece(order):
     assert (due, order.told) == ([range(9)], [["all"]])
 
 
-def test_what_fails_while_it_is_captured_is_what_is_raised(order):
+@pytest.mark.parametrize("layer", range(5))
+def test_what_fails_while_it_is_captured_is_what_is_raised(layer, order, monkeypatch):
+    monkeypatch.setattr(graph_pieces, "LAYERS", 2)
+
     def forward(due):
+        for before in range(layer):
+            due(range(before, before + 1))
         order.now.inside.append("broken")
         raise ValueError("reads a tensor of the device")
 
     with pytest.raises(ValueError, match="reads a tensor"):
         GraphPieces(None, None).capture(forward)
     assert order.now is None  # other captures may follow
+
+
+@pytest.mark.parametrize("piece", range(3))
+def test_a_piece_that_cannot_be_begun_is_not_ended(piece, order, monkeypatch):
+    monkeypatch.setattr(graph_pieces, "LAYERS", 1)
+    begun = []
+    graph = torch.cuda.CUDAGraph
+
+    def failing():
+        made = graph()
+        if len(begun) == piece:
+            made.capture_begin = lambda *_, **__: 1 / 0
+        begun.append(made)
+        return made
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", failing)
+    with pytest.raises(ZeroDivisionError):
+        GraphPieces(None, None).capture(layer_by_layer(order, 4))
+    assert order.now is None
 
 
 class Captured:

@@ -7,11 +7,13 @@ import gc
 import math
 import pickle
 import threading
+import time
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from picache import A3, PIC, ChunkStore, LegoLink, ProphetKV
 from picache.hf.padded_pass import PaddedPass
@@ -178,6 +180,67 @@ def test_a_layer_found_damaged_while_the_captured_pass_runs_is_mended(
     assert prompt.report.chunk_hits == (True, False, True)
     assert prompt.report.recompute_pass.startswith("captured")
     assert_same(prompt, expected)
+
+
+def test_a_chunk_on_the_device_lies_there_in_other_groups_than_are_loaded(monkeypatch, tmp_path):
+    """A small one that was brought back, beside a large one that is read from a disk."""
+    monkeypatch.setattr(together, "AT_ONCE", 2**16)
+    model = tiny_model("llama", num_hidden_layers=8)
+    documents, query = [random_ids(20, seed=1), random_ids(120, seed=2)], random_ids(9)
+    own = PIC(model, flops_per_byte=None)
+    expected = own.link([own.compile(one) for one in documents], query, LegoLink(3))
+    writer = PIC(model, store=ChunkStore(device_bytes=1, path=tmp_path))
+    for one in documents:
+        writer.compile(one)
+    each = own.hf.bytes_per_token
+    pic = PIC(model, store=ChunkStore(device_bytes=40 * each, path=tmp_path), flops_per_byte=None)
+    chunks = [pic.compile(one) for one in documents]
+    tiers = [pic.store._find(chunk.key).tier for chunk in chunks]
+    assert tiers == ["device", "disk"]
+    small, large = (together.layer_groups(8, chunk.nbytes) for chunk in chunks)
+    assert len(small) < len(large)
+    assert_same(pic.link(chunks, query, LegoLink(3)), expected)
+
+
+def test_memory_that_lacks_for_loading_is_not_taken_for_that_of_the_capture(
+    captured, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)
+    pic, chunks = on_disk(tmp_path)
+    query = random_ids(6)
+    expected = pic.link(chunks, query, LegoLink(3))
+    recorded, layers = dict(pic.passes._recorded), StoredChunk.layers
+
+    def full(self, group, *device):
+        if 2 in group:
+            raise torch.OutOfMemoryError("no memory for a layer")
+        return layers(self, group, *device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredChunk, "layers", full)
+        with pytest.raises(torch.OutOfMemoryError, match="for a layer"):
+            pic.link(chunks, query, LegoLink(3))
+    assert pic.passes._recorded == recorded
+    assert_same(pic.link(chunks, query, LegoLink(3)), expected)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_waiting_for_a_disk_is_not_time_of_the_recomputation(
+    method, captured, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(together, "MOST_LAYERS", 1)
+    pic, chunks = on_disk(tmp_path)
+    pic.link(chunks, random_ids(6), method)
+    layers = StoredChunk.layers
+
+    def slow(self, group, *device):
+        time.sleep(0.25)
+        return layers(self, group, *device)
+
+    monkeypatch.setattr(StoredChunk, "layers", slow)
+    seconds = pic.link(chunks, random_ids(6), method).report.seconds
+    assert seconds["first_token"] > 0.5
+    assert seconds["recompute"] + seconds["choose"] < 0.4 * seconds["first_token"]
 
 
 def test_the_seconds_of_placing_are_shared_by_the_rows(placed):

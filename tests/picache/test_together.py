@@ -12,8 +12,8 @@ from picache import ChunkStore
 from picache.kernels.placing import Resident
 from picache.kernels.tables import ALIGNED
 from picache.store import together
-from picache.store.quantize import FP8
-from picache.store.together import Form, Packed, groups, moved, to_host
+from picache.store.quantize import FP8, encode
+from picache.store.together import Form, Packed, _packed, layer_groups, moved, to_host
 from tests.picache.disk_chunks import chunk
 
 META = torch.device("meta")
@@ -126,15 +126,83 @@ def test_what_does_not_is_moved_by_one_copy_a_tensor(change):
     assert copies == [part.nbytes for layer in layers for part in layer.values()]
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+@pytest.mark.parametrize("some", [slice(None), slice(1, 3), slice(3, None)])
+def test_what_is_there_already_stays_as_it_is(some, device):
+    """Some layers of a longer piece, too, as those of a chunk that was promoted."""
+    held = encoded(4, tokens=4)
+    layers = packed(held).layers()[some]
+    there = moved(layers, device)
+    assert_equal(there, held[some])
+    assert all(there[i][name] is layer[name] for i, layer in enumerate(layers) for name in layer)
+    assert_equal(_packed(layers).to("cpu").layers(), held[some])
+
+
+def test_layers_of_several_pieces_are_moved_by_one_copy_a_piece():
+    held = encoded(7, tokens=4)
+    layers = [*packed(held[:3]).layers(), *packed(held[3:6]).layers(), held[6]]
+    with copies_elsewhere() as copies:
+        assert_equal(moved(layers[1:], META), held[1:])
+    each = held[0]["keys"].nbytes
+    assert copies == [4 * each, 6 * each, each, each]
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+def test_what_moves_to_the_host_lies_there_in_groups(storage, monkeypatch):
+    monkeypatch.setattr(together, "MOST_LAYERS", 3)
+    layers = [encode(kv, storage) for kv in chunk() * 3][:5]
+    nowhere = [{name: Elsewhere(part) for name, part in layer.items()} for layer in layers]
+    held = to_host(nowhere)
+    assert_equal(held, layers)
+    assert len({layer["keys"].untyped_storage().data_ptr() for layer in held}) == 2
+    with copies_elsewhere() as copies:
+        assert_equal(moved(held, META), layers)
+    assert len(copies) == 2
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device."""
+
+    device = META
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
 def test_what_is_on_the_host_stays_as_it_is():
     layers = encoded(2)
     held = to_host(layers)
     assert all(held[i][name] is layers[i][name] for i in (0, 1) for name in ("keys", "values"))
 
 
+def test_a_file_whose_smaller_elements_stand_first_is_read_right(tmp_path):
+    """As another writer may lay them out: in memory the larger stand first."""
+    store = ChunkStore(device_bytes=1, path=tmp_path, storage="int8")
+    store.put("a", chunk())
+    expected = moved(store.get("a").encoded(range(len(chunk()))), None)
+    file = store._disk.open("a").file
+    last = max(place.end for place in file._places.values())
+    end = {name: last - place.end for name, place in file._places.items()}  # back to front
+    data, first = tmp_path.rglob("a*.safetensors").__next__().read_bytes(), min(end.values())
+    assert first == 0
+    begin = min(place.begin for place in file._places.values())
+    turned = bytearray(data)
+    for name, place in file._places.items():
+        at = begin + end[name] + 1  # and at odd places
+        turned[at : at + place.nbytes] = data[place.begin : place.end]
+        file._places[name] = type(place)(at, place.dtype, place.shape)
+    copy = tmp_path / "turned"
+    copy.write_bytes(turned)
+    with copy.open("rb", buffering=0) as raw:
+        file._file = raw
+        assert_equal(file.layers(range(len(chunk()))).layers(), expected)
+
+
 @given(layers=st.integers(1, 200), nbytes=st.integers(0, 2**40))
 def test_groups_are_all_layers_in_order_and_no_larger_than_they_may_be(layers, nbytes):
-    found = groups(layers, nbytes)
+    found = layer_groups(layers, nbytes)
     assert [layer for group in found for layer in group] == [*range(layers)]
     for group in found:
         assert len(group) == 1 or len(group) * nbytes <= together.AT_ONCE * layers
