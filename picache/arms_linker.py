@@ -68,21 +68,21 @@ class ArmsLinker:
         which = f"problem {start}"
         if len(problems) > 1:
             which = f"problems {start} to {start + len(problems) - 1}"
-        ids: list[Tensor] | None = None
+        shared: Tensor | None = None
         for name, arm in self._arms.items():
             with _naming(f"arm {name!r} on {which}"):
                 prompt = self._link(problems, arm)
-            own = _rows(prompt)
-            if ids is None:
-                ids = own
-                self.prompt_tokens += map(len, ids)
-                yield self._full_prefill(ids)
-            for one, other in zip(own, ids, strict=True):
-                if not torch.equal(one, other):
-                    raise PICacheError(
-                        f"arm {name!r} links {len(one)} tokens where others link {len(other)}: "
-                        "arms of one comparison share their ids, so compare sinks='keep' on its own"
-                    )
+            if shared is None:
+                shared, tokens = prompt.input_ids, prompt.report.tokens_total
+                rows = _rows(prompt)
+                self.prompt_tokens += map(len, rows)
+                yield self._full_prefill(rows)
+            if not torch.equal(prompt.input_ids, shared):
+                raise PICacheError(
+                    f"arm {name!r} links {prompt.report.tokens_total} tokens where others link "
+                    f"{tokens}: arms of one comparison share their ids, so "
+                    "compare sinks='keep' on its own"
+                )
             yield _prefilled(prompt)
 
     def _full_prefill(self, ids: Sequence[Tensor]) -> "Prefilled":
@@ -138,6 +138,8 @@ class ArmsLinker:
         """Compile chunks behind `sinks`, those at once that are not compiled yet."""
         keys = dict.fromkeys((sinks, text, first) for text in texts)
         new = [key for key in keys if key not in self._compiled]
+        if not new:
+            return
         made = self._pics[sinks].compile_all([text for _, text, _ in new], first)
         self._compiled.update(zip(new, made, strict=True))
 

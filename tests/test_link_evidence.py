@@ -89,7 +89,7 @@ def test_intervals_are_those_of_the_tasks_own_questions():
 
 def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
     """One arm is best on even questions and worst on odd ones."""
-    lucky, good = "ProphetKV 15 %", "LegoLink 8"
+    lucky, good = "ProphetKV 15 %", "LegoLink 16"
 
     def kl(task, number, label):
         if label == lucky:

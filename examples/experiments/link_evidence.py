@@ -41,7 +41,7 @@ QUESTIONS = "link_evidence_questions.json.gz"
 ROOM = 256
 """Tokens of a prompt besides its documents and its question: instruction, template, answer."""
 TIMED = 5
-"""Prompts that are linked alone, twice by each way, for the time to first token."""
+"""Prompts that are linked alone, twice by each way, for its seconds; one where small."""
 
 
 @cache
@@ -191,9 +191,11 @@ def run(args: argparse.Namespace) -> dict:
         record["seconds"] = before + time.time() - begun
         file.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
 
+    print(f"{len(every)} questions, {len(left)} of {len(turns)} turns to go", flush=True)
     if not record["first_token_seconds"]:
-        timed = [next(one for one in every if one.task == task) for task in TASKS][:TIMED]
-        record["first_token_seconds"] = first_token_seconds(args.model, args.small, timed)
+        count = 1 if args.small else TIMED
+        timed = sorted(every, key=lambda one: (one.number, -len("".join(one.problem.documents))))
+        record["first_token_seconds"] = first_token_seconds(args.model, args.small, timed[:count])
         write()
     task = partial(measured, args.model, args.together, args.small, begun + args.seconds)
     for rows in spread(task, left, args.workers, "turns"):

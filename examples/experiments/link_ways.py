@@ -20,7 +20,7 @@ from picache import (
 )
 from picache.sinks import Sinks
 
-KS = (1, 2, 4, 8, 16, 32)
+KS = (1, 4, 16, 32)
 RATIOS = (0.02, 0.05, 0.15, 0.3)
 NOTHING, SYSTEM, BOS_KEPT = "nothing", "the system prompt", "BOS kept"
 BEHIND = (NOTHING, "1 dummy", "4 dummies", SYSTEM, BOS_KEPT)
@@ -65,11 +65,10 @@ def by_share(ratio: float, behind: str) -> dict[str, LinkMethod]:
     """Methods that are given a share of the tokens; those that look at first tokens, too."""
     found: dict[str, LinkMethod] = {"ProphetKV": ProphetKV(ratio)}
     if behind != BOS_KEPT:
-        found["LegoLink-4 + ProphetKV"] = Combined((LegoLink(4), ProphetKV(1.0)), ratio)
-    if behind in (NOTHING, "4 dummies"):
         found["LegoLink-1 + ProphetKV"] = Combined((LegoLink(1), ProphetKV(1.0)), ratio)
     if behind == NOTHING:
         found |= {
+            "LegoLink-4 + ProphetKV": Combined((LegoLink(4), ProphetKV(1.0)), ratio),
             "ProphetKV, value norm": ProphetKV(ratio, value_norm=True),
             "A3": A3(ratio),
             "CacheBlend": CacheBlend(ratio),
@@ -85,8 +84,8 @@ def ways(small: bool = False) -> list[Way]:
 
 def _behind(behind: str, small: bool) -> Iterator[Way]:
     beside = "" if behind == NOTHING else f", {behind}"
-    few = KS if behind == NOTHING else (1, 4, 16)
-    ks, ratios = ((1, 4), (0.15,)) if small else (few, RATIOS)
+    ks = (1, 4) if small else KS if behind == NOTHING else (1, 4, 16)
+    ratios = (0.15,) if small else (0.05, 0.15) if behind == BOS_KEPT else RATIOS
     yield Way("naive", behind, "", NaiveReuse())
     for k in ks:
         yield Way("random", behind, f"{k} a chunk", RandomRecompute(k))
