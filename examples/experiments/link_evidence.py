@@ -145,6 +145,8 @@ def main() -> None:
         record = json.loads(gzip.decompress(args.measured.read_bytes()))
     else:
         record = run(args)
+    if not record["questions"]:
+        raise SystemExit("no turn began within --seconds: give more, or call again to go on")
     summed = summary(record, ways(record["configuration"]["small"]))
     (args.out / "link_evidence.json").write_text(json.dumps(summed, indent=1) + "\n")
     draw(summed, args.out / "link_evidence.png")
@@ -189,7 +191,9 @@ def run(args: argparse.Namespace) -> dict:
 
     def write() -> None:
         record["seconds"] = before + time.time() - begun
-        file.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
+        part = file.with_suffix(".part")  # whole or not at all: the run may be ended at any time
+        part.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
+        part.replace(file)
 
     print(f"{len(every)} questions, {len(left)} of {len(turns)} turns to go", flush=True)
     if not record["first_token_seconds"]:
