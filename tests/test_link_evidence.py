@@ -146,7 +146,7 @@ def test_turns_are_of_one_size_and_leave_nothing_out():
         for task in ("lookup", "XQuAD")
         for number in range(21)
     ]
-    turns = link_turns.turns_of(every, 0, 8)
+    turns = link_turns.turns_of(every, 8)
     assert [len(turn.asked) for turn in turns] == [8] * 6
     assert {one[:2] for turn in turns for one in turn.asked} == {one[:2] for one in every}
     assert sum(turn.eager for turn in turns) == 2
@@ -154,8 +154,8 @@ def test_turns_are_of_one_size_and_leave_nothing_out():
         documents = [len(one.problem.documents) for one in turn.asked]
         mixed = len({one.task for one in turn.asked}) > 1
         assert mixed or max(documents) - min(documents) <= 12
-    assert link_turns.turns_of(every, 0, 8) == turns
-    assert [len(turn.asked) for turn in link_turns.turns_of(every[:3], 0, 8)] == [3]
+    assert link_turns.turns_of(every, 8) == turns
+    assert [len(turn.asked) for turn in link_turns.turns_of(every[:3], 8)] == [3]
 
 
 def test_a_kept_bos_is_that_of_a_pic_that_keeps_it():

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> dict:
     """
     begun = time.time()
     every = asked_of(args.data, loaded(args.model)[1], args.questions, args.seed)
-    turns = turns_of(every, args.seed, args.together)
+    turns = turns_of(every, args.together)
     record = {
         "configuration": {
             "model": args.model,

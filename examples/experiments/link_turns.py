@@ -54,7 +54,7 @@ def asked_of(
     ]
 
 
-def turns_of(every: Sequence[Asked], seed: int, together: int) -> list[Turn]:
+def turns_of(every: Sequence[Asked], together: int) -> list[Turn]:
     """The questions in turns of as many, whose prompts are about as long; the turns mixed.
 
     The last turn has some of the questions of the one before, since passes are captured for the
@@ -71,7 +71,8 @@ def turns_of(every: Sequence[Asked], seed: int, together: int) -> list[Turn]:
         Turn(ordered[start : start + together], index % EAGER == 0)
         for index, start in enumerate(starts)
     ]
-    return [turns[i] for i in np.random.default_rng(seed).permutation(len(turns))]
+    # Steps of the golden ratio: those that come first are spread over all lengths, however many.
+    return [turns[i] for i in np.argsort(np.arange(len(turns)) * 0.618034 % 1)]
 
 
 def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
