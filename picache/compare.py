@@ -1,9 +1,8 @@
 """Link methods against full prefill, on the same questions about the same documents."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,28 +11,27 @@ from torch import Tensor
 
 from picache.answers import begins, f1
 from picache.arguments import whole_number
-from picache.chunk import Chunk
+from picache.arms_linker import ArmsLinker
 from picache.comparison import Comparison
 from picache.errors import PICacheError
-from picache.linking.prompt import LinkedPrompt
 from picache.methods import FullRecompute
 from picache.methods.base import LinkMethod
 from picache.methods.presets import Arm
 from picache.pic import PIC
 from picache.problem import Problem, answer_ids, check_problems, pieces
 from picache.progress import bar
-from picache.sinks import Sinks
 from picache.text_ids import ids_of_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from picache.hf.decoding import Answered, Prefilled
+    from picache.hf.decoding import Answered
 
 METRICS = {
     "accuracy": "whether the greedy answer begins with an answer; where problems have answers",
     "f1": "overlap of its words with those of the best answer; where problems have answers",
-    "extra_nll": "nats a token of the first answer above full prefill, teacher-forced",
+    "nll": "nats a token of the first answer, teacher-forced",
+    "extra_nll": "the same above full prefill",
     "kl": "KL(full || arm) in nats, mean over the answer's tokens",
     "agreement": "share of the answer's tokens that full prefill finds likeliest and the arm too",
     "recomputed": "share of the prompt's tokens that went through the layers, mean over layers",
@@ -46,10 +44,9 @@ HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 DRAWN = ("recomputed", "extra_nll")
 
-FULL = "full"
+SECONDS = "first_token_seconds"
 
-KEPT = 2**30
-"""Bytes of compiled chunks beyond which those of earlier problems are let go."""
+FULL = "full"
 
 
 @torch.no_grad()
@@ -63,6 +60,8 @@ def compare(
     metrics: Sequence[str] | None = None,
     progress: bool = True,
     seed: int = 0,
+    together: int = 1,
+    pic: PIC | None = None,
 ) -> Comparison:
     """Answer every problem under full prefill and under each method.
 
@@ -81,6 +80,10 @@ def compare(
             there are none; by default all that can be.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
+        together: how many problems are compiled and linked at once. On a GPU that is faster, most
+            of all for problems that are about as long; first_token_seconds, which is of a prompt
+            alone, is then left out.
+        pic: what to link by, with chunks compiled and passes captured before; by default a new one.
 
     Returns:
         A `Comparison` with the metrics of `METRICS`, full prefill first. Its settings hold the
@@ -88,131 +91,50 @@ def compare(
 
     Raises:
         PICacheError: no problems, answers to some of them only or longer than new_tokens, a metric
-            that needs answers where there are none, no methods, two arms of one name, some arms
-            that keep the BOS of chunks and some that do not, a prompt longer than the model's
-            positions; before anything runs.
+            that needs answers where there are none or problems alone where they are not, no
+            methods, two arms of one name, some arms that keep the BOS of chunks and some that do
+            not, a prompt longer than the model's positions, a pic of another model or tokenizer or
+            one that may prefill in full; before anything runs.
     """
     check_problems(problems)
     arms = _named(methods)
-    wanted = _wanted(metrics, bool(problems[0].answers))
+    together = whole_number("compare needs a whole number of problems together", together, least=1)
+    wanted = _wanted(metrics, bool(problems[0].answers), together == 1)
     new_tokens = whole_number("compare needs a whole number of new_tokens", new_tokens, least=1)
     seed = whole_number("compare needs a whole number as its seed", seed, least=0)
     _check_lengths(model, tokenizer, problems, new_tokens)
+    if pic is not None:
+        _check_pic(pic, model, tokenizer)
     from picache.hf.decoding import answers  # transformers is loaded with the model
 
-    linker = _Linker(model, tokenizer, arms)
+    linker = ArmsLinker(pic or PIC(model, tokenizer, flops_per_byte=None), tokenizer, arms)
     stop = _stop_tokens(model, tokenizer)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
-    for index, problem in enumerate(
-        bar(problems, f"full prefill and {len(arms)} methods", "problem", progress)
-    ):
-        target = None
-        if problem.answers:
-            target = torch.tensor(answer_ids(problem, tokenizer), device=model.device)
-        found = answers(model, linker.prompts(index, problem), new_tokens, stop, target)
+    groups = range(0, len(problems), together)
+    unit = "problem" if together == 1 else f"{together} problems"
+    for start in bar(groups, f"full prefill and {len(arms)} methods", unit, progress):
+        group = problems[start : start + together]
+        targets = None
+        if group[0].answers:
+            ids = (answer_ids(problem, tokenizer) for problem in group)
+            targets = [torch.tensor(one, device=model.device) for one in ids]
+        found = answers(model, linker.prompts(start, group), new_tokens, stop, targets)
         full = next(found)
-        if target is None:
-            target = full.tokens
-        for name, answered in zip(values, (full, *found), strict=True):
-            text = str(tokenizer.decode(answered.tokens, skip_special_tokens=True))
-            decoded[name].append(text)
-            _record(values[name], problem, answered, full, target, text)
+        if targets is None:
+            targets = [one.tokens for one in full]
+        for name, answered in zip(values, chain([full], found), strict=True):
+            for problem, ours, reference, target in zip(
+                group, answered, full, targets, strict=True
+            ):
+                text = str(tokenizer.decode(ours.tokens, skip_special_tokens=True))
+                decoded[name].append(text)
+                _record(values[name], problem, ours, reference, target, text)
     arrays = {n: {m: np.array(of[m]) for m in wanted} for n, of in values.items()}
     settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
     settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
     drawn = DRAWN if set(DRAWN) <= set(wanted) else None
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, drawn)
-
-
-class _Linker:
-    """Links the prompt of a problem by every arm; what arms or problems share is compiled once."""
-
-    def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arms: dict[str, Arm]
-    ) -> None:
-        self._pic = PIC(model, tokenizer, flops_per_byte=None)
-        self._tokenizer, self._arms = tokenizer, arms
-        self._pics: dict[Sinks, PIC] = {}
-        for name, arm in arms.items():
-            with _naming(f"arm {name!r}"):
-                self._pics[arm.sinks] = self._pics.get(arm.sinks) or self._pic.behind(arm.sinks)
-        self._compiled: dict[tuple[Sinks, str, bool], Chunk] = {}
-        self.prompt_tokens: list[int] = []  # of each problem's prompt
-
-    def prompts(self, index: int, problem: Problem) -> "Iterator[Prefilled]":
-        """The prompt of `problem` prefilled in full, then by each arm; the same ids in all."""
-        from picache.hf.decoding import Prefilled  # transformers is loaded with the model
-
-        if self._pic.store.nbytes > KEPT:
-            self._pic.store.clear()
-            self._compiled.clear()
-        ids: Tensor | None = None
-        for name, arm in self._arms.items():
-            with _naming(f"arm {name!r} on problem {index}"):
-                prompt = self._link(problem, arm)
-            if ids is None:
-                ids = prompt.input_ids
-                self.prompt_tokens.append(ids.shape[1])
-                yield self._full_prefill(ids)
-            if not torch.equal(prompt.input_ids, ids):
-                raise PICacheError(
-                    f"arm {name!r} links {prompt.input_ids.shape[1]} tokens where others link "
-                    f"{ids.shape[1]}: arms of one comparison share their ids, so compare "
-                    "sinks='keep' on its own"
-                )
-            place, attached = ids.shape[1] - 1, None
-            if (
-                "position_ids" in prompt
-            ):  # chunks side by side, and attention changed while decoding
-                place, attached = int(prompt["position_ids"][0, -1]), prompt.attached
-            report = prompt.report
-            share = report.tokens_recomputed / report.tokens_total
-            yield Prefilled(
-                ids[:, -1:],
-                prompt.logits,
-                prompt.past_key_values.kv,
-                place,
-                share,
-                report.flops / report.flops_full_prefill,
-                report.seconds["first_token"],
-                attached,
-            )
-
-    def _full_prefill(self, ids: Tensor) -> "Prefilled":
-        """The model's own forward, nothing reused."""
-        from picache.hf.decoding import Prefilled
-
-        self._pic.hf.finish()
-        begun = time.perf_counter()
-        logits, kv = self._pic.hf.full_prefill(ids[0])
-        self._pic.hf.finish()
-        seconds = time.perf_counter() - begun
-        held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
-        return Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 1.0, seconds)
-
-    def _link(self, problem: Problem, arm: Arm) -> LinkedPrompt:
-        prefix, documents, query = pieces(problem, self._tokenizer)
-        texts = [*([prefix] if prefix else []), *documents]
-        chunks = [self._chunk(arm.sinks, text, not place) for place, text in enumerate(texts)]
-        self._pic.hf.finish()  # on a GPU compiling is only under way
-        return self._pics[arm.sinks].link(chunks, query, method=arm.method)
-
-    def _chunk(self, sinks: Sinks, text: str, first: bool) -> Chunk:
-        """A chunk compiled behind `sinks`, unless it has been already."""
-        key = (sinks, text, first)
-        if key not in self._compiled:
-            self._compiled[key] = self._pics[sinks].compile(text, first=first)
-        return self._compiled[key]
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Inside the block an error says what it happened to."""
-    try:
-        yield
-    except PICacheError as error:
-        raise PICacheError(f"{what}: {error}") from error
 
 
 def _record(
@@ -225,7 +147,11 @@ def _record(
 ) -> None:
     """Append what an arm measures, held against full prefill, to its lists."""
     ours, reference = arm.log_probabilities, full.log_probabilities
-    nll, own = (-float(one.gather(1, target[:, None]).mean()) for one in (ours, reference))
+    likelihoods = [-one.gather(1, target[:, None]).mean() for one in (ours, reference)]
+    kl = (reference.exp() * (reference - ours)).sum(-1).mean()
+    agreement = (ours.argmax(-1) == reference.argmax(-1)).double().mean()
+    # Read back once: each time a device is waited for.
+    nll, own, divergence, agreed = torch.stack([*likelihoods, kl, agreement]).tolist()
     measured = {}
     if problem.answers:
         measured = {
@@ -233,9 +159,10 @@ def _record(
             "f1": max(map(partial(f1, answer), problem.answers)),
         }
     measured |= {
+        "nll": nll,
         "extra_nll": nll - own,
-        "kl": float((reference.exp() * (reference - ours)).sum(-1).mean()),
-        "agreement": float((ours.argmax(-1) == reference.argmax(-1)).double().mean()),
+        "kl": divergence,
+        "agreement": agreed,
         "recomputed": arm.recomputed,
         "operations": arm.operations,
         "first_token_seconds": arm.seconds,
@@ -244,9 +171,11 @@ def _record(
         into.setdefault(metric, []).append(value)
 
 
-def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
+def _wanted(metrics: Sequence[str] | None, answered: bool, alone: bool) -> list[str]:
     """The metrics asked for, which can be measured; in the order of `METRICS`."""
     known = [name for name in METRICS if answered or name not in ("accuracy", "f1")]
+    if not alone:
+        known.remove(SECONDS)
     if metrics is None:
         return known
     if isinstance(metrics, str) or not metrics:
@@ -254,6 +183,8 @@ def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
     for name in metrics:
         if name not in METRICS:
             raise PICacheError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+        if name == SECONDS and not alone:
+            raise PICacheError(f"{name!r} is of a prompt linked alone: leave out together")
         if name not in known:
             raise PICacheError(f"{name!r} needs answers: give them, or leave it out")
     return [name for name in known if name in metrics]
@@ -294,6 +225,21 @@ def _named(
             "not: arms of one comparison share their ids, so compare sinks='keep' on its own"
         )
     return arms
+
+
+def _check_pic(pic: PIC, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a PIC that would not link what is compared."""
+    if pic.model is not model or pic.tokenizer is not tokenizer:
+        raise PICacheError(
+            "the pic is of another model or tokenizer than those compared: give PIC(model, "
+            "tokenizer, flops_per_byte=None) of the same two"
+        )
+    if pic.flops_per_byte is not None:
+        raise PICacheError(
+            f"the pic has flops_per_byte={pic.flops_per_byte!r}, by which it would prefill in full "
+            "where linking costs as much: arms that are compared link whatever it costs, so give "
+            "PIC(..., flops_per_byte=None)"
+        )
 
 
 def _name(method: LinkMethod | Arm) -> str:

@@ -188,7 +188,7 @@ class HFModel:
         """Keys and values, by layer, of a text prefilled alone with the model's own attention.
 
         Args:
-            ids: token ids, ``[1, tokens]``.
+            ids: token ids, ``[texts, tokens]``; each text alone, from the same position.
             position: rotary position of the first token.
         """
         return self._prefill(ids, torch.arange(position, position + ids.shape[1])[None])

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from picache import (
+    APE,
     PIC,
     Arm,
+    CacheBlend,
     DummySinks,
     FullRecompute,
     LegoLink,
@@ -20,6 +22,8 @@ from picache import (
     NaiveReuse,
     PICacheError,
     Problem,
+    ProphetKV,
+    SharedPrefix,
     arms,
     compare,
 )
@@ -178,6 +182,11 @@ def test_the_fair_arms_are_compared_with_full_prefill_first(model):
         (dict(methods={FULL: FullRecompute()}), "methods is empty"),
         (dict(methods=[LegoLink]), "is no link method"),
         (dict(methods=LegoLink(1)), "methods must be a list"),
+        (dict(together=0), "whole number of problems together, got 0"),
+        (
+            dict(metrics=["first_token_seconds"], together=2),
+            "'first_token_seconds' is of a prompt linked alone",
+        ),
         (dict(new_tokens=0), "whole number of new_tokens, got 0"),
         (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
     ],
@@ -234,7 +243,7 @@ def test_what_two_problems_share_is_compiled_once(model, monkeypatch):
     result = compare(model, tokenizer_of(), [one, two], arms, progress=False)
     # A PIC's own check, a BOS that stands first, and three documents: alone, and behind dummies.
     assert len(calls) - begun == begun + 1 + 3 + 3
-    kept = module("picache.compare")
+    kept = module("picache.arms_linker")
     monkeypatch.setattr(kept, "KEPT", 0)
     begun_again = len(calls)
     again = compare(model, tokenizer_of(), [one, two], arms, progress=False)
@@ -250,9 +259,57 @@ class Refuses(LinkMethod):
         raise PICacheError("not with this model: use another")
 
 
+@pytest.mark.parametrize("captures", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat"])
+def test_problems_together_measure_what_each_does_alone(model, request, template, captures):
+    """Padded: the problems differ in length, their answers too, and the last group is smaller."""
+    if captures:
+        request.getfixturevalue("captured")
+    longer = Problem(("the dog sits", "the cat sleeps on a mat"), "where", ("on a mat", "mat"))
+    problems, tokenizer = [*PROBLEMS, longer, PROBLEMS[1]], tokenizer_of(template)
+    arms = {
+        "naive": NaiveReuse(),
+        "first tokens": Arm(LegoLink(2), DummySinks(2)),
+        "by layer": CacheBlend(0.5),
+        "asked": ProphetKV(0.3),
+        "side by side": Arm(APE(), SharedPrefix("the cat")),
+    }
+    given = dict(new_tokens=4, progress=False)
+    alone = compare(model, tokenizer, problems, arms, **given)
+    pic = PIC(model, tokenizer, flops_per_byte=None)
+    together = compare(model, tokenizer, problems, arms, together=2, pic=pic, **given)
+    assert together.settings["prompt_tokens"] == alone.settings["prompt_tokens"]
+    assert together.settings["decoded"] == alone.settings["decoded"]
+    assert list(together[FULL]) == [name for name in METRICS if name != "first_token_seconds"]
+    for arm, of in together.measured.items():
+        for metric, measured in of.items():
+            np.testing.assert_allclose(measured, alone.measured[arm][metric], rtol=0, atol=2e-5)
+
+
+def test_a_pic_is_used_again_with_what_it_has_compiled(model, monkeypatch):
+    tokenizer = tokenizer_of()
+    pic = PIC(model, tokenizer, flops_per_byte=None)
+    first = compare(model, tokenizer, PROBLEMS, [LegoLink(2)], progress=False, pic=pic)
+    monkeypatch.setattr(HFModel, "prefill", None)  # nothing is compiled again
+    again = compare(model, tokenizer, PROBLEMS, [LegoLink(2)], progress=False, pic=pic)
+    np.testing.assert_array_equal(
+        first.measured["LegoLink(k=2)"]["kl"], again.measured["LegoLink(k=2)"]["kl"]
+    )
+
+
+def test_a_pic_that_links_something_else_is_refused(model):
+    tokenizer = tokenizer_of()
+    with pytest.raises(PICacheError, match="of another model or tokenizer"):
+        compare(model, tokenizer, PROBLEMS, [LegoLink(2)], pic=PIC(model))
+    with pytest.raises(PICacheError, match=r"flops_per_byte=25\.0, by which it would prefill"):
+        compare(model, tokenizer, PROBLEMS, [LegoLink(2)], pic=PIC(model, tokenizer))
+
+
 def test_a_method_that_refuses_is_named_with_the_problem(model):
     with pytest.raises(PICacheError, match=r"arm 'mine' on problem 0: not with this model"):
         compare(model, tokenizer_of(), PROBLEMS, {"mine": Refuses()}, progress=False)
+    with pytest.raises(PICacheError, match=r"arm 'mine' on problems 0 to 1: not with this model"):
+        compare(model, tokenizer_of(), PROBLEMS, {"mine": Refuses()}, progress=False, together=2)
     arms = {"good": NaiveReuse(), "bad": Arm(NaiveReuse(), DummySinks(2, token=999))}
     with pytest.raises(PICacheError, match="arm 'bad': DummySinks holds token id 999"):
         compare(model, tokenizer_of(), PROBLEMS, arms, progress=False)

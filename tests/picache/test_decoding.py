@@ -32,13 +32,20 @@ def prefilled(pic, prompts):
     ids = prompts[0].input_ids
     logits, kv = pic.hf.full_prefill(ids[0])
     held = [(keys[:, :, :-1], values[:, :, :-1]) for keys, values in kv]
-    yield Prefilled(ids[:, -1:], logits, held, ids.shape[1] - 1, 1.0, 1.0, 0.5)
+    last = (ids.shape[1] - 1,)
+    yield Prefilled(ids[:, -1:], logits, held, last, (0,), (1.0,), (1.0,), 0.5)
     for prompt in prompts:
-        place, attached = ids.shape[1] - 1, None
+        place, attached = last, None
         if "position_ids" in prompt:
-            place, attached = int(prompt["position_ids"][0, -1]), prompt.attached
+            place, attached = (int(prompt["position_ids"][0, -1]),), prompt.attached
         kv = prompt.past_key_values.kv
-        yield Prefilled(ids[:, -1:], prompt.logits, kv, place, 0.25, 0.3, 0.1, attached)
+        yield Prefilled(ids[:, -1:], prompt.logits, kv, place, (0,), (0.25,), (0.3,), 0.1, attached)
+
+
+def alone(model, prompts, new_tokens, stop, target=None):
+    """What stands behind a single prompt of every arm."""
+    targets = None if target is None else [target]
+    return [one for (one,) in answers(model, prompts, new_tokens, stop, targets)]
 
 
 def one_by_one(model, prompts, target):
@@ -69,7 +76,7 @@ def test_a_batch_answers_as_each_prompt_does_alone(model, monkeypatch, room, len
     monkeypatch.setattr(decoding, "TOGETHER", room)
     pic, prompts = linked(model)
     target = None if length is None else random_ids(length, seed=9)
-    found = list(answers(model, prefilled(pic, prompts), NEW, frozenset(), target))
+    found = alone(model, prefilled(pic, prompts), NEW, frozenset(), target)
     expected = one_by_one(model, prompts, target)
     assert len(found) == len(expected) == 5
     for answered, (tokens, logits) in zip(found, expected, strict=True):
@@ -93,18 +100,16 @@ def test_no_more_is_held_than_goes_into_a_batch(model, monkeypatch):
 
     nbytes = sum(t.nbytes for layer in prompts[0].past_key_values.kv for t in layer)
     monkeypatch.setattr(decoding, "TOGETHER", 2 * nbytes)
-    running = answers(model, watched(), 1, frozenset(), random_ids(1, seed=1))
+    running = answers(model, watched(), 1, frozenset(), [random_ids(1, seed=1)])
     next(running)
     assert len(made) == 3, "two in the batch, and the one that no longer fits"
 
 
 def test_an_answer_is_over_at_a_token_that_ends_it(model):
     pic, prompts = linked(model)
-    whole = [
-        one.tokens.tolist() for one in answers(model, prefilled(pic, prompts), NEW, frozenset())
-    ]
+    whole = [one.tokens.tolist() for one in alone(model, prefilled(pic, prompts), NEW, frozenset())]
     end = whole[0][2]
-    ended = list(answers(model, prefilled(pic, prompts), NEW, frozenset({end})))
+    ended = alone(model, prefilled(pic, prompts), NEW, frozenset({end}))
     for before, after in zip(whole, ended, strict=True):
         cut = before.index(end) + 1 if end in before else len(before)
         assert after.tokens.tolist() == before[:cut]
@@ -115,6 +120,6 @@ def test_an_error_leaves_the_model_detached(model):
     pic, prompts = linked(model)
     broken = torch.tensor([10**9])  # no such token
     with pytest.raises(IndexError):
-        list(answers(model, prefilled(pic, prompts[1:2]), 1, frozenset(), broken.repeat(3)))
+        list(answers(model, prefilled(pic, prompts[1:2]), 1, frozenset(), [broken.repeat(3)]))
     assert model.config._attn_implementation == "sdpa"
     pic.compile(random_ids(3, seed=3))

@@ -1,0 +1,148 @@
+"""What link_evidence.py prints and draws of its summary: tables, and EPIC's picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from link_ways import NOTHING
+from quickstart_pages import markdown
+
+
+def _spelled(interval: list[float], digits: int = 2) -> str:
+    mean, low, high = (f"{one:+.{digits}f}" for one in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+def best_table(summed: dict[str, Any]) -> str:
+    """The best arm of each budget, on the questions it was not chosen on."""
+    lines = [
+        {
+            "budget": f"{100 * row['budget']:.0f}%",
+            "among": row["among"],
+            "arm": row["arm"],
+            "share": f"{100 * row['recomputed']:.1f}%",
+            "nll": _spelled(row["extra_nll"]),
+            "kl": _spelled(row["kl"], 3).replace("+", ""),
+            "twin": _spelled(row["minus_twin"], 3) if "twin" in row else "",
+            "right": f"{100 * row['accuracy'][0]:.0f}% of {100 * row['accuracy_full']:.0f}%",
+        }
+        for row in summed["best"]
+    ]
+    columns = {
+        "budget": "{budget}",
+        "best of": "{among}",
+        "arm": "{arm}",
+        "recomputed besides the query": "{share}",
+        "KL": "{kl}",
+        "KL minus random's": "{twin}",
+        "extra nats a token": "{nll}",
+        "right": "{right}",
+    }
+    return markdown(lines, columns)
+
+
+def task_table(summed: dict[str, Any], task: str) -> str:
+    """All arms on one task, or over all."""
+    lines = []
+    for row in summed["rows"]:
+        if row["task"] != task:
+            continue
+        lines.append(
+            {
+                "arm": row["arm"],
+                "share": f"{100 * row['recomputed'][0]:.1f}%",
+                "work": f"{100 * row['operations'][0]:.1f}%",
+                "nll": _spelled(row["extra_nll"]),
+                "twin": _spelled(row["minus_twin"]) if "twin" in row else "",
+                "kl": f"{row['kl'][0]:.3f}",
+                "ms": f"{1e3 * row['first_token_seconds']:.1f}" if _timed(row) else "",
+                "questions": row["questions"],
+                "right": f"{100 * row['accuracy'][0]:.0f}%",
+            }
+        )
+    columns = {
+        "arm": "{arm}",
+        "recomputed": "{share}",
+        "operations": "{work}",
+        "extra nats a token": "{nll}",
+        "minus random": "{twin}",
+        "KL": "{kl}",
+        "right": "{right}",
+        "ms to first token": "{ms}",
+        "questions": "{questions}",
+    }
+    return markdown(lines, columns)
+
+
+def _timed(row: dict[str, Any]) -> bool:
+    return "first_token_seconds" in row
+
+
+def tables(summed: dict[str, Any]) -> str:
+    """What a run prints, and what stands in docs/linking.md."""
+    where, asked = summed["environment"], summed["configuration"]
+    counts = ", ".join(f"{n} of {task}" for task, (_, n) in summed["prompt_tokens"].items())
+    said = (
+        f"{asked['model']}, {counts} questions; {where['hardware']}, torch {where['torch']}, "
+        f"transformers {where['transformers']}, float32, seed {asked['seed']}."
+    )
+    return "\n".join([best_table(summed), "", task_table(summed, "all"), "", said])
+
+
+SHOWN = {
+    ("random", "nothing"): ("grey", ":"),
+    ("LegoLink", "nothing"): ("tab:green", "-"),
+    ("LegoLink", "4 dummies"): ("tab:green", "--"),
+    ("LegoLink", "the system prompt"): ("tab:olive", "--"),
+    ("ProphetKV", "nothing"): ("tab:blue", "-"),
+    ("ProphetKV", "1 dummy"): ("tab:blue", "--"),
+    ("LegoLink-1 + ProphetKV", "nothing"): ("tab:purple", "-"),
+    ("LegoLink-1 + ProphetKV", "4 dummies"): ("tab:purple", "--"),
+    ("CacheBlend", "nothing"): ("tab:red", "-"),
+    ("A3", "nothing"): ("tab:brown", "-"),
+    ("true deviation", "nothing"): ("black", "-."),
+}
+"""Which arms the picture shows, by family and what they are behind; their colour and line."""
+
+
+def draw(summed: dict[str, Any], path: Path) -> None:
+    """Extra loss against tokens recomputed, operations and time to first token, over all tasks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    every = [row for row in summed["rows"] if row["task"] == "all" and "family" in row]
+    panels = {
+        "% of a full prefill's tokens recomputed, query included": _percent("recomputed"),
+        "% of its operations, what was measured to choose included": _percent("operations"),
+        "ms to the first token, alone": lambda row: 1e3 * row["first_token_seconds"],
+    }
+    for axis, (what, place) in zip(axes, panels.items(), strict=True):
+        timed = what.startswith("ms")
+        for (family, behind), (colour, line) in SHOWN.items():
+            rows = [
+                row
+                for row in every
+                if (row["family"], row["behind"]) == (family, behind) and (_timed(row) or not timed)
+            ]
+            rows.sort(key=place)
+            axis.plot(
+                [place(row) for row in rows],
+                [row["extra_nll"][0] for row in rows],
+                line,
+                color=colour,
+                marker=".",
+                label=family + ("" if behind == NOTHING else f", behind {behind}"),
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel(what)
+        axis.grid(alpha=0.3)
+    for axis in axes[:2]:
+        axis.set_xticks([3, 5, 10, 20, 40, 100], ["3", "5", "10", "20", "40", "100"])
+    axes[0].set_ylabel("extra nats a token of the right answer")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _percent(metric: str) -> Callable[[dict[str, Any]], float]:
+    return lambda row: 100 * row[metric][0]
