@@ -175,7 +175,7 @@ def test_layers_are_loaded_beside_the_pass(tier, storage, together, monkeypatch,
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
-@pytest.mark.parametrize("method", [A3(0.3, layers=1), ProphetKV(0.3)], ids=str)
+@pytest.mark.parametrize("method", [A3(0.3), ProphetKV(0.3)], ids=str)
 def test_layers_begun_for_a_prompt_that_is_prefilled_in_full_do_not_reach_it(
     method, tier, monkeypatch, tmp_path
 ):
