@@ -8,6 +8,7 @@
 After EPIC (arXiv 2410.15332).
 """
 
+from picache import presets as presets
 from picache.chunk import Chunk
 from picache.compare import compare
 from picache.comparison import Comparison

@@ -78,15 +78,25 @@ def _timed(row: dict[str, Any]) -> bool:
     return "first_token_seconds" in row
 
 
+def best(summed: dict[str, Any]) -> str:
+    """What stands in docs/linking.md."""
+    return f"{best_table(summed)}\n\n{_where(summed)}"
+
+
 def tables(summed: dict[str, Any]) -> str:
-    """What a run prints, and what stands in docs/linking.md."""
+    """What a run prints: the best arms, and all of them over all tasks."""
+    return "\n".join([best_table(summed), "", task_table(summed, "all"), "", _where(summed)])
+
+
+def _where(summed: dict[str, Any]) -> str:
     where, asked = summed["environment"], summed["configuration"]
     counts = ", ".join(f"{n} of {task}" for task, (_, n) in summed["prompt_tokens"].items())
-    said = (
-        f"{asked['model']}, {counts} questions; {where['hardware']}, torch {where['torch']}, "
-        f"transformers {where['transformers']}, float32, seed {asked['seed']}."
+    asked_for = sum(asked["tasks"].values())
+    return (
+        f"{asked['model']}, {counts} questions, of {asked_for} in all; {where['hardware']}, "
+        f"torch {where['torch']}, transformers {where['transformers']}, float32, "
+        f"seed {asked['seed']}."
     )
-    return "\n".join([best_table(summed), "", task_table(summed, "all"), "", said])
 
 
 SHOWN = {
@@ -95,9 +105,8 @@ SHOWN = {
     ("LegoLink", "4 dummies"): ("tab:green", "--"),
     ("LegoLink", "the system prompt"): ("tab:olive", "--"),
     ("ProphetKV", "nothing"): ("tab:blue", "-"),
-    ("ProphetKV", "1 dummy"): ("tab:blue", "--"),
-    ("LegoLink-1 + ProphetKV", "nothing"): ("tab:purple", "-"),
-    ("LegoLink-1 + ProphetKV", "4 dummies"): ("tab:purple", "--"),
+    ("ProphetKV", "the system prompt"): ("tab:cyan", "--"),
+    ("LegoLink-4 + ProphetKV", "nothing"): ("tab:purple", "-"),
     ("CacheBlend", "nothing"): ("tab:red", "-"),
     ("A3", "nothing"): ("tab:brown", "-"),
     ("true deviation", "nothing"): ("black", "-."),
@@ -106,10 +115,10 @@ SHOWN = {
 
 
 def draw(summed: dict[str, Any], path: Path) -> None:
-    """Extra loss against tokens recomputed, operations and time to first token, over all tasks."""
+    """KL to full prefill against tokens recomputed, operations and time, over all tasks."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     every = [row for row in summed["rows"] if row["task"] == "all" and "family" in row]
     panels = {
@@ -128,7 +137,7 @@ def draw(summed: dict[str, Any], path: Path) -> None:
             rows.sort(key=place)
             axis.plot(
                 [place(row) for row in rows],
-                [row["extra_nll"][0] for row in rows],
+                [row["kl"][0] for row in rows],
                 line,
                 color=colour,
                 marker=".",
@@ -139,8 +148,11 @@ def draw(summed: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[:2]:
         axis.set_xticks([3, 5, 10, 20, 40, 100], ["3", "5", "10", "20", "40", "100"])
-    axes[0].set_ylabel("extra nats a token of the right answer")
-    axes[0].legend(fontsize=7)
+    axes[2].set_xticks([12, 20, 40, 80], ["12", "20", "40", "80"], minor=False)
+    axes[2].xaxis.set_minor_formatter("")
+    axes[0].set_ylabel("KL to full prefill, nats")
+    axes[0].set_ylim(bottom=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
 
 

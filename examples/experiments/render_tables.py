@@ -20,6 +20,7 @@ import hermes_samples
 import knowing_demand
 import learning_loop
 import link_accuracy
+import link_evidence_pages
 import past_trained_length
 import predictors
 import prewarming
@@ -150,6 +151,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_accuracy": [link_accuracy.tables],
+        "link_evidence": [link_evidence_pages.best],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
         "link": [link_tables.tables, link_tables.aims],

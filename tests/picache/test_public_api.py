@@ -75,13 +75,6 @@ def test_pages_import_from_the_package_itself(page):
         assert {name.strip() for name in names.split(",")} <= set(picache.__all__)
 
 
-def test_the_old_place_of_the_presets_warns_and_works():
-    with pytest.warns(DeprecationWarning, match="import arms and Arm from picache"):
-        old = importlib.reload(importlib.import_module("picache.presets"))
-    assert old.arms is picache.arms
-    assert old.Arm is picache.Arm
-
-
 def test_the_model_is_the_one_that_was_handed_in():
     model = tiny_model("llama")
     pic = picache.PIC(model)
