@@ -207,8 +207,9 @@ class Policy(ABC):
     def priority(self, pages: PageView) -> Tensor:
         """How much each page is worth keeping: the page with the lowest priority is evicted first.
 
-        Of equals the oldest page goes first. Infinity protects a page as long as any other is left.
-        Pinned pages and the page of the newest token are never evicted, whatever their priority.
+        Of equals the page with the least `tie` goes first, of equals in that the oldest. Infinity
+        protects a page as long as any other is left. Pinned pages and the page of the newest token
+        are never evicted, whatever their priority.
 
         Args:
             pages: what one layer holds.
@@ -218,6 +219,17 @@ class Policy(ABC):
             row.
         """
         raise NotImplementedError(f"{type(self).__name__} evicts but defines no priority")
+
+    def tie(self, pages: PageView) -> Tensor | None:
+        """What decides between pages of one priority: the one with the least goes first.
+
+        Args:
+            pages: as of `priority`; `PageView.window` is not there.
+
+        Returns:
+            Floating point, `[batch, kv_heads, P]`; None, the default, for age alone.
+        """
+        return None
 
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """The pages with new `stamp` or `sums` after a forward; unchanged by default.

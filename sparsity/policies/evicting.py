@@ -99,10 +99,31 @@ class Evicting(Policy):
     @override
     def priority(self, pages: PageView) -> Tensor:
         """The worth, with sinks and recent tokens protected; see `Policy.priority`."""
-        worth = self.worth(pages)
-        if self.shared_heads:
-            worth = worth.mean(1, keepdim=True).expand_as(worth)
+        worth = self._over_heads(self.worth(pages))
         if self.sinks == self.recent_kept == 0:
             return worth.float()
-        protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
-        return worth.float().masked_fill(protected, torch.inf)
+        return worth.float().masked_fill(self._protected(pages), torch.inf)
+
+    def tie_score(self, pages: PageView) -> Tensor | None:
+        """What decides between pages of equal worth, `[batch, kv_heads, P]`: the least goes first.
+
+        None, the default, for age alone.
+        """
+        return None
+
+    @override
+    def tie(self, pages: PageView) -> Tensor | None:
+        """`tie_score`, and 0 for what is protected: of that the oldest goes first."""
+        score = self.tie_score(pages)
+        if score is None:
+            return None
+        return self._over_heads(score).masked_fill(self._protected(pages), 0)
+
+    def _protected(self, pages: PageView) -> Tensor:
+        return pages.newest(self.recent_kept) | (pages.start < self.sinks)
+
+    def _over_heads(self, numbers: Tensor) -> Tensor:
+        """Numbers of pages, `[batch, kv_heads, P]`; their mean with `shared_heads`."""
+        if self.shared_heads:
+            return numbers.mean(1, keepdim=True).expand_as(numbers)
+        return numbers

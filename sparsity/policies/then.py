@@ -139,6 +139,11 @@ class Then(Policy):
         return self.prompt.priority(pages)
 
     @override
+    def tie(self, pages: PageView) -> Tensor | None:
+        """That of `prompt`, as `priority`."""
+        return self.prompt.tie(pages)
+
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """That of `decode`, in forwards of several tokens too."""
         return self.decode.observe(query, pages, scaling)

@@ -66,6 +66,8 @@ TIGHT = [
     Then(SnapKV(12, window=3, kernel=3, page_size=4), RaaS(20, page_size=4, alpha=0.15)),
     Then(PyramidKV(6, window=2, beta=4), H2O(12)),
     StreamingLLM(8, positions="absolute"),
+    RaaS(15, page_size=3, sinks=2, pin_prompt=False, ties="score"),
+    LazyEviction(9, evict_every=3, recent=2, alpha=0.01, ties="score"),
 ]
 
 # A quarter of a text of 256 tokens after a prompt of 32.
@@ -102,6 +104,14 @@ SMALL = [
     RaaS(8, page_size=2, pin_prompt=False, alpha=0.13, score="exact", evict_every=4),
     RaaS(12, page_size=2, sinks=3, recent=3, pin_prompt=False, top_ratio=0.5, attend="top"),
     RaaS(8, page_size=2, pin_prompt=False, alpha=0.13, shared_heads=True),
+    RaaS(9, page_size=3, pin_prompt=False, alpha=0.03, ties="score"),
+    RaaS(5, page_size=1, pin_prompt=False, alpha=0.03, sinks=1, recent=1, ties="score"),
+    RaaS(8, page_size=2, pin_prompt=False, alpha=0.03, shared_heads=True, ties="score"),
+    RaaS(28, page_size=4, alpha=0.03, ties="score"),
+    RaaS(
+        8, page_size=2, pin_prompt=False, top_ratio=0.5, score="exact", evict_every=4, ties="score"
+    ),
+    QuestRaaS(4, page_size=2, prompt_budget=4, alpha=0.03, ties="score"),
     QuestRaaS(4, page_size=2, prompt_budget=4, alpha=0.13),
     QuestRaaS(6, page_size=3, prompt_budget=3, top_ratio=0.5, evict_every=6),
     H2O(6),
@@ -122,6 +132,8 @@ SMALL = [
     RKV(6, window=2, kernel=3, evict_every=3, mix=0.4, threshold=0.47),
     RKV(5, window=3, kernel=1, evict_every=1, mix=0.1, threshold=0.13),
     LazyEviction(6, evict_every=3, alpha=0.13),
+    LazyEviction(6, evict_every=3, alpha=0.03, ties="score"),
+    LazyEviction(7, evict_every=1, recent=2, alpha=0.03, shared_heads=True, ties="score"),
     LazyEviction(6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True),
     LazyEviction(8, page_size=2, evict_every=2, alpha=0.13),
     VaSE(7, sinks=1, window=2, large=2, evict_every=2, kernel=3),
