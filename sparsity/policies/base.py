@@ -191,6 +191,15 @@ class Policy(ABC):
         return kept + -(-self.evict_every // self.page_size) - 1
 
     @property
+    def keeps_sinks(self) -> bool:
+        """Whether a text's first tokens stay in a model that attends to them most of all.
+
+        They do where nothing is evicted, where they are protected or pinned, and where what is
+        attended to most is kept.
+        """
+        return not self.evicts or self.pin_prompt
+
+    @property
     def decoding(self) -> "Policy":
         """The policy that evicts while single tokens arrive: itself, but for `Then`."""
         return self

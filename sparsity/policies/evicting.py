@@ -89,6 +89,11 @@ class Evicting(Policy):
     def evicts(self) -> bool:
         return True
 
+    @property
+    @override
+    def keeps_sinks(self) -> bool:
+        return self.sinks > 0 or self.pin_prompt
+
     @abstractmethod
     def worth(self, pages: PageView) -> Tensor:
         """Worth of each page, `[batch, kv_heads, P]`; the page with the least is evicted first.

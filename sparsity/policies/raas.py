@@ -85,6 +85,10 @@ class RaaS(Evicting):
         """The score above which a page is stamped anew where no `top_ratio` is given."""
         return 1e-4 if self.alpha is None else self.alpha
 
+    def threshold_of(self, pages: PageView) -> Tensor | float:
+        """`threshold`; a policy that derives from this one may look at the pages held."""
+        return self.threshold
+
     @property
     @override
     def needs(self) -> Needs:
@@ -113,7 +117,7 @@ class RaaS(Evicting):
         if self.top_ratio is not None:
             refresh = _top(scores, pages, self.top_ratio) & pages.used
         else:
-            refresh = shares > self.threshold
+            refresh = shares > self.threshold_of(pages)
         stamp = torch.where(refresh, pages.now.to(pages.stamp.dtype), pages.stamp)
         if self.ties == "age":
             return replace(pages, stamp=stamp)

@@ -125,6 +125,11 @@ class Then(Policy):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return self.prompt.keeps_sinks and self.decode.keeps_sinks
+
+    @property
+    @override
     def decoding(self) -> Policy:
         return self.decode
 

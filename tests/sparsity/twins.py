@@ -15,6 +15,7 @@ from sparsity import (
     QuestRaaS,
     RaaS,
     Random,
+    ShareRaaS,
     SnapKV,
     StreamingLLM,
     Then,
@@ -272,7 +273,10 @@ class Twin:
         policy, starts = self.policy, sorted(pages)
         if policy.top_ratio is None:
             shares = self.shares(pages, head, query, now)
-            return [start for start, share in shares.items() if share > policy.threshold]
+            least = policy.threshold
+            if isinstance(policy, ShareRaaS):
+                least = (1 + 2**-10) * policy.share / len(pages)
+            return [start for start, share in shares.items() if share > least]
         scores = [self.score(start, head, query, now) for start in starts]
         count = max(1, math.floor(len(starts) * policy.top_ratio))
         order = sorted(zip(scores, starts, strict=True), reverse=True)

@@ -13,6 +13,7 @@ from sparsity import (
     QuestRaaS,
     RaaS,
     Random,
+    ShareRaaS,
     SnapKV,
     StreamingLLM,
     Then,
@@ -31,6 +32,7 @@ AMPLE = [
     RaaS(64, page_size=4, top_ratio=0.5, pin_prompt=False),
     RaaS(128, attend="top", score="exact"),
     QuestRaaS(64, prompt_budget=64),
+    ShareRaaS(64),
     H2O(64),
     H2O(64, page_size=4, normalise="age", shared_heads=True),
     TOVA(64),
@@ -68,6 +70,7 @@ TIGHT = [
     StreamingLLM(8, positions="absolute"),
     RaaS(15, page_size=3, sinks=2, pin_prompt=False, ties="score"),
     LazyEviction(9, evict_every=3, recent=2, alpha=0.01, ties="score"),
+    ShareRaaS(12, page_size=2, sinks=3),
 ]
 
 # A quarter of a text of 256 tokens after a prompt of 32.
@@ -77,6 +80,7 @@ QUARTER = [
     Quest(64, dense_layers=0),
     RaaS(64),
     QuestRaaS(48, prompt_budget=16),
+    ShareRaaS(64),
     H2O(64),
     TOVA(64),
     SnapKV(64, window=16, evict_every=16),
@@ -112,6 +116,9 @@ SMALL = [
         8, page_size=2, pin_prompt=False, top_ratio=0.5, score="exact", evict_every=4, ties="score"
     ),
     QuestRaaS(4, page_size=2, prompt_budget=4, alpha=0.03, ties="score"),
+    ShareRaaS(9, page_size=3, sinks=2),
+    ShareRaaS(7, page_size=1, sinks=1, share=0.6, ties="score"),
+    ShareRaaS(8, page_size=2, sinks=0, score="exact", shared_heads=True),
     QuestRaaS(4, page_size=2, prompt_budget=4, alpha=0.13),
     QuestRaaS(6, page_size=3, prompt_budget=3, top_ratio=0.5, evict_every=6),
     H2O(6),
