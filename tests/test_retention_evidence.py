@@ -30,7 +30,7 @@ import retention_texts  # noqa: E402
 from loaded import loaded  # noqa: E402
 from reference_tasks import reasoning_problem  # noqa: E402
 from retention_evidence_summary import METRICS, draw, summary, tables  # noqa: E402
-from retention_ways import FREE, WAYS  # noqa: E402
+from retention_ways import FREE, SMALL, WAYS  # noqa: E402
 
 PROMPT, TOKENS = 20, 150
 POLICIES = [
@@ -110,7 +110,7 @@ def test_every_arm_has_a_name_and_a_twin_and_every_family_one_default():
     labels = [way.label for way in WAYS]
     assert len(set(labels)) == len(labels)
     assert {way.twin for way in WAYS if way.twin} <= set(labels)
-    assert set(FREE) <= set(labels)
+    assert {*FREE, *SMALL} <= set(labels)
     for family in {way.family for way in WAYS}:
         assert sum(way.default for way in WAYS if way.family == family) == 1
     for way in WAYS:

@@ -19,6 +19,7 @@ import gzip
 import json
 import os
 import time
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from loaded import loaded
 from parallel import spread
 from retention_evidence_summary import draw, summary, tables
 from retention_texts import asked, texts
-from retention_ways import FREE, WAYS
+from retention_ways import FREE, SMALL, WAYS
 from torch import Tensor
 
 from sparsity import Full, SparseCache, SparsityError
@@ -63,15 +64,16 @@ class Setting(NamedTuple):
     seed: int
 
 
-def jobs_of(budgets: list[int], free_budget: int, answer: int) -> list[Job]:
+def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer: int) -> list[Job]:
     """The arms in the order in which they are measured: budget by budget, then those that decode.
 
     Args:
+        labels: of the ways that are forced along the texts.
         budgets: in tokens.
         free_budget: of those that decode freely.
         answer: tokens of an answer; 0 for none.
     """
-    found = [Job("forced", way.label, budget) for budget in budgets for way in WAYS]
+    found = [Job("forced", label, budget) for budget in budgets for label in labels]
     if answer:
         found += [Job("free", "full", 0), *(Job("free", name, free_budget) for name in FREE)]
     return found
@@ -180,7 +182,8 @@ def run(args: argparse.Namespace) -> dict:
             raise SystemExit(f"{file} is of another configuration: give another --out")
         record |= {name: earlier[name] for name in ("rows", "seconds")}
     done = {(row["kind"], row["arm"], row["budget"]) for row in record["rows"]}
-    every = jobs_of(args.budgets, args.free_budget, args.answer)
+    labels = SMALL if args.small else [way.label for way in WAYS]
+    every = jobs_of(labels, args.budgets, args.free_budget, args.answer)
     left = [job for job in every if job not in done and args.arms in job.arm]
     before = record["seconds"]
     task = partial(measured, setting, begun + args.seconds)
@@ -209,7 +212,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs one a device")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--small", action="store_true", help="a setting for a CPU")
+    parser.add_argument("--small", action="store_true", help="a setting for a CPU, and fewer arms")
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--measured", type=Path, help="what --out wrote before: only sum it up")
     args = parser.parse_args()

@@ -115,3 +115,25 @@ FREE = (
     "SnapKV, decoding too, 4 sinks",
 )
 """Arms that decode freely, beside full attention."""
+
+SMALL = (
+    "RaaS, no sinks",
+    "RaaS, 4 sinks",
+    "RaaS, prompt pinned",
+    "ShareRaaS, 4 sinks",
+    "H2O, no sinks",
+    "RaaS, ties by score, no sinks",
+    "random, no sinks",
+    "random, 4 sinks",
+    "H2O, 4 sinks",
+    "Quest",
+    "StreamingLLM, 4 sinks",
+    "LazyEviction, no sinks",
+    "LazyEviction, 4 sinks",
+    "LazyEviction, ties by score, no sinks",
+    "SnapKV, decoding too, no sinks",
+    "R-KV, no sinks",
+    "R-KV, 4 sinks",
+    "TOVA, no sinks",
+)
+"""Arms of the setting for a CPU, the most telling ones first."""
