@@ -25,6 +25,7 @@ from sparsity import (
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES / "experiments"), str(EXAMPLES / "benchmarks")]
 import layer_by_layer  # noqa: E402 - the examples are scripts, not a package
+import raas_stamps  # noqa: E402
 import retention_evidence  # noqa: E402
 import retention_texts  # noqa: E402
 from loaded import loaded  # noqa: E402
@@ -187,3 +188,21 @@ def test_texts_share_no_passage_and_come_again():
     assert len({tuple(row[:50].tolist()) for row in ids}) == 4
     with pytest.raises(SystemExit, match="ask for fewer or shorter"):
         retention_texts.texts(tokenizer, folder, 4, 10**6, 0)
+
+
+def test_a_threshold_that_every_page_passes_is_first_in_first_out(reference):
+    """Then the pages held are the newest ones; the numbers of a look are shares and an age."""
+    model, tokenizer, texts = reference
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"]])
+    seen = raas_stamps.recorded(model, ids, [1])
+    assert list(seen) == [1]
+    policy = RaaS(16, page_size=4, pin_prompt=False, alpha=1e-30)
+    found = raas_stamps.looks(policy, seen, 1, PROMPT)
+    assert len(found) > 3
+    for newest, age, first_held, kept in found:
+        assert newest == 1
+        assert 6 <= age <= 9.5  # of pages that began 0 to 15 tokens ago
+        assert first_held == 0
+        assert 0 < kept < 1
+    whole = raas_stamps.looks(RaaS(400, page_size=4), seen, 1, PROMPT)
+    assert all(kept == pytest.approx(1) for *_, kept in whole)

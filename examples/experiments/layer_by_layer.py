@@ -25,6 +25,7 @@ from sparsity.retention.layer import LayerRetention
 from sparsity.retention.lazy_mask import LazyMask
 
 NAME = "a_text_layer_by_layer"
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 PLAIN = LazyMask(None, None, False, lambda: None)  # causal, without padding
 
 
@@ -130,7 +131,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer."""
-    return given["walk"].attend(module.layer_idx, query, key, value, given["scaling"]), None
+    return given["attend"](module.layer_idx, query, key, value, given["scaling"]), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -156,13 +157,25 @@ def hidden_states(
     if policy is None:
         whole: Tensor = decoder(input_ids=ids, use_cache=False).last_hidden_state
         return whole
-    walk = Walk(model, policy, ids, prompt_tokens)
+    return through(model, ids, Walk(model, policy, ids, prompt_tokens).attend)
+
+
+@torch.no_grad()
+def through(model: PreTrainedModel, ids: Tensor, attend: Attend) -> Tensor:
+    """`hidden_states` with an attention of one's own.
+
+    Args:
+        model: see `hidden_states`.
+        ids: see `hidden_states`.
+        attend: what each layer calls for the whole text, as `Walk.attend`.
+    """
+    decoder: Any = model.get_decoder()
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
     before = decoder.config._attn_implementation  # noqa: SLF001 (there is no public reader)
     decoder.set_attn_implementation(NAME)
     try:
-        found: Tensor = decoder(input_ids=ids, use_cache=False, walk=walk).last_hidden_state
+        found: Tensor = decoder(input_ids=ids, use_cache=False, attend=attend).last_hidden_state
     finally:
         decoder.set_attn_implementation(before)
     return found
