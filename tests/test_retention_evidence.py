@@ -1,5 +1,6 @@
 """Layer by layer is token by token; the texts; and how the numbers are summed up."""
 
+import gzip
 import json
 import random
 import sys
@@ -177,10 +178,48 @@ def test_intervals_are_paired_with_the_twin():
         assert row["minus_random"] == pytest.approx([-1.0] * 3)
 
 
-def test_texts_share_no_passage_and_come_again():
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not (folder / "math500").exists():
-        pytest.skip(f"the data sets' files are not in {folder}")
+@pytest.fixture
+def folder():
+    found = Path(__file__).parents[2] / "shared" / "data"
+    if not (found / "math500").exists():
+        pytest.skip(f"the data sets' files are not in {found}")
+    return found
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
+    """Forced and free arms of the reference model; nothing is measured twice."""
+    given = "--model reference --texts 4 --tokens 120 --prompt 20 --budgets 64 --free-budget 64"
+    given += " --questions 2 --answer 12"
+
+    def run(*more):
+        argv = ["x", *given.split(), "--data", str(folder), "--out", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        retention_evidence.main()
+        packed = (tmp_path / retention_evidence.MEASURED).read_bytes()
+        return {
+            (row["kind"], row["arm"]): row for row in json.loads(gzip.decompress(packed))["rows"]
+        }
+
+    first = run("--arms", "RaaS, 4 sinks")
+    assert set(first) == {
+        (kind, arm)
+        for kind in ("forced", "free")
+        for arm in ("RaaS, 4 sinks", "ShareRaaS, 4 sinks")
+    }
+    assert all("refused" not in row for row in first.values())
+    again = run("--arms", "TOVA, no sinks")
+    assert {name: again[name] for name in first} == first
+    assert set(again) - set(first) == {("forced", "TOVA, no sinks")}
+    row = first["forced", "RaaS, 4 sinks"]
+    assert np.array(row["extra_nll"]).shape == (4, retention_evidence.STRETCHES)
+    assert "TOVA, no sinks" in capsys.readouterr().out
+    late = run("--arms", "H2O", "--seconds", "-1")
+    assert late == again
+    with pytest.raises(SystemExit, match="another configuration"):
+        run("--seed", "3")
+
+
+def test_texts_share_no_passage_and_come_again(folder):
     _, tokenizer = loaded("reference")
     ids = retention_texts.texts(tokenizer, folder, 4, 300, 0)
     assert ids.shape == (4, 300)

@@ -184,7 +184,11 @@ def run(args: argparse.Namespace) -> dict:
     done = {(row["kind"], row["arm"], row["budget"]) for row in record["rows"]}
     labels = SMALL if args.small else [way.label for way in WAYS]
     every = jobs_of(labels, args.budgets, args.free_budget, args.answer)
-    left = [job for job in every if job not in done and args.arms in job.arm]
+    left = [
+        job
+        for job in every
+        if job not in done and args.arms in job.arm and args.only in ("", job.kind)
+    ]
     before = record["seconds"]
     task = partial(measured, setting, begun + args.seconds)
     for row in spread(task, left, args.workers, "arms"):
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=2000, help="tokens at most; 0 for none")
     parser.add_argument("--free-budget", type=int, default=256)
     parser.add_argument("--arms", default="", help="only those whose name has this in it")
+    parser.add_argument("--only", default="", choices=("forced", "free"), help="both if not given")
     parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs one a device")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
     parser.add_argument("--seed", type=int, default=0)
