@@ -10,6 +10,7 @@ from typing_extensions import override
 from sparsity.arguments import take_flag
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Group, PageView, Policy, check_budget, check_count, check_group
+from sparsity.policies.scores import without_rounding
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,18 @@ class Evicting(Policy):
     def tie_score(self, pages: PageView) -> Tensor | None:
         """What decides between pages of equal worth, `[batch, kv_heads, P]`: the least goes first.
 
-        None, the default, for age alone.
+        Not below 0, and read to 12 significant bits. None, the default, for age alone.
         """
         return None
 
     @override
     def tie(self, pages: PageView) -> Tensor | None:
-        """`tie_score`, and 0 for what is protected: of that the oldest goes first."""
+        """`tie_score` but for rounding, and 0 for what is protected: of that the oldest goes."""
         score = self.tie_score(pages)
         if score is None:
             return None
-        return self._over_heads(score).masked_fill(self._protected(pages), 0)
+        score = without_rounding(self._over_heads(score))
+        return score.masked_fill(self._protected(pages), 0)
 
     def _protected(self, pages: PageView) -> Tensor:
         return pages.newest(self.recent_kept) | (pages.start < self.sinks)

@@ -125,7 +125,8 @@ class Twin:
                 protected |= start + policy.page_size - 1 > now - policy.recent_kept
                 value = math.inf if protected else float(numpy.float32(worth[head][start]))
                 if not page.pinned and start != spare:
-                    order.append((value, 0.0 if protected else scores[head][start], start))
+                    score = 0.0 if protected else twelve_bits(scores[head][start])
+                    order.append((value, score, start))
             for _, _, start in sorted(order)[:surplus]:
                 del pages[start]
 
