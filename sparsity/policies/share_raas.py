@@ -24,8 +24,8 @@ class ShareRaaS(RaaS):
 
     Departures from the paper: its threshold is 1e-4 whatever n is. With n in the tens, nine pages
     in ten are above that at every step, so that the stamps say nothing and the oldest page goes, a
-    first-in first-out window. The pages have 4 tokens instead of 16, the first 4 tokens are kept,
-    and the prompt is not.
+    first-in first-out window (docs/retention.md, "When the stamps of RaaS tell pages apart"). The
+    pages have 4 tokens instead of 16, the first 4 tokens are kept, and the prompt is not.
 
     Args:
         share: factor on the equal share, at most 1.

@@ -7,6 +7,7 @@ import torch
 
 from sparsity import (
     H2O,
+    RKV,
     TOVA,
     LazyEviction,
     Quest,
@@ -37,6 +38,7 @@ KEEPING = [
     H2O(16),
     TOVA(16),
     SnapKV(16, window=4),
+    RKV(16, evict_every=4),
 ]
 
 
