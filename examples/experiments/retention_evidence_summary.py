@@ -69,8 +69,8 @@ def chosen(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
     difference to the policy's default.
     """
     halves = [[i for i in range(len(kinds)) if i // len(KINDS) % 2 == half] for half in (0, 1)]
-    if not all(halves):
-        return []
+    if min(map(len, halves)) < 2 * len(KINDS):
+        return []  # one text of a kind has no interval
     choose, report = (Sample([kinds[i] for i in half], seed) for half in halves)
     found = []
     for family in dict.fromkeys(way.family for way in WAYS):
@@ -126,13 +126,15 @@ def tables(summed: dict[str, Any]) -> str:
         row | {"loss": said(row["extra_nll"]), "less": said(row["minus_default"])}
         for row in summed["chosen"]
     ]
-    parts.append(markdown(rows, columns | {"less its default's": "{less}"}))
+    if rows:
+        parts.append(markdown(rows, columns | {"less its default's": "{less}"}))
     rows = [
         row | {"tokens": f"{row['length'][0]:.0f}", "share": said(row["repeated"], "")}
         for row in summed["free"]
     ]
     columns = {"decoding freely": "{arm}", "tokens": "{tokens}", "share repeated": "{share}"}
-    parts.append(markdown(rows, columns))
+    if rows:
+        parts.append(markdown(rows, columns))
     return "\n\n".join(parts)
 
 
