@@ -25,7 +25,9 @@ class ShareRaaS(RaaS):
     Departures from the paper: its threshold is 1e-4 whatever n is. With n in the tens, nine pages
     in ten are above that at every step, so that the stamps say nothing and the oldest page goes, a
     first-in first-out window (docs/retention.md, "When the stamps of RaaS tell pages apart"). The
-    pages have 4 tokens instead of 16, the first 4 tokens are kept, and the prompt is not.
+    pages have 4 tokens instead of 16, the first 4 tokens are kept, and the prompt is not. The
+    paper's other setting, ``RaaS(..., top_ratio=0.5)``, keeps as much of the attention with the
+    same pages and sinks.
 
     Args:
         share: factor on the equal share, at most 1.
