@@ -24,6 +24,7 @@ import link_evidence_pages
 import past_trained_length
 import predictors
 import prewarming
+import raas_stamps
 import refinement
 import replay_policies
 import retention_accuracy
@@ -163,6 +164,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
+        "raas_stamps": [raas_stamps.table],
         "cpu_step": [cpu_step_table],
         "decode": decode_tables.BLOCKS,
         "decode_profile": [decode_tables.profiles],

@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from sparsity.arguments import check_instance, whole_number
 from sparsity.errors import SparsityError
+from sparsity.hf import sink_warning
 from sparsity.hf.attach import (
     ATTACHED,
     TOKENS,
@@ -118,6 +119,7 @@ class SparseCache(GenerateSteps, Cache):
         self._state.peak_bytes = sum(layer_bytes(layer) for layer in layers)
         self._stock = stock_layers(decoder.config, policy)
         self._model = TOKENS[decoder]
+        sink_warning.ask(self._model, policy, managed)
         leave_to_the_next(self, decoder, self._state)
         self._rank, self._heads = tensor_rank(model), kv_heads(decoder.config)
         self._dropped_at = _dropped_at(decoder.config)
@@ -253,7 +255,10 @@ class SparseCache(GenerateSteps, Cache):
                 f"layers {missed} did not reach the attention function with the cache: the model "
                 "drops keyword arguments on the way, or its attention implementation was changed"
             )
+        prompt = self._state.step is not None and not self._state.step.single
         self._state.close(self._stock_bytes)
+        if prompt:
+            sink_warning.warn(self._model, self.policy, self.retentions.values())
 
     def _stock_bytes(self) -> int:
         stock = [layer for layer in self.layers if not isinstance(layer, RetainedLayer)]

@@ -9,6 +9,7 @@ from sparsity.policies.quest_raas import QuestRaaS
 from sparsity.policies.raas import RaaS
 from sparsity.policies.random import Random
 from sparsity.policies.rkv import RKV
+from sparsity.policies.share_raas import ShareRaaS
 from sparsity.policies.snapkv import SnapKV
 from sparsity.policies.streaming_llm import StreamingLLM
 from sparsity.policies.then import Then
@@ -26,6 +27,7 @@ __all__ = [
     "QuestRaaS",
     "RaaS",
     "Random",
+    "ShareRaaS",
     "SnapKV",
     "StreamingLLM",
     "Then",

@@ -191,6 +191,15 @@ class Policy(ABC):
         return kept + -(-self.evict_every // self.page_size) - 1
 
     @property
+    def keeps_sinks(self) -> bool:
+        """Whether a text's first tokens stay in a model that attends to them most of all.
+
+        They do where nothing is evicted, where they are protected or pinned, and where what is
+        attended to most is kept.
+        """
+        return not self.evicts or self.pin_prompt
+
+    @property
     def decoding(self) -> "Policy":
         """The policy that evicts while single tokens arrive: itself, but for `Then`."""
         return self
@@ -207,8 +216,9 @@ class Policy(ABC):
     def priority(self, pages: PageView) -> Tensor:
         """How much each page is worth keeping: the page with the lowest priority is evicted first.
 
-        Of equals the oldest page goes first. Infinity protects a page as long as any other is left.
-        Pinned pages and the page of the newest token are never evicted, whatever their priority.
+        Of equals the page with the least `tie` goes first, of equals in that the oldest. Infinity
+        protects a page as long as any other is left. Pinned pages and the page of the newest token
+        are never evicted, whatever their priority.
 
         Args:
             pages: what one layer holds.
@@ -218,6 +228,17 @@ class Policy(ABC):
             row.
         """
         raise NotImplementedError(f"{type(self).__name__} evicts but defines no priority")
+
+    def tie(self, pages: PageView) -> Tensor | None:
+        """What decides between pages of one priority: the one with the least goes first.
+
+        Args:
+            pages: as of `priority`; `PageView.window` is not there.
+
+        Returns:
+            Floating point, `[batch, kv_heads, P]`; None, the default, for age alone.
+        """
+        return None
 
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
         """The pages with new `stamp` or `sums` after a forward; unchanged by default.

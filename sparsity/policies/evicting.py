@@ -10,6 +10,7 @@ from typing_extensions import override
 from sparsity.arguments import take_flag
 from sparsity.errors import SparsityError
 from sparsity.policies.base import Group, PageView, Policy, check_budget, check_count, check_group
+from sparsity.policies.scores import without_rounding
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class Evicting(Policy):
     def evicts(self) -> bool:
         return True
 
+    @property
+    @override
+    def keeps_sinks(self) -> bool:
+        return self.sinks > 0 or self.pin_prompt
+
     @abstractmethod
     def worth(self, pages: PageView) -> Tensor:
         """Worth of each page, `[batch, kv_heads, P]`; the page with the least is evicted first.
@@ -99,10 +105,32 @@ class Evicting(Policy):
     @override
     def priority(self, pages: PageView) -> Tensor:
         """The worth, with sinks and recent tokens protected; see `Policy.priority`."""
-        worth = self.worth(pages)
-        if self.shared_heads:
-            worth = worth.mean(1, keepdim=True).expand_as(worth)
+        worth = self._over_heads(self.worth(pages))
         if self.sinks == self.recent_kept == 0:
             return worth.float()
-        protected = pages.newest(self.recent_kept) | (pages.start < self.sinks)
-        return worth.float().masked_fill(protected, torch.inf)
+        return worth.float().masked_fill(self._protected(pages), torch.inf)
+
+    def tie_score(self, pages: PageView) -> Tensor | None:
+        """What decides between pages of equal worth, `[batch, kv_heads, P]`: the least goes first.
+
+        Not below 0, and read to 12 significant bits. None, the default, for age alone.
+        """
+        return None
+
+    @override
+    def tie(self, pages: PageView) -> Tensor | None:
+        """`tie_score` but for rounding, and 0 for what is protected: of that the oldest goes."""
+        score = self.tie_score(pages)
+        if score is None:
+            return None
+        score = without_rounding(self._over_heads(score))
+        return score.masked_fill(self._protected(pages), 0)
+
+    def _protected(self, pages: PageView) -> Tensor:
+        return pages.newest(self.recent_kept) | (pages.start < self.sinks)
+
+    def _over_heads(self, numbers: Tensor) -> Tensor:
+        """Numbers of pages, `[batch, kv_heads, P]`; their mean with `shared_heads`."""
+        if self.shared_heads:
+            return numbers.mean(1, keepdim=True).expand_as(numbers)
+        return numbers

@@ -53,6 +53,11 @@ class H2O(Evicting):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return True  # what is attended to most is kept
+
+    @property
+    @override
     def needs(self) -> Needs:
         return Needs(attention="all", sums=1, group=self.group)
 

@@ -1,13 +1,14 @@
 """LazyEviction: keep tokens that matter again after a long silence."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from sparsity.arguments import take_share
-from sparsity.policies.base import Group, Needs, PageView
+from sparsity.policies.base import Group, Needs, PageView, check_choice
 from sparsity.policies.evicting import Evicting
 
 
@@ -30,6 +31,9 @@ class LazyEviction(Evicting):
         recent: newest tokens that are protected; None for `evict_every`.
         evict_every: the paper's W: 101 on GSM8K, 175 on MATH (the default), 363 on AIME.
         alpha: attention above which a token recurs; the paper's 1e-4.
+        ties: which of the tokens worth the same goes first, which the paper leaves open: "age" the
+            oldest, "score" the one with the least attention of the newest query. Tokens that recur
+            at every step are worth the same.
 
     The other arguments are those of `Evicting`, with group="max"; a page of more than one token has
     the sum of its tokens' attention.
@@ -39,10 +43,12 @@ class LazyEviction(Evicting):
     group: Group = "max"
     evict_every: int | None = 175
     alpha: float = 1e-4
+    ties: Literal["age", "score"] = "age"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         take_share(self, "alpha")
+        check_choice("LazyEviction", "ties", self.ties, ("age", "score"))
 
     @property
     @override
@@ -52,19 +58,29 @@ class LazyEviction(Evicting):
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(attention="newest", sums=1, group=self.group)
+        return Needs(attention="newest", sums=2 if self.ties == "score" else 1, group=self.group)
 
     @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """The longest interval between recurrences as the sum, the last recurrence as the stamp."""
+        """The longest interval between recurrences as the sum, the last recurrence as the stamp.
+
+        With ties="score" a second sum is the newest query's attention.
+        """
         assert pages.weights is not None
-        recurs = (pages.total(pages.weights) > self.alpha) & pages.used
+        attention = pages.total(pages.weights)
+        recurs = (attention > self.alpha) & pages.used
         interval = torch.where(recurs, pages.now - pages.stamp, 0).to(pages.sums.dtype)
+        longest = pages.sums[..., 0].maximum(interval)
+        sums = [longest] if self.ties == "age" else [longest, attention.to(longest.dtype)]
         return replace(
             pages,
             stamp=torch.where(recurs, pages.now.to(pages.stamp.dtype), pages.stamp),
-            sums=pages.sums.maximum(interval[..., None]),
+            sums=torch.stack(sums, -1),
         )
+
+    @override
+    def tie_score(self, pages: PageView) -> Tensor | None:
+        return pages.sums[..., 1] if self.ties == "score" else None
 
     @override
     def worth(self, pages: PageView) -> Tensor:

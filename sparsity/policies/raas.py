@@ -25,7 +25,7 @@ class RaaS(Evicting):
     scales it and put through a softmax over the pages held. After each forward every page with a
     score above `alpha` is stamped with the current time (or, with `top_ratio`, the best `top_ratio`
     of the pages are). A new page is stamped when it is opened. When a page is needed and `budget`
-    tokens are held, the page with the oldest stamp is evicted (of equals the oldest page), for each
+    tokens are held, the page with the oldest stamp is evicted (of equals see `ties`), for each
     KV head on its own. The page of the newest token is never evicted, nor is the prompt. Attention
     runs over all pages held: time a token and memory are O(budget).
 
@@ -48,6 +48,9 @@ class RaaS(Evicting):
             the best others, `top_ratio` of the budget in all (half of it where `alpha` is given);
             the authors' evaluation code attends to the top budget / page_size pages, which is
             nearly all.
+        ties: which of the pages with the oldest stamp goes first, which the paper leaves open:
+            "age" the oldest, "score" the one with the lowest score for the newest query. At the
+            paper's alpha most pages have the same stamp, the newest.
 
     The other arguments are those of `Evicting`, with page_size=16, pin_prompt=True and group="max".
     """
@@ -59,6 +62,7 @@ class RaaS(Evicting):
     top_ratio: float | None = None
     score: Literal["bound", "exact"] = "bound"
     attend: Literal["all", "top"] = "all"
+    ties: Literal["age", "score"] = "age"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,31 +78,50 @@ class RaaS(Evicting):
             take_share(self, "top_ratio", above=True)
         check_choice(name, "score", self.score, ("bound", "exact"))
         check_choice(name, "attend", self.attend, ("all", "top"))
+        check_choice(name, "ties", self.ties, ("age", "score"))
 
     @property
     def threshold(self) -> float:
         """The score above which a page is stamped anew where no `top_ratio` is given."""
         return 1e-4 if self.alpha is None else self.alpha
 
+    def threshold_of(self, pages: PageView) -> Tensor | float:
+        """`threshold`; a policy that derives from this one may look at the pages held."""
+        return self.threshold
+
     @property
     @override
     def needs(self) -> Needs:
-        return Needs(summaries=self.score == "bound", tokens=self.score == "exact")
+        return Needs(
+            summaries=self.score == "bound",
+            tokens=self.score == "exact",
+            sums=1 if self.ties == "score" else 0,
+        )
 
     @override
     def worth(self, pages: PageView) -> Tensor:
         return pages.stamp.float()
 
     @override
+    def tie_score(self, pages: PageView) -> Tensor | None:
+        return pages.sums[..., 0] if self.ties == "score" else None
+
+    @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:
-        """Stamp the pages that matter to this query with the rank of the newest token."""
+        """Stamp the pages that matter to this query with the rank of the newest token.
+
+        With ties="score" the sum of a page is its score.
+        """
         scores = self.scores(query, pages) * scaling
+        shares = scores.softmax(-1)  # an unused place has 0
         if self.top_ratio is not None:
             refresh = _top(scores, pages, self.top_ratio) & pages.used
         else:
-            refresh = scores.softmax(-1) > self.threshold  # an unused place has 0
+            refresh = shares > self.threshold_of(pages)
         stamp = torch.where(refresh, pages.now.to(pages.stamp.dtype), pages.stamp)
-        return replace(pages, stamp=stamp)
+        if self.ties == "age":
+            return replace(pages, stamp=stamp)
+        return replace(pages, stamp=stamp, sums=shares[..., None].to(pages.sums.dtype))
 
     @override
     def select(self, query: Tensor, pages: PageView) -> Tensor | None:

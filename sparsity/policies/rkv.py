@@ -69,6 +69,11 @@ class RKV(Evicting):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return True  # what is attended to most is kept, unless another key is nearly the same
+
+    @property
+    @override
     def needs(self) -> Needs:
         return Needs(window=self.window, tokens=True, group=self.group)
 

@@ -74,6 +74,12 @@ def without_rounding(scores: Tensor) -> Tensor:
 
     The values of a token that comes again are in the first layer those it had before, but computed
     in another forward they differ in the last bits, and then rounding would choose between them.
+
+    Args:
+        scores: none below 0.
+
+    Returns:
+        float32, of the same shape.
     """
-    mantissa, exponent = scores.frexp()
-    return ((mantissa * 2**12).round() / 2**12).ldexp(exponent)
+    bits = scores.float().view(torch.int32)  # 12 of the 24 bits of the significand go
+    return ((bits + (1 << 11)) & -(1 << 12)).view(torch.float32)

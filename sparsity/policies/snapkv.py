@@ -58,6 +58,11 @@ class SnapKV(Evicting):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return True  # what is attended to most is kept
+
+    @property
+    @override
     def needs(self) -> Needs:
         return Needs(window=self.window, group=self.group)
 

@@ -125,6 +125,11 @@ class Then(Policy):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return self.prompt.keeps_sinks and self.decode.keeps_sinks
+
+    @property
+    @override
     def decoding(self) -> Policy:
         return self.decode
 
@@ -137,6 +142,11 @@ class Then(Policy):
     def priority(self, pages: PageView) -> Tensor:
         """That of `prompt`: this policy evicts at the end of a prompt, `decoding` later."""
         return self.prompt.priority(pages)
+
+    @override
+    def tie(self, pages: PageView) -> Tensor | None:
+        """That of `prompt`, as `priority`."""
+        return self.prompt.tie(pages)
 
     @override
     def observe(self, query: Tensor, pages: PageView, scaling: float) -> PageView:

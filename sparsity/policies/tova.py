@@ -30,6 +30,11 @@ class TOVA(Evicting):
 
     @property
     @override
+    def keeps_sinks(self) -> bool:
+        return True  # what is attended to most is kept
+
+    @property
+    @override
     def needs(self) -> Needs:
         return Needs(attention="newest", sums=1, group=self.group)
 

@@ -44,7 +44,8 @@ def eviction_order(
     """The number of each page in the order of eviction: 0 goes first.
 
     Places without a page come before all others, then the page with the least priority, of equals
-    the oldest; the pages of `spared` come last.
+    the one with the least `Policy.tie`, of equals in that the oldest; the pages of `spared` come
+    last.
 
     Args:
         policy: the policy whose `priority` decides.
@@ -59,9 +60,11 @@ def eviction_order(
     """
     worth = _priority(policy, pages, queries, asked, weigh)
     worth = spare(worth, spared).masked_fill(pages.start < 0, -torch.inf)
-    by_age = pages.start.argsort(dim=-1, stable=True)
-    by_worth = worth.gather(-1, by_age).argsort(dim=-1, stable=True)
-    return by_age.gather(-1, by_worth).argsort(-1)
+    order = pages.start.argsort(dim=-1, stable=True)
+    tie = policy.tie(pages)
+    for sizes in [worth] if tie is None else [numbers(tie), worth]:
+        order = order.gather(-1, sizes.gather(-1, order).argsort(dim=-1, stable=True))
+    return order.argsort(-1)
 
 
 def first_evicted(
@@ -83,9 +86,26 @@ def first_evicted(
     if policy.pin_prompt:
         worth = spare(worth, pages.pinned)
     worth = worth.masked_fill(pages.start < 0, -torch.inf)
+    worth = ties_broken(policy, pages, worth)
     least = worth.amin(-1, keepdim=True)
     last = torch.iinfo(pages.start.dtype).max
     return pages.start.masked_fill(worth > least, last).argmin(-1)
+
+
+def ties_broken(policy: Policy, pages: PageView, worth: Tensor) -> Tensor:
+    """The worth of pages, raised to infinity where only `Policy.tie` keeps a page from going first.
+
+    Args:
+        policy: whose `tie` decides.
+        pages: the pages held.
+        worth: `[batch, kv_heads, P]`; where places without a page have the least, they keep it.
+    """
+    tie = policy.tie(pages)
+    if tie is None:
+        return worth
+    least = worth == worth.amin(-1, keepdim=True)
+    tie = numbers(tie).masked_fill(pages.start < 0, -torch.inf).masked_fill(~least, torch.inf)
+    return worth.masked_fill(least & (tie > tie.amin(-1, keepdim=True)), torch.inf)
 
 
 def _priority(

@@ -15,7 +15,7 @@ from sparsity.kernels.append import append
 from sparsity.kernels.decode_attention import decode_attention
 from sparsity.policies.base import PageView, Policy
 from sparsity.retention.clock import Clock, keep_address
-from sparsity.retention.eviction import eviction_order, numbers, observe, spare
+from sparsity.retention.eviction import eviction_order, numbers, observe, spare, ties_broken
 from sparsity.retention.page_pool import PagePool
 from sparsity.retention.query_weights import Weigh, keep_query
 from sparsity.retention.rotation import Move
@@ -227,11 +227,10 @@ def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:
     worth = numbers(evicting.priority(pages).float())
     if policy.pin_prompt or policy.pins_kept:  # pinned pages stay even where all others are spared
         worth = spare(worth, pages.pinned)
-    if policy.pins_count:  # then a row is full when no place is unused
-        return worth.masked_fill(~pages.used, -torch.inf)
-    full = _full(pages, evicting, most)
-    unused = torch.where(full, torch.inf, -torch.inf)
-    return torch.where(pages.used, worth, unused)
+    unused: Tensor | float = -torch.inf
+    if not policy.pins_count:  # then a row may be full where places are unused
+        unused = torch.where(_full(pages, evicting, most), torch.inf, -torch.inf)
+    return ties_broken(evicting, pages, torch.where(pages.used, worth, unused))
 
 
 def _full(pages: PageView, policy: Policy, most: int) -> Tensor:

@@ -22,7 +22,7 @@ from sparsity.retention.fixed_pool import decode, fix
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.one_token import write
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest
+from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest, on_first
 from sparsity.retention.rotation import Move, Rotation
 from sparsity.retention.several_tokens import SeveralTokens
 
@@ -51,6 +51,8 @@ class LayerRetention:
         transient_bytes: bytes of keys and values that were in memory besides while it was: of
             several tokens before they were pruned, of fewer places or rows before they were more.
         prompt_attention: what computed the last forward of several tokens, see `Report`.
+        asked_for_sinks: whether a text's first forward is to measure `on_first`.
+        on_first: see `query_weights.on_first`; None where it was not measured.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class LayerRetention:
         self.weigh: Weigh | None = None
         self.fixed: PagePool | None = None
         self.prompt_attention = ""
+        self.asked_for_sinks = False
+        self.on_first: Tensor | None = None
 
     @property
     def score_arguments(self) -> dict[str, Any]:
@@ -334,6 +338,8 @@ class LayerRetention:
         if self.needs.attention is not None:
             weights = forward_weights(query, newest, key, slots, step, mask, self.needs, weigh)
         pool = self.pool
+        if alone and self.asked_for_sinks:
+            self.on_first = on_first(newest, key, step, weigh)
         if pool is None:
             pool = PagePool.empty(self.policy, self.layer, self.first_head, query, key, value)
         new = SeveralTokens(

@@ -9,6 +9,8 @@ from sparsity.retention.batch_rows import Step
 from sparsity.retention.lazy_mask import LazyMask
 
 BLOCK = 128  # queries whose weights are in memory at once
+FIRST = 4  # tokens of a text among which its attention sinks are (StreamingLLM, arXiv 2309.17453)
+OF_AT_LEAST = 64  # tokens of a prompt; of fewer the first ones have a large share anyway
 
 
 def forward_weights(
@@ -50,6 +52,24 @@ def forward_weights(
             weights = weights * real[:, None, :, None]
         total[..., reach] += weights.sum(2)
     return total
+
+
+def on_first(newest: Tensor, keys: Tensor, step: Step, weigh: Weigh) -> Tensor:
+    """Share of a prompt's last query that goes to its first `FIRST` tokens, a scalar.
+
+    The mean over heads and over rows of `OF_AT_LEAST` tokens; NaN where there is no such row.
+
+    Args:
+        newest: the query of each row's last token, `[batch, query_heads, head_dim]`.
+        keys: of the prompt, `[batch, kv_heads, tokens, head_dim]`.
+        step: its forward, the first of its rows.
+        weigh: the layer's own attention weights.
+    """
+    allowed = None if step.valid is None else step.valid[:, None, None]
+    weights = weigh(newest[:, :, None], keys, allowed)[..., 0, :].mean((1, 2))
+    assert step.order is not None
+    shares = weights.gather(-1, step.order[:, :FIRST]).sum(-1)
+    return shares.masked_fill(step.after < OF_AT_LEAST, torch.nan).nanmean()
 
 
 def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ def test_public_names():
         "Random",
         "Replay",
         "Report",
+        "ShareRaaS",
         "SnapKV",
         "SparseCache",
         "SparsityError",

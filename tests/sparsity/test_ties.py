@@ -1,11 +1,15 @@
 """Equals are told apart by age, whatever the last bits of a sum or the place in a tensor say."""
 
+import itertools
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
-from sparsity import LazyEviction, VaSE
+from sparsity import LazyEviction, RaaS, VaSE
 from sparsity.policies.base import PageView
-from sparsity.retention.eviction import eviction_order
+from sparsity.retention.eviction import eviction_order, first_evicted, spare, ties_broken
 
 
 def pages(start, values, sums=0, stamp=None):
@@ -55,3 +59,75 @@ def test_tokens_as_silent_as_each_other_go_oldest_first(tokens):
         none = torch.zeros(0)  # no window of queries, nothing weighed
         order = eviction_order(policy, view, view.pinned, none, none, torch.add)
         assert order.flatten().tolist() == start
+
+
+def tied(generator, batch, heads, places, size):
+    """Pages with few different stamps and scores, some places without a page, some pages pinned."""
+    shape = (batch, heads, places)
+    ranks = torch.rand(batch, heads, 2 * places, generator=generator).argsort(-1)[..., :places]
+    stamp, score = torch.randint(0, 3, (2, *shape), generator=generator)
+    unused, pinned = torch.rand(2, *shape, generator=generator) < 0.15
+    start = (ranks * size).to(torch.int32).masked_fill(unused, -1)
+    return replace(
+        pages([0], torch.zeros(1, 1)),
+        start=start,
+        stamp=stamp.to(torch.int32),
+        sums=score[..., None] / 4,
+        pinned=pinned & ~unused,
+        filled=(start >= 0).repeat_interleave(size, -1),
+        now=torch.full((batch, 1, 1), 3 * places * size),
+        page_size=size,
+    )
+
+
+def said(view, sinks, row, head, place):
+    """What decides about a page: stamp, score and age, or age alone where it is protected."""
+    at = row, head, place
+    start = int(view.start[at])
+    if start < sinks:
+        return True, 0, 0.0, start
+    return False, int(view.stamp[at]), float(view.sums[*at, 0]), start
+
+
+@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize("pin_prompt", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 7, 3), (3, 2, 13, 1), (2, 3, 9, 16)], ids=str)
+def test_every_path_breaks_ties_by_score_and_then_by_age(shape, pin_prompt, sinks):
+    """The order of eviction, the first page of it, and the place that `append` takes."""
+    policy = RaaS(40 * shape[-1], shape[-1], sinks, pin_prompt=pin_prompt, ties="score")
+    generator, none = torch.Generator().manual_seed(0), torch.zeros(0)
+    for _ in range(30):
+        view = tied(generator, *shape)
+        if not pin_prompt:
+            view = replace(view, pinned=torch.zeros_like(view.pinned))
+        order = eviction_order(policy, view, view.pinned, none, none, torch.add).argsort(-1)
+        first = first_evicted(policy, view, none, none, torch.add)
+        worth = spare(policy.priority(view), view.pinned) if pin_prompt else policy.priority(view)
+        worth = ties_broken(policy, view, torch.where(view.used, worth, -torch.inf))
+        taken = view.start.masked_fill(worth > worth.amin(-1, keepdim=True), 2**30).argmin(-1)
+        assert torch.equal(first, taken)
+        for row, head in itertools.product(range(shape[0]), range(shape[1])):
+            free = view.used[row, head] & ~view.pinned[row, head]
+            expected = sorted(
+                free.nonzero().flatten().tolist(), key=partial(said, view, sinks, row, head)
+            )
+            assert [p for p in order[row, head].tolist() if free[p]] == expected
+            if view.used[row, head].all():
+                assert first[row, head] == expected[0]
+            else:
+                assert not view.used[row, head, first[row, head]]
+
+
+def test_the_sink_outlives_pages_of_the_same_stamp():
+    """At the paper's alpha every page is stamped at every step; the query likes the first one."""
+    keys = torch.zeros(1, 1, 4, 2)
+    keys[..., 0] = torch.tensor([3.0, 0.5, 1.0, 2.0])
+    view = replace(
+        pages([0, 1, 2, 3], keys[0, 0]), kmin=keys, kmax=keys, sums=torch.zeros(1, 1, 4, 1)
+    )
+    query, none = torch.tensor([[[1.0, 0.0]]]), torch.zeros(0)
+    for ties, gone in (("age", 0), ("score", 1)):
+        policy = RaaS(4, page_size=1, pin_prompt=False, ties=ties)
+        seen = policy.observe(query, view, 1.0)
+        assert seen.stamp.tolist() == [[[3, 3, 3, 3]]]
+        assert first_evicted(policy, seen, none, none, torch.add).tolist() == [[gone]]

@@ -15,6 +15,7 @@ from sparsity import (
     QuestRaaS,
     RaaS,
     Random,
+    ShareRaaS,
     SnapKV,
     StreamingLLM,
     Then,
@@ -27,6 +28,7 @@ class Page:
     stamp: int
     pinned: bool = False
     total: float = 0.0
+    score: float = 0.0  # what decides between pages of the same worth
 
 
 class Twin:
@@ -112,6 +114,10 @@ class Twin:
         if getattr(policy, "shared_heads", False):
             mean = {s: sum(w[s] for w in worth) / len(worth) for s in worth[0]}
             worth = [mean] * len(worth)
+        scores = [{start: page.score for start, page in pages.items()} for pages in self.pages]
+        if getattr(policy, "shared_heads", False):
+            mean = {s: sum(w[s] for w in scores) / len(scores) for s in scores[0]}
+            scores = [mean] * len(scores)
         for head, pages in enumerate(self.pages):
             order = []
             for start, page in pages.items():
@@ -119,8 +125,9 @@ class Twin:
                 protected |= start + policy.page_size - 1 > now - policy.recent_kept
                 value = math.inf if protected else float(numpy.float32(worth[head][start]))
                 if not page.pinned and start != spare:
-                    order.append((value, start))
-            for _, start in sorted(order)[:surplus]:
+                    score = 0.0 if protected else twelve_bits(scores[head][start])
+                    order.append((value, score, start))
+            for _, _, start in sorted(order)[:surplus]:
                 del pages[start]
 
     def weights(self, head, query, ranks):
@@ -145,6 +152,9 @@ class Twin:
             if isinstance(policy, RaaS):
                 for start in self.refreshed(pages, head, newest, now):
                     pages[start].stamp = now
+                if policy.ties == "score":
+                    for start, share in self.shares(pages, head, newest, now).items():
+                        pages[start].score = share
             elif isinstance(policy, H2O):
                 for rank in asked:
                     seen = {r for r in held[head] if r <= rank}
@@ -154,6 +164,8 @@ class Twin:
             elif isinstance(policy, TOVA | LazyEviction):
                 weights = self.weights(head, newest, held[head])
                 for start, weight in self.by_page(weights).items():
+                    if getattr(policy, "ties", "age") == "score":
+                        pages[start].score = weight
                     if isinstance(policy, TOVA):
                         pages[start].total = weight
                     elif weight > policy.alpha:
@@ -253,12 +265,20 @@ class Twin:
         others = sorted(set(pages) - always, key=lambda s: self.score(s, head, query, now))
         return always | set(others[max(0, len(others) - (count - len(always))) :])
 
+    def shares(self, pages, head, query, now):
+        starts = sorted(pages)
+        scores = [self.score(start, head, query, now) * self.scaling for start in starts]
+        return dict(zip(starts, torch.tensor(scores).softmax(0).tolist(), strict=True))
+
     def refreshed(self, pages, head, query, now):
         policy, starts = self.policy, sorted(pages)
-        scores = [self.score(start, head, query, now) * self.scaling for start in starts]
         if policy.top_ratio is None:
-            shares = torch.tensor(scores).softmax(0).tolist()
-            return [s for s, share in zip(starts, shares, strict=True) if share > policy.threshold]
+            shares = self.shares(pages, head, query, now)
+            least = policy.threshold
+            if isinstance(policy, ShareRaaS):
+                least = (1 + 2**-10) * policy.share / len(pages)
+            return [start for start, share in shares.items() if share > least]
+        scores = [self.score(start, head, query, now) for start in starts]
         count = max(1, math.floor(len(starts) * policy.top_ratio))
         order = sorted(zip(scores, starts, strict=True), reverse=True)
         return [start for _, start in order[:count]]

@@ -1,0 +1,238 @@
+"""What every retention policy costs a real model: forced along long texts, and decoding freely.
+
+    python examples/experiments/retention_evidence.py --data FOLDER --out docs/results --workers 4
+    python examples/experiments/retention_evidence.py --data FOLDER --out out --small
+
+Texts of one length, half of them pages of a novel and half worked solutions of competition problems
+one after the other (single ones are short), go through the model in one batch, token by token as
+`generate` would (`layer_by_layer.py`): nats a token above dense attention, KL and agreement, by
+stretch of the text. Every policy with no sinks, four sinks, and its pinned prompt where it has one;
+evicting at random is the control. Settings are chosen on the texts of even number and reported on
+the others. Then problems are asked, and some policies answer in up to 2,000 sampled tokens: how
+long the answers are, and how much of them is repetition. Beyond `--seconds` nothing new begins; the
+next call goes on from what stands in --out. Writes `retention_evidence.json` and
+`retention_evidence.png`.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import time
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from environment import environment, hardware
+from layer_by_layer import apart, hidden_states
+from loaded import loaded
+from parallel import spread
+from retention_evidence_summary import draw, summary, tables
+from retention_texts import asked, texts
+from retention_ways import FREE, SMALL, WAYS
+from torch import Tensor
+
+from sparsity import Full, SparseCache, SparsityError
+from sparsity.hf.attach import keep_attached
+
+MEASURED = "retention_evidence_texts.json.gz"
+STRETCHES = 8
+REPEATED = 8
+"""Tokens in a row that count as repeated where they stood in the same answer before."""
+
+
+class Job(NamedTuple):
+    """One arm: a label of `WAYS` at a budget, forced along the texts or answering freely."""
+
+    kind: str
+    arm: str
+    budget: int
+
+
+class Setting(NamedTuple):
+    """What all arms share."""
+
+    model: str
+    data: Path
+    texts: int
+    tokens: int
+    prompt: int
+    questions: int
+    answer: int
+    seed: int
+
+
+def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer: int) -> list[Job]:
+    """The arms in the order in which they are measured: budget by budget, then those that decode.
+
+    Args:
+        labels: of the ways that are forced along the texts.
+        budgets: in tokens.
+        free_budget: of those that decode freely.
+        answer: tokens of an answer; 0 for none.
+    """
+    found = [Job("forced", label, budget) for budget in budgets for label in labels]
+    if answer:
+        found += [Job("free", "full", 0), *(Job("free", name, free_budget) for name in FREE)]
+    return found
+
+
+@cache
+def known(setting: Setting) -> tuple[Tensor, Tensor]:
+    """The texts, int64 `[rows, tokens]`, and dense attention's hidden states of them."""
+    model, tokenizer = loaded(setting.model)
+    ids = texts(tokenizer, setting.data, setting.texts, setting.tokens, setting.seed)
+    ids = ids.to(model.device)
+    return ids, hidden_states(model, ids, None, setting.prompt)
+
+
+def forced(setting: Setting, job: Job) -> dict:
+    """Each metric of each text in stretches of equal length: `[texts][stretches]`."""
+    model, _ = loaded(setting.model)
+    ids, dense = known(setting)
+    policy = policies()[job.arm](job.budget)
+    found = apart(
+        model, ids, dense, hidden_states(model, ids, policy, setting.prompt), setting.prompt
+    )
+    means = torch.stack([part.mean(-1) for part in found.tensor_split(STRETCHES, -1)], -1)
+    names = ("extra_nll", "kl", "agreement")
+    return {name: rounded(means[i]) for i, name in enumerate(names)}
+
+
+def free(setting: Setting, job: Job) -> dict:
+    """Of each answer its tokens, and the share of them that repeat what stands before."""
+    model, tokenizer = loaded(setting.model)
+    given = asked(tokenizer, setting.data, setting.questions, setting.seed).to(model.device)
+    policy = Full() if job.arm == "full" else policies()[job.arm](job.budget)
+    with keep_attached(model):
+        most = given["input_ids"].shape[1] + setting.answer
+        cache = SparseCache(model, policy, max_tokens=most)
+        torch.manual_seed(setting.seed)
+        out = model.generate(
+            **given,
+            past_key_values=cache,
+            max_new_tokens=setting.answer,
+            do_sample=True,
+            temperature=0.7,
+            top_k=0,
+            top_p=1.0,
+        )
+        decoding = cache.report().decoding
+    answers = []
+    for row in out[:, given["input_ids"].shape[1] :].tolist():
+        end = tokenizer.eos_token_id
+        answers.append(row[: row.index(end)] if end in row else row)
+    return {
+        "length": [len(answer) for answer in answers],
+        "repeated": [repeated(answer) for answer in answers],
+        "decoding": decoding,
+    }
+
+
+def repeated(answer: list[int]) -> float:
+    """Share of the spans of `REPEATED` tokens that stood in the answer before."""
+    spans = list(zip(*(answer[i:] for i in range(REPEATED)), strict=False))
+    return 1 - len(set(spans)) / len(spans) if spans else 0.0
+
+
+def policies() -> dict:
+    """What makes each arm's policy of a budget."""
+    return {way.label: way.policy for way in WAYS}
+
+
+def rounded(values: Tensor) -> list[list[float]]:
+    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+
+
+def measured(setting: Setting, deadline: float, job: Job) -> dict | None:
+    """An arm's numbers, or why it is refused; None where the time is over before it begins."""
+    if time.time() > deadline:
+        return None
+    if torch.cuda.is_available():  # workers share the devices that there are
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
+    begun = time.perf_counter()
+    row = job._asdict() | {"where": hardware()}
+    try:
+        row |= forced(setting, job) if job.kind == "forced" else free(setting, job)
+    except SparsityError as error:
+        row |= {"refused": str(error)}
+    return row | {"seconds": time.perf_counter() - begun}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Every arm, written as it comes; a later call of the same configuration goes on from there."""
+    begun = time.time()
+    setting = Setting(
+        args.model, args.data, args.texts, args.tokens, args.prompt, args.questions, args.answer,
+        args.seed,
+    )  # fmt: skip
+    shown = {name: value for name, value in setting._asdict().items() if name != "data"}
+    record = {
+        "configuration": shown | {"budgets": args.budgets, "free_budget": args.free_budget},
+        "environment": environment(),
+        "seconds": 0.0,
+        "rows": [],
+    }
+    file = args.out / MEASURED
+    if file.exists():
+        earlier = json.loads(gzip.decompress(file.read_bytes()))
+        if earlier["configuration"] != record["configuration"]:
+            raise SystemExit(f"{file} is of another configuration: give another --out")
+        record |= {name: earlier[name] for name in ("rows", "seconds")}
+    done = {(row["kind"], row["arm"], row["budget"]) for row in record["rows"]}
+    labels = SMALL if args.small else [way.label for way in WAYS]
+    every = jobs_of(labels, args.budgets, args.free_budget, args.answer)
+    left = [
+        job
+        for job in every
+        if job not in done and args.arms in job.arm and args.only in ("", job.kind)
+    ]
+    before = record["seconds"]
+    task = partial(measured, setting, begun + args.seconds)
+    for row in spread(task, left, args.workers, "arms"):
+        if row is not None:
+            record["rows"].append(row)
+            record["seconds"] = before + time.time() - begun
+            file.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2", help="a model of examples/models.py")
+    parser.add_argument("--data", type=Path, help="folder of the data sets' files")
+    parser.add_argument("--texts", type=int, default=24, help="of both kinds together")
+    parser.add_argument("--tokens", type=int, default=4000, help="of a text")
+    parser.add_argument("--prompt", type=int, default=64, help="its tokens in one forward")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 128, 512, 1024])
+    parser.add_argument("--questions", type=int, default=12, help="answered freely")
+    parser.add_argument("--answer", type=int, default=2000, help="tokens at most; 0 for none")
+    parser.add_argument("--free-budget", type=int, default=256)
+    parser.add_argument("--arms", default="", help="only those whose name has this in it")
+    parser.add_argument("--only", default="", choices=("forced", "free"), help="both if not given")
+    parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs one a device")
+    parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a setting for a CPU, and fewer arms")
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--measured", type=Path, help="what --out wrote before: only sum it up")
+    args = parser.parse_args()
+    if args.small:
+        args.texts, args.tokens, args.budgets, args.answer = 4, 1000, [128], 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.measured is not None:
+        record = json.loads(gzip.decompress(args.measured.read_bytes()))
+    else:
+        record = run(args)
+    summed = summary(record)
+    (args.out / "retention_evidence.json").write_text(json.dumps(summed, indent=1) + "\n")
+    draw(summed, args.out / "retention_evidence.png")
+    print(tables(summed))
+
+
+if __name__ == "__main__":
+    main()

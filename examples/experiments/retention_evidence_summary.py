@@ -1,0 +1,191 @@
+"""Sums up what retention_evidence.py measured: a row an arm, the best settings, a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from link_evidence_summary import Sample
+from numpy.typing import NDArray
+from quickstart_pages import markdown
+from retention_texts import KINDS
+from retention_ways import WAYS
+
+METRICS = ("extra_nll", "kl", "agreement")
+Measured = dict[tuple[str, int], dict[str, NDArray[np.float64]]]
+"""By arm and budget: each metric, `[texts, stretches]`."""
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """Means with intervals by kind of text, the best settings of each policy, and free answers."""
+    seed = record["configuration"]["seed"]
+    forced: Measured = {
+        (row["arm"], row["budget"]): {name: np.array(row[name]) for name in METRICS}
+        for row in record["rows"]
+        if row["kind"] == "forced" and "refused" not in row
+    }
+    texts = record["configuration"]["texts"]
+    kinds = [KINDS[i % len(KINDS)] for i in range(texts)]
+    rows = []
+    for kind in ("both", *KINDS):
+        at = [i for i in range(texts) if kind in ("both", kinds[i])]
+        sample = Sample([kinds[i] for i in at], seed)
+        for (arm, budget), values in forced.items():
+            row: dict[str, Any] = {"texts": kind, "arm": arm, "budget": budget}
+            for name in METRICS:
+                row[name] = sample.interval(values[name][at].mean(1))
+            row["by_stretch"] = values["extra_nll"][at].mean(0).tolist()
+            twin = forced.get((twins()[arm], budget))
+            if twin is not None:
+                apart = values["extra_nll"] - twin["extra_nll"]
+                row["minus_random"] = sample.interval(apart[at].mean(1))
+            rows.append(row)
+    refused = [row for row in record["rows"] if "refused" in row]
+    free = [
+        {"arm": row["arm"], "budget": row["budget"], "decoding": row["decoding"]}
+        | {name: mean_of(row[name], seed) for name in ("length", "repeated")}
+        for row in record["rows"]
+        if row["kind"] == "free" and "refused" not in row
+    ]
+    kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
+    measured = {"chosen": chosen(forced, kinds, seed), "rows": rows, "free": free}
+    return kept | measured | {"refused": refused}
+
+
+def twins() -> dict[str, str]:
+    """The arm that evicts at random beside each arm; empty for none."""
+    return {way.label: way.twin for way in WAYS}
+
+
+def mean_of(values: list[float], seed: int) -> list[float]:
+    """Mean over answers, and the ends of its 95 % bootstrap interval."""
+    return Sample(["answers"] * len(values), seed).interval(np.array(values, dtype=float))
+
+
+def chosen(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
+    """Of each policy the setting with the least loss, by budget.
+
+    It is chosen on half of the texts of each kind and reported on the other, with the paired
+    difference to the policy's default.
+    """
+    halves = [[i for i in range(len(kinds)) if i // len(KINDS) % 2 == half] for half in (0, 1)]
+    if min(map(len, halves)) < 2 * len(KINDS):
+        return []  # one text of a kind has no interval
+    choose, report = (Sample([kinds[i] for i in half], seed) for half in halves)
+    found = []
+    for family in dict.fromkeys(way.family for way in WAYS):
+        ways = [way for way in WAYS if way.family == family]
+        default = next(way.label for way in ways if way.default)
+        for budget in sorted({budget for _, budget in forced}):
+            loss = {
+                way.label: forced[way.label, budget]["extra_nll"].mean(1)
+                for way in ways
+                if (way.label, budget) in forced
+            }
+            if len(ways) < 2 or default not in loss:
+                continue
+            best = min(loss, key=lambda arm: choose.mean(loss[arm][halves[0]]))
+            reported = loss[best][halves[1]]
+            found.append(
+                {
+                    "policy": family,
+                    "budget": budget,
+                    "arm": best,
+                    "default": default,
+                    "extra_nll": report.interval(reported),
+                    "of_default": report.interval(loss[default][halves[1]]),
+                    "minus_default": report.interval(reported - loss[default][halves[1]]),
+                }
+            )
+    return found
+
+
+def tables(summed: dict[str, Any]) -> str:
+    """Markdown: loss by policy and budget, by stretch, the settings chosen, free answers."""
+    budgets = sorted({row["budget"] for row in summed["rows"]})
+    found = {(row["texts"], row["arm"], row["budget"]): row for row in summed["rows"]}
+    arms = [way.label for way in WAYS if any(row["arm"] == way.label for row in summed["rows"])]
+
+    def table(first: str, kind: str, cell: Callable[[dict], str]) -> str:
+        rows = [
+            {"arm": arm}
+            | {f"b{b}": cell(found[kind, arm, b]) for b in budgets if (kind, arm, b) in found}
+            for arm in arms
+        ]
+        rows = [{f"b{b}": "" for b in budgets} | row for row in rows]
+        return markdown(rows, {first: "{arm}"} | {str(b): f"{{b{b}}}" for b in budgets})
+
+    parts = [
+        table(f"nats a token above dense, {kind}", kind, lambda row: said(row["extra_nll"]))
+        for kind in KINDS
+    ]
+    parts.append(table("less that of random", "both", lambda row: said(row.get("minus_random"))))
+    parts.append(table("agreement", "both", lambda row: said(row["agreement"], "")))
+    columns = {"policy": "{policy}", "budget": "{budget}", "chosen": "{arm}", "its loss": "{loss}"}
+    rows = [
+        row | {"loss": said(row["extra_nll"]), "less": said(row["minus_default"])}
+        for row in summed["chosen"]
+    ]
+    if rows:
+        parts.append(markdown(rows, columns | {"less its default's": "{less}"}))
+    rows = [
+        row | {"tokens": f"{row['length'][0]:.0f}", "share": said(row["repeated"], "")}
+        for row in summed["free"]
+    ]
+    columns = {"decoding freely": "{arm}", "tokens": "{tokens}", "share repeated": "{share}"}
+    if rows:
+        parts.append(markdown(rows, columns))
+    return "\n\n".join(parts)
+
+
+def said(interval: list[float] | None, sign: str = "+") -> str:
+    """A mean with its interval; nothing where there is none."""
+    if interval is None:
+        return ""
+    mean, low, high = interval
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def draw(summed: dict[str, Any], path: Path) -> None:
+    """Loss over the budget, and along the text at one budget, of each policy's best setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in summed["rows"] if row["texts"] == "both"]
+    budgets = sorted({row["budget"] for row in rows})
+    if not rows:
+        return
+    shown = 256 if 256 in budgets else budgets[0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    families = list(dict.fromkeys(way.family for way in WAYS))
+    tokens = summed["configuration"]["tokens"]
+    for index, family in enumerate(families):
+        labels = {way.label for way in WAYS if way.family == family}
+        own = [row for row in rows if row["arm"] in labels]
+        if not own:
+            continue
+        style = dict(color=f"C{index % 10}", marker="os^vD*PxX<>"[index % 11], linewidth=1)
+        best = [
+            min((row for row in own if row["budget"] == b), key=lambda row: row["extra_nll"][0])
+            for b in budgets
+            if any(row["budget"] == b for row in own)
+        ]
+        left.plot(
+            [row["budget"] for row in best],
+            [max(row["extra_nll"][0], 1e-4) for row in best],
+            label=family,
+            **style,
+        )
+        for row in (row for row in best if row["budget"] == shown):
+            step = tokens / len(row["by_stretch"])
+            middles = [(i + 0.5) * step for i in range(len(row["by_stretch"]))]
+            right.plot(middles, row["by_stretch"], **style)
+    left.set(xlabel="budget, tokens a KV head", ylabel="nats a token above dense", yscale="log")
+    left.set_xscale("log", base=2)
+    left.set_xticks(budgets, [str(budget) for budget in budgets])
+    right.set(xlabel=f"token of the text, budget {shown}")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

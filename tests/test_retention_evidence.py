@@ -1,0 +1,247 @@
+"""Layer by layer is token by token; the texts; and how the numbers are summed up."""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsity import (
+    H2O,
+    Full,
+    LazyEviction,
+    Quest,
+    RaaS,
+    Random,
+    ShareRaaS,
+    SnapKV,
+    StreamingLLM,
+    compare,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path[:0] = [str(EXAMPLES / "experiments"), str(EXAMPLES / "benchmarks")]
+import layer_by_layer  # noqa: E402 - the examples are scripts, not a package
+import raas_stamps  # noqa: E402
+import retention_evidence  # noqa: E402
+import retention_texts  # noqa: E402
+from loaded import loaded  # noqa: E402
+from reference_tasks import reasoning_problem  # noqa: E402
+from retention_evidence_summary import METRICS, draw, summary, tables  # noqa: E402
+from retention_ways import FREE, SMALL, WAYS  # noqa: E402
+
+PROMPT, TOKENS = 20, 150
+POLICIES = [
+    RaaS(32, page_size=4, pin_prompt=False),
+    RaaS(48, page_size=4),
+    ShareRaaS(32),
+    H2O(32),
+    Quest(32, page_size=4, dense_layers=0),
+    Random(32, pin_prompt=False),
+    StreamingLLM(32),
+    SnapKV(32, window=8, evict_every=8),
+    LazyEviction(32, evict_every=8, ties="score"),
+]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The reference model, and two texts of it of the same number of tokens."""
+    model, tokenizer = loaded("reference")
+    draws, texts = random.Random(0), []
+    for _ in range(2):
+        problem = reasoning_problem(draws, 20)
+        words = (problem.prompt + problem.solution).split(" ")
+        text = next(
+            text
+            for stop in range(len(words), 0, -1)
+            if len(tokenizer(text := " ".join(words[:stop]))["input_ids"]) <= TOKENS
+        )
+        texts.append(text)
+    return model, tokenizer, texts
+
+
+def walked(model, ids, policy):
+    dense = layer_by_layer.hidden_states(model, ids, None, PROMPT)
+    found = layer_by_layer.hidden_states(model, ids, policy, PROMPT)
+    return layer_by_layer.apart(model, ids, dense, found, PROMPT)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_layer_by_layer_is_token_by_token(reference, policy):
+    model, tokenizer, texts = reference
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"]])
+    expected = compare(model, tokenizer, texts[:1], {"arm": policy}, prompt_tokens=PROMPT,
+                       progress=False).measured["arm"]  # fmt: skip
+    for name, values in zip(METRICS, walked(model, ids, policy), strict=True):
+        assert float(values.mean()) == pytest.approx(float(expected[name][0]), abs=2e-5)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_memory_of_fixed_size_and_rows_together_give_the_same(reference, policy, monkeypatch):
+    """As it goes on a GPU, but for the graph; every row as it is alone."""
+    model, tokenizer, texts = reference
+    shortest = min(len(tokenizer(text)["input_ids"]) for text in texts)
+    ids = torch.tensor([tokenizer(text)["input_ids"][:shortest] for text in texts])
+    alone = torch.cat([walked(model, row[None], policy) for row in ids], 1)
+    torch.testing.assert_close(walked(model, ids, policy), alone, atol=1e-4, rtol=1e-3)
+
+    def fixed(model, policy, max_tokens, static):
+        return layer_by_layer_cache(model, policy, max_tokens=max_tokens, static=True)
+
+    layer_by_layer_cache = layer_by_layer.SparseCache
+    monkeypatch.setattr(layer_by_layer, "SparseCache", fixed)
+    torch.testing.assert_close(walked(model, ids, policy), alone, atol=1e-4, rtol=1e-3)
+
+
+def test_full_is_dense(reference):
+    model, tokenizer, texts = reference
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"]])
+    extra, divergence, agreement = walked(model, ids, Full())
+    assert extra.abs().max() < 1e-3  # of a token that is all but impossible
+    assert divergence.abs().max() < 1e-4
+    assert agreement.mean() == 1
+
+
+def test_every_arm_has_a_name_and_a_twin_and_every_family_one_default():
+    labels = [way.label for way in WAYS]
+    assert len(set(labels)) == len(labels)
+    assert {way.twin for way in WAYS if way.twin} <= set(labels)
+    assert {*FREE, *SMALL} <= set(labels)
+    for family in {way.family for way in WAYS}:
+        assert sum(way.default for way in WAYS if way.family == family) == 1
+    for way in WAYS:
+        for budget in (128, 256, 512, 1024):
+            assert way.policy(budget).budget in (budget, budget // 2)
+
+
+def test_a_default_is_the_class_as_it_comes():
+    for way in WAYS:
+        policy = way.policy(256)
+        if way.default and hasattr(policy, "sinks"):
+            plain = type(policy)(256) if policy.budget == 256 else None
+            if plain is not None:
+                assert (policy.sinks, policy.pin_prompt) == (plain.sinks, plain.pin_prompt)
+
+
+def test_what_an_answer_repeats():
+    assert retention_evidence.repeated(list(range(100))) == 0
+    assert retention_evidence.repeated([1, 2] * 50) == pytest.approx(1 - 2 / 93)
+    assert retention_evidence.repeated([1]) == 0
+
+
+def made(loss):
+    """A record of made-up numbers: `loss(arm, text)`."""
+    rows = []
+    for way in WAYS:
+        values = [[loss(way.label, text)] * 8 for text in range(8)]
+        row = {"kind": "forced", "arm": way.label, "budget": 256}
+        rows.append(row | dict.fromkeys(METRICS, values))
+    rows.append({"kind": "forced", "arm": "H2O, 4 sinks", "budget": 8, "refused": "too small"})
+    free = {"kind": "free", "budget": 256, "decoding": "", "length": [5, 9], "repeated": [0, 0.5]}
+    rows += [free | {"arm": arm} for arm in FREE]
+    configuration = {"texts": 8, "tokens": 80, "seed": 0}
+    return {"configuration": configuration, "environment": {}, "seconds": 1.0, "rows": rows}
+
+
+def test_settings_are_chosen_on_one_half_and_reported_on_the_other(tmp_path):
+    """One setting is best on the first half of the texts and worst on the other."""
+
+    def loss(arm, text):
+        if arm == "H2O, 4 sinks":
+            return 0.1 if text // 2 % 2 == 0 else 0.9
+        return 0.5
+
+    summed = summary(made(loss))
+    (row,) = (row for row in summed["chosen"] if row["policy"] == "H2O")
+    assert (row["arm"], row["default"]) == ("H2O, 4 sinks", "H2O, no sinks")
+    assert row["extra_nll"] == pytest.approx([0.9] * 3)
+    assert row["minus_default"] == pytest.approx([0.4] * 3)
+    json.dumps(summed)
+    assert "H2O, 4 sinks" in tables(summed)
+    draw(summed, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_intervals_are_paired_with_the_twin():
+    draws = np.random.default_rng(0)
+    of_text = draws.normal(0, 1, 8)
+    summed = summary(made(lambda arm, text: of_text[text] + ("random" in arm)))
+    rows = [row for row in summed["rows"] if row["arm"] == "H2O, no sinks"]
+    assert {row["texts"] for row in rows} == {"both", "novel", "solutions"}
+    for row in rows:
+        assert row["minus_random"] == pytest.approx([-1.0] * 3)
+
+
+@pytest.fixture
+def folder():
+    found = Path(__file__).parents[2] / "shared" / "data"
+    if not (found / "math500").exists():
+        pytest.skip(f"the data sets' files are not in {found}")
+    return found
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(folder, tmp_path, monkeypatch, capsys):
+    """Forced and free arms of the reference model; nothing is measured twice."""
+    given = "--model reference --texts 4 --tokens 120 --prompt 20 --budgets 64 --free-budget 64"
+    given += " --questions 2 --answer 12"
+
+    def run(*more):
+        argv = ["x", *given.split(), "--data", str(folder), "--out", str(tmp_path), *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        retention_evidence.main()
+        packed = (tmp_path / retention_evidence.MEASURED).read_bytes()
+        return {
+            (row["kind"], row["arm"]): row for row in json.loads(gzip.decompress(packed))["rows"]
+        }
+
+    first = run("--arms", "RaaS, 4 sinks")
+    assert set(first) == {
+        (kind, arm)
+        for kind in ("forced", "free")
+        for arm in ("RaaS, 4 sinks", "ShareRaaS, 4 sinks")
+    }
+    assert all("refused" not in row for row in first.values())
+    again = run("--arms", "TOVA, no sinks")
+    assert {name: again[name] for name in first} == first
+    assert set(again) - set(first) == {("forced", "TOVA, no sinks")}
+    row = first["forced", "RaaS, 4 sinks"]
+    assert np.array(row["extra_nll"]).shape == (4, retention_evidence.STRETCHES)
+    assert "TOVA, no sinks" in capsys.readouterr().out
+    late = run("--arms", "H2O", "--seconds", "-1")
+    assert late == again
+    with pytest.raises(SystemExit, match="another configuration"):
+        run("--seed", "3")
+
+
+def test_texts_share_no_passage_and_come_again(folder):
+    _, tokenizer = loaded("reference")
+    ids = retention_texts.texts(tokenizer, folder, 4, 300, 0)
+    assert ids.shape == (4, 300)
+    assert torch.equal(ids, retention_texts.texts(tokenizer, folder, 4, 300, 0))
+    assert len({tuple(row[:50].tolist()) for row in ids}) == 4
+    with pytest.raises(SystemExit, match="ask for fewer or shorter"):
+        retention_texts.texts(tokenizer, folder, 4, 10**6, 0)
+
+
+def test_a_threshold_that_every_page_passes_is_first_in_first_out(reference):
+    """Then the pages held are the newest ones; the numbers of a look are shares and an age."""
+    model, tokenizer, texts = reference
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"]])
+    seen = raas_stamps.recorded(model, ids, [1])
+    assert list(seen) == [1]
+    policy = RaaS(16, page_size=4, pin_prompt=False, alpha=1e-30)
+    found = raas_stamps.looks(policy, seen, 1, PROMPT)
+    assert len(found) > 3
+    for newest, age, first_held, kept in found:
+        assert newest == 1
+        assert 6 <= age <= 9.5  # of pages that began 0 to 15 tokens ago
+        assert first_held == 0
+        assert 0 < kept < 1
+    whole = raas_stamps.looks(RaaS(400, page_size=4), seen, 1, PROMPT)
+    assert all(kept == pytest.approx(1) for *_, kept in whole)
