@@ -33,6 +33,7 @@ class ArmsLinker:
         pic: of the model; links whatever it costs.
         tokenizer: of the model.
         arms: by name.
+        own: whether the pic's store is for this alone, and may be emptied.
 
     Attributes:
         prompt_tokens: of each problem's prompt so far.
@@ -42,8 +43,9 @@ class ArmsLinker:
     """
 
     def __init__(
-        self, pic: PIC, tokenizer: "PreTrainedTokenizerBase", arms: Mapping[str, Arm]
+        self, pic: PIC, tokenizer: "PreTrainedTokenizerBase", arms: Mapping[str, Arm], own: bool
     ) -> None:
+        self._own = own
         self._pic, self._tokenizer, self._arms = pic, tokenizer, arms
         self._pics: dict[Sinks, PIC] = {}
         for name, arm in arms.items():
@@ -62,7 +64,7 @@ class ArmsLinker:
         Raises:
             PICacheError: when an arm refuses, or links other ids than the first one; names it.
         """
-        if self._pic.store.nbytes > KEPT:
+        if self._own and self._pic.store.nbytes > KEPT:
             self._pic.store.clear()
             self._compiled.clear()
         which = f"problem {start}"

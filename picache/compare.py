@@ -107,7 +107,9 @@ def compare(
         _check_pic(pic, model, tokenizer)
     from picache.hf.decoding import answers  # transformers is loaded with the model
 
-    linker = ArmsLinker(pic or PIC(model, tokenizer, flops_per_byte=None), tokenizer, arms)
+    own = pic is None
+    pic = PIC(model, tokenizer, flops_per_byte=None) if pic is None else pic
+    linker = ArmsLinker(pic, tokenizer, arms, own)
     stop = _stop_tokens(model, tokenizer)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
@@ -133,6 +135,7 @@ def compare(
     arrays = {n: {m: np.array(of[m]) for m in wanted} for n, of in values.items()}
     settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
     settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
+    settings["storage"] = pic.store.storage
     drawn = DRAWN if set(DRAWN) <= set(wanted) else None
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, drawn)
 
@@ -233,6 +236,11 @@ def _check_pic(pic: PIC, model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
         raise PICacheError(
             "the pic is of another model or tokenizer than those compared: give PIC(model, "
             "tokenizer, flops_per_byte=None) of the same two"
+        )
+    if pic.sinks != "drop":
+        raise PICacheError(
+            f"the pic has sinks={pic.sinks!r}, and arms say themselves what chunks are compiled "
+            "behind: give PIC(model, tokenizer, flops_per_byte=None), and Arm(method, sinks)"
         )
     if pic.flops_per_byte is not None:
         raise PICacheError(

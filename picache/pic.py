@@ -214,10 +214,10 @@ class PIC:
         return self._compile(document, self._header(), first)
 
     def compile_all(self, documents: Sequence[Document], first: bool = False) -> list[Chunk]:
-        """`compile` of several documents, those that the store lacks in as few prefills as may be.
+        """`compile` of several documents; those that the store lacks go through the model together.
 
-        Documents of about one length go through the model as one batch, the shorter ones padded at
-        the end, which no token of theirs attends to. On a GPU, where a short prefill takes as long
+        Documents of about one length are one batch, the shorter ones padded at the end, which no
+        token of theirs attends to. On a GPU, where a short prefill takes as long
         as a longer one, that takes a fraction of the time. What a token's KV is differs by rounding
         from that of its document compiled alone. A model whose rotary frequencies follow the length
         of the text prefills one document after the other.
@@ -231,16 +231,25 @@ class PIC:
 
         Raises:
             StoreFull: as `compile`; some of the documents may be in the store.
-            PICacheError: as `compile`.
+            PICacheError: as `compile`, before anything is compiled; or for a single text.
         """
+        if isinstance(documents, str):
+            raise PICacheError(
+                f"compile_all needs documents, got one text of {len(documents)} characters: give "
+                "[text], or call compile"
+            )
+        documents = list(documents)
         header = self._header()
-        if not self.hf.rotary.follows_length:
-            texts = [self._text_ids(document, "a document") for document in documents]
-            forms = [self._form(text, header, first) for text in texts]
-            for form in forms:
-                self._refuse_too_long_to_compile(form)
-            compile_together(self.hf, self.store, forms)
-        return [self._compile(document, header, first) for document in documents]
+        texts = [self._text_ids(one, f"document {index}") for index, one in enumerate(documents)]
+        forms = [self._form(text, header, first) for text in texts]
+        for form in forms:
+            self._refuse_too_long_to_compile(form)
+        together = not self.hf.rotary.follows_length
+        new = compile_together(self.hf, self.store, forms) if together else set()
+        for form in forms:
+            if form.key not in new:
+                self._bring(form)
+        return [self._chunk(*one) for one in zip(documents, texts, forms, strict=True)]
 
     def _refuse_too_long_to_compile(self, form: Form) -> None:
         """Raise PICacheError for a chunk that needs more positions than the model has."""
@@ -256,11 +265,19 @@ class PIC:
         text = self._text_ids(document, "a document")
         form = self._form(text, header, first)
         self._refuse_too_long_to_compile(form)
+        self._bring(form)
+        return self._chunk(document, text, form)
+
+    def _bring(self, form: Form) -> None:
+        """Compile a chunk, unless the store has it; bring it to the device if it has room."""
         if self._fetch(form).tier != "device":
             try:
                 self.store.promote(form.key, self.hf.device)
             except CorruptChunk:  # the store has dropped it
                 self._fetch(form)
+
+    def _chunk(self, document: Document, text: TextIds, form: Form) -> Chunk:
+        """What `compile` gives for a document."""
         nbytes = self.hf.bytes_per_token * len(form.ids)
         ends = ends_of(document) if isinstance(document, str) else None
         return Chunk(form.key, text.ids, nbytes, text.lead, text.dropped, ends)

@@ -44,6 +44,7 @@ def best(budget: float, prefix: str | tuple[int, ...] | None = None) -> _compari
     | 0.02, with a prefix | ProphetKV | 0.32 | 0.12 |
     | 0.05, with a prefix | ProphetKV | 0.26 | 0.18 |
 
+    Those that come next are often within a tenth of it: at 0.05 plain ProphetKV is as near.
     Another model may have another best: ``examples/experiments/link_evidence.py --model`` measures
     it. ``arm = best(0.05); PIC(model, tokenizer, sinks=arm.sinks).link(..., method=arm.method)``.
 

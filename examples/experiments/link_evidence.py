@@ -61,6 +61,7 @@ def measured(
         return []
     model, tokenizer = loaded(model_name, torch.float32)
     pic = linker(model_name, together)
+    pic.store.clear()  # the chunks of the last turn
     problems = [one.problem for one in turn.asked]
     prefix = pieces(problems[0], tokenizer).prefix
     longest = max(len(text_ids(a, tokenizer)) for problem in problems for a in problem.answers)

@@ -23,7 +23,8 @@ def best_table(summed: dict[str, Any]) -> str:
             "share": f"{100 * row['recomputed']:.1f}%",
             "nll": _spelled(row["extra_nll"]),
             "kl": _spelled(row["kl"], 3).replace("+", ""),
-            "twin": _spelled(row["minus_twin"], 3) if "twin" in row else "",
+            "twin": _spelled(row["kl_minus_twin"], 3) if "twin" in row else "",
+            "questions": row["questions"],
             "right": f"{100 * row['accuracy'][0]:.0f}% of {100 * row['accuracy_full']:.0f}%",
         }
         for row in summed["best"]
@@ -37,6 +38,7 @@ def best_table(summed: dict[str, Any]) -> str:
         "KL minus random's": "{twin}",
         "extra nats a token": "{nll}",
         "right": "{right}",
+        "questions": "{questions}",
     }
     return markdown(lines, columns)
 
@@ -79,8 +81,30 @@ def _timed(row: dict[str, Any]) -> bool:
 
 
 def best(summed: dict[str, Any]) -> str:
-    """What stands in docs/linking.md."""
+    """What stands in docs/linking.md first."""
     return f"{best_table(summed)}\n\n{_where(summed)}"
+
+
+def pairs(summed: dict[str, Any]) -> str:
+    """What stands there second: arms set against each other."""
+    lines = [
+        {
+            "arm": row["arm"],
+            "against": row["against"],
+            "kl": _spelled(row["kl"], 3),
+            "nll": _spelled(row["extra_nll"]),
+            "questions": row["questions"],
+        }
+        for row in summed["pairs"]
+    ]
+    columns = {
+        "arm": "{arm}",
+        "less": "{against}",
+        "KL": "{kl}",
+        "extra nats a token": "{nll}",
+        "questions": "{questions}",
+    }
+    return markdown(lines, columns)
 
 
 def tables(summed: dict[str, Any]) -> str:

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 BUDGETS = (0.0, 0.02, 0.05, 0.15, 0.3)
 RESAMPLES = 2000
 FULL = "full"
+PAIRS = (
+    ("LegoLink-4 + ProphetKV 15 %", "ProphetKV 15 %"),
+    ("LegoLink-1 + ProphetKV 5 %, 1 dummy", "ProphetKV 5 %"),
+    ("true deviation 15 %", "ProphetKV 15 %"),
+    ("CacheBlend 15 %", "ProphetKV 15 %"),
+    ("CacheBlend 15 %", "LegoLink 32"),
+    ("CacheBlend 5 %", "LegoLink 16"),
+    (f"naive, {SYSTEM}", "LegoLink 4"),
+    *((f"LegoLink {k}, {SYSTEM}", f"random {k} a chunk, {SYSTEM}") for k in (1, 4, 16)),
+    ("LegoLink 1", "naive, 1 dummy"),
+    ("naive, 4 dummies", "naive, 1 dummy"),
+    (f"naive, {BOS_KEPT}", "naive"),
+)
+"""Arms that docs/linking.md sets against each other, on the questions that both have."""
 
 
 class Sample:
@@ -134,8 +148,28 @@ def summary(record: dict[str, Any], ways: Sequence["Way"]) -> dict[str, Any]:
     kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
     lengths = np.array([one["prompt_tokens"] for one in questions])
     tokens = {name: [float(lengths[at].mean()), int(at.sum())] for name, at in groups.items()}
-    chosen = best(measured, ways)
-    return kept | {"metrics": metrics, "prompt_tokens": tokens, "best": chosen, "rows": rows}
+    return kept | {
+        "metrics": metrics,
+        "prompt_tokens": tokens,
+        "best": best(measured, ways),
+        "pairs": pairs(measured),
+        "rows": rows,
+    }
+
+
+def pairs(measured: Measured) -> list[dict[str, Any]]:
+    """Of each of `PAIRS`, the first arm's numbers less the second's, over all tasks."""
+    found = []
+    for arm, against in PAIRS:
+        if arm not in measured.arms or against not in measured.arms:
+            continue
+        at = measured.on([arm, against], np.ones(len(measured.tasks), dtype=bool))
+        row: dict[str, Any] = {"arm": arm, "against": against, "questions": int(at.sum())}
+        for metric in ("kl", "extra_nll"):
+            minus = measured(metric, arm) - measured(metric, against)
+            row[metric] = measured.interval(minus, at)
+        found.append(row)
+    return found
 
 
 def first_token(record: dict[str, Any], ways: Sequence["Way"], arm: str) -> list[float]:
@@ -153,11 +187,11 @@ def first_token(record: dict[str, Any], ways: Sequence["Way"], arm: str) -> list
 def best(measured: Measured, ways: Sequence["Way"]) -> list[dict]:
     """The arm nearest to full prefill at each budget, chosen on one half, reported on the other.
 
-    By the divergence, since a wrong answer may by chance be likelier than under full prefill; less
-    that of naive reuse on the same questions, since some arms were measured on a part of them. A
-    budget is a share of the prompt's tokens that are recomputed besides its query; what an arm
-    recomputed is read from the half it is chosen on, too. What must measure the truth first is left
-    out, and so are arms whose prompts have other tokens.
+    By the divergence, since a wrong answer may by chance be likelier than under full prefill.
+    Compared are arms that were measured on the same questions: those of a part of them, among
+    themselves. A budget is a share of the prompt's tokens that are recomputed besides its query;
+    what an arm recomputed is read from the half it is chosen on, too. What must measure the truth
+    first is left out, and so are arms whose prompts have other tokens.
     """
     kinds = {
         "any": lambda way: True,
@@ -169,23 +203,22 @@ def best(measured: Measured, ways: Sequence["Way"]) -> list[dict]:
         "CacheBlend": lambda way: way.family == "CacheBlend",
         "random": lambda way: way.family == "random" and way.behind == NOTHING,
     }
-    able = {}  # what each arm recomputes, and how far it is from full prefill less naive reuse
+    able = {}  # what each arm recomputes, how far it is from full prefill, on how many questions
     for way in ways:
         at = measured.on(["naive", way.label], ~measured.odd)
         later = measured.on(["naive", way.label, way.twin or "naive"], measured.odd)
         if way.family != "true deviation" and way.behind != BOS_KEPT and at.any() and later.any():
-            more, farther = (
-                measured.mean(measured(metric, way.label) - measured(metric, "naive"), at)
-                for metric in ("recomputed", "kl")
-            )
-            able[way.label] = (way, more, farther)
+            share = measured("recomputed", way.label) - measured("recomputed", "naive")
+            far = measured.mean(measured("kl", way.label), at)
+            able[way.label] = (way, measured.mean(share, at), far, int(at.sum()))
     found = []
     for budget in BUDGETS:
         for kind, belongs in kinds.items():
+            most = max((n for way, _, _, n in able.values() if belongs(way)), default=0)
             within = [
-                (farther, label)
-                for label, (way, more, farther) in able.items()
-                if belongs(way) and more <= 1.05 * budget + 1e-9
+                (far, label)
+                for label, (way, share, far, n) in able.items()
+                if belongs(way) and share <= 1.05 * budget + 1e-9 and n == most
             ]
             if within:
                 way = able[min(within)[1]][0]
@@ -208,8 +241,8 @@ def _reported(measured: Measured, way: "Way") -> dict[str, Any]:
         row[metric] = measured.interval(measured(metric, arm), at)
     row["accuracy_full"] = measured.mean(measured("accuracy", FULL), at)
     row["recomputed"] = measured.mean(share - measured("recomputed", "naive"), at)
-    row["minus_naive"] = measured.interval(kl - measured("kl", "naive"), at)
+    row["kl_minus_naive"] = measured.interval(kl - measured("kl", "naive"), at)
     if way.twin:
         row["twin"] = way.twin
-        row["minus_twin"] = measured.interval(kl - measured("kl", way.twin), at)
+        row["kl_minus_twin"] = measured.interval(kl - measured("kl", way.twin), at)
     return row

@@ -64,7 +64,7 @@ class Way:
 def by_share(ratio: float, behind: str) -> dict[str, LinkMethod]:
     """Methods that are given a share of the tokens; those that look at first tokens, too."""
     found: dict[str, LinkMethod] = {"ProphetKV": ProphetKV(ratio)}
-    if behind != BOS_KEPT:
+    if behind not in (NOTHING, BOS_KEPT):  # behind nothing ProphetKV takes first tokens by itself
         found["LegoLink-1 + ProphetKV"] = Combined((LegoLink(1), ProphetKV(1.0)), ratio)
     if behind == NOTHING:
         found |= {

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 16384
 """Tokens of a batch, padding included, where a single chunk has no more."""
+PADDED = 1.5
+"""Tokens of a batch, padding included, for each of its chunks' own."""
 
 
-def compile_together(model: "HFModel", store: ChunkStore, forms: Sequence[Form]) -> None:
+def compile_together(model: "HFModel", store: ChunkStore, forms: Sequence[Form]) -> set[str]:
     """Prefill the chunks that a store lacks, several at once, and store them.
 
     A chunk stands alone in its row, from position 0. Padding stands behind it, where no token of
@@ -29,22 +31,31 @@ def compile_together(model: "HFModel", store: ChunkStore, forms: Sequence[Form])
         store: where the chunks are put.
         forms: the chunks as they are prefilled.
 
+    Returns:
+        The keys of these chunks, each of which counts as a miss.
+
     Raises:
         StoreFull: when there is no room; those before are stored.
     """
-    lacking = {form.key: form for form in forms if form.key not in store}
+    different = {form.key: form for form in forms}
+    lacking = {
+        key: form
+        for key, form in different.items()
+        if key not in store and store.get(key) is None  # which counts it
+    }
     for batch in _batches(sorted(lacking.values(), key=lambda form: len(form.ids))):
         watch = Stopwatch()
         ids = torch.zeros(len(batch), len(batch[-1].ids), dtype=torch.int64)
         for row, form in zip(ids, batch, strict=True):
             row[: len(form.ids)] = torch.tensor(form.ids)
         computed = model.prefill(ids)
-        seconds = watch.elapsed / len(batch)
+        seconds = watch.elapsed / sum(len(form.ids) for form in batch)
         for index, form in enumerate(batch):
             own = (slice(index, index + 1), slice(None), slice(len(form.ids)))
             # Copied, so that a chunk does not keep the memory of the whole batch.
             kv = [(_copied(keys[own]), _copied(values[own])) for keys, values in computed]
-            store.put(form.key, kv, replace(form.header, compile_seconds=seconds))
+            store.put(form.key, kv, replace(form.header, compile_seconds=seconds * len(form.ids)))
+    return set(lacking)
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -52,12 +63,14 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _batches(forms: Sequence[Form]) -> Iterator[list[Form]]:
-    """Chunks of ascending length in batches of at most `MOST_TOKENS`, padding included."""
+    """Chunks of ascending length in batches within `MOST_TOKENS` and `PADDED`."""
     batch: list[Form] = []
+    tokens = 0
     for form in forms:
-        if batch and (len(batch) + 1) * len(form.ids) > MOST_TOKENS:
+        padded, tokens = (len(batch) + 1) * len(form.ids), tokens + len(form.ids)
+        if batch and (padded > MOST_TOKENS or padded > PADDED * tokens):
             yield batch
-            batch = []
+            batch, tokens = [], len(form.ids)
         batch.append(form)
     if batch:
         yield batch

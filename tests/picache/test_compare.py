@@ -15,6 +15,7 @@ from picache import (
     PIC,
     Arm,
     CacheBlend,
+    ChunkStore,
     DummySinks,
     FullRecompute,
     LegoLink,
@@ -251,6 +252,36 @@ def test_what_two_problems_share_is_compiled_once(model, monkeypatch):
     for arm in result:
         for metric in set(METRICS) - {"first_token_seconds"}:
             np.testing.assert_array_equal(result.measured[arm][metric], again.measured[arm][metric])
+
+
+def test_the_chunks_of_a_pic_that_is_handed_in_stay(model, monkeypatch, tmp_path):
+    monkeypatch.setattr(module("picache.arms_linker"), "KEPT", 0)
+    tokenizer = tokenizer_of()
+    pic = PIC(model, tokenizer, store=ChunkStore(path=tmp_path), flops_per_byte=None)
+    chunk = pic.compile("the bird sings")
+    pic.store.pin(chunk.key)
+    for together in (1, 2):
+        compare(model, tokenizer, PROBLEMS, [NaiveReuse()], together=together, pic=pic,
+                progress=False)  # fmt: skip
+        assert chunk.key in pic.store
+    assert len(pic.store) > 1
+
+
+def test_how_a_pics_store_keeps_chunks_is_said(model):
+    tokenizer = tokenizer_of()
+    pic = PIC(model, tokenizer, store=ChunkStore(storage="int8"), flops_per_byte=None)
+    result = compare(model, tokenizer, PROBLEMS, [NaiveReuse()], pic=pic, progress=False)
+    assert result.settings["storage"] == "int8"
+    assert compare(
+        model, tokenizer, PROBLEMS, [NaiveReuse()], progress=False
+    ).settings["storage"] == "exact"  # fmt: skip
+
+
+def test_a_pic_whose_chunks_stand_behind_something_is_refused(model):
+    tokenizer = tokenizer_of()
+    pic = PIC(model, tokenizer, sinks=DummySinks(2), flops_per_byte=None)
+    with pytest.raises(PICacheError, match="arms say themselves"):
+        compare(model, tokenizer, PROBLEMS, [NaiveReuse()], pic=pic, progress=False)
 
 
 @dataclass(frozen=True)
