@@ -21,8 +21,8 @@ COUNTED = ("preemptions", "prefilled_again", "swapped_blocks", "requests", "prod
 class SeenTwin:
     """An engine as a router sees it, counted anew whenever it is asked."""
 
-    def __init__(self, at, jobs, blocks, find):
-        self.number, self.at, self.jobs, self.blocks, self.find = at.number, at, jobs, blocks, find
+    def __init__(self, at, jobs, engine, find):
+        self.number, self.at, self.jobs, self.engine, self.find = at.number, at, jobs, engine, find
 
     def calls(self):
         entries = [entry for entry in self.jobs if entry.engine is self.at]
@@ -42,11 +42,12 @@ class SeenTwin:
 
     @property
     def kv_share(self):
-        return sum(call.blocks for call in self.calls()) / self.blocks
+        return sum(call.blocks for call in self.calls()) / self.engine.blocks
 
     def found_tokens(self, unit):
         entry = self.jobs[unit.job.index]
-        return sum(self.find(self.at, call)[0] for call in entry.calls)
+        found = sum(self.find(self.at, call)[0] for call in entry.calls)
+        return found * self.engine.block_tokens
 
 
 def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=None):
@@ -55,7 +56,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
     state = policy.new_state()
     lottery = np.random.default_rng(seed).random(len(workload))
     jobs, now = [], 0.0
-    seen = SimpleNamespace(calls=[], batches=[], used=0, ended={}, moves=0)
+    seen = SimpleNamespace(calls=[], batches=[], used=0, ended={}, moves=0, outside=0)
     servers = [
         SimpleNamespace(
             number=number,
@@ -160,7 +161,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
                         one.elsewhere = True
                         one.reach = min(one.reach, int(execution.shared_tokens or 0))
         else:
-            entry.busy_until = now + execution.seconds
+            entry.busy_until, entry.nth = now + execution.seconds, seen.outside
+            seen.outside += 1
 
     def route(entry, execution):
         before = entry.engine
@@ -171,7 +173,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
         last = None if before is None else before.number
         tokens = sum(call.given for call in entry.calls)
         unit = ReadyUnit(entry.job, execution, now, len(entry.calls), tokens, last)
-        views = [SeenTwin(at, jobs, engine.blocks, find) for at in servers]
+        views = [SeenTwin(at, jobs, engine, find) for at in servers]
         entry.engine = servers[router.choose(unit, views, remembered)]
         for call in entry.calls:
             call.server = entry.engine
@@ -191,10 +193,13 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
             policy.served(entry.job, seconds, now)
 
     def outside(now):
-        """Ends of units that are not llm and arrivals, up to `now`; at one time, ends go first."""
+        """Ends of units that are not llm and arrivals, up to `now`.
+
+        At one time, ends go first, in the order in which the units began.
+        """
         while True:
             todo = [(e.job.arrival, 1, e.job.index, e) for e in jobs if e.begun is None]
-            todo += [(e.busy_until, 0, e.job.index, e) for e in jobs if e.busy_until is not None]
+            todo += [(e.busy_until, 0, e.nth, e) for e in jobs if e.busy_until is not None]
             if not todo or min(todo, key=lambda x: x[:3])[0] > now:
                 return min((t[0] for t in todo), default=np.inf)
             at, kind, _, entry = min(todo, key=lambda x: x[:3])

@@ -9,21 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from demand import (
-    FCFS,
     CostModel,
-    DemandError,
-    DemandEstimator,
-    Distribution,
-    Engine,
-    Execution,
-    Gittins,
-    Pool,
-    Prewarming,
     Unit,
-    Workload,
-    closed_loop,
-    hermes_applications,
-    poisson_workload,
     simulate_cluster,
     simulate_engine,
 )
@@ -35,7 +22,6 @@ from demand.routing import (
     Router,
     WeightedScores,
 )
-from demand.simulation.engine import LRU, KeepAll, NextUse
 from tests.demand.engine_twin import step_by_step
 from tests.demand.test_engine import (
     POLICIES,
@@ -140,14 +126,14 @@ def assert_like_twin(workload, policy, engine, count, router):
 counts = st.integers(2, 4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(workloads(), served_by, counts, routers)
 def test_engines_that_jump_over_equal_steps_change_nothing(workload, served, count, router):
     engine, policy = served
     assert_like_twin(workload, policy, engine, count, router)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(with_graphs(), engines_that_keep(), st.sampled_from(POLICIES), counts, routers)
 def test_the_same_where_they_keep_kv(workload, engine, policy, count, router):
     assert_like_twin(workload, policy, engine, count, router)
