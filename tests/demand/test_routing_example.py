@@ -1,31 +1,13 @@
 """The harnesses of routing.py and cluster.py in examples, on a few jobs."""
 
-import gzip
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from demand import hermes_applications
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-@pytest.fixture
-def sessions(tmp_path):
-    """A folder of recorded sessions whose contexts grow."""
-    calls = [
-        {"t": 20.0 * k, "in": 900 + 700 * k, "out": 40, "api_s": 2.0, "think_s": 10.0 * (k > 0)}
-        for k in range(4)
-    ]
-    folder = tmp_path / "agent_sessions"
-    folder.mkdir()
-    with gzip.open(folder / "sessions.jsonl.gz", "wt") as file:
-        for number in range(16):
-            file.write(json.dumps({"session": str(number), "calls": calls}) + "\n")
-    return tmp_path
 
 
 def run(module, monkeypatch, folder, *arguments):
@@ -34,7 +16,7 @@ def run(module, monkeypatch, folder, *arguments):
 
 
 def test_routing_writes_a_row_for_each_mix_policy_and_router(
-    sessions, monkeypatch, tmp_path, capsys
+    record_sessions, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.syspath_prepend(str(EXAMPLES / "experiments"))
     import routing
@@ -42,7 +24,7 @@ def test_routing_writes_a_row_for_each_mix_policy_and_router(
     monkeypatch.setattr(routing, "hermes_applications", partial(hermes_applications, 50))
     limits = ["--width", "3", "--token-budget", "500", "--blocks", "300", "--gaps", "3"]
     few = ["--seeds", "2", "--hermes-seeds", "2", "--jobs", "20", "--engines", "2"]
-    run(routing, monkeypatch, tmp_path, "--data", str(sessions), *limits, *few)
+    run(routing, monkeypatch, tmp_path, "--data", str(record_sessions(16)), *limits, *few)
     record = json.loads((tmp_path / "routing.json").read_text())
     assert (tmp_path / "routing.png").stat().st_size > 10_000
     assert len(record["rows"]) == 2 * 2 * len(routing.ROUTERS)
