@@ -54,10 +54,13 @@ class EngineAtWork:
         self.busy_seconds = 0.0
         self.step_log = StepLog()
         self.end = math.inf
-        self._busy_until = 0.0
-        self._begun = 0.0
+        self._begun = self._ended = 0.0
         self._repeated = 0
         self._carried_out = True
+
+    def rest(self, now: float) -> None:
+        """There was nothing to do up to second `now`."""
+        self.step_log.add(now, 0, 0)
 
     def form(self, now: float, warm: Warm) -> bool:
         """Choose the requests of the step that starts at second `now`; whether there are any."""
@@ -71,20 +74,20 @@ class EngineAtWork:
         Returns:
             The second at which the last of them ends.
         """
-        batch, log = self.batch, self.step_log
+        batch = self.batch
         seconds = batch.seconds(steps)
         if self.cache is not None:
             self.cache.carry_out(batch, steps, now)
-        if self._busy_until < now:
-            log.add(now, 0, 0)
-        self._busy_until = now = now + seconds
-        log.add(now, steps, batch.size)
+        now += seconds
+        self.step_log.add(now, steps, batch.size)
         self.busy_seconds += seconds
         self.steps += steps
         return now
 
     def begin(self, now: float, until: float) -> None:
         """Begin to repeat the step formed, until second `until` is reached or it would change."""
+        if self._ended < now:
+            self.rest(now)
         self._begun = now
         self._repeated = identical_steps(self.batcher, now, until)
         self.end = now + self.batch.seconds(self._repeated)
@@ -100,7 +103,7 @@ class EngineAtWork:
         """How many steps were begun, which now have ended."""
         if not self._carried_out:
             self._finish()
-        self.end = math.inf
+        self._ended, self.end = self.end, math.inf
         return self._repeated
 
     def blocks_held(self, now: float) -> int:

@@ -104,6 +104,7 @@ class _Simulation(Applications):
             if not order:
                 now = self.next_second()
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
+                engine.rest(now)
             if self.next_second() <= now:
                 self.happen(now)
             if order and engine.form(now, self.warm):
