@@ -214,6 +214,20 @@ def test_every_token_is_produced_once_wherever_it_is():
         assert result.summary()["prefilled_again"] > 0
 
 
+def test_an_engine_forgets_a_job_that_goes_on_elsewhere():
+    """It is over with its prefill on engine 1, and runs on engine 0 when that forms a batch."""
+    runs = [
+        [Execution(THINK, 4, 1), Execution(THINK, 4, 5)],
+        [Execution(CODE, 2, 5)],
+    ]
+    workload = Workload([0, 0], [1, 1], "aa", {"a": Distribution([1.0])}, runs=runs)
+    for scheduling in ("by_rank", "running_first"):
+        engine = Engine.counting_steps(4, preemption="none", scheduling=scheduling)
+        result = simulate_cluster(workload, FCFS(), engine, 2, Sequential((1, 1, 0)))
+        assert result.completion_times.tolist() == [1 + 5, 5]
+        assert result.preemptions == 0
+
+
 def one_run(*shared, tokens=8):
     """A run of calls of 8 tokens and more, each of one unit, with what each shares."""
     calls = [
