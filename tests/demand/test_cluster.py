@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from demand import (
     FCFS,
+    VTC,
     CostModel,
     DemandError,
     DemandEstimator,
@@ -155,6 +156,23 @@ def test_engines_that_jump_over_equal_steps_change_nothing(workload, served, cou
 @given(with_graphs(), engines_that_keep(), st.sampled_from(POLICIES), counts, routers)
 def test_the_same_where_they_keep_kv(workload, engine, policy, count, router):
     assert_like_twin(workload, policy, engine, count, router)
+
+
+@pytest.mark.parametrize("scheduling", ["by_rank", "running_first"])
+@pytest.mark.parametrize("policy", [FCFS(), Gittins(), VTC(10.0)], ids=repr)
+def test_crowded_engines_are_jumped_over_rightly(policy, scheduling):
+    """Applications of Hermes with costs of their own, wide batches, and too few blocks."""
+    workload = poisson_workload(hermes_applications(), load=100.0, jobs=40, seed=3)
+    engine = Engine(24, 512, 900, kv_seconds_per_token=1e-7, scheduling=scheduling)
+    given = workload, policy, engine
+    result = simulate_cluster(*given, 2, LeastLoaded(), service_cost=CostModel())
+    twin = step_by_step(*given, CostModel(), engines=2, router=LeastLoaded())
+    np.testing.assert_allclose(result.completion_times, twin.completion_times, rtol=1e-9)
+    for share, theirs in zip(result.engines, twin.servers, strict=True):
+        for name in ("units", "steps", "preemptions", "prefilled_again", "peak_blocks"):
+            assert getattr(share, name) == getattr(theirs, name), name
+        assert share.peak_blocks > 850  # they do run out
+    assert result.moves == twin.moves > 0
 
 
 @dataclass(frozen=True)
