@@ -125,7 +125,8 @@ class Batcher:
         anew: dict[JobOnEngine, tuple[int, int]] = {}
         for calls, _ in batch.prefilling:
             job = calls.job
-            if job not in anew and job.running and not job.steady:
+            over = calls.generated == calls.output_tokens  # its job may be on another engine by now
+            if not over and job not in anew and job.running and not job.steady:
                 anew[job] = self._asked(job)
         if self.partial is not None and self.partial not in anew:
             anew[self.partial] = (0, 0)
