@@ -18,6 +18,7 @@ from torch import Tensor
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.arena import Arena
+from picache.hf.due import Due, nothing_due
 from picache.hf.model import HFModel
 from picache.hf.padded_forward import (
     CannotCompile,
@@ -25,7 +26,6 @@ from picache.hf.padded_forward import (
     padded_forward,
     padded_masses,
 )
-from picache.hf.padded_pass import Due, nothing_due
 from picache.hf.reading_back import refusing
 from picache.hf.recorders import RECORDERS, ProvenCompiled, Recorder, Recording
 from picache.hf.size_class import classes_up_to, size_class

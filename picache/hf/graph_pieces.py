@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from picache.hf.padded_pass import Due
+from picache.hf.due import Due
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE

@@ -12,14 +12,13 @@ from transformers import Cache
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.compiled import never_compiled
+from picache.hf.due import Due, nothing_due
 from picache.hf.model import HFModel
 from picache.hf.padded_pass import (
-    Due,
     ObservingPass,
     PaddedLayer,
     PaddedPass,
     TracedPass,
-    nothing_due,
     running,
 )
 from picache.hf.sparse_pass import CannotCapture, Question, Stop

@@ -19,6 +19,7 @@ from typing_extensions import override
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.ambient import refuse_autocast, refuse_other_dtype
+from picache.hf.due import Due, nothing_due
 from picache.hf.sparse_pass import (
     CHANGED_MEANWHILE,
     OTHER_THREAD,
@@ -30,13 +31,6 @@ from picache.hf.sparse_pass import (
 from picache.kernels.attention_mass import attention_mass
 from picache.kernels.attention_operator import attention_operator
 from picache.kernels.scattered_attention import scattered_attention
-
-Due = Callable[[range], None]
-"""Called with layers before a pass reads what stands in their places: puts it there."""
-
-
-def nothing_due(layers: range) -> None:
-    """For a pass whose layers stand in their places already."""
 
 
 class Attended(NamedTuple):

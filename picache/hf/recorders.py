@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from picache.hf.due import Due, nothing_due
 from picache.hf.graph_pieces import GraphPieces
 from picache.hf.padded_forward import CannotCompile
-from picache.hf.padded_pass import Due, nothing_due
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.sparse_pass import CannotCapture
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import CorruptChunk
-from picache.hf.padded_pass import Due
+from picache.hf.due import Due
 from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows

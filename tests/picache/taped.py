@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from picache.hf import recorders
-from picache.hf.padded_pass import nothing_due
+from picache.hf.due import nothing_due
 
 
 class _Tape(TorchDispatchMode):

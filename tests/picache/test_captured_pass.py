@@ -22,7 +22,8 @@ from picache import (
 )
 from picache.hf import captured_pass, padded_pass, recorders
 from picache.hf.arena import Arena
-from picache.hf.padded_pass import nothing_due, window_of
+from picache.hf.due import nothing_due
+from picache.hf.padded_pass import window_of
 from picache.hf.reading_back import RefuseReadingBack
 from picache.hf.size_class import classes_up_to, size_class
 from picache.hf.sparse_pass import CannotCapture

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from picache import LegoLink, NaiveReuse, PICacheError
 from picache.hf import padded_forward, recorders
 from picache.hf.compiled import never_compiled
-from picache.hf.padded_pass import nothing_due
+from picache.hf.due import nothing_due
 from picache.hf.reading_back import RefuseReadingBack
 from picache.kernels import attention_operator
 from picache.kernels.scattered_attention import scattered_attention

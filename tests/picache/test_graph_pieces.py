@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from picache.hf import graph_pieces
+from picache.hf.due import nothing_due
 from picache.hf.graph_pieces import GraphPieces
-from picache.hf.padded_pass import nothing_due
 
 NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LAYERS, SIZE = 6, 1 << 16

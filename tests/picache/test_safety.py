@@ -116,7 +116,7 @@ def test_a_disk_that_fails_is_not_a_damaged_file(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChunkFile, "layer", failing)
+        patch.setattr(ChunkFile, "layers", failing)
         prompt = pic.link(chunks, random_ids(3))
     assert torch.equal(prompt.logits, expected)
     assert prompt.report.chunk_hits == (False, False)

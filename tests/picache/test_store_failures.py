@@ -75,16 +75,16 @@ def test_a_file_deleted_after_its_header_was_read_is_read_to_its_end(
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", unlinked)
-    read = chunkfile.ChunkFile.layer
+    read = chunkfile.ChunkFile.layers
 
     paths = list(folder.rglob("*.safetensors"))
 
-    def after_a_neighbour(self, index):  # called by several threads
+    def after_a_neighbour(self, layers):  # called by several threads
         for path in paths:
             path.unlink(missing_ok=True)
-        return read(self, index)
+        return read(self, layers)
 
-    monkeypatch.setattr(chunkfile.ChunkFile, "layer", after_a_neighbour)
+    monkeypatch.setattr(chunkfile.ChunkFile, "layers", after_a_neighbour)
     prompt = linked(model, ChunkStore(path=folder), chunks)
     assert torch.equal(prompt.logits, expected)
     assert all(prompt.report.chunk_hits)
@@ -99,17 +99,17 @@ def test_a_file_deleted_while_too_many_are_open_to_keep_it_is_compiled_again(
     prompt = linked(model, store, chunks)
     assert all(prompt.report.chunk_hits)
     assert torch.equal(prompt.logits, expected)
-    read = chunkfile.ChunkFile.layer
+    read = chunkfile.ChunkFile.layers
 
     doomed = path_of(folder, chunks[2].key)
 
-    def after_a_neighbour(self, index):  # called by several threads
-        if index == 2:
+    def after_a_neighbour(self, layers):  # called by several threads
+        if 2 in layers:
             doomed.unlink(missing_ok=True)
-            monkeypatch.setattr(chunkfile.ChunkFile, "layer", read)
-        return read(self, index)
+            monkeypatch.setattr(chunkfile.ChunkFile, "layers", read)
+        return read(self, layers)
 
-    monkeypatch.setattr(chunkfile.ChunkFile, "layer", after_a_neighbour)
+    monkeypatch.setattr(chunkfile.ChunkFile, "layers", after_a_neighbour)
     prompt = linked(model, store, chunks)
     assert torch.equal(prompt.logits, expected)
     assert prompt.report.chunk_hits == (True, True, False)
@@ -181,7 +181,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["open", "layer", "reserve", "fill", "publish"])
+@pytest.mark.parametrize("where", ["open", "layers", "reserve", "fill", "publish"])
 def test_a_link_goes_on_whatever_the_disk_raises(
     model, expected, filled, monkeypatch, where, error
 ):
@@ -192,12 +192,12 @@ def test_a_link_goes_on_whatever_the_disk_raises(
 
     places = {
         "open": (files, "open_regular"),
-        "layer": (chunkfile.ChunkFile, "layer"),
+        "layers": (chunkfile.ChunkFile, "layers"),
         "reserve": (folder_index.FolderIndex, "reserve"),
         "fill": (files.LocalFiles, "fill"),
         "publish": (files.LocalFiles, "publish"),
     }
-    reading = where in ("open", "layer")
+    reading = where in ("open", "layers")
     store = ChunkStore(path=folder)
     if not reading:
         store.clear()
@@ -582,7 +582,7 @@ def test_interrupts_are_not_failures(filled, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chunkfile.ChunkFile, "layer", interrupted)
+    monkeypatch.setattr(chunkfile.ChunkFile, "layers", interrupted)
     found = ChunkStore(path=folder).get(chunks[0].key)
     with pytest.raises(KeyboardInterrupt):
         found.load()
