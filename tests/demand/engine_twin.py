@@ -11,6 +11,7 @@ import numpy as np
 from demand import CostModel, Job
 from demand.simulation.engine.calls import call_groups, execution_seconds
 from demand.simulation.engine.retention import LeftKV
+from tests.demand.plans import before
 
 
 def step_by_step(workload, policy, engine, cost=None, seed=0):
@@ -46,9 +47,11 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             SimpleNamespace(
                 job=job,
                 run=workload.runs[i],
-                at=-1,
+                over=set(),
+                started=[],
                 calls=[],
-                busy_until=None,
+                busy={},
+                asked=0,
                 settled=0.0,
                 first_served=None,
                 arrived=None,
@@ -61,20 +64,30 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     left, retention = [], engine.retention  # KV that calls left
     running = []  # requests with a place, in order of admission; of "running_first" alone
 
-    def next_unit(entry, now):
-        entry.at += 1
-        entry.calls, entry.busy_until, entry.first_served = [], None, None
-        entry.job.running = False
-        if entry.at == len(entry.run):
+    def unfinished(entry):
+        return [c for c in entry.calls if c.produced < c.made]
+
+    def next_units(entry, now):
+        """Start what waits for none that is not over; the job is over with its last unit."""
+        if not unfinished(entry):
+            entry.first_served, entry.job.running = None, False
+        if len(entry.over) == len(entry.run):
             entry.finish, entry.steps = now - entry.job.arrival, steps - entry.begun
             policy.departed(entry.job, now)
             for key in [one.key for one in left if one.key[0] == entry.job.index]:
                 forget(key)
             return
-        entry.job.requested = now
-        execution = entry.run[entry.at]
+        for at in range(len(entry.run)):
+            if at not in entry.started and entry.over.issuperset(before(entry.run, at)):
+                start(entry, at, now)
+
+    def start(entry, at, now):
+        entry.started.append(at)
+        if not unfinished(entry):
+            entry.job.requested = now
+        execution = entry.run[at]
         if execution.unit.kind == "llm":
-            entry.calls = [
+            calls = [
                 SimpleNamespace(
                     entry=entry,
                     number=k,
@@ -86,7 +99,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                     host=0,
                     prefilled=0,
                     last=False,
-                    unit=entry.at,
+                    unit=at,
+                    turn=entry.asked + k,
                     requested=now,
                     token_seconds=[],
                     block_seconds=0.0,
@@ -97,12 +111,21 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                     for _ in range(count)
                 )
             ]
-            seen.calls += entry.calls
+            entry.calls += calls
+            entry.asked += len(calls)
+            seen.calls += calls
             for one in left:
-                if one.kv.of_run and one.key in map(key_of, entry.calls):
+                if one.kv.of_run and one.key in map(key_of, calls):
                     one.kv.wanted = now
         else:
-            entry.busy_until = now + execution.seconds
+            entry.busy[at] = now + execution.seconds
+
+    def end(entry, at, now):
+        entry.over.add(at)
+        entry.settled += execution_seconds(entry.run[at], cost)
+        entry.calls = [c for c in entry.calls if c.unit != at]
+        serve(entry, attained(entry), now)
+        next_units(entry, now)
 
     def attained(entry):
         return (
@@ -119,27 +142,27 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
     def outside(now):
         """Ends of units that are not llm and arrivals, up to `now`; at one time, ends go first."""
         while True:
-            todo = [(e.job.arrival, 1, e.job.index, e) for e in jobs if e.begun is None]
-            todo += [(e.busy_until, 0, e.job.index, e) for e in jobs if e.busy_until is not None]
+            todo = [(e.job.arrival, 1, e.job.index, 0, e) for e in jobs if e.begun is None]
+            todo += [(t, 0, e.job.index, u, e) for e in jobs for u, t in e.busy.items()]
             if not todo or min(todo, key=lambda x: x[:3])[0] > now:
                 return min((t[0] for t in todo), default=None)
-            at, kind, _, entry = min(todo, key=lambda x: x[:3])
+            at, kind, _, unit, entry = min(todo, key=lambda x: x[:3])
             if kind == 1:
                 entry.begun = steps
                 policy.arrived(entry.job, at)
+                next_units(entry, at)
             else:
-                entry.settled += execution_seconds(entry.run[entry.at], cost)
-                serve(entry, entry.settled, at)
-            next_unit(entry, at)
+                del entry.busy[unit]
+                end(entry, unit, at)
 
     by_first_service = engine.scheduling == "by_rank" and engine.preemption == "none"
 
     def place(call):
         entry = call.entry
         if by_first_service and entry.first_served is not None:
-            return (0, entry.first_served, entry.job.index, call.number)
+            return (0, entry.first_served, entry.job.index, call.turn)
         rank = policy.rank(entry.job, now)
-        return (int(by_first_service), rank, entry.job.index, call.number)
+        return (int(by_first_service), rank, entry.job.index, call.turn)
 
     def forget(key):
         """No call will find it; the engine may know."""
@@ -328,10 +351,10 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
             for call in calls:
                 call.last = id(call) in chosen
         by_place = sorted(
-            (e for e in jobs if e.calls), key=lambda e: places.get(id(e.calls[0]), ())
+            (e for e in jobs if unfinished(e)), key=lambda e: places[id(unfinished(e)[0])]
         )
         for entry in by_place if engine.scheduling == "by_rank" else []:
-            runs = any(c.last for c in entry.calls if c.produced < c.made)
+            runs = any(c.last for c in unfinished(entry))
             if runs and not entry.job.running:
                 entry.job.started_at = entry.job.attained_service
             entry.job.running = runs
@@ -381,13 +404,11 @@ def step_by_step(workload, policy, engine, cost=None, seed=0):
                 serve(entry, attained(entry), now)
         ended = []
         for call, _ in batch:
-            entry = call.entry
-            if entry not in ended and all(c.produced == c.made for c in entry.calls):
-                ended.append(entry)
-        for entry in sorted(ended, key=lambda e: e.job.index):
-            entry.settled += execution_seconds(entry.run[entry.at], cost)
-            entry.job.attained_service = entry.settled
-            next_unit(entry, now)
+            one = call.entry.job.index, call.unit
+            if one not in ended and not any(c.unit == call.unit for c in unfinished(call.entry)):
+                ended.append(one)
+        for index, unit in sorted(ended):
+            end(jobs[index], unit, now)
     seen.completion_times = np.array([e.finish for e in jobs])
     seen.completion_steps = np.array([e.steps for e in jobs])
     seen.steps = steps

@@ -32,9 +32,11 @@ from demand.simulation.engine.retention import Tables
 from demand.simulation.engine.running_first import RunningFirst
 from demand.simulation.engine.served_requests import ServedRequests
 from demand.simulation.engine.step_times import StepLog
+from demand.simulation.engine.waits import Waits, check_side_by_side
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.refining import check_estimator, learn
-from demand.units import CostModel, Execution, Progress
+from demand.stages import progress_after
+from demand.units import CostModel, Execution, is_sequence
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -55,7 +57,8 @@ def simulate_engine(
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
 
-    A job executes the units of its run one after the other. An llm unit submits `parallelism`
+    A job executes the units of its run one after the other, or each as soon as those are over that
+    it waits for (`Execution.after`), and ends when all have. An llm unit submits `parallelism`
     requests at once (`Job.requested` is that second) and is over when the last of them is; other
     units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
     with a backend begins when that is warm (`Pool`).
@@ -110,6 +113,7 @@ def simulate_engine(
     pools = {} if backends is None else checked_pools(backends)
     for entry, run in enumerate(entries.runs):
         check_run(entry, run, engine)
+        check_side_by_side(entry, run, engine, bool(pools))
     check_pools(pools, prewarm, entries, entries.runs)
     costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
     simulation = _Simulation(
@@ -168,6 +172,7 @@ class _Simulation:
         self.decisions = 0
         self.requests = 0
         self.alarms = 0
+        self.ahead = 0  # steps not taken in yet, of what happens in the one after them
 
     def run(self) -> EngineResult:
         now, order, count = 0.0, self.batcher.order, len(self.workload)
@@ -203,10 +208,12 @@ class _Simulation:
         self.busy_seconds += seconds
         self.steps += steps
         if upcoming <= now:
+            self.ahead = steps - 1
             self.happen(now)
+            self.ahead = 0
         ended, alarmed = batcher.advance(steps, now)
         for job in ended:
-            self.end_unit(job, now)
+            self.end_served(job, now)
         for job in alarmed:
             while job.alarms and job.alarms[-1][0] <= job.produced(batcher.batch.step):
                 self.alarms += 1
@@ -240,30 +247,46 @@ class _Simulation:
         self.entries.append(entry)
         self.arrived_at.append(now)
         self.policy.arrived(job, now)
-        self.start_unit(job, now)
+        if is_sequence(job.run):
+            self.start_unit(job, 0, now)
+            return
+        job.waits = Waits(job.run)
+        for position in job.waits.first():
+            self.start_unit(job, position, now)
 
-    def start_unit(self, job: JobOnEngine, now: float) -> None:
-        job.position += 1
-        job.requested = now
+    def start_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        job.position = position
+        joins = job.requests  # of units beside it
+        if not joins:
+            job.requested = now
+        if job.waits is not None:
+            job.waits.begin(position)
         later = self.backends.plan(job, now)
         if job.execution.unit.kind != "llm":
             if self.backends.acquire(job, now, partial(self.begin, job, later)):
                 self.begin(job, later, now)
             return
-        job.prefilled = job.generated = 0
-        number = 0
+        number, turn = 0, job.submitted
         for count, given, made in call_groups(job.execution):
             if self.cache is None:
-                job.calls.append(Calls(job, number, count, given, made))
+                job.calls.append(
+                    Calls(job, number, count, given, made, position, now, turn + number)
+                )
             else:  # each may find something else
                 shared = min(shared_tokens(job.execution), given)
                 for k in range(number, number + count):
-                    job.calls.append(Calls(job, k, 1, given, made, shared_tokens=shared))
+                    calls = Calls(job, k, 1, given, made, position, now, turn + k)
+                    calls.shared_tokens = shared
+                    job.calls.append(calls)
             number += count
         if self.cache is not None:
             self.cache.ask(job, now)
-        job.requests = number
+        job.requests += number
+        job.submitted += number
         self.requests += number
+        if joins:
+            self.batcher.join(job, number)
+            return
         self.backends.alarms(job, later)
         job.cold = self.backends.waits_for_its_turn(job)
         if job.cold or self.warm(job, now):
@@ -283,23 +306,61 @@ class _Simulation:
         assert seconds is not None
         for after, action in later:
             self.agenda.add(now + after, action)
-        self.agenda.add(now + seconds, partial(self.end_unit, job))
+        end = self.end_unit if job.waits is None else self.end_beside
+        self.agenda.add(now + seconds, partial(end, job, job.position))
 
-    def end_unit(self, job: JobOnEngine, now: float) -> None:
-        execution = job.execution
-        job.finished_seconds += job.unit_seconds[job.position]
+    def end_served(self, job: JobOnEngine, now: float) -> None:
+        """Units that the engine has served are over: the present one, or some of several."""
+        if job.waits is None:
+            self.end_unit(job, job.position, now)
+            return
+        served = {calls.position for calls in job.calls}
+        for position in sorted(job.waits.underway):
+            if position not in served and job.run[position].unit.kind == "llm":
+                self.end_beside(job, position, now)
+
+    def end_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        execution = job.run[position]
+        job.finished_seconds += job.unit_seconds[position]
         job.prefilled = job.generated = 0
         seconds = job.finished_seconds - job.attained_service
         job.attained_service = job.finished_seconds
         if execution.unit.kind != "llm" and seconds > 0.0:
             self.policy.served(job, seconds, now)
         self.backends.release(job, now)
-        if job.position + 1 == len(job.run):
+        if position + 1 == len(job.run):
             self.finish(job, now)
             return
         if self.refine is not None:
-            learn(job, Progress(job.run[: job.position + 1]), self.refine, self.policy)
-        self.start_unit(job, now)
+            progress = progress_after(job.run, position + 1, self.costs[job.application])
+            learn(job, progress, self.refine, self.policy)
+        self.start_unit(job, position + 1, now)
+
+    def end_beside(self, job: JobOnEngine, position: int, now: float) -> None:
+        """A unit is over, beside which others may be underway."""
+        assert job.waits is not None
+        execution, step = job.run[position], self.batcher.batch.step + self.ahead
+        job.finished_seconds += job.unit_seconds[position]
+        if execution.unit.kind == "llm":
+            for calls, given, made in call_groups(execution):
+                job.prefilled -= calls * given
+                job.generated -= calls * made
+        attained = job.attained(step)
+        seconds, job.attained_service = attained - job.attained_service, attained
+        if seconds > 0.0:
+            self.policy.served(job, seconds, now)
+        ready = job.waits.end(position)
+        if job.waits.over:
+            self.finish(job, now)
+            return
+        if self.refine is not None:
+            cost = self.costs[job.application]
+            progress = job.waits.progress(partial(job.received, step=step), cost)
+            learn(job, progress, self.refine, self.policy)
+        if job.calls:
+            self.batcher.order.moved(job, now)
+        for following in ready:
+            self.start_unit(job, following, now)
 
     def finish(self, job: JobOnEngine, now: float) -> None:
         self.finished += 1
