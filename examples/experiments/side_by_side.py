@@ -28,6 +28,7 @@ from demand import (
     EDF,
     FCFS,
     Application,
+    ClassMean,
     CostModel,
     CurrentUnit,
     DemandEstimator,
@@ -37,6 +38,7 @@ from demand import (
     LeastSlack,
     Oracle,
     PDGraph,
+    RandomOrder,
     Unit,
     Workload,
     bootstrap_interval,
@@ -53,7 +55,13 @@ ENGINE = Engine(max_requests=32, preemption="none")
 ALONE = CostModel(1e-4, ENGINE.base_seconds + ENGINE.decode_seconds_per_request)
 """Seconds of a call that has the engine for itself."""
 LOADS = (0.3, 0.6, 0.9)
-POLICIES = {"FCFS": FCFS(), "Gittins": Gittins(), "oracle": Oracle()}
+POLICIES = {
+    "FCFS": FCFS(),
+    "random order": RandomOrder(),
+    "class mean": ClassMean(),
+    "Gittins": Gittins(),
+    "oracle": Oracle(),
+}
 POINTS = (0, 1, 2, 3, 4, 6, 8)
 Run = list[Execution]
 
@@ -278,9 +286,8 @@ def deadlines(jobs: int, seeds: int, factor: float = 2.0, load: float = 0.9) -> 
         serve = partial(simulate_engine, engine=ENGINE)
         slack = LeastSlack(0.5)
         arms = {
-            "FCFS": serve(timed, FCFS()),
+            **{name: serve(timed, policy) for name, policy in POLICIES.items()},
             "EDF": serve(timed, EDF()),
-            "Gittins": serve(timed, Gittins()),
             "least slack, sum": serve(timed, slack, estimator=asked["sum"]),
             "least slack, critical path": serve(
                 replace(timed, distributions=path), slack, estimator=asked["critical_path"]
