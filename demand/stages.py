@@ -86,7 +86,7 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
     if is_sequence(executed):
         return tuple(_alone(execution) for execution in executed)
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
-    return tuple(_stage(units, cost) for units in _grouped(executed))
+    return tuple(_stage(units, cost) for units in by_stage(executed))
 
 
 def progress_in_stages(
@@ -120,7 +120,7 @@ def progress_in_stages(
             in_stages(executed), one.unit.name, one.attained_seconds, one.elapsed_seconds
         )
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
-    stages = _grouped(executed)
+    stages = by_stage(executed)
     afters = [execution.after for execution in executed]
     numbers = [_number(afters, last if one.after is None else one.after) for one in underway]
     at = min(numbers)
@@ -181,8 +181,12 @@ def seconds_after(
     return longest_path([execution.after for execution in run], [*[0.0] * finished, *left])
 
 
-def _grouped(executed: Sequence[Execution]) -> list[list[Execution]]:
-    """The units of each stage."""
+def by_stage(executed: Sequence[Execution]) -> list[list[Execution]]:
+    """The units of each stage, in their order.
+
+    Raises:
+        DemandError: units that wait for what is not before them.
+    """
     check_waits("the run", executed)
     afters = [execution.after for execution in executed]
     stages: list[list[Execution]] = []

@@ -18,7 +18,7 @@ from demand.graph.run_columns import RunArrays, RunColumns, decayed
 from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats, one_number
-from demand.stages import in_stages
+from demand.stages import by_stage, in_stages
 from demand.units import (
     CostModel,
     Execution,
@@ -91,7 +91,8 @@ class PDGraph:
         self._run_arrays: deque[RunArrays] = deque(maxlen=self.window)
         self._observed = 0
         self._executed: Counter[str] = Counter()  # of the remembered runs, by unit
-        self._kinds: dict[str, Unit] = {}  # every unit ever seen
+        self._kinds: dict[str, Unit] = {}  # every unit ever seen, and every stage
+        self._members: dict[str, tuple[Unit, ...]] = {}  # of each stage of several
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
         self._columns: RunColumns | None = None  # made at the first need after a change
         self._arrays: dict[ParallelCalls, WalkArrays] = {}
@@ -178,6 +179,9 @@ class PDGraph:
             kinds.setdefault(execution.unit.name, execution.unit)
             check_kind(execution.unit, kinds)
         self._kinds = kinds
+        if staged is not executed:
+            for stage, units in zip(staged, by_stage(executed), strict=True):
+                self._members[stage.unit.name] = tuple({one.unit: None for one in units})
         if len(self._runs) == self.window:
             self._executed -= Counter(execution.unit.name for execution in self._stages[0])
         self._executed.update(execution.unit.name for execution in staged)
@@ -231,6 +235,10 @@ class PDGraph:
         if self._given is not None:
             return tuple(e for g in self._given[0] if g.unit.name == unit for e in g.executions)
         return tuple(e for run in self._stages for e in run if e.unit.name == unit)
+
+    def members(self, unit: Unit) -> tuple[Unit, ...]:
+        """The units that go side by side in a stage that the graph has; of a unit, itself."""
+        return self._members.get(unit.name, (unit,))
 
     def branches(self, unit: str) -> Mapping[str, float]:
         """How often each unit, or "end", follows `unit` ("start" for the first); of sum 1.

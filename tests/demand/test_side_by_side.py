@@ -17,6 +17,7 @@ from demand import (
     Gittins,
     PDGraph,
     PendingCall,
+    Pool,
     Progress,
     Unit,
     WholeRuns,
@@ -24,6 +25,7 @@ from demand import (
     calibrate,
     simulate,
 )
+from demand.prewarm.successors import successors_of
 from demand.stages import (
     Underway,
     in_stages,
@@ -174,6 +176,15 @@ def test_a_graph_learns_stages():
     graph.check_unit(SEARCH)
     with pytest.raises(DemandError, match="kind"):
         graph.check_unit(Unit("search", "tool"))
+
+
+def test_all_units_of_a_stage_are_warmed_where_it_follows():
+    graph = PDGraph.fit([fan(), fan()[:2], fan()[:1], fan()[:1]], cost=WHOLE)
+    backends = {"search": Pool(1, 2.0), "tool": Pool(1, 3.0)}
+    known = {unit: (s.probability, s.warm_seconds) for unit, s in
+             successors_of(graph, "plan", backends)}  # fmt: skip
+    assert known == {SEARCH: (0.5, 2.0), MATH: (0.25, 3.0)}
+    assert [graph.members(unit) for unit in graph.units[:2]] == [(PLAN,), (SEARCH, MATH)]
 
 
 def every_walk(runs, count):
