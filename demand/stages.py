@@ -30,6 +30,7 @@ from demand.units import (
     check_run,
     check_waits,
     is_sequence,
+    says_nothing,
 )
 
 BESIDE = " + "
@@ -81,7 +82,7 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
         DemandError: what is no run, or units that wait for what is not before them.
     """
     executed = check_run("run", run)
-    if all(execution.after is None for execution in executed):
+    if says_nothing(executed):
         return executed
     if is_sequence(executed):
         return tuple(_alone(execution) for execution in executed)
@@ -146,6 +147,8 @@ def progress_after(run: Sequence[Execution], finished: int, cost: CostModel | No
     Raises:
         DemandError: as `progress_in_stages`.
     """
+    if says_nothing(run):
+        return Progress(run[:finished])
     if is_sequence(run):
         return Progress(in_stages(run[:finished]))
     waits = parents([execution.after for execution in run])

@@ -27,6 +27,7 @@ from demand.units import (
     Unit,
     check_parallel_calls,
     check_run,
+    says_nothing,
 )
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class PDGraph:
         executed = check_run("run", run)
         if not executed:
             raise DemandError("the run is empty; pass the units it executed, in order")
-        staged = in_stages(executed, self.cost)
+        staged = executed if says_nothing(executed) else in_stages(executed, self.cost)
         kinds = dict(self._kinds)
         for execution in executed if staged is executed else (*executed, *staged):
             kinds.setdefault(execution.unit.name, execution.unit)
