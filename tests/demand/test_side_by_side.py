@@ -15,10 +15,15 @@ from demand import (
     Distribution,
     Execution,
     Gittins,
+    NearestRuns,
+    NoRefinement,
     PDGraph,
+    PearsonFilter,
     PendingCall,
     Pool,
     Progress,
+    ProgressRegression,
+    PromptRegression,
     Unit,
     WholeRuns,
     Workload,
@@ -232,6 +237,38 @@ def test_a_stage_in_progress_is_conditioned_on_what_its_units_received():
     strange = progress_in_stages(fan()[:1], [Underway(MATH, (0,), 1.0, 1.0)], WHOLE)
     assert told("a", strange).mean() > 0.0  # a stage never seen: by the seconds received alone
     assert told.fallbacks["a", "unit"] == 1
+
+
+@pytest.mark.parametrize(
+    "refinement",
+    [*(CurrentUnit(), NearestRuns(), NoRefinement(), WholeRuns(), PromptRegression()),
+     *(PearsonFilter(minimum=1), ProgressRegression())],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("count", ["sum", "critical_path"])
+def test_every_refinement_answers_by_stages(refinement, count):
+    """As it would of the same runs told as sequences of stages."""
+    runs = [fan(at, 9.0 - at, 2.0 * at) for at in (1.0, 2.0, 5.0, 7.0)]
+    ours, staged = (
+        refinement.fit(PDGraph.fit(some, cost=WHOLE), count)
+        for some in (runs, [in_stages(run, WHOLE) for run in runs])
+    )
+    for finished in range(5):
+        progress = progress_after(runs[0], finished, WHOLE)
+        left = ours.remaining(progress)
+        assert left == staged.remaining(progress)
+        assert np.isfinite(left.values).all()
+
+
+def test_a_graph_of_stages_is_drawn_and_exported():
+    pytest.importorskip("matplotlib")
+    graph = PDGraph.fit([fan(), fan(1.0, 1.0, 1.0)], cost=WHOLE)
+    found = graph.to_networkx()
+    assert found.nodes["math + search"]["kind"] == "tool"
+    assert found["plan"]["math + search"]["probability"] == 1.0
+    assert "math + search" in "".join(text.get_text() for text in graph.draw().texts)
+    for run in graph.draw_runs(5):
+        assert [execution.unit.name for execution in run] == ["plan", "math + search", "join"]
 
 
 def test_graphs_come_back_as_they_were_saved(tmp_path):
