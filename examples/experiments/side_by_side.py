@@ -2,10 +2,11 @@
 
     python examples/experiments/side_by_side.py --out docs/results
 
-Four generated applications: plans of tools with a join, planned again now and then (as LLMCompiler,
+Five generated applications: plans of tools with a join, planned again now and then (as LLMCompiler,
 arXiv 2312.04511), a map over chunks and its reduction (as Parrot, arXiv 2405.19888), retrieval
-whose first steps do not wait for each other (as Ayo, arXiv 2407.00326), and a loop of thoughts and
-actions, of which nothing goes side by side. They arrive in a Poisson stream at one engine, and are
+whose first steps do not wait for each other (as Ayo, arXiv 2407.00326), a loop of thoughts and
+actions, of which nothing goes side by side, and plans over many tools (as TaskBench, arXiv
+2311.18760). They arrive in a Poisson stream at one engine, and are
 served as their units become ready, or one unit after the other: the same jobs, policies and
 requests. Then: how well a graph that learnt stages foresees what is left of held-out runs, beside
 one that learnt the units one after the other. Then: deadlines of twice what a job takes alone,
@@ -117,11 +118,24 @@ def looped(rng: np.random.Generator) -> Run:
     return run
 
 
+def composed(rng: np.random.Generator) -> Run:
+    """A plan of two to six of twenty tools, each of which waits for the plan or an earlier one."""
+    tools = int(rng.integers(2, 7))
+    run = [_llm("plan", rng, 800, 40 + 30 * tools)]
+    for at in range(1, tools + 1):
+        tool = int(20 * rng.random() ** 2)  # some come more often than others
+        seconds = rng.lognormal(np.log(0.5 + 0.2 * tool), 0.5)
+        before = int(rng.integers(0, at)) if rng.random() < 0.5 else at - 1
+        run.append(Execution(Unit(f"tool {tool}", "tool"), seconds=seconds, after=(before,)))
+    return run
+
+
 APPLICATIONS: dict[str, Callable[[np.random.Generator], Run]] = {
     "plan and join": planned,
     "map and reduce": mapped,
     "retrieval": retrieved,
     "loop": looped,
+    "many tools": composed,
 }
 
 
@@ -221,14 +235,14 @@ def foreseen(held_out: int, seeds: int) -> list[dict]:
         scores: dict[str, list[float]] = {}
         for seed in range(seeds):
             learnt, runs = drawn(name, 300, 1000 + seed), drawn(name, held_out, 2000 + seed)
-            stages = CurrentUnit().fit(PDGraph.fit(learnt))
-            units = CurrentUnit().fit(PDGraph.fit([in_turn(run) for run in learnt]))
-            for which, report in (
-                ("stages", calibrate(stages.remaining, runs, POINTS)),
-                ("in turn", calibrate(units.remaining, [in_turn(run) for run in runs], POINTS)),
-            ):
+            flat_runs = [[in_turn(run) for run in each] for each in (learnt, runs)]
+            for which, known, asked in (("stages", learnt, runs), ("in turn", *flat_runs)):
+                told = DemandEstimator({name: PDGraph.fit(known)}, CurrentUnit())
+                report = calibrate(partial(told, name), asked, POINTS)
                 scores.setdefault(f"{which}, crps", []).append(report.overall.crps)
                 scores.setdefault(f"{which}, covered", []).append(report.overall.coverage[1])
+                unseen = told.fallbacks[name, "unit"] / report.overall.runs
+                scores.setdefault(f"{which}, unseen", []).append(unseen)
             covered, ratio = paths_foreseen(PDGraph.fit(learnt), runs)
             scores.setdefault("critical path, covered", []).append(covered)
             scores.setdefault("critical path, mean", []).append(ratio)
@@ -246,13 +260,13 @@ def foreseen(held_out: int, seeds: int) -> list[dict]:
 
 def paths_foreseen(graph: PDGraph, runs: Sequence[Run]) -> tuple[float, float]:
     """The critical path that is left between two stages: share in the 80 % interval, mean ratio."""
-    known = CurrentUnit().fit(graph, "critical_path")
+    known = DemandEstimator({"": graph}, CurrentUnit(), "critical_path")
     inside, predicted, observed = [], [], []
     for run in map(by_stage, runs):
         for finished in range(len(run)):
             if between_stages(run, finished):
                 left = seconds_after(run, finished, COST, "critical_path")
-                told = known.remaining(progress_after(run, finished, COST)).condition(0.0)
+                told = known("", progress_after(run, finished, COST)).condition(0.0)
                 inside.append(told.quantile(0.1) <= left <= told.quantile(0.9))
                 predicted.append(told.mean())
                 observed.append(left)
@@ -332,13 +346,13 @@ def gains_table(record: dict) -> str:
 def foreseen_table(record: dict) -> str:
     """Calibration of what is left, by stages and by units one after the other."""
     head = [
-        "application", "CRPS, stages / in turn", "in 80 %, stages", "in turn",
+        "application", "CRPS, stages / in turn", "never seen", "in 80 %, stages", "in turn",
         "path in 80 %", "path, mean / observed", "stages' path / true",
     ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in record["foreseen"]:
         keys = [
-            *("crps_over_in_turn", "stages, covered", "in turn, covered"),
+            *("crps_over_in_turn", "stages, unseen", "stages, covered", "in turn, covered"),
             *("critical path, covered", "critical path, mean", "critical path, stages"),
         ]
         cells = " | ".join(_cell(row[key]) for key in keys)
