@@ -26,7 +26,7 @@ def example(monkeypatch):
 
 
 def test_the_record_has_what_its_tables_say(example, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("sys.argv", f"x --out {tmp_path} --jobs 16 --seeds 2 --held-out 3".split())
+    monkeypatch.setattr("sys.argv", f"x --out {tmp_path} --jobs 40 --seeds 2 --held-out 3".split())
     monkeypatch.setattr(example, "LOADS", (0.5,))
     example.main()
     record = json.loads((tmp_path / "side_by_side.json").read_text())
@@ -36,7 +36,7 @@ def test_the_record_has_what_its_tables_say(example, monkeypatch, tmp_path, caps
         assert table(record) in printed
     for row in record["gains"]:
         assert row["over_critical_path"][0] >= 1.0 - 1e-9
-    assert len(record["gains"]) == 5 * 5
+    assert len(record["gains"]) == 5 * 6
     for row in record["foreseen"]:
         assert row["critical path, stages"][0] >= 1.0 - 1e-9
         assert 0.0 <= row["stages, covered"][0] <= 1.0
