@@ -59,8 +59,8 @@ def parents(afters: Sequence[After]) -> list[tuple[int, ...]]:
     ]
 
 
-def longest_path(afters: Sequence[After], seconds: Sequence[float]) -> float:
-    """Seconds until all units are over if each begins as soon as those it waits for are.
+def path_ends(afters: Sequence[After], seconds: Sequence[float]) -> list[float]:
+    """When each unit is over if each begins as soon as those it waits for are.
 
     Args:
         afters: what each unit says.
@@ -69,7 +69,12 @@ def longest_path(afters: Sequence[After], seconds: Sequence[float]) -> float:
     ends: list[float] = []
     for before, each in zip(parents(afters), seconds, strict=True):
         ends.append(max((ends[at] for at in before), default=0.0) + each)
-    return max(ends, default=0.0)
+    return ends
+
+
+def longest_path(afters: Sequence[After], seconds: Sequence[float]) -> float:
+    """Seconds until all units are over, as `path_ends`."""
+    return max(path_ends(afters, seconds), default=0.0)
 
 
 def stage_numbers(afters: Sequence[After]) -> list[int]:

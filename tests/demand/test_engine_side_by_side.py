@@ -23,10 +23,12 @@ from demand import (
 )
 from demand.policies import FCFS, LAS, SERPT, VTC, Hysteresis, LeastSlack
 from demand.simulation.engine import LRU
+from demand.simulation.engine.next_use import NEVER_SECONDS, next_use
 from tests.demand.engine_twin import step_by_step
 from tests.demand.plans import afters, longest_chain, plans, told, waiting
 from tests.demand.test_engine import (
     MODES,
+    POLICIES,
     TEST,
     THINK,
     WHOLE_COST,
@@ -39,6 +41,8 @@ from tests.demand.test_engine import (
     runs,
     workloads,
 )
+from tests.demand.test_engine_prefixes import engines_that_keep
+from tests.demand.test_engine_prefixes import runs as runs_that_share
 from tests.demand.test_engine_requests import check_against_every_token
 
 beside = plans(st.one_of(llm, llm, container), most=5)
@@ -187,14 +191,56 @@ def test_what_was_received_is_told_of_all_that_is_underway():
     assert [execution.unit.name for execution in at_join.executed] == ["think", "test + think"]
 
 
+@st.composite
+def plans_of_agents(draw):
+    """Units of which no two of one name go side by side: such wait for each other."""
+    run, last = [], {}
+    for at, execution in enumerate(draw(runs_that_share)):
+        name = execution.unit.name
+        before = draw(st.sets(st.integers(0, at - 1))) if at else set()
+        run.append(replace(execution, after=(*before, *last.get(name, ()))))
+        last[name] = (at,)
+    return run
+
+
+@settings(max_examples=120, deadline=None)
+@given(workloads(plans_of_agents()), engines_that_keep(), st.sampled_from(POLICIES), st.booleans())
+def test_what_calls_leave_is_found_by_those_of_their_unit(workload, engine, policy, knows):
+    executed = {name: [] for name in "abc"}
+    for name, run in zip(workload.applications, workload.runs, strict=True):
+        executed[name].append(run)
+    if knows:
+        graphs = {n: PDGraph.fit(r, cost=WHOLE_COST) for n, r in executed.items() if r}
+        workload = replace(workload, graphs=graphs)
+    assert_like_twin(workload, engine, policy)
+    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    twin = step_by_step(workload, policy, engine, WHOLE_COST)
+    assert (result.prefixes.looked_up, result.prefixes.found) == (twin.looked_up, twin.found)
+    assert result.prefixes.findable == twin.findable
+
+
+def test_the_next_use_is_that_of_the_longest_path():
+    """A thought, beside a tool of 9 s one of 2 s, and a thought that waits for both."""
+    run = waiting(
+        [Execution(THINK, 4, 2), Execution(TEST, seconds=9.0), Execution(TEST, seconds=2.0),
+         Execution(THINK, 4, 1)],
+        [None, (0,), (0,), (1, 2)],
+    )  # fmt: skip
+    known = next_use(PDGraph.fit([run]), "think", CostModel())
+    assert known.values.tolist() == [9.0, NEVER_SECONDS]
+    assert next_use(PDGraph.fit([told(run)]), "think", CostModel()).values[0] == 11.0
+    mixed = [*run[:1], Execution(THINK, 4, 1, after=(0,)), Execution(TEST, seconds=1.0, after=(0,))]
+    assert next_use(PDGraph.fit([mixed]), "test", CostModel()).values[0] == NEVER_SECONDS
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"backends": {"llm": Pool(1, 2.0)}}, "backends know of one unit of a job at a time"),
-        ({"engine": replace(WIDE, retention=LRU())}, "a retention know.* at a time"),
+        ({"engine": replace(WIDE, retention=LRU())}, "two units 'think' side by side, and what a"),
     ],
 )
-def test_what_knows_one_unit_at_a_time_is_refused(given, says):
+def test_what_cannot_be_told_apart_is_refused(given, says):
     run = waiting([Execution(THINK, 1, 1)] * 2, [None, ()])
     with pytest.raises(DemandError, match=says):
         simulate_engine(one_job(run), FCFS(), **given)

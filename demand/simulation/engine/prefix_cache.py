@@ -1,5 +1,6 @@
 """The KV that calls have left on the device, and what later calls find of it."""
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -56,14 +57,13 @@ class PrefixCache:
     def leave(self, calls: Calls, now: float, waits: bool) -> None:
         """A single call, which has its tokens written down, is over or has lost its place."""
         blocks = calls.computed // self._block_tokens
-        job = calls.job
-        key = (job.index, job.execution.unit.name, calls.number)
+        job, key = calls.job, self._key(calls)
         self._forget(key)
         if not waits:
             self._ended.setdefault(job.index, {})[key[1:]] = blocks
         if not blocks:
             return
-        unit = job.execution.unit.name
+        unit = key[1]
         table = self._tables.of(job.application, unit)
         left = LeftKV(job.application, unit, blocks, now, self._used, waits=waits, table=table)
         left.wanted = now if waits else None
@@ -72,9 +72,9 @@ class PrefixCache:
         self._by_key[key] = left
         self.total += blocks
 
-    def ask(self, job: JobOnEngine, now: float) -> None:
-        """The calls of the present unit of `job` are asked for."""
-        for calls in job.calls:
+    def ask(self, asked: Sequence[Calls], now: float) -> None:
+        """The calls of a unit are asked for."""
+        for calls in asked:
             left = self._by_key.get(self._key(calls))
             if left is not None:
                 left.wanted = now
@@ -162,7 +162,7 @@ class PrefixCache:
         return Prefixes(self.looked_up, self.found, self.findable, self.held_block_seconds)
 
     def _key(self, calls: Calls) -> Key:
-        return (calls.job.index, calls.job.execution.unit.name, calls.number)
+        return (calls.job.index, calls.job.run[calls.position].unit.name, calls.number)
 
     def _forget(self, key: Key) -> None:
         """No call will find what is under `key`; its blocks lie there until they are given up."""

@@ -280,7 +280,7 @@ class _Simulation:
                     job.calls.append(calls)
             number += count
         if self.cache is not None:
-            self.cache.ask(job, now)
+            self.cache.ask(job.calls[-number:], now)
         job.requests += number
         job.submitted += number
         self.requests += number

@@ -80,15 +80,35 @@ class Waits:
 def check_side_by_side(
     index: int, run: Sequence[Execution], engine: Engine, with_backends: bool
 ) -> None:
-    """Raise `DemandError` if `run` has units side by side where one at a time is needed."""
+    """Raise `DemandError` if `run` has units side by side that the engine cannot tell apart.
+
+    Backends know of one unit of a job at a time. What a call leaves, under a retention, is found
+    by the name of its unit.
+    """
     if is_sequence(run):
         return
-    for given, what, remedy in (
-        (with_backends, "backends", "no backends"),
-        (engine.retention is not None, "a retention", "Engine(retention=None)"),
-    ):
-        if given:
-            raise DemandError(
-                f"the run of job {index} has units side by side (after=...), and {what} know of "
-                f"one unit of a job at a time; give {remedy}, or the run with after=None"
-            )
+    if with_backends:
+        raise DemandError(
+            f"the run of job {index} has units side by side (after=...), and backends know of one "
+            "unit of a job at a time; give no backends, or the run with after=None"
+        )
+    twice = None if engine.retention is None else _name_twice(run)
+    if twice is not None:
+        raise DemandError(
+            f"the run of job {index} has two units {twice!r} side by side, and what a call leaves "
+            "is found by the name of its unit; name them differently, make them parallel calls of "
+            "one unit, or give Engine(retention=None)"
+        )
+
+
+def _name_twice(run: Sequence[Execution]) -> str | None:
+    """A name that two llm units have neither of which waits for the other; `None` if none is."""
+    reach: list[set[int]] = []  # of each unit, all that it waits for, and what these do
+    for at, before in enumerate(parents([execution.after for execution in run])):
+        reach.append({*before}.union(*(reach[one] for one in before)))
+        unit = run[at].unit
+        if unit.kind == "llm" and any(
+            run[one].unit == unit for one in range(at) if one not in reach[at]
+        ):
+            return unit.name
+    return None
