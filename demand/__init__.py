@@ -64,6 +64,15 @@ from demand.refine import (
 )
 from demand.refine.calibration import CalibrationReport, calibrate, calibrate_calls
 from demand.refine.estimator import DemandEstimator
+from demand.routing import (
+    ExpectedDemand,
+    LeastLoaded,
+    PrefixAffinity,
+    RandomEngine,
+    Router,
+    WeightedScores,
+)
+from demand.simulation.cluster import ClusterResult, simulate_cluster
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.metrics import (
@@ -167,6 +176,15 @@ __all__ = [
     "simulate_engine",
     "Engine",
     "EngineResult",
+    # simulate several engines behind a router
+    "simulate_cluster",
+    "ClusterResult",
+    "Router",
+    "RandomEngine",
+    "LeastLoaded",
+    "PrefixAffinity",
+    "ExpectedDemand",
+    "WeightedScores",
     # warm what may follow
     "Pool",
     "PrewarmPlanner",

@@ -1,8 +1,7 @@
 """Policies against first come, first served, on the same jobs for every seed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -14,6 +13,7 @@ from demand.comparison import Comparison
 from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
 from demand.policies.fcfs import FCFS
+from demand.progress_bar import bar
 from demand.refine.base import Refine
 from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
@@ -142,7 +142,7 @@ def compare(
 
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""
-    with _bar(len(drawn_by) * len(arms), progress) as advance:
+    with bar(len(drawn_by) * len(arms), "runs", progress) as advance:
         for count, each in enumerate(drawn_by, start=1):
             jobs = workload(seed=each)
             described = described or repr(jobs)
@@ -297,18 +297,3 @@ def _metrics(also: Sequence[str], engine: Engine | None) -> list[str]:
                 f"also has {name!r}, which is not to be had{where}; expected of {', '.join(known)}"
             )
     return list(dict.fromkeys([*METRICS, *also]))
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], Any]]:
-    """What to call after each run, with a bar where one is wanted and tqdm is there."""
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            progress = False
-    if not progress:
-        yield lambda: None
-        return
-    with tqdm(total=total, desc="runs") as bar:
-        yield bar.update

@@ -53,3 +53,46 @@ def prefix_reuse(record: dict) -> str:
              "mean s in the engine", "over LRU", "P95 s in the engine", "mean s", "P95 s",
              "P95 TTFT s", "blocks held"]  # fmt: skip
     return grid(heads, [cells(row) for row in record["rows"]])
+
+
+def routing(record: dict) -> str:
+    """Of routing.json: a row a mix, policy and router."""
+
+    def number(row: dict, name: str, form: str = ",.0f") -> str:
+        return format(row[name]["estimate"], form)
+
+    def cells(row: dict) -> list[str]:
+        ratio = row["mean_in_engines_over_random"]
+        return [
+            f"{row['mix']}, {row['policy']}, {row['router']}",
+            number(row, "hit_rate", ".1%"),
+            number(row, "mean_in_engines_seconds", ",.1f"),
+            "{estimate:.2f} ({low:.2f} to {high:.2f})".format(**ratio),
+            number(row, "p95_in_engines_seconds"),
+            number(row, "mean_seconds"),
+            number(row, "p95_seconds"),
+            number(row, "p95_ttft_seconds", ",.1f"),
+            number(row, "moved_share", ".0%"),
+            number(row, "imbalance", ".2f"),
+        ]
+
+    heads = ["mix, policy, router", "prompt tokens found", "mean s in the engines", "over random",
+             "P95 s in the engines", "mean s", "P95 s", "P95 TTFT s", "units moved",
+             "busiest over mean"]  # fmt: skip
+    return grid(heads, [cells(row) for row in record["rows"]])
+
+
+def routing_speed(record: dict) -> str:
+    """Of routing_speed.json: a row a policy, router and number of engines."""
+    heads = ["policy, engines, router", "jobs", "decisions/s", "events/s", "over one engine"]
+    rows = [
+        [
+            f"{row['policy']}, {row['engines']}, {row['router']}",
+            f"{row['jobs']:,}",
+            f"{row['decisions_per_second']:,.0f}",
+            f"{row['events_per_second']:,.0f}",
+            f"{row['over_one_engine']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    return grid(heads, rows)

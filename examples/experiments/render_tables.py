@@ -189,6 +189,10 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "recomputation": [engine_tables.recomputation],
         "prefix_reuse": [engine_tables.prefix_reuse],
     },
+    "docs/routing.md": {
+        "routing": [engine_tables.routing],
+        "routing_speed": [engine_tables.routing_speed],
+    },
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {
         "continuous_batching": [demand_tables.continuous_batching],

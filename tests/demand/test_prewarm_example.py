@@ -97,20 +97,12 @@ def test_engine_requests_writes_policies_applications_and_their_picture(example,
     assert printed.count("| oracle |") == 1
 
 
-def test_prefix_reuse_writes_a_row_for_each_rule_and_its_picture(example, monkeypatch, tmp_path):
-    import gzip
-
+def test_prefix_reuse_writes_a_row_for_each_rule_and_its_picture(
+    example, monkeypatch, tmp_path, record_sessions
+):
     import prefix_reuse
 
-    calls = [
-        {"t": 20.0 * k, "in": 900 + 700 * k, "out": 40, "api_s": 2.0, "think_s": 10.0 * (k > 0)}
-        for k in range(4)
-    ]
-    folder = tmp_path / "agent_sessions"
-    folder.mkdir()
-    with gzip.open(folder / "sessions.jsonl.gz", "wt") as file:
-        for number in range(8):
-            file.write(json.dumps({"session": str(number), "calls": calls}) + "\n")
+    record_sessions(8)
     monkeypatch.setattr(prefix_reuse, "SERVED", ((3.0, "request FCFS"), (3.0, "Gittins")))
     limits = ["--width", "3", "--token-budget", "500", "--blocks", "64"]
     written, printed = example(prefix_reuse, "--data", str(tmp_path), "--seeds", "2", *limits)

@@ -30,6 +30,8 @@ class Batch:
         kv_tokens: tokens whose KV they have at the end of the step.
         steady: whether the next step can be the same: each request decodes, nothing is copied.
         requests: sum of the sizes of all steps carried out.
+        over: requests that are over.
+        prompt_tokens: computed so far, those that were found included; none counts twice.
         log: the requests that are over.
     """
 
@@ -46,6 +48,8 @@ class Batch:
         self.kv_tokens = 0
         self.steady = True
         self.requests = 0
+        self.over = 0
+        self.prompt_tokens = 0
         self.log = RequestLog()
         self._context = 0  # tokens with KV of the requests that decode
         self._seconds = 0.0
@@ -125,7 +129,7 @@ class Batch:
         self.requests += steps * self.size
         self._context += steps * self.decoding
         for calls, tokens in self.prefilling:
-            _compute(calls, tokens)
+            self.prompt_tokens += _compute(calls, tokens)
 
     def finish(self, job: JobOnEngine) -> bool:
         """Take out the calls of `job` that are over.
@@ -147,6 +151,7 @@ class Batch:
                 self._leave(calls, ahead=False)
                 job.decoding -= calls.count
             self.log.add(calls, self.step)
+            self.over += calls.count
             self.blocks.release(calls)
             job.calls.remove(calls)
             job.requests -= calls.count
@@ -171,14 +176,21 @@ class Batch:
         self._context -= calls.computed * calls.count
 
 
-def _compute(calls: Calls, tokens: int) -> None:
-    """Carry out rule 4 of `Engine` for one step: `tokens` get KV; with none left, one is made."""
+def _compute(calls: Calls, tokens: int) -> int:
+    """Carry out rule 4 of `Engine` for one step: `tokens` get KV; with none left, one is made.
+
+    Returns:
+        Prompt tokens that got KV for the first time.
+    """
     job, count = calls.job, calls.count
     calls.computed += tokens
     new = min(calls.computed, calls.input_tokens) - calls.prefilled
     if new > 0:
         calls.prefilled += new
         job.prefilled += new * count
+    else:
+        new = 0
     if calls.pending == 0:
         calls.generated += 1
         job.generated += count
+    return new * count

@@ -14,6 +14,7 @@ class Blocks:
         engine: how many there are, and what becomes of a call that loses them.
         block_tokens: tokens in a block.
         free: blocks that nobody holds.
+        holders: requests that hold any.
         peak: most blocks held at once.
         moved: blocks copied to or from the host since the last step.
         swapped: blocks copied to or from the host.
@@ -23,13 +24,13 @@ class Blocks:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.free = engine.blocks
+        self.holders = 0
         self.peak = 0
         self.moved = 0
         self.swapped = 0
         self.prefilled_again = 0
         self.block_tokens = engine.block_tokens  # looked up less often
         self._jobs: dict[JobOnEngine, None] = {}  # that may hold blocks
-        self._holders = 0  # calls that do
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
         self._phases = [0] * engine.block_tokens
 
@@ -63,7 +64,7 @@ class Blocks:
         if needed:
             if not calls.blocks:
                 self._jobs[calls.job] = None
-                self._holders += calls.count
+                self.holders += calls.count
             self.free -= needed * calls.count
             calls.blocks += needed
         if calls.swapped:
@@ -112,7 +113,7 @@ class Blocks:
     def release(self, calls: Calls) -> None:
         """Take back the blocks of calls that are over."""
         self.free += calls.blocks * calls.count
-        self._holders -= calls.count
+        self.holders -= calls.count
         calls.blocks = 0
 
     def forget(self, job: JobOnEngine) -> None:
@@ -125,7 +126,7 @@ class Blocks:
         `step` steps have been carried out.
         """
         if self.engine.preemption in ("recompute", "swap"):
-            while (excess := self._holders - self.engine.max_requests) > 0:
+            while (excess := self.holders - self.engine.max_requests) > 0:
                 self.lose(max(self._all(), key=_place), excess, step)
 
     def take_moved(self) -> int:
@@ -165,7 +166,7 @@ class Blocks:
             victims = job.calls[at + 1]
         victims.history += (~step, ~victims.computed)
         self.free += victims.blocks * victims.count
-        self._holders -= victims.count
+        self.holders -= victims.count
         if self.engine.preemption == "swap":
             victims.swapped = victims.blocks
             self.moved += victims.blocks * victims.count

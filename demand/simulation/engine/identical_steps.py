@@ -19,7 +19,7 @@ def identical_steps(batcher: AnyBatcher, now: float, until: float) -> int:
         return 1
     steps = batcher.until - batcher.batch.step
     if steps > 1 and until < math.inf:
-        steps = _steps_of_time(batcher, now, until, steps)
+        steps = steps_of_time(batcher, now, until, steps)
     if steps > 1:
         steps = _steps_of_blocks(batcher, steps)
     if steps > 1:
@@ -27,7 +27,7 @@ def identical_steps(batcher: AnyBatcher, now: float, until: float) -> int:
     return steps
 
 
-def _steps_of_time(batcher: AnyBatcher, now: float, until: float, most: int) -> int:
+def steps_of_time(batcher: AnyBatcher, now: float, until: float, most: int) -> int:
     """Least number of steps that reaches `until`, at most `most`."""
     seconds = batcher.batch.seconds
     low, high = 1, most

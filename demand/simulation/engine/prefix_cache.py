@@ -1,17 +1,20 @@
 """The KV that calls have left on the device, and what later calls find of it."""
 
-from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 
 from demand.simulation.engine.batch import Batch
+from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.result import Prefixes
-from demand.simulation.engine.retention import LeftKV, Retention, Tables
+from demand.simulation.engine.retention import LeftKV, Tables
 
 Key = tuple[int, str, int]
 """Index of the job, name of the unit, number of the call within the unit."""
+
+LastCalls = dict[int, dict[tuple[str, int], int]]
+"""By index of the job, then name of the unit and number of the call: blocks of its last call."""
 
 
 @final
@@ -20,38 +23,38 @@ class PrefixCache:
 
     A call finds what the last call of its number of the same unit left, as far as its prompt
     shares tokens with that one (`Execution.shared_tokens`); a request that lost its place finds its
-    own. Whole blocks only, and never the last token, which is computed to go on from.
+    own. Whole blocks only, and never the last token, which is computed to go on from. Where a run
+    had calls on other engines meanwhile, no more is found than all of these shared.
 
     Args:
-        retention: which is given up first.
-        tables: what it knows of each unit.
-        block_tokens: tokens in a block.
-        blocks: of the engine.
+        engine: which of it is given up first, and how much there is room for.
+        tables: what the retention knows of each unit.
+        ended: of all runs, shared by the engines that serve them; `None` for one engine.
 
     Attributes:
+        retention: of the engine.
         total: blocks with KV that no request holds.
         looked_up: prompt tokens of requests when they were first admitted.
         found: of those, tokens whose KV was there.
-        findable: of those, tokens in whole blocks that it shares with the last call, where there
-            was one.
+        findable: of those, tokens in whole blocks that it shares with the last call, on whichever
+            engine, where there was one.
         held_block_seconds: blocks held as each step begins, times its seconds.
     """
 
-    def __init__(
-        self, retention: Retention, tables: Tables, block_tokens: int, blocks: int
-    ) -> None:
-        self.retention = retention
+    def __init__(self, engine: Engine, tables: Tables, ended: LastCalls | None = None) -> None:
+        assert engine.retention is not None
+        self.retention = engine.retention
         self.total = 0
         self.looked_up = 0
         self.found = 0
         self.findable = 0
         self.held_block_seconds = 0.0
         self._tables = tables
-        self._block_tokens = block_tokens
-        self._limit = int(retention.limit * blocks)
+        self._block_tokens = engine.block_tokens
+        self._limit = int(engine.retention.limit * engine.blocks)
         self._left: dict[LeftKV, Key | None] = {}  # in the order of use
         self._by_key: dict[Key, LeftKV] = {}
-        self._ended: dict[int, dict[tuple[str, int], int]] = {}  # by job: blocks of its last calls
+        self._ended: LastCalls = {} if ended is None else ended
         self._used = 0
 
     def leave(self, calls: Calls, now: float, waits: bool) -> None:
@@ -72,12 +75,28 @@ class PrefixCache:
         self._by_key[key] = left
         self.total += blocks
 
-    def ask(self, asked: Sequence[Calls], now: float) -> None:
-        """The calls of a unit are asked for."""
-        for calls in asked:
+    def ask(self, job: JobOnEngine, now: float) -> None:
+        """The calls of the unit of `job` that began last are asked for."""
+        for calls in (each for each in job.calls if each.position == job.position):
             left = self._by_key.get(self._key(calls))
             if left is not None:
                 left.wanted = now
+
+    def knows(self, job: JobOnEngine) -> bool:
+        """Whether a call of the run of `job` may still find something here."""
+        return any(key[0] == job.index for key in self._by_key)
+
+    def ask_elsewhere(self, job: JobOnEngine) -> None:
+        """The calls of the present unit of `job` are asked of another engine."""
+        for calls in job.calls:
+            left = self._by_key.get(self._key(calls))
+            if left is not None:
+                left.elsewhere = True
+                left.reach = min(left.reach, calls.shared_tokens // self._block_tokens)
+
+    def found_tokens(self, job: JobOnEngine) -> int:
+        """Tokens that the calls of the present unit of `job`, which wait, would find now."""
+        return sum(self.hit(calls) for calls in job.calls) * self._block_tokens
 
     def hit(self, calls: Calls) -> int:
         """How many blocks `calls`, a single one that waits, would find now."""
@@ -86,7 +105,7 @@ class PrefixCache:
             return 0
         known = calls.input_tokens + calls.generated
         shared = known if left.waits else min(calls.shared_tokens, known)
-        return min(left.blocks, min(shared, known - 1) // self._block_tokens)
+        return min(left.blocks, left.reach, min(shared, known - 1) // self._block_tokens)
 
     def take(self, calls: Calls, blocks: int) -> None:
         """Give `calls` the first `blocks` that it finds; what is left of them is of no use."""
@@ -129,7 +148,7 @@ class PrefixCache:
         if not self._limit:
             return 0
         retention = self.retention
-        found = [left for left in self._left if retention.holds(left, now)]
+        found = [x for x in self._left if not x.elsewhere and retention.holds(x, now)]
         return min(sum(left.blocks for left in found), self._limit)
 
     def carry_out(self, batch: Batch, steps: int, now: float) -> None:
@@ -145,7 +164,8 @@ class PrefixCache:
             starts = np.array([0.0, *ends[:-1]])
             held = np.zeros(steps)
             for left in self._left:
-                held += left.blocks * self.retention.holds_at(left, now + starts)
+                if not left.elsewhere:
+                    held += left.blocks * self.retention.holds_at(left, now + starts)
             return float(np.minimum(held, self._limit) @ (np.array(ends) - starts))
         if self.total <= batch.free_after(steps):
             return self.held(now) * batch.seconds(steps)

@@ -19,6 +19,9 @@ from demand.units import CostModel
 
 Bools = NDArray[np.bool_]
 
+NO_LIMIT = 1 << 62
+"""More blocks than any engine has."""
+
 
 @final
 @dataclass(slots=True, eq=False)
@@ -36,6 +39,8 @@ class LeftKV:
         waits: whether its own request waits to go on, having lost its place.
         wanted: second at which the call was asked for that may find it; None before.
         table: ranks of the seconds to its next use, where the retention asks for them.
+        elsewhere: whether the run's last call was asked of another engine; it is held no longer.
+        reach: blocks that a call of the run can find at most, by what its calls elsewhere shared.
     """
 
     application: str
@@ -47,6 +52,8 @@ class LeftKV:
     waits: bool = False
     wanted: float | None = None
     table: RankTable | None = None
+    elsewhere: bool = False
+    reach: int = NO_LIMIT
 
 
 class Retention(ABC):
