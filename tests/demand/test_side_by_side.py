@@ -279,6 +279,9 @@ def test_graphs_come_back_as_they_were_saved(tmp_path):
         again = PDGraph.load(tmp_path / "graph.json")
         assert again.runs == graph.runs
         assert again.remaining() == graph.remaining()
+        DemandEstimator({"a": graph}, cost=WHOLE).save(tmp_path / "learned.json")
+        learned = DemandEstimator.load(tmp_path / "learned.json")
+        assert learned.graphs["a"].runs == graph.runs
 
 
 def workload_of(runs, cost=WHOLE):
