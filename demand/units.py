@@ -12,6 +12,7 @@ from demand.arguments import (
     warn_renamed,
     whole_number,
 )
+from demand.dependencies import After, check_after, in_sequence, longest_path, read_after
 from demand.errors import DemandError
 from demand.seconds import as_numbers, as_seconds, one_number, one_of_seconds
 
@@ -93,6 +94,7 @@ class Execution:
     longest_output_tokens: float | None = None
     longest_seconds: float | None = None
     shared_tokens: float | None = None
+    after: After = None
 
     @classmethod
     def of_calls(
@@ -102,6 +104,7 @@ class Execution:
         input_tokens: Sequence[float] = (),
         output_tokens: Sequence[float] = (),
         seconds: Sequence[float] = (),
+        after: After = None,
     ) -> "Execution":
         """Execution of a unit from what each of its parallel calls took.
 
@@ -110,6 +113,7 @@ class Execution:
             input_tokens: `[calls]`, or empty for none.
             output_tokens: `[calls]`, or empty for none.
             seconds: `[calls]`, or empty where the cost model gives them.
+            after: positions in its run of the units that it waits for, as the class.
 
         Raises:
             DemandError: no calls, lists of different lengths, or as the class.
@@ -142,6 +146,7 @@ class Execution:
             sum(seconds) / n if len(seconds) else None,
             max(output_tokens) if len(output_tokens) and not len(seconds) else None,
             max(seconds) if len(seconds) else None,
+            after=after,
         )
 
     def __post_init__(self) -> None:
@@ -167,6 +172,8 @@ class Execution:
         if type(self.parallelism) is not int or self.parallelism < 1:
             calls = whole_number(f"parallelism of unit {name!r}", self.parallelism, least=1)
             object.__setattr__(self, "parallelism", calls)
+        if self.after is not None:
+            object.__setattr__(self, "after", read_after(name, self.after))
         if self.seconds is None:
             if self.unit.kind != "llm":
                 raise DemandError(
@@ -275,12 +282,22 @@ class CostModel:
 
     @renamed_keyword("demand", "parallel_calls")
     def run_seconds(self, run: Sequence[Execution], parallel_calls: ParallelCalls = "sum") -> float:
-        """Total seconds of a run: its demand. Units follow each other on either count.
+        """Total seconds of a run: its demand.
+
+        The "sum" is over all units: the service that it needs of servers that are shared. The
+        "critical_path" is the longest path through units that wait for each other
+        (`Execution.after`), each counted by its longest call: the shortest that the run can take,
+        with no end of servers. Of a sequence that is the sum of the longest calls.
 
         Raises:
-            DemandError: what is no list of executions, or an unknown `parallel_calls`.
+            DemandError: what is no list of executions, units that wait for what is not before
+                them, or an unknown `parallel_calls`.
         """
         run = check_run("run", run)
+        if parallel_calls == "critical_path" and not is_sequence(run):
+            check_waits("the run", run)
+            seconds = [self.seconds(execution, parallel_calls) for execution in run]
+            return longest_path([execution.after for execution in run], seconds)
         return sum(self.seconds(execution, parallel_calls) for execution in run)
 
     def _call_seconds(
@@ -309,6 +326,25 @@ def check_run(name: str, run: object) -> tuple[Execution, ...]:
     return instances_of(name, run, Execution)
 
 
+def check_waits(name: str, run: Sequence[Execution]) -> None:
+    """Raise `DemandError` if a unit of `run` waits for one that is not before it."""
+    if not is_sequence(run):
+        check_after(name, [execution.after for execution in run])
+
+
+def is_sequence(run: Sequence[Execution]) -> bool:
+    """Whether each unit of `run` waits for the one before it, and for no other."""
+    return says_nothing(run) or in_sequence([execution.after for execution in run])
+
+
+def says_nothing(run: Sequence[Execution]) -> bool:
+    """Whether no unit of `run` says what it waits for: a sequence as it nearly always is told."""
+    for execution in run:  # noqa: SIM110  # faster than `all`, and asked of every run
+        if execution.after is not None:
+            return False
+    return True
+
+
 def check_parallel_calls(parallel_calls: str) -> None:
     """Raise `DemandError` for what is not a way to count parallel calls."""
     if parallel_calls not in PARALLEL_CALLS:
@@ -322,14 +358,16 @@ class Progress:
     """How far a running application has come.
 
     Args:
-        executed: units finished so far, in order.
+        executed: units finished so far, in order. Of a run with units side by side, its stages:
+            `demand.stages.progress_in_stages` tells it so.
         current: name of the unit being executed; `None` between two units, and before the first.
         attained_seconds: service that the current unit has received, over its parallel calls.
         elapsed_seconds: service that the longest of its calls has received, which is what the
             critical path has advanced. The sum reads the first, the critical path the second.
 
     Raises:
-        DemandError: seconds negative, not finite, or given without a current unit.
+        DemandError: seconds negative, not finite, or given without a current unit; executed units
+            that are no sequence.
     """
 
     executed: Sequence[Execution] = field(default=())
@@ -340,7 +378,13 @@ class Progress:
     def __post_init__(self) -> None:
         executed, attained, elapsed = self.executed, self.attained_seconds, self.elapsed_seconds
         if executed != () or type(executed) is not tuple:
-            object.__setattr__(self, "executed", check_run("executed", executed))
+            checked = check_run("executed", executed)
+            object.__setattr__(self, "executed", checked)
+            if not is_sequence(checked):
+                raise DemandError(
+                    "executed has units that went side by side (after=...), and a progress is told "
+                    "by stages: give progress_in_stages(executed, underway, cost)"
+                )
         if self.current is not None:
             if not isinstance(self.current, str):
                 raise DemandError(

@@ -18,6 +18,8 @@ VERSION = 2
 """Of files without `shared_tokens`: the releases from before there were any read them, too."""
 SHARED_TOKENS_VERSION = 3
 """Of files with a row that has them."""
+AFTER_VERSION = 4
+"""Of files with a row that says which units its own waits for."""
 
 Read = TypeVar("Read")
 
@@ -55,22 +57,26 @@ def graph_document(record: GraphRecord) -> dict[str, Any]:
 
     It lists the units by name and kind, then either `runs`, oldest first, with a row
     [position of the unit, input_tokens, output_tokens, parallelism, seconds,
-    longest_output_tokens, longest_seconds] for each execution, and shared_tokens as its last entry
-    where they are given; or `given`, with such rows and the successors of each unit in turn, and
-    `entries`. Tokens and seconds are per call; null: not given.
+    longest_output_tokens, longest_seconds] for each execution, followed by shared_tokens and by the
+    list after where they are given; or `given`, with such rows and the successors of each unit in
+    turn, and `entries`. Tokens and seconds are per call; null: not given.
     """
     executions = [
         execution
         for each in (*record.runs, *(given.executions for given in record.given))
         for execution in each
     ]
-    shared = any(execution.shared_tokens is not None for execution in executions)
+    version = VERSION
+    if any(execution.shared_tokens is not None for execution in executions):
+        version = SHARED_TOKENS_VERSION
+    if any(execution.after is not None for execution in executions):
+        version = AFTER_VERSION
     executed = dict.fromkeys(execution.unit for run in record.runs for execution in run)
     units = [*(given.unit for given in record.given), *executed]
     number = {unit: position for position, unit in enumerate(units)}
     document = {
         "format": FORMAT,
-        "version": SHARED_TOKENS_VERSION if shared else VERSION,
+        "version": version,
         "name": record.name,
         "window": record.window,
         "half_life_runs": record.half_life_runs,
@@ -101,7 +107,7 @@ def graph_record(path: str | os.PathLike[str], document: object) -> GraphRecord:
     Raises:
         DemandError: it is not such a document, with what is wrong and where.
     """
-    versions = (VERSION, SHARED_TOKENS_VERSION)
+    versions = (VERSION, SHARED_TOKENS_VERSION, AFTER_VERSION)
     checked = check_format(path, document, FORMAT, versions, "PDGraph.save")
     return undamaged(path, lambda: _record(checked))
 
@@ -171,7 +177,8 @@ def undamaged(path: str | os.PathLike[str], read: Callable[[], Read]) -> Read:
         ) from error
 
 
-def _row(number: Mapping[Unit, int], execution: Execution) -> list[float | None]:
+def _row(number: Mapping[Unit, int], execution: Execution) -> list[Any]:
+    shared, after = execution.shared_tokens, execution.after
     return [
         number[execution.unit],
         execution.input_tokens,
@@ -180,7 +187,8 @@ def _row(number: Mapping[Unit, int], execution: Execution) -> list[float | None]
         execution.seconds,
         execution.longest_output_tokens,
         execution.longest_seconds,
-        *([] if execution.shared_tokens is None else [execution.shared_tokens]),
+        *([] if shared is None and after is None else [shared]),
+        *([] if after is None else [after]),
     ]
 
 

@@ -18,6 +18,7 @@ from demand.graph.run_columns import RunArrays, RunColumns, decayed
 from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats, one_number
+from demand.stages import by_stage, in_stages
 from demand.units import (
     CostModel,
     Execution,
@@ -26,6 +27,7 @@ from demand.units import (
     Unit,
     check_parallel_calls,
     check_run,
+    says_nothing,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,10 @@ class PDGraph:
     followed another; loops are edges that lead back. The remaining demand of an application is
     found by random walks from the unit at which it stands to the end. A step of a walk depends on
     the unit it is at alone; to use what the units before have shown is left to `demand.refine`.
+
+    Of a run with units side by side (`Execution.after`) it learns the stages (`demand.stages`): a
+    node is then a stage, such as "math + search", and a walk goes from stage to stage. The sum over
+    a run is kept; the critical path is taken as if each stage waited for all of the last one.
 
     Departures from the paper's artifact: a sample keeps tokens, parallelism, seconds and successor
     together, where the artifact draws each on its own; walks have no silent cap of 50 units; the
@@ -82,10 +88,12 @@ class PDGraph:
         self.cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
         self.half_life_runs = half_life_runs
         self._runs: deque[Run] = deque(maxlen=self.window)
+        self._stages: deque[Run] = deque(maxlen=self.window)  # of each run; of a sequence, itself
         self._run_arrays: deque[RunArrays] = deque(maxlen=self.window)
         self._observed = 0
         self._executed: Counter[str] = Counter()  # of the remembered runs, by unit
-        self._kinds: dict[str, Unit] = {}  # every unit ever seen
+        self._kinds: dict[str, Unit] = {}  # every unit ever seen, and every stage
+        self._members: dict[str, tuple[Unit, ...]] = {}  # of each stage of several
         self._given: tuple[tuple[GivenUnit, ...], dict[str, float]] | None = None
         self._columns: RunColumns | None = None  # made at the first need after a change
         self._arrays: dict[ParallelCalls, WalkArrays] = {}
@@ -155,7 +163,8 @@ class PDGraph:
 
         Raises:
             DemandError: an empty run, what is no list of executions, a unit name with two kinds,
-                or a graph of given probabilities. The graph is then unchanged.
+                one that waits for a unit which is not before it, or a graph of given
+                probabilities. The graph is then unchanged.
         """
         if self._given is not None:
             raise DemandError(
@@ -165,17 +174,22 @@ class PDGraph:
         executed = check_run("run", run)
         if not executed:
             raise DemandError("the run is empty; pass the units it executed, in order")
+        staged = executed if says_nothing(executed) else in_stages(executed, self.cost)
         kinds = dict(self._kinds)
-        for execution in executed:
+        for execution in executed if staged is executed else (*executed, *staged):
             kinds.setdefault(execution.unit.name, execution.unit)
             check_kind(execution.unit, kinds)
         self._kinds = kinds
+        if staged is not executed:
+            for stage, units in zip(staged, by_stage(executed), strict=True):
+                self._members[stage.unit.name] = tuple({one.unit: None for one in units})
         if len(self._runs) == self.window:
-            self._executed -= Counter(execution.unit.name for execution in self._runs[0])
-        self._executed.update(execution.unit.name for execution in executed)
+            self._executed -= Counter(execution.unit.name for execution in self._stages[0])
+        self._executed.update(execution.unit.name for execution in staged)
         self._runs.append(executed)
+        self._stages.append(staged)
         numbers = {name: number for number, name in enumerate(kinds)}
-        self._run_arrays.append(RunArrays.of(executed, numbers, self.cost))
+        self._run_arrays.append(RunArrays.of(staged, numbers, self.cost))
         self._observed += 1
         self._columns, self._arrays, self._table = None, {}, None
 
@@ -221,7 +235,11 @@ class PDGraph:
         self.walk_arrays().node(unit)
         if self._given is not None:
             return tuple(e for g in self._given[0] if g.unit.name == unit for e in g.executions)
-        return tuple(e for run in self._runs for e in run if e.unit.name == unit)
+        return tuple(e for run in self._stages for e in run if e.unit.name == unit)
+
+    def members(self, unit: Unit) -> tuple[Unit, ...]:
+        """The units that go side by side in a stage that the graph has; of a unit, itself."""
+        return self._members.get(unit.name, (unit,))
 
     def branches(self, unit: str) -> Mapping[str, float]:
         """How often each unit, or "end", follows `unit` ("start" for the first); of sum 1.
@@ -324,6 +342,8 @@ class PDGraph:
 
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
         """Draw `n` runs by random walks over the samples, for workloads and tests.
+
+        They are sequences; a stage of several units is one execution with all their calls.
 
         Raises:
             DemandError: a graph without runs, or a run longer than `max_units`.

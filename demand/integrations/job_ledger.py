@@ -205,11 +205,15 @@ class JobLedger:
     def record(self, job: Job, execution: Execution, now: float) -> None:
         """Count the service of an execution elsewhere, such as that of a tool, and record it.
 
+        Of one that went side by side with others, `Execution.after` says what it waited for, by
+        the order in which the units of its run ended; `None`: for all that have by now.
+
         Raises:
-            DemandError: what is no execution, or of a unit that was of another kind before.
+            DemandError: what is no execution, of a unit that was of another kind before, or one
+                that waited for a unit that is not over.
         """
         seconds = self.cost.seconds(execution)
-        self.loop.check_unit(job.application, execution.unit)
+        self.loop.check(job, execution)
         self.serve(job, seconds, now)
         self.loop.add(job, execution)
 

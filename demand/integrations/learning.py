@@ -167,6 +167,16 @@ class LearningLoop:
             self._records[job.index].add(execution)
             self._refine(job)
 
+    def check(self, job: Job, execution: Execution) -> None:
+        """Refuse what `job` executed elsewhere if it could not be recorded.
+
+        Raises:
+            DemandError: as `check_unit`, or it waited for a unit that is not over.
+        """
+        self.check_unit(job.application, execution.unit)
+        if job.index in self._records:
+            self._records[job.index].check(execution)
+
     def check_unit(self, application: str, unit: Unit) -> None:
         """Refuse a unit of another kind than its name has in a run of `application`.
 

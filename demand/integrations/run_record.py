@@ -1,9 +1,11 @@
 """What one run of an application has executed so far, as its calls begin and end."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
+from demand.dependencies import check_after
+from demand.stages import Underway, progress_in_stages
 from demand.units import CostModel, Execution, Progress, Unit
 
 Tokens = tuple[int, int]
@@ -16,11 +18,13 @@ class _Open:
 
     Attributes:
         unit: what they are calls of.
+        after: positions in the run of the units that were over when it began.
         live: those that have not ended.
         counts: tokens so far of each sequence of each call.
     """
 
     unit: Unit
+    after: tuple[int, ...]
     live: set[Hashable] = field(default_factory=set)
     counts: dict[Hashable, dict[Hashable, Tokens]] = field(default_factory=dict)
 
@@ -34,9 +38,10 @@ class RunRecord:
     """The executions of one run, put together from its calls.
 
     Calls of one unit that overlap in time are one execution of it, with as many parallel calls; it
-    is over when the last of them has ended. Units that overlap are recorded one after another, in
-    the order in which they end, since a run is a sequence; of those that are not over, only the one
-    that began first is in `progress`. A call that did not finish leaves nothing behind.
+    is over when the last of them has ended. Units are recorded in the order in which they end.
+    Those that overlap went side by side (`Execution.after`): a unit is taken to have waited for all
+    that were over when it began, which is all that a client lets see, and more than it did wait for
+    if it was begun late. A call that did not finish leaves nothing behind.
 
     Args:
         cost: seconds of service that a token stands for.
@@ -50,6 +55,7 @@ class RunRecord:
         self.executed: list[Execution] = []
         self.cut_off = False
         self._cost = cost
+        self._last: tuple[int, ...] = ()  # units over for which none that is over has waited
         self._open: dict[str, _Open] = {}
         self._of_call: dict[Hashable, _Open] = {}
 
@@ -60,7 +66,7 @@ class RunRecord:
 
     def begin(self, call: Hashable, unit: Unit) -> None:
         """Note that `call`, of `unit`, is submitted."""
-        entry = self._open.setdefault(unit.name, _Open(unit))
+        entry = self._open.setdefault(unit.name, _Open(unit, self._last))
         entry.live.add(call)
         entry.counts[call] = {}
         self._of_call[call] = entry
@@ -91,14 +97,28 @@ class RunRecord:
         calls = entry.calls()
         if calls:
             read, made = zip(*calls, strict=True)
-            self.executed.append(
-                Execution.of_calls(entry.unit, input_tokens=read, output_tokens=made)
-            )
+            executed = Execution.of_calls(entry.unit, input_tokens=read, output_tokens=made)
+            self._append(executed, entry.after)
+
+    def check(self, execution: Execution) -> None:
+        """Raise `DemandError` if `execution` says that it waited for what is not over."""
+        check_after("the run so far", [*(e.after for e in self.executed), execution.after])
 
     def add(self, execution: Execution) -> None:
-        """Note an execution that took place elsewhere, such as that of a tool."""
-        self.executed.append(execution)
+        """Note an execution that took place elsewhere, such as that of a tool.
+
+        Unless it says what it waited for, that is taken to be all that are over by now.
+        """
+        self._append(execution, self._last if execution.after is None else execution.after)
         self.cut_off = False
+
+    def _append(self, execution: Execution, after: tuple[int, ...]) -> None:
+        """Record a unit that is over; one that waited for the last one alone does not say so."""
+        at = len(self.executed)
+        told = None if after == ((at - 1,) if at else ()) else after
+        same = execution.after == told
+        self.executed.append(execution if same else replace(execution, after=told))
+        self._last = (*(before for before in self._last if before not in after), at)
 
     @property
     def whole(self) -> bool:
@@ -107,10 +127,10 @@ class RunRecord:
 
     def progress(self) -> Progress:
         """Where the run stands, by the calls that have been counted."""
-        if not self._open:
-            return Progress(tuple(self.executed))
-        entry = next(iter(self._open.values()))
         prefill, decode = self._cost.prefill_seconds_per_token, self._cost.decode_seconds_per_token
-        seconds = [read * prefill + made * decode for read, made in entry.calls()]
-        attained = (sum(seconds), max(seconds, default=0.0))
-        return Progress(tuple(self.executed), entry.unit.name, *attained)
+        underway = []
+        for entry in self._open.values():
+            seconds = [read * prefill + made * decode for read, made in entry.calls()]
+            received = sum(seconds), max(seconds, default=0.0)
+            underway.append(Underway(entry.unit, entry.after, *received))
+        return progress_in_stages(self.executed, underway, self._cost)

@@ -48,14 +48,21 @@ def successors_of(
 ) -> list[tuple[Unit, Successor]]:
     """The units that may follow `unit` and have a backend.
 
+    All units of a stage follow where it does.
+
     Raises:
         DemandError: a unit that the graph does not know.
     """
     units = {known.name: known for known in graph.units}
-    found = []
+    following: dict[Unit, float] = {}
     for name, probability in graph.branches(unit).items():
-        backend = backend_of(backends, units[name]) if name != END else None
+        for member in graph.members(units[name]) if name != END else ():
+            following[member] = following.get(member, 0.0) + probability
+    found = []
+    for member, probability in following.items():
+        backend = backend_of(backends, member)
         if backend is not None:
-            successor = Successor(name, probability, backend.warm_seconds, backend.footprint)
-            found.append((units[name], successor))
+            likely = min(probability, 1.0)  # of a sum that was rounded up
+            successor = Successor(member.name, likely, backend.warm_seconds, backend.footprint)
+            found.append((member, successor))
     return found

@@ -19,7 +19,8 @@ from demand.errors import DemandError
 from demand.plotting import axes
 from demand.refine.predictor import PendingCall, Predictor
 from demand.seconds import Floats, one_of_seconds
-from demand.units import CostModel, Execution, ParallelCalls, Progress, check_run
+from demand.stages import between_stages, progress_after, seconds_after
+from demand.units import CostModel, Execution, ParallelCalls, Progress, check_run, check_waits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,7 +149,8 @@ def calibrate(
         runs: finished runs.
         after_units: progress points: finished units at which to ask. A run counts where it is
             not over by then, as a scheduler asks only about what is there; so an atom at 0 of
-            the prediction does not count either.
+            the prediction does not count either. Units that can go side by side are over in the
+            order in which the run has them.
         cost: seconds of an execution, as in the graph.
         parallel_calls: how parallel calls count, as in the refinement.
         seed: of the randomised PIT.
@@ -159,7 +161,7 @@ def calibrate(
     check_callable("predict", predict, "a function such as refinement.fit(graph).remaining")
 
     def ask(number: int, units: int) -> Distribution:
-        return predict(Progress(executed=checked[number][:units]))
+        return predict(progress_after(checked[number], units, cost))
 
     checked = _checked(runs)
     return _report(ask, checked, after_units, cost, parallel_calls, seed)
@@ -178,7 +180,8 @@ def calibrate_calls(
 ) -> CalibrationReport:
     """Ask a predictor before calls of held-out runs, and compare with what the runs still took.
 
-    As `calibrate`, at those progress points where the unit ahead is a call to a model.
+    As `calibrate`, at those progress points where the unit ahead is a call to a model, and nothing
+    of its stage is over.
 
     Args:
         predictor: what predicts, such as `refinement.fit(graph)` or a `DemandEstimator`; it must
@@ -204,10 +207,10 @@ def calibrate_calls(
 
     def ask(number: int, units: int) -> Distribution | None:
         run = checked[number]
-        if run[units].unit.kind != "llm":
+        if run[units].unit.kind != "llm" or not between_stages(run, units):
             return None
         prompt = None if prompts is None else prompts[number][units]
-        return predictor.predict(PendingCall.of_run(application, run, units, prompt))
+        return predictor.predict(PendingCall.of_run(application, run, units, prompt, cost))
 
     return _report(ask, checked, after_units, cost, parallel_calls, seed)
 
@@ -215,7 +218,10 @@ def calibrate_calls(
 def _checked(runs: Sequence[Sequence[Execution]]) -> list[tuple[Execution, ...]]:
     if not isinstance(runs, Iterable):
         raise DemandError(f"runs is {runs!r:.200}; expected a list of runs, each of executions")
-    return [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
+    checked = [check_run(f"runs[{at}]", run) for at, run in enumerate(runs)]
+    for at, run in enumerate(checked):
+        check_waits(f"runs[{at}]", run)
+    return checked
 
 
 def _report(
@@ -235,7 +241,7 @@ def _report(
         rows = []
         for number, run in enumerate(runs):
             if len(run) > units and (told := ask(number, units)) is not None:
-                left = cost.run_seconds(run[units:], parallel_calls)
+                left = seconds_after(run, units, cost, parallel_calls)
                 predicted = instance_of("what predict says", told, Distribution).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:

@@ -9,7 +9,8 @@ from demand.arguments import instance_of, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.seconds import one_number
-from demand.units import Execution, Progress, Unit
+from demand.stages import progress_after
+from demand.units import CostModel, Execution, Progress, Unit
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,16 @@ class PendingCall:
         run: Sequence[Execution],
         finished: int,
         prompt: str | Sequence[int] | None = None,
+        cost: CostModel | None = None,
     ) -> "PendingCall":
         """The call that `run` makes after `finished` units, told of what comes before it alone.
 
+        Where units go side by side, that is the first of its stage; `cost` then gives the seconds
+        of the stages before, by default those of the default cost model.
+
         Raises:
-            DemandError: as the class, or a run that has no more units than that.
+            DemandError: as the class, a run that has no more units than that, or a stage of which
+                something is over.
         """
         if not 0 <= finished < len(run):
             raise DemandError(
@@ -81,7 +87,7 @@ class PendingCall:
             ahead.unit,
             ahead.input_tokens or None,
             ahead.parallelism,
-            Progress(run[:finished]),
+            progress_after(run, finished, cost),
             prompt,
         )
 

@@ -82,6 +82,11 @@ class JobMaker(Generic[J]):
         job.state = self._state
         return job
 
+    def cost(self, entry: int) -> CostModel:
+        """The cost model of the graph of the application of `entry`, or the default one."""
+        graph = self._workload.graphs.get(self._workload.applications[entry])
+        return CostModel() if graph is None else graph.cost
+
     def unit_ends(self, entry: int) -> Sequence[float]:
         """Attained service at the end of each unit of the run of `entry`, its demand last.
 
@@ -94,8 +99,7 @@ class JobMaker(Generic[J]):
         workload = self._workload
         if workload.runs is None:
             raise DemandError("the workload has no runs; give Workload(runs=...)")
-        graph = workload.graphs.get(workload.applications[entry])
-        cost = CostModel() if graph is None else graph.cost
+        cost = self.cost(entry)
         demand = self._demands[entry]
         ends = list(accumulate(execution_seconds(workload.runs, entry, cost)))
         if not ends or not math.isclose(ends[-1], demand, rel_tol=1e-6, abs_tol=1e-9):

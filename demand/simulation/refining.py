@@ -9,7 +9,8 @@ from demand.policies.base import Policy
 from demand.policies.job import Job
 from demand.refine.base import Refine
 from demand.refine.predictor import PendingCall, Predictor
-from demand.units import Execution, Progress
+from demand.stages import between_stages
+from demand.units import CostModel, Execution, Progress
 from demand.workloads.workload import Workload
 
 _EXPECTED = "a DemandEstimator(graphs, refinement), or any function of (application, Progress)"
@@ -50,18 +51,23 @@ def learn(job: Job, progress: Progress, estimator: Refine, policy: Policy) -> No
 
 
 def foresee(
-    job: Job, run: Sequence[Execution], finished: int, predictor: Predictor, policy: Policy
+    job: Job,
+    run: Sequence[Execution],
+    finished: int,
+    predictor: Predictor,
+    policy: Policy,
+    cost: CostModel,
 ) -> None:
     """Let `job` take in what `predictor` says at the call that follows `finished` units.
 
-    Nothing is asked where what follows is no call to a model. The prompt is not known, only its
-    length.
+    Nothing is asked where what follows is no call to a model, or where something is over that went
+    side by side with it. The prompt is not known, only its length.
 
     Raises:
         DemandError: `predictor` answers with something else than a distribution.
     """
-    if run[finished].unit.kind == "llm":
-        call = PendingCall.of_run(job.application, run, finished)
+    if run[finished].unit.kind == "llm" and between_stages(run, finished):
+        call = PendingCall.of_run(job.application, run, finished, cost=cost)
         _take_in(job, predictor.predict(call), "the predictor", policy)
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from demand.arguments import whole_number
 from demand.errors import DemandError
 from demand.seconds import one_number, one_of_seconds
-from demand.units import KINDS, Execution, Kind, Unit
+from demand.stages import in_stages
+from demand.units import KINDS, Execution, Kind, Unit, is_sequence
 
 _NOTHING: Mapping[str, float] = MappingProxyType({})
 _NUMBERS = (
@@ -158,13 +159,13 @@ class Session:
         llm: Literal["tokens", "measured"] = "tokens",
         prompt: Literal["whole", "fresh", "shared"] = "whole",
         assumed_seconds: Mapping[str, float] = _NOTHING,
+        units: Literal["in_turn", "side_by_side"] = "in_turn",
     ) -> list[Execution]:
         """The session as `PDGraph.fit` takes it; its demand is the sum over what is kept.
 
         Every span counts by default, the time people took (kind "human") included: the sum is
         then the length of the session. For what a server has to do, leave "human" out, and
-        "tool" too where tools run elsewhere. Spans that ran side by side follow each other, so
-        their seconds add up.
+        "tool" too where tools run elsewhere.
 
         Args:
             leave_out: kinds that do not count.
@@ -174,6 +175,9 @@ class Session:
                 "shared" all, and says which those are (`Execution.shared_tokens`), for an engine
                 that has such a cache.
             assumed_seconds: durations for spans without one, by unit or else by kind.
+            units: "in_turn" lets each span wait for the one before it, whatever it waited for;
+                "side_by_side" lets it wait for its parents (`Execution.after`), or where they are
+                left out, for theirs.
 
         Raises:
             DemandError: a kind that does not exist, a span whose seconds or cached tokens are
@@ -185,11 +189,15 @@ class Session:
         for name, value, known in (
             ("llm", llm, ("tokens", "measured")),
             ("prompt", prompt, ("whole", "fresh", "shared")),
+            ("units", units, ("in_turn", "side_by_side")),
         ):
             if value not in known:
                 raise DemandError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-        run = []
+        run: list[Execution] = []
+        waits: list[set[int]] = []  # of each span: where in the run it is, or what it waits for
         for span in self.spans:
+            before = set().union(*(waits[parent] for parent in span.parents))
+            waits.append(before if span.kind in leave_out else {len(run)})
             if span.kind in leave_out:
                 continue
             by_tokens = span.kind == "llm" and llm == "tokens"
@@ -202,11 +210,12 @@ class Session:
                     span.parallelism,
                     None if by_tokens else self._seconds(span, assumed_seconds),
                     shared_tokens=self._shared_tokens(span) if prompt == "shared" else None,
+                    after=None if units == "in_turn" else tuple(before),
                 )
             )
         if not run:
             raise DemandError(f"nothing of session {self.id!r} is left; leave out fewer kinds")
-        return run
+        return list(in_stages(run)) if is_sequence(run) else run
 
     def _prompt_tokens(self, span: Span, prompt: str) -> float:
         if prompt != "fresh" or span.kind != "llm":

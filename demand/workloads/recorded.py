@@ -11,7 +11,7 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.lazy_runs import PickedRuns
-from demand.units import CostModel, Execution, check_run
+from demand.units import CostModel, Execution, check_run, check_waits
 from demand.workloads.workload import Application
 
 Run = Sequence[Execution]
@@ -112,6 +112,8 @@ def _checked(what: str, runs: Runs) -> dict[str, list[Run]]:
         checked[name] = [
             check_run(f"{what}[{name!r}][{at}]", run) for at, run in enumerate(recorded)
         ]
+        for at, run in enumerate(checked[name]):
+            check_waits(f"{what}[{name!r}][{at}]", run)
     return checked
 
 

@@ -29,6 +29,7 @@ import refinement
 import replay_policies
 import retention_accuracy
 import schedule
+import side_by_side
 from quickstart_pages import (
     answers,
     cap_page,
@@ -199,6 +200,13 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/prewarming.md": {"prewarming": [prewarming.tables]},
     "docs/transformers_scheduler.md": {
         "continuous_batching": [demand_tables.continuous_batching],
+    },
+    "docs/side_by_side.md": {
+        "side_by_side": [
+            side_by_side.gains_table,
+            side_by_side.foreseen_table,
+            side_by_side.deadlines_table,
+        ]
     },
     "docs/traces.md": {
         "hermes_samples": [

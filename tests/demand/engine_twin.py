@@ -13,6 +13,7 @@ from demand import CostModel, Job
 from demand.routing import ReadyUnit
 from demand.simulation.engine.calls import call_groups, execution_seconds
 from demand.simulation.engine.retention import LeftKV
+from tests.demand.plans import before
 
 COUNTED = ("preemptions", "prefilled_again", "swapped_blocks", "requests", "produced",
            "steps", "looked_up", "found", "findable", "held_block_seconds", "units")  # fmt: skip
@@ -93,10 +94,12 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
             SimpleNamespace(
                 job=job,
                 run=workload.runs[i],
-                at=-1,
+                over=set(),
+                started=[],
                 calls=[],
                 engine=None,
-                busy_until=None,
+                busy={},
+                asked=0,
                 settled=0.0,
                 first_served=None,
                 arrived=None,
@@ -110,11 +113,14 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
     def begun():
         return sum(at.steps for at in servers)
 
-    def next_unit(entry, now):
-        entry.at += 1
-        entry.calls, entry.busy_until, entry.first_served = [], None, None
-        entry.job.running = False
-        if entry.at == len(entry.run):
+    def unfinished(entry):
+        return [c for c in entry.calls if c.produced < c.made]
+
+    def next_units(entry, now):
+        """Start what waits for none that is not over; the job is over with its last unit."""
+        if not unfinished(entry):
+            entry.first_served, entry.job.running = None, False
+        if len(entry.over) == len(entry.run):
             entry.finish, entry.steps = now - entry.job.arrival, begun() - entry.begun
             policy.departed(entry.job, now)
             for at in servers:
@@ -123,10 +129,17 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
             if router is not None:
                 router.departed(entry.job, remembered)
             return
-        entry.job.requested = now
-        execution = entry.run[entry.at]
+        for at in range(len(entry.run)):
+            if at not in entry.started and entry.over.issuperset(before(entry.run, at)):
+                start(entry, at, now)
+
+    def start(entry, at, now):
+        entry.started.append(at)
+        if not unfinished(entry):
+            entry.job.requested = now
+        execution = entry.run[at]
         if execution.unit.kind == "llm":
-            entry.calls = [
+            calls = [
                 SimpleNamespace(
                     entry=entry,
                     number=k,
@@ -138,7 +151,8 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
                     host=0,
                     prefilled=0,
                     last=False,
-                    unit=entry.at,
+                    unit=at,
+                    turn=entry.asked + k,
                     requested=now,
                     token_seconds=[],
                     block_seconds=0.0,
@@ -149,28 +163,37 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
                     for _ in range(count)
                 )
             ]
-            seen.calls += entry.calls
+            entry.calls += calls
+            entry.asked += len(calls)
+            seen.calls += calls
             route(entry, execution)
-            for at in servers:
-                for one in at.left:
-                    if not one.kv.of_run or one.key not in map(key_of, entry.calls):
+            for server in servers:
+                for one in server.left:
+                    if not one.kv.of_run or one.key not in map(key_of, calls):
                         continue
-                    if at is entry.engine:
+                    if server is entry.engine:
                         one.kv.wanted = now
                     else:
                         one.elsewhere = True
                         one.reach = min(one.reach, int(execution.shared_tokens or 0))
         else:
-            entry.busy_until, entry.nth = now + execution.seconds, seen.outside
+            entry.busy[at] = now + execution.seconds, seen.outside
             seen.outside += 1
 
+    def end(entry, at, now):
+        entry.over.add(at)
+        entry.settled += execution_seconds(entry.run[at], cost)
+        entry.calls = [c for c in entry.calls if c.unit != at]
+        serve(entry, attained(entry), now)
+        next_units(entry, now)
+
     def route(entry, execution):
-        before = entry.engine
+        last_engine = entry.engine
         if router is None:
             entry.engine = servers[0]
             return
         entry.engine = None  # its calls are nowhere yet
-        last = None if before is None else before.number
+        last = None if last_engine is None else last_engine.number
         tokens = sum(call.given for call in entry.calls)
         unit = ReadyUnit(entry.job, execution, now, len(entry.calls), tokens, last)
         views = [SeenTwin(at, jobs, engine, find) for at in servers]
@@ -178,7 +201,7 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
         for call in entry.calls:
             call.server = entry.engine
         entry.engine.units += 1
-        seen.moves += before is not None and before is not entry.engine
+        seen.moves += last_engine is not None and last_engine is not entry.engine
 
     def attained(entry):
         return (
@@ -198,27 +221,27 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
         At one time, ends go first, in the order in which the units began.
         """
         while True:
-            todo = [(e.job.arrival, 1, e.job.index, e) for e in jobs if e.begun is None]
-            todo += [(e.busy_until, 0, e.nth, e) for e in jobs if e.busy_until is not None]
+            todo = [(e.job.arrival, 1, e.job.index, 0, e) for e in jobs if e.begun is None]
+            todo += [(t, 0, nth, unit, e) for e in jobs for unit, (t, nth) in e.busy.items()]
             if not todo or min(todo, key=lambda x: x[:3])[0] > now:
                 return min((t[0] for t in todo), default=np.inf)
-            at, kind, _, entry = min(todo, key=lambda x: x[:3])
+            at, kind, _, unit, entry = min(todo, key=lambda x: x[:3])
             if kind == 1:
                 entry.begun = begun()
                 policy.arrived(entry.job, at)
+                next_units(entry, at)
             else:
-                entry.settled += execution_seconds(entry.run[entry.at], cost)
-                serve(entry, entry.settled, at)
-            next_unit(entry, at)
+                del entry.busy[unit]
+                end(entry, unit, at)
 
     by_first_service = engine.scheduling == "by_rank" and engine.preemption == "none"
 
     def place(call):
         entry = call.entry
         if by_first_service and entry.first_served is not None:
-            return (0, entry.first_served, entry.job.index, call.number)
+            return (0, entry.first_served, entry.job.index, call.turn)
         rank = policy.rank(entry.job, now)
-        return (int(by_first_service), rank, entry.job.index, call.number)
+        return (int(by_first_service), rank, entry.job.index, call.turn)
 
     def forget(at, key):
         """No call will find it; the engine may know."""
@@ -404,10 +427,10 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
             for call in calls:
                 call.last = id(call) in chosen
         by_place = sorted(
-            (e for e in entries if e.calls), key=lambda e: places.get(id(e.calls[0]), ())
+            (e for e in entries if unfinished(e)), key=lambda e: places[id(unfinished(e)[0])]
         )
         for entry in by_place if engine.scheduling == "by_rank" else []:
-            runs = any(c.last for c in entry.calls if c.produced < c.made)
+            runs = any(c.last for c in unfinished(entry))
             if runs and not entry.job.running:
                 entry.job.started_at = entry.job.attained_service
             entry.job.running = runs
@@ -460,13 +483,11 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
                 serve(entry, attained(entry), now)
         ended = []
         for call, _ in at.batch:
-            entry = call.entry
-            if entry not in ended and all(c.produced == c.made for c in entry.calls):
-                ended.append(entry)
-        for entry in sorted(ended, key=lambda e: e.job.index):
-            entry.settled += execution_seconds(entry.run[entry.at], cost)
-            entry.job.attained_service = entry.settled
-            next_unit(entry, now)
+            one = call.entry.job.index, call.unit
+            if one not in ended and not any(c.unit == call.unit for c in unfinished(call.entry)):
+                ended.append(one)
+        for index, unit in sorted(ended):
+            end(jobs[index], unit, now)
 
     def has_calls(at):
         return any(c.produced < c.made for e in jobs if e.engine is at for c in e.calls)

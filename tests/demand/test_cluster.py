@@ -436,6 +436,9 @@ def test_bad_input_is_refused():
     assert simulate_cluster(workload, FCFS(), None, 2, Sequential((np.int64(1),))).moves == 0
     with pytest.raises(DemandError, match="has no runs"):
         simulate_cluster(replace(workload, runs=None), FCFS())
+    apart = [replace(execution, after=()) for execution in workload.runs[0]] * 2
+    with pytest.raises(DemandError, match=r"job 0 has units side by side .*one engine at a time"):
+        simulate_cluster(replace(workload, runs=[apart]), FCFS())
     with pytest.raises(DemandError, match="by is 'load'; expected one of requests"):
         LeastLoaded("load")
     with pytest.raises(DemandError, match="by is 'load'"):

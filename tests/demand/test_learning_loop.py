@@ -1,6 +1,7 @@
 """The loop that learns: what a run executed, what is told of its rest, and what is observed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from demand.graph.given_units import GivenUnit
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.run_record import RunRecord
 from demand.refine import CurrentUnit
+from demand.stages import in_stages
 
 COST = CostModel(prefill_seconds_per_token=0.5, decode_seconds_per_token=2.0)
 PLAN, SEARCH, CALL = Unit("plan", "llm"), Unit("search", "search"), Unit("call", "llm")
@@ -96,9 +98,67 @@ def test_units_that_overlap_are_recorded_as_they_end():
     record.count("b", 1, 1)
     record.end("b")
     record.count("a", 2, 2)
-    assert record.progress() == Progress([call(CALL, 1, 1)], "plan", 5.0, 5.0)
+    assert record.progress() == Progress((), "call + plan", 2.5 + 5.0, 5.0)
     record.end("a")
-    assert record.executed == [call(CALL, 1, 1), call(PLAN, 2, 2)]
+    beside = replace(call(PLAN, 2, 2), after=())
+    assert record.executed == [call(CALL, 1, 1), beside]
+
+
+def test_what_went_side_by_side_is_recorded_as_such():
+    """A plan, a call and two tools beside it, and what joins them."""
+    record = RunRecord(COST)
+    serve_call(record, "plan", PLAN)
+    record.begin("a", CALL)
+    record.add(Execution(SEARCH, seconds=1.0, after=(0,)))
+    with pytest.raises(DemandError, match="unit 2 of the run so far waits for unit 2"):
+        record.check(Execution(SEARCH, seconds=2.0, after=(2,)))
+    record.add(Execution(SEARCH, seconds=2.0, after=(0,)))
+    record.count("a", 1, 1)
+    assert record.progress().current == "call + search"
+    assert record.progress().executed == (call(PLAN, 2, 2),)
+    record.end("a")
+    serve_call(record, "join", PLAN)
+    afters = [execution.after for execution in record.executed]
+    assert afters == [None, None, (0,), (0,), (1, 2, 3)]
+    assert record.progress() == Progress(in_stages(record.executed, COST))
+    assert [stage.unit.name for stage in in_stages(record.executed)] == [
+        "plan", "call + search", "plan"
+    ]  # fmt: skip
+
+
+def serve_call(record, name, unit):
+    record.begin(name, unit)
+    record.count(name, 2, 2)
+    record.end(name)
+
+
+units_and_lengths = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(1, 9), st.sampled_from("abc")), min_size=1, max_size=7
+)
+
+
+@given(units_and_lengths)
+def test_a_record_says_what_overlapped(spans):
+    """Units over spans of time: each waits for what was over as it began, however it is told."""
+    record, opened, busy_until = RunRecord(COST), [], {}
+    for begin, length, name in sorted(spans):  # one at a time of a name: each is its own unit
+        if busy_until.get(name, -1) < begin:
+            busy_until[name] = begin + length
+            opened.append((begin, begin + length, name))
+    moments = [(one[0], 1, one) for one in opened] + [(one[1], 0, one) for one in opened]
+    for _, begins, one in sorted(moments):
+        if begins:
+            record.begin(one, Unit(one[2], "llm"))
+            record.count(one, 1, 1)
+        else:
+            record.end(one)
+    ended = sorted(opened, key=lambda one: (one[1], one))
+    reach = []  # of each unit, all that it waited for, and what these did
+    for at, execution in enumerate(record.executed):
+        after = execution.after if execution.after is not None else range(at)[-1:]
+        reach.append({*after}.union(*(reach[before] for before in after)))
+        over = {number for number, one in enumerate(ended) if one[1] <= ended[at][0]}
+        assert reach[at] == over
 
 
 def test_a_call_that_did_not_finish_leaves_nothing_and_cuts_off():

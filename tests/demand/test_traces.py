@@ -46,6 +46,24 @@ def test_a_run_keeps_every_span_unless_told_otherwise():
     assert [execution.input_tokens for execution in fresh] == [1000, 150]
 
 
+def test_a_run_keeps_what_waits_for_what_if_asked():
+    tool = {"seconds": 1.0}
+    session = Session("s", "a", (
+        Span("plan", "llm", input_tokens=4.0), Span("search", "search", parents=(0,), **tool),
+        Span("user", "human", parents=(0,), **tool), Span("math", "tool", parents=(2,), **tool),
+        Span("join", "llm", input_tokens=8.0, parents=(1, 3)),
+    ))  # fmt: skip
+    sides = "side_by_side"
+    assert [e.after for e in session.run()] == [None] * 5
+    assert [e.after for e in session.run(units=sides)] == [(), (0,), (0,), (2,), (1, 3)]
+    # Who waited for what is left out waits for what that waited for.
+    left = session.run(units=sides, leave_out=("human",))
+    assert [e.after for e in left] == [(), (0,), (0,), (1, 2)]
+    assert [e.after for e in session.run(units=sides, leave_out=("human", "tool", "llm"))] == [None]
+    chain = Session("s", "a", session.spans[:2])
+    assert chain.run(units=sides) == chain.run()  # a sequence says nothing
+
+
 def test_the_demand_of_a_run_is_what_was_kept():
     assert CostModel().run_seconds(SESSION.run(leave_out=("human",))) == pytest.approx(
         2200 * 1e-4 + 120 * 0.06 + 3 * 2.0
@@ -89,6 +107,7 @@ def test_unknown_durations_are_assumed_aloud():
         (lambda: SESSION.run(leave_out=("humans",)), r"leave_out has \['humans'\]"),
         (lambda: SESSION.run(llm="clock"), "llm is 'clock'; expected one of tokens, measured"),
         (lambda: SESSION.run(prompt="new"), "prompt is 'new'"),
+        (lambda: SESSION.run(units="apart"), "units is 'apart'"),
         (lambda: SESSION.run(leave_out=("llm", "tool", "human")), "nothing of session 's' is left"),
         (lambda: Session("s", "a", (Span("l", "llm"),)).run(prompt="fresh"), "prompt of 'l' was"),
     ],

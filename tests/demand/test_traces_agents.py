@@ -243,6 +243,8 @@ def test_taskbench_links_and_its_other_forms(tmp_path):
     for session in sessions:
         assert [s.unit for s in session.spans] == ["plan", "book", "pay", "tell"]
         assert [s.parents for s in session.spans] == [(), (0,), (1,), (1, 2)]
+        run = session.run(units="side_by_side", assumed_seconds={"tool": 1.0})
+        assert [execution.after for execution in run] == [(), (0,), (1,), (1, 2)]
         assert session.spans[0].input_tokens == 10.0
     # a tool that comes twice is not told apart by its name
     twice = taskbench([node("a"), node("a", "<node-0>"), node("b")], [("a", "b")])
@@ -343,6 +345,8 @@ def test_llmcompiler_plans(tmp_path):
         ("math", "tool", (1, 2)), ("join", "llm", (1, 2, 3)),
     ]  # fmt: skip
     assert plans[0].attributes == {"task": "Which of both is deeper?"}
+    run = plans[0].run(units="side_by_side", assumed_seconds={"search": 2.0, "tool": 1.0})
+    assert [execution.after for execution in run] == [(), (0,), (0,), (1, 2), (1, 2, 3)]
     assert plans[0].spans[0].input_tokens == len("Which of both is deeper?") / 4
     assert [(s.unit, s.parents) for s in plans[1].spans] == [("plan", ()), ("join", (0,))]
 

@@ -54,6 +54,28 @@ def test_a_job_is_recorded_refined_and_learned_from(model):
     assert estimator.graphs["agent"].runs[-1] == executed
 
 
+def test_units_that_are_ready_go_side_by_side(model):
+    estimator = learner()
+    run = Stepped(model, SERPT(), config(), learning=dict(estimator=estimator))
+    job = run.table.open("agent")
+    run.add(job, "p", prompt(8), 3, "plan")
+    run.finish()
+    run.add(job, "w", prompt(9), 5, "write")
+    run.add(job, "a", prompt(7), 20, "plan")
+    run.table.record(job, Execution(SEARCH, seconds=0.5, after=(0,)))
+    with pytest.raises(DemandError, match="waits for unit 2"):
+        run.table.record(job, Execution(SEARCH, seconds=0.5, after=(2,)))
+    run.finish()
+    run.add(job, "j", prompt(9), 2, "write")
+    run.finish()
+    run.table.close(job)
+    executed = estimator.graphs["agent"].runs[-1]
+    assert [(e.unit.name, e.after) for e in executed] == [
+        ("plan", None), ("search", None), ("write", (0,)), ("plan", (0,)), ("write", (1, 2, 3))
+    ]  # fmt: skip
+    assert job.attained_service == pytest.approx(run.table.cost.run_seconds(executed))
+
+
 def test_what_was_evicted_and_came_back_is_recorded_once(model):
     estimator = learner()
     run = Stepped(model, Gittins(), config(blocks=8), learning=dict(estimator=estimator))

@@ -542,6 +542,29 @@ async def test_runs_are_recorded_refined_and_learned_from() -> None:
 
 
 @run_async
+async def test_what_is_ready_is_submitted_side_by_side_and_learned_from_as_such() -> None:
+    estimator = learner()
+    async with (
+        FakeServer() as server,
+        controller_of(server, distributions=None, estimator=estimator) as controller,
+    ):
+        with controller.start("agent") as run:
+            await (await run.submit("completions", body("p", 4), unit="plan")).text()
+            names = ["search", "search", "check"]
+            ready = [await run.submit("completions", body(n, 5), unit=n) for n in names]
+            for call in ready:
+                await call.text()
+            await (await run.submit("completions", body("j", 3), unit="join")).text()
+    graph = estimator.graphs["agent"]
+    learned = {execution.unit.name: execution for execution in graph.runs[-1]}
+    assert {*list(learned)[1:3]} == {"search", "check"}
+    assert learned["search"].parallelism == 2
+    assert [execution.after for execution in graph.runs[-1]] == [None, None, (0,), (1, 2)]
+    assert run.job.attained_service == pytest.approx(COST.run_seconds(graph.runs[-1]))
+    assert graph.branches("plan") == {"check + search": 1.0}
+
+
+@run_async
 async def test_runs_that_break_off_are_not_learned_from(caplog: pytest.LogCaptureFixture) -> None:
     estimator = learner()
     answers = iter([Answer(("x", "y")), Answer(status=400), Answer(("x",), fault="hang", after=1)])

@@ -164,7 +164,8 @@ class JobTable:
             job: whose it is.
             request_id: that the engine will be given.
             unit: name of the unit that it is a call of, for an estimator or a predictor; requests
-                of one unit that overlap in time are one execution of it.
+                of one unit that overlap in time are one execution of it, and units that overlap
+                went side by side.
             prompt: ids of its tokens, for a predictor.
 
         Raises:

@@ -81,7 +81,7 @@ def annotation(
             together. Empty for a request that is a run of its own.
         last: whether it is the last request of the run.
         unit: name of the unit that it is a call of, for an estimator; requests of one unit that
-            overlap in time are one execution of it.
+            overlap in time are one execution of it, and units that overlap went side by side.
         details: of the run, any of `deadline_seconds`, `tenant`, `weight`, `priority` and
             `demand_seconds`, as for `AdmissionController.start`. Those that the first request of
             a run gives hold for all of it.

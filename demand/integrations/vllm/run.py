@@ -61,7 +61,8 @@ class Run:
             restart: what to do when a stream breaks after part of it was handed over, "raise" or
                 "skip"; see `Call`.
             unit: name of the unit that it is a call of, for an estimator or a predictor; calls of
-                one unit that overlap in time are one execution of it.
+                one unit that overlap in time are one execution of it, and units that overlap went
+                side by side.
 
         Raises:
             DemandError: a path or body that cannot be sent, a run that is finished, a controller

@@ -20,7 +20,7 @@ from demand.simulation.engine.engine_at_work import EngineAtWork
 from demand.simulation.engine.job_on_engine import JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.prefix_cache import LastCalls, PrefixCache
-from demand.units import CostModel
+from demand.units import CostModel, is_sequence
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -108,6 +108,12 @@ class _Cluster(Applications):
 
     def __init__(self, count: int, router: Router, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for index, run in enumerate(self.runs):
+            if not is_sequence(run):
+                raise DemandError(
+                    f"the run of job {index} has units side by side (after=...), and a job here is "
+                    "on one engine at a time; give the run with after=None, or simulate_engine"
+                )
         self.router = router
         self.state = router.new_state(count)
         self.ended: LastCalls = {}

@@ -26,9 +26,11 @@ from demand.simulation.engine.engine_at_work import EngineAtWork
 from demand.simulation.engine.job_on_engine import Calls, JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.retention import Tables
+from demand.simulation.engine.waits import check_side_by_side
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.refining import check_estimator, learn
-from demand.units import CostModel, Progress
+from demand.stages import progress_after
+from demand.units import CostModel
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -78,6 +80,7 @@ class Applications(ABC):
         pools = {} if backends is None else checked_pools(backends)
         for entry, run in enumerate(entries.runs):
             check_run(entry, run, engine)
+            check_side_by_side(entry, run, engine, bool(pools))
         check_pools(pools, prewarm, entries, entries.runs)
         self.workload = workload
         self.runs = entries.runs
@@ -145,28 +148,37 @@ class Applications(ABC):
         self.arrived_at.append(now)
         self.arrived(job)
         self.policy.arrived(job, now)
-        self.start_unit(job, now)
+        self.start(job, now)
 
-    def start_unit(self, job: JobOnEngine, now: float) -> None:
-        """Let `job` come to its next unit."""
-        job.position += 1
-        job.requested = now
+    def start(self, job: JobOnEngine, now: float) -> None:
+        """Let `job`, which has arrived, begin its run."""
+        self.start_unit(job, 0, now)
+
+    def start_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        """Let `job` come to a unit of its run."""
+        job.position = position
+        if not job.requests:  # else others beside it have asked before
+            job.requested = now
         later = self.backends.plan(job, now)
         if job.execution.unit.kind != "llm":
             if self.backends.acquire(job, now, partial(self.begin, job, later)):
                 self.begin(job, later, now)
             return
-        job.prefilled = job.generated = 0
-        number = 0
+        number, turn = 0, job.submitted
         for count, given, made in call_groups(job.execution):
             if self.tables is None:
-                job.calls.append(Calls(job, number, count, given, made))
+                job.calls.append(
+                    Calls(job, number, count, given, made, position, now, turn + number)
+                )
             else:  # each may find something else
                 shared = min(shared_tokens(job.execution), given)
                 for k in range(number, number + count):
-                    job.calls.append(Calls(job, k, 1, given, made, shared_tokens=shared))
+                    calls = Calls(job, k, 1, given, made, position, now, turn + k)
+                    calls.shared_tokens = shared
+                    job.calls.append(calls)
             number += count
-        job.requests = number
+        job.requests += number
+        job.submitted += number
         self.requests += number
         self.reached(job, now)
         self.backends.alarms(job, later)
@@ -184,34 +196,39 @@ class Applications(ABC):
         assert seconds is not None
         for after, action in later:
             self.agenda.add(now + after, action)
-        self.agenda.add(now + seconds, partial(self.end_unit, job))
+        self.agenda.add(now + seconds, partial(self.end_unit, job, job.position))
 
     def end_steps(self, engine: EngineAtWork, steps: int, now: float) -> None:
         """The steps that `engine` carried out end at second `now`: units may end with them."""
         ended, alarmed = engine.batcher.advance(steps, now)
         for job in ended:
-            self.end_unit(job, now)
+            self.end_served(job, now)
         for job in alarmed:
             while job.alarms and job.alarms[-1][0] <= job.produced(engine.batch.step):
                 self.alarms += 1
                 job.alarms.pop()[1](now)
 
-    def end_unit(self, job: JobOnEngine, now: float) -> None:
-        """The present unit of `job` is over."""
-        execution = job.execution
-        job.finished_seconds += job.unit_seconds[job.position]
+    def end_served(self, job: JobOnEngine, now: float) -> None:
+        """A unit of `job` that an engine has served is over."""
+        self.end_unit(job, job.position, now)
+
+    def end_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        """The unit of `job` at `position` is over."""
+        execution = job.run[position]
+        job.finished_seconds += job.unit_seconds[position]
         job.prefilled = job.generated = 0
         seconds = job.finished_seconds - job.attained_service
         job.attained_service = job.finished_seconds
         if execution.unit.kind != "llm" and seconds > 0.0:
             self.policy.served(job, seconds, now)
         self.backends.release(job, now)
-        if job.position + 1 == len(job.run):
+        if position + 1 == len(job.run):
             self.finish(job, now)
             return
         if self.estimator is not None:
-            learn(job, Progress(job.run[: job.position + 1]), self.estimator, self.policy)
-        self.start_unit(job, now)
+            progress = progress_after(job.run, position + 1, self.costs[job.application])
+            learn(job, progress, self.estimator, self.policy)
+        self.start_unit(job, position + 1, now)
 
     def finish(self, job: JobOnEngine, now: float) -> None:
         """The run of `job` is over."""

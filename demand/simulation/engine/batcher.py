@@ -35,6 +35,7 @@ class Batcher:
         self.batch = Batch(engine)
         self.order = RankOrder(policy, self.batch, engine.preemption != "none")
         self.partial: JobOnEngine | None = None
+        self._joined: list[JobOnEngine] = []  # that run, and have calls since that do not yet
         self.moved = False
         self.until = 0
         self.preemptions = 0
@@ -86,16 +87,19 @@ class Batcher:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
-            The jobs whose present unit ended with it, and those whose alarms may be due, both in
-            order of arrival.
+            The jobs whose present unit ended with it, or one of several perhaps, and those whose
+            alarms may be due, both in order of arrival.
         """
         order, batch = self.order, self.batch
         touched = order.carry_out(steps, now)
         ended = []
         for job in touched:
+            before = job.requests
             if batch.finish(job):
                 order.count_service(job, now)
                 order.leave(job)
+                ended.append(job)
+            elif job.waits is not None and job.requests < before:
                 ended.append(job)
         alarmed = [job for job in touched if job.alarms and job.calls]
         ended.sort(key=_index)
@@ -105,6 +109,12 @@ class Batcher:
     def add(self, job: JobOnEngine, now: float) -> None:
         """Let `job` wait with the calls of a new unit."""
         self.order.add(job, now)
+
+    def join(self, job: JobOnEngine, requests: int) -> None:
+        """Let `requests` more calls of `job` wait, which has others that wait or run."""
+        if job.running:
+            self._joined.append(job)
+        job.bound, job.exact = None, False
 
     def steps_in_order(self, now: float, most: int) -> int:
         """Steps after which another call may come before one of the batch, at most `most`."""
@@ -130,6 +140,10 @@ class Batcher:
                 anew[job] = self._asked(job)
         if self.partial is not None and self.partial not in anew:
             anew[self.partial] = (0, 0)
+        for job in self._joined:
+            if job.running:
+                anew.setdefault(job, (0, 0))
+        self._joined = []
         budget = batch.engine.token_budget - batch.decoding
         free = blocks.free - blocks.growth(batch.step, 1)
         for tokens, needed in anew.values():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from demand.arguments import instances_of
 from demand.errors import DemandError
 from demand.simulation.engine.engine import Engine
-from demand.units import CostModel, Execution
+from demand.units import CostModel, Execution, check_waits
 
 
 def call_groups(execution: Execution) -> list[tuple[int, int, int]]:
@@ -48,9 +48,13 @@ def execution_seconds(execution: Execution, cost: CostModel) -> float:
 
 
 def check_run(index: int, run: Sequence[Execution], engine: Engine) -> None:
-    """Raise `DemandError` unless `run` is a list of executions, of requests the engine can hold."""
+    """Raise `DemandError` unless `run` is a list of executions, of requests the engine can hold.
+
+    Each waits for what is before it.
+    """
     if not instances_of(f"the run of job {index}", run, Execution):
         raise DemandError(f"the run of job {index} is empty; give the units it executes")
+    check_waits(f"the run of job {index}", run)
     for execution in run:
         if execution.unit.kind != "llm":
             continue

@@ -8,6 +8,7 @@ from typing import final
 from demand.policies.base import Rank
 from demand.policies.job import Job
 from demand.simulation.engine.agenda import Action
+from demand.simulation.engine.waits import Waits
 from demand.units import Execution
 
 Place = tuple[int, Rank, int]
@@ -37,6 +38,10 @@ class Calls:
         job: whose unit it is.
         number: of the first of them within the unit.
         count: how many they are; all other numbers are for each.
+        position: of the unit in the run of the job.
+        requested: second at which the unit asked for them.
+        turn: of the first of them among all calls of the job, in the order in which they were
+            asked for.
         generated: output tokens produced.
         computed: tokens with KV, on the device or swapped out.
         prefilled: input tokens ever computed; what is prefilled again does not count.
@@ -57,6 +62,9 @@ class Calls:
     count: int
     input_tokens: int
     output_tokens: int
+    position: int
+    requested: float
+    turn: int
     generated: int = 0
     computed: int = 0
     prefilled: int = 0
@@ -75,8 +83,8 @@ class Calls:
 
     @property
     def place(self) -> tuple[Place, int]:
-        """Where they stand in the order of service: the place of the job, then their number."""
-        return (self.job.place, self.number)
+        """Where they stand in the order of service: the place of the job, then their turn."""
+        return (self.job.place, self.turn)
 
 
 @final
@@ -91,8 +99,11 @@ class JobOnEngine(Job):
         decode_seconds_per_token: service of a token produced.
         unit_seconds: seconds of service of each unit of `run`.
         arrived_step: steps that had begun when it arrived.
-        position: of the present unit in `run`.
-        calls: unfinished calls of the present unit, by number.
+        position: of the present unit in `run`, the one that began last.
+        waits: what of `run` is over and underway, where units go side by side: "the present unit"
+            is then all that are underway. `None` for a sequence.
+        calls: unfinished calls of the present unit, by turn.
+        submitted: calls ever asked for.
         requests: how many they are.
         finished_seconds: service of the units that are over, by the cost model.
         prefilled: input tokens computed for the present unit, over its calls.
@@ -119,6 +130,8 @@ class JobOnEngine(Job):
     unit_seconds: Sequence[float] = ()
     arrived_step: int = 0
     position: int = -1
+    waits: Waits | None = None
+    submitted: int = 0
     calls: list[Calls] = field(default_factory=list)
     requests: int = 0
     finished_seconds: float = 0.0
@@ -159,6 +172,27 @@ class JobOnEngine(Job):
             * self.decode_seconds_per_token
         )
 
+    def received(self, position: int, step: int) -> tuple[float, float]:
+        """Seconds of service of a unit underway when `step` steps have been carried out.
+
+        Over all its calls, and at least of the longest. A unit that is not an llm has received
+        nothing until it is over.
+        """
+        execution = self.run[position]
+        if execution.unit.kind != "llm":
+            return 0.0, 0.0
+        prefill, decode = self.prefill_seconds_per_token, self.decode_seconds_per_token
+        attained, longest = self.unit_seconds[position], 0.0
+        for calls in self.calls:
+            if calls.position == position:
+                left = calls.over - step if calls.over else calls.output_tokens - calls.generated
+                unread = calls.input_tokens - calls.prefilled
+                attained -= calls.count * (unread * prefill + left * decode)
+                made = calls.output_tokens - left
+                longest = max(longest, calls.prefilled * prefill + made * decode)
+        attained = max(attained, 0.0)
+        return attained, max(longest, attained / execution.parallelism)
+
     def next_check(self, step: int) -> int:
         """Steps carried out when a call is over, an alarm is due or the bound may not hold."""
         check = NEVER
@@ -190,6 +224,9 @@ class JobOnEngine(Job):
             calls.count - count,
             calls.input_tokens,
             calls.output_tokens,
+            calls.position,
+            calls.requested,
+            calls.turn + count,
             calls.generated,
             calls.computed,
             calls.prefilled,

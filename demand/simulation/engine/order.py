@@ -57,6 +57,15 @@ class RankOrder:
         job.first_served = -1
         self._wait(job, now)
 
+    def moved(self, job: JobOnEngine, now: float) -> None:
+        """The rank of `job` may be another, though it was not served, as a unit beside is over."""
+        if job.running:
+            job.bound, job.exact = None, False
+            return
+        self.waiting = [placed for placed in self.waiting if placed[1] is not job]
+        heapify(self.waiting)
+        self._wait(job, now)
+
     def first(self, again: PlacedJobs) -> Place:
         """Place of the first of the waiting and of the heap `again`, `NOBODY` if there is none."""
         best = self.best_waiting

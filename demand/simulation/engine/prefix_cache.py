@@ -60,14 +60,13 @@ class PrefixCache:
     def leave(self, calls: Calls, now: float, waits: bool) -> None:
         """A single call, which has its tokens written down, is over or has lost its place."""
         blocks = calls.computed // self._block_tokens
-        job = calls.job
-        key = (job.index, job.execution.unit.name, calls.number)
+        job, key = calls.job, self._key(calls)
         self._forget(key)
         if not waits:
             self._ended.setdefault(job.index, {})[key[1:]] = blocks
         if not blocks:
             return
-        unit = job.execution.unit.name
+        unit = key[1]
         table = self._tables.of(job.application, unit)
         left = LeftKV(job.application, unit, blocks, now, self._used, waits=waits, table=table)
         left.wanted = now if waits else None
@@ -77,8 +76,8 @@ class PrefixCache:
         self.total += blocks
 
     def ask(self, job: JobOnEngine, now: float) -> None:
-        """The calls of the present unit of `job` are asked for."""
-        for calls in job.calls:
+        """The calls of the unit of `job` that began last are asked for."""
+        for calls in (each for each in job.calls if each.position == job.position):
             left = self._by_key.get(self._key(calls))
             if left is not None:
                 left.wanted = now
@@ -183,7 +182,7 @@ class PrefixCache:
         return Prefixes(self.looked_up, self.found, self.findable, self.held_block_seconds)
 
     def _key(self, calls: Calls) -> Key:
-        return (calls.job.index, calls.job.execution.unit.name, calls.number)
+        return (calls.job.index, calls.job.run[calls.position].unit.name, calls.number)
 
     def _forget(self, key: Key) -> None:
         """No call will find what is under `key`; its blocks lie there until they are given up."""

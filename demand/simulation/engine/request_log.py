@@ -35,13 +35,13 @@ class RequestLog:
 
     def add(self, calls: Calls, step: int) -> None:
         """`calls` are over as `step` steps have been carried out."""
-        job, history, requests = calls.job, calls.history, self._requests
+        history, requests = calls.history, self._requests
         requests += (
-            job.index,
-            job.position,
+            calls.job.index,
+            calls.position,
             calls.number,
             calls.count,
-            job.requested,
+            calls.requested,
             step,
             len(history),
         )

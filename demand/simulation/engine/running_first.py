@@ -54,6 +54,13 @@ class RunningFirst:
         self.order.add(job, now)
         self.places.present += job.requests
 
+    def join(self, job: JobOnEngine, requests: int) -> None:
+        """Let `requests` more calls of `job` wait, which has others that wait or run."""
+        self.places.present += requests
+        if job.placed and job.placed == job.requests - requests:
+            self.places.partial.append(job)
+        job.bound, job.exact = None, False
+
     def form(self, now: float, warm: Warm) -> None:
         """Choose the requests of the step that starts at second `now`.
 
@@ -93,8 +100,8 @@ class RunningFirst:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
-            The jobs whose present unit ended with it, and those whose alarms may be due, both in
-            order of arrival.
+            The jobs whose present unit ended with it, or one of several perhaps, and those whose
+            alarms may be due, both in order of arrival.
         """
         order, batch = self.order, self.batch
         touched = order.carry_out(steps, now)
@@ -113,7 +120,10 @@ class RunningFirst:
                 order.count_service(job, now)
                 order.leave(job)
                 ended.append(job)
-            elif not job.placed:  # its other calls wait
+                continue
+            if job.waits is not None:
+                ended.append(job)
+            if not job.placed:  # its other calls wait
                 order.count_service(job, now)
                 self.places.partial.remove(job)
                 order.stop(job, now)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -11,6 +12,7 @@ from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
 from demand.refine.base import Refine
 from demand.simulation.engine.applications import Applications
+from demand.simulation.engine.calls import call_groups
 from demand.simulation.engine.engine import Engine
 from demand.simulation.engine.engine_at_work import EngineAtWork
 from demand.simulation.engine.identical_steps import identical_steps
@@ -18,7 +20,9 @@ from demand.simulation.engine.job_on_engine import JobOnEngine
 from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.prefix_cache import PrefixCache
 from demand.simulation.engine.result import EngineResult, Prefixes
-from demand.units import CostModel
+from demand.simulation.engine.waits import Waits
+from demand.simulation.refining import learn
+from demand.units import CostModel, is_sequence
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -39,7 +43,8 @@ def simulate_engine(
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
 
-    A job executes the units of its run one after the other. An llm unit submits `parallelism`
+    A job executes the units of its run one after the other, or each as soon as those are over that
+    it waits for (`Execution.after`), and ends when all have. An llm unit submits `parallelism`
     requests at once (`Job.requested` is that second) and is over when the last of them is; other
     units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
     with a backend begins when that is warm (`Pool`).
@@ -97,6 +102,7 @@ class _Simulation(Applications):
         self.cache = None if self.tables is None else PrefixCache(self.engine, self.tables)
         self.one = EngineAtWork(self.engine, self.policy, self.cache)
         self.completion_steps = np.empty(len(self.workload), dtype=np.int64)
+        self.ahead = 0  # steps not taken in yet, of what happens in the one after them
 
     def run(self) -> EngineResult:
         now, engine, order, count = 0.0, self.one, self.one.order, len(self.workload)
@@ -112,7 +118,9 @@ class _Simulation(Applications):
                 steps = identical_steps(engine.batcher, now, upcoming)
                 now = engine.carry_out(steps, now)
                 if upcoming <= now:
+                    self.ahead = steps - 1
                     self.happen(now)
+                    self.ahead = 0
                 self.end_steps(engine, steps, now)
         return self.result(now)
 
@@ -123,8 +131,66 @@ class _Simulation(Applications):
         if self.cache is not None:
             self.cache.ask(job, now)
 
+    def start(self, job: JobOnEngine, now: float) -> None:
+        if is_sequence(job.run):
+            super().start(job, now)
+            return
+        job.waits = Waits(job.run)
+        for position in job.waits.first():
+            self.start_unit(job, position, now)
+
+    def start_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        if job.waits is not None:
+            job.waits.begin(position)
+        super().start_unit(job, position, now)
+
     def submit(self, job: JobOnEngine, now: float) -> None:
-        self.one.batcher.add(job, now)
+        batcher = self.one.batcher
+        requests = sum(calls.count for calls in job.calls if calls.position == job.position)
+        if requests < job.requests:
+            batcher.join(job, requests)
+        else:
+            batcher.add(job, now)
+
+    def end_served(self, job: JobOnEngine, now: float) -> None:
+        if job.waits is None:
+            super().end_served(job, now)
+            return
+        served = {calls.position for calls in job.calls}
+        for position in sorted(job.waits.underway):
+            if position not in served and job.run[position].unit.kind == "llm":
+                self.end_unit(job, position, now)
+
+    def end_unit(self, job: JobOnEngine, position: int, now: float) -> None:
+        if job.waits is None:
+            super().end_unit(job, position, now)
+        else:
+            self.end_beside(job, job.waits, position, now)
+
+    def end_beside(self, job: JobOnEngine, waits: Waits, position: int, now: float) -> None:
+        """A unit is over, beside which others may be underway."""
+        execution, step = job.run[position], self.one.batch.step + self.ahead
+        job.finished_seconds += job.unit_seconds[position]
+        if execution.unit.kind == "llm":
+            for calls, given, made in call_groups(execution):
+                job.prefilled -= calls * given
+                job.generated -= calls * made
+        attained = job.attained(step)
+        seconds, job.attained_service = attained - job.attained_service, attained
+        if seconds > 0.0:
+            self.policy.served(job, seconds, now)
+        ready = waits.end(position)
+        if waits.over:
+            self.finish(job, now)
+            return
+        if self.estimator is not None:
+            cost = self.costs[job.application]
+            progress = waits.progress(partial(job.received, step=step), cost)
+            learn(job, progress, self.estimator, self.policy)
+        if job.calls:
+            self.one.order.moved(job, now)
+        for following in ready:
+            self.start_unit(job, following, now)
 
     def departed(self, job: JobOnEngine, now: float) -> None:
         self.completion_steps[job.index] = self.one.steps - job.arrived_step

@@ -17,7 +17,7 @@ from demand.simulation.queue.bounded_servers import servers_for
 from demand.simulation.queue.job_in_service import JobInService
 from demand.simulation.refining import check_estimator, check_predictor, foresee, learn
 from demand.simulation.result import Result
-from demand.units import Progress
+from demand.stages import progress_after
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -53,9 +53,10 @@ def simulate(
     """Serve `workload` under `policy`, preempting at no cost: an M/G/k queue when it is Poisson.
 
     At every moment the `servers` jobs of least (rank, order of arrival) are served, each at one
-    second of demand per second, whatever its units are. All that happens at one moment happens
-    before it is decided who is served: completions and ends of units in order of service, then
-    arrivals.
+    second of demand per second, whatever its units are: those that could go side by side
+    (`Execution.after`) are served one after the other, as its run has them. All that happens at one
+    moment happens before it is decided who is served: completions and ends of units in order of
+    service, then arrivals.
 
     Waiting jobs do not age, so their ranks stand still and sit in a heap; a running job can lose
     its place only at an arrival, at the end of a unit, or where its own rank rises over the best
@@ -72,9 +73,9 @@ def simulate(
     Ends of units are events if `estimator` or `predictor` is given or the policy ranks by request:
     the next unit is then a new request (`Job.requested`), and what `estimator` says of the units
     finished so far is what the scheduler knows from there on. A `predictor` is asked after it, as a
-    job arrives and at each of these ends, if what follows is a call to a model: its answer holds,
-    then, from before the first token. The seconds of a unit are those of the cost model of the
-    application's graph (`workload.graphs`), or of the default one.
+    job arrives and at each of these ends, if what follows is a call to a model and nothing of its
+    stage is over: its answer holds, then, from before the first token. The seconds of a unit are
+    those of the cost model of the application's graph (`workload.graphs`), or of the default one.
 
     Args:
         workload: the jobs; the result of a closed loop has them as they arrived.
@@ -162,7 +163,7 @@ class _Simulation:
             self.arrived(job, now)
         job.ends = (job.demand,) if self.runs is None else self.jobs.unit_ends(entry)
         if self.predictor is not None and self.runs is not None:
-            foresee(job, self.runs[entry], 0, self.predictor, self.policy)
+            self.foresee(job, 0, self.predictor)
         self.servers.add(job)
 
     def end_unit(self, job: JobInService, now: float) -> None:
@@ -181,10 +182,15 @@ class _Simulation:
         job.units_finished = finished
         job.requested = now
         if self.estimator is not None and self.runs is not None:
-            progress = Progress(self.runs[job.entry][:finished])
+            progress = progress_after(self.runs[job.entry], finished, self.jobs.cost(job.entry))
             learn(job, progress, self.estimator, self.policy)
         if self.predictor is not None and self.runs is not None:
-            foresee(job, self.runs[job.entry], finished, self.predictor, self.policy)
+            self.foresee(job, finished, self.predictor)
+
+    def foresee(self, job: JobInService, finished: int, predictor: Predictor) -> None:
+        assert self.runs is not None
+        run, cost = self.runs[job.entry], self.jobs.cost(job.entry)
+        foresee(job, run, finished, predictor, self.policy, cost)
 
     def result(self) -> SimulationResult:
         workload = self.workload
