@@ -98,7 +98,7 @@ def progress_in_stages(
     The first stage of which a unit is underway is the current one. What its units have received,
     those that are over included, counts as received by it, and so does what units of later stages
     have received that did not wait for all of it: no service counts twice. On the critical path it
-    has come as far as the longest of all these.
+    has come as far as the longest path through all these.
 
     Args:
         executed: units that are over, in the order in which they ended, so that each comes after
@@ -123,19 +123,36 @@ def progress_in_stages(
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
     stages = by_stage(executed)
     afters = [execution.after for execution in executed]
-    numbers = [_number(afters, last if one.after is None else one.after) for one in underway]
+    waits = [last if one.after is None else one.after for one in underway]
+    numbers = [_number(afters, after) for after in waits]
     at = min(numbers)
     beside = [one.unit for one, number in zip(underway, numbers, strict=True) if number == at]
     own = [execution.unit for stage in stages[at : at + 1] for execution in stage]
-    begun = [execution for stage in stages[at:] for execution in stage]
-    attained = [cost.seconds(execution) for execution in begun]
-    elapsed = [cost.seconds(execution, "critical_path") for execution in begun]
+    attained = [cost.seconds(execution) for stage in stages[at:] for execution in stage]
+    elapsed = [
+        0.0 if number < at else cost.seconds(execution, "critical_path")
+        for execution, number in zip(executed, stage_numbers(afters), strict=True)
+    ]
     return Progress(
         tuple(_stage(units, cost) for units in stages[:at]),
         _name([*own, *beside]),
         sum([*attained, *(one.attained_seconds for one in underway)]),
-        max([*elapsed, *(one.elapsed_seconds for one in underway)]),
+        longest_path([*afters, *waits], [*elapsed, *(one.elapsed_seconds for one in underway)]),
     )
+
+
+def progress_at_end(
+    executed: Sequence[Execution], underway: Sequence[Underway], cost: CostModel | None = None
+) -> Progress:
+    """`progress_in_stages` at the end of a unit, with those that could begin underway.
+
+    Where nothing of the current stage has received anything, the run is between two stages.
+
+    Raises:
+        DemandError: as `progress_in_stages`.
+    """
+    progress = progress_in_stages(executed, underway, cost)
+    return progress if progress.attained_seconds else Progress(progress.executed)
 
 
 def progress_after(run: Sequence[Execution], finished: int, cost: CostModel | None) -> Progress:
@@ -157,8 +174,7 @@ def progress_after(run: Sequence[Execution], finished: int, cost: CostModel | No
         for execution, after in zip(run[finished:], waits[finished:], strict=True)
         if all(before < finished for before in after)
     ]
-    progress = progress_in_stages(run[:finished], ready, cost)
-    return progress if progress.attained_seconds else Progress(progress.executed)
+    return progress_at_end(run[:finished], ready, cost)
 
 
 def between_stages(run: Sequence[Execution], finished: int) -> bool:
@@ -167,6 +183,25 @@ def between_stages(run: Sequence[Execution], finished: int) -> bool:
         return True
     numbers = stage_numbers([execution.after for execution in run])
     return not set(numbers[:finished]) & set(numbers[finished:])
+
+
+def stage_ahead(
+    run: Sequence[Execution], finished: int, cost: CostModel | None = None
+) -> Execution | None:
+    """The stage that follows the first `finished` units of `run`, as one execution.
+
+    Returns:
+        `None` where something of it is over; of a sequence, its next unit.
+
+    Raises:
+        DemandError: as `in_stages`.
+    """
+    if is_sequence(run):
+        return _alone(run[finished])
+    if not between_stages(run, finished):
+        return None
+    number = stage_numbers([execution.after for execution in run])[finished]
+    return in_stages(run, cost)[number]
 
 
 def seconds_after(

@@ -355,7 +355,7 @@ class _Simulation:
             return
         if self.refine is not None:
             cost = self.costs[job.application]
-            progress = job.waits.progress(partial(job.received, step=step), cost)
+            progress = job.waits.progress(ready, partial(job.received, step=step), cost)
             learn(job, progress, self.refine, self.policy)
         if job.calls:
             self.batcher.order.moved(job, now)
