@@ -7,7 +7,7 @@ theirs, each once: three searches are a stage "search" with three calls, and a s
 calculation is "math + search".
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -20,6 +20,7 @@ from demand.dependencies import (
     read_after,
     stage_numbers,
 )
+from demand.errors import DemandError
 from demand.seconds import check_seconds
 from demand.units import (
     CostModel,
@@ -79,7 +80,8 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
         cost: seconds of each execution; `None` for the default.
 
     Raises:
-        DemandError: what is no run, or units that wait for what is not before them.
+        DemandError: what is no run, units that wait for what is not before them, or one with " + "
+            in its name beside others.
     """
     executed = check_run("run", run)
     if says_nothing(executed):
@@ -88,6 +90,18 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
         return tuple(_alone(execution) for execution in executed)
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
     return tuple(_stage(units, cost) for units in by_stage(executed))
+
+
+def in_line(stages: Sequence[Sequence[Execution]]) -> list[Execution]:
+    """The run of which these are the units of each stage, each waiting for all of the last one."""
+    run: list[Execution] = []
+    last: tuple[int, ...] = ()
+    for units in stages:
+        first = len(run)
+        alone = len(units) == 1 and last in ((), (first - 1,))
+        run += [_alone(units[0])] if alone else [replace(one, after=last) for one in units]
+        last = tuple(range(first, len(run)))
+    return run
 
 
 def progress_in_stages(
@@ -107,8 +121,8 @@ def progress_in_stages(
         cost: seconds of each execution; `None` for the default.
 
     Raises:
-        DemandError: what is no run, a unit that waits for what is not before it, or seconds that
-            are no number.
+        DemandError: what is no run, a unit that waits for what is not before it, seconds that are
+            no number, or a unit with " + " in its name beside others.
     """
     executed = check_run("executed", executed)
     underway = instances_of("underway", underway, Underway)
@@ -235,6 +249,17 @@ def by_stage(executed: Sequence[Execution]) -> list[list[Execution]]:
     return stages
 
 
+def check_names(beside: Collection[str]) -> None:
+    """Raise `DemandError` if of units side by side one has a name like that of a stage."""
+    if len(beside) > 1:
+        for name in beside:
+            if BESIDE in name:
+                raise DemandError(
+                    f"unit {name!r} goes beside others, and {BESIDE!r} stands between the names of "
+                    "a stage: with it one stage may be taken for another; choose another name"
+                )
+
+
 def _number(afters: Sequence[After], after: tuple[int, ...]) -> int:
     """The stage of a unit that waits for `after` among units that wait for `afters`."""
     check_after("the run", [*afters, after])
@@ -265,4 +290,6 @@ def _alone(execution: Execution) -> Execution:
 
 
 def _name(units: Sequence[Unit]) -> str:
-    return BESIDE.join(sorted({unit.name for unit in units}))
+    names = {unit.name for unit in units}
+    check_names(names)
+    return BESIDE.join(sorted(names))
