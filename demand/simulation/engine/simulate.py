@@ -59,7 +59,8 @@ def simulate_engine(
 
     A job executes the units of its run one after the other, or each as soon as those are over that
     it waits for (`Execution.after`), and ends when all have. An llm unit submits `parallelism`
-    requests at once (`Job.requested` is that second) and is over when the last of them is; other
+    requests at once (`Job.requested` is that second; of units side by side, the one at which one
+    last began while no request of the job was left) and is over when the last of them is; other
     units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
     with a backend begins when that is warm (`Pool`).
 
