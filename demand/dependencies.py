@@ -41,15 +41,21 @@ def check_after(name: str, afters: Sequence[After]) -> None:
         afters: what each of its units says.
     """
     for at, after in enumerate(afters):
-        for before in after or ():
-            if before >= at:
-                problem = "there is none" if before >= len(afters) else "not before it"
-                raise DemandError(
-                    f"unit {at} of {name} waits for unit {before}, "
-                    f"{'which is itself' if before == at else problem}; expected positions from 0 "
-                    f"to {at - 1}: put the units in an order in which each comes after those it "
-                    "waits for, which there is unless they wait for each other in a circle"
-                )
+        check_unit_after(name, at, after, len(afters))
+
+
+def check_unit_after(name: str, at: int, after: After, units: int) -> None:
+    """`check_after` of the unit at position `at` of a run of so many units."""
+    for before in after or ():
+        if before >= at:
+            problem = "there is none" if before >= units else "not before it"
+            expected = f"positions from 0 to {at - 1}" if at else "() or None for the first unit"
+            raise DemandError(
+                f"unit {at} of {name} waits for unit {before}, "
+                f"{'which is itself' if before == at else problem}; expected {expected}: put the "
+                "units in an order in which each comes after those it waits for, which there is "
+                "unless they wait for each other in a circle"
+            )
 
 
 def parents(afters: Sequence[After]) -> list[tuple[int, ...]]:

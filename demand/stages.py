@@ -7,7 +7,7 @@ theirs, each once: three searches are a stage "search" with three calls, and a s
 calculation is "math + search".
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -20,6 +20,7 @@ from demand.dependencies import (
     read_after,
     stage_numbers,
 )
+from demand.errors import DemandError
 from demand.seconds import check_seconds
 from demand.units import (
     CostModel,
@@ -79,7 +80,8 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
         cost: seconds of each execution; `None` for the default.
 
     Raises:
-        DemandError: what is no run, or units that wait for what is not before them.
+        DemandError: what is no run, units that wait for what is not before them, or one with " + "
+            in its name beside others.
     """
     executed = check_run("run", run)
     if says_nothing(executed):
@@ -90,6 +92,18 @@ def in_stages(run: Sequence[Execution], cost: CostModel | None = None) -> tuple[
     return tuple(_stage(units, cost) for units in by_stage(executed))
 
 
+def in_line(stages: Sequence[Sequence[Execution]]) -> list[Execution]:
+    """The run of which these are the units of each stage, each waiting for all of the last one."""
+    run: list[Execution] = []
+    last: tuple[int, ...] = ()
+    for units in stages:
+        first = len(run)
+        alone = len(units) == 1 and last in ((), (first - 1,))
+        run += [_alone(units[0])] if alone else [replace(one, after=last) for one in units]
+        last = tuple(range(first, len(run)))
+    return run
+
+
 def progress_in_stages(
     executed: Sequence[Execution], underway: Sequence[Underway] = (), cost: CostModel | None = None
 ) -> Progress:
@@ -98,7 +112,7 @@ def progress_in_stages(
     The first stage of which a unit is underway is the current one. What its units have received,
     those that are over included, counts as received by it, and so does what units of later stages
     have received that did not wait for all of it: no service counts twice. On the critical path it
-    has come as far as the longest of all these.
+    has come as far as the longest path through all these.
 
     Args:
         executed: units that are over, in the order in which they ended, so that each comes after
@@ -107,8 +121,8 @@ def progress_in_stages(
         cost: seconds of each execution; `None` for the default.
 
     Raises:
-        DemandError: what is no run, a unit that waits for what is not before it, or seconds that
-            are no number.
+        DemandError: what is no run, a unit that waits for what is not before it, seconds that are
+            no number, or a unit with " + " in its name beside others.
     """
     executed = check_run("executed", executed)
     underway = instances_of("underway", underway, Underway)
@@ -123,19 +137,36 @@ def progress_in_stages(
     cost = CostModel() if cost is None else instance_of("cost", cost, CostModel)
     stages = by_stage(executed)
     afters = [execution.after for execution in executed]
-    numbers = [_number(afters, last if one.after is None else one.after) for one in underway]
+    waits = [last if one.after is None else one.after for one in underway]
+    numbers = [_number(afters, after) for after in waits]
     at = min(numbers)
     beside = [one.unit for one, number in zip(underway, numbers, strict=True) if number == at]
     own = [execution.unit for stage in stages[at : at + 1] for execution in stage]
-    begun = [execution for stage in stages[at:] for execution in stage]
-    attained = [cost.seconds(execution) for execution in begun]
-    elapsed = [cost.seconds(execution, "critical_path") for execution in begun]
+    attained = [cost.seconds(execution) for stage in stages[at:] for execution in stage]
+    elapsed = [
+        0.0 if number < at else cost.seconds(execution, "critical_path")
+        for execution, number in zip(executed, stage_numbers(afters), strict=True)
+    ]
     return Progress(
         tuple(_stage(units, cost) for units in stages[:at]),
         _name([*own, *beside]),
         sum([*attained, *(one.attained_seconds for one in underway)]),
-        max([*elapsed, *(one.elapsed_seconds for one in underway)]),
+        longest_path([*afters, *waits], [*elapsed, *(one.elapsed_seconds for one in underway)]),
     )
+
+
+def progress_at_end(
+    executed: Sequence[Execution], underway: Sequence[Underway], cost: CostModel | None = None
+) -> Progress:
+    """`progress_in_stages` at the end of a unit, with those that could begin underway.
+
+    Where nothing of the current stage has received anything, the run is between two stages.
+
+    Raises:
+        DemandError: as `progress_in_stages`.
+    """
+    progress = progress_in_stages(executed, underway, cost)
+    return progress if progress.attained_seconds else Progress(progress.executed)
 
 
 def progress_after(run: Sequence[Execution], finished: int, cost: CostModel | None) -> Progress:
@@ -157,8 +188,7 @@ def progress_after(run: Sequence[Execution], finished: int, cost: CostModel | No
         for execution, after in zip(run[finished:], waits[finished:], strict=True)
         if all(before < finished for before in after)
     ]
-    progress = progress_in_stages(run[:finished], ready, cost)
-    return progress if progress.attained_seconds else Progress(progress.executed)
+    return progress_at_end(run[:finished], ready, cost)
 
 
 def between_stages(run: Sequence[Execution], finished: int) -> bool:
@@ -167,6 +197,25 @@ def between_stages(run: Sequence[Execution], finished: int) -> bool:
         return True
     numbers = stage_numbers([execution.after for execution in run])
     return not set(numbers[:finished]) & set(numbers[finished:])
+
+
+def stage_ahead(
+    run: Sequence[Execution], finished: int, cost: CostModel | None = None
+) -> Execution | None:
+    """The stage that follows the first `finished` units of `run`, as one execution.
+
+    Returns:
+        `None` where something of it is over; of a sequence, its next unit.
+
+    Raises:
+        DemandError: as `in_stages`.
+    """
+    if is_sequence(run):
+        return _alone(run[finished])
+    if not between_stages(run, finished):
+        return None
+    number = stage_numbers([execution.after for execution in run])[finished]
+    return in_stages(run, cost)[number]
 
 
 def seconds_after(
@@ -200,6 +249,17 @@ def by_stage(executed: Sequence[Execution]) -> list[list[Execution]]:
     return stages
 
 
+def check_names(beside: Collection[str]) -> None:
+    """Raise `DemandError` if of units side by side one has a name like that of a stage."""
+    if len(beside) > 1:
+        for name in beside:
+            if BESIDE in name:
+                raise DemandError(
+                    f"unit {name!r} goes beside others, and {BESIDE!r} stands between the names of "
+                    "a stage: with it one stage may be taken for another; choose another name"
+                )
+
+
 def _number(afters: Sequence[After], after: tuple[int, ...]) -> int:
     """The stage of a unit that waits for `after` among units that wait for `afters`."""
     check_after("the run", [*afters, after])
@@ -230,4 +290,6 @@ def _alone(execution: Execution) -> Execution:
 
 
 def _name(units: Sequence[Unit]) -> str:
-    return BESIDE.join(sorted({unit.name for unit in units}))
+    names = {unit.name for unit in units}
+    check_names(names)
+    return BESIDE.join(sorted(names))

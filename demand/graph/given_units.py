@@ -24,8 +24,8 @@ class GivenUnit:
         successors: probability of each following unit, or "end", by name; of sum 1.
 
     Raises:
-        DemandError: no executions, one of another unit, or successors that are no probabilities
-            of sum 1.
+        DemandError: no executions, one of another unit or that says what it waited for, or
+            successors that are no probabilities of sum 1.
     """
 
     unit: Unit
@@ -46,6 +46,12 @@ class GivenUnit:
                 raise DemandError(
                     f"unit {name!r} is given an execution of {execution.unit}; "
                     f"expected executions of {self.unit}"
+                )
+            if execution.after is not None:
+                raise DemandError(
+                    f"unit {name!r} is given an execution that waited for units {execution.after}, "
+                    "and a graph of given probabilities has units one after the other; give it "
+                    "with after=None"
                 )
         check_probabilities(f"successors of unit {name!r}", self.successors)
 

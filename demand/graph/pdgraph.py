@@ -18,7 +18,7 @@ from demand.graph.run_columns import RunArrays, RunColumns, decayed
 from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
 from demand.seconds import Floats, one_number
-from demand.stages import by_stage, in_stages
+from demand.stages import by_stage, in_line, in_stages
 from demand.units import (
     CostModel,
     Execution,
@@ -343,18 +343,35 @@ class PDGraph:
     def draw_runs(self, n: int, seed: int = 0, max_units: int = MAX_UNITS) -> list[list[Execution]]:
         """Draw `n` runs by random walks over the samples, for workloads and tests.
 
-        They are sequences; a stage of several units is one execution with all their calls.
+        They are sequences, and a stage of several units is one execution with all their calls;
+        but where other units go beside calls to a model, one execution would be no call: they are
+        drawn as they were, side by side, and wait for all of the stage before.
 
         Raises:
             DemandError: a graph without runs, or a run longer than `max_units`.
         """
         arrays = self.walk_arrays()
-        executions = [self.samples(unit.name) for unit in self.units]
+        executions = [self._drawn_as(unit) for unit in self.units]
         rng = np.random.default_rng(whole_number("seed", seed, least=0))
         n, max_units = whole_number("n", n, least=0), whole_number("max_units", max_units, least=0)
         return [
-            [executions[node - 2][drawn % len(executions[node - 2])] for node, drawn in path]
+            in_line(
+                [executions[node - 2][drawn % len(executions[node - 2])] for node, drawn in path]
+            )
             for path in (arrays.path(rng, max_units) for _ in range(n))
+        ]
+
+    def _drawn_as(self, unit: Unit) -> list[Sequence[Execution]]:
+        """What each sample of `unit` is in a drawn run: itself, or the units of a mixed stage."""
+        kinds = {one.kind for one in self.members(unit)}
+        if len(kinds) == 1 or "llm" not in kinds:
+            return [(execution,) for execution in self.samples(unit.name)]
+        return [
+            units
+            for run, stages in zip(self._runs, self._stages, strict=True)
+            if any(stage.unit == unit for stage in stages)
+            for stage, units in zip(stages, by_stage(run), strict=True)
+            if stage.unit == unit
         ]
 
     def to_networkx(self) -> "DiGraph":

@@ -134,11 +134,13 @@ class LearningLoop:
         """Note that `job` submits `call`, of which nobody predicts anything more.
 
         Raises:
-            DemandError: a name that is no unit's, or a unit that was of another kind before.
+            DemandError: a name that is no unit's or has " + " in it beside others, or a unit that
+                was of another kind before.
         """
         made_of = Unit(unit, "llm")
         if self.active:
             self.check_unit(job.application, made_of)
+            self._records[job.index].check_name(made_of)
             self._hold(job, made_of)
             self._records[job.index].begin(call, made_of)
 

@@ -4,8 +4,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from demand.dependencies import check_after
-from demand.stages import Underway, progress_in_stages
+from demand.dependencies import check_unit_after
+from demand.stages import Underway, check_names, progress_in_stages
 from demand.units import CostModel, Execution, Progress, Unit
 
 Tokens = tuple[int, int]
@@ -101,8 +101,16 @@ class RunRecord:
             self._append(executed, entry.after)
 
     def check(self, execution: Execution) -> None:
-        """Raise `DemandError` if `execution` says that it waited for what is not over."""
-        check_after("the run so far", [*(e.after for e in self.executed), execution.after])
+        """Raise `DemandError` if `execution` waited for what is not over, or as `check_name`."""
+        self.check_name(execution.unit)
+        if execution.after is not None:
+            at = len(self.executed)
+            check_unit_after("the run so far", at, execution.after, at + 1)
+            check_names({execution.unit.name, *(one.unit.name for one in self.executed)})
+
+    def check_name(self, unit: Unit) -> None:
+        """Raise `DemandError` if `unit`, with what is open, could be no stage by their names."""
+        check_names({unit.name, *self._open})
 
     def add(self, execution: Execution) -> None:
         """Note an execution that took place elsewhere, such as that of a tool.

@@ -19,7 +19,7 @@ from demand.errors import DemandError
 from demand.plotting import axes
 from demand.refine.predictor import PendingCall, Predictor
 from demand.seconds import Floats, one_of_seconds
-from demand.stages import between_stages, progress_after, seconds_after
+from demand.stages import between_stages, progress_after, seconds_after, stage_ahead
 from demand.units import CostModel, Execution, ParallelCalls, Progress, check_run, check_waits
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def calibrate(
         after_units: progress points: finished units at which to ask. A run counts where it is
             not over by then, as a scheduler asks only about what is there; so an atom at 0 of
             the prediction does not count either. Units that can go side by side are over in the
-            order in which the run has them.
+            order in which the run has them; the critical path is asked where nothing of the stage
+            ahead is over alone, since elsewhere it does not say how far the others have come.
         cost: seconds of an execution, as in the graph.
         parallel_calls: how parallel calls count, as in the refinement.
         seed: of the randomised PIT.
@@ -160,7 +161,9 @@ def calibrate(
     """
     check_callable("predict", predict, "a function such as refinement.fit(graph).remaining")
 
-    def ask(number: int, units: int) -> Distribution:
+    def ask(number: int, units: int) -> Distribution | None:
+        if parallel_calls == "critical_path" and not between_stages(checked[number], units):
+            return None
         return predict(progress_after(checked[number], units, cost))
 
     checked = _checked(runs)
@@ -180,8 +183,8 @@ def calibrate_calls(
 ) -> CalibrationReport:
     """Ask a predictor before calls of held-out runs, and compare with what the runs still took.
 
-    As `calibrate`, at those progress points where the unit ahead is a call to a model, and nothing
-    of its stage is over.
+    As `calibrate`, at those progress points where the stage ahead is of calls to a model alone, and
+    nothing of it is over.
 
     Args:
         predictor: what predicts, such as `refinement.fit(graph)` or a `DemandEstimator`; it must
@@ -207,7 +210,8 @@ def calibrate_calls(
 
     def ask(number: int, units: int) -> Distribution | None:
         run = checked[number]
-        if run[units].unit.kind != "llm" or not between_stages(run, units):
+        ahead = stage_ahead(run, units, cost)
+        if ahead is None or ahead.unit.kind != "llm":
             return None
         prompt = None if prompts is None else prompts[number][units]
         return predictor.predict(PendingCall.of_run(application, run, units, prompt, cost))
@@ -248,8 +252,9 @@ def _report(
             asked.append((units, rows))
     if not asked:
         raise DemandError(
-            f"none of {len(runs)} runs has more units than {list(after_units)}, or a call there; "
-            "ask at earlier points, or give longer runs"
+            f"none of {len(runs)} runs has more units than {list(after_units)}, or can be asked "
+            "there: a predictor before calls to a model, and it and the critical path between "
+            "stages; ask at other points, or give longer runs"
         )
     everything = [row for _, rows in asked for row in rows]
     return CalibrationReport(

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import NamedTuple, final
 
 from demand.arguments import instance_of, mapping_of, renamed_keyword
@@ -37,8 +38,10 @@ class DemandEstimator:
       the answer is the doubling rule of `beyond_samples`, `extrapolated`, from which
       `Job.expect` takes nothing: ranks follow attained service (least attained service first, in
       powers of two), for it and all others like it;
-    - a unit that its graph has not seen: the units are left out of account, and the answer is
-      that of `NoRefinement`.
+    - a unit of a progress that its graph has not seen: the units are left out of account, and
+      the answer is that of `NoRefinement`;
+    - a call ahead (`predict`) of a unit that its graph has not seen: the call is left out of
+      account, and the answer is that at its progress.
 
     Graphs keep learning through `observe`. What a refinement prepared from n runs is made anew at
     the first question where more than `lag` n have been observed since, or that names a unit which
@@ -119,12 +122,18 @@ class DemandEstimator:
         """The same from a call before its first token, included in what is predicted.
 
         Only refinements that look at what comes say more than at the progress alone
-        (`PromptRegression`).
+        (`PromptRegression`). A unit that the graph knows in one stage alone, beside others, is
+        taken for the first of that stage, with a call of each. Where it knows none, or several, the
+        answer is that at the progress.
         """
         progress = instance_of("call", call, PendingCall).progress
+        if (graph := self.graphs.get(call.application)) is not None:
+            call = _by_stage(call, graph)
         refined = self._refined(call.application, progress, call.unit.name)
         if refined is None:
             return unseen(seconds_so_far(self.cost, progress, self.parallel_calls))
+        if call.unit.name not in self.graphs[call.application].known:
+            return refined.remaining(progress)
         return refined.predict(call)
 
     def _refined(
@@ -136,14 +145,17 @@ class DemandEstimator:
             self.fallbacks[application, "application"] += 1
             return None
         ran = {execution.unit.name for execution in progress.executed}
-        ran |= {name for name in (progress.current, ahead) if name is not None}
-        refinement = self.refinement
-        if not ran <= known:
+        if progress.current is not None:
+            ran.add(progress.current)
+        named = ran if ahead is None else ran | {ahead}
+        if not named <= known:
             self.fallbacks[application, "unit"] += 1
-            refinement, ran = NoRefinement(), set()  # which leaves the units out of account
+        refinement, named = self.refinement, named & known
+        if not ran <= known:
+            refinement, named = NoRefinement(), set()  # which leaves the units out of account
         key = application, refinement
         prepared = self._prepared.get(key)
-        if prepared is None or not prepared.answers(graph, ran, self.lag):
+        if prepared is None or not prepared.answers(graph, named, self.lag):
             refined = refinement.fit(graph, self.parallel_calls)
             half_life = math.inf if graph.half_life_runs is None else graph.half_life_runs
             runs = min(len(graph.runs), half_life)
@@ -190,6 +202,17 @@ class DemandEstimator:
     def __repr__(self) -> str:
         runs = ", ".join(f"{name!r}: {len(graph.runs)} runs" for name, graph in self.graphs.items())
         return f"DemandEstimator({{{runs}}}, {self.refinement!r}, {self.parallel_calls!r})"
+
+
+def _by_stage(call: PendingCall, graph: PDGraph) -> PendingCall:
+    """`call` as its stage, where its unit is known in one alone, of calls; else as it is."""
+    if call.unit.name in graph.known:
+        return call
+    stages = [stage for stage in graph.units if call.unit in graph.members(stage)]
+    if len(stages) != 1 or stages[0].kind != "llm":
+        return call
+    calls = max(call.parallelism, len(graph.members(stages[0])))
+    return replace(call, unit=stages[0], parallelism=calls)
 
 
 class _Prepared(NamedTuple):

@@ -9,7 +9,7 @@ from demand.arguments import instance_of, set_whole_numbers
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.seconds import one_number
-from demand.stages import progress_after
+from demand.stages import progress_after, stage_ahead
 from demand.units import CostModel, Execution, Progress, Unit
 
 
@@ -19,7 +19,9 @@ class PendingCall:
 
     Args:
         application: name of the application.
-        unit: whose call it is; of kind "llm".
+        unit: whose call it is; of kind "llm". Of several that go side by side their stage, where
+            that is known (`of_run`); an adapter, which does not know what will follow, names the
+            unit of the first call.
         input_tokens: of its prompt, per call; `None` where nobody has counted them.
         parallelism: calls made side by side. An adapter, which is given them one by one and asks at
             the first, does not know how many will follow, and says 1.
@@ -70,26 +72,28 @@ class PendingCall:
     ) -> "PendingCall":
         """The call that `run` makes after `finished` units, told of what comes before it alone.
 
-        Where units go side by side, that is the first of its stage; `cost` then gives the seconds
-        of the stages before, by default those of the default cost model.
+        Where units go side by side, that is their stage, with all its calls and the mean of their
+        prompts; `cost` then gives the seconds of the stages before, by default those of the default
+        cost model. `prompt` is that of its first call.
 
         Raises:
-            DemandError: as the class, a run that has no more units than that, or a stage of which
-                something is over.
+            DemandError: as the class, a run that has no more units than that, a stage of which
+                something is over, or one in which other units go beside the calls.
         """
         if not 0 <= finished < len(run):
             raise DemandError(
                 f"{finished} of the {len(run)} units of the run are finished; expected one ahead"
             )
-        ahead = run[finished]
-        return cls(
-            application,
-            ahead.unit,
-            ahead.input_tokens or None,
-            ahead.parallelism,
-            progress_after(run, finished, cost),
-            prompt,
-        )
+        progress = progress_after(run, finished, cost)
+        ahead = stage_ahead(run, finished, cost)
+        if ahead is None:
+            raise DemandError(
+                f"of the stage of unit {finished} of the run something is over, and the call comes "
+                f"in the middle of unit {progress.current!r}; ask where between_stages(run, "
+                "finished) is true"
+            )
+        tokens, calls = ahead.input_tokens or None, ahead.parallelism
+        return cls(application, ahead.unit, tokens, calls, progress, prompt)
 
 
 @runtime_checkable

@@ -33,7 +33,8 @@ class PromptRegression(RidgeSettings, Refinement):
     prompt tokens are known is one observation.
 
     An adapter says of every call that it is the only one (`PendingCall`), so that inside an engine
-    what a unit of parallel calls needs is predicted too low.
+    what a unit of parallel calls needs is predicted too low; units of different names that go side
+    by side count as one call each.
 
     Asked without a call (`remaining`), or about one whose prompt nobody has counted, it answers as
     `ProgressRegression`.

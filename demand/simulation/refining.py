@@ -9,7 +9,7 @@ from demand.policies.base import Policy
 from demand.policies.job import Job
 from demand.refine.base import Refine
 from demand.refine.predictor import PendingCall, Predictor
-from demand.stages import between_stages
+from demand.stages import stage_ahead
 from demand.units import CostModel, Execution, Progress
 from demand.workloads.workload import Workload
 
@@ -60,13 +60,14 @@ def foresee(
 ) -> None:
     """Let `job` take in what `predictor` says at the call that follows `finished` units.
 
-    Nothing is asked where what follows is no call to a model, or where something is over that went
-    side by side with it. The prompt is not known, only its length.
+    Nothing is asked where what follows is no call to a model, where others than calls go side by
+    side with it, or where something is over that did. The prompt is not known, only its length.
 
     Raises:
         DemandError: `predictor` answers with something else than a distribution.
     """
-    if run[finished].unit.kind == "llm" and between_stages(run, finished):
+    ahead = stage_ahead(run, finished, cost)
+    if ahead is not None and ahead.unit.kind == "llm":
         call = PendingCall.of_run(job.application, run, finished, cost=cost)
         _take_in(job, predictor.predict(call), "the predictor", policy)
 

@@ -204,6 +204,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/side_by_side.md": {
         "side_by_side": [
             side_by_side.gains_table,
+            side_by_side.orders_table,
             side_by_side.foreseen_table,
             side_by_side.deadlines_table,
         ]

@@ -343,6 +343,20 @@ def gains_table(record: dict) -> str:
     return "\n".join(lines) + f"\n\n{ran['seeds']} seeds of {ran['jobs']} jobs.\n"
 
 
+def orders_table(record: dict) -> str:
+    """The same at the highest load, by application and order of service."""
+    load = max(record["configuration"]["loads"])
+    lines = [f"| policy | {' | '.join(APPLICATIONS)} |", "| --- |" + " ---: |" * len(APPLICATIONS)]
+    for policy in POLICIES:
+        found = {
+            row["application"]: row["over_in_turn"]
+            for row in record["gains"]
+            if (row["load"], row["policy"]) == (load, policy)
+        }
+        lines.append(f"| {policy} | {' | '.join(_cell(found[name]) for name in APPLICATIONS)} |")
+    return "\n".join(lines) + f"\n\nAt load {load}.\n"
+
+
 def foreseen_table(record: dict) -> str:
     """Calibration of what is left, by stages and by units one after the other."""
     head = [
@@ -387,7 +401,8 @@ def main() -> None:
         "foreseen": foreseen(args.held_out, args.seeds),
         "deadlines": deadlines(args.jobs, args.seeds),
     }  # fmt: skip
-    print(gains_table(record), foreseen_table(record), deadlines_table(record), sep="\n")
+    tables = gains_table, orders_table, foreseen_table, deadlines_table
+    print(*(table(record) for table in tables), sep="\n")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "side_by_side.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -18,12 +18,16 @@ from demand import (
     Gittins,
     PDGraph,
     Pool,
+    Unit,
     Workload,
     simulate_engine,
 )
+from demand.dependencies import parents, path_ends
 from demand.policies import FCFS, LAS, SERPT, VTC, Hysteresis, LeastSlack
 from demand.simulation.engine import LRU
 from demand.simulation.engine.next_use import NEVER_SECONDS, next_use
+from demand.simulation.engine.waits import Waits
+from demand.stages import progress_after
 from tests.demand.engine_twin import step_by_step
 from tests.demand.plans import afters, longest_chain, plans, told, waiting
 from tests.demand.test_engine import (
@@ -46,6 +50,7 @@ from tests.demand.test_engine_prefixes import runs as runs_that_share
 from tests.demand.test_engine_requests import check_against_every_token
 
 beside = plans(st.one_of(llm, llm, container), most=5)
+LOOK = Unit("look", "search")
 STEPS = CostModel(0.0, 1.0)
 """A step a token, and a prompt is computed in the step of its first: seconds of `WIDE`."""
 WIDE = Engine.counting_steps(64, preemption="none", scheduling="running_first")
@@ -189,6 +194,73 @@ def test_what_was_received_is_told_of_all_that_is_underway():
     # The tool took 3 s of its own; the call beside it made 2 tokens in the steps before.
     assert (at_tool.current, at_tool.attained_seconds) == ("test + think", 3.0 + 2.0)
     assert [execution.unit.name for execution in at_join.executed] == ["think", "test + think"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    plans(
+        st.builds(Execution, st.sampled_from([TEST, LOOK]), seconds=st.integers(1, 9)),
+        most=7,
+    )
+)
+def test_the_estimator_is_told_what_the_run_says_after_as_many_units(run):
+    """Of tools, which receive nothing until they are over, in the order in which these end."""
+    ends = path_ends([execution.after for execution in run], [e.seconds for e in run])
+    seen, order = [], []
+
+    def ask(_, progress):
+        seen.append(progress)
+        return Distribution([1.0])
+
+    def end(waits, position):
+        order.append(position)
+        return waits_end(waits, position)
+
+    waits_end = Waits.end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Waits, "end", end)
+        result = simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    assert result.completion_times == max(ends)
+    order = order or list(range(len(run)))  # of a sequence
+    assert [ends[at] for at in order] == sorted(ends)
+    waits = parents([execution.after for execution in run])
+    as_ended = [
+        replace(run[at], after=tuple(order.index(before) for before in waits[at])) for at in order
+    ]
+    assert seen == [progress_after(as_ended, n, STEPS) for n in range(1, len(run))]
+
+
+def test_a_unit_that_begins_at_that_moment_is_of_the_stage_that_is_asked_about():
+    run = [Execution(TEST, seconds=2.0, after=()), Execution(LOOK, seconds=4.0, after=()),
+           Execution(THINK, 1, 30, after=(0,)),
+           Execution(TEST, seconds=9.0, after=(1,))]  # fmt: skip
+    seen = []
+
+    def ask(_, progress):
+        seen.append((progress.current, progress.attained_seconds))
+        return Distribution([1.0])
+
+    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    assert seen == [("look + test", 2.0), ("test + think", 1.0), ("test + think", 9.0 + 10.0)]
+
+
+def test_what_is_left_of_the_path_is_right_where_a_later_stage_has_run():
+    """A tool of 12 s beside two of 5 s, one after the other: after 10 s a call of 3 s and 2 s."""
+    run = [Execution(TEST, seconds=5.0, after=()), Execution(TEST, seconds=12.0, after=()),
+           Execution(LOOK, seconds=5.0, after=(0,)),
+           Execution(THINK, 1, 3, after=(1, 2))]  # fmt: skip
+    graph = PDGraph.fit([run] * 3, cost=STEPS)
+    known = DemandEstimator({"a": graph}, CurrentUnit(), "critical_path", cost=STEPS)
+    told = []
+
+    def ask(application, progress):
+        left = known(application, progress)
+        told.append((len(progress.executed), left.mean()))
+        return left
+
+    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    # By stages the look comes after both tools, so that 5 s more are told than are left.
+    assert told == [(0, 7.0 + 5.0 + 3.0), (0, 2.0 + 5.0 + 3.0), (2, 3.0)]
 
 
 @st.composite

@@ -23,7 +23,7 @@ from demand import (
 from demand.graph.given_units import GivenUnit
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.run_record import RunRecord
-from demand.refine import CurrentUnit
+from demand.refine import CurrentUnit, PromptRegression
 from demand.stages import in_stages
 
 COST = CostModel(prefill_seconds_per_token=0.5, decode_seconds_per_token=2.0)
@@ -456,3 +456,54 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(DemandError, match=said):
         DemandEstimator.load(path)
+
+
+def test_checking_an_execution_costs_the_same_however_long_the_run(monkeypatch):
+    """What says nothing of others is compared with none of those that are over."""
+    record = RunRecord(COST)
+    for _ in range(50):
+        record.add(Execution(SEARCH, seconds=1.0))
+
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("all units that are over were looked at")
+
+    record.executed = Unread(record.executed)
+    record.check(Execution(SEARCH, seconds=1.0))
+
+
+def test_a_name_like_that_of_a_stage_is_refused_before_it_goes_beside_others():
+    ledger = ledger_of(estimator())
+    job = ledger.open("agent", 0.0)
+    ledger.loop.begin(job, 1, "plan + search")
+    with pytest.raises(DemandError, match="goes beside others"):
+        ledger.loop.begin(job, 2, "plan")
+    with pytest.raises(DemandError, match="goes beside others"):
+        ledger.loop.check(job, Execution(SEARCH, seconds=1.0))
+    ledger.loop.count(job, 1, 4, 4)
+    ledger.loop.end(job, 1, True)
+    ledger.loop.begin(job, 2, "plan")
+    ledger.loop.end(job, 2, True)
+    ledger.loop.check(job, Execution(SEARCH, seconds=1.0))
+    with pytest.raises(DemandError, match="goes beside others"):
+        ledger.loop.check(job, Execution(SEARCH, seconds=1.0, after=()))
+
+
+def test_the_first_call_of_a_stage_is_predicted_as_one_of_it():
+    """A plan is followed by two thoughts and a join, or by nothing much: which, the call tells."""
+    who, where, join, short = (Unit(name, "llm") for name in ("who", "where", "join", "short"))
+    plan = call(PLAN, 10, 5)
+    thoughts = [replace(call(unit, 10, 20), after=(0,)) for unit in (who, where)]
+    wide = [plan, *thoughts, replace(call(join, 10, 10), after=(1, 2))]
+    runs = [wide, [plan, call(short, 10, 1)]] * 30
+    told = DemandEstimator({"agent": PDGraph.fit(runs, cost=COST)}, PromptRegression(), cost=COST)
+    ledger = JobLedger(SERPT(), {}, estimator=told, predictor=told)
+    job = ledger.open("agent", 0.0)
+    ledger.loop.begin(job, 0, "plan", 10)
+    ledger.loop.count(job, 0, 10, 5)
+    ledger.loop.end(job, 0, True)
+    left = COST.run_seconds(wide[1:])
+    assert not left * 0.9 < job.distribution.mean() < left * 1.1
+    ledger.loop.begin(job, 1, "who", 10)
+    assert job.distribution.mean() == pytest.approx(left, rel=0.1)
+    assert not told.fallbacks

@@ -164,3 +164,73 @@ def test_what_is_no_predictor_or_no_call_is_refused():
     ):
         with pytest.raises(DemandError, match=said):
             LogRidge().fit(x, y)
+
+
+WHO, WHERE, JOIN = (Unit(name, "llm") for name in ("who", "where", "join"))
+
+
+def wide(rng, unit=WHERE):
+    """Two thoughts side by side, the longer the longer their prompts, and what joins them."""
+    tokens = rng.integers(10, 1000, 2).tolist()
+    thoughts = [Execution(one, n, n, after=()) for one, n in zip((WHO, unit), tokens, strict=True)]
+    return [*thoughts, Execution(JOIN, 10, 10, after=(0, 1))]
+
+
+def test_a_call_is_told_as_its_stage():
+    run = wide(np.random.default_rng(0))
+    told = PendingCall.of_run("a", run, 0, cost=COST)
+    mean = (run[0].input_tokens + run[1].input_tokens) / 2
+    assert (told.unit, told.parallelism) == (Unit("where + who", "llm"), 2)
+    assert (told.input_tokens, told.progress) == (mean, Progress())
+    assert PendingCall.of_run("a", run, 2, cost=COST).unit == JOIN
+    with pytest.raises(DemandError, match="something is over"):
+        PendingCall.of_run("a", run, 1, cost=COST)
+    mixed = [Execution(ASK, 10, 5, after=()), Execution(SEARCH, seconds=1.0, after=())]
+    with pytest.raises(DemandError, match="expected an llm"):
+        PendingCall.of_run("a", mixed, 0)
+
+
+@pytest.mark.parametrize("unit", [WHO, WHERE])
+def test_calls_of_a_stage_are_predicted_as_well_as_the_same_calls_in_turn(unit):
+    """Of one name and of two: what is predicted of both prompts is right in the mean."""
+    rng = np.random.default_rng(1)
+    known, held_out = ([wide(rng, unit) for _ in range(n)] for n in (300, 200))
+    estimator = DemandEstimator({"a": PDGraph.fit(known, cost=COST)}, PromptRegression(), cost=COST)
+    blind = calibrate(lambda progress: estimator("a", progress), held_out, (0,), cost=COST)
+    told = calibrate_calls(estimator, "a", held_out, (0,), cost=COST)
+    assert told.overall.predicted == pytest.approx(told.overall.observed, rel=0.05)
+    assert told.overall.crps < 0.5 * blind.overall.crps
+    assert not estimator.fallbacks
+
+
+def test_a_call_whose_unit_alone_is_unknown_is_predicted_from_its_progress():
+    plan = Execution(ASK, 10, 10)
+    stage = [Execution(one, 10, 100, after=(0,)) for one in (WHO, WHERE)]
+    runs = [[plan, *stage, Execution(JOIN, 10, 10)], [plan]] * 10
+    for refinement in (CurrentUnit(), PromptRegression()):
+        told = DemandEstimator({"a": PDGraph.fit(runs, cost=COST)}, refinement, cost=COST)
+        at_progress = told("a", Progress([plan]))
+        call = PendingCall("a", Unit("new", "llm"), 10, progress=Progress([plan]))
+        assert told.predict(call) == at_progress
+        assert told.fallbacks == {("a", "unit"): 1}
+        first = PendingCall("a", WHO, 10, progress=Progress([plan]))
+        of_run = told.predict(PendingCall.of_run("a", runs[0], 1, cost=COST))
+        assert told.predict(first) == of_run
+        assert told.fallbacks == {("a", "unit"): 1}
+        told.observe("a", [plan, stage[0], Execution(JOIN, 10, 10, after=(0,))])
+        told.predict(first)  # which of its stages it is cannot be told
+        assert told.fallbacks == {("a", "unit"): 2}
+
+
+def test_a_predictor_says_no_less_than_the_estimator_at_a_mixed_stage():
+    mixed = [Execution(ASK, 10, 50), Execution(WHO, 10, 5, after=(0,)),
+             Execution(SEARCH, seconds=9.0, after=(0,))]  # fmt: skip
+    asked = []
+
+    class Noting:
+        def predict(self, call):
+            asked.append(call.unit.name)
+            return Distribution([5.0])
+
+    simulate(workload([mixed]), SERPT(), predictor=Noting())
+    assert asked == ["ask"]

@@ -32,8 +32,13 @@ def test_the_record_has_what_its_tables_say(example, monkeypatch, tmp_path, caps
     record = json.loads((tmp_path / "side_by_side.json").read_text())
     assert {"configuration", "environment"} <= set(record)
     printed = capsys.readouterr().out
-    for table in (example.gains_table, example.foreseen_table, example.deadlines_table):
+    tables = example.gains_table, example.orders_table
+    for table in (*tables, example.foreseen_table, example.deadlines_table):
         assert table(record) in printed
+    of_loop = [row for row in record["gains"] if row["application"] == "loop"]
+    for row, line in zip(of_loop, example.orders_table(record).split("\n")[2:], strict=False):
+        assert row["policy"] in line
+        assert f"{row['over_in_turn'][0]:.2f}" in line.split("|")[5]
     for row in record["gains"]:
         assert row["over_critical_path"][0] >= 1.0 - 1e-9
     assert len(record["gains"]) == 5 * 6

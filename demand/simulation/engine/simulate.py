@@ -45,7 +45,8 @@ def simulate_engine(
 
     A job executes the units of its run one after the other, or each as soon as those are over that
     it waits for (`Execution.after`), and ends when all have. An llm unit submits `parallelism`
-    requests at once (`Job.requested` is that second) and is over when the last of them is; other
+    requests at once (`Job.requested` is that second; of units side by side, the one at which one
+    last began while no request of the job was left) and is over when the last of them is; other
     units take their seconds outside of the engine. `Engine` states the rules of a step. A unit
     with a backend begins when that is warm (`Pool`).
 
@@ -185,7 +186,7 @@ class _Simulation(Applications):
             return
         if self.estimator is not None:
             cost = self.costs[job.application]
-            progress = waits.progress(partial(job.received, step=step), cost)
+            progress = waits.progress(ready, partial(job.received, step=step), cost)
             learn(job, progress, self.estimator, self.policy)
         if job.calls:
             self.one.order.moved(job, now)

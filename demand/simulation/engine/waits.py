@@ -7,7 +7,7 @@ from typing import final
 from demand.dependencies import parents
 from demand.errors import DemandError
 from demand.simulation.engine.engine import Engine
-from demand.stages import Underway, progress_in_stages
+from demand.stages import Underway, progress_at_end
 from demand.units import CostModel, Execution, Progress, is_sequence
 
 
@@ -55,10 +55,16 @@ class Waits:
             self._left[follower] -= 1
         return [follower for follower in self._followers[position] if not self._left[follower]]
 
-    def progress(self, received: Callable[[int], tuple[float, float]], cost: CostModel) -> Progress:
-        """How far the run has come.
+    def progress(
+        self,
+        ready: Sequence[int],
+        received: Callable[[int], tuple[float, float]],
+        cost: CostModel,
+    ) -> Progress:
+        """How far the run has come at the end of a unit, told as by `progress_after`.
 
         Args:
+            ready: units that may begin with that end, and have not yet.
             received: seconds of service that a unit underway has attained, and its longest call.
             cost: seconds of what is over.
         """
@@ -67,12 +73,13 @@ class Waits:
         def after(position: int) -> tuple[int, ...]:
             return tuple(at[before] for before in self._waits[position])
 
-        return progress_in_stages(
+        return progress_at_end(
             [replace(self._run[position], after=after(position)) for position in self.ended],
             [
                 Underway(self._run[position].unit, after(position), *received(position))
                 for position in self.underway
-            ],
+            ]
+            + [Underway(self._run[position].unit, after(position)) for position in ready],
             cost,
         )
 
