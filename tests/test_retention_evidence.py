@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ import layer_by_layer  # noqa: E402 - the examples are scripts, not a package
 import raas_stamps  # noqa: E402
 import retention_evidence  # noqa: E402
 import retention_texts  # noqa: E402
+import sink_share  # noqa: E402
 from loaded import loaded  # noqa: E402
 from reference_tasks import reasoning_problem  # noqa: E402
-from retention_evidence_summary import METRICS, draw, summary, tables  # noqa: E402
+from retention_evidence_summary import METRICS, draw, drawn, summary, tables  # noqa: E402
 from retention_ways import FREE, SMALL, WAYS  # noqa: E402
 
 PROMPT, TOKENS = 20, 150
@@ -120,13 +122,47 @@ def test_every_arm_has_a_name_and_a_twin_and_every_family_one_default():
             assert way.policy(budget).budget in (budget, budget // 2)
 
 
-def test_a_default_is_the_class_as_it_comes():
-    for way in WAYS:
-        policy = way.policy(256)
-        if way.default and hasattr(policy, "sinks"):
-            plain = type(policy)(256) if policy.budget == 256 else None
-            if plain is not None:
-                assert (policy.sinks, policy.pin_prompt) == (plain.sinks, plain.pin_prompt)
+SET = {
+    "Quest": {"dense_layers"},
+    "Quest on the prompt, RaaS behind": {"prompt_budget"},
+    "SnapKV, decoding too": {"window", "evict_every"},
+    "PyramidKV, decoding too": {"window", "evict_every"},
+    "R-KV": {"evict_every"},
+    "LazyEviction": {"evict_every"},
+    "VaSE": {"window", "large", "evict_every"},
+}
+"""What `Way.policy` says is set in every arm of a family; at 1,024 no class has the same."""
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.default], ids=lambda way: way.label)
+def test_a_default_is_the_class_as_it_comes(way):
+    policy = way.policy(1024)
+    plain = type(policy)(policy.budget)
+    differ = {
+        field.name
+        for field in fields(policy)
+        if getattr(policy, field.name) != getattr(plain, field.name)
+    }
+    assert differ == SET.get(way.family, set())
+
+
+@pytest.mark.parametrize("budget", [128, 256, 512, 1024])
+@pytest.mark.parametrize("way", [way for way in WAYS if way.twin], ids=lambda way: way.label)
+def test_a_twin_holds_as_much_in_the_same_pages(way, budget):
+    """As many tokens before and after an eviction, the first ones and the prompt kept alike."""
+    twin = next(other for other in WAYS if other.label == way.twin)
+    assert isinstance(twin.policy(budget), Random)
+    names = ("page_size", "pages_kept", "pages_held", "sinks", "pin_prompt", "pins_count")
+    for name in names:
+        assert getattr(way.policy(budget), name) == getattr(twin.policy(budget), name), name
+
+
+def test_who_has_no_twin():
+    """What holds more than the budget, and eviction at random itself."""
+    assert {way.family for way in WAYS if not way.twin} == {
+        "random", "Quest", "Quest on the prompt, RaaS behind"
+    }  # fmt: skip
+    assert {way.label for way in WAYS if way.control} < {way.twin for way in WAYS}
 
 
 def test_what_an_answer_repeats():
@@ -135,17 +171,18 @@ def test_what_an_answer_repeats():
     assert retention_evidence.repeated([1]) == 0
 
 
-def made(loss):
+def made(loss, texts=16):
     """A record of made-up numbers: `loss(arm, text)`."""
     rows = []
     for way in WAYS:
-        values = [[loss(way.label, text)] * 8 for text in range(8)]
+        values = [[loss(way.label, text)] * 8 for text in range(texts)]
         row = {"kind": "forced", "arm": way.label, "budget": 256}
         rows.append(row | dict.fromkeys(METRICS, values))
     rows.append({"kind": "forced", "arm": "H2O, 4 sinks", "budget": 8, "refused": "too small"})
-    free = {"kind": "free", "budget": 256, "decoding": "", "length": [5, 9], "repeated": [0, 0.5]}
+    free = {"kind": "free", "budget": 256, "decoding": "", "length": [5, 9, 5, 9],
+            "repeated": [0, 0.5, 0, 0.5]}  # fmt: skip
     rows += [free | {"arm": arm} for arm in FREE]
-    configuration = {"texts": 8, "tokens": 80, "seed": 0}
+    configuration = {"texts": texts, "tokens": 80, "seed": 0}
     return {"configuration": configuration, "environment": {}, "seconds": 1.0, "rows": rows}
 
 
@@ -158,7 +195,7 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other(tmp_path):
         return 0.5
 
     summed = summary(made(loss))
-    (row,) = (row for row in summed["chosen"] if row["policy"] == "H2O")
+    row = next(row for row in summed["chosen"] if row["policy"] == "H2O")
     assert (row["arm"], row["default"]) == ("H2O, 4 sinks", "H2O, no sinks")
     assert row["extra_nll"] == pytest.approx([0.9] * 3)
     assert row["minus_default"] == pytest.approx([0.4] * 3)
@@ -166,11 +203,35 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     assert "H2O, 4 sinks" in tables(summed)
     draw(summed, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+    what, rows = drawn(summed)
+    assert what == "settings chosen on the other half of the texts"
+    assert [row["policy"] for row in rows] == list(dict.fromkeys(way.family for way in WAYS))
+    shown = next(row for row in rows if row["policy"] == "H2O")
+    assert shown["by_stretch"] == pytest.approx([0.9] * 8)  # not what it was chosen for
+
+
+def test_a_twin_of_others_is_no_setting_to_choose():
+    summed = summary(made(lambda arm, text: -1.0 if "a quarter" in arm else 0.5))
+    row = next(row for row in summed["chosen"] if row["policy"] == "random")
+    assert (row["settings"], row["extra_nll"][0]) == (3, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(("texts", "ends"), [(6, 0), (8, 2)])
+def test_few_texts_of_a_kind_have_no_interval_and_choose_nothing(texts, ends, tmp_path):
+    summed = summary(made(lambda arm, text: 0.5 + text / 10, texts))
+    assert all(len(row["extra_nll"]) == 1 + ends for row in summed["rows"])
+    assert summed["chosen"] == []
+    what, rows = drawn(summed)
+    assert what == "default settings"
+    assert {row["arm"] for row in rows} == {way.label for way in WAYS if way.default}
+    assert ("(" in tables(summed).split("| H2O, no sinks |")[1].split("\n")[0]) == (ends == 2)
+    draw(summed, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_intervals_are_paired_with_the_twin():
     draws = np.random.default_rng(0)
-    of_text = draws.normal(0, 1, 8)
+    of_text = draws.normal(0, 1, 16)
     summed = summary(made(lambda arm, text: of_text[text] + ("random" in arm)))
     rows = [row for row in summed["rows"] if row["arm"] == "H2O, no sinks"]
     assert {row["texts"] for row in rows} == {"both", "novel", "solutions"}
@@ -245,3 +306,22 @@ def test_a_threshold_that_every_page_passes_is_first_in_first_out(reference):
         assert 0 < kept < 1
     whole = raas_stamps.looks(RaaS(400, page_size=4), seen, 1, PROMPT)
     assert all(kept == pytest.approx(1) for *_, kept in whole)
+
+
+def test_the_share_of_the_first_tokens_is_that_of_the_models_own_weights(reference, monkeypatch):
+    """The last query of the beginnings of a text, as eager attention of the model weighs it."""
+    model, tokenizer, texts = reference
+    ids = torch.tensor([tokenizer(texts[0])["input_ids"][:100]])
+    lengths = (64, 100)
+    monkeypatch.setattr(sink_share, "LENGTHS", lengths)
+    found = sink_share.shares(model, ids)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            weights = torch.stack(model(ids, output_attentions=True).attentions)
+    finally:
+        model.set_attn_implementation(before)
+    for row, stop in zip(found, lengths, strict=True):
+        expected = weights[:, 0, :, stop - 1, :4].sum(-1).mean()
+        assert float(row) == pytest.approx(float(expected), rel=1e-4)

@@ -23,12 +23,14 @@ class ExpectedDemand(Router):
     What a job adds is E[X - a | X > a] at its attained service a, over what is known of its demand
     X: the distribution from which the scheduler on the engine takes its Gittins rank, refined by an
     estimator if there is one. It is taken as each unit becomes ready and stands until the next one
-    does, and counts while the job is outside of the engine as well: it will be back. When the jobs
+    does, and counts while the job is outside of the engine as well: it will be back. It is the
+    whole rest, with the seconds of tools and people, which no engine serves. When the jobs
     of its engine have more than `bound` seconds more than those of the least, the job itself on
     neither side, it moves there.
 
-    Least work left in expectation is classical; that the demand of an application is known from its
-    graph is Hermes (arXiv 2506.14851), which has one engine. Putting the two together is ours.
+    Least work left in expectation is classical where all of it is the server's; that the demand of
+    an application is known from its graph is Hermes (arXiv 2506.14851), which has one engine.
+    Putting the two together is ours.
 
     Args:
         bound: seconds of expected demand that the jobs of its engine may have beyond those of the

@@ -20,9 +20,8 @@ class WeightedScores(Router):
     They are the share of its prompt tokens that is found there; the place of the engine's queue
     between the longest (0) and the shortest (1), 1 for all where they are equal; and the share of
     its KV blocks that no request holds. So llm-d's scheduler adds up its scorers for prefixes,
-    queue depth and KV utilisation; the weights are those of a sample of the Gateway API inference
-    extension, on which llm-d builds. Departures: all is as of the very second, and among equals the
-    smallest number goes.
+    queue depth and KV utilisation. The weights are ours: deployments of llm-d set their own.
+    Departures: all is as of the very second, and among equals the smallest number goes.
 
     Args:
         prefix: weight of what is found.

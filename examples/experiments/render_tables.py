@@ -30,6 +30,7 @@ import replay_policies
 import retention_accuracy
 import schedule
 import side_by_side
+import sink_share
 from quickstart_pages import (
     answers,
     cap_page,
@@ -166,6 +167,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
         "raas_stamps": [raas_stamps.table],
+        "sink_share": [sink_share.table],
         "cpu_step": [cpu_step_table],
         "decode": decode_tables.BLOCKS,
         "decode_profile": [decode_tables.profiles],

@@ -7,11 +7,11 @@ Texts of one length, half of them pages of a novel and half worked solutions of 
 one after the other (single ones are short), go through the model in one batch, token by token as
 `generate` would (`layer_by_layer.py`): nats a token above dense attention, KL and agreement, by
 stretch of the text. Every policy with no sinks, four sinks, and its pinned prompt where it has one;
-evicting at random is the control. Settings are chosen on the texts of even number and reported on
-the others. Then problems are asked, and some policies answer in up to 2,000 sampled tokens: how
-long the answers are, and how much of them is repetition. Beyond `--seconds` nothing new begins; the
-next call goes on from what stands in --out. Writes `retention_evidence.json` and
-`retention_evidence.png`.
+evicting at random is the control, with the same pages and as many tokens at a time. Settings are
+chosen on every other pair of texts, one of each kind, and reported on the pairs between. Then
+problems are asked, and some policies answer in up to 2,000 sampled tokens: how long the answers
+are, and how much of them is repetition. Beyond `--seconds` nothing new begins; the next call goes
+on from what stands in --out. Writes `retention_evidence.json` and `retention_evidence.png`.
 """
 
 import argparse

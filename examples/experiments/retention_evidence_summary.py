@@ -1,5 +1,6 @@
 """Sums up what retention_evidence.py measured: a row an arm, the best settings, a picture."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from quickstart_pages import markdown
 from retention_texts import KINDS
 from retention_ways import WAYS
+
+LEAST = 4
+"""Texts of a kind, or answers, from which on there is an interval: one of fewer is too narrow."""
 
 METRICS = ("extra_nll", "kl", "agreement")
 Measured = dict[tuple[str, int], dict[str, NDArray[np.float64]]]
@@ -29,16 +33,16 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for kind in ("both", *KINDS):
         at = [i for i in range(texts) if kind in ("both", kinds[i])]
-        sample = Sample([kinds[i] for i in at], seed)
+        sample = Estimate([kinds[i] for i in at], seed)
         for (arm, budget), values in forced.items():
             row: dict[str, Any] = {"texts": kind, "arm": arm, "budget": budget}
             for name in METRICS:
-                row[name] = sample.interval(values[name][at].mean(1))
+                row[name] = sample(values[name][at].mean(1))
             row["by_stretch"] = values["extra_nll"][at].mean(0).tolist()
             twin = forced.get((twins()[arm], budget))
             if twin is not None:
                 apart = values["extra_nll"] - twin["extra_nll"]
-                row["minus_random"] = sample.interval(apart[at].mean(1))
+                row["minus_random"] = sample(apart[at].mean(1))
             rows.append(row)
     refused = [row for row in record["rows"] if "refused" in row]
     free = [
@@ -58,43 +62,63 @@ def twins() -> dict[str, str]:
 
 
 def mean_of(values: list[float], seed: int) -> list[float]:
-    """Mean over answers, and the ends of its 95 % bootstrap interval."""
-    return Sample(["answers"] * len(values), seed).interval(np.array(values, dtype=float))
+    """Mean over answers, with its interval where there are `LEAST`."""
+    return Estimate(["answers"] * len(values), seed)(np.array(values, dtype=float))
+
+
+class Estimate:
+    """A mean over kinds of their means, as `Sample` gives it; an interval where there are enough.
+
+    Args:
+        kinds: of each text.
+        seed: of the resamples.
+    """
+
+    def __init__(self, kinds: list[str], seed: int) -> None:
+        self._sample = Sample(kinds, seed)
+        self._enough = min(Counter(kinds).values()) >= LEAST
+
+    def __call__(self, values: NDArray[np.float64]) -> list[float]:
+        """The mean, and where a kind has `LEAST` texts the ends of its 95 % bootstrap interval."""
+        return self._sample.interval(values) if self._enough else [self._sample.mean(values)]
 
 
 def chosen(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
     """Of each policy the setting with the least loss, by budget.
 
     It is chosen on half of the texts of each kind and reported on the other, with the paired
-    difference to the policy's default.
+    difference to the policy's default. Of a policy with one setting that one is reported.
     """
     halves = [[i for i in range(len(kinds)) if i // len(KINDS) % 2 == half] for half in (0, 1)]
-    if min(map(len, halves)) < 2 * len(KINDS):
-        return []  # one text of a kind has no interval
-    choose, report = (Sample([kinds[i] for i in half], seed) for half in halves)
+    if min(map(len, halves)) < LEAST * len(KINDS):
+        return []
+    choose = Sample([kinds[i] for i in halves[0]], seed)
+    report = Estimate([kinds[i] for i in halves[1]], seed)
     found = []
     for family in dict.fromkeys(way.family for way in WAYS):
-        ways = [way for way in WAYS if way.family == family]
+        ways = [way for way in WAYS if way.family == family and not way.control]
         default = next(way.label for way in ways if way.default)
         for budget in sorted({budget for _, budget in forced}):
             loss = {
-                way.label: forced[way.label, budget]["extra_nll"].mean(1)
+                way.label: forced[way.label, budget]["extra_nll"]
                 for way in ways
                 if (way.label, budget) in forced
             }
-            if len(ways) < 2 or default not in loss:
+            if default not in loss:
                 continue
-            best = min(loss, key=lambda arm: choose.mean(loss[arm][halves[0]]))
-            reported = loss[best][halves[1]]
+            best = min(loss, key=lambda arm: choose.mean(loss[arm][halves[0]].mean(1)))
+            reported, usual = (loss[arm][halves[1]] for arm in (best, default))
             found.append(
                 {
                     "policy": family,
                     "budget": budget,
+                    "settings": len(loss),
                     "arm": best,
                     "default": default,
-                    "extra_nll": report.interval(reported),
-                    "of_default": report.interval(loss[default][halves[1]]),
-                    "minus_default": report.interval(reported - loss[default][halves[1]]),
+                    "extra_nll": report(reported.mean(1)),
+                    "of_default": report(usual.mean(1)),
+                    "minus_default": report((reported - usual).mean(1)),
+                    "by_stretch": reported.mean(0).tolist(),
                 }
             )
     return found
@@ -119,12 +143,19 @@ def tables(summed: dict[str, Any]) -> str:
         table(f"nats a token above dense, {kind}", kind, lambda row: said(row["extra_nll"]))
         for kind in KINDS
     ]
-    parts.append(table("less that of random", "both", lambda row: said(row.get("minus_random"))))
+    parts.append(
+        table(
+            "less that of random with the same pages and interval",
+            "both",
+            lambda row: said(row.get("minus_random")),
+        )
+    )
     parts.append(table("agreement", "both", lambda row: said(row["agreement"], "")))
     columns = {"policy": "{policy}", "budget": "{budget}", "chosen": "{arm}", "its loss": "{loss}"}
     rows = [
         row | {"loss": said(row["extra_nll"]), "less": said(row["minus_default"])}
         for row in summed["chosen"]
+        if row["settings"] > 1
     ]
     if rows:
         parts.append(markdown(rows, columns | {"less its default's": "{less}"}))
@@ -139,21 +170,37 @@ def tables(summed: dict[str, Any]) -> str:
 
 
 def said(interval: list[float] | None, sign: str = "+") -> str:
-    """A mean with its interval; nothing where there is none."""
+    """A mean with its interval, where it has one; nothing where there is none."""
     if interval is None:
         return ""
-    mean, low, high = interval
-    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    mean, *ends = (f"{number:{sign}.3f}" for number in interval)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def drawn(summed: dict[str, Any]) -> tuple[str, list[dict]]:
+    """What `draw` shows, in words, and its rows: of each policy one at a budget.
+
+    The settings chosen, on the texts that they were not chosen on; where there are too few texts
+    to choose, each policy's default on all of them.
+    """
+    if summed["chosen"]:
+        return "settings chosen on the other half of the texts", summed["chosen"]
+    defaults = {way.label: way.family for way in WAYS if way.default}
+    return "default settings", [
+        row | {"policy": defaults[row["arm"]]}
+        for row in summed["rows"]
+        if row["texts"] == "both" and row["arm"] in defaults
+    ]
 
 
 def draw(summed: dict[str, Any], path: Path) -> None:
-    """Loss over the budget, and along the text at one budget, of each policy's best setting."""
+    """Loss over the budget, and along the text at one budget, of one setting of each policy."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in summed["rows"] if row["texts"] == "both"]
+    what, rows = drawn(summed)
     budgets = sorted({row["budget"] for row in rows})
     if not rows:
         return
@@ -162,23 +209,17 @@ def draw(summed: dict[str, Any], path: Path) -> None:
     families = list(dict.fromkeys(way.family for way in WAYS))
     tokens = summed["configuration"]["tokens"]
     for index, family in enumerate(families):
-        labels = {way.label for way in WAYS if way.family == family}
-        own = [row for row in rows if row["arm"] in labels]
+        own = sorted((row for row in rows if row["policy"] == family), key=lambda r: r["budget"])
         if not own:
             continue
         style = dict(color=f"C{index % 10}", marker="os^vD*PxX<>"[index % 11], linewidth=1)
-        best = [
-            min((row for row in own if row["budget"] == b), key=lambda row: row["extra_nll"][0])
-            for b in budgets
-            if any(row["budget"] == b for row in own)
-        ]
         left.plot(
-            [row["budget"] for row in best],
-            [max(row["extra_nll"][0], 1e-4) for row in best],
+            [row["budget"] for row in own],
+            [max(row["extra_nll"][0], 1e-4) for row in own],
             label=family,
             **style,
         )
-        for row in (row for row in best if row["budget"] == shown):
+        for row in (row for row in own if row["budget"] == shown):
             step = tokens / len(row["by_stretch"])
             middles = [(i + 0.5) * step for i in range(len(row["by_stretch"]))]
             right.plot(middles, row["by_stretch"], **style)
@@ -186,6 +227,7 @@ def draw(summed: dict[str, Any], path: Path) -> None:
     left.set_xscale("log", base=2)
     left.set_xticks(budgets, [str(budget) for budget in budgets])
     right.set(xlabel=f"token of the text, budget {shown}")
+    figure.suptitle(what, fontsize=9)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

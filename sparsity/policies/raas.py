@@ -113,14 +113,18 @@ class RaaS(Evicting):
         With ties="score" the sum of a page is its score.
         """
         scores = self.scores(query, pages) * scaling
-        shares = scores.softmax(-1)  # an unused place has 0
-        if self.top_ratio is not None:
-            refresh = _top(scores, pages, self.top_ratio) & pages.used
+        ratio, shares = self.top_ratio, None
+        if ratio is None or self.ties == "score":
+            shares = scores.softmax(-1)  # an unused place has 0
+        if ratio is not None:
+            refresh = _top(scores, pages, ratio) & pages.used
         else:
+            assert shares is not None
             refresh = shares > self.threshold_of(pages)
         stamp = torch.where(refresh, pages.now.to(pages.stamp.dtype), pages.stamp)
         if self.ties == "age":
             return replace(pages, stamp=stamp)
+        assert shares is not None
         return replace(pages, stamp=stamp, sums=shares[..., None].to(pages.sums.dtype))
 
     @override

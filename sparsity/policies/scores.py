@@ -79,7 +79,9 @@ def without_rounding(scores: Tensor) -> Tensor:
         scores: none below 0.
 
     Returns:
-        float32, of the same shape.
+        float32, of the same shape; NaN stays NaN.
     """
-    bits = scores.float().view(torch.int32)  # 12 of the 24 bits of the significand go
-    return ((bits + (1 << 11)) & -(1 << 12)).view(torch.float32)
+    scores = scores.float()
+    bits = scores.view(torch.int32)  # 12 of the 24 bits of the significand go
+    rounded = ((bits + (1 << 11)) & -(1 << 12)).view(torch.float32)
+    return rounded.where(~scores.isnan(), scores)

@@ -22,12 +22,12 @@ class ShareRaaS(RaaS):
     al., arXiv 2502.11147): the page with the oldest stamp is evicted, time a token and memory are
     O(budget).
 
-    Departures from the paper: its threshold is 1e-4 whatever n is. With n in the tens, nine pages
-    in ten are above that at every step, so that the stamps say nothing and the oldest page goes, a
-    first-in first-out window (docs/retention.md, "When the stamps of RaaS tell pages apart"). The
-    pages have 4 tokens instead of 16, the first 4 tokens are kept, and the prompt is not. The
-    paper's other setting, ``RaaS(..., top_ratio=0.5)``, keeps as much of the attention with the
-    same pages and sinks.
+    Departures from the paper: its threshold is 1e-4 whatever n is. In the one model measured, at
+    every step 0.93 of 16 pages are above that, 0.83 of 32, and 0.75 of 64 smaller ones, so that the
+    stamps say little and the oldest page goes, a first-in first-out window (docs/retention.md,
+    "When the stamps of RaaS tell pages apart"). The pages have 4 tokens instead of 16, the first 4
+    tokens are kept, and the prompt is not. The paper's other setting, ``RaaS(...,
+    top_ratio=0.5)``, keeps as much of the attention with the same pages and sinks.
 
     Args:
         share: factor on the equal share, at most 1.

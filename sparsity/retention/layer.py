@@ -22,7 +22,13 @@ from sparsity.retention.fixed_pool import decode, fix
 from sparsity.retention.lazy_mask import LazyMask
 from sparsity.retention.one_token import write
 from sparsity.retention.page_pool import PagePool
-from sparsity.retention.query_weights import Weigh, forward_weights, keep_newest, on_first
+from sparsity.retention.query_weights import (
+    OF_AT_LEAST,
+    Weigh,
+    forward_weights,
+    keep_newest,
+    on_first,
+)
 from sparsity.retention.rotation import Move, Rotation
 from sparsity.retention.several_tokens import SeveralTokens
 
@@ -51,7 +57,7 @@ class LayerRetention:
         transient_bytes: bytes of keys and values that were in memory besides while it was: of
             several tokens before they were pruned, of fewer places or rows before they were more.
         prompt_attention: what computed the last forward of several tokens, see `Report`.
-        asked_for_sinks: whether a text's first forward is to measure `on_first`.
+        asked_for_sinks: whether a forward of several tokens is to measure `on_first`.
         on_first: see `query_weights.on_first`; None where it was not measured.
     """
 
@@ -338,8 +344,8 @@ class LayerRetention:
         if self.needs.attention is not None:
             weights = forward_weights(query, newest, key, slots, step, mask, self.needs, weigh)
         pool = self.pool
-        if alone and self.asked_for_sinks:
-            self.on_first = on_first(newest, key, step, weigh)
+        if self.asked_for_sinks and self._holds_all(step):
+            self.on_first = on_first(newest, key, slots, step, weigh)
         if pool is None:
             pool = PagePool.empty(self.policy, self.layer, self.first_head, query, key, value)
         new = SeveralTokens(
@@ -364,6 +370,14 @@ class LayerRetention:
             self.pool = self.fixed = fix(self.pool, self.places, fixed)
         self._note_more(besides)
         return out
+
+    def _holds_all(self, step: Step) -> bool:
+        """Whether a text of `OF_AT_LEAST` tokens is here whole, for all that is known."""
+        if step.longest_after < OF_AT_LEAST:
+            return False
+        kept = self.policy.pages_kept
+        before = -(-step.longest_before // self.policy.page_size)
+        return self.pool is None or kept is None or before <= kept
 
     def _note_more(self, besides: tuple[Tensor, ...]) -> None:
         """Note that more was allocated, and what keys and values were in memory besides."""

@@ -54,21 +54,24 @@ def forward_weights(
     return total
 
 
-def on_first(newest: Tensor, keys: Tensor, step: Step, weigh: Weigh) -> Tensor:
-    """Share of a prompt's last query that goes to its first `FIRST` tokens, a scalar.
+def on_first(newest: Tensor, keys: Tensor, slots: Tensor, step: Step, weigh: Weigh) -> Tensor:
+    """Share of the newest query that goes to the first `FIRST` tokens of its text, a scalar.
 
     The mean over heads and over rows of `OF_AT_LEAST` tokens; NaN where there is no such row.
 
     Args:
         newest: the query of each row's last token, `[batch, query_heads, head_dim]`.
-        keys: of the prompt, `[batch, kv_heads, tokens, head_dim]`.
-        step: its forward, the first of its rows.
+        keys: of all tokens so far, none of them evicted, `[batch, kv_heads, n, head_dim]`.
+        slots: the columns of the keys, -1 for none, `[batch, kv_heads or 1, n]`; n is `FIRST` or
+            more.
+        step: the forward.
         weigh: the layer's own attention weights.
     """
-    allowed = None if step.valid is None else step.valid[:, None, None]
-    weights = weigh(newest[:, :, None], keys, allowed)[..., 0, :].mean((1, 2))
-    assert step.order is not None
-    shares = weights.gather(-1, step.order[:, :FIRST]).sum(-1)
+    held = slots >= 0
+    weights = reduce_group(weigh(newest[:, :, None], keys, held[:, :, None]), "mean")[:, :, 0]
+    columns = slots.masked_fill(~held, torch.iinfo(slots.dtype).max)
+    last = columns.topk(FIRST, largest=False).values[..., -1:]
+    shares = weights.masked_fill(~held | (columns > last), 0).sum(-1).mean(1)
     return shares.masked_fill(step.after < OF_AT_LEAST, torch.nan).nanmean()
 
 

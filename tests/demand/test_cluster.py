@@ -55,6 +55,35 @@ THINK, CODE, TOOL = Unit("think", "llm"), Unit("code", "llm"), Unit("tool", "too
 
 
 @dataclass(frozen=True)
+class Noting(Router):
+    """Notes what of a unit's prompt is found on each engine, and goes to the first."""
+
+    def new_state(self, engines):
+        return NOTED
+
+    def choose(self, unit, engines, state):
+        state.append((unit.now, unit.job.index, [one.found_tokens(unit) for one in engines]))
+        return 0
+
+
+NOTED: list = []
+
+
+def test_a_router_sees_what_is_still_kept_in_the_middle_of_equal_steps():
+    """A call that decodes takes blocks of what was left while a tool runs, step by step."""
+    names = {name: Distribution([1.0]) for name in "ab"}
+    first = [Execution(THINK, 8, 1), Execution(TOOL, seconds=14.0)]
+    runs = [[*first, Execution(THINK, 10, 1, shared_tokens=8)], [Execution(CODE, 2, 17)]]
+    workload = Workload([0.0, 0.5], [1.0] * 2, "ab", names, runs=runs)
+    engine = Engine(4, 100, 10, 2, "none", 1.0, 0.0, 0.0, retention=LRU())
+    NOTED.clear()
+    result = simulate_cluster(workload, FCFS(), engine, 2, Noting())
+    (found,) = [seen for now, job, seen in NOTED if job == 0 and now > 0]
+    assert found == [4, 0]
+    assert result.prefixes.found <= 4
+
+
+@dataclass(frozen=True)
 class Looking(Router):
     """Goes by all that a router can see, in turns, and by chance where that says nothing."""
 

@@ -6,10 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sparsity import LazyEviction, RaaS, VaSE
 from sparsity.policies.base import PageView
-from sparsity.retention.eviction import eviction_order, first_evicted, spare, ties_broken
+from sparsity.policies.scores import without_rounding
+from sparsity.retention.clock import Clock
+from sparsity.retention.eviction import eviction_order, first_evicted
+from sparsity.retention.fixed_pool import _worth
+from sparsity.retention.page_pool import PagePool
 
 
 def pages(start, values, sums=0, stamp=None):
@@ -80,6 +85,21 @@ def tied(generator, batch, heads, places, size):
     )
 
 
+def pooled(policy, view):
+    """The pages as a pool of fixed size holds them; their keys do not matter here."""
+    one = torch.zeros(*view.start.shape[:2], 1, 1)
+    return replace(
+        PagePool.empty(policy, 0, 0, one, one, one),
+        held=view.start.shape[-1],
+        high=view.start.shape[-1],
+        slots=view.filled.int() - 1,
+        start=view.start,
+        stamp=view.stamp,
+        sums=view.sums,
+        pinned=view.pinned,
+    )
+
+
 def said(view, sinks, row, head, place):
     """What decides about a page: stamp, score and age, or age alone where it is protected."""
     at = row, head, place
@@ -102,8 +122,7 @@ def test_every_path_breaks_ties_by_score_and_then_by_age(shape, pin_prompt, sink
             view = replace(view, pinned=torch.zeros_like(view.pinned))
         order = eviction_order(policy, view, view.pinned, none, none, torch.add).argsort(-1)
         first = first_evicted(policy, view, none, none, torch.add)
-        worth = spare(policy.priority(view), view.pinned) if pin_prompt else policy.priority(view)
-        worth = ties_broken(policy, view, torch.where(view.used, worth, -torch.inf))
+        worth = _worth(pooled(policy, view), policy, Clock.at(view.now[:, 0, 0], 0))
         taken = view.start.masked_fill(worth > worth.amin(-1, keepdim=True), 2**30).argmin(-1)
         assert torch.equal(first, taken)
         for row, head in itertools.product(range(shape[0]), range(shape[1])):
@@ -131,3 +150,46 @@ def test_the_sink_outlives_pages_of_the_same_stamp():
         seen = policy.observe(query, view, 1.0)
         assert seen.stamp.tolist() == [[[3, 3, 3, 3]]]
         assert first_evicted(policy, seen, none, none, torch.add).tolist() == [[gone]]
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -(1 << 22)])
+def test_what_is_no_number_stays_none_without_rounding(bits):
+    """Of some of them the bits, rounded up, would be those of -0, the lowest score."""
+    found = without_rounding(torch.tensor([bits, 0x7F800000, 0], dtype=torch.int32).view(
+        torch.float32))  # fmt: skip
+    assert found[0].isnan()
+    assert found[1:].tolist() == [torch.inf, 0]
+
+
+class Called(TorchFunctionMode):
+    """The names of the operations of torch that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "times"),
+    [({}, 1), ({"ties": "score"}, 1), ({"top_ratio": 0.5, "ties": "score"}, 1),
+     ({"top_ratio": 0.5}, 0)],
+    ids=str,
+)  # fmt: skip
+def test_shares_are_computed_where_something_reads_them(setting, times):
+    """Whichever does, the best half is stamped, and the sums are the shares."""
+    keys = torch.tensor([[3.0, 0.0], [0.5, 0.0], [1.0, 0.0], [2.0, 0.0]])
+    bounds = keys[None, None]
+    view = replace(pages([0, 1, 2, 3], keys), kmin=bounds, kmax=bounds)
+    with Called() as called:
+        seen = RaaS(4, page_size=1, pin_prompt=False, **setting).observe(
+            torch.tensor([[[1.0, 0.0]]]), view, 1.0
+        )
+    assert called.names.count("softmax") == times
+    stamped = [0, 3] if "top_ratio" in setting else [0, 1, 2, 3]
+    assert (seen.stamp[0, 0] == 3).nonzero().flatten().tolist() == stamped
+    if "ties" in setting:
+        torch.testing.assert_close(seen.sums[0, 0, :, 0], keys[:, 0].softmax(0))

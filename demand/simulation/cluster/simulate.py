@@ -63,7 +63,8 @@ def simulate_cluster(
         engine: limits and times of each engine; `None` for the defaults.
         engines: how many there are.
         router: chooses among them; `None` for `LeastLoaded()`.
-        backends: as `simulate_engine`; those of all engines together.
+        backends: as `simulate_engine`; those of all engines together: what is warm for one is warm
+            for all, also a prefix or an adapter, which real engines hold each for itself.
         prewarm: as `simulate_engine`.
         pace: as `simulate_engine`.
         estimator: as `simulate_engine`.

@@ -119,11 +119,6 @@ class EngineAtWork:
         times = engine.kv_seconds_per_token, engine.block_tokens
         return ServedRequests(self.batch.log, self.step_log, *times, applications)
 
-    def _repeat(self, steps: int) -> None:
-        self._repeated = steps
-        self._seconds = self.batch.seconds(steps)
-        self.end = self._begun + self._seconds
-
     def _finish(self) -> None:
         self._carried_out = True
         self.end = self.carry_out(self._repeated, self._begun)
