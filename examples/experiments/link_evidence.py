@@ -15,7 +15,6 @@ from it. `--workers` share the GPUs that there are. Writes `link_evidence.json` 
 """
 
 import argparse
-import gzip
 import json
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
+from growing_record import GrowingRecord, read
 from link_evidence_pages import draw, tables
 from link_evidence_summary import summary
 from link_turns import LONGEST, NEW_TOKENS, Asked, Turn, asked_of, text_ids, turns_of, with_bos
@@ -142,10 +142,7 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, help="what --out wrote before: only sum it up")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.measured is not None:
-        record = json.loads(gzip.decompress(args.measured.read_bytes()))
-    else:
-        record = run(args)
+    record = run(args) if args.measured is None else read(args.measured)
     if not record["questions"]:
         raise SystemExit("no turn began within --seconds: give more, or call again to go on")
     summed = summary(record, ways(record["configuration"]["small"]))
@@ -180,33 +177,20 @@ def run(args: argparse.Namespace) -> dict:
         "first_token_seconds": {},
         "questions": [],
     }
-    file = args.out / QUESTIONS
-    if file.exists():
-        earlier = json.loads(gzip.decompress(file.read_bytes()))
-        if earlier["configuration"] != record["configuration"]:
-            raise SystemExit(f"{file} is of another configuration: give another --out")
-        record |= {name: earlier[name] for name in ("questions", "seconds", "first_token_seconds")}
+    growing = GrowingRecord(args.out / QUESTIONS, record, ("questions", "first_token_seconds"))
     done = {(one["task"], one["number"]) for one in record["questions"]}
     left = [turn for turn in turns if not all(one[:2] in done for one in turn.asked)]
-    before = record["seconds"]
-
-    def write() -> None:
-        record["seconds"] = before + time.time() - begun
-        part = file.with_suffix(".part")  # whole or not at all: the run may be ended at any time
-        part.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
-        part.replace(file)
-
     print(f"{len(every)} questions, {len(left)} of {len(turns)} turns to go", flush=True)
     if not record["first_token_seconds"]:
         count = 1 if args.small else TIMED
         timed = sorted(every, key=lambda one: (one.number, -len("".join(one.problem.documents))))
         record["first_token_seconds"] = first_token_seconds(args.model, args.small, timed[:count])
-        write()
+        growing.write()
     task = partial(measured, args.model, args.together, args.small, begun + args.seconds)
     for rows in spread(task, left, args.workers, "turns"):
         record["questions"] += [one for one in rows if (one["task"], one["number"]) not in done]
         done |= {(one["task"], one["number"]) for one in rows}
-        write()
+        growing.write()
     return record
 
 

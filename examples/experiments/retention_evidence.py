@@ -15,9 +15,7 @@ on from what stands in --out. Writes `retention_evidence.json` and `retention_ev
 """
 
 import argparse
-import gzip
 import json
-import os
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -26,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from environment import environment, hardware
+from growing_record import GrowingRecord, read
 from layer_by_layer import apart, hidden_states
 from loaded import loaded
 from parallel import spread
@@ -150,8 +149,6 @@ def measured(setting: Setting, deadline: float, job: Job) -> dict | None:
     """An arm's numbers, or why it is refused; None where the time is over before it begins."""
     if time.time() > deadline:
         return None
-    if torch.cuda.is_available():  # workers share the devices that there are
-        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
     begun = time.perf_counter()
     row = job._asdict() | {"where": hardware()}
     try:
@@ -175,12 +172,7 @@ def run(args: argparse.Namespace) -> dict:
         "seconds": 0.0,
         "rows": [],
     }
-    file = args.out / MEASURED
-    if file.exists():
-        earlier = json.loads(gzip.decompress(file.read_bytes()))
-        if earlier["configuration"] != record["configuration"]:
-            raise SystemExit(f"{file} is of another configuration: give another --out")
-        record |= {name: earlier[name] for name in ("rows", "seconds")}
+    growing = GrowingRecord(args.out / MEASURED, record, ["rows"])
     done = {(row["kind"], row["arm"], row["budget"]) for row in record["rows"]}
     labels = SMALL if args.small else [way.label for way in WAYS]
     every = jobs_of(labels, args.budgets, args.free_budget, args.answer)
@@ -189,13 +181,11 @@ def run(args: argparse.Namespace) -> dict:
         for job in every
         if job not in done and args.arms in job.arm and args.only in ("", job.kind)
     ]
-    before = record["seconds"]
     task = partial(measured, setting, begun + args.seconds)
     for row in spread(task, left, args.workers, "arms"):
         if row is not None:
             record["rows"].append(row)
-            record["seconds"] = before + time.time() - begun
-            file.write_bytes(gzip.compress(json.dumps(record).encode(), 4))
+            growing.write()
     return record
 
 
@@ -224,10 +214,7 @@ def main() -> None:
     if args.small:
         args.texts, args.tokens, args.budgets, args.answer = 4, 1000, [128], 0
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.measured is not None:
-        record = json.loads(gzip.decompress(args.measured.read_bytes()))
-    else:
-        record = run(args)
+    record = run(args) if args.measured is None else read(args.measured)
     summed = summary(record)
     (args.out / "retention_evidence.json").write_text(json.dumps(summed, indent=1) + "\n")
     draw(summed, args.out / "retention_evidence.png")
