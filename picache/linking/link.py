@@ -11,7 +11,7 @@ from torch import Tensor
 
 from picache.chunk import KV
 from picache.errors import CorruptChunk
-from picache.hf.due import Due
+from picache.hf.due import Due, nothing_due
 from picache.hf.sparse_pass import CannotCapture, Question
 from picache.kernels.placing import can_place
 from picache.linking.linked_kv import LinkedKV, place_rows
@@ -303,8 +303,10 @@ class Link:
         at = [index for index, linking in enumerate(linkings) if not linking.full_prefill]
         at = [index for index in at if not linkings[index].kv.begun]
         rows = [linkings[index].kv for index in at]
-        if rows and all(row.at_once for row in rows):
-            place_rows(rows, at, places, self._together)
+        if all(row.at_once for row in rows):
+            if rows:
+                place_rows(rows, at, places, self._together)
+            return nothing_due
 
         def due(layers: range) -> None:
             with self._together.span(waiting):

@@ -19,6 +19,7 @@ from picache import A3, PIC, ChunkStore, LegoLink, ProphetKV
 from picache.hf.padded_pass import PaddedPass
 from picache.linking import link, linked_kv
 from picache.linking.linked_kv import LinkedKV
+from picache.linking.stopwatch import Stopwatch
 from picache.store import memory, together
 from picache.store.stored import StoredChunk
 from tests.helpers import random_ids, tiny_model
@@ -241,6 +242,19 @@ def test_waiting_for_a_disk_is_not_time_of_the_recomputation(
     seconds = pic.link(chunks, random_ids(6), method).report.seconds
     assert seconds["first_token"] > 0.5
     assert seconds["recompute"] + seconds["choose"] < 0.4 * seconds["first_token"]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_nothing_is_waited_for_where_all_chunks_are_on_the_device(method, captured, monkeypatch):
+    pic = PIC(tiny_model("llama"), flops_per_byte=None)
+    chunks, spans, span = [pic.compile(random_ids(40))], [], Stopwatch.span
+    monkeypatch.setattr(
+        Stopwatch, "span", lambda self, name: spans.append(name) or span(self, name)
+    )
+    for _ in range(2):
+        pic.link(chunks, random_ids(6), method)
+    assert "recompute" in spans
+    assert not [name for name in spans if name.startswith("wait")]
 
 
 def test_the_seconds_of_placing_are_shared_by_the_rows(placed):
