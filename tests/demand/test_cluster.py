@@ -187,12 +187,20 @@ def test_the_same_where_they_keep_kv(workload, engine, policy, count, router):
     assert_like_twin(workload, policy, engine, count, router)
 
 
-@pytest.mark.parametrize("scheduling", ["by_rank", "running_first"])
-@pytest.mark.parametrize("policy", [FCFS(), Gittins(), VTC(10.0)], ids=repr)
+@pytest.mark.parametrize(
+    ("policy", "scheduling"),
+    [
+        (FCFS(), "by_rank"),
+        (VTC(10.0), "by_rank"),
+        (Gittins(), "running_first"),
+        (VTC(10.0), "running_first"),
+    ],
+    ids=repr,
+)
 def test_crowded_engines_are_jumped_over_rightly(policy, scheduling):
     """Applications of Hermes with costs of their own, wide batches, and too few blocks."""
-    workload = poisson_workload(hermes_applications(), load=100.0, jobs=40, seed=3)
-    engine = Engine(24, 512, 900, kv_seconds_per_token=1e-7, scheduling=scheduling)
+    workload = poisson_workload(hermes_applications(), load=100.0, jobs=28, seed=3)
+    engine = Engine(24, 512, 640, kv_seconds_per_token=1e-7, scheduling=scheduling)
     given = workload, policy, engine
     result = simulate_cluster(*given, 2, LeastLoaded(), service_cost=CostModel())
     twin = step_by_step(*given, CostModel(), engines=2, router=LeastLoaded())
@@ -200,7 +208,7 @@ def test_crowded_engines_are_jumped_over_rightly(policy, scheduling):
     for share, theirs in zip(result.engines, twin.servers, strict=True):
         for name in ("units", "steps", "preemptions", "prefilled_again", "peak_blocks"):
             assert getattr(share, name) == getattr(theirs, name), name
-        assert share.peak_blocks > 850  # they do run out
+        assert share.peak_blocks > 600  # they do run out
     assert result.moves == twin.moves > 0
 
 
@@ -234,10 +242,10 @@ def test_of_several_engines_one_that_serves_all_is_that_engine(workload, served)
 @pytest.mark.parametrize("retention", [None, LRU(), KeepAll(), NextUse(5.0)], ids=repr)
 def test_one_engine_is_that_engine_with_users_backends_and_an_estimator(retention):
     applications = hermes_applications(100)
-    jobs = poisson_workload(applications, load=40, jobs=60, seed=1)
-    users = closed_loop(applications, users=20, think_seconds=5.0, jobs=60, seed=2)
+    jobs = poisson_workload(applications, load=40, jobs=30, seed=1)
+    users = closed_loop(applications, users=15, think_seconds=5.0, jobs=30, seed=2)
     pools = {"container": Pool.containers(4, 5.0), "llm": Pool.adapters(3, 2.0)}
-    engine = Engine(16, blocks=3000, retention=retention)
+    engine = Engine(8, blocks=1500, retention=retention)
     for workload in (jobs, users):
         graphs = (workload.jobs if workload is users else workload).graphs
         assert_same_as_one_engine(

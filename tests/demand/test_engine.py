@@ -223,19 +223,26 @@ def test_a_quantum_that_ends_a_rounding_early_is_not_missed():
 
 
 @pytest.mark.parametrize(
-    ("scheduling", "mode"),
-    [
-        *(("by_rank", mode) for mode in MODES),
-        ("running_first", "none"),
-        ("running_first", "recompute"),
+    ("scheduling", "mode", "policy"),
+    [  # every mode under two policies, and every policy under two modes or more
+        ("by_rank", "none", Gittins()),
+        ("by_rank", "none", LeastSlack()),
+        ("by_rank", "pause", LAS(20.0)),
+        ("by_rank", "pause", VTC(10.0)),
+        ("by_rank", "recompute", Gittins()),
+        ("by_rank", "recompute", VTC(10.0)),
+        ("by_rank", "swap", FCFS()),
+        ("by_rank", "swap", LAS(20.0)),
+        ("running_first", "none", FCFS()),
+        ("running_first", "none", LeastSlack()),
+        ("running_first", "recompute", Gittins()),
+        ("running_first", "recompute", LAS(20.0)),
     ],
+    ids=repr,
 )
-@pytest.mark.parametrize(
-    "policy", [FCFS(), Gittins(), LAS(20.0), LeastSlack(), VTC(10.0)], ids=repr
-)
-def test_a_crowded_engine_is_jumped_over_rightly(policy, scheduling, mode):
+def test_a_crowded_engine_is_jumped_over_rightly(scheduling, mode, policy):
     """Applications of Hermes with costs of their own, a wide batch, and too few blocks."""
-    workload = with_deadlines(poisson_workload(hermes_applications(), 60.0, 25, 3), 2.0)
+    workload = with_deadlines(poisson_workload(hermes_applications(), 60.0, 16, 3), 2.0)
     engine = Engine(32, 512, 900, preemption=mode, kv_seconds_per_token=1e-7, scheduling=scheduling)
     result = simulate_engine(workload, policy, engine, service_cost=CostModel())
     twin = step_by_step(workload, policy, engine, CostModel())

@@ -52,10 +52,8 @@ DENSITY = {
     "hyperexponential": lambda x: 1.8 * math.exp(-x / 0.5) + 0.1 / 5.5 * math.exp(-x / 5.5),
 }
 LOADS = [0.5, 0.8, 0.9]
-slow = pytest.mark.slow
-by_load = pytest.mark.parametrize(
-    ("load", "at"), [(0.5, 0), pytest.param(0.8, 1, marks=slow), pytest.param(0.9, 2, marks=slow)]
-)
+# A light load and one at which the order matters; what varies more needs more jobs at 0.9.
+by_load = pytest.mark.parametrize(("load", "at"), [(0.5, 0), (0.8, 1)])
 SRPT_MEANS = {"exponential": [1.4254, 2.3528, 3.5521], "hyperexponential": [1.4047, 2.1847, 3.0947]}
 LAS_MEANS = {"exponential": [2.0, 5.0, 10.0], "hyperexponential": [1.7602, 3.7310, 6.7888]}
 
@@ -95,12 +93,11 @@ def controlled(values: np.ndarray, control: np.ndarray, expected: float) -> np.n
     return values - slope * (control - expected)
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8, pytest.param(0.9, marks=slow)])
+@pytest.mark.parametrize("load", [0.5, 0.8])
 @pytest.mark.parametrize("app", [EXPONENTIAL, CONSTANT, HYPER], ids=lambda app: app.name)
 def test_fcfs_is_pollaczek_khinchine(app, load):
     expected = pollaczek_khinchine(load, SECOND_MOMENT[app.name])
-    jobs = 40_000 if (app, load) == (HYPER, 0.9) else 10_000  # what varies most
-    assert_in_interval(expected, means(app, FCFS(), load, jobs, 20))
+    assert_in_interval(expected, means(app, FCFS(), load, 10_000, 20))
 
 
 def test_the_reference_values_of_pollaczek_khinchine():
@@ -136,7 +133,7 @@ def test_the_reference_values_of_srpt_and_of_least_attained_service(name):
 @pytest.mark.parametrize("app", [EXPONENTIAL, HYPER], ids=lambda app: app.name)
 def test_the_oracle_is_srpt_and_least_attained_service_is_kleinrocks_formula(app, load, at):
     """Each is the other's control variate."""
-    oracle, las = (means(app, policy, load, 10_000, 20) for policy in (Oracle(), LAS(0.1)))
+    oracle, las = (means(app, policy, load, 5000, 20) for policy in (Oracle(), LAS(0.1)))
     srpt_mean, las_mean = SRPT_MEANS[app.name][at], LAS_MEANS[app.name][at]
     assert_in_interval(srpt_mean, controlled(oracle, las, las_mean), 0.15)
     assert_in_interval(las_mean, controlled(las, oracle, srpt_mean), 0.15)
@@ -157,8 +154,7 @@ def test_constant_demand_makes_gittins_fcfs():
         )
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8])
-@pytest.mark.parametrize("servers", [2, 3, 8])
+@pytest.mark.parametrize(("servers", "load"), [(2, 0.8), (3, 0.5), (8, 0.8)])
 def test_m_m_k_is_erlang_c(servers, load):
     """E[T] = 1 + C / k (1 - rho), C being Erlang's chance to wait."""
     offered = servers * load
@@ -168,17 +164,14 @@ def test_m_m_k_is_erlang_c(servers, load):
     assert_in_interval(expected, means(EXPONENTIAL, FCFS(), load, 10_000, 20, servers))
 
 
-@pytest.mark.slow
-@by_load
-def test_gittins_on_falling_hazard_is_least_attained_service(load, at):
+def test_gittins_on_falling_hazard_is_least_attained_service():
     """Hyperexponential, whose hazard rate falls; the scheduler knows 60 quantiles of it."""
     known = quantile_grid(hyperexponential_quantile, 60)
     app = Application("hyperexponential", known, hyperexponential, 1.0)
-    values, control = (means(app, policy, load, 10_000, 20) for policy in (Gittins(), Oracle()))
-    expected = LAS_MEANS["hyperexponential"][at]
-    corrected = controlled(values, control, SRPT_MEANS["hyperexponential"][at])
+    values, control = (means(app, policy, 0.8, 5000, 20) for policy in (Gittins(), Oracle()))
+    expected = LAS_MEANS["hyperexponential"][1]
+    corrected = controlled(values, control, SRPT_MEANS["hyperexponential"][1])
     assert_in_interval(expected, corrected, 0.15)
-    assert values.mean() < means(app, FCFS(), load, 10_000, 20).mean()
 
 
 def test_no_order_beats_the_oracle_on_average():
