@@ -31,7 +31,6 @@ from demand.stages import progress_after
 from tests.demand.engine_twin import step_by_step
 from tests.demand.plans import afters, longest_chain, plans, told, waiting
 from tests.demand.test_engine import (
-    MODES,
     POLICIES,
     TEST,
     THINK,
@@ -62,21 +61,30 @@ def test_jumping_over_equal_steps_changes_nothing(workload, served):
     assert_like_twin(workload, *served)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(workloads(beside), like_vllm_and_policies)
 def test_the_same_where_running_requests_are_served_first(workload, served):
     assert_like_twin(workload, *served)
 
 
 @pytest.mark.parametrize(
-    ("scheduling", "mode"),
-    [
-        *(("by_rank", mode) for mode in MODES),
-        *(("running_first", m) for m in ("none", "recompute")),
+    ("scheduling", "mode", "policy"),
+    [  # every mode under two policies, and every policy under three modes
+        ("by_rank", "none", LAS(3.0)),
+        ("by_rank", "none", Gittins()),
+        ("by_rank", "pause", VTC(2.0)),
+        ("by_rank", "pause", Hysteresis(SERPT(), 5.0)),
+        ("by_rank", "recompute", Gittins()),
+        ("by_rank", "recompute", Hysteresis(SERPT(), 5.0)),
+        ("by_rank", "swap", LAS(3.0)),
+        ("by_rank", "swap", VTC(2.0)),
+        ("running_first", "none", VTC(2.0)),
+        ("running_first", "none", Hysteresis(SERPT(), 5.0)),
+        ("running_first", "recompute", LAS(3.0)),
+        ("running_first", "recompute", Gittins()),
     ],
 )
-@pytest.mark.parametrize("policy", [LAS(3.0), Gittins(), VTC(2.0), Hysteresis(SERPT(), 5.0)])
-def test_a_crowded_engine(policy, scheduling, mode):
+def test_a_crowded_engine(scheduling, mode, policy):
     """Plans of three to six units, most of them calls, with too few places and blocks."""
     rng, executed = np.random.default_rng(5), []
     for _ in range(25):

@@ -130,7 +130,7 @@ def looks_early(policy):
 
 
 @by_name
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_next_above_is_where_a_fine_scan_finds_it(policy, data):
     job, *others = data.draw(running_jobs(policy))
@@ -251,7 +251,7 @@ RERANKING = [
 
 
 @pytest.mark.parametrize("policy", RERANKING, ids=str)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_serving_a_job_moves_its_line_only_and_no_job_within_it(policy, data):
     served, *waiting = data.draw(running_jobs(policy, jobs=6))

@@ -1,7 +1,4 @@
-"""Chunks and names that tests of the disk share with the processes they start.
-
-Those are killed by the dozen, so that this file imports what they need and no more.
-"""
+"""Chunks and names that tests of the disk share."""
 
 import torch
 

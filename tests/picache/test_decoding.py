@@ -18,6 +18,7 @@ def model(request):
     return tiny_model(request.param)
 
 
+@pytest.fixture(scope="module")
 def linked(model):
     """Full prefill, two ordinary links and one that must be attached, of the same ids."""
     pic = PIC(model, flops_per_byte=None)
@@ -70,27 +71,27 @@ def one_by_one(model, prompts, target):
     return found
 
 
-@pytest.mark.parametrize("room", [2**30, 40_000, 0], ids=["all", "some", "each"])
 @pytest.mark.parametrize("length", [None, 1, 4])
-def test_a_batch_answers_as_each_prompt_does_alone(model, monkeypatch, room, length):
-    monkeypatch.setattr(decoding, "TOGETHER", room)
-    pic, prompts = linked(model)
+def test_a_batch_answers_as_each_prompt_does_alone(model, linked, monkeypatch, length):
+    pic, prompts = linked
     target = None if length is None else random_ids(length, seed=9)
-    found = alone(model, prefilled(pic, prompts), NEW, frozenset(), target)
     expected = one_by_one(model, prompts, target)
-    assert len(found) == len(expected) == 5
-    for answered, (tokens, logits) in zip(found, expected, strict=True):
-        assert torch.equal(answered.tokens, tokens)
-        torch.testing.assert_close(
-            answered.log_probabilities, logits.double().log_softmax(-1), atol=1e-4, rtol=0
-        )
-    assert [one.recomputed for one in found] == [1.0, 0.25, 0.25, 0.25, 0.25]
-    assert [one.operations for one in found] == [1.0, 0.3, 0.3, 0.3, 0.3]
+    for room in (2**30, 40_000, 0):  # for all in a batch, for some, and for each alone
+        monkeypatch.setattr(decoding, "TOGETHER", room)
+        found = alone(model, prefilled(pic, prompts), NEW, frozenset(), target)
+        assert len(found) == len(expected) == 5
+        for answered, (tokens, logits) in zip(found, expected, strict=True):
+            assert torch.equal(answered.tokens, tokens)
+            torch.testing.assert_close(
+                answered.log_probabilities, logits.double().log_softmax(-1), atol=1e-4, rtol=0
+            )
+        assert [one.recomputed for one in found] == [1.0, 0.25, 0.25, 0.25, 0.25]
+        assert [one.operations for one in found] == [1.0, 0.3, 0.3, 0.3, 0.3]
     assert len({tuple(one.tokens.tolist()) for one in found}) > 1, "the arms answer differently"
 
 
-def test_no_more_is_held_than_goes_into_a_batch(model, monkeypatch):
-    pic, prompts = linked(model)
+def test_no_more_is_held_than_goes_into_a_batch(model, linked, monkeypatch):
+    pic, prompts = linked
     made = []
 
     def watched():
@@ -105,8 +106,8 @@ def test_no_more_is_held_than_goes_into_a_batch(model, monkeypatch):
     assert len(made) == 3, "two in the batch, and the one that no longer fits"
 
 
-def test_an_answer_is_over_at_a_token_that_ends_it(model):
-    pic, prompts = linked(model)
+def test_an_answer_is_over_at_a_token_that_ends_it(model, linked):
+    pic, prompts = linked
     whole = [one.tokens.tolist() for one in alone(model, prefilled(pic, prompts), NEW, frozenset())]
     end = whole[0][2]
     ended = alone(model, prefilled(pic, prompts), NEW, frozenset({end}))
@@ -116,8 +117,8 @@ def test_an_answer_is_over_at_a_token_that_ends_it(model):
     assert len(ended[0].log_probabilities) == len(ended[0].tokens), "forced to what full answered"
 
 
-def test_an_error_leaves_the_model_detached(model):
-    pic, prompts = linked(model)
+def test_an_error_leaves_the_model_detached(model, linked):
+    pic, prompts = linked
     broken = torch.tensor([10**9])  # no such token
     with pytest.raises(IndexError):
         list(answers(model, prefilled(pic, prompts[1:2]), 1, frozenset(), [broken.repeat(3)]))

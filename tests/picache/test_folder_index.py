@@ -1,27 +1,24 @@
 """The bound of a folder, whatever other processes, killed writers and the index itself do."""
 
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
-import textwrap
 import threading
 import time
+import warnings
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import torch
 
 from picache import ChunkStore, PICacheError
 from picache.chunk import Header
+from picache.store import files as stored_files
 from picache.store import folder_index, writers
 from picache.store.chunk_name import file_name, key_of
 from tests.picache.disk_chunks import NAMES, chunk, files, leftovers
+from tests.picache.forked import forked
 from tests.picache.helpers import same_kv
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes as on POSIX")
 
 
@@ -238,54 +235,47 @@ def test_an_index_does_not_grow_with_what_was_put_and_left(tmp_path):
 # Killed writers
 
 
-KILLED_WHILE_WRITING = """
-    import os, sys
-    sys.path.insert(0, {root!r})
-    from tests.picache.disk_chunks import chunk
-    from picache import ChunkStore
-    from picache.store import files, folder_index
-    store = ChunkStore(path={path!r}, disk_bytes={bound})
-
-    def stop(*args, **kwargs):
-        print("there", flush=True)
-        sys.stdin.read()
-
-    {patch}
-    store.put({key!r}, chunk())
-"""
-IN_FILL = "write = files._write; files._write = lambda *a: (write(*a), stop())"
-BEFORE_FILL = "files._write = stop"
-AFTER_RENAME = "files.LocalFiles.settle = stop"
-IN_PUBLISH = (
-    "publish = files.LocalFiles.publish; "
-    "files.LocalFiles.publish = lambda *a: (publish(*a), os.kill(os.getpid(), 9))"
-)
+def in_fill(stop):
+    write = stored_files._write
+    stored_files._write = lambda *given: (write(*given), stop())
 
 
-def writer(path, bound, key, patch):
-    code = KILLED_WHILE_WRITING.format(
-        root=str(ROOT), path=str(path), bound=bound, key=key, patch=patch
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+def before_fill(stop):
+    stored_files._write = lambda *given: stop()
 
 
-@pytest.mark.parametrize("patch", [IN_FILL, BEFORE_FILL, AFTER_RENAME, IN_PUBLISH])
+def after_rename(stop):
+    stored_files.LocalFiles.settle = lambda *given: stop()
+
+
+def in_publish(stop):
+    publish = stored_files.LocalFiles.publish
+    stored_files.LocalFiles.publish = lambda *given: (publish(*given), os.kill(os.getpid(), 9))
+
+
+def writer(path, bound, patch):
+    """A process that stops in the middle of a put, where `patch` says."""
+
+    def work(stop):
+        store = ChunkStore(path=path, disk_bytes=bound)
+        patch(stop)
+        store.put(NAMES[50], chunk())
+
+    return forked(work)
+
+
+@pytest.mark.parametrize("patch", [in_fill, before_fill, after_rename, in_publish])
 def test_a_killed_writers_room_counts_at_once_and_goes_to_whoever_needs_it(tmp_path, patch):
     size = size_of_one(tmp_path)
     path = tmp_path / "chunks"
     bound = 4 * size + 10
     store = filled(path, 3, disk_bytes=bound)
-    process = writer(path, bound, NAMES[50], patch)
-    if patch != IN_PUBLISH:
-        assert process.stdout.readline() == b"there\n"
+    process = writer(path, bound, patch)
+    if patch != in_publish:
+        assert process.line() == b"there\n"
         assert tier(store)[1] == 4 * size, "what is being written counts"
         process.kill()
-    process.wait()
+    assert process.wait() == -9
     assert tier(store)[1] == 4 * size
     for seed in range(3, 12):
         store.put(NAMES[seed], chunk(seed))
@@ -301,9 +291,9 @@ def test_a_live_writers_file_is_left_alone_and_its_room_too(tmp_path):
     path = tmp_path / "chunks"
     bound = 4 * size
     store = filled(path, 3, disk_bytes=bound)
-    process = writer(path, bound, NAMES[50], IN_FILL)
+    process = writer(path, bound, in_fill)
     try:
-        assert process.stdout.readline() == b"there\n"
+        assert process.line() == b"there\n"
         old = time.time() - 2 * writers.STALE_SECONDS
         (temporary,) = leftovers(path)
         os.utime(temporary, (old, old))
@@ -314,7 +304,8 @@ def test_a_live_writers_file_is_left_alone_and_its_room_too(tmp_path):
         assert leftovers(path) == [temporary]
         assert tier(store) == (3, 4 * size)
     finally:
-        process.communicate()
+        process.go_on()
+        assert process.wait() == 0
     assert NAMES[50] in store
     assert leftovers(path) == []
 
@@ -322,8 +313,8 @@ def test_a_live_writers_file_is_left_alone_and_its_room_too(tmp_path):
 def test_clear_takes_what_killed_writers_left(tmp_path):
     path = tmp_path / "chunks"
     store = filled(path, 3)
-    process = writer(path, 10**6, NAMES[50], IN_FILL)
-    process.stdout.readline()
+    process = writer(path, 10**6, in_fill)
+    assert process.line() == b"there\n"
     process.kill()
     process.wait()
     assert len(leftovers(path)) == 1
@@ -368,7 +359,7 @@ def test_a_zombie_has_ended():
 def sampled(path, bound, until):
     """The most bytes ever there until `until` is set, and how often that was looked at."""
     most = looks = 0
-    while not until.is_set():
+    while not until.wait(0.001):  # not always at once: it keeps the others from the index
         most, looks = max(most, bytes_there(path)), looks + 1
     return most, looks
 
@@ -396,7 +387,7 @@ def test_threads_do_not_pass_the_bound(tmp_path):
     failed = []
 
     def puts(offset):
-        for turn in range(25):
+        for turn in range(12):
             key = NAMES[(offset + turn * 7) % 20]
             try:
                 store.put(key, chunk())
@@ -418,38 +409,33 @@ def test_threads_do_not_pass_the_bound(tmp_path):
     assert leftovers(path) == []
 
 
-PUTTER = """
-    import sys
-    sys.path.insert(0, {root!r})
-    from tests.picache.disk_chunks import NAMES, chunk
-    from picache import ChunkStore
-    import warnings
-    warnings.simplefilter("ignore")
-    store = ChunkStore(path={path!r}, disk_bytes={bound})
-    for turn in range({turns}):
-        store.put(NAMES[({offset} + turn * 7) % 20], chunk())
-"""
-
-
 def test_processes_do_not_pass_the_bound_even_when_they_are_killed(tmp_path):
     size = size_of_one(tmp_path)
     path = tmp_path / "chunks"
     bound = 6 * size
     ChunkStore(path=path, disk_bytes=bound)
 
+    def putter(offset):
+        def puts(stop):
+            stop()  # until the watcher is there: a process with threads had better not fork
+            warnings.simplefilter("ignore")
+            store = ChunkStore(path=path, disk_bytes=bound)
+            for turn in range(30 if offset % 2 else 10**6):
+                store.put(NAMES[(offset + turn * 7) % 20], chunk())
+
+        return forked(puts)
+
+    running = [putter(offset) for offset in range(4)]
+
     def work():
-        running = []
-        for offset in range(4):
-            turns = 30 if offset % 2 else 10**6
-            code = PUTTER.format(
-                root=str(ROOT), path=str(path), bound=bound, offset=offset, turns=turns
-            )
-            running.append(subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)]))
+        for process in running:
+            assert process.line() == b"there\n"
+            process.go_on()
         for process in running[1::2]:
             assert process.wait() == 0
         for process in running[::2]:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            assert process.wait() == -9
 
     assert watched(path, bound, work) <= bound
     store = ChunkStore(device_bytes=1, path=path, disk_bytes=bound)

@@ -137,7 +137,8 @@ def test_top_pages(places):
     laid_out = tied_scores(places).mT.contiguous().mT  # strides are odd
     for scores in (laid_out, -laid_out):
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        for count in sorted({1, min(7, places), places // 2 or 1, max(1, places - 1), places}):
+        counts = {1, min(7, places), places // 2 or 1, max(1, places - 1), places}
+        for count in sorted(counts) if places < 1000 else (7, places // 2):
             expected = order[..., :count].sort(-1).values
             twin = top_pages_reference(scores, count)
             assert torch.equal(twin.sort(-1).values, expected), count
