@@ -101,7 +101,7 @@ def test_what_inductor_makes_of_it_differs_by_rounding_and_copies_no_arena(monke
 
     monkeypatch.setattr(attention_operator, "scattered_attention", noted)
     for dtype in (torch.float32, torch.bfloat16):
-        pic, chunks, query = pic_and_parts(small("llama", layers=2, dtype=dtype))
+        pic, chunks, query = pic_and_parts(small("llama", dtype=dtype))
         warm(pic)
         attended.clear()
         prompt = pic.link(chunks, query, LegoLink(3))

@@ -387,7 +387,7 @@ def test_threads_do_not_pass_the_bound(tmp_path):
     failed = []
 
     def puts(offset):
-        for turn in range(12):
+        for turn in range(25):
             key = NAMES[(offset + turn * 7) % 20]
             try:
                 store.put(key, chunk())

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,11 +44,20 @@ def expected(model):
     return pic.link([pic.compile(text) for text in TEXTS], QUERY, LegoLink(3)).logits
 
 
+@pytest.fixture(scope="module")
+def compiled(model, tmp_path_factory):
+    """A folder with the three chunks, which no test changes."""
+    folder = tmp_path_factory.mktemp("compiled")
+    pic = PIC(model, store=ChunkStore(path=folder))
+    return folder, [pic.compile(text) for text in TEXTS]
+
+
 @pytest.fixture
-def filled(model, tmp_path):
+def filled(compiled, tmp_path):
     """A folder with the three chunks, as another process left it."""
-    pic = PIC(model, store=ChunkStore(path=tmp_path))
-    return tmp_path, [pic.compile(text) for text in TEXTS]
+    folder, chunks = compiled
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path, list(chunks)
 
 
 def linked(model, store, chunks):

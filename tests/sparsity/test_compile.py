@@ -4,21 +4,20 @@ import pytest
 import torch
 
 from sparsity import RaaS, SparseCache, StreamingLLM, detach
-from tests.helpers import random_ids
-from tests.sparsity.zoo import shallow_model
+from tests.helpers import random_ids, tiny_model
 
 POLICY = RaaS(16, page_size=4, pin_prompt=False, alpha=0.15)
 
 
 def generate(model, policy):
     ids, cache = random_ids(12, 1), SparseCache(model, policy)
-    return model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+    return model.generate(ids, max_new_tokens=9, do_sample=False, past_key_values=cache)
 
 
 @pytest.fixture
 def model():
     torch._dynamo.reset()
-    yield shallow_model("llama")
+    yield tiny_model("llama", num_hidden_layers=1)
     torch._dynamo.reset()
 
 
