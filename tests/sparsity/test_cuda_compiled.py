@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.cudagraph_trees import get_manager
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsity import H2O, Full, Quest, RaaS, SnapKV, SparseCache, StreamingLLM
@@ -70,6 +69,8 @@ def test_nothing_is_compiled_again_in_4096_steps_nor_for_another_cache():
 
 def test_the_next_caches_are_served_by_the_same_recording():
     """Wherever the allocator would have put them; torch gives up after 128 recordings."""
+    from torch._inductor.cudagraph_trees import get_manager  # takes seconds to import
+
     model, elsewhere = build(torch.bfloat16), []
     cache = SparseCache(model, RaaS(128, pin_prompt=False))
     generate(model, cache, 16)

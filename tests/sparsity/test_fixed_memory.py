@@ -46,25 +46,23 @@ def test_the_next_cache_has_the_memory_and_nothing_of_what_was_in_it(either):
         assert addresses(cache) == before
 
 
-def test_a_cache_that_lives_keeps_its_memory(either):
-    model = either
+def test_a_cache_that_lives_keeps_its_memory(model):
     caches = [fixed(model, POLICY) for _ in range(2)]
     texts = [generate(model, cache, compile_config=compiles()) for cache in caches]
     assert not set(addresses(caches[0])) & set(addresses(caches[1]))
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize(
-    "other", [H2O(16, page_size=4), Quest(8, page_size=4), POLICY], ids=["H2O", "Quest", "batch"]
-)
-def test_memory_that_does_not_fit_is_not_taken(model, other):
+def test_memory_that_does_not_fit_is_not_taken(model):
+    """That of another batch, of other policies, and of one that keeps all."""
     cache = fixed(model, POLICY)
     generate(model, cache, compile_config=compiles())
-    given = {"rows": (2, 0, 1)} if other is POLICY else {}
-    expected = generate(model, SparseCache(model, other, static=False), **given)
-    del cache
-    cache = fixed(model, other)
-    assert torch.equal(generate(model, cache, compile_config=compiles(), **given), expected)
+    for other in (POLICY, H2O(16, page_size=4), Quest(8, page_size=4)):
+        given = {"rows": (2, 0, 1)} if other is POLICY else {}
+        expected = generate(model, SparseCache(model, other, static=False), **given)
+        del cache
+        cache = fixed(model, other)
+        assert torch.equal(generate(model, cache, compile_config=compiles(), **given), expected)
 
 
 def test_a_cache_that_goes_on_from_another_takes_it_too(model):

@@ -50,9 +50,14 @@ def contents(pool):
     return [slots[filled], *states, *(t.gather(-1, place)[start >= 0] for t in pages)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("prompt", [3, 13])
-@pytest.mark.parametrize("policy", SMALL, ids=str)
+@pytest.mark.parametrize(
+    ("policy", "prompt", "dtype"),
+    [  # every third in half precision too, whose rounding is no policy's own
+        *((policy, prompt, torch.float64) for policy in SMALL for prompt in (3, 13)),
+        *((policy, 13, torch.bfloat16) for policy in SMALL[::3]),
+    ],
+    ids=str,
+)
 def test_alike_rows_are_kept_as_rows_that_differ(policy, prompt, dtype):
     if policy.pin_prompt and policy.pins_count and prompt > 8:
         prompt = 8
