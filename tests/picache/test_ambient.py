@@ -344,11 +344,11 @@ def compile_a_layer(model):
 @pytest.mark.parametrize("how", [compile_forward, compile_model, compile_a_layer])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_compiled_model_links_and_generates_as_it_does_without(how, when):
-    plain = PIC(tiny_model("llama", num_hidden_layers=2))
+    plain = PIC(tiny_model("llama", num_hidden_layers=3))
     method = CacheBlend(0.3)
     prompt = plain.link(compiled(plain), QUERY, method)
     expected = plain.model.generate(**prompt, max_new_tokens=2, do_sample=False)
-    model = tiny_model("llama", num_hidden_layers=2)
+    model = tiny_model("llama", num_hidden_layers=3)
     if when == "before":
         how(model)
     pic = PIC(model)
