@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
-from train_reasoning_adapter import IGNORE, Problems, loss_of, solved, unseen
-from word_problems import final_answer
+from train_reasoning_adapter import IGNORE, Problems, loss_of, solved
+from word_problems import final_answer, unseen
 
 from tests.helpers import tiny_model
 
