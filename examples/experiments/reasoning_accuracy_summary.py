@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from link_evidence_summary import Sample
 from quickstart_pages import markdown
-from retention_evidence_summary import said
+from retention_evidence_summary import bars, said
 from retention_ways import REASONING
 
 DENSE = "dense"
@@ -24,7 +24,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     }
     twins = {way.label: way.twin for way in REASONING}
     rows = []
-    for (arm, budget), marks in by_arm.items():
+    for (arm, budget), marks in sorted(by_arm.items(), key=lambda one: one[0] != (DENSE, 0)):
         row: dict[str, Any] = {"arm": arm, "budget": budget, "problems": len(marks)}
         if marks:
             for name in METRICS:
@@ -55,38 +55,29 @@ def interval(values: list[float], seed: int) -> list[float]:
 
 
 def tables(summed: dict[str, Any]) -> str:
-    """Markdown: problems solved, lines right, and what random tokens in their place give."""
-    found = {(row["arm"], row["budget"]): row for row in summed["rows"]}
-    budgets = sorted({row["budget"] for row in summed["rows"]} - {0})
-    arms = list(dict.fromkeys(row["arm"] for row in summed["rows"]))
-    names = {
-        "solved": "solved",
-        "solved_minus_random": "solved, less random's",
-        "lines_right": "lines without a wrong token",
-        "lines_right_minus_random": "lines without a wrong token, less random's",
+    """Markdown, a table for each budget."""
+    dense, *rows = summed["rows"]
+    columns = {
+        "problems": "{problems}",
+        "solved": "{solved}",
+        "less random's": "{solved_minus_random}",
+        "lines right": "{lines_right}",
+        "less its random's": "{lines_right_minus_random}",
     }
     parts = []
-    for name, heading in names.items():
-        rows = []
-        for arm in arms:
-            cells = [found.get((arm, budget), found[DENSE, 0]) for budget in budgets]
-            if arm != DENSE:
-                cells = [found.get((arm, budget), {"problems": 0}) for budget in budgets]
-            texts = [_cell(row, name, summed["configuration"]["problems"]) for row in cells]
-            if any(texts):
-                rows.append(
-                    {"arm": arm} | {f"b{b}": t for b, t in zip(budgets, texts, strict=True)}
-                )
-        parts.append(markdown(rows, {heading: "{arm}"} | {str(b): f"{{b{b}}}" for b in budgets}))
+    for budget in sorted({row["budget"] for row in rows}):
+        shown = [_row(row) for row in (dense, *rows) if row["budget"] in (0, budget)]
+        parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns))
     return "\n\n".join(parts)
 
 
-def _cell(row: dict[str, Any], name: str, problems: int) -> str:
-    """A number with its interval, and on how many problems where not on all."""
-    if name not in row:
-        return ""
-    text = said(row[name], "+" if "random" in name else "")
-    return text if row["problems"] == problems else f"{text}, of {row['problems']}"
+def _row(row: dict[str, Any]) -> dict[str, str]:
+    """The cells of a row; empty ones for what is not there."""
+    cells = {"arm": row["arm"], "problems": str(row["problems"])}
+    for name in ("solved", "lines_right"):
+        cells[name] = said(row.get(name), "")
+        cells[f"{name}_minus_random"] = said(row.get(f"{name}_minus_random"))
+    return cells
 
 
 def draw(summed: dict[str, Any], path: Path) -> None:
@@ -105,12 +96,14 @@ def draw(summed: dict[str, Any], path: Path) -> None:
         axes, ("solved", "lines_right"), ("problems solved", "lines without a wrong token"),
         strict=True,
     ):  # fmt: skip
+        shown = [row for row in summed["rows"] if row["arm"] not in controls and name in row]
+        if len(budgets) == 1:
+            bars(axis, [(row["arm"], row[name]) for row in shown])
+            axis.set(xlabel=f"{what}, budget {budgets[0]}")
+            continue
         axis.axhline(dense[name][0], color="black", linestyle="--", label="dense")
         for index, arm in enumerate(arm for arm in arms if arm not in controls):
-            own = sorted(
-                (row for row in summed["rows"] if row["arm"] == arm and name in row),
-                key=lambda row: row["budget"],
-            )
+            own = sorted((row for row in shown if row["arm"] == arm), key=lambda row: row["budget"])
             axis.plot(
                 [row["budget"] for row in own],
                 [row[name][0] for row in own],
@@ -122,6 +115,7 @@ def draw(summed: dict[str, Any], path: Path) -> None:
         axis.set(xlabel="budget, tokens a KV head", ylabel=what, ylim=(-0.02, 1.02))
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes[0].legend(fontsize=7)
+    if len(budgets) > 1:
+        axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -137,11 +137,10 @@ WAYS = [
               like=BULK),
     *by_sinks("R-KV", lambda b, s: RKV(b, sinks=s, evict_every=b // 4), default=0,
               like=BULK),
-    *by_sinks("LazyEviction", lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4),
-              default=0, like=BULK),
     *by_sinks("LazyEviction",
-              lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4, ties="score"),
-              "ties by score", like=BULK),
+              lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4, ties="age"), like=BULK),
+    *by_sinks("LazyEviction", lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4),
+              "ties by score", default=4, like=BULK),
     *by_sinks("VaSE", lambda b, s: VaSE(
         b, sinks=s, window=b // 4, large=b // 4, evict_every=b // 4), default=4, like=BULK),
 ]  # fmt: skip
