@@ -10,6 +10,7 @@ from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
 from demand.progress_bar import bar
 from demand.refine.base import Refine
+from demand.refine.predictor import Predictor
 from demand.routing.base import ReadyUnit, Router
 from demand.routing.least_loaded import LeastLoaded
 from demand.simulation.cluster.result import ClusterResult
@@ -36,6 +37,7 @@ def simulate_cluster(
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
     estimator: Refine | None = None,
+    predictor: Predictor | None = None,
     service_cost: CostModel | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -68,6 +70,7 @@ def simulate_cluster(
         prewarm: as `simulate_engine`.
         pace: as `simulate_engine`.
         estimator: as `simulate_engine`.
+        predictor: as `simulate_engine`.
         service_cost: as `simulate_engine`.
         seed: of the number each job draws (`Job.lottery`). Routers have seeds of their own.
         progress: whether to show a bar, where tqdm is installed.
@@ -89,6 +92,7 @@ def simulate_cluster(
         prewarm=prewarm,
         pace=pace,
         estimator=estimator,
+        predictor=predictor,
         service_cost=service_cost,
         seed=seed,
     )

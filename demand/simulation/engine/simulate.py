@@ -11,6 +11,7 @@ from demand.arguments import renamed_keyword
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
 from demand.refine.base import Refine
+from demand.refine.predictor import Predictor
 from demand.simulation.engine.applications import Applications
 from demand.simulation.engine.calls import call_groups
 from demand.simulation.engine.engine import Engine
@@ -21,7 +22,7 @@ from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.prefix_cache import PrefixCache
 from demand.simulation.engine.result import EngineResult, Prefixes
 from demand.simulation.engine.waits import Waits
-from demand.simulation.refining import learn
+from demand.simulation.refining import ask_estimator
 from demand.units import CostModel, is_sequence
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
@@ -38,6 +39,7 @@ def simulate_engine(
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
     estimator: Refine | None = None,
+    predictor: Predictor | None = None,
     service_cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
@@ -71,6 +73,9 @@ def simulate_engine(
             over; `None` for `service_cost`.
         estimator: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
+        predictor: what says it from a call before its first token; asked as a job arrives and,
+            after the estimator, at the end of every unit, if what follows is a call to a model and
+            nothing of its stage has been served. Its answer holds from there on.
         service_cost: seconds of attained service that a token counts for, on the scale of the
             distributions of `workload`; not what it takes on the engine. `None` for the cost model
             of the application's graph, or the default where it has none. Up to the last release
@@ -79,8 +84,9 @@ def simulate_engine(
 
     Raises:
         DemandError: an argument of the wrong kind, a workload without runs, an empty run, a
-            request larger than all blocks, a policy whose rank is no number, a pool for an unknown
-            unit, or a prewarmer that needs graphs where there are none.
+            request larger than all blocks, a policy whose rank is no number, an estimator or
+            predictor that gives no distribution, a pool for an unknown unit, or a prewarmer that
+            needs graphs where there are none.
     """
     simulation = _Simulation(
         workload,
@@ -90,6 +96,7 @@ def simulate_engine(
         prewarm=prewarm,
         pace=pace,
         estimator=estimator,
+        predictor=predictor,
         service_cost=service_cost,
         seed=seed,
     )
@@ -184,10 +191,13 @@ class _Simulation(Applications):
         if waits.over:
             self.finish(job, now)
             return
-        if self.estimator is not None:
+        if self.estimator is not None or self.predictor is not None:
             cost = self.costs[job.application]
             progress = waits.progress(ready, partial(job.received, step=step), cost)
-            learn(job, progress, self.estimator, self.policy)
+            if self.estimator is not None:
+                ask_estimator(job, progress, self.estimator, self.policy)
+            if progress.current is None:
+                self.foresee(job, waits.as_ended(), len(waits.ended))
         if job.calls:
             self.one.order.moved(job, now)
         for following in ready:
