@@ -86,7 +86,7 @@ def each_its_own(workload):
 def test_it_is_asked_as_in_steps_one_at_a_time(workload, served):
     engine, policy = served
     ours, theirs = Says(), Says()
-    result = simulate_engine(workload, policy, engine, predictor=ours, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, predictor=ours, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST, predictor=theirs)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     assert (result.steps, result.preemptions) == (twin.steps, twin.preemptions)
@@ -100,8 +100,8 @@ def test_by_the_truth_the_shortest_mean_is_the_oracle(workload, served):
     engine, _ = served
     workload = each_its_own(workload)
     truth = Truth(workload, WHOLE_COST)
-    told = simulate_engine(workload, SERPT(), engine, predictor=truth, service_cost=WHOLE_COST)
-    oracle = simulate_engine(workload, Oracle(), engine, service_cost=WHOLE_COST)
+    told = simulate_engine(workload, SERPT(), engine, predictor=truth, cost=WHOLE_COST)
+    oracle = simulate_engine(workload, Oracle(), engine, cost=WHOLE_COST)
     np.testing.assert_array_equal(told.completion_times, oracle.completion_times)
     for name in ("steps", "preemptions", "prefilled_again", "swapped_blocks", "peak_blocks"):
         assert getattr(told, name) == getattr(oracle, name), name
@@ -124,7 +124,7 @@ def test_what_was_known_changes_nothing(workload, served, policy):
             return workload.distributions[call.application].condition(attained)
 
     told, blind = (
-        simulate_engine(workload, policy, served[0], predictor=each, service_cost=WHOLE_COST)
+        simulate_engine(workload, policy, served[0], predictor=each, cost=WHOLE_COST)
         for each in (Prior(), None)
     )
     np.testing.assert_array_equal(told.completion_times, blind.completion_times)
@@ -162,7 +162,7 @@ def test_of_units_side_by_side_it_is_asked_before_any_of_them_is_served():
     )  # fmt: skip
     for cost in (WHOLE_COST, CostModel(0.1, 0.7)):  # of sums that are exact, and rounded
         says = Says()
-        simulate_engine(jobs, SERPT(), engine, predictor=says, service_cost=cost)
+        simulate_engine(jobs, SERPT(), engine, predictor=says, cost=cost)
         assert says.asked == [("a", "long", 1.0, 1, 0), ("b", "think + write", 5.0, 4, 1)]
     says = Says()
     simulate_engine(jobs, SERPT(), WIDE, predictor=says)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from demand.arguments import check_instance, whole_number
+from demand.arguments import check_instance, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
@@ -26,6 +26,7 @@ from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
+@renamed_keyword("service_cost", "cost")
 def simulate_cluster(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -38,7 +39,7 @@ def simulate_cluster(
     pace: CostModel | None = None,
     estimator: Refine | None = None,
     predictor: Predictor | None = None,
-    service_cost: CostModel | None = None,
+    cost: CostModel | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> ClusterResult:
@@ -71,7 +72,7 @@ def simulate_cluster(
         pace: as `simulate_engine`.
         estimator: as `simulate_engine`.
         predictor: as `simulate_engine`.
-        service_cost: as `simulate_engine`.
+        cost: as `simulate_engine`.
         seed: of the number each job draws (`Job.lottery`). Routers have seeds of their own.
         progress: whether to show a bar, where tqdm is installed.
 
@@ -93,7 +94,7 @@ def simulate_cluster(
         pace=pace,
         estimator=estimator,
         predictor=predictor,
-        service_cost=service_cost,
+        cost=cost,
         seed=seed,
     )
     with bar(len(workload), "jobs", progress) as simulation.advance_bar:

@@ -66,7 +66,7 @@ class Applications(ABC):
         pace: CostModel | None,
         estimator: Refine | None,
         predictor: Predictor | None,
-        service_cost: CostModel | None,
+        cost: CostModel | None,
         seed: int,
     ) -> None:
         entries = entries_of(workload)
@@ -82,7 +82,7 @@ class Applications(ABC):
         prewarm = NoPrewarm() if prewarm is None else prewarm
         check_instance("engine", engine, Engine, "an engine, such as Engine(max_requests=64)")
         check_prewarmer("prewarm", prewarm)
-        for name, model in (("pace", pace), ("service_cost", service_cost)):
+        for name, model in (("pace", pace), ("cost", cost)):
             if model is not None:
                 check_instance(name, model, CostModel, "a CostModel, or None")
         pools = {} if backends is None else checked_pools(backends)
@@ -94,7 +94,7 @@ class Applications(ABC):
         self.runs = entries.runs
         self.policy = policy
         self.engine = engine
-        self.costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
+        self.costs = {name: cost or _cost(entries, name) for name in entries.distributions}
         self.tables: Tables | None = None
         if engine.retention is not None:
             self.tables = Tables(engine.retention, entries.graphs, self.costs)
@@ -102,7 +102,7 @@ class Applications(ABC):
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
-        pace = pace or service_cost or CostModel()
+        pace = pace or cost or CostModel()
         self.backends = Backends(pools, prewarm, pace, entries.graphs, self.agenda, self.place)
         self.entries: list[int] = []
         self.arrived_at: list[float] = []

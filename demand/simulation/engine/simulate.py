@@ -29,7 +29,7 @@ from demand.workloads.workload import Workload
 
 
 @renamed_keyword("refine", "estimator")
-@renamed_keyword("cost", "service_cost")
+@renamed_keyword("service_cost", "cost")
 def simulate_engine(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -40,7 +40,7 @@ def simulate_engine(
     pace: CostModel | None = None,
     estimator: Refine | None = None,
     predictor: Predictor | None = None,
-    service_cost: CostModel | None = None,
+    cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
@@ -70,16 +70,15 @@ def simulate_engine(
         backends: by name of a unit, or by kind for all other units of the kind.
         prewarm: warms backends ahead; `None` for `NoPrewarm`.
         pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
-            over; `None` for `service_cost`.
+            over; `None` for `cost`. It says what a call takes, `cost` what it counts for.
         estimator: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
         predictor: what says it from a call before its first token; asked as a job arrives and,
             after the estimator, at the end of every unit, if what follows is a call to a model and
             nothing of its stage has been served. Its answer holds from there on.
-        service_cost: seconds of attained service that a token counts for, on the scale of the
-            distributions of `workload`; not what it takes on the engine. `None` for the cost model
-            of the application's graph, or the default where it has none. Up to the last release
-            it was named `cost`.
+        cost: seconds of attained service that a token counts for, on the scale of the
+            distributions of `workload`; not what it takes on the engine, which is `pace`. `None`
+            for the cost model of the application's graph, or the default where it has none.
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
@@ -97,7 +96,7 @@ def simulate_engine(
         pace=pace,
         estimator=estimator,
         predictor=predictor,
-        service_cost=service_cost,
+        cost=cost,
         seed=seed,
     )
     return simulation.run()
