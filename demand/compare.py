@@ -14,7 +14,7 @@ from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
 from demand.policies.fcfs import FCFS
 from demand.progress_bar import bar
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
 from demand.simulation.queue.simulate import simulate
@@ -77,7 +77,7 @@ def compare(
     *,
     servers: int = 1,
     engine: Engine | None = None,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
     also: Sequence[str] = (),
     progress: bool = True,

@@ -9,7 +9,7 @@ from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
 from demand.progress_bar import bar
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.routing.base import ReadyUnit, Router
 from demand.routing.least_loaded import LeastLoaded
@@ -37,7 +37,7 @@ def simulate_cluster(
     backends: Mapping[str, Pool] | None = None,
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
     cost: CostModel | None = None,
     seed: int = 0,

@@ -11,7 +11,7 @@ from demand.errors import DemandError
 from demand.policies.base import Policy, Rank, check_policy, rank_of
 from demand.prewarm.base import Prewarmer, check_prewarmer
 from demand.prewarm.baselines import NoPrewarm
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.engine.agenda import Action, Agenda
@@ -64,7 +64,7 @@ class Applications(ABC):
         backends: Mapping[str, Pool] | None,
         prewarm: Prewarmer | None,
         pace: CostModel | None,
-        estimator: Refine | None,
+        estimator: Estimator | None,
         predictor: Predictor | None,
         cost: CostModel | None,
         seed: int,

@@ -10,7 +10,7 @@ import numpy as np
 from demand.arguments import renamed_keyword
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.engine.applications import Applications
 from demand.simulation.engine.calls import call_groups
@@ -38,7 +38,7 @@ def simulate_engine(
     backends: Mapping[str, Pool] | None = None,
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
     cost: CostModel | None = None,
     seed: int = 0,

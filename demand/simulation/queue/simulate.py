@@ -9,7 +9,7 @@ import numpy as np
 from demand.arguments import renamed_keyword, whole_number
 from demand.policies.base import Policy, check_policy
 from demand.policies.wrapper import hook
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.job_maker import JobMaker
@@ -52,7 +52,7 @@ def simulate(
     policy: Policy,
     servers: int = 1,
     seed: int = 0,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
 ) -> SimulationResult:
     """Serve `workload` under `policy`, preempting at no cost: an M/G/k queue when it is Poisson.
@@ -114,7 +114,7 @@ class _Simulation:
         policy: Policy,
         servers: int,
         seed: int,
-        estimator: Refine | None,
+        estimator: Estimator | None,
         predictor: Predictor | None,
     ) -> None:
         self.workload = workload
