@@ -199,7 +199,8 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "drawing": [drawing.table],
     },
     "docs/engine.md": {
-        "engine": [demand_tables.engine, demand_tables.engine_speed],
+        "engine": [demand_tables.engine],
+        "engine_speed": [demand_tables.engine_speed],
         "engine_requests": [demand_tables.engine_requests],
         "recomputation": [engine_tables.recomputation],
         "prefix_reuse": [engine_tables.prefix_reuse],
