@@ -248,12 +248,12 @@ def bars(axis: Any, rows: Sequence[tuple[str, list[float]]]) -> None:
         axis: of matplotlib.
         rows: a label, and a mean with or without the ends of its interval.
     """
-    for place, (label, (mean, *ends)) in enumerate(sorted(rows, key=lambda row: row[1][0])):
-        axis.barh(place, mean, color="lightsteelblue", zorder=1)
+    ordered = sorted(rows, key=lambda row: row[1][0])
+    for place, (_, (mean, *ends)) in enumerate(ordered):
+        axis.barh(place, mean, color="lightsteelblue")
         if ends:
             axis.plot(ends, [place, place], color="black", linewidth=1)
-        axis.text(0, place, f" {label}", va="center", fontsize=7)
-    axis.set_yticks([])
+    axis.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=8)
 
 
 def draw(summed: dict[str, Any], path: Path) -> None:

@@ -144,21 +144,20 @@ def solved(
     for first in tqdm(range(0, len(problems), together), desc="solving"):
         batch = problems[first : first + together]
         asked = [prompt_ids(tokenizer, problem.question) for problem in batch]
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        inputs = tokenizer.pad(
-            {"input_ids": asked}, return_tensors="pt", padding_side="left"
-        ).to(model.device)  # fmt: skip
+        ids = torch.full((len(batch), max(map(len, asked))), tokenizer.eos_token_id)
+        mask = torch.zeros_like(ids)
+        for row, before in enumerate(asked):
+            ids[row, -len(before) :], mask[row, -len(before) :] = torch.tensor(before), 1
         longest = max(len(tokenizer(problem.solution)["input_ids"]) for problem in batch)
         out = model.generate(
-            **inputs,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=longest + 16,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,  # a model's own may be another, or none
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         found += [
             {
                 "steps": len(problem.uses),

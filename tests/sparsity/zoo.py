@@ -141,7 +141,9 @@ SMALL = [
     LazyEviction(6, evict_every=3, alpha=0.13, sinks=0, ties="age"),
     LazyEviction(6, evict_every=3, alpha=0.03, ties="score", sinks=0),
     LazyEviction(7, evict_every=1, recent=2, alpha=0.03, shared_heads=True, ties="score", sinks=0),
-    LazyEviction(6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True, sinks=0, ties="age"),
+    LazyEviction(
+        6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True, sinks=0, ties="age"
+    ),
     LazyEviction(8, page_size=2, evict_every=2, alpha=0.13, sinks=0, ties="age"),
     VaSE(7, sinks=1, window=2, large=2, evict_every=2, kernel=3),
     VaSE(6, sinks=0, window=2, large=0, evict_every=1, kernel=1, seed=3),
@@ -162,7 +164,10 @@ SMALL = [
     Then(SnapKV(5, window=3, kernel=3), H2O(7)),
     Then(SnapKV(5, window=3, recent=2, kernel=3), SnapKV(7, window=3, kernel=1, evict_every=2)),
     Then(PyramidKV(5, window=2, kernel=3, beta=3), Random(9, recent=1, seed=5)),
-    Then(SnapKV(5, window=2, group="max"), LazyEviction(6, evict_every=3, alpha=0.13, sinks=0, ties="age")),
+    Then(
+        SnapKV(5, window=2, group="max"),
+        LazyEviction(6, evict_every=3, alpha=0.13, sinks=0, ties="age"),
+    ),
 ]
 
 
