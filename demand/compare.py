@@ -14,7 +14,7 @@ from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
 from demand.policies.fcfs import FCFS
 from demand.progress_bar import bar
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
 from demand.simulation.queue.simulate import simulate
@@ -77,7 +77,7 @@ def compare(
     *,
     servers: int = 1,
     engine: Engine | None = None,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
     also: Sequence[str] = (),
     progress: bool = True,
@@ -99,8 +99,7 @@ def compare(
         servers: how many jobs are served at once, by `simulate`.
         engine: serves the runs of the jobs in batches instead, by `simulate_engine`.
         estimator: a `DemandEstimator`, or any other answer to how much is left, for all arms alike.
-        predictor: what says it from a call before its first token, for all arms; not with an
-            engine.
+        predictor: what says it from a call before its first token, for all arms.
         also: what to measure besides `METRICS`, of `FURTHER`, and of `FURTHER_OF_ENGINE` where
             there is an engine.
         progress: whether to show a bar, where tqdm is installed.
@@ -129,16 +128,14 @@ def compare(
                 f"servers is {servers} and an engine is given, which serves by its own limits: "
                 "give Engine(max_requests=...), or servers alone"
             )
-        if predictor is not None:
-            raise DemandError(
-                "a predictor and an engine are given, and simulate_engine asks none; drop one"
-            )
     metrics = _metrics(also, engine)
 
     def run(jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
         if engine is None:
             return simulate(jobs, policy, servers, seed, estimator, predictor)
-        return simulate_engine(jobs, policy, engine, estimator=estimator, seed=seed)
+        return simulate_engine(
+            jobs, policy, engine, estimator=estimator, predictor=predictor, seed=seed
+        )
 
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""

@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
-from train_reasoning_adapter import IGNORE, Problems, loss_of, solved, unseen
-from word_problems import final_answer
+from train_reasoning_adapter import IGNORE, Problems, loss_of, solved
+from word_problems import final_answer, unseen
 
 from tests.helpers import tiny_model
 
@@ -28,22 +28,9 @@ class Words:
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [*text.encode()]}
 
-    def pad(self, encoded, return_tensors, padding_side):
-        assert padding_side == "left"
-        rows = encoded["input_ids"]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return Batch(input_ids=ids, attention_mask=mask)
-
     def batch_decode(self, rows, skip_special_tokens):
         assert skip_special_tokens
         return [bytes(int(i) % 256 for i in row if i).decode(errors="replace") for row in rows]
-
-
-class Batch(dict):
-    def to(self, device):
-        return self
 
 
 @pytest.mark.parametrize("tokens", [1500, 6000])
@@ -85,3 +72,25 @@ def test_unseen_problems_are_solved_in_batches_of_any_size():
     assert [row["steps"] for row in one] == [len(problem.uses) for problem in problems]
     assert not any(row["right"] for row in one)  # of a model that was taught nothing
     assert len(solved(model, Words(), problems, together=3)) == 3
+
+
+def test_an_answer_ends_at_the_tokenizers_end_of_text():
+    """The model's own may be another one, or none; what comes behind would be read as an answer."""
+    problems = unseen(0, 2, (2, 3))
+
+    class Taught:
+        device = torch.device("cpu")
+
+        def generate(self, input_ids, attention_mask, eos_token_id, **given):
+            assert eos_token_id == Words.eos_token_id
+            asked = [bytes(row[mask.bool()].tolist()).decode()
+                     for row, mask in zip(input_ids, attention_mask, strict=True)]  # fmt: skip
+            chains = {f"<{problem.question}>": problem.solution for problem in problems}
+            written = [[*chains[one].encode()] for one in asked]
+            longest = max(map(len, written)) + 1
+            behind = [row + [eos_token_id] * (longest - len(row)) for row in written]
+            return torch.cat([input_ids, torch.tensor(behind)], 1)
+
+    found = solved(Taught(), Words(), problems, together=2)
+    assert all(one["right"] and one["as_taught"] for one in found)
+    assert [one["decoded"] for one in found] == [len(one.solution) for one in problems]

@@ -67,10 +67,13 @@ def reference():
     return model, tokenizer, texts
 
 
-def walked(model, ids, policy):
-    dense = layer_by_layer.hidden_states(model, ids, None, PROMPT)
-    found = layer_by_layer.hidden_states(model, ids, policy, PROMPT)
-    return layer_by_layer.apart(model, ids, dense, found, PROMPT)
+def walked(model, ids, policy, real=None, beside=(), prompt=PROMPT):
+    """What `apart` finds of the policy, others going beside it."""
+    texts = layer_by_layer.Texts(ids, prompt, real)
+    dense = layer_by_layer.hidden_states(model, texts)[0]
+    walks = [layer_by_layer.Walk(model, one, texts) for one in (*beside, policy)]
+    found = layer_by_layer.hidden_states(model, texts, walks)[-1]
+    return layer_by_layer.apart(model, texts, dense, found)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -99,6 +102,31 @@ def test_memory_of_fixed_size_and_rows_together_give_the_same(reference, policy,
     layer_by_layer_cache = layer_by_layer.SparseCache
     monkeypatch.setattr(layer_by_layer, "SparseCache", fixed)
     torch.testing.assert_close(walked(model, ids, policy), alone, atol=1e-4, rtol=1e-3)
+    beside = [Full(), Random(48, pin_prompt=False)]
+    together = walked(model, ids, policy, beside=beside)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_row_with_padding_in_front_is_as_it_is_alone(reference, policy, static, monkeypatch):
+    """The prompt of the second row is shorter, and so is its text."""
+    model, tokenizer, texts = reference
+    cache, padding = layer_by_layer.SparseCache, 7
+
+    def made(model, policy, max_tokens, **given):
+        return cache(model, policy, max_tokens=max_tokens, static=static)
+
+    monkeypatch.setattr(layer_by_layer, "SparseCache", made)
+    rows = torch.tensor([tokenizer(text)["input_ids"][:100] for text in texts])
+    rows[1, padding:] = rows[1, :-padding].clone()
+    real = torch.ones_like(rows, dtype=torch.bool)
+    real[1, :padding] = False
+    together = walked(model, rows, policy, real)
+    alone = walked(model, rows[1:, padding:], policy, prompt=PROMPT - padding)
+    torch.testing.assert_close(together[:, 1:], alone, atol=1e-4, rtol=1e-3)
+    alone = walked(model, rows[:1], policy)
+    torch.testing.assert_close(together[:, :1], alone, atol=1e-4, rtol=1e-3)
 
 
 def test_full_is_dense(reference):

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
-from demand.arguments import instance_of, mapping_of, renamed_keyword, whole_number
+from demand.arguments import (
+    instance_of,
+    mapping_of,
+    renamed_keyword,
+    warn_renamed_method,
+    whole_number,
+)
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.file_format import GraphRecord, read_graph, write_graph
@@ -109,7 +115,10 @@ class PDGraph:
         cost: CostModel | None = None,
         half_life_runs: float | None = None,
     ) -> "PDGraph":
-        """Learn a graph from finished runs of one application, oldest first.
+        """A new graph of finished runs of one application, oldest first.
+
+        It has observed each of them; `observe` is for those that finish later, one at a time.
+        (`Refinement.fit` prepares answers from a graph as it then is.)
 
         A finished run ends, so that from every unit of it the end is reached. A run that was cut
         off must not be among them: its last unit would count as one after which runs end.
@@ -159,7 +168,7 @@ class PDGraph:
         return graph
 
     def observe(self, run: Sequence[Execution]) -> None:
-        """Learn from one finished run; where the window is full the oldest is forgotten.
+        """Learn from one more finished run; where the window is full the oldest is forgotten.
 
         Raises:
             DemandError: an empty run, what is no list of executions, a unit name with two kinds,
@@ -380,11 +389,16 @@ class PDGraph:
 
         return to_networkx(self)
 
-    def draw(self, ax: "Axes | None" = None) -> "Axes":
+    def figure(self, ax: "Axes | None" = None) -> "Axes":
         """A picture of the graph with matplotlib; see `demand.graph.drawing.draw_graph`."""
         from demand.graph.drawing import draw_graph
 
         return draw_graph(self, ax)
+
+    def draw(self, ax: "Axes | None" = None) -> "Axes":
+        """The old name of `figure`: what is drawn from a graph elsewhere are runs (`draw_runs`)."""
+        warn_renamed_method("PDGraph", "draw", "figure")
+        return self.figure(ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the graph to `path` as JSON; a reader sees the old file or the new, never half.

@@ -84,8 +84,9 @@ class Prewarming:
         prewarmer: makes the plans.
         graphs: by application.
         backends: by name of a unit, or by kind for all units of the kind.
-        pace: seconds of a call where the units run, as measured there; `None` for the defaults of
-            `CostModel`. Up to the last release it was named `cost`.
+        pace: seconds that a call takes where the units run, as measured there, and not those that
+            it counts for in a graph (`PDGraph.cost`); `None` for the defaults of `CostModel`. Up
+            to the last release it was named `cost`.
         capacity: footprint that may be held warm ahead at once.
 
     Raises:

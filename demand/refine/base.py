@@ -9,9 +9,10 @@ from demand.graph.pdgraph import PDGraph
 from demand.refine.predictor import PendingCall
 from demand.units import CostModel, ParallelCalls, Progress
 
-Refine = Callable[[str, Progress], Distribution]
+Estimator = Callable[[str, Progress], Distribution]
 """What a scheduler asks as a job goes on: the name of its application and how far it has come, to
-the seconds it still needs. A `DemandEstimator` is one."""
+the seconds it still needs. A `DemandEstimator` is one. A `Predictor` is asked about a call that
+comes, instead, and may read its prompt."""
 
 
 class Refined(ABC):
@@ -47,7 +48,7 @@ class Refinement(ABC):
     @abstractmethod
     @renamed_keyword("demand", "parallel_calls")
     def fit(self, graph: PDGraph, parallel_calls: ParallelCalls = "sum") -> Refined:
-        """Prepare for one graph.
+        """Prepare for one graph as it is: what it observes later takes another `fit`.
 
         Args:
             graph: the demand graph of the application, with runs.

@@ -12,6 +12,7 @@ from demand.arguments import (
     check_instance,
     instance_of,
     renamed_keyword,
+    warn_renamed_method,
     whole_number,
 )
 from demand.distribution.distribution import Distribution
@@ -117,7 +118,7 @@ class CalibrationReport:
         counts, _ = np.histogram(self.overall.pits, bins, (0.0, 1.0))
         return counts * bins / self.overall.pits.size
 
-    def draw(self, ax: "Axes | None" = None, bins: int = 10) -> "Axes":
+    def figure(self, ax: "Axes | None" = None, bins: int = 10) -> "Axes":
         """Histogram of the PIT values, beside what calibrated predictions would show.
 
         Raises:
@@ -130,10 +131,16 @@ class CalibrationReport:
         ax.set(xlabel="PIT of the remaining seconds", ylabel="density", xlim=(0.0, 1.0))
         return ax
 
+    def draw(self, ax: "Axes | None" = None, bins: int = 10) -> "Axes":
+        """The old name of `figure`."""
+        warn_renamed_method("CalibrationReport", "draw", "figure")
+        return self.figure(ax, bins)
 
+
+@renamed_keyword("predict", "remaining")
 @renamed_keyword("demand", "parallel_calls")
 def calibrate(
-    predict: Callable[[Progress], Distribution],
+    remaining: Callable[[Progress], Distribution],
     runs: Sequence[Sequence[Execution]],
     after_units: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     *,
@@ -144,8 +151,8 @@ def calibrate(
     """Ask for the remaining seconds of held-out runs, and compare with what they took.
 
     Args:
-        predict: gives the remaining seconds, such as `refinement.fit(graph).remaining` or a
-            `DemandEstimator` with the application filled in; it must not have seen `runs`.
+        remaining: gives these seconds, from a progress, such as `refinement.fit(graph).remaining`
+            or a `DemandEstimator` with the application filled in; it must not have seen `runs`.
         runs: finished runs.
         after_units: progress points: finished units at which to ask. A run counts where it is
             not over by then, as a scheduler asks only about what is there; so an atom at 0 of
@@ -159,12 +166,12 @@ def calibrate(
     Raises:
         DemandError: no run reaches any of the points, or a unit the graph does not know.
     """
-    check_callable("predict", predict, "a function such as refinement.fit(graph).remaining")
+    check_callable("remaining", remaining, "a function such as refinement.fit(graph).remaining")
 
     def ask(number: int, units: int) -> Distribution | None:
         if parallel_calls == "critical_path" and not between_stages(checked[number], units):
             return None
-        return predict(progress_after(checked[number], units, cost))
+        return remaining(progress_after(checked[number], units, cost))
 
     checked = _checked(runs)
     return _report(ask, checked, after_units, cost, parallel_calls, seed)

@@ -7,7 +7,7 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.policies.job import Job
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import PendingCall, Predictor
 from demand.stages import stage_ahead
 from demand.units import CostModel, Execution, Progress
@@ -41,7 +41,7 @@ def check_predictor(predictor: object, entries: Workload) -> None:
         )
 
 
-def learn(job: Job, progress: Progress, estimator: Refine, policy: Policy) -> None:
+def ask_estimator(job: Job, progress: Progress, estimator: Estimator, policy: Policy) -> None:
     """Let `job`, which is at `progress`, take in what `estimator` says is left of it.
 
     Raises:
@@ -50,7 +50,7 @@ def learn(job: Job, progress: Progress, estimator: Refine, policy: Policy) -> No
     _take_in(job, estimator(job.application, progress), "the estimator", policy)
 
 
-def foresee(
+def ask_predictor(
     job: Job,
     run: Sequence[Execution],
     finished: int,

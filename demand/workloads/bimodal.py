@@ -13,7 +13,7 @@ from demand.workloads.workload import Application, Workload, poisson_workload
 
 
 def bimodal_mix(load: float = 0.8, jobs: int = 10_000, seed: int = 0, servers: int = 1) -> Workload:
-    """Poisson arrivals of `bimodal_applications`, half of each.
+    """Poisson arrivals of `bimodal_applications`, half of each: a `Workload`.
 
     The mean of the first application is the larger, yet most of its jobs are the shortest of
     all: class-mean keeps them behind, Gittins gives each a short try. Ranges and shares are

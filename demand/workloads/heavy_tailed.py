@@ -24,7 +24,7 @@ def heavy_tailed_mix(
     servers: int = 1,
     tail: Tail = "lognormal",
 ) -> Workload:
-    """Poisson arrivals of `heavy_tailed_applications`, half of each.
+    """Poisson arrivals of `heavy_tailed_applications`, half of each: a `Workload`.
 
     The means of the two are close, so class-mean learns next to nothing; but what an `agent` job
     still needs grows with what it has had, which SERPT and Gittins see.

@@ -25,6 +25,9 @@ class _Row:
 def hermes_mix(load: float = 0.9, jobs: int = 10_000, seed: int = 0, servers: int = 1) -> Workload:
     """Poisson arrivals of `hermes_applications`, with the weights of the end-to-end mix.
 
+    A mix is a `Workload`, jobs with their arrivals; applications are what such jobs are drawn from,
+    here or by `poisson_workload`, `closed_loop` and others.
+
     The paper drives a real engine with Poisson or Mooncake arrivals; here a job is served whole
     at one second of demand per second (no batching), which isolates the order of service.
     """

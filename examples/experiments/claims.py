@@ -5,7 +5,7 @@ it lies on both sides nothing is decided. "Partly" is said of a gain that is the
 was promised.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +26,136 @@ class Claim(NamedTuple):
 
 def table(record: dict) -> str:
     """Of a record of `quickstart.py`, as Markdown."""
-    rows = [*_of_linking(record), *_of_retention(record), *_of_scheduling(record)]
+    return _markdown([*_of_linking(record), *_of_retention(record), *_of_scheduling(record)])
+
+
+def _markdown(rows: Iterable[Claim]) -> str:
     head = [
         "| paper | claim | confirmed if | measured | verdict |",
         "| --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def of_questions(record: dict) -> str:
+    """Of a record of `link_evidence.py`: claims on which tokens to recompute, as Markdown."""
+    best = {(row["budget"], row["among"]): row for row in record["best"]}
+    pairs = {(row["arm"], row["against"]): Interval(*row["kl"]) for row in record["pairs"]}
+    fewer = "its KL to full prefill is lower"
+    rows = []
+    for budget in (0.02, 0.05, 0.15, 0.3):
+        row = best[budget, "LegoLink"]
+        rows.append(
+            Claim(
+                "EPIC",
+                f"first tokens of each chunk are the ones to recompute, at {budget:.0%}",
+                f"{fewer} than with as many random tokens",
+                f"{row['arm']}: {_kl(Interval(*row['kl_minus_twin']))}",
+                _better(Interval(*row["kl_minus_twin"])),
+            )
+        )
+        loss = Interval(*row["extra_nll"])
+        rows.append(
+            Claim(
+                "EPIC",
+                f"LegoLink is as good as full prefill, at {budget:.0%}",
+                "the right answer loses at most 0.05 nats a token",
+                f"{row['arm']}: {_nats(loss)}; KL {row['kl'][0]:.2f}",
+                _at_most(loss, 0.05),
+            )
+        )
+    for arm, other, paper, said in (
+        ("CacheBlend 15 %", "LegoLink 32", "EPIC", "LegoLink is as good as CacheBlend"),
+        ("CacheBlend 15 %", "ProphetKV 15 %", "ProphetKV", "the query says better what to compute"),
+        ("true deviation 15 %", "ProphetKV 15 %", "ProphetKV", "better than true deviation does"),
+    ):
+        apart = pairs[arm, other]
+        back = Interval(-apart.estimate, -apart.high, -apart.low)
+        rows.append(Claim(paper, said, f"{other}: {fewer} than {arm}'s", _kl(back), _better(back)))
+    together = pairs["LegoLink-4 + ProphetKV 15 %", "ProphetKV 15 %"]
+    said = "first tokens and the query's choice together are better than the choice alone"
+    rows.append(Claim("ours", said, f"{fewer}, at 15 %", _kl(together), _better(together)))
+    return _markdown(rows)
+
+
+def of_long_texts(record: dict) -> str:
+    """Of a record of `retention_evidence.py`: claims on policies along long texts, as Markdown."""
+    chosen = {(row["policy"], row["budget"]): row for row in record["chosen"]}
+    pairs = {
+        (row["arm"], row["against"], row["budget"]): Interval(*row["extra_nll"])
+        for row in record["pairs"]
+    }
+    both = {(row["arm"], row["budget"]): row for row in record["rows"] if row["texts"] == "both"}
+    rows = []
+    for budget in sorted({budget for _, budget in chosen}):
+        for policy in ("RaaS", "Quest"):
+            loss = Interval(*chosen[policy, budget]["of_default"])
+            tokens = f"{record['configuration']['tokens']:,}"
+            said = f"{policy} is as accurate as dense, at {budget} of {tokens} tokens"
+            rows.append(
+                Claim(
+                    policy,
+                    said,
+                    "at most 0.05 nats a token lost",
+                    _nats(loss),
+                    _at_most(loss, 0.05),
+                )
+            )
+        twin = Interval(*both["RaaS, prompt pinned", budget]["minus_random"])
+        said = f"RaaS keeps what is needed better than random pages, at {budget}"
+        rows.append(Claim("RaaS", said, "fewer nats a token", _nats(twin), _better(twin)))
+        for arm, against, paper, said in (
+            ("RaaS, prompt pinned", "H2O, no sinks", "RaaS", "than H2O"),
+            ("RaaS, prompt pinned", "StreamingLLM, 4 sinks", "RaaS", "than StreamingLLM"),
+            ("ShareRaaS, 4 sinks", "H2O, no sinks", "ours", "than H2O, with ShareRaaS' threshold"),
+            ("ShareRaaS, 4 sinks", "Quest", "ours", "than Quest, with ShareRaaS' threshold"),
+        ):
+            apart = pairs[arm, against, budget]
+            said = f"RaaS loses less {said}, at {budget}"
+            rows.append(Claim(paper, said, "fewer nats a token", _nats(apart), _better(apart)))
+        apart = pairs["StreamingLLM, 4 sinks", "StreamingLLM, no sinks", budget]
+        said = f"four sinks kept make a window usable, at {budget}"
+        rows.append(Claim("StreamingLLM", said, "fewer nats a token", _nats(apart), _better(apart)))
+    return _markdown(rows)
+
+
+def of_chains(record: dict) -> str:
+    """Of a record of `reasoning_accuracy.py`: claims on chains of thought, as Markdown."""
+    found = {(row["arm"], row["budget"]): row for row in record["rows"]}
+    rows = []
+    for budget in sorted({budget for _, budget in found} - {0}):
+        for arm, paper in (
+            ("RaaS, prompt pinned", "RaaS"),
+            ("Quest", "Quest"),
+            ("Quest on the prompt, RaaS behind", "RaaS"),
+        ):
+            row = found[arm, budget]
+            solved = Interval(*row["solved"])
+            rows.append(
+                Claim(
+                    paper,
+                    f"{arm}: as accurate as dense on chains of thought, at {budget}",
+                    "at least 0.95 of the problems solved; dense solves all",
+                    f"{solved.estimate:.2f} [{solved.low:.2f}, {solved.high:.2f}] of "
+                    f"{row['problems']}",
+                    _at_most(Interval(-solved.estimate, -solved.high, -solved.low), -0.95),
+                )
+            )
+        gain = Interval(*found["RaaS, prompt pinned", budget]["solved_minus_random"])
+        rows.append(
+            Claim(
+                "RaaS",
+                f"it keeps the lemmas that are needed better than random pages, at {budget}",
+                "more problems solved, the prompt pinned in both",
+                f"{gain.estimate:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}]",
+                _better(Interval(-gain.estimate, -gain.high, -gain.low)),
+            )
+        )
+    return _markdown(rows)
+
+
+def _kl(apart: Interval) -> str:
+    return f"KL {apart.estimate:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
 
 
 def _comparison(record: dict, name: str) -> Comparison:

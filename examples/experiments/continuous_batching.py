@@ -241,9 +241,7 @@ def compare(model: LlamaForCausalLM, jobs: int, load: float, seed: int) -> list[
             tokens = measured.tokens
             preemption = "none" if policy is None else "pause"
             engine = Engine.counting_steps(WIDTH, TOKEN_BUDGET, blocks, BLOCK_TOKENS, preemption)
-            simulated = simulate_engine(
-                workload, policy or RequestFCFS(), engine, service_cost=COST
-            )
+            simulated = simulate_engine(workload, policy or RequestFCFS(), engine, cost=COST)
             rows.append(
                 {
                     "seed": seed,

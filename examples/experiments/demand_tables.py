@@ -191,7 +191,7 @@ def engine(record: dict) -> str:
 
 
 def engine_speed(record: dict) -> str:
-    """Of engine.json: what the simulator does in a second of processor time."""
+    """Of engine_speed.json: what the simulator does in a second of processor time."""
     headings = ["batch", "decisions/s", "steps/s", "tokens/s", "events/s", "fastest"]
 
     def figures(row: dict) -> list[str]:

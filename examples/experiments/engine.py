@@ -5,7 +5,7 @@
 Serves the applications of Hermes (arXiv 2506.14851), runs and all, on an engine of the profile in
 its artifact: every policy with ample KV, then every way to schedule and preempt with scarce KV. All
 serve the same jobs of a seed; intervals are over seeds. Last, the speed of the simulator, at rising
-load and with ever more jobs. Writes `engine.json`.
+load and with ever more jobs. Writes `engine.json` and `engine_speed.json`; `--only` one of them.
 """
 
 import argparse
@@ -182,24 +182,32 @@ def main() -> None:
     parser.add_argument("--speed-jobs", type=int, default=300)
     parser.add_argument("--growth-jobs", type=int, default=GROWTH_JOBS[-1], help="at most")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", choices=("engine", "engine_speed"), help="which record to write")
     args = parser.parse_args()
-    policies, modes = compare(args)
-    record = {
+    given = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
+    about = {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name != "out"},
+            **given,
             "engine": asdict(Engine(max_requests=args.width, blocks=AMPLE)),
             "scarce_blocks": SCARCE,
             "growth_load": GROWTH_LOAD,
         },
         "environment": environment(),
-        "policies": policies,
-        "modes": modes,
-        "speed": speed(args),
-        "growth": growth(args),
     }
-    print("\n".join(["", demand_tables.engine(record), "", demand_tables.engine_speed(record)]))
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
+    if args.only != "engine_speed":
+        policies, modes = compare(args)
+        record = about | {"policies": policies, "modes": modes}
+        write(args.out / "engine.json", record, demand_tables.engine(record))
+    if args.only != "engine":
+        record = about | {"speed": speed(args), "growth": growth(args)}
+        write(args.out / "engine_speed.json", record, demand_tables.engine_speed(record))
+
+
+def write(path: Path, record: dict, tables: str) -> None:
+    """Write a record, and show its tables."""
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{tables}")
 
 
 if __name__ == "__main__":

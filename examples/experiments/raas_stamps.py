@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from layer_by_layer import PLAIN, through
+from layer_by_layer import PLAIN, Texts, through
 from loaded import loaded
 from quickstart_pages import markdown
 from retention_texts import texts
@@ -65,7 +65,7 @@ def recorded(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Seen:
             seen[layer] = query, key, value, scaling
         return attend(query, key, value, None, scaling, causal=True)
 
-    through(model, ids, dense)
+    through(model, Texts(ids, ids.shape[1]), dense)
     return seen
 
 

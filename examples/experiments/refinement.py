@@ -31,11 +31,11 @@ from demand.policies import LAS, Job, Rank
 from demand.policies.wrapper import Wrapper
 from demand.refine import (
     CurrentUnit,
+    Estimator,
     NearestRuns,
     NoRefinement,
     PearsonFilter,
     ProgressRegression,
-    Refine,
     Refinement,
     WholeRuns,
 )
@@ -124,7 +124,7 @@ def data_sets(folder: Path) -> Iterator[tuple[str, DataSet]]:
         yield "coding agents", DataSet(source, [[measured(s)] for s in sessions])
 
 
-def remembering(refine: Refine) -> Refine:
+def remembering(refine: Estimator) -> Estimator:
     """Asks once for each held-out run and boundary; jobs are drawn from few runs many times."""
     answers: dict[tuple[int, int], Distribution] = {}
 
@@ -153,7 +153,7 @@ class OneTableEach(Wrapper):
         return self.made[key][1]
 
 
-def hinted(workload: Workload, seconds_per_unit: float) -> tuple[Workload, Refine]:
+def hinted(workload: Workload, seconds_per_unit: float) -> tuple[Workload, Estimator]:
     """The same jobs, each an application of its own number of units, and what that tells."""
     assert workload.runs is not None
     counts = [str(len(run)) for run in workload.runs]
@@ -243,7 +243,7 @@ def at_random(data: DataSet) -> dict:
 
 def served(
     known: dict[str, DemandEstimator],
-    asked: dict[str, Refine],
+    asked: dict[str, Estimator],
     ranks: dict[tuple[str, str], OneTableEach],
     data: DataSet,
     seed: int,
@@ -450,7 +450,7 @@ def main() -> None:
         }  # fmt: skip
         print(markdown({name: results[name]}), flush=True)
         if arguments.out and name == DRAWN:
-            ax = PDGraph.fit(runs, name=name).draw()
+            ax = PDGraph.fit(runs, name=name).figure()
             ax.figure.savefig(arguments.out / "demand_graph.png", dpi=80)
     if not results:
         raise SystemExit(f"there is no data under {arguments.data}; say where it is with --data")

@@ -25,9 +25,11 @@ import past_trained_length
 import predictors
 import prewarming
 import raas_stamps
+import reasoning_accuracy_summary
 import refinement
 import replay_policies
 import retention_accuracy
+import retention_evidence_summary
 import schedule
 import side_by_side
 import sink_share
@@ -150,7 +152,12 @@ def scenario(name: str) -> Callable[[dict], str]:
 PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "README.md": {"quickstart": [six_rows_linking, six_rows_retention, six_rows_scheduling]},
     "docs/real_model.md": {"quickstart": [answers, whole, sinks]},
-    "docs/claims.md": {"quickstart": [claims.table]},
+    "docs/claims.md": {
+        "link_evidence": [claims.of_questions],
+        "retention_evidence": [claims.of_long_texts],
+        "reasoning_accuracy": [claims.of_chains],
+        "quickstart": [claims.table],
+    },
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_accuracy": [link_accuracy.tables],
@@ -163,6 +170,8 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     },
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
+        "retention_evidence": [retention_evidence_summary.tables],
+        "reasoning_accuracy": [reasoning_accuracy_summary.tables],
         "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
@@ -190,7 +199,8 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "drawing": [drawing.table],
     },
     "docs/engine.md": {
-        "engine": [demand_tables.engine, demand_tables.engine_speed],
+        "engine": [demand_tables.engine],
+        "engine_speed": [demand_tables.engine_speed],
         "engine_requests": [demand_tables.engine_requests],
         "recomputation": [engine_tables.recomputation],
         "prefix_reuse": [engine_tables.prefix_reuse],

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from environment import environment, hardware
 from growing_record import GrowingRecord, read
-from layer_by_layer import apart, hidden_states
+from layer_by_layer import Texts, Walk, apart, hidden_states
 from loaded import loaded
 from parallel import spread
 from retention_evidence_summary import draw, summary, tables
@@ -79,29 +79,49 @@ def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer:
 
 
 @cache
-def known(setting: Setting) -> tuple[Tensor, Tensor]:
-    """The texts, int64 `[rows, tokens]`, and dense attention's hidden states of them."""
+def known(setting: Setting) -> tuple[Texts, Tensor]:
+    """The texts, and dense attention's hidden states of them."""
     model, tokenizer = loaded(setting.model)
     ids = texts(tokenizer, setting.data, setting.texts, setting.tokens, setting.seed)
-    ids = ids.to(model.device)
-    return ids, hidden_states(model, ids, None, setting.prompt)
+    given = Texts(ids.to(model.device), setting.prompt)
+    return given, hidden_states(model, given)[0]
 
 
-def forced(setting: Setting, job: Job) -> dict:
-    """Each metric of each text in stretches of equal length: `[texts][stretches]`."""
+def forced(setting: Setting, jobs: Sequence[Job]) -> list[dict]:
+    """Of each job each metric of each text in stretches of equal length, `[texts][stretches]`."""
     model, _ = loaded(setting.model)
-    ids, dense = known(setting)
-    policy = policies()[job.arm](job.budget)
-    found = apart(
-        model, ids, dense, hidden_states(model, ids, policy, setting.prompt), setting.prompt
-    )
-    means = torch.stack([part.mean(-1) for part in found.tensor_split(STRETCHES, -1)], -1)
-    names = ("extra_nll", "kl", "agreement")
-    return {name: rounded(means[i]) for i, name in enumerate(names)}
+    given, dense = known(setting)
+    rows: list[dict] = [{} for _ in jobs]
+    walks = []
+    for row, job in zip(rows, jobs, strict=True):
+        try:
+            walks.append(Walk(model, policies()[job.arm](job.budget), given))
+        except SparsityError as error:
+            row["refused"] = str(error)
+    walked = [row for row in rows if not row]
+    found_states = hidden_states(model, given, walks) if walks else []
+    for row, states in zip(walked, found_states, strict=True):
+        found = apart(model, given, dense, states)
+        means = torch.stack([part.mean(-1) for part in found.tensor_split(STRETCHES, -1)], -1)
+        names = ("extra_nll", "kl", "agreement")
+        row |= {name: rounded(means[i]) for i, name in enumerate(names)}
+    return rows
 
 
 def free(setting: Setting, job: Job) -> dict:
     """Of each answer its tokens, and the share of them that repeat what stands before."""
+    try:
+        return answered(setting, job)
+    except SparsityError as error:
+        return {"refused": str(error)}
+
+
+def answered(setting: Setting, job: Job) -> dict:
+    """What `free` gives.
+
+    Raises:
+        SparsityError: as `SparseCache` does.
+    """
     model, tokenizer = loaded(setting.model)
     given = asked(tokenizer, setting.data, setting.questions, setting.seed).to(model.device)
     policy = Full() if job.arm == "full" else policies()[job.arm](job.budget)
@@ -145,17 +165,21 @@ def rounded(values: Tensor) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
 
 
-def measured(setting: Setting, deadline: float, job: Job) -> dict | None:
-    """An arm's numbers, or why it is refused; None where the time is over before it begins."""
+def measured(setting: Setting, deadline: float, jobs: Sequence[Job]) -> list[dict]:
+    """The numbers of arms of one kind, or why one is refused; none where the time is over."""
     if time.time() > deadline:
-        return None
+        return []
     begun = time.perf_counter()
-    row = job._asdict() | {"where": hardware()}
-    try:
-        row |= forced(setting, job) if job.kind == "forced" else free(setting, job)
-    except SparsityError as error:
-        row |= {"refused": str(error)}
-    return row | {"seconds": time.perf_counter() - begun}
+    rows = forced(setting, jobs) if jobs[0].kind == "forced" else [free(setting, *jobs)]
+    each = {"where": hardware(), "seconds": (time.perf_counter() - begun) / len(jobs)}
+    return [job._asdict() | each | row for job, row in zip(jobs, rows, strict=True)]
+
+
+def turns_of(jobs: Sequence[Job], together: int) -> list[list[Job]]:
+    """The jobs in order, so many that are forced along the texts side by side."""
+    forced = [job for job in jobs if job.kind == "forced"]
+    turns = [forced[first : first + together] for first in range(0, len(forced), together)]
+    return turns + [[job] for job in jobs if job.kind == "free"]
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -182,10 +206,9 @@ def run(args: argparse.Namespace) -> dict:
         if job not in done and args.arms in job.arm and args.only in ("", job.kind)
     ]
     task = partial(measured, setting, begun + args.seconds)
-    for row in spread(task, left, args.workers, "arms"):
-        if row is not None:
-            record["rows"].append(row)
-            growing.write()
+    for rows in spread(task, turns_of(left, args.together), args.workers, "turns"):
+        record["rows"] += rows
+        growing.write()
     return record
 
 
@@ -204,6 +227,7 @@ def main() -> None:
     parser.add_argument("--free-budget", type=int, default=256)
     parser.add_argument("--arms", default="", help="only those whose name has this in it")
     parser.add_argument("--only", default="", choices=("forced", "free"), help="both if not given")
+    parser.add_argument("--together", type=int, default=6, help="forced arms side by side")
     parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs one a device")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
     parser.add_argument("--seed", type=int, default=0)

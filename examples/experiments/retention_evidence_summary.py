@@ -1,7 +1,7 @@
 """Sums up what retention_evidence.py measured: a row an arm, the best settings, a picture."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,20 @@ LEAST = 4
 """Texts of a kind, or answers, from which on there is an interval: one of fewer is too narrow."""
 
 METRICS = ("extra_nll", "kl", "agreement")
+PAIRS = (
+    ("ShareRaaS, 4 sinks", "RaaS, top half, pages of 4, 4 sinks"),
+    ("ShareRaaS, 4 sinks", "H2O, no sinks"),
+    ("ShareRaaS, 4 sinks", "Quest"),
+    ("ShareRaaS, 4 sinks", "SnapKV, decoding too, no sinks"),
+    ("ShareRaaS, 4 sinks", "VaSE, 4 sinks"),
+    ("ShareRaaS, 4 sinks", "R-KV, no sinks"),
+    ("RaaS, prompt pinned", "H2O, no sinks"),
+    ("RaaS, prompt pinned", "StreamingLLM, 4 sinks"),
+    ("RaaS, prompt pinned", "RaaS, 4 sinks"),
+    ("RaaS, ties by score, 4 sinks", "RaaS, 4 sinks"),
+    ("StreamingLLM, 4 sinks", "StreamingLLM, no sinks"),
+)
+"""Arms that are set against each other, on the texts that nothing was chosen on."""
 Measured = dict[tuple[str, int], dict[str, NDArray[np.float64]]]
 """By arm and budget: each metric, `[texts, stretches]`."""
 
@@ -52,7 +66,8 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         if row["kind"] == "free" and "refused" not in row
     ]
     kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
-    measured = {"chosen": chosen(forced, kinds, seed), "rows": rows, "free": free}
+    best = chosen(forced, kinds, seed)
+    measured = {"chosen": best, "pairs": pairs(forced, kinds, seed), "rows": rows, "free": free}
     return kept | measured | {"refused": refused}
 
 
@@ -89,8 +104,8 @@ def chosen(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
     It is chosen on half of the texts of each kind and reported on the other, with the paired
     difference to the policy's default. Of a policy with one setting that one is reported.
     """
-    halves = [[i for i in range(len(kinds)) if i // len(KINDS) % 2 == half] for half in (0, 1)]
-    if min(map(len, halves)) < LEAST * len(KINDS):
+    halves = halves_of(kinds)
+    if not halves:
         return []
     choose = Sample([kinds[i] for i in halves[0]], seed)
     report = Estimate([kinds[i] for i in halves[1]], seed)
@@ -124,8 +139,30 @@ def chosen(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
     return found
 
 
+def halves_of(kinds: list[str]) -> list[list[int]]:
+    """Every other pair of texts, one of each kind, and the pairs between; none of too few."""
+    halves = [[i for i in range(len(kinds)) if i // len(KINDS) % 2 == half] for half in (0, 1)]
+    return halves if min(map(len, halves)) >= LEAST * len(KINDS) else []
+
+
+def pairs(forced: Measured, kinds: list[str], seed: int) -> list[dict]:
+    """Of each of `PAIRS` at each budget the first arm's loss less the second's."""
+    halves = halves_of(kinds)
+    if not halves:
+        return []
+    report = Estimate([kinds[i] for i in halves[1]], seed)
+    found = []
+    for arm, against in PAIRS:
+        for budget in sorted({budget for _, budget in forced}):
+            if (arm, budget) in forced and (against, budget) in forced:
+                apart = forced[arm, budget]["extra_nll"] - forced[against, budget]["extra_nll"]
+                less = report(apart[halves[1]].mean(1))
+                found.append({"arm": arm, "against": against, "budget": budget, "extra_nll": less})
+    return found
+
+
 def tables(summed: dict[str, Any]) -> str:
-    """Markdown: loss by policy and budget, by stretch, the settings chosen, free answers."""
+    """Markdown: the settings chosen, arms in pairs, loss by arm and budget, free answers."""
     budgets = sorted({row["budget"] for row in summed["rows"]})
     found = {(row["texts"], row["arm"], row["budget"]): row for row in summed["rows"]}
     arms = [way.label for way in WAYS if any(row["arm"] == way.label for row in summed["rows"])]
@@ -136,10 +173,29 @@ def tables(summed: dict[str, Any]) -> str:
             | {f"b{b}": cell(found[kind, arm, b]) for b in budgets if (kind, arm, b) in found}
             for arm in arms
         ]
-        rows = [{f"b{b}": "" for b in budgets} | row for row in rows]
+        rows = [{f"b{b}": "" for b in budgets} | row for row in rows if any(list(row.values())[1:])]
         return markdown(rows, {first: "{arm}"} | {str(b): f"{{b{b}}}" for b in budgets})
 
-    parts = [
+    columns = {
+        "policy": "{policy}",
+        "budget": "{budget}",
+        "chosen": "{arm}",
+        "nats a token above dense": "{loss}",
+        "less its default's": "{less}",
+    }
+    rows = [
+        row
+        | {
+            "loss": said(row["extra_nll"]),
+            "less": "" if row["arm"] == row["default"] else said(row["minus_default"]),
+        }
+        for row in summed["chosen"]
+    ]
+    parts = [markdown(rows, columns)] if rows else []
+    columns = {"arm": "{arm}", "less": "{against}", "budget": "{budget}", "nats a token": "{less}"}
+    rows = [row | {"less": said(row["extra_nll"])} for row in summed["pairs"]]
+    parts += [markdown(rows, columns)] if rows else []
+    parts += [
         table(f"nats a token above dense, {kind}", kind, lambda row: said(row["extra_nll"]))
         for kind in KINDS
     ]
@@ -151,14 +207,6 @@ def tables(summed: dict[str, Any]) -> str:
         )
     )
     parts.append(table("agreement", "both", lambda row: said(row["agreement"], "")))
-    columns = {"policy": "{policy}", "budget": "{budget}", "chosen": "{arm}", "its loss": "{loss}"}
-    rows = [
-        row | {"loss": said(row["extra_nll"]), "less": said(row["minus_default"])}
-        for row in summed["chosen"]
-        if row["settings"] > 1
-    ]
-    if rows:
-        parts.append(markdown(rows, columns | {"less its default's": "{less}"}))
     rows = [
         row | {"tokens": f"{row['length'][0]:.0f}", "share": said(row["repeated"], "")}
         for row in summed["free"]
@@ -193,6 +241,21 @@ def drawn(summed: dict[str, Any]) -> tuple[str, list[dict]]:
     ]
 
 
+def bars(axis: Any, rows: Sequence[tuple[str, list[float]]]) -> None:
+    """Means with their intervals as bars, the smallest at the bottom.
+
+    Args:
+        axis: of matplotlib.
+        rows: a label, and a mean with or without the ends of its interval.
+    """
+    ordered = sorted(rows, key=lambda row: row[1][0])
+    for place, (_, (mean, *ends)) in enumerate(ordered):
+        axis.barh(place, mean, color="lightsteelblue")
+        if ends:
+            axis.plot(ends, [place, place], color="black", linewidth=1)
+    axis.set_yticks(range(len(ordered)), [label for label, _ in ordered], fontsize=8)
+
+
 def draw(summed: dict[str, Any], path: Path) -> None:
     """Loss over the budget, and along the text at one budget, of one setting of each policy."""
     import matplotlib
@@ -214,8 +277,8 @@ def draw(summed: dict[str, Any], path: Path) -> None:
             continue
         style = dict(color=f"C{index % 10}", marker="os^vD*PxX<>"[index % 11], linewidth=1)
         left.plot(
-            [row["budget"] for row in own],
-            [max(row["extra_nll"][0], 1e-4) for row in own],
+            [row["budget"] for row in own if len(budgets) > 1],
+            [max(row["extra_nll"][0], 1e-4) for row in own if len(budgets) > 1],
             label=family,
             **style,
         )
@@ -223,9 +286,13 @@ def draw(summed: dict[str, Any], path: Path) -> None:
             step = tokens / len(row["by_stretch"])
             middles = [(i + 0.5) * step for i in range(len(row["by_stretch"]))]
             right.plot(middles, row["by_stretch"], **style)
-    left.set(xlabel="budget, tokens a KV head", ylabel="nats a token above dense", yscale="log")
-    left.set_xscale("log", base=2)
-    left.set_xticks(budgets, [str(budget) for budget in budgets])
+    if len(budgets) == 1:
+        bars(left, [(row["arm"], row["extra_nll"]) for row in rows])
+        left.set(xlabel=f"nats a token above dense, budget {shown}")
+    else:
+        left.set(xlabel="budget, tokens a KV head", ylabel="nats a token above dense", yscale="log")
+        left.set_xscale("log", base=2)
+        left.set_xticks(budgets, [str(budget) for budget in budgets])
     right.set(xlabel=f"token of the text, budget {shown}")
     figure.suptitle(what, fontsize=9)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)

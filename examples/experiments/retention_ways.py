@@ -137,11 +137,10 @@ WAYS = [
               like=BULK),
     *by_sinks("R-KV", lambda b, s: RKV(b, sinks=s, evict_every=b // 4), default=0,
               like=BULK),
-    *by_sinks("LazyEviction", lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4),
-              default=0, like=BULK),
     *by_sinks("LazyEviction",
-              lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4, ties="score"),
-              "ties by score", like=BULK),
+              lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4, ties="age"), like=BULK),
+    *by_sinks("LazyEviction", lambda b, s: LazyEviction(b, sinks=s, evict_every=b // 4),
+              "ties by score", default=4, like=BULK),
     *by_sinks("VaSE", lambda b, s: VaSE(
         b, sinks=s, window=b // 4, large=b // 4, evict_every=b // 4), default=4, like=BULK),
 ]  # fmt: skip
@@ -189,3 +188,57 @@ SMALL = (
     f"random, {BULK}, 4 sinks",
 )
 """Arms of the setting for a CPU, the most telling ones first."""
+
+PINNED = [
+    Way("random", f"{PAGES_4}, prompt pinned", lambda b: RandomPages(b, page_size=4), "",
+        control=True),
+    Way("random", f"{BULK}, prompt pinned", lambda b: Random(b, evict_every=b // 4), "",
+        control=True),
+    Way("RaaS", "top half, pages of 4, prompt pinned",
+        lambda b: RaaS(b, page_size=4, top_ratio=0.5), f"random, {PAGES_4}, prompt pinned"),
+    Way("ShareRaaS", "prompt pinned", lambda b: ShareRaaS(b, pin_prompt=True),
+        f"random, {PAGES_4}, prompt pinned"),
+    Way("H2O", "prompt pinned", lambda b: H2O(b, pin_prompt=True), "random, prompt pinned"),
+    Way("StreamingLLM", "prompt pinned", lambda b: StreamingLLM(b, pin_prompt=True),
+        "random, prompt pinned"),
+    Way("TOVA", "prompt pinned", lambda b: TOVA(b, pin_prompt=True), "random, prompt pinned"),
+    Way("R-KV", "prompt pinned", lambda b: RKV(b, pin_prompt=True, evict_every=b // 4),
+        f"random, {BULK}, prompt pinned"),
+    Way("LazyEviction", "prompt pinned",
+        lambda b: LazyEviction(b, pin_prompt=True, evict_every=b // 4),
+        f"random, {BULK}, prompt pinned"),
+]  # fmt: skip
+"""Policies that are told to keep the prompt, where all of it is needed until the end."""
+
+REASONING = [
+    *(
+        way
+        for way in WAYS
+        if way.label
+        in (
+            "random, 4 sinks",
+            "random, prompt pinned",
+            f"random, {PAGES_16}, no sinks",
+            f"random, {PAGES_16}, 4 sinks",
+            f"random, {PAGES_16}, prompt pinned",
+            f"random, {PAGES_4}, 4 sinks",
+            f"random, {BULK}, 4 sinks",
+            "RaaS, no sinks",
+            "RaaS, 4 sinks",
+            "RaaS, prompt pinned",
+            "RaaS, top half, pages of 4, 4 sinks",
+            "ShareRaaS, 4 sinks",
+            "H2O, 4 sinks",
+            "Quest",
+            "Quest on the prompt, RaaS behind",
+            "StreamingLLM, 4 sinks",
+            "TOVA, 4 sinks",
+            "SnapKV, decoding too, 4 sinks",
+            "R-KV, 4 sinks",
+            "LazyEviction, 4 sinks",
+            "VaSE, 4 sinks",
+        )
+    ),
+    *PINNED,
+]
+"""Arms of reasoning_accuracy.py."""

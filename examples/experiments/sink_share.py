@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from environment import environment
-from layer_by_layer import through
+from layer_by_layer import Texts, through
 from loaded import loaded
 from quickstart_pages import markdown
 from retention_texts import texts
@@ -48,7 +48,7 @@ def shares(model: PreTrainedModel, ids: Tensor) -> Tensor:
             at.append(weights[..., :FIRST].sum(-1).flatten(1).mean(1))
         return attend(query, key, value, None, scaling, causal=True)
 
-    through(model, ids, dense)
+    through(model, Texts(ids, ids.shape[1]), dense)
     return torch.stack([torch.stack(at).mean(0) for at in found]).double()
 
 

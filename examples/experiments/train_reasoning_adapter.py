@@ -27,20 +27,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
-from word_problems import WordProblem, final_answer, word_problem
+from word_problems import WordProblem, final_answer, prompt_ids, unseen, word_problem
 
+RECORD = "training.json"
 IGNORE = -100
 SHORT = 0.25
 """Share of problems that are shorter than those that are asked, from which the steps are learnt."""
 POOL = 256
 """Problems that are sorted by length, so that those of a batch are padded little."""
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The ids of a question as the model's chat has it, up to where the answer begins."""
-    chat = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class Problems(IterableDataset):
@@ -138,12 +132,6 @@ def train(model: PreTrainedModel, batches: DataLoader, args: argparse.Namespace)
     return curve
 
 
-def unseen(seed: int, count: int, steps: tuple[int, int]) -> list[WordProblem]:
-    """Problems of a seed that training never draws."""
-    rng = random.Random(f"unseen {seed}")
-    return [word_problem(rng, rng.randint(*steps)) for _ in range(count)]
-
-
 @torch.no_grad()
 def solved(
     model: PreTrainedModel,
@@ -156,14 +144,20 @@ def solved(
     for first in tqdm(range(0, len(problems), together), desc="solving"):
         batch = problems[first : first + together]
         asked = [prompt_ids(tokenizer, problem.question) for problem in batch]
-        inputs = tokenizer.pad(
-            {"input_ids": asked}, return_tensors="pt", padding_side="left"
-        ).to(model.device)  # fmt: skip
+        ids = torch.full((len(batch), max(map(len, asked))), tokenizer.eos_token_id)
+        mask = torch.zeros_like(ids)
+        for row, before in enumerate(asked):
+            ids[row, -len(before) :], mask[row, -len(before) :] = torch.tensor(before), 1
         longest = max(len(tokenizer(problem.solution)["input_ids"]) for problem in batch)
-        out = model.generate(**inputs, max_new_tokens=longest + 16, do_sample=False)
-        texts = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=longest + 16,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,  # a model's own may be another, or none
+            pad_token_id=tokenizer.eos_token_id,
         )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         found += [
             {
                 "steps": len(problem.uses),
@@ -192,11 +186,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--together", type=int, default=100, help="unseen ones in a batch")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--solve-only", action="store_true", help="with what --out holds already")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
+def taught(args: argparse.Namespace) -> None:
+    """Train the adapter and write it, and of `training.json` what is known by then."""
     torch.manual_seed(args.seed)
     model, tokenizer = loaded(args.model, torch.bfloat16)
     adapted = get_peft_model(
@@ -217,25 +212,36 @@ def main() -> None:
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data = weight.data.to(torch.bfloat16)
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = args.model  # else a path of this machine
     adapted.save_pretrained(args.out)
-    again = PeftModel.from_pretrained(load(args.model, torch.bfloat16)[0], args.out)
-    merged = again.merge_and_unload().eval()
-    begun = time.perf_counter()
-    found = solved(
-        merged, tokenizer, unseen(args.seed, args.problems, tuple(args.steps)), args.together
-    )
-    right = sum(one["right"] for one in found) / len(found)
+    (args.out / "README.md").unlink()  # a form that nobody has filled in
     record = {
         "configuration": {name: str(value) for name, value in sorted(vars(args).items())},
         "environment": environment(),
         "adapter_bytes": (args.out / "adapter_model.safetensors").stat().st_size,
-        "right": right,
-        "solving_seconds": time.perf_counter() - begun,
         "curve": curve,
+    }
+    (args.out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    args = arguments()
+    if not args.solve_only:
+        taught(args)
+    model, tokenizer = load(args.model, torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, args.out).merge_and_unload().eval()
+    begun = time.perf_counter()
+    found = solved(
+        merged, tokenizer, unseen(args.seed, args.problems, tuple(args.steps)), args.together
+    )
+    record = json.loads((args.out / RECORD).read_text()) | {
+        "right": sum(one["right"] for one in found) / len(found),
+        "solving_seconds": time.perf_counter() - begun,
         "problems": found,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{right:.3f} of {len(found)} unseen problems answered rightly")
+    (args.out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['right']:.3f} of {len(found)} unseen problems answered rightly")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ are looked for all over the prompt until the end.
 import random
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
 NAMES = tuple(
     (
         "Adam Alice Amy Anna Ben Bob Carl Clara Daisy Dan David Ella Emma Eric Eva Frank Fred "
@@ -88,6 +90,19 @@ def word_problem(rng: random.Random, steps: int) -> WordProblem:
     question = " ".join([*shuffled, asked])
     lines.append(f"The answer is {numbers[-1]}.")
     return WordProblem(question, "\n".join(lines), numbers[-1], tuple(uses))
+
+
+def unseen(seed: int, count: int, steps: tuple[int, int]) -> list[WordProblem]:
+    """Problems of a seed that training never draws."""
+    rng = random.Random(f"unseen {seed}")
+    return [word_problem(rng, rng.randint(*steps)) for _ in range(count)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The ids of a question as the model's chat has it, up to where the answer begins."""
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def final_answer(text: str) -> int | None:

@@ -37,6 +37,11 @@ class RaaS(Evicting):
     unscaled), evicted memory is really freed, and no layer is dense by default (there the first two
     for Llama).
 
+    The prompt is pinned by default, as in the paper. On long texts behind a prompt of 64 tokens
+    ``sinks=4, pin_prompt=False`` loses 0.013 nats a token less at a budget of 256; of problems
+    whose sentences are needed until the end 0.31 are solved at 512 with the prompt pinned, and 0.09
+    with four sinks in its place (docs/retention.md).
+
     Args:
         alpha: score above which a page is stamped anew; the paper's 1e-4, the default where
             `top_ratio` is not given.

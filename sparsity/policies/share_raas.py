@@ -26,8 +26,11 @@ class ShareRaaS(RaaS):
     every step 0.93 of 16 pages are above that, 0.83 of 32, and 0.75 of 64 smaller ones, so that the
     stamps say little and the oldest page goes, a first-in first-out window (docs/retention.md,
     "When the stamps of RaaS tell pages apart"). The pages have 4 tokens instead of 16, the first 4
-    tokens are kept, and the prompt is not. The paper's other setting, ``RaaS(...,
-    top_ratio=0.5)``, keeps as much of the attention with the same pages and sinks.
+    tokens are kept, and the prompt is not. Along texts of 4,000 tokens at a budget of 256 it loses
+    0.025 nats a token less than H2O, 0.081 less than Quest, and 0.006 less than the paper's other
+    setting, ``RaaS(..., top_ratio=0.5)``, with the same pages and sinks. Where a prompt is a
+    problem whose sentences are needed late it keeps too few of them, as most policies do
+    (docs/retention.md, "On long texts", "On chains of thought").
 
     Args:
         share: factor on the equal share, at most 1.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from demand import CostModel, Job
+from demand import CostModel, Job, Unit
 from demand.routing import ReadyUnit
 from demand.simulation.engine.calls import call_groups, execution_seconds
 from demand.simulation.engine.retention import LeftKV
@@ -51,7 +51,9 @@ class SeenTwin:
         return found * self.engine.block_tokens
 
 
-def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=None):
+def step_by_step(
+    workload, policy, engine, cost=None, seed=0, engines=1, router=None, predictor=None
+):
     """Completion times and steps `[n]`, with what the engines did; every step is checked."""
     cost = cost or CostModel()
     state = policy.new_state()
@@ -129,9 +131,37 @@ def step_by_step(workload, policy, engine, cost=None, seed=0, engines=1, router=
             if router is not None:
                 router.departed(entry.job, remembered)
             return
+        if predictor is not None:
+            foresee(entry)
         for at in range(len(entry.run)):
             if at not in entry.started and entry.over.issuperset(before(entry.run, at)):
                 start(entry, at, now)
+
+    def foresee(entry):
+        """Ask what is left where calls alone come next, none of which has been served."""
+        run, left = entry.run, set(range(len(entry.run))) - entry.over
+
+        def stage(at):
+            return max((stage(one) + 1 for one in before(run, at)), default=0)
+
+        number = min(map(stage, left))
+        ahead = [at for at in range(len(run)) if stage(at) == number]
+        if not left.issuperset(ahead) or any(run[at].unit.kind != "llm" for at in ahead):
+            return
+        if attained(entry) > entry.settled:
+            return
+        calls = sum(run[at].parallelism for at in ahead)
+        known = predictor.predict(
+            SimpleNamespace(
+                application=entry.job.application,
+                unit=Unit(" + ".join(sorted({run[at].unit.name for at in ahead})), "llm"),
+                input_tokens=sum(run[at].parallelism * run[at].input_tokens for at in ahead)
+                / calls,
+                parallelism=calls,
+                progress=SimpleNamespace(executed=[None] * number),
+            )
+        )
+        entry.job.expect(known, policy.table(known))
 
     def start(entry, at, now):
         entry.started.append(at)

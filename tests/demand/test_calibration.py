@@ -118,9 +118,9 @@ def test_it_prints_a_table():
 def test_it_draws_its_histogram():
     pytest.importorskip("matplotlib")
     report = calibrate(lambda progress: Distribution([2.0, 3.0]), [worked(1), worked(2)], [0])
-    ax = report.draw(bins=4)
+    ax = report.figure(bins=4)
     assert ax.patches[0].get_data().values == pytest.approx(report.pit_histogram(4))
-    assert report.draw(ax) is ax
+    assert report.figure(ax) is ax
 
 
 def test_runs_that_reach_no_point_are_refused():

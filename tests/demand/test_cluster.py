@@ -138,7 +138,7 @@ def assert_same_as_one_engine(workload, policy, engine, router, **more):
 def test_one_engine_behind_a_router_is_that_engine(workload, served, router):
     engine, policy = served
     cost = CostModel(0.1, 0.7)  # nothing is exact: rounding has to be the same
-    assert_same_as_one_engine(workload, policy, engine, router, service_cost=cost)
+    assert_same_as_one_engine(workload, policy, engine, router, cost=cost)
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,7 +149,7 @@ def test_so_it_is_where_it_keeps_kv(workload, engine, policy, router):
 
 
 def assert_like_twin(workload, policy, engine, count, router):
-    cluster = simulate_cluster(workload, policy, engine, count, router, service_cost=WHOLE_COST)
+    cluster = simulate_cluster(workload, policy, engine, count, router, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST, engines=count, router=router)
     np.testing.assert_array_equal(cluster.completion_times, twin.completion_times)
     assert cluster.moves == twin.moves
@@ -202,7 +202,7 @@ def test_crowded_engines_are_jumped_over_rightly(policy, scheduling):
     workload = poisson_workload(hermes_applications(), load=100.0, jobs=28, seed=3)
     engine = Engine(24, 512, 640, kv_seconds_per_token=1e-7, scheduling=scheduling)
     given = workload, policy, engine
-    result = simulate_cluster(*given, 2, LeastLoaded(), service_cost=CostModel())
+    result = simulate_cluster(*given, 2, LeastLoaded(), cost=CostModel())
     twin = step_by_step(*given, CostModel(), engines=2, router=LeastLoaded())
     np.testing.assert_allclose(result.completion_times, twin.completion_times, rtol=1e-9)
     for share, theirs in zip(result.engines, twin.servers, strict=True):
@@ -230,9 +230,9 @@ class Sequential(Router):
 def test_of_several_engines_one_that_serves_all_is_that_engine(workload, served):
     """Its steps end where something comes in, not at all that happens outside."""
     engine, policy = served
-    one = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    one = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     router = Sequential((1,) * 100)
-    cluster = simulate_cluster(workload, policy, engine, 3, router, service_cost=WHOLE_COST)
+    cluster = simulate_cluster(workload, policy, engine, 3, router, cost=WHOLE_COST)
     np.testing.assert_array_equal(cluster.completion_times, one.completion_times)
     assert (cluster.steps, cluster.preemptions) == (one.steps, one.preemptions)
     assert [share.steps for share in cluster.engines] == [0, one.steps, 0]

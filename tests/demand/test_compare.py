@@ -107,8 +107,11 @@ def test_what_a_call_tells_is_told_to_all_arms():
     told = [simulate(work(seed=s), SERPT(), predictor=Says()).mean for s in (0, 1)]
     assert result.measured["SERPT"]["mean_seconds"].tolist() == told
     assert told != [simulate(work(seed=s), SERPT()).mean for s in (0, 1)]
-    with pytest.raises(DemandError, match="a predictor and an engine are given"):
-        quietly(work, [SERPT()], (0, 1), predictor=Says(), engine=Engine())
+    engine = Engine(max_requests=2)
+    result = quietly(work, [SERPT()], (0, 1), predictor=Says(), engine=engine)
+    told = [simulate_engine(work(seed=s), SERPT(), engine, predictor=Says()).mean for s in (0, 1)]
+    assert result.measured["SERPT"]["mean_seconds"].tolist() == told
+    assert told != [simulate_engine(work(seed=s), SERPT(), engine).mean for s in (0, 1)]
 
 
 def test_what_progress_tells_is_told_to_all_arms():

@@ -176,7 +176,7 @@ def test_the_same_where_running_requests_are_served_first(workload, served):
 
 
 def assert_like_twin(workload, engine, policy):
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     np.testing.assert_array_equal(result.completion_steps, twin.completion_steps)
@@ -208,7 +208,7 @@ def test_one_slot_without_prefill_is_the_single_server_queue(workload, policy):
     demands = [run[0].output_tokens for run in workload.runs]
     whole = replace(workload, arrivals=arrivals, demands=demands, deadlines=None)
     engine = Engine.counting_steps(max_requests=1)
-    result = simulate_engine(whole, policy, engine, service_cost=CostModel(0.0, 1.0))
+    result = simulate_engine(whole, policy, engine, cost=CostModel(0.0, 1.0))
     expected = simulate(whole, policy)
     np.testing.assert_array_equal(result.completion_times, expected.completion_times)
 
@@ -217,7 +217,7 @@ def test_a_quantum_that_ends_a_rounding_early_is_not_missed():
     """105 tokens of 0.06 s are 6.3 s, three quanta of 2.1 s a rounding more: still three."""
     workload, cost = one_unit([(1, 120), (1, 120)]), CostModel(0.0, 0.06)
     assert 105 * 0.06 < 3 * 2.1
-    result = simulate_engine(workload, LAS(2.1), Engine.counting_steps(1), service_cost=cost)
+    result = simulate_engine(workload, LAS(2.1), Engine.counting_steps(1), cost=cost)
     assert result.completion_times.tolist() == [105 + 105 + 15, 240]
     assert result.preemptions == 6
 
@@ -244,7 +244,7 @@ def test_a_crowded_engine_is_jumped_over_rightly(scheduling, mode, policy):
     """Applications of Hermes with costs of their own, a wide batch, and too few blocks."""
     workload = with_deadlines(poisson_workload(hermes_applications(), 60.0, 16, 3), 2.0)
     engine = Engine(32, 512, 900, preemption=mode, kv_seconds_per_token=1e-7, scheduling=scheduling)
-    result = simulate_engine(workload, policy, engine, service_cost=CostModel())
+    result = simulate_engine(workload, policy, engine, cost=CostModel())
     twin = step_by_step(workload, policy, engine, CostModel())
     np.testing.assert_allclose(result.completion_times, twin.completion_times, rtol=1e-9)
     for name in ("steps", "preemptions", "prefilled_again", "swapped_blocks", "peak_blocks"):
@@ -261,10 +261,10 @@ def test_a_call_that_is_over_with_its_prefill_leaves_the_others_decoding():
     )  # fmt: skip
     engine = Engine.counting_steps(8, token_budget=4, blocks=12, block_tokens=4)
     policy = PriorityClasses(FCFS())
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     assert result.steps == step_by_step(workload, policy, engine, WHOLE_COST).steps == 54
     alone = Workload([0], [1], "a", {"a": Distribution([1.0])}, runs=[[long]])
-    assert simulate_engine(alone, policy, engine, service_cost=WHOLE_COST).decisions < 10
+    assert simulate_engine(alone, policy, engine, cost=WHOLE_COST).decisions < 10
 
 
 def test_a_rank_that_moves_as_its_job_stops_counts_from_the_next_step():
@@ -275,7 +275,7 @@ def test_a_rank_that_moves_as_its_job_stops_counts_from_the_next_step():
     )  # fmt: skip
     engine = Engine.counting_steps(2, token_budget=20, blocks=8, block_tokens=5)
     policy = Hysteresis(ClassMean(), 5.0)
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     assert result.completion_times[2] == 6.75
@@ -284,9 +284,7 @@ def test_a_rank_that_moves_as_its_job_stops_counts_from_the_next_step():
 def test_events_are_counted_one_by_one():
     """Two jobs of one slot: the second displaces the first at second 5, which goes on later."""
     workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
-    result = simulate_engine(
-        workload, Oracle(), Engine.counting_steps(1), service_cost=CostModel(0.0, 1.0)
-    )
+    result = simulate_engine(workload, Oracle(), Engine.counting_steps(1), cost=CostModel(0.0, 1.0))
     arrivals, submitted, preempted, over, steps = 2, 2, 1, 2, 12
     assert result.events == arrivals + submitted + preempted + over + steps
     run = [Execution(THINK, 1, 3, parallelism=2), Execution(TEST, seconds=2.0)]
@@ -340,7 +338,7 @@ def test_what_becomes_of_a_displaced_request(mode, again, copied, end):
         Engine.counting_steps(1, preemption=mode, block_tokens=4), swap_seconds_per_block=0.25
     )
     workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
-    result = simulate_engine(workload, Oracle(), engine, service_cost=CostModel(0.0, 1.0))
+    result = simulate_engine(workload, Oracle(), engine, cost=CostModel(0.0, 1.0))
     assert result.completion_times.tolist() == end
     assert (result.prefilled_again, result.swapped_blocks) == (again, copied)
     assert result.preemptions == (mode != "none")
@@ -442,6 +440,6 @@ def test_a_policy_whose_ranks_rise_by_being_served_is_jumped_over_rightly():
         decode_seconds_per_request=0.0,
         swap_seconds_per_block=0.0,
     )
-    result = simulate_engine(workload, Shy(), engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, Shy(), engine, cost=WHOLE_COST)
     twin = step_by_step(workload, Shy(), engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)

@@ -63,7 +63,7 @@ def serve(workload, backends, prewarm=None, engine=STEPS, **more):
         engine,
         backends=backends,
         prewarm=prewarm,
-        service_cost=TOKEN_A_SECOND,
+        cost=TOKEN_A_SECOND,
         **more,
     )
 

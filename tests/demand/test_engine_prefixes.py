@@ -63,7 +63,7 @@ def engines_that_keep(draw):
 @settings(max_examples=100, deadline=None)
 @given(with_graphs(), engines_that_keep(), st.sampled_from(POLICIES))
 def test_jumping_over_equal_steps_changes_nothing(workload, engine, policy):
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     for name in ("steps", "preemptions", "prefilled_again", "peak_blocks"):

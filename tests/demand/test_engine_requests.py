@@ -82,7 +82,7 @@ bounds = st.integers(1, 60).map(lambda n: n / 2 + 1 / 1024 + 1e-4)
 @given(workloads(), engines_and_policies | like_vllm_and_policies, st.floats(0.0, 1.0), bounds)
 def test_figures_are_those_of_every_token(workload, served, q, bound):
     engine, policy = served
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     check_against_every_token(result, twin, q, bound)
 
@@ -92,7 +92,7 @@ def test_figures_are_those_of_every_token(workload, served, q, bound):
 def test_laws(workload, served):
     """First token and gaps add up to the whole; KV-seconds are held blocks over time."""
     engine, policy = served
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     requests = result.requests
     between = np.nan_to_num(requests.tpot) * (requests.tokens - 1)
     np.testing.assert_allclose(requests.ttft + between, requests.finished - requests.requested)
@@ -149,7 +149,7 @@ def test_figures_by_hand():
 def test_being_preempted_is_a_gap():
     workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
     result = simulate_engine(
-        workload, Oracle(), Engine.counting_steps(1, block_tokens=4), service_cost=WHOLE_COST
+        workload, Oracle(), Engine.counting_steps(1, block_tokens=4), cost=WHOLE_COST
     )
     assert result.requests.tbt(1.0).tolist() == [3.0, 1.0]
     assert result.requests.tbt(0.5).tolist() == [1.0, 1.0]

@@ -37,7 +37,7 @@ def counting(*limits, preemption="recompute", **more):
 def test_a_shorter_job_displaces_where_places_are_full(mode, again, end):
     workload = one_unit([(4, 10), (4, 2)], arrivals=[0, 5])
     engine = counting(1, preemption=mode)
-    result = simulate_engine(workload, Oracle(), engine, service_cost=SECOND_A_TOKEN)
+    result = simulate_engine(workload, Oracle(), engine, cost=SECOND_A_TOKEN)
     assert result.completion_times.tolist() == end
     assert (result.prefilled_again, result.preemptions) == (again, again // 8)
 
@@ -46,11 +46,11 @@ def test_a_shorter_job_that_lacks_blocks_displaces_nobody():
     """By rank it takes the blocks of the longer one, whose eight tokens are computed again."""
     workload = one_unit([(4, 10), (8, 2)], arrivals=[0, 5])
     engine = counting(2, blocks=4, block_tokens=4)
-    result = simulate_engine(workload, Oracle(), engine, service_cost=SECOND_A_TOKEN)
+    result = simulate_engine(workload, Oracle(), engine, cost=SECOND_A_TOKEN)
     assert result.completion_times.tolist() == [10, 7]
     assert result.prefilled_again == 0
     by_rank = Engine.counting_steps(2, blocks=4, block_tokens=4, preemption="recompute")
-    result = simulate_engine(workload, Oracle(), by_rank, service_cost=SECOND_A_TOKEN)
+    result = simulate_engine(workload, Oracle(), by_rank, cost=SECOND_A_TOKEN)
     assert result.completion_times.tolist() == [12, 2]
     assert result.prefilled_again == 8
 
@@ -88,7 +88,7 @@ def test_the_one_that_lacks_blocks_may_be_the_last_in_order_and_stalls_those_aft
         def rank(self, job, now):
             return -job.index if job.attained_service else job.index
 
-    result = simulate_engine(workload, Later(), engine, service_cost=SECOND_A_TOKEN)
+    result = simulate_engine(workload, Later(), engine, cost=SECOND_A_TOKEN)
     twin = step_by_step(workload, Later(), engine, SECOND_A_TOKEN)
     np.testing.assert_array_equal(result.completion_times, twin.completion_times)
     assert result.preemptions == twin.preemptions == 1

@@ -114,10 +114,10 @@ def one_job(run):
 
 @given(plans(st.one_of(llm, st.builds(Execution, st.just(TEST), seconds=st.integers(0, 9)))))
 def test_alone_on_a_wide_engine_a_run_takes_its_critical_path(run):
-    result = simulate_engine(one_job(run), FCFS(), WIDE, service_cost=STEPS)
+    result = simulate_engine(one_job(run), FCFS(), WIDE, cost=STEPS)
     assert result.completion_times.tolist() == [longest_chain(run, STEPS)]
     flat = [replace(execution, after=None) for execution in run]
-    in_turn = simulate_engine(one_job(flat), FCFS(), WIDE, service_cost=STEPS)
+    in_turn = simulate_engine(one_job(flat), FCFS(), WIDE, cost=STEPS)
     assert in_turn.completion_times >= result.completion_times
 
 
@@ -125,7 +125,7 @@ def test_alone_on_a_wide_engine_a_run_takes_its_critical_path(run):
 @given(workloads(beside), policies, st.integers(1, 6))
 def test_no_run_is_over_before_its_critical_path(workload, policy, width):
     engine = replace(WIDE, max_requests=width)
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     paths = [longest_chain(run, STEPS) for run in workload.runs]
     assert (result.completion_times >= np.array(paths) - 1e-9).all()
 
@@ -136,8 +136,7 @@ def test_a_chain_that_is_told_is_the_sequence(workload, served):
     engine, policy = served
     chains = replace(workload, runs=[told(run) for run in workload.runs])
     ours, theirs = (
-        simulate_engine(some, policy, engine, service_cost=WHOLE_COST)
-        for some in (chains, workload)
+        simulate_engine(some, policy, engine, cost=WHOLE_COST) for some in (chains, workload)
     )
     np.testing.assert_array_equal(ours.completion_times, theirs.completion_times)
     for name in ("steps", "decisions", "events", "busy_seconds", "preemptions"):
@@ -172,9 +171,7 @@ def test_what_an_estimator_says_is_asked_at_the_same_moments(executed, arrivals,
             asked.append(progress)
             return estimator(application, progress)
 
-        result = simulate_engine(
-            workload, policy, served[0], estimator=ask, service_cost=WHOLE_COST
-        )
+        result = simulate_engine(workload, policy, served[0], estimator=ask, cost=WHOLE_COST)
         return result.completion_times.tolist(), result.preemptions, asked
 
     jumped = outcome()
@@ -196,7 +193,7 @@ def test_what_was_received_is_told_of_all_that_is_underway():
         seen.append(progress)
         return Distribution([1.0])
 
-    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, cost=STEPS)
     first, at_tool, at_join = seen
     assert (len(first.executed), first.current) == (1, None)
     # The tool took 3 s of its own; the call beside it made 2 tokens in the steps before.
@@ -227,7 +224,7 @@ def test_the_estimator_is_told_what_the_run_says_after_as_many_units(run):
     waits_end = Waits.end
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Waits, "end", end)
-        result = simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+        result = simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, cost=STEPS)
     assert result.completion_times == max(ends)
     order = order or list(range(len(run)))  # of a sequence
     assert [ends[at] for at in order] == sorted(ends)
@@ -248,7 +245,7 @@ def test_a_unit_that_begins_at_that_moment_is_of_the_stage_that_is_asked_about()
         seen.append((progress.current, progress.attained_seconds))
         return Distribution([1.0])
 
-    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, cost=STEPS)
     assert seen == [("look + test", 2.0), ("test + think", 1.0), ("test + think", 9.0 + 10.0)]
 
 
@@ -266,7 +263,7 @@ def test_what_is_left_of_the_path_is_right_where_a_later_stage_has_run():
         told.append((len(progress.executed), left.mean()))
         return left
 
-    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, service_cost=STEPS)
+    simulate_engine(one_job(run), FCFS(), WIDE, estimator=ask, cost=STEPS)
     # By stages the look comes after both tools, so that 5 s more are told than are left.
     assert told == [(0, 7.0 + 5.0 + 3.0), (0, 2.0 + 5.0 + 3.0), (2, 3.0)]
 
@@ -293,7 +290,7 @@ def test_what_calls_leave_is_found_by_those_of_their_unit(workload, engine, poli
         graphs = {n: PDGraph.fit(r, cost=WHOLE_COST) for n, r in executed.items() if r}
         workload = replace(workload, graphs=graphs)
     assert_like_twin(workload, engine, policy)
-    result = simulate_engine(workload, policy, engine, service_cost=WHOLE_COST)
+    result = simulate_engine(workload, policy, engine, cost=WHOLE_COST)
     twin = step_by_step(workload, policy, engine, WHOLE_COST)
     assert (result.prefixes.looked_up, result.prefixes.found) == (twin.looked_up, twin.found)
     assert result.prefixes.findable == twin.findable

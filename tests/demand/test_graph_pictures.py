@@ -33,7 +33,7 @@ def test_networkx_has_every_unit_and_branch():
 
 @pytest.mark.parametrize(
     ("module", "method", "says"),
-    [("networkx", "to_networkx", r"picache\[integrations\]"), ("matplotlib", "draw", "plots")],
+    [("networkx", "to_networkx", r"picache\[integrations\]"), ("matplotlib", "figure", "plots")],
 )
 def test_what_is_not_installed_is_named(monkeypatch, module, method, says):
     real = builtins.__import__
@@ -79,12 +79,12 @@ def test_no_two_nodes_stand_in_one_place():
 
 def test_the_picture_names_units_seconds_and_probabilities():
     pytest.importorskip("matplotlib")
-    ax = coding().draw()
+    ax = coding().figure()
     texts = {text.get_text() for text in ax.texts}
     assert {"start", "write", "12 s, 2 calls", "test", "3 s", "end", "0.43", "0.57"} <= texts
     assert ax.get_title() == "coding"
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {"llm", "container"}
-    assert coding().draw(ax) is ax
+    assert coding().figure(ax) is ax
 
 
 def test_rare_branches_are_left_out_and_counted(tmp_path):
@@ -92,8 +92,8 @@ def test_rare_branches_are_left_out_and_counted(tmp_path):
     run = [Execution(WRITE, 0, 100)]
     rare = [*run, Execution(TEST, seconds=3.0)]
     graph = PDGraph.fit([*[run] * 999, rare], window=2000)
-    texts = {text.get_text() for text in graph.draw().texts}
+    texts = {text.get_text() for text in graph.figure().texts}
     assert "test" not in texts
     assert "not drawn: 2 rarer branches, 1 of the units" in texts
-    graph.draw().figure.savefig(tmp_path / "graph.png")
+    graph.figure().figure.savefig(tmp_path / "graph.png")
     assert (tmp_path / "graph.png").stat().st_size > 1000

@@ -5,7 +5,19 @@ import importlib
 import pytest
 
 import demand
-from demand import FCFS, SERPT, Distribution, Execution, Job, Unit, Workload, compare, simulate
+from demand import (
+    FCFS,
+    SERPT,
+    Distribution,
+    Execution,
+    Job,
+    PDGraph,
+    Unit,
+    Workload,
+    calibrate,
+    compare,
+    simulate,
+)
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.transformers.jobs import JobTable
 from demand.integrations.vllm.run import Run
@@ -25,6 +37,7 @@ JOBS = Workload(
         ("demand", "Quantum", "demand.TimeSlice"),
         ("demand.policies", "Quantum", "demand.policies.TimeSlice"),
         ("demand", "known_of", "demand.policies.known_of"),
+        ("demand.refine", "Refine", "demand.refine.Estimator"),
         ("demand", "gittins_brute_force", "demand.distribution.rank.gittins_brute_force"),
     ],
 )
@@ -59,6 +72,19 @@ def drawn(seed):
 def test_refine_is_now_estimator(ask):
     with pytest.warns(DeprecationWarning, match="refine= of .* is now estimator="):
         ask(refine=lambda application, progress: KNOWN)
+
+
+def test_what_is_drawn_is_a_figure():
+    graph = PDGraph.fit(JOBS.runs)
+    report = calibrate(graph.remaining, JOBS.runs, (0,))
+    for old, new in ((graph.draw, graph.figure), (report.draw, report.figure)):
+        said = f"{type(old.__self__).__name__}.draw is now {type(old.__self__).__name__}.figure"
+        with pytest.warns(DeprecationWarning, match=said):
+            axes = old()
+        assert axes.get_xlabel() == new().get_xlabel()
+    with pytest.warns(DeprecationWarning, match="predict= of calibrate is now remaining="):
+        again = calibrate(predict=graph.remaining, runs=JOBS.runs, after_units=(0,))
+    assert again.overall.crps == report.overall.crps
 
 
 def test_learn_is_now_expect():

@@ -21,6 +21,8 @@ from demand import (
     calibrate,
     calibrate_calls,
     simulate,
+    simulate_cluster,
+    simulate_engine,
 )
 from demand.policies import SERPT, Oracle
 from demand.refine import CurrentUnit, LogRidge
@@ -139,10 +141,18 @@ def test_a_queue_asks_at_arrival_and_between_units_where_a_call_follows():
     assert predictor.asked == [("ask", 10.0, 0), ("ask", 10.0, 2)]
 
 
+class Mistaken:
+    def predict(self, call):
+        return 3.0
+
+
 def test_what_is_no_predictor_or_no_call_is_refused():
     jobs = workload(told_runs(3))
-    with pytest.raises(DemandError, match=r"predictor is .*expected an object with a method"):
-        simulate(jobs, SERPT(), predictor=lambda call: Distribution([1.0]))
+    for serve in (simulate, simulate_engine, simulate_cluster):
+        with pytest.raises(DemandError, match=r"predictor is .*expected an object with a method"):
+            serve(jobs, SERPT(), predictor=lambda call: Distribution([1.0]))
+        with pytest.raises(DemandError, match=r"what the predictor says of 'a' is 3.0; expected"):
+            serve(jobs, SERPT(), predictor=Mistaken())
     alone = Workload([0.0], [1.0], ["a"], {"a": Distribution([1.0])})
     with pytest.raises(DemandError, match="the workload has no runs"):
         simulate(alone, SERPT(), predictor=DemandEstimator({}))

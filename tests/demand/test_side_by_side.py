@@ -294,7 +294,7 @@ def test_a_graph_of_stages_is_drawn_and_exported():
     found = graph.to_networkx()
     assert found.nodes["math + search"]["kind"] == "tool"
     assert found["plan"]["math + search"]["probability"] == 1.0
-    assert "math + search" in "".join(text.get_text() for text in graph.draw().texts)
+    assert "math + search" in "".join(text.get_text() for text in graph.figure().texts)
     for run in graph.draw_runs(5):
         assert [execution.unit.name for execution in run] == ["plan", "math + search", "join"]
 

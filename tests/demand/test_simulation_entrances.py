@@ -37,6 +37,7 @@ from demand import (
     hermes_applications,
     poisson_workload,
     simulate,
+    simulate_cluster,
     simulate_engine,
 )
 from demand.integrations.job_ledger import JobLedger
@@ -175,7 +176,7 @@ def test_a_refinement_that_answers_with_no_distribution_is_refused(simulator):
         ("prewarm", PrewarmPlanner, "prewarm is the class PrewarmPlanner; expected a prewarmer"),
         ("prewarm", "lru", "prewarm is 'lru'; expected a prewarmer"),
         ("pace", 0.1, "pace is 0.1; expected a CostModel"),
-        ("service_cost", CostModel, "service_cost is the class CostModel; expected a CostModel"),
+        ("cost", CostModel, "cost is the class CostModel; expected a CostModel"),
         ("backends", [Pool(1, 1.0)], "backends is .*expected pools by name"),
         ("backends", {"container": Pool}, r"backends\['container'\] is the class Pool; expected"),
         ("backends", {ACT: Pool(1, 1.0)}, "a name in backends is .*expected the name of a unit"),
@@ -280,11 +281,13 @@ def test_plain_numbers_are_no_durations(make):
 
 def test_the_old_names_of_cost_models_warn_and_still_work():
     workload, cost = poisson_workload(hermes_applications(), 5.0, 6), CostModel(0.0, 0.1)
-    with pytest.warns(DeprecationWarning, match="cost= of simulate_engine is now service_cost="):
-        old = simulate_engine(workload, LAS(), cost=cost)
-    new = simulate_engine(workload, LAS(), service_cost=cost)
-    assert old.completion_times.tolist() == new.completion_times.tolist()
+    for serve in (simulate_engine, simulate_cluster):
+        said = f"service_cost= of {serve.__name__} is now cost="
+        with pytest.warns(DeprecationWarning, match=said):
+            old = serve(workload, LAS(), service_cost=cost)
+        new = serve(workload, LAS(), cost=cost)
+        assert old.completion_times.tolist() == new.completion_times.tolist()
     with pytest.warns(DeprecationWarning, match=r"cost= of Prewarming.__init__ is now pace="):
         Prewarming(PrewarmPlanner(), {}, {}, cost=cost)
-    with pytest.raises(DemandError, match="drop cost="):
+    with pytest.raises(DemandError, match="drop service_cost="):
         simulate_engine(workload, LAS(), cost=cost, service_cost=cost)

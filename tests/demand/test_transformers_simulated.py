@@ -38,7 +38,7 @@ def both(model, workload, name, kv):
     policy, blocks = POLICIES[name], BLOCKS[kv]
     preemption = "none" if policy is None else "pause"
     engine = Engine.counting_steps(WIDTH, TOKEN_BUDGET, blocks, BLOCK_TOKENS, preemption)
-    simulated = simulate_engine(workload, policy or RequestFCFS(), engine, service_cost=COST)
+    simulated = simulate_engine(workload, policy or RequestFCFS(), engine, cost=COST)
     return Served(model, workload, policy, blocks).run(), simulated
 
 

@@ -217,7 +217,7 @@ def assert_same_steps(engine: Any, shape: tuple[int, int, int], policy: Policy, 
         batches = [{key[0]: n for key, n in batch.items()} for batch in twin.batches]
         for step, (ours, theirs) in enumerate(itertools.zip_longest(batches, served.batches)):
             assert ours == theirs, f"seed {seed}, step {step}"
-        result = simulate_engine(workload, policy, simulated, service_cost=CostModel())
+        result = simulate_engine(workload, policy, simulated, cost=CostModel())
         assert result.steps == len(served.batches)
         assert result.preemptions == served.preemptions
         np.testing.assert_array_equal(result.completion_steps, twin.completion_steps)
@@ -268,7 +268,7 @@ def test_what_is_found_again_is_what_vllm_finds() -> None:
         batches = [{key[0]: n for key, n in batch.items()} for batch in twin.batches]
         for step, (ours, theirs) in enumerate(itertools.zip_longest(batches, served.batches)):
             assert ours == theirs, f"seed {seed}, step {step}"
-        result = simulate_engine(workload, RequestFCFS(), simulated, service_cost=CostModel())
+        result = simulate_engine(workload, RequestFCFS(), simulated, cost=CostModel())
         assert result.steps == len(served.batches)
         assert result.preemptions == served.preemptions
         assert result.prefixes.found == twin.found

@@ -33,7 +33,7 @@ DEFAULTS = [
     (SnapKV(1024), dict(window=64, recent_kept=64, kernel=5, pooling="mean", evict_every=None)),
     (PyramidKV(1024), dict(window=64, kernel=5, beta=20, evict_every=None)),
     (RKV(1024), dict(evict_every=128, window=8, recent_kept=8, mix=0.1, kernel=7)),
-    (LazyEviction(1024), dict(evict_every=175, recent_kept=175, alpha=1e-4)),
+    (LazyEviction(1024), dict(evict_every=175, recent_kept=175, alpha=1e-4, sinks=4, ties="score")),
     (VaSE(1024), dict(sinks=4, window=64, recent_kept=64, large_kept=256, kernel=5)),
 ]
 

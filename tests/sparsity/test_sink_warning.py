@@ -31,7 +31,7 @@ LOSING = [
     RaaS(16, page_size=4, pin_prompt=False),
     Random(16, recent=2, pin_prompt=False),
     StreamingLLM(16, sinks=0),
-    LazyEviction(16, evict_every=4),
+    LazyEviction(16, evict_every=4, sinks=0),
     Then(SnapKV(8, window=4), Random(16, recent=2, pin_prompt=False)),
 ]
 KEEPING = [

@@ -57,7 +57,7 @@ def test_of_tokens_with_the_same_range_the_newest_is_large(rounded_up, dtype):
 def test_tokens_as_silent_as_each_other_go_oldest_first(tokens):
     """Whether a vector unit or its remainder computes the worth of a token does not count."""
     for longest in range(1, 60):
-        policy = LazyEviction(budget=64, evict_every=1, recent=0)
+        policy = LazyEviction(budget=64, evict_every=1, recent=0, sinks=0, ties="age")
         start = list(range(tokens))[::-1]
         view = pages(start, torch.zeros(tokens, 1), longest, [-7] * tokens)
         assert policy.priority(view).unique().numel() == 1

@@ -127,7 +127,7 @@ SMALL = [
     H2O(6, recent=2, normalise="age"),
     H2O(20, recent=2, pin_prompt=True),
     H2O(12, page_size=4, recent=2, evict_every=None),
-    LazyEviction(8, page_size=2, evict_every=None, recent=2, alpha=0.13),
+    LazyEviction(8, page_size=2, evict_every=None, recent=2, alpha=0.13, sinks=0, ties="age"),
     TOVA(5),
     TOVA(6, shared_heads=False, group="max", sinks=1, evict_every=2),
     TOVA(8, page_size=2),
@@ -138,11 +138,13 @@ SMALL = [
     PyramidKV(7, window=2, kernel=3, beta=3, evict_every=2),
     RKV(6, window=2, kernel=3, evict_every=3, mix=0.4, threshold=0.47),
     RKV(5, window=3, kernel=1, evict_every=1, mix=0.1, threshold=0.13),
-    LazyEviction(6, evict_every=3, alpha=0.13),
-    LazyEviction(6, evict_every=3, alpha=0.03, ties="score"),
-    LazyEviction(7, evict_every=1, recent=2, alpha=0.03, shared_heads=True, ties="score"),
-    LazyEviction(6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True),
-    LazyEviction(8, page_size=2, evict_every=2, alpha=0.13),
+    LazyEviction(6, evict_every=3, alpha=0.13, sinks=0, ties="age"),
+    LazyEviction(6, evict_every=3, alpha=0.03, ties="score", sinks=0),
+    LazyEviction(7, evict_every=1, recent=2, alpha=0.03, shared_heads=True, ties="score", sinks=0),
+    LazyEviction(
+        6, evict_every=1, recent=2, alpha=0.03, group="mean", shared_heads=True, sinks=0, ties="age"
+    ),
+    LazyEviction(8, page_size=2, evict_every=2, alpha=0.13, sinks=0, ties="age"),
     VaSE(7, sinks=1, window=2, large=2, evict_every=2, kernel=3),
     VaSE(6, sinks=0, window=2, large=0, evict_every=1, kernel=1, seed=3),
     SnapKV(8, window=3, kernel=3, page_size=2, evict_every=2),
@@ -162,7 +164,10 @@ SMALL = [
     Then(SnapKV(5, window=3, kernel=3), H2O(7)),
     Then(SnapKV(5, window=3, recent=2, kernel=3), SnapKV(7, window=3, kernel=1, evict_every=2)),
     Then(PyramidKV(5, window=2, kernel=3, beta=3), Random(9, recent=1, seed=5)),
-    Then(SnapKV(5, window=2, group="max"), LazyEviction(6, evict_every=3, alpha=0.13)),
+    Then(
+        SnapKV(5, window=2, group="max"),
+        LazyEviction(6, evict_every=3, alpha=0.13, sinks=0, ties="age"),
+    ),
 ]
 
 

@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, final
 
-from demand.arguments import check_instance, whole_number
+from demand.arguments import check_instance, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
 from demand.progress_bar import bar
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
+from demand.refine.predictor import Predictor
 from demand.routing.base import ReadyUnit, Router
 from demand.routing.least_loaded import LeastLoaded
 from demand.simulation.cluster.result import ClusterResult
@@ -25,6 +26,7 @@ from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
+@renamed_keyword("service_cost", "cost")
 def simulate_cluster(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -35,8 +37,9 @@ def simulate_cluster(
     backends: Mapping[str, Pool] | None = None,
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
-    estimator: Refine | None = None,
-    service_cost: CostModel | None = None,
+    estimator: Estimator | None = None,
+    predictor: Predictor | None = None,
+    cost: CostModel | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> ClusterResult:
@@ -68,7 +71,8 @@ def simulate_cluster(
         prewarm: as `simulate_engine`.
         pace: as `simulate_engine`.
         estimator: as `simulate_engine`.
-        service_cost: as `simulate_engine`.
+        predictor: as `simulate_engine`.
+        cost: as `simulate_engine`.
         seed: of the number each job draws (`Job.lottery`). Routers have seeds of their own.
         progress: whether to show a bar, where tqdm is installed.
 
@@ -89,7 +93,8 @@ def simulate_cluster(
         prewarm=prewarm,
         pace=pace,
         estimator=estimator,
-        service_cost=service_cost,
+        predictor=predictor,
+        cost=cost,
         seed=seed,
     )
     with bar(len(workload), "jobs", progress) as simulation.advance_bar:

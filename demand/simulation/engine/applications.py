@@ -11,7 +11,8 @@ from demand.errors import DemandError
 from demand.policies.base import Policy, Rank, check_policy, rank_of
 from demand.prewarm.base import Prewarmer, check_prewarmer
 from demand.prewarm.baselines import NoPrewarm
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
+from demand.refine.predictor import Predictor
 from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.engine.agenda import Action, Agenda
 from demand.simulation.engine.backends import Backends, check_pools, checked_pools
@@ -28,9 +29,14 @@ from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.retention import Tables
 from demand.simulation.engine.waits import check_side_by_side
 from demand.simulation.job_maker import JobMaker
-from demand.simulation.refining import check_estimator, learn
+from demand.simulation.refining import (
+    ask_estimator,
+    ask_predictor,
+    check_estimator,
+    check_predictor,
+)
 from demand.stages import progress_after
-from demand.units import CostModel
+from demand.units import CostModel, Execution
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -58,8 +64,9 @@ class Applications(ABC):
         backends: Mapping[str, Pool] | None,
         prewarm: Prewarmer | None,
         pace: CostModel | None,
-        estimator: Refine | None,
-        service_cost: CostModel | None,
+        estimator: Estimator | None,
+        predictor: Predictor | None,
+        cost: CostModel | None,
         seed: int,
     ) -> None:
         entries = entries_of(workload)
@@ -70,11 +77,12 @@ class Applications(ABC):
                 "Workload(runs=...), the executions of each job"
             )
         check_estimator(estimator, entries)
+        check_predictor(predictor, entries)
         engine = Engine() if engine is None else engine
         prewarm = NoPrewarm() if prewarm is None else prewarm
         check_instance("engine", engine, Engine, "an engine, such as Engine(max_requests=64)")
         check_prewarmer("prewarm", prewarm)
-        for name, model in (("pace", pace), ("service_cost", service_cost)):
+        for name, model in (("pace", pace), ("cost", cost)):
             if model is not None:
                 check_instance(name, model, CostModel, "a CostModel, or None")
         pools = {} if backends is None else checked_pools(backends)
@@ -86,15 +94,15 @@ class Applications(ABC):
         self.runs = entries.runs
         self.policy = policy
         self.engine = engine
-        self.costs = {name: service_cost or _cost(entries, name) for name in entries.distributions}
+        self.costs = {name: cost or _cost(entries, name) for name in entries.distributions}
         self.tables: Tables | None = None
         if engine.retention is not None:
             self.tables = Tables(engine.retention, entries.graphs, self.costs)
-        self.estimator = estimator
+        self.estimator, self.predictor = estimator, predictor
         self.arrivals = arrivals_of(workload)
         self.jobs = JobMaker(entries, policy, JobOnEngine, seed)
         self.agenda = Agenda()
-        pace = pace or service_cost or CostModel()
+        pace = pace or cost or CostModel()
         self.backends = Backends(pools, prewarm, pace, entries.graphs, self.agenda, self.place)
         self.entries: list[int] = []
         self.arrived_at: list[float] = []
@@ -148,6 +156,7 @@ class Applications(ABC):
         self.arrived_at.append(now)
         self.arrived(job)
         self.policy.arrived(job, now)
+        self.foresee(job, job.run, 0)
         self.start(job, now)
 
     def start(self, job: JobOnEngine, now: float) -> None:
@@ -227,8 +236,15 @@ class Applications(ABC):
             return
         if self.estimator is not None:
             progress = progress_after(job.run, position + 1, self.costs[job.application])
-            learn(job, progress, self.estimator, self.policy)
+            ask_estimator(job, progress, self.estimator, self.policy)
+        self.foresee(job, job.run, position + 1)
         self.start_unit(job, position + 1, now)
+
+    def foresee(self, job: JobOnEngine, run: Sequence[Execution], finished: int) -> None:
+        """Ask the predictor, if there is one, of what follows the first `finished` units."""
+        if self.predictor is not None:
+            cost = self.costs[job.application]
+            ask_predictor(job, run, finished, self.predictor, self.policy, cost)
 
     def finish(self, job: JobOnEngine, now: float) -> None:
         """The run of `job` is over."""

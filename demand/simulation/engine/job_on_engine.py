@@ -182,7 +182,7 @@ class JobOnEngine(Job):
         if execution.unit.kind != "llm":
             return 0.0, 0.0
         prefill, decode = self.prefill_seconds_per_token, self.decode_seconds_per_token
-        attained, longest = self.unit_seconds[position], 0.0
+        attained, longest, there = self.unit_seconds[position], 0.0, 0
         for calls in self.calls:
             if calls.position == position:
                 left = calls.over - step if calls.over else calls.output_tokens - calls.generated
@@ -190,6 +190,9 @@ class JobOnEngine(Job):
                 attained -= calls.count * (unread * prefill + left * decode)
                 made = calls.output_tokens - left
                 longest = max(longest, calls.prefilled * prefill + made * decode)
+                there += calls.count
+        if there == execution.parallelism and not longest:  # the difference is but rounding
+            return 0.0, 0.0
         attained = max(attained, 0.0)
         return attained, max(longest, attained / execution.parallelism)
 

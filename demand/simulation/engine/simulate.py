@@ -10,7 +10,8 @@ import numpy as np
 from demand.arguments import renamed_keyword
 from demand.policies.base import Policy
 from demand.prewarm.base import Prewarmer
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
+from demand.refine.predictor import Predictor
 from demand.simulation.engine.applications import Applications
 from demand.simulation.engine.calls import call_groups
 from demand.simulation.engine.engine import Engine
@@ -21,14 +22,14 @@ from demand.simulation.engine.pools import Pool
 from demand.simulation.engine.prefix_cache import PrefixCache
 from demand.simulation.engine.result import EngineResult, Prefixes
 from demand.simulation.engine.waits import Waits
-from demand.simulation.refining import learn
+from demand.simulation.refining import ask_estimator
 from demand.units import CostModel, is_sequence
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
 
 @renamed_keyword("refine", "estimator")
-@renamed_keyword("cost", "service_cost")
+@renamed_keyword("service_cost", "cost")
 def simulate_engine(
     workload: Workload | ClosedLoop,
     policy: Policy,
@@ -37,8 +38,9 @@ def simulate_engine(
     backends: Mapping[str, Pool] | None = None,
     prewarm: Prewarmer | None = None,
     pace: CostModel | None = None,
-    estimator: Refine | None = None,
-    service_cost: CostModel | None = None,
+    estimator: Estimator | None = None,
+    predictor: Predictor | None = None,
+    cost: CostModel | None = None,
     seed: int = 0,
 ) -> EngineResult:
     """Serve the runs of `workload` on `engine`, its batches formed by `policy`.
@@ -68,19 +70,22 @@ def simulate_engine(
         backends: by name of a unit, or by kind for all other units of the kind.
         prewarm: warms backends ahead; `None` for `NoPrewarm`.
         pace: seconds of a call on this engine, by which the prewarmer is told when a unit will be
-            over; `None` for `service_cost`.
+            over; `None` for `cost`. It says what a call takes, `cost` what it counts for.
         estimator: a `DemandEstimator`, or any other answer to how much is left; asked at the end of
             every unit.
-        service_cost: seconds of attained service that a token counts for, on the scale of the
-            distributions of `workload`; not what it takes on the engine. `None` for the cost model
-            of the application's graph, or the default where it has none. Up to the last release
-            it was named `cost`.
+        predictor: what says it from a call before its first token; asked as a job arrives and,
+            after the estimator, at the end of every unit, if what follows is a call to a model and
+            nothing of its stage has been served. Its answer holds from there on.
+        cost: seconds of attained service that a token counts for, on the scale of the
+            distributions of `workload`; not what it takes on the engine, which is `pace`. `None`
+            for the cost model of the application's graph, or the default where it has none.
         seed: of the number each job draws (`Job.lottery`).
 
     Raises:
         DemandError: an argument of the wrong kind, a workload without runs, an empty run, a
-            request larger than all blocks, a policy whose rank is no number, a pool for an unknown
-            unit, or a prewarmer that needs graphs where there are none.
+            request larger than all blocks, a policy whose rank is no number, an estimator or
+            predictor that gives no distribution, a pool for an unknown unit, or a prewarmer that
+            needs graphs where there are none.
     """
     simulation = _Simulation(
         workload,
@@ -90,7 +95,8 @@ def simulate_engine(
         prewarm=prewarm,
         pace=pace,
         estimator=estimator,
-        service_cost=service_cost,
+        predictor=predictor,
+        cost=cost,
         seed=seed,
     )
     return simulation.run()
@@ -184,10 +190,13 @@ class _Simulation(Applications):
         if waits.over:
             self.finish(job, now)
             return
-        if self.estimator is not None:
+        if self.estimator is not None or self.predictor is not None:
             cost = self.costs[job.application]
             progress = waits.progress(ready, partial(job.received, step=step), cost)
-            learn(job, progress, self.estimator, self.policy)
+            if self.estimator is not None:
+                ask_estimator(job, progress, self.estimator, self.policy)
+            if progress.current is None:
+                self.foresee(job, waits.as_ended(), len(waits.ended))
         if job.calls:
             self.one.order.moved(job, now)
         for following in ready:

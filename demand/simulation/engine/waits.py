@@ -68,11 +68,7 @@ class Waits:
             received: seconds of service that a unit underway has attained, and its longest call.
             cost: seconds of what is over.
         """
-        at = {position: number for number, position in enumerate(self.ended)}
-
-        def after(position: int) -> tuple[int, ...]:
-            return tuple(at[before] for before in self._waits[position])
-
+        after = self._after(self.ended)
         return progress_at_end(
             [replace(self._run[position], after=after(position)) for position in self.ended],
             [
@@ -82,6 +78,18 @@ class Waits:
             + [Underway(self._run[position].unit, after(position)) for position in ready],
             cost,
         )
+
+    def as_ended(self) -> list[Execution]:
+        """The run with the units that are over before the others, in the order they ended in."""
+        ended = set(self.ended)
+        order = self.ended + [at for at in range(len(self._run)) if at not in ended]
+        after = self._after(order)
+        return [replace(self._run[position], after=after(position)) for position in order]
+
+    def _after(self, order: Sequence[int]) -> Callable[[int], tuple[int, ...]]:
+        """From a position in the run to those, in `order`, of what it waits for."""
+        at = {position: number for number, position in enumerate(order)}
+        return lambda position: tuple(at[before] for before in self._waits[position])
 
 
 def check_side_by_side(

@@ -9,13 +9,18 @@ import numpy as np
 from demand.arguments import renamed_keyword, whole_number
 from demand.policies.base import Policy, check_policy
 from demand.policies.wrapper import hook
-from demand.refine.base import Refine
+from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.arrivals import arrivals_of, entries_of
 from demand.simulation.job_maker import JobMaker
 from demand.simulation.queue.bounded_servers import servers_for
 from demand.simulation.queue.job_in_service import JobInService
-from demand.simulation.refining import check_estimator, check_predictor, foresee, learn
+from demand.simulation.refining import (
+    ask_estimator,
+    ask_predictor,
+    check_estimator,
+    check_predictor,
+)
 from demand.simulation.result import Result
 from demand.stages import progress_after
 from demand.workloads.closed_loop import ClosedLoop
@@ -47,7 +52,7 @@ def simulate(
     policy: Policy,
     servers: int = 1,
     seed: int = 0,
-    estimator: Refine | None = None,
+    estimator: Estimator | None = None,
     predictor: Predictor | None = None,
 ) -> SimulationResult:
     """Serve `workload` under `policy`, preempting at no cost: an M/G/k queue when it is Poisson.
@@ -109,7 +114,7 @@ class _Simulation:
         policy: Policy,
         servers: int,
         seed: int,
-        estimator: Refine | None,
+        estimator: Estimator | None,
         predictor: Predictor | None,
     ) -> None:
         self.workload = workload
@@ -183,14 +188,14 @@ class _Simulation:
         job.requested = now
         if self.estimator is not None and self.runs is not None:
             progress = progress_after(self.runs[job.entry], finished, self.jobs.cost(job.entry))
-            learn(job, progress, self.estimator, self.policy)
+            ask_estimator(job, progress, self.estimator, self.policy)
         if self.predictor is not None and self.runs is not None:
             self.foresee(job, finished, self.predictor)
 
     def foresee(self, job: JobInService, finished: int, predictor: Predictor) -> None:
         assert self.runs is not None
         run, cost = self.runs[job.entry], self.jobs.cost(job.entry)
-        foresee(job, run, finished, predictor, self.policy, cost)
+        ask_predictor(job, run, finished, predictor, self.policy, cost)
 
     def result(self) -> SimulationResult:
         workload = self.workload

@@ -1,0 +1,121 @@
+"""Sums up what reasoning_accuracy.py measured: a row an arm and budget, tables, a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from link_evidence_summary import Sample
+from quickstart_pages import markdown
+from retention_evidence_summary import bars, said
+from retention_ways import REASONING
+
+DENSE = "dense"
+METRICS = ("solved", "lines_right", "first_lines")
+"""Share of problems whose chain is found whole; of lines without a wrong token, each behind the
+taught ones; of lines before the first that has one. Means over problems."""
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    """Means over the problems that an arm does not refuse, with intervals paired with its twin."""
+    seed = record["configuration"]["seed"]
+    by_arm = {
+        (row["arm"], row["budget"]): {one["problem"]: one for one in row["problems"]}
+        for row in record["rows"]
+    }
+    twins = {way.label: way.twin for way in REASONING}
+    rows = []
+    for (arm, budget), marks in sorted(by_arm.items(), key=lambda one: one[0] != (DENSE, 0)):
+        row: dict[str, Any] = {"arm": arm, "budget": budget, "problems": len(marks)}
+        if marks:
+            for name in METRICS:
+                row[name] = interval([one[name] for one in marks.values()], seed)
+            twin = by_arm.get((twins.get(arm, ""), budget), {})
+            if both := [number for number in marks if number in twin]:
+                for name in METRICS:
+                    apart = [marks[i][name] - twin[i][name] for i in both]
+                    row[f"{name}_minus_random"] = interval(apart, seed)
+        rows.append(row)
+    tokens = np.array(list(record["tokens"].values()))
+    kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
+    refused = [
+        {"arm": row["arm"], "budget": row["budget"], "why": row["refused"]}
+        for row in record["rows"]
+        if "refused" in row
+    ]
+    spread = {
+        name: [int(tokens[:, i].min()), float(tokens[:, i].mean()), int(tokens[:, i].max())]
+        for i, name in enumerate(("prompt_tokens", "chain_tokens"))
+    }
+    return kept | spread | {"rows": rows, "refused": refused}
+
+
+def interval(values: list[float], seed: int) -> list[float]:
+    """The mean, and the ends of its 95 % bootstrap interval."""
+    return Sample(["problems"] * len(values), seed).interval(np.array(values))
+
+
+def tables(summed: dict[str, Any]) -> str:
+    """Markdown, a table for each budget."""
+    dense, *rows = summed["rows"]
+    columns = {
+        "problems": "{problems}",
+        "solved": "{solved}",
+        "less random's": "{solved_minus_random}",
+        "lines right": "{lines_right}",
+        "less its random's": "{lines_right_minus_random}",
+    }
+    parts = []
+    for budget in sorted({row["budget"] for row in rows}):
+        shown = [_row(row) for row in (dense, *rows) if row["budget"] in (0, budget)]
+        parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns))
+    return "\n\n".join(parts)
+
+
+def _row(row: dict[str, Any]) -> dict[str, str]:
+    """The cells of a row; empty ones for what is not there."""
+    cells = {"arm": row["arm"], "problems": str(row["problems"])}
+    for name in ("solved", "lines_right"):
+        cells[name] = said(row.get(name), "")
+        cells[f"{name}_minus_random"] = said(row.get(f"{name}_minus_random"))
+    return cells
+
+
+def draw(summed: dict[str, Any], path: Path) -> None:
+    """Problems solved and lines right over the budget, of each arm that is no control."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    controls = {way.label for way in REASONING if way.control}
+    dense = next(row for row in summed["rows"] if row["arm"] == DENSE)
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in summed["rows"]) if arm != DENSE]
+    budgets = sorted({row["budget"] for row in summed["rows"]} - {0})
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    for axis, name, what in zip(
+        axes, ("solved", "lines_right"), ("problems solved", "lines without a wrong token"),
+        strict=True,
+    ):  # fmt: skip
+        shown = [row for row in summed["rows"] if row["arm"] not in controls and name in row]
+        if len(budgets) == 1:
+            bars(axis, [(row["arm"], row[name]) for row in shown])
+            axis.set(xlabel=f"{what}, budget {budgets[0]}")
+            continue
+        axis.axhline(dense[name][0], color="black", linestyle="--", label="dense")
+        for index, arm in enumerate(arm for arm in arms if arm not in controls):
+            own = sorted((row for row in shown if row["arm"] == arm), key=lambda row: row["budget"])
+            axis.plot(
+                [row["budget"] for row in own],
+                [row[name][0] for row in own],
+                label=arm,
+                color=f"C{index % 10}",
+                marker="os^vD*PxX<>"[index % 11],
+                linewidth=1,
+            )
+        axis.set(xlabel="budget, tokens a KV head", ylabel=what, ylim=(-0.02, 1.02))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [str(budget) for budget in budgets])
+    if len(budgets) > 1:
+        axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

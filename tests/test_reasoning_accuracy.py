@@ -1,0 +1,177 @@
+"""Chains under a policy: forced tells what decoding freely would write, and how it is counted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsity import H2O, RaaS, SparseCache, StreamingLLM
+from sparsity.hf.attach import keep_attached
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
+
+import reasoning_accuracy
+from layer_by_layer import Texts, Walk, hidden_states
+from loaded import loaded
+from reasoning_accuracy import Chains, chains, likeliest, marks
+from reasoning_accuracy_summary import DENSE, draw, summary, tables
+from retention_ways import REASONING
+from word_problems import unseen
+
+PROMPT, DECODED, PADDING = 60, 40, 9
+
+
+class Words:
+    """A tokenizer whose tokens are bytes."""
+
+    eos_token_id = 0
+
+    def apply_chat_template(self, chat, add_generation_prompt, tokenize):
+        return f"<{chat[0]['content']}>"
+
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+        ids = [*text.encode()]
+        return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(ids))]}
+
+
+@pytest.fixture(scope="module")
+def some():
+    problems = unseen(0, 6, (2, 7))
+    return problems, chains(Words(), problems, [4, 1, 3], torch.device("cpu"))
+
+
+def test_prompts_end_and_chains_begin_together(some):
+    problems, chain = some
+    prompt = chain.texts.prompt_tokens
+    for number, ids, real, lines in zip(
+        chain.numbers, chain.texts.ids, chain.texts.real, chain.lines, strict=True
+    ):
+        solution = problems[number].solution
+        assert bytes(ids[:prompt][real[:prompt]].tolist()).decode() == (
+            f"<{problems[number].question}>"
+        )
+        behind = ids[prompt:].tolist()
+        assert bytes(behind[: len(solution)]).decode() == solution
+        assert not any(behind[len(solution) :])
+        assert real[prompt:].all()
+        spelled = [
+            bytes(part for part, line in zip(behind, lines, strict=True) if line == i).decode()
+            for i in range(int(lines.max()) + 1)
+        ]
+        assert [part.strip("\n") for part in spelled] == solution.split("\n")
+        assert (lines == -1).sum() == len(behind) - len(solution)
+
+
+def test_a_problem_is_solved_where_no_token_of_its_chain_is_wrong(some):
+    _, chain = some
+    found = chain.texts.ids[:, chain.texts.prompt_tokens :].clone()
+    padding = (chain.lines == -1).nonzero()[0]
+    found[tuple(padding)] += 1  # behind a chain: does not count
+    assert all(mark["solved"] == mark["lines_right"] == mark["first_lines"] == 1
+               for mark in marks(chain, found))  # fmt: skip
+    line = (chain.lines[1] == 1).nonzero().flatten()
+    found[1, line[:2]] += 1  # twice in the second line
+    marked = marks(chain, found)
+    lines = int(chain.lines[1].max()) + 1
+    assert [mark["solved"] for mark in marked] == [1, 0, 1]
+    assert marked[1]["problem"] == 1
+    assert marked[1]["lines_right"] == pytest.approx(1 - 1 / lines)
+    assert marked[1]["first_lines"] == pytest.approx(1 / lines)
+
+
+@pytest.mark.parametrize(
+    "policy", [RaaS(48, 4, pin_prompt=False), H2O(32), StreamingLLM(24)], ids=lambda p: type(p)
+)
+def test_forced_along_what_it_decodes_every_token_is_the_likeliest(policy):
+    """The law that the measure rests on; two rows, the second with padding in front."""
+    model, tokenizer = loaded("reference")
+    text = "The Harbour of Linz lies in the north . " * 20
+    ids = torch.tensor([tokenizer(text)["input_ids"][:PROMPT]] * 2)
+    ids[1] = ids[1].flip(0)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[1, :PADDING] = False
+    with keep_attached(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=real.long(),
+            past_key_values=SparseCache(model, policy),
+            max_new_tokens=DECODED,
+            min_new_tokens=DECODED,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    behind = torch.ones(2, DECODED, dtype=torch.bool)
+    texts = Texts(out, PROMPT, torch.cat([real, behind], 1))
+    states = hidden_states(model, texts, [Walk(model, policy, texts)])[0]
+    found = likeliest(model, texts, states)
+    assert torch.equal(found, out[:, PROMPT:])
+    lines = torch.zeros(2, DECODED, dtype=torch.int64)
+    assert len(marks(Chains([0, 1], texts, lines), found)) == 2
+
+
+def made():
+    """A record in which every arm gets a line in two right, and the dense model all."""
+    rows = [{"arm": DENSE, "budget": 0, "problems": [_mark(i, 1.0) for i in range(8)]}]
+    for way in REASONING:
+        twin = "random" in way.label
+        rows += [
+            {"arm": way.label, "budget": budget, "problems": [_mark(i, 0.25 if twin else 0.5)
+                                                             for i in range(8)]}
+            for budget in (64, 128)
+        ]  # fmt: skip
+    rows[-1] = {**rows[-1], "problems": [], "refused": "the prompt does not fit"}
+    return {
+        "configuration": {"seed": 0, "problems": 8},
+        "environment": {},
+        "seconds": 1.0,
+        "tokens": {str(i): [10 + i, 20 + i] for i in range(8)},
+        "rows": rows,
+    }
+
+
+def _mark(number, share):
+    solved = float(share == 1)
+    return {"problem": number, "solved": solved, "lines_right": share, "first_lines": share / 2}
+
+
+def test_the_summary_sets_every_arm_against_its_twin(tmp_path):
+    summed = summary(made())
+    assert summed["rows"][0]["arm"] == DENSE
+    assert summed["chain_tokens"] == [20, 23.5, 27]
+    row = next(row for row in summed["rows"] if row["arm"] == "H2O, 4 sinks")
+    assert row["lines_right"] == [0.5, 0.5, 0.5]
+    assert row["lines_right_minus_random"] == [0.25, 0.25, 0.25]
+    assert [one["why"] for one in summed["refused"]] == ["the prompt does not fit"]
+    assert tables(summed).count("| dense | 8 | 1.000 (1.000 to 1.000) |") == 2
+    for budgets in ((64, 128), (64,)):
+        shown = [row for row in summed["rows"] if row["budget"] in (0, *budgets)]
+        draw(summed | {"rows": shown}, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    model, tokenizer = loaded("reference")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    monkeypatch.setattr(reasoning_accuracy, "reasoner", lambda name, adapter: (model, tokenizer))
+    few = [way for way in REASONING if way.label in ("H2O, 4 sinks", "H2O, prompt pinned")]
+    monkeypatch.setattr(reasoning_accuracy, "REASONING", few)
+
+    def run(*more):
+        given = "x --problems 4 --steps 2 3 --rows 2 --together 1 --out"
+        monkeypatch.setattr(sys, "argv", [*given.split(), str(tmp_path), *more])
+        reasoning_accuracy.main()
+        return json.loads((tmp_path / "reasoning_accuracy.json").read_text())
+
+    assert len(run("--budgets", "16", "--seconds", "-1")["rows"]) == 1  # dense alone
+    found = run("--budgets", "16", "1024")
+    rows = {(row["arm"], row["budget"]): row for row in found["rows"]}
+    assert len(rows) == 5
+    assert rows["H2O, prompt pinned", 16]["problems"] == 0
+    assert len(found["refused"]) == 1
+    dense, ample = rows[DENSE, 0], rows["H2O, 4 sinks", 1024]
+    assert ample["problems"] == dense["problems"] == 4
+    assert ample["lines_right"] == dense["lines_right"]
+    assert run("--budgets", "16", "1024")["rows"] == found["rows"]
+    assert "budget 1024" in capsys.readouterr().out
