@@ -19,7 +19,6 @@ import engine_tables
 import hermes_samples
 import knowing_demand
 import learning_loop
-import link_accuracy
 import link_evidence_pages
 import past_trained_length
 import predictors
@@ -28,7 +27,6 @@ import raas_stamps
 import reasoning_accuracy_summary
 import refinement
 import replay_policies
-import retention_accuracy
 import retention_evidence_summary
 import schedule
 import side_by_side
@@ -160,7 +158,6 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     },
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
-        "link_accuracy": [link_accuracy.tables],
         "link_evidence": [link_evidence_pages.best, link_evidence_pages.pairs],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
@@ -172,7 +169,6 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],
         "reasoning_accuracy": [reasoning_accuracy_summary.tables],
-        "retention_accuracy": [retention_accuracy.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
         "raas_stamps": [raas_stamps.table],

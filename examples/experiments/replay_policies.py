@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,59 @@ import torch
 from environment import environment
 from loaded import loaded
 from reference_tasks import reasoning_problem
-from retention_accuracy import ARMS
 from tqdm import tqdm
 
-from sparsity import SparsityError, Trace, record, replay
+from sparsity import (
+    H2O,
+    RKV,
+    TOVA,
+    Full,
+    LazyEviction,
+    PyramidKV,
+    Quest,
+    QuestRaaS,
+    RaaS,
+    Random,
+    SnapKV,
+    SparsityError,
+    StreamingLLM,
+    Trace,
+    VaSE,
+    record,
+    replay,
+)
+from sparsity.policies.base import Policy
 from sparsity.recorded.milestones import NAMES, Thresholds, classify, plot_head
 
+# A policy by its budget in tokens. Where the prompt is pinned the label says so. Windows and
+# intervals that are longer than the papers' smallest budgets are a quarter of the budget here.
+ARMS: dict[str, Callable[[int], Policy]] = {
+    "full": lambda budget: Full(),
+    "random": lambda budget: Random(budget, pin_prompt=False),
+    "random, prompt pinned": lambda budget: Random(budget),
+    "StreamingLLM": lambda budget: StreamingLLM(budget),
+    "Quest": lambda budget: Quest(budget, dense_layers=0),
+    "RaaS": lambda budget: RaaS(budget, pin_prompt=False),
+    "RaaS, prompt pinned": lambda budget: RaaS(budget),
+    "RaaS, top half": lambda budget: RaaS(budget, top_ratio=0.5, pin_prompt=False),
+    "Quest on the prompt, RaaS behind": lambda budget: QuestRaaS(
+        budget // 2, prompt_budget=budget // 2
+    ),
+    "H2O": lambda budget: H2O(budget),
+    "H2O, by age": lambda budget: H2O(budget, normalise="age"),
+    "TOVA": lambda budget: TOVA(budget),
+    "SnapKV, decoding too": lambda budget: SnapKV(
+        budget, window=budget // 4, evict_every=budget // 4
+    ),
+    "PyramidKV, decoding too": lambda budget: PyramidKV(
+        budget, window=budget // 4, evict_every=budget // 4
+    ),
+    "R-KV": lambda budget: RKV(budget, evict_every=budget // 4),
+    "LazyEviction": lambda budget: LazyEviction(budget, evict_every=budget // 4),
+    "VaSE": lambda budget: VaSE(
+        budget, window=budget // 4, large=budget // 4, evict_every=budget // 4
+    ),
+}
 MEASURES = (
     "kept_mass",
     "regret",
