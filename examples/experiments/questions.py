@@ -16,6 +16,7 @@ import sparsity
 
 DATA = Path(__file__).parents[1] / "data"
 DOCUMENTS = 8
+PIECE_TOKENS = 24  # of the reference model's documents
 AT_MOST = {"questions": 72, "texts": 12}  # that there are
 LINK_SEED, REASONING_SEED = 2 * 10**9, 3 * 10**9
 
@@ -29,10 +30,10 @@ def link_problems(model: str, count: int) -> list[picache.Problem]:
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
-def _lookup(rng: random.Random, chunk_tokens: int = 24) -> picache.Problem:
+def _lookup(rng: random.Random) -> picache.Problem:
     """Facts on towns, cut into pieces wherever they fall, and a sentence to complete."""
     problem = lookup_problem(rng, DOCUMENTS)
-    pieces = tuple(cut(problem.documents, chunk_tokens))
+    pieces = tuple(cut(problem.documents, PIECE_TOKENS))
     instruction = LOOKUP_SYSTEM.removeprefix("<bos> ")
     return picache.Problem(pieces, problem.query(), (problem.questions[0][1],), instruction)
 

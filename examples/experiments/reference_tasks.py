@@ -61,16 +61,14 @@ class LookupProblem:
 
     documents: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
-    system: str = LOOKUP_SYSTEM
-    opening: str = LOOKUP_OPENING
 
-    def prompt(self, question: int = 0) -> str:
-        """The whole prompt that asks one question."""
-        return " ".join([self.system, *self.documents, self.query(question)])
+    def prompt(self) -> str:
+        """The whole prompt that asks the first question."""
+        return " ".join([LOOKUP_SYSTEM, *self.documents, self.query()])
 
-    def query(self, question: int = 0) -> str:
-        """The last part of the prompt: one question, asked as a sentence to complete."""
-        return f"{self.opening} {self.questions[question][0]}"
+    def query(self) -> str:
+        """The last part of the prompt: the first question, asked as a sentence to complete."""
+        return f"{LOOKUP_OPENING} {self.questions[0][0]}"
 
 
 def cut(documents: tuple[str, ...], tokens: int) -> list[str]:
@@ -88,14 +86,11 @@ class ReasoningProblem:
     answer: str
 
 
-def lookup_problem(
-    rng: random.Random, documents: int = 8, facts: int = 6, same_relations: bool = True
-) -> LookupProblem:
+def lookup_problem(rng: random.Random, documents: int = 8, facts: int = 6) -> LookupProblem:
     """`documents` towns with `facts` facts each, and one question for every fact, shuffled."""
-    shared = rng.sample(RELATIONS, facts)
+    relations = rng.sample(RELATIONS, facts)
     texts, questions = [], []
     for town in rng.sample(TOWNS, documents):
-        relations = shared if same_relations else rng.sample(RELATIONS, facts)
         words = ["Document", ":", town, "."]
         for relation in rng.sample(relations, facts):
             value = rng.choice(NOUNS)

@@ -31,7 +31,7 @@ def texts(
         SystemExit: the folder has too little text.
     """
     half = count // 2
-    both = zip(_pages(folder, half, tokens), _solutions(folder, half, tokens, seed), strict=True)
+    both = zip(_pages(folder, half, tokens), _solutions(folder, half, seed), strict=True)
     rows = []
     for text in (text for pair in both for text in pair):
         ids = tokenizer(text)["input_ids"]
@@ -81,7 +81,7 @@ def _pages(folder: Path | None, count: int, tokens: int) -> list[str]:
     return found
 
 
-def _solutions(folder: Path | None, count: int, tokens: int, seed: int) -> list[str]:
+def _solutions(folder: Path | None, count: int, seed: int) -> list[str]:
     """Problems of MATH-500 with their solutions; each in one text only."""
     problems = _problems(folder, seed)
     share = len(problems) // max(1, count)
