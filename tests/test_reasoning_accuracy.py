@@ -12,6 +12,7 @@ from sparsity.hf.attach import keep_attached
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
+import milestone_maps
 import reasoning_accuracy
 from layer_by_layer import Texts, Walk, hidden_states
 from loaded import loaded
@@ -175,3 +176,24 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert ample["lines_right"] == dense["lines_right"]
     assert run("--budgets", "16", "1024")["rows"] == found["rows"]
     assert "budget 1024" in capsys.readouterr().out
+
+
+def test_every_page_of_a_head_is_of_one_kind(tmp_path, monkeypatch, capsys):
+    model, tokenizer = loaded("reference")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    monkeypatch.setattr(milestone_maps, "reasoner", lambda name, adapter: (model, tokenizer))
+    given = "x --problems 2 --steps 3 --gap 8 --alpha 0.02 --out"
+    monkeypatch.setattr(sys, "argv", [*given.split(), str(tmp_path)])
+    milestone_maps.main()
+    found = json.loads((tmp_path / "milestone_maps.json").read_text())
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    assert len(found["rows"]) == heads
+    for row in found["rows"]:
+        assert sum(row[name] for name in milestone_maps.NAMES) == pytest.approx(1)
+        assert 0 <= row["of_them_in_the_prompt"] <= row["phoenix_pages"]
+        assert 0 <= row["milestones_in_the_prompt"] <= row["milestone_pages"]
+    shares = {(row["layer"], row["kv_head"]): row["milestone"] for row in found["rows"]}
+    assert max(shares, key=shares.get)[0] in {layer for layer, _ in found["shown"]}
+    assert len({layer for layer, _ in found["shown"]}) == min(4, len(found["shown"]))
+    assert (tmp_path / "milestone_maps.png").stat().st_size > 10_000
+    assert f"| {heads} |" in capsys.readouterr().out

@@ -154,6 +154,34 @@ def of_chains(record: dict) -> str:
     return _markdown(rows)
 
 
+def of_heads(record: dict) -> str:
+    """Of a record of `milestone_maps.py`: what the RaaS paper says of pages, as Markdown."""
+
+    def all_of(name: str) -> int:
+        return sum(row[name] for row in record["rows"])
+
+    back, inside = all_of("phoenix_pages"), all_of("of_them_in_the_prompt")
+    faded, early = all_of("milestone_pages"), all_of("milestones_in_the_prompt")
+    pages, gap = f"pages of {record['configuration']['page_size']}", record["configuration"]["gap"]
+    rows = [
+        Claim(
+            "RaaS",
+            f"what matters again after {gap} steps is nearly always part of the prompt",
+            f"at least 0.8 of the phoenix {pages}",
+            f"{inside / back:.2f}: {inside:,} of {back:,}",
+            "confirmed" if inside >= 0.8 * back else "refuted",
+        ),
+        Claim(
+            "RaaS",
+            "there are milestones: lemmas that are used for a while and never again",
+            f"more than half of the {pages} that fade for good are of the chain",
+            f"{(faded - early) / faded:.2f}: {faded - early:,} of {faded:,}",
+            "confirmed" if 2 * early < faded else "refuted",
+        ),
+    ]
+    return _markdown(rows)
+
+
 def _kl(apart: Interval) -> str:
     return f"KL {apart.estimate:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}]"
 

@@ -27,7 +27,6 @@ from environment import environment
 from growing_record import GrowingRecord, read
 from layer_by_layer import Texts, Walk, hidden_states
 from loaded import loaded
-from peft import PeftModel
 from reasoning_accuracy_summary import DENSE, draw, summary, tables
 from retention_ways import REASONING, Way
 from torch import Tensor
@@ -122,8 +121,10 @@ def marks(chain: Chains, found: Tensor) -> list[dict]:
 
 @cache
 def reasoner(name: str, adapter: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with the adapter merged into it, in bf16 as it was trained."""
-    model, tokenizer = loaded(name, torch.bfloat16)
+    """The model with the adapter merged into it: on a GPU in bf16, as trained, else in fp32."""
+    from peft import PeftModel  # takes seconds, and the tables need none of it
+
+    model, tokenizer = loaded(name, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), tokenizer
 
 

@@ -20,6 +20,7 @@ import hermes_samples
 import knowing_demand
 import learning_loop
 import link_evidence_pages
+import milestone_maps
 import past_trained_length
 import predictors
 import prewarming
@@ -154,6 +155,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_evidence": [claims.of_questions],
         "retention_evidence": [claims.of_long_texts],
         "reasoning_accuracy": [claims.of_chains],
+        "milestone_maps": [claims.of_heads],
         "quickstart": [claims.table],
     },
     "docs/reference_model.md": {"quickstart_reference": [whole]},
@@ -169,6 +171,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],
         "reasoning_accuracy": [reasoning_accuracy_summary.tables],
+        "milestone_maps": [milestone_maps.table],
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
         "raas_stamps": [raas_stamps.table],
