@@ -53,6 +53,7 @@ def compare(
     new_tokens: int = 256,
     batch_size: int = 1,
     final: Callable[[str], str] = final_answer,
+    right: Callable[[str, str], float] = is_right,
     metrics: Sequence[str] | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -87,7 +88,9 @@ def compare(
         new_tokens: how many tokens are decoded for a problem, at most.
         batch_size: how many texts or problems are worked on together, at most.
         final: finds in a decoded text the part that is held against the answers; see
-            `sparsity.problem.final_answer` and `is_right`.
+            `sparsity.problem.final_answer`.
+        right: 1 where that part is an answer, else 0; see `sparsity.problem.is_right`, and for
+            LaTeX `sparsity.grader.same_value`.
         metrics: which of `METRICS` to measure, so that one that needs answers is refused where
             there are none; by default all that can be.
         progress: whether to show a bar, where tqdm is installed.
@@ -109,6 +112,16 @@ def compare(
     seed = whole_number("seed", seed, least=0)
     if not callable(final):
         raise SparsityError(f"final is {described(final)}: expected a function of a text")
+    if not callable(right):
+        raise SparsityError(f"right is {described(right)}: expected a function of two texts")
+
+    def marks(text: str, answers: tuple[str, ...]) -> dict[str, float]:
+        said = final(text)
+        return {
+            "accuracy": max(float(right(said, answer)) for answer in answers),
+            "f1": max(overlap(said, answer) for answer in answers),
+        }
+
     arms = _named(policies)
     unit, tasks = tasks_of(texts_or_problems, tokenizer, prompt_tokens, new_tokens)
     wanted = _wanted(metrics, bool(tasks[0].answers))
@@ -129,7 +142,7 @@ def compare(
         caches = {name: SparseCache(model, arm, static=False) for name, arm in arms.items()}
         for name, cache in caches.items():
             _check_room(name, cache, tasks, batches, unit)
-        values, decoded = _measured(model, tokenizer, tasks, batches, caches, final, progress)
+        values, decoded = _measured(model, tokenizer, tasks, batches, caches, marks, progress)
     settings: dict[str, Any] = {
         "model": model.name_or_path,
         "policies": {name: repr(policy) for name, policy in arms.items()},
@@ -152,13 +165,14 @@ def _measured(
     tasks: Sequence[Task],
     batches: Sequence[Sequence[int]],
     caches: "dict[str, SparseCache]",
-    final: Callable[[str], str],
+    marks: Callable[[str, tuple[str, ...]], dict[str, float]],
     progress: bool,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[str]]]:
     """By arm, in the order of the tasks: each metric, and what was decoded where there are answers.
 
     Args:
         batches: the numbers of the tasks that are worked on together.
+        marks: of what was decoded, by the answers.
     """
     stop = _stop_tokens(model, tokenizer)
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (DENSE, *caches)}
@@ -174,7 +188,7 @@ def _measured(
             if answers := tasks[index].answers:
                 text = str(tokenizer.decode(run.decoded, skip_special_tokens=True))
                 decoded[name][index] = text
-                numbers |= _marks(final(text), answers)
+                numbers |= marks(text, answers)
             numbers |= {"kept_bytes": run.kept_bytes, "step_seconds": run.step_seconds}
             found[name][index] = numbers
     values = {
@@ -202,13 +216,6 @@ def _runs(
     for name, cache in caches.items():
         yield name, run_policy(model, cache, prompts, forced, end)
         cache.reset()
-
-
-def _marks(said: str, answers: tuple[str, ...]) -> dict[str, float]:
-    return {
-        "accuracy": max(is_right(said, answer) for answer in answers),
-        "f1": max(overlap(said, answer) for answer in answers),
-    }
 
 
 @contextmanager
