@@ -1,8 +1,8 @@
 """The pytest plugin: a model, its tokenizer, problems and texts for tests of accuracy.
 
 Options ``--kv-model``, ``--kv-problems``, ``--kv-limit``; session fixtures `kv_model`,
-`kv_tokenizer`, `link_problems`, `reasoning_texts`. What is learnt from them is asserted with
-`picache.testing.assert_within`; docs/testing.md has a test in ten lines.
+`kv_tokenizer`, `link_problems`, `reasoning_problems`, `reasoning_texts`. What is learnt from them
+is asserted with `picache.testing.assert_within`; docs/testing.md has a test in ten lines.
 
 pytest imports its plugins in every run, related or not, and `picache` and `sparsity` import torch.
 So this is a module beside the packages, not in one, and imports the rest when a fixture is used.
@@ -10,6 +10,7 @@ So this is a module beside the packages, not in one, and imports the rest when a
 
 import argparse
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    import sparsity
     from picache import Problem
 
 
@@ -30,11 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--kv-problems",
-        metavar="FILE",
+        metavar="[DATASET:]FILE",
         action="append",
         default=[],
         help="problems (JSON, JSON Lines) of the fixture link_problems, or texts (.txt, or JSON "
-        'with "texts") of the fixture reasoning_texts; may be given several times',
+        'with "texts") of the fixture reasoning_texts; or a data set, from a file of its format '
+        "(hotpotqa:dev.json) or by its name alone from the hub, of the fixtures link_problems and "
+        "reasoning_problems (gsm8k, math500, aime); may be given several times",
     )
     group.addoption(
         "--kv-limit",
@@ -82,10 +86,19 @@ def kv_tokenizer(kv_model_name: str) -> "PreTrainedTokenizerBase":
 
 @pytest.fixture(scope="session")
 def link_problems(pytestconfig: pytest.Config) -> "tuple[Problem, ...]":
-    """The problems of every ``--kv-problems`` that holds problems, the first ``--kv-limit``."""
+    """The problems on documents of every ``--kv-problems``, the first ``--kv-limit``."""
+    from picache import datasets
     from picache.problem_file import load_problems
 
-    return _from_files(pytestconfig, load_problems, "link_problems", texts=False)
+    return _found(pytestconfig, "link_problems", "problems", load_problems, datasets)
+
+
+@pytest.fixture(scope="session")
+def reasoning_problems(pytestconfig: pytest.Config) -> "tuple[sparsity.Problem, ...]":
+    """The problems of every ``--kv-problems`` of reasoning, the first ``--kv-limit``."""
+    from sparsity import datasets
+
+    return _found(pytestconfig, "reasoning_problems", "reasoning", None, datasets)
 
 
 @pytest.fixture(scope="session")
@@ -93,29 +106,59 @@ def reasoning_texts(pytestconfig: pytest.Config) -> tuple[str, ...]:
     """The texts of every ``--kv-problems`` that holds texts, the first ``--kv-limit``."""
     from picache.problem_file import load_texts
 
-    return _from_files(pytestconfig, load_texts, "reasoning_texts", texts=True)
+    return _found(pytestconfig, "reasoning_texts", "texts", load_texts, None)
 
 
-def _from_files(
-    config: pytest.Config, load: Callable[[str], tuple[Any, ...]], fixture: str, *, texts: bool
+def _found(
+    config: pytest.Config,
+    fixture: str,
+    kind: str,
+    load_file: Callable[[str], tuple[Any, ...]] | None,
+    datasets: ModuleType | None,
 ) -> tuple[Any, ...]:
-    """What the files of the fixture's kind hold, in their order."""
-    from picache import PICacheError
-    from picache.problem_file import holds_texts
+    """What the options of the fixture's kind give, in their order.
 
-    kind = "texts" if texts else "problems"
+    Args:
+        kind: "problems", "reasoning" or "texts".
+        load_file: reads a file that is no data set's; None where there are none of the kind.
+        datasets: the package of the data sets of the kind; None where there are none.
+    """
+    from picache import PICacheError
+    from sparsity import SparsityError
+
+    limit = config.getoption("--kv-limit")
+    found: list[Any] = []
     try:
-        files = [f for f in config.getoption("--kv-problems") if holds_texts(f) == texts]
-        found = tuple(entry for file in files for entry in load(file))
-    except PICacheError as error:
+        for given in config.getoption("--kv-problems"):
+            name, _, path = given.partition(":")
+            if _kind(given) != kind:
+                continue
+            if datasets is not None and name in datasets.DATASETS:
+                found += datasets.load(name, path=path or None, limit=limit)
+            elif load_file is not None:
+                found += load_file(given)
+    except (PICacheError, SparsityError) as error:
         pytest.fail(str(error), pytrace=False)
     if not found:
+        form = "gsm8k:FILE" if kind == "reasoning" else "FILE"
         pytest.fail(
-            f"{fixture} needs a file of {kind}: pytest --kv-problems FILE (docs/testing.md has "
+            f"{fixture} needs a file of {kind}: pytest --kv-problems {form} (docs/testing.md has "
             "its form)",
             pytrace=False,
         )
-    return found[: config.getoption("--kv-limit")]
+    return tuple(found[:limit])
+
+
+def _kind(given: str) -> str:
+    """Of what a ``--kv-problems`` gives: "problems", "reasoning" or "texts"."""
+    from picache.datasets import DATASETS
+    from picache.problem_file import holds_texts
+    from sparsity.datasets import DATASETS as REASONING
+
+    name = given.partition(":")[0]
+    if name in REASONING:
+        return "reasoning"
+    return "texts" if name not in DATASETS and holds_texts(given) else "problems"
 
 
 def _positive(text: str) -> int:

@@ -29,11 +29,12 @@ from link_evidence_summary import summary
 from link_turns import LONGEST, NEW_TOKENS, Asked, Turn, asked_of, text_ids, turns_of, with_bos
 from link_ways import BOS_KEPT, arms_of, ways
 from loaded import loaded
-from paragraph_questions import INSTRUCTION, TASKS
+from paragraph_questions import TASKS
 from parallel import spread
 
 from picache import PIC, compare
 from picache.compare import FULL
+from picache.datasets.formats import INSTRUCTION
 from picache.problem import answer_ids, pieces
 
 METRICS = ("accuracy", "extra_nll", "kl", "recomputed", "operations")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from picache import Problem
+from picache.datasets import load
+from picache.datasets.formats import INSTRUCTION, LEAD
 
-INSTRUCTION = "Read the passages and answer the question."
-LEAD = "The answer is"
 DOCUMENTS = 10
 """Paragraphs a question is put to, where the data set does not say."""
 WORDS = (
@@ -52,18 +52,12 @@ def natural_questions(folder: Path, draw: random.Random) -> Iterator[Problem]:
 
 def hotpotqa(folder: Path, draw: random.Random) -> Iterator[Problem]:
     """A question that takes two of ten paragraphs to answer."""
-    path = folder / "hotpotqa" / "hotpotqa_train_100.jsonl.gz"
-    for entry in map(json.loads, _read(path).splitlines()):
-        texts = [f"{title}: {''.join(parts)}" for title, parts in entry["context"]]
-        yield _asked(texts, entry["question"], [entry["answer"]])
+    yield from load("hotpotqa", path=folder / "hotpotqa" / "hotpotqa_train_100.jsonl.gz")
 
 
 def musique(folder: Path, draw: random.Random) -> Iterator[Problem]:
     """A question that takes two to four of twenty paragraphs to answer."""
-    for entry in json.loads(_read(folder / "musique" / "musique_train_100.json.gz")):
-        texts = [f"{one['title']}: {one['paragraph_text']}" for one in entry["paragraphs"]]
-        answers = [entry["answer"], *entry["answer_aliases"]]
-        yield _asked(texts, entry["question"], answers)
+    yield from load("musique", path=folder / "musique" / "musique_train_100.json.gz")
 
 
 def lookup(folder: Path, draw: random.Random) -> Iterator[Problem]:

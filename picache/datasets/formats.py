@@ -12,8 +12,8 @@ from typing import Any
 from picache.datasets.rows import Row
 from picache.problem import Problem
 
-ASK = "Read the passages and answer the question."
-ANSWER = "The answer is"
+INSTRUCTION = "Read the passages and answer the question."
+LEAD = "The answer is"
 SUMMARY = "Summary:"
 
 
@@ -78,7 +78,7 @@ _LONGBENCH = {
     **dict.fromkeys(
         "narrativeqa qasper multifieldqa_en multifieldqa_zh hotpotqa 2wikimqa musique dureader "
         "qmsum".split(),
-        (ASK, "", ANSWER),
+        (INSTRUCTION, "", LEAD),
     ),
     **dict.fromkeys(
         "trec triviaqa samsum lsht".split(),
@@ -93,13 +93,13 @@ _LONGBENCH = {
         (
             "An abstract of one of these passages follows them.",
             "Name the passage that the abstract is of, as it is named above.",
-            ANSWER,
+            LEAD,
         ),
     ),
     "passage_count": (
         "Some of these passages are repeated.",
         "How many different ones are there?",
-        ANSWER,
+        LEAD,
     ),
     "lcc": _CODE,
     "repobench-p": _CODE,
@@ -123,7 +123,7 @@ def _answerable(documents: list[str], question: str, answers: list[str]) -> Iter
 
 
 def _asked(documents: list[str], question: str, answers: list[str]) -> Problem:
-    return Problem(tuple(documents), question, _filled(answers), ASK, ANSWER)
+    return Problem(tuple(documents), question, _filled(answers), INSTRUCTION, LEAD)
 
 
 def _summarised(documents: list[str], summary: str, task: str) -> Iterator[Problem]:

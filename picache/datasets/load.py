@@ -85,23 +85,23 @@ def among(problems: Sequence[Problem], documents: int, *, seed: int = 0) -> tupl
         PICacheError: the problems have too few other documents, or a problem has more already.
     """
     count = whole_number("among needs a whole number of documents", documents, least=1)
-    pool = tuple(dict.fromkeys(text for problem in problems for text in problem.documents))
+    pool = {text: text.lower() for problem in problems for text in problem.documents}
     found = []
     for index, problem in enumerate(problems):
-        draw = random.Random(f"{seed}:{index}")  # a problem keeps its documents wherever they end
+        draw = random.Random(f"{seed}:{index}")
         answers = [answer.lower() for answer in problem.answers]
-        others = [
+        others = (
             text
-            for text in pool
-            if text not in problem.documents and not any(a in text.lower() for a in answers)
-        ]
+            for text in draw.sample(list(pool), len(pool))
+            if text not in problem.documents and not any(a in pool[text] for a in answers)
+        )
         missing = count - len(problem.documents)
-        if not 0 <= missing <= len(others):
+        texts = [*problem.documents, *islice(others, max(missing, 0))]
+        if len(texts) != count:
             raise PICacheError(
-                f"problem {index} has {len(problem.documents)} documents, the others have "
-                f"{len(others)} without its answer: documents={count} is not to be had"
+                f"problem {index} has {len(problem.documents)} documents and the others {len(pool)}"
+                f" in all, those with its answer left out: documents={count} is not to be had"
             )
-        texts = [*problem.documents, *draw.sample(others, missing)]
         draw.shuffle(texts)
         found.append(replace(problem, documents=tuple(texts)))
     return tuple(found)
