@@ -140,10 +140,11 @@ def _found(
     except (PICacheError, SparsityError) as error:
         pytest.fail(str(error), pytrace=False)
     if not found:
-        form = "gsm8k:FILE" if kind == "reasoning" else "FILE"
+        needs, form = f"a file of {kind}", "FILE"
+        if kind == "reasoning":
+            needs, form = "a data set of reasoning", "gsm8k:FILE"
         pytest.fail(
-            f"{fixture} needs a file of {kind}: pytest --kv-problems {form} (docs/testing.md has "
-            "its form)",
+            f"{fixture} needs {needs}: pytest --kv-problems {form} (docs/testing.md has its form)",
             pytrace=False,
         )
     return tuple(found[:limit])

@@ -191,6 +191,45 @@ def test_files_of_problems_and_of_texts_are_told_apart(pytester):
     pytester.runpytest_inprocess("-p", "picache_pytest", *files).assert_outcomes(passed=1)
 
 
+def test_data_sets_are_read_by_name_from_files_of_their_formats(pytester):
+    rows = [{"dialogue": f"d{i}", "summary": "s"} for i in range(2)]
+    asked = {"question": "q", "answer": "so\n#### 5"}
+    pytester.makefile(
+        ".jsonl",
+        chats="\n".join(map(json.dumps, rows)),
+        sums=json.dumps(asked),
+        plain=json.dumps(PROBLEMS[0]),
+    )
+    pytester.makefile(".txt", book="t")
+    given = ["samsum:chats.jsonl", "gsm8k:sums.jsonl", "plain.jsonl", "book.txt"]
+    pytester.makepyfile(
+        "def test_it(link_problems, reasoning_problems, reasoning_texts):\n"
+        "    asked = [problem.documents for problem in link_problems]\n"
+        "    assert asked == [('d0',), ('d1',), ('the cat sits on the mat',)]\n"
+        "    assert [problem.answers for problem in reasoning_problems] == [('5',)]\n"
+        "    assert reasoning_texts == ('t',)\n"
+    )
+    files = [part for one in given for part in ("--kv-problems", one)]
+    pytester.runpytest_inprocess("-p", "picache_pytest", *files).assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "given", "line"),
+    [
+        ("link_problems", "samsum:none.jsonl", "none.jsonl cannot be read: FileNotFoundError*"),
+        ("reasoning_problems", "gsm8k:none.json", "none.json cannot be read: FileNotFoundError*"),
+        ("link_problems", "longbench", "longbench has subsets: give one*"),
+        ("reasoning_problems", "plain.json", "reasoning_problems needs a data set of reasoning*"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_is_named_in_one_line(pytester, fixture, given, line):
+    pytester.makefile(".json", plain=json.dumps(PROBLEMS))
+    result = outcome(pytester, fixture, "--kv-problems", given)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([line])
+    assert "Traceback" not in result.stdout.str()
+
+
 @pytest.mark.parametrize("name", ["none.json", "folder", "broken.json", "other.json"])
 def test_a_file_that_is_not_so_is_named_in_one_line(pytester, name):
     pytester.mkdir("folder")
