@@ -99,8 +99,9 @@ def among(problems: Sequence[Problem], documents: int, *, seed: int = 0) -> tupl
         texts = [*problem.documents, *islice(others, max(missing, 0))]
         if len(texts) != count:
             raise PICacheError(
-                f"problem {index} has {len(problem.documents)} documents and the others {len(pool)}"
-                f" in all, those with its answer left out: documents={count} is not to be had"
+                f"problem {index} has {len(problem.documents)} documents and all together "
+                f"{len(pool)}: without those that hold its answer, documents={count} is not to be "
+                "had"
             )
         draw.shuffle(texts)
         found.append(replace(problem, documents=tuple(texts)))

@@ -3,11 +3,15 @@
 import builtins
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from picache import PICacheError, Problem
 from picache.datasets import DATASETS, among, load, needles
@@ -244,7 +248,7 @@ def test_questions_among_the_documents_of_others():
         assert len(set(problem.documents)) == 3
         assert [own.answers[0] in document for document in problem.documents].count(True) == 1
         assert own.documents[0] in problem.documents
-    with pytest.raises(PICacheError, match="problem 0 has 1 documents and the others 5"):
+    with pytest.raises(PICacheError, match="problem 0 has 1 documents and all together 5"):
         among(problems, 6)
 
 
@@ -253,7 +257,7 @@ def test_a_document_with_the_answer_is_not_added():
     problems = [Problem((text,), "q", ("Ben",)) for text in texts]
     for seed in range(9):
         assert not {"Ben", "ben too"} & set(among(problems, 3, seed=seed)[2].documents)
-    with pytest.raises(PICacheError, match="those with its answer left out: documents=4"):
+    with pytest.raises(PICacheError, match="without those that hold its answer, documents=4"):
         among(problems, 4)
 
 
@@ -278,6 +282,36 @@ def test_a_needle_stands_in_each_document_and_one_answers():
 def test_needles_out_of_bounds(given):
     with pytest.raises(PICacheError):
         needles(**{"count": 1, **given})
+
+
+def test_the_code_of_the_page_runs(monkeypatch, tmp_path):
+    """With rows of the formats for the hub's, and a tokenizer of characters."""
+    rows = {DATASETS[name].repository: row for name, row, _ in CASES}
+    others = [
+        {**CASES[0][1], "context": f"Text {i}.", "answers": {"text": [f"{i}."]}}
+        for i in range(10, 30)
+    ]
+    hub = {
+        **{repository: [row] for repository, row in rows.items()},
+        "rajpurkar/squad": others,
+        "HuggingFaceH4/MATH-500": [{"problem": "p", "answer": "1"}],
+    }
+    stand = SimpleNamespace(load_dataset=lambda repository, *rest, split: hub[repository])
+    monkeypatch.setitem(sys.modules, "datasets", stand)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, [{**HOP, "context": PAIRS}], "hotpot_dev_distractor_v1.json")
+    characters = Tokenizer(models.WordLevel({"a": 0, ".": 1}, unk_token="a"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    names = {"text": "A first line.\n\nA second. " * 50, "tokenizer": tokenizer}
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "docs/datasets.md", "exec"), names)
+    assert len(names["problems"]) == 100
+    assert len(names["chunks"]) > 2
+    assert all(f"| `{name}` | {known.repository}" in page for name, known in DATASETS.items())
 
 
 def test_nothing_imports_the_library_before_it_is_needed():

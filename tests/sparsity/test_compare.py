@@ -221,6 +221,24 @@ def test_answers_are_marked_where_the_user_looks_for_them(shallow):
         np.testing.assert_allclose(result.measured[name]["f1"], [1.0, 2 / 3])
 
 
+def test_an_answer_is_right_where_the_user_says_so(shallow):
+    asked = []
+    problems = [Problem(text(13), ("one", "two")), Problem(text(13), ("three",))]
+    result = compare(
+        shallow,
+        numbered_tokenizer(),
+        problems,
+        [Full()],
+        new_tokens=3,
+        final=lambda text: "said",
+        right=lambda said, answer: asked.append((said, answer)) or answer == "two",
+        progress=False,
+    )
+    assert set(asked) == {("said", answer) for answer in ("one", "two", "three")}
+    for name in (DENSE, "Full()"):
+        np.testing.assert_array_equal(result.measured[name]["accuracy"], [1.0, 0.0])
+
+
 def test_without_answers_only_distances_are_measured(shallow):
     problem = Problem(text(13))
     result = compare(
@@ -268,6 +286,7 @@ def test_without_answers_only_distances_are_measured(shallow):
         (dict(prompt_tokens=0), "prompt_tokens=0: expected a whole number of at least 1"),
         (dict(new_tokens=1.5), "new_tokens=1.5: expected a whole number"),
         (dict(final="last"), "final is 'last': expected a function"),
+        (dict(right="same"), "right is 'same': expected a function of two texts"),
         (dict(model="llama"), "model is 'llama': expected a transformers model"),
     ],
 )
