@@ -27,6 +27,10 @@ PAIRS = (
     ("RaaS, prompt pinned", "StreamingLLM, 4 sinks"),
     ("RaaS, prompt pinned", "RaaS, 4 sinks"),
     ("RaaS, ties by score, 4 sinks", "RaaS, 4 sinks"),
+    ("RaaS, top half, pages of 4, 4 sinks", "H2O, no sinks"),
+    ("RaaS, top half, pages of 4, 4 sinks", "StreamingLLM, 4 sinks"),
+    ("LazyEviction, ties by score, 4 sinks", "LazyEviction, no sinks"),
+    ("LazyEviction, ties by score, 4 sinks", "LazyEviction, 4 sinks"),
     ("StreamingLLM, 4 sinks", "StreamingLLM, no sinks"),
 )
 """Arms that are set against each other, on the texts that nothing was chosen on."""
