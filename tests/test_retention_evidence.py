@@ -33,7 +33,7 @@ import retention_texts  # noqa: E402
 import sink_share  # noqa: E402
 from loaded import loaded  # noqa: E402
 from reference_tasks import reasoning_problem  # noqa: E402
-from retention_evidence_summary import METRICS, draw, drawn, summary, tables  # noqa: E402
+from retention_evidence_summary import METRICS, beside, draw, drawn, summary, tables  # noqa: E402
 from retention_ways import FREE, PINNED, REASONING, SMALL, WAYS  # noqa: E402
 
 PROMPT, TOKENS = 20, 150
@@ -260,6 +260,18 @@ def test_few_texts_of_a_kind_have_no_interval_and_choose_nothing(texts, ends, tm
     assert ("(" in tables(summed).split("| H2O, no sinks |")[1].split("\n")[0]) == (ends == 2)
     draw(summed, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_smaller_run_in_its_order_beside_a_larger_one():
+    order = {way.label: place for place, way in enumerate(WAYS)}
+    small, large = (
+        summary(made(lambda arm, text, sign=sign: sign * order[arm])) for sign in (1, -1)
+    )
+    table = beside(small, large)
+    assert table.endswith(f"Rank correlation of the {len(WAYS)} arms: -1.00.")
+    shown = [line.split(" | ")[0] for line in table.splitlines()[2 : 2 + len(WAYS)]]
+    assert shown == [f"| {way.label}" for way in WAYS]
+    assert beside(small, small).endswith("arms: 1.00.")
 
 
 def test_intervals_are_paired_with_the_twin():

@@ -221,6 +221,31 @@ def tables(summed: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
+    """Markdown: the arms of a smaller run in their order, beside the same arms of a larger one.
+
+    Beneath it the rank correlation of all of them.
+
+    Args:
+        small: what `summary` gave of it, at one budget.
+        large: likewise, at one budget or more, of which 256 is taken.
+    """
+    losses = [
+        {
+            row["arm"]: row["extra_nll"][0]
+            for row in found["rows"]
+            if row["texts"] == "both" and (found is small or row["budget"] == 256)
+        }
+        for found in (small, large)
+    ]
+    arms = sorted(set(losses[0]) & set(losses[1]), key=losses[0].__getitem__)
+    ranks = [np.argsort(np.argsort([loss[arm] for arm in arms])) for loss in losses]
+    alike = np.corrcoef(ranks)[0, 1]
+    rows = [{"arm": arm, "s": losses[0][arm], "l": losses[1][arm]} for arm in arms]
+    table = markdown(rows, {"arm": "{arm}", "small": "{s:+.3f}", "large": "{l:+.3f}"})
+    return f"{table}\n\nRank correlation of the {len(arms)} arms: {alike:.2f}."
+
+
 def said(interval: list[float] | None, sign: str = "+") -> str:
     """A mean with its interval, where it has one; nothing where there is none."""
     if interval is None:
