@@ -71,7 +71,7 @@ def test_a_problem_is_solved_where_no_token_of_its_chain_is_wrong(some):
     found = chain.texts.ids[:, chain.texts.prompt_tokens :].clone()
     padding = (chain.lines == -1).nonzero()[0]
     found[tuple(padding)] += 1  # behind a chain: does not count
-    assert all(mark["solved"] == mark["lines_right"] == mark["first_lines"] == 1
+    assert all(mark["solved"] == mark["lines_right"] == 1
                for mark in marks(chain, found))  # fmt: skip
     line = (chain.lines[1] == 1).nonzero().flatten()
     found[1, line[:2]] += 1  # twice in the second line
@@ -80,7 +80,6 @@ def test_a_problem_is_solved_where_no_token_of_its_chain_is_wrong(some):
     assert [mark["solved"] for mark in marked] == [1, 0, 1]
     assert marked[1]["problem"] == 1
     assert marked[1]["lines_right"] == pytest.approx(1 - 1 / lines)
-    assert marked[1]["first_lines"] == pytest.approx(1 / lines)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def made():
 
 def _mark(number, share):
     solved = float(share == 1)
-    return {"problem": number, "solved": solved, "lines_right": share, "first_lines": share / 2}
+    return {"problem": number, "solved": solved, "lines_right": share}
 
 
 def test_the_summary_sets_every_arm_against_its_twin(tmp_path):

@@ -117,13 +117,11 @@ def marks(chain: Chains, found: Tensor) -> list[dict]:
     marked = []
     for number, bad, line in zip(chain.numbers, wrong, chain.lines, strict=True):
         lines, missed = int(line.max()) + 1, set(line[bad & (line >= 0)].tolist())
-        first = min(missed, default=lines)
         marked.append(
             {
                 "problem": number,
                 "solved": float(not missed),
                 "lines_right": 1 - len(missed) / lines,
-                "first_lines": first / lines,
             }
         )
     return marked

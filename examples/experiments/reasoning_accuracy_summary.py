@@ -10,9 +10,9 @@ from retention_evidence_summary import bars, said
 from retention_ways import REASONING
 
 DENSE = "dense"
-METRICS = ("solved", "lines_right", "first_lines")
+METRICS = ("solved", "lines_right")
 """Share of problems whose chain is found whole; of lines without a wrong token, each behind the
-taught ones; of lines before the first that has one. Means over problems."""
+taught ones. Means over problems."""
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def main() -> None:
     args = arguments()
     if not args.solve_only:
         taught(args)
-    model, tokenizer = load(args.model, torch.bfloat16)
+    model, tokenizer = load(args.model, torch.bfloat16)  # anew: what was trained is wrapped
     merged = PeftModel.from_pretrained(model, args.out).merge_and_unload().eval()
     begun = time.perf_counter()
     record = json.loads((args.out / RECORD).read_text())
