@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import SparsityError
 
@@ -45,6 +45,7 @@ def svg(draw: Callable[[], "Axes"]) -> str | None:
     except ImportError:
         return None
     text = StringIO()
-    canvas = FigureCanvasSVG(draw().figure)
-    canvas.print_svg(text, metadata={"Date": None})  # `savefig` would draw it twice
+    figure: Any = draw().figure  # never part of another
+    # `savefig` would draw it twice.
+    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     return text.getvalue()

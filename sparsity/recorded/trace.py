@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLOCK = 128  # queries whose weights are in memory at once
-SHOWN_ROWS = 256  # decoded tokens in the picture that a notebook shows by itself
+SHOWN_ROWS = 128  # decoded tokens in the picture that a notebook shows by itself
 
 
 @dataclass(frozen=True)
