@@ -19,6 +19,8 @@ from demand import (
     PDGraph,
     Unit,
     Workload,
+    calibrate,
+    drift,
     simulate,
     simulate_cluster,
     simulate_engine,
@@ -277,6 +279,30 @@ def test_requests_show_their_table():
     assert found == [[cell(value) for value in row.values()] for row in requests.table]
     assert found[1][0] == HOSTILE
     assert len(head) == len(found[0])
+
+
+def test_a_calibration_shows_each_point():
+    def remaining(progress):
+        return Distribution([2.0, 3.0])
+
+    run = [Execution(THINK, seconds=2.0), Execution(TOOL, seconds=1.0)]
+    report = calibrate(remaining, [run, run[:1]], [0, 1])
+    printed = [re.split(r"\s{2,}", line.strip()) for line in str(report).splitlines()]
+    head, *found = rows(report._repr_html_())
+    assert head[0] == "after units"
+    assert found == [re.split(r"\s+", " ".join(row)) for row in printed[1:]]
+
+
+def test_a_drift_shows_each_unit():
+    run = [Execution(THINK, 0, 100), Execution(TOOL, seconds=3.0)]
+    slow = [run[0], Execution(TOOL, seconds=9.0)]
+    report = drift(PDGraph.fit([run] * 150 + [slow] * 50), recent=50)
+    assert HOSTILE in report.drifted
+    _, *found = rows(report._repr_html_())
+    assert [row[0] for row in found] == [test.what for test in report.tests]
+    assert ["3", "9"] in [row[1:3] for row in found]
+    caption = parsed(report._repr_html_()).find(".//caption").text
+    assert caption == f"{str(report).splitlines()[0]}; drifted: {', '.join(report.drifted)}"
 
 
 def test_cells():

@@ -37,6 +37,6 @@ def draw_distribution(
     ax.set(xlabel=f"seconds{rest}", ylabel="share of the jobs", xlim=(0.0, ages[-1]))
     right = ax.twinx()
     right.plot(ages, ranks, color="#b03030", linewidth=1.2)
-    right.set_ylabel("rank at that age, s", color="#b03030")
+    right.set_ylabel("shifted rank at that age, s", color="#b03030")
     right.set_ylim(bottom=0.0)
     return ax
