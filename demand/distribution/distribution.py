@@ -32,7 +32,7 @@ SLACK = 1e-12
 EPSILON = 2.0**-52
 """Relative distance of two neighbouring floats: how well 1 - q is known for a q just below 1."""
 
-DRAWN_AGES = 200
+DRAWN_AGES = 120
 """Ages at which a picture has the rank."""
 
 

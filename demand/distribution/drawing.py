@@ -39,4 +39,6 @@ def draw_distribution(
     right.plot(ages, ranks, color="#b03030", linewidth=1.2)
     right.set_ylabel("shifted rank at that age, s", color="#b03030")
     right.set_ylim(bottom=0.0)
+    for one in (ax, right):
+        one.locator_params(nbins=5)
     return ax
