@@ -202,8 +202,8 @@ def test_a_trace_shows_the_middle_layer_and_at_most_so_many_rows(monkeypatch):
 @pytest.mark.parametrize("empty", [{"decoded": 0}, {"layers": ()}])
 def test_a_trace_with_nothing_to_draw_shows_the_text(empty):
     assert dense_run(**empty)._repr_svg_() is None
-    with pytest.raises(SparsityError, match=r"no decoded tokens|layer 1 is not in this trace"):
-        dense_run(**empty).figure(1)
+    with pytest.raises(SparsityError, match=r"no decoded tokens|layer 0 is not in this trace"):
+        dense_run(**empty).figure()
 
 
 @pytest.mark.parametrize(

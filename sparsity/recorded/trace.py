@@ -196,7 +196,8 @@ class Trace:
         self, layer: int | None, kv_head: int, page_size: int, ax: "Axes | None", step: int = 1
     ) -> "Axes":
         if layer is None:
-            layer = sorted(self.layers)[len(self.layers) // 2]
+            layer = sorted(self.layers)[len(self.layers) // 2] if self.layers else 0
+        layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
         mass = self.head_mass(layer, kv_head, page_size, step)
         ax = axes(ax, (7.0, 6.0))
         image = draw_head(ax, mass, page_size, self.prompt_tokens, self.tokens)
