@@ -67,7 +67,7 @@ def test_the_tables_are_those_of_the_result_files(render_tables):
             record = render_tables.record_of(result)
             assert {"configuration", "environment"} <= set(record), result
             for table in tables:
-                assert table(record).count("\n| ") > 3, result
+                assert table(record).count("\n| ") > 2, result  # two rows at least
     quickstart = render_tables.record_of("quickstart")
     assert (ROOT / "docs" / "cap.md").read_text() == render_tables.cap_page(quickstart)
 

@@ -12,11 +12,12 @@ from sparsity.hf.attach import keep_attached
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
+import claims
 import milestone_maps
 import reasoning_accuracy
 from layer_by_layer import Texts, Walk, hidden_states
 from loaded import loaded
-from reasoning_accuracy import Chains, chains, likeliest, marks
+from reasoning_accuracy import Chains, chains, likeliest, marks, measured
 from reasoning_accuracy_summary import DENSE, draw, summary, tables
 from retention_ways import REASONING
 from word_problems import unseen
@@ -70,7 +71,7 @@ def test_a_problem_is_solved_where_no_token_of_its_chain_is_wrong(some):
     found = chain.texts.ids[:, chain.texts.prompt_tokens :].clone()
     padding = (chain.lines == -1).nonzero()[0]
     found[tuple(padding)] += 1  # behind a chain: does not count
-    assert all(mark["solved"] == mark["lines_right"] == mark["first_lines"] == 1
+    assert all(mark["solved"] == mark["lines_right"] == 1
                for mark in marks(chain, found))  # fmt: skip
     line = (chain.lines[1] == 1).nonzero().flatten()
     found[1, line[:2]] += 1  # twice in the second line
@@ -79,7 +80,6 @@ def test_a_problem_is_solved_where_no_token_of_its_chain_is_wrong(some):
     assert [mark["solved"] for mark in marked] == [1, 0, 1]
     assert marked[1]["problem"] == 1
     assert marked[1]["lines_right"] == pytest.approx(1 - 1 / lines)
-    assert marked[1]["first_lines"] == pytest.approx(1 / lines)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,8 @@ def made():
                                                              for i in range(8)]}
             for budget in (64, 128)
         ]  # fmt: skip
-    rows[-1] = {**rows[-1], "problems": [], "refused": "the prompt does not fit"}
+    rows[-1] = rows[-1] | {"problems": [], "refused": list(range(8))}
+    rows[-2] = rows[-2] | {"problems": [_mark(i, 0.5) for i in range(6)], "refused": [6, 7]}
     return {
         "configuration": {"seed": 0, "problems": 8},
         "environment": {},
@@ -134,18 +135,26 @@ def made():
 
 def _mark(number, share):
     solved = float(share == 1)
-    return {"problem": number, "solved": solved, "lines_right": share, "first_lines": share / 2}
+    return {"problem": number, "solved": solved, "lines_right": share}
 
 
 def test_the_summary_sets_every_arm_against_its_twin(tmp_path):
     summed = summary(made())
     assert summed["rows"][0]["arm"] == DENSE
     assert summed["chain_tokens"] == [20, 23.5, 27]
-    row = next(row for row in summed["rows"] if row["arm"] == "H2O, 4 sinks")
-    assert row["lines_right"] == [0.5, 0.5, 0.5]
-    assert row["lines_right_minus_random"] == [0.25, 0.25, 0.25]
-    assert [one["why"] for one in summed["refused"]] == ["the prompt does not fit"]
+    rows = {(row["arm"], row["budget"]): row for row in summed["rows"]}
+    for budget, on in ((64, 6), (128, 8)):  # at 64 one arm takes six problems, so all are set there
+        row = rows["H2O, 4 sinks", budget]
+        assert row["on"] == on
+        assert row["lines_right"] == pytest.approx([0.5, 0.5, 0.5])
+        assert row["lines_right_minus_random"] == pytest.approx([0.25, 0.25, 0.25])
+        assert f"on the {on} problems that every arm takes" in tables(summed)
+    last = REASONING[-1].label
+    assert rows[last, 64]["problems"] == 6
+    assert "solved" not in rows[last, 128]
     assert tables(summed).count("| dense | 8 | 1.000 (1.000 to 1.000) |") == 2
+    assert f"| {last} | 0 |  |  |" in tables(summed)
+    assert claims.of_chains(summed).count("RaaS, prompt pinned: as good as dense") == 2
     for budgets in ((64, 128), (64,)):
         shown = [row for row in summed["rows"] if row["budget"] in (0, *budgets)]
         draw(summed | {"rows": shown}, tmp_path / "picture.png")
@@ -170,7 +179,6 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     rows = {(row["arm"], row["budget"]): row for row in found["rows"]}
     assert len(rows) == 5
     assert rows["H2O, prompt pinned", 16]["problems"] == 0
-    assert len(found["refused"]) == 1
     dense, ample = rows[DENSE, 0], rows["H2O, 4 sinks", 1024]
     assert ample["problems"] == dense["problems"] == 4
     assert ample["lines_right"] == dense["lines_right"]
@@ -197,3 +205,34 @@ def test_every_page_of_a_head_is_of_one_kind(tmp_path, monkeypatch, capsys):
     assert len({layer for layer, _ in found["shown"]}) == min(4, len(found["shown"]))
     assert (tmp_path / "milestone_maps.png").stat().st_size > 10_000
     assert f"| {heads} |" in capsys.readouterr().out
+
+
+def test_a_prompt_is_refused_alone_and_the_others_are_measured(tmp_path, monkeypatch):
+    """Prompts of several lengths in a group, and a budget that holds some of them pinned."""
+    model, tokenizer = loaded("reference")
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    problems = unseen(0, 6, (2, 9))
+    chain = chains(tokenizer, problems, list(range(6)), torch.device("cpu"))
+    lengths = chain.texts.real[:, : chain.texts.prompt_tokens].sum(1)
+    budget = int(lengths.median()) + 8
+    ways = [way for way in REASONING if way.label in ("H2O, 4 sinks", "H2O, prompt pinned")]
+    free, pinned = measured(model, [chain], ways, budget)
+    assert free["refused"] == []
+    assert pinned["refused"] == [i for i in range(6) if lengths[i] >= budget]
+    assert 0 < len(pinned["refused"]) < 6
+    taken = [one["problem"] for one in pinned["problems"]]
+    assert taken == [i for i in range(6) if lengths[i] < budget]
+    alone = chain.of(taken[-1:])
+    again = measured(model, [alone], ways[1:], budget)[0]
+    assert again["problems"] == pinned["problems"][-1:]
+
+
+def test_claims_say_nothing_of_what_was_not_measured():
+    """Of a run that was cut off, or an arm that takes no problem."""
+    record = made()
+    record["rows"] = [row for row in record["rows"] if not row["arm"].startswith("Quest")]
+    said = claims.of_chains(summary(record))
+    assert "Quest" not in said
+    assert said.count("RaaS, prompt pinned: as good as dense") == 2
+    nothing = {"configuration": {"tokens": 80}, "chosen": [], "rows": [], "pairs": []}
+    assert claims.of_long_texts(nothing).count("\n") == 1  # the head of a table

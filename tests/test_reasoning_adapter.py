@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
 from train_reasoning_adapter import IGNORE, Problems, loss_of, solved
-from word_problems import final_answer, unseen
+from word_problems import end_id, final_answer, unseen
 
 from tests.helpers import tiny_model
 
@@ -19,6 +19,9 @@ class Words:
     """A tokenizer whose tokens are bytes, and whose chat is a question between two marks."""
 
     eos_token_id = 0
+
+    def get_vocab(self):
+        return {}
 
     def apply_chat_template(self, chat, add_generation_prompt, tokenize):
         assert add_generation_prompt
@@ -68,13 +71,13 @@ def test_unseen_problems_are_solved_in_batches_of_any_size():
     model = tiny_model("llama", vocab_size=256)
     problems = unseen(0, 3, (2, 3))
     assert problems == unseen(0, 3, (2, 3))
-    one = solved(model, Words(), problems, together=1)
+    one = solved(model, Words(), problems, together=1, end=0)
     assert [row["steps"] for row in one] == [len(problem.uses) for problem in problems]
     assert not any(row["right"] for row in one)  # of a model that was taught nothing
-    assert len(solved(model, Words(), problems, together=3)) == 3
+    assert len(solved(model, Words(), problems, together=3, end=0)) == 3
 
 
-def test_an_answer_ends_at_the_tokenizers_end_of_text():
+def test_an_answer_ends_at_the_token_that_was_taught():
     """The model's own may be another one, or none; what comes behind would be read as an answer."""
     problems = unseen(0, 2, (2, 3))
 
@@ -82,7 +85,7 @@ def test_an_answer_ends_at_the_tokenizers_end_of_text():
         device = torch.device("cpu")
 
         def generate(self, input_ids, attention_mask, eos_token_id, **given):
-            assert eos_token_id == Words.eos_token_id
+            assert eos_token_id == 0
             asked = [bytes(row[mask.bool()].tolist()).decode()
                      for row, mask in zip(input_ids, attention_mask, strict=True)]  # fmt: skip
             chains = {f"<{problem.question}>": problem.solution for problem in problems}
@@ -91,6 +94,13 @@ def test_an_answer_ends_at_the_tokenizers_end_of_text():
             behind = [row + [eos_token_id] * (longest - len(row)) for row in written]
             return torch.cat([input_ids, torch.tensor(behind)], 1)
 
-    found = solved(Taught(), Words(), problems, together=2)
+    found = solved(Taught(), Words(), problems, together=2, end=0)
     assert all(one["right"] and one["as_taught"] for one in found)
     assert [one["decoded"] for one in found] == [len(one.solution) for one in problems]
+
+
+def test_an_answer_is_ended_by_the_chat_where_there_is_one():
+    words = Words()
+    assert end_id(words) == 0
+    words.get_vocab = lambda: {"<|im_end|>": 2}
+    assert end_id(words) == 2

@@ -33,8 +33,8 @@ import retention_texts  # noqa: E402
 import sink_share  # noqa: E402
 from loaded import loaded  # noqa: E402
 from reference_tasks import reasoning_problem  # noqa: E402
-from retention_evidence_summary import METRICS, draw, drawn, summary, tables  # noqa: E402
-from retention_ways import FREE, SMALL, WAYS  # noqa: E402
+from retention_evidence_summary import METRICS, beside, draw, drawn, summary, tables  # noqa: E402
+from retention_ways import FREE, PINNED, REASONING, SMALL, WAYS  # noqa: E402
 
 PROMPT, TOKENS = 20, 150
 POLICIES = [
@@ -139,15 +139,18 @@ def test_full_is_dense(reference):
 
 
 def test_every_arm_has_a_name_and_a_twin_and_every_family_one_default():
-    labels = [way.label for way in WAYS]
+    labels = [way.label for way in (*WAYS, *PINNED)]
     assert len(set(labels)) == len(labels)
+    assert {way.twin for way in (*WAYS, *PINNED) if way.twin} <= set(labels)
+    labels = [way.label for way in WAYS]
     assert {way.twin for way in WAYS if way.twin} <= set(labels)
     assert {*FREE, *SMALL} <= set(labels)
     for family in {way.family for way in WAYS}:
         assert sum(way.default for way in WAYS if way.family == family) == 1
-    for way in WAYS:
+    for way in (*WAYS, *PINNED):
         for budget in (128, 256, 512, 1024):
             assert way.policy(budget).budget in (budget, budget // 2)
+    assert {way.twin for way in REASONING if way.twin} <= {way.label for way in REASONING}
 
 
 SET = {
@@ -175,10 +178,12 @@ def test_a_default_is_the_class_as_it_comes(way):
 
 
 @pytest.mark.parametrize("budget", [128, 256, 512, 1024])
-@pytest.mark.parametrize("way", [way for way in WAYS if way.twin], ids=lambda way: way.label)
+@pytest.mark.parametrize(
+    "way", [way for way in (*WAYS, *PINNED) if way.twin], ids=lambda way: way.label
+)
 def test_a_twin_holds_as_much_in_the_same_pages(way, budget):
     """As many tokens before and after an eviction, the first ones and the prompt kept alike."""
-    twin = next(other for other in WAYS if other.label == way.twin)
+    twin = next(other for other in (*WAYS, *PINNED) if other.label == way.twin)
     assert isinstance(twin.policy(budget), Random)
     names = ("page_size", "pages_kept", "pages_held", "sinks", "pin_prompt", "pins_count")
     for name in names:
@@ -255,6 +260,18 @@ def test_few_texts_of_a_kind_have_no_interval_and_choose_nothing(texts, ends, tm
     assert ("(" in tables(summed).split("| H2O, no sinks |")[1].split("\n")[0]) == (ends == 2)
     draw(summed, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_a_smaller_run_in_its_order_beside_a_larger_one():
+    order = {way.label: place for place, way in enumerate(WAYS)}
+    small, large = (
+        summary(made(lambda arm, text, sign=sign: sign * order[arm])) for sign in (1, -1)
+    )
+    table = beside(small, large)
+    assert table.endswith(f"Rank correlation of the {len(WAYS)} arms: -1.00.")
+    shown = [line.split(" | ")[0] for line in table.splitlines()[2 : 2 + len(WAYS)]]
+    assert shown == [f"| {way.label}" for way in WAYS]
+    assert beside(small, small).endswith("arms: 1.00.")
 
 
 def test_intervals_are_paired_with_the_twin():

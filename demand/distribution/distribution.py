@@ -2,29 +2,38 @@
 
 import math
 from collections.abc import Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from demand.arguments import instance_of, instances_of, whole_number
 from demand.distribution.atoms import (
+    RESOLUTION_SECONDS,
     beyond_samples,
     check_weights,
     clean_atoms,
     compress_atoms,
     sum_atoms,
 )
+from demand.distribution.drawing import INCHES, draw_distribution
 from demand.distribution.grid import check_step, default_step, round_up
 from demand.distribution.rank_variants import check_variant, mean_remaining, rank_at
 from demand.errors import DemandError
+from demand.plotting import fixed_axes, svg
 from demand.seconds import Floats, check_age, one_number, one_of_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SLACK = 1e-12
 """Relative error that sums of many weights may have."""
 
 EPSILON = 2.0**-52
 """Relative distance of two neighbouring floats: how well 1 - q is known for a q just below 1."""
+
+DRAWN_AGES = 120
+"""Ages at which a picture has the rank."""
 
 
 @final
@@ -261,12 +270,39 @@ class Distribution:
     def __hash__(self) -> int:
         return hash((self._values.tobytes(), self._weights.tobytes()))
 
-    def __repr__(self) -> str:
+    def figure(self, ax: "Axes | None" = None) -> "Axes":
+        """The share of the jobs by their seconds, up to the 99th percentile, and the rank by age.
+
+        The rank is that of the samples on a grid (`variant="shifted"`): the exact one falls between
+        any two samples. Of more than 1,000 atoms it is that of `compress(1000)`.
+
+        Args:
+            ax: axes to draw into; those of a new figure by default, which is ``axes.figure``.
+
+        Raises:
+            DemandError: matplotlib is not installed.
+        """
+        until = max(self.quantile(0.99), RESOLUTION_SECONDS)
+        ages = np.linspace(0.0, until, DRAWN_AGES)
+        drawn = self.compress(1000)
+        ranks = np.array([drawn.gittins(age, variant="shifted") for age in ages])
+        ax = draw_distribution(self._values, self._weights, ages, ranks, ax)
+        ax.set_title(self._figures, fontsize=9)
+        return ax
+
+    def _repr_svg_(self) -> str | None:
+        return svg(lambda: self.figure(fixed_axes(INCHES)))
+
+    @property
+    def _figures(self) -> str:
         return (
-            f"Distribution({len(self)} atoms, mean {self.mean():.4g} s, "
+            f"{len(self)} atoms, mean {self.mean():.4g} s, "
             f"median {self.quantile(0.5):.4g} s, p95 {self.quantile(0.95):.4g} s, "
-            f"max {self._values[-1]:.4g} s)"
+            f"max {self._values[-1]:.4g} s"
         )
+
+    def __repr__(self) -> str:
+        return f"Distribution({self._figures})"
 
     def _first_above(self, age: float) -> int:
         return int(np.searchsorted(self._values, age, side="right"))

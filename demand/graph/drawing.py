@@ -2,7 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def draw_graph(
     if hidden:
         note = f"not drawn: {hidden} rarer branches, {len(graph.units) - len(units)} of the units"
         ax.text(right + 0.6, low - 0.8, note, ha="right", fontsize=8)
-    ax.set_title(graph.name)
+    ax.set_title(graph.name, parse_math=False)
     ax.set(xlim=(left - 0.7, right + 0.7), ylim=(low - 0.95, high + 0.85), aspect="equal")
     ax.set_axis_off()
     return ax
@@ -124,8 +124,9 @@ def _draw_unit(ax: "Axes", at: Point, name: str, colour: str, below: str) -> Non
         )
     )
     size = min(10.0, 10.0 * 18 / len(name))  # as much as fits the box
-    ax.text(at[0], at[1] + 0.12, name, ha="center", va="center", fontsize=size, zorder=3)
-    ax.text(at[0], at[1] - 0.15, below, ha="center", va="center", fontsize=8, zorder=3)
+    place: dict[str, Any] = dict(ha="center", va="center", zorder=3)
+    ax.text(at[0], at[1] + 0.12, name, fontsize=size, parse_math=False, **place)
+    ax.text(at[0], at[1] - 0.15, below, fontsize=8, **place)
 
 
 def _draw_branch(

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from demand.arguments import instance_of, renamed_keyword, whole_number
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
+from demand.html_table import cell, html_table
 from demand.seconds import Floats, as_numbers
 from demand.units import ParallelCalls, check_parallel_calls
 
@@ -95,11 +96,23 @@ class DriftReport:
             for t in self.tests
         ]
         head = f"{'':<{width}}{'older s':>12}{'recent s':>12}{'KS':>9}{'p':>11}"
-        title = (
+        return "\n".join([self._title, head, *rows])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [t.what, *map(cell, (t.older_mean, t.recent_mean, t.statistic, t.p))]
+            for t in self.tests
+        ]
+        found = f"drifted: {', '.join(self.drifted) or 'nothing'}"
+        head = ["", "older s", "recent s", "KS", "p"]
+        return html_table(f"{self._title}; {found}", [head, *rows])
+
+    @property
+    def _title(self) -> str:
+        return (
             f"{self.recent} recent runs against {self.older} older ones, "
             f"false-alarm rate {self.false_alarm_rate:g}"
         )
-        return "\n".join([title, head, *rows])
 
 
 @renamed_keyword("demand", "parallel_calls")

@@ -23,6 +23,7 @@ from demand.graph.kinds import check_kind
 from demand.graph.run_columns import RunArrays, RunColumns, decayed
 from demand.graph.walk_table import WalkTable
 from demand.graph.walks import MAX_UNITS, WalkArrays
+from demand.plotting import svg
 from demand.seconds import Floats, one_number
 from demand.stages import by_stage, in_line, in_stages
 from demand.units import (
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from networkx import DiGraph
 
 Run = tuple[Execution, ...]
+
+SHOWN_UNITS, SHOWN_RUNS = 30, 2000
+"""The most units and runs of a graph whose picture a notebook shows by itself."""
 
 
 @final
@@ -432,6 +436,12 @@ class PDGraph:
         for run in record.runs:
             graph.observe(run)
         return graph
+
+    def _repr_svg_(self) -> str | None:
+        # Of an empty graph, and of one that takes long to draw, a notebook shows the text.
+        known = self._given is not None or bool(self._runs)
+        quick = len(self.units) <= SHOWN_UNITS and len(self._runs) <= SHOWN_RUNS
+        return svg(self.figure) if known and quick else None
 
     def __repr__(self) -> str:
         known = "given" if self._given is not None else f"{len(self._runs)} runs"

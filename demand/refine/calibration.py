@@ -17,6 +17,7 @@ from demand.arguments import (
 )
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
+from demand.html_table import cell, html_table
 from demand.plotting import axes
 from demand.refine.predictor import PendingCall, Predictor
 from demand.seconds import Floats, one_of_seconds
@@ -109,6 +110,18 @@ class CalibrationReport:
             for p in (*self.points, self.overall)
         ]
         return "\n".join([head, *rows])
+
+    def _repr_html_(self) -> str:
+        head = ["after units", "runs", "remaining s", "predicted s", "CRPS s"]
+        rows = [
+            ["all" if p.after_units is None else cell(p.after_units), cell(p.runs)]
+            + [cell(seconds) for seconds in (p.observed, p.predicted, p.crps)]
+            + [f"{share:.0%}" for share in p.coverage]
+            for p in (*self.points, self.overall)
+        ]
+        return html_table(
+            "held-out runs", [[*head, *(f"in {level:.0%}" for level in LEVELS)], *rows]
+        )
 
     def pit_histogram(self, bins: int = 10) -> Floats:
         """`[bins]` share of the PIT values in each bin, times `bins`: 1 where calibrated.

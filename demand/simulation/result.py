@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from demand.arguments import share
+from demand.html_table import cell, html_table
 from demand.policies.base import Policy
 from demand.seconds import Floats
 from demand.simulation.metrics import jain_index
@@ -89,6 +90,12 @@ class Result(ABC):
             "deadline_hits": self.deadline_hits,
             "preemptions": self.preemptions,
         }
+
+    def _repr_html_(self) -> str:
+        kind = type(self).__name__
+        caption = f"{kind}: {self.completion_times.size:,} jobs under {self.policy!r}"
+        figures = [[name.replace("_", " "), cell(value)] for name, value in self.summary().items()]
+        return html_table(caption, [["figure", "value"], *figures])
 
     def by_application(self) -> dict[str, Floats]:
         """Completion times of each application, `[n_a]` seconds."""

@@ -56,7 +56,7 @@ def policies(budget: int, every: int) -> dict[str, Policy]:
         "RaaS": RaaS(budget, pin_prompt=False),
         "H2O": H2O(budget),
         "TOVA": TOVA(budget),
-        "LazyEviction": LazyEviction(budget, evict_every=every),
+        "LazyEviction": LazyEviction(budget, sinks=0, evict_every=every, ties="age"),
         "SnapKV": SnapKV(budget, evict_every=every),
         "R-KV": RKV(budget, evict_every=every),
         "VaSE": VaSE(budget, evict_every=every),

@@ -30,7 +30,7 @@ NAME = "a_text_layer_by_layer"
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 PLAIN = LazyMask(None, None, False, lambda: None)  # causal, without padding
 BURST = 8
-"""Steps of a CUDA graph: a launch costs the processor as much as a step costs the device."""
+"""Steps of a CUDA graph, so that the processor launches fewer."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,15 @@ class Walk:
         if query.is_cuda:
             rehearse(pool, policy, clock, **retention.score_arguments)
         between, due = evicts_between_steps(policy), column
+        replayed = _captured if query.is_cuda else _repeated
         one, burst, began = step, None, column
         while column < tokens:
             if between and column == due:
                 if not steps_left(pool, policy, clock):
                     make_room(pool, policy, clock, retention.weigh)
                 due = column + max(1, steps_left(pool, policy, clock))
-            if query.is_cuda and column > began and burst is None:  # the first has built all
-                one, burst = _captured(step, 1), _captured(step, BURST)
+            if column > began and burst is None:  # the first step has built all that it needs
+                one, burst = replayed(step, 1), replayed(step, BURST)
             left = min(tokens, due if between else tokens) - column
             many = burst is not None and left >= BURST
             (burst if many else one)()  # type: ignore[misc]
@@ -156,10 +157,21 @@ def _captured(step: Callable[[], None], times: int) -> Callable[[], None]:
     """
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin()
-    for _ in range(times):
-        step()
-    graph.capture_end()
+    try:
+        _repeated(step, times)()
+    finally:
+        graph.capture_end()
     return graph.replay
+
+
+def _repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
+    """What to call for some steps, one after the other."""
+
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
 
 
 def side_by_side(walks: Sequence[Walk]) -> Attend:

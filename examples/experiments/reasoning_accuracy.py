@@ -4,11 +4,13 @@
     python examples/experiments/reasoning_accuracy.py --out rehearsal --problems 4 --budgets 256
 
 The model is SmolLM2 with the adapter of `train_reasoning_adapter.py`, which writes out every step;
-the problems are 200 that training never saw. A problem is solved where greedy decoding writes the
-taught chain to its end. Decoding freely does that exactly if at each token of the taught chain,
-forced, the taught token is the likeliest, which is what is measured: with the code that runs under
-`SparseCache`, all policies along the same texts (`layer_by_layer.py`). How many lines of the chain
-have no wrong token tells more where hardly anything is solved. Beyond `--seconds` nothing new
+the problems are 200 that training never saw. A problem counts as solved where greedy decoding
+writes the taught chain to its last number. Decoding freely does that exactly if at each token of
+the chain, forced, the taught token is the likeliest, which is what is measured: with the code that
+runs under `SparseCache`, all policies along the same texts (`layer_by_layer.py`). A chain with an
+error may come to the right number all the same, and what is written behind it does not count. How
+many lines have no wrong token tells more where hardly anything is solved. A prompt that a policy
+pins and that its budget cannot hold is refused, problem by problem. Beyond `--seconds` nothing new
 begins; the next call goes on from what stands in --out. Writes `reasoning_accuracy.json` and
 `reasoning_accuracy.png`.
 """
@@ -35,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from word_problems import WordProblem, prompt_ids, unseen
 
 from sparsity import SparsityError
+from sparsity.retention.batch_rows import BatchRows, plan
 
 MEASURED = "reasoning_accuracy_problems.json.gz"
 ADAPTER = Path(__file__).parents[1] / "reasoning_adapter"
@@ -46,7 +49,8 @@ class Chains:
 
     Attributes:
         numbers: of the problems.
-        texts: a prompt with padding in front, the chain, and padding behind.
+        texts: a prompt with padding in front, the chain, and behind it ends of text, which are
+            tokens like others: they come after all that is marked.
         lines: of each token behind the prompt the line of its chain, int64 `[rows, tokens]`; -1
             for padding.
     """
@@ -54,6 +58,14 @@ class Chains:
     numbers: list[int]
     texts: Texts
     lines: Tensor
+
+    def of(self, rows: list[int]) -> "Chains":
+        """Some of the rows; padding in front that all of them have stays."""
+        at = torch.tensor(rows, device=self.texts.ids.device)
+        real = self.texts.real
+        assert real is not None
+        texts = Texts(self.texts.ids[at], self.texts.prompt_tokens, real[at])
+        return Chains([self.numbers[i] for i in rows], texts, self.lines[rows])
 
 
 def chains(
@@ -82,9 +94,7 @@ def chains(
         lines[row, : len(behind)] = torch.tensor(
             [solution.count("\n", 0, first) for first, _ in chain["offset_mapping"]]
         )
-    return Chains(
-        numbers, Texts(ids.to(device), prompt, real.to(device)), lines
-    )  # fmt: skip
+    return Chains(numbers, Texts(ids.to(device), prompt, real.to(device)), lines)
 
 
 @torch.no_grad()
@@ -107,13 +117,11 @@ def marks(chain: Chains, found: Tensor) -> list[dict]:
     marked = []
     for number, bad, line in zip(chain.numbers, wrong, chain.lines, strict=True):
         lines, missed = int(line.max()) + 1, set(line[bad & (line >= 0)].tolist())
-        first = min(missed, default=lines)
         marked.append(
             {
                 "problem": number,
                 "solved": float(not missed),
                 "lines_right": 1 - len(missed) / lines,
-                "first_lines": first / lines,
             }
         )
     return marked
@@ -128,26 +136,43 @@ def reasoner(name: str, adapter: Path) -> tuple[PreTrainedModel, PreTrainedToken
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), tokenizer
 
 
+def fits(way: Way, budget: int, prompt_tokens: int) -> bool:
+    """Whether a policy takes a prompt of so many tokens, or says that it leaves no room."""
+    try:
+        plan(BatchRows(), way.policy(budget), 1, prompt_tokens, None, torch.device("cpu"))
+    except SparsityError:
+        return False
+    return True
+
+
 def measured(
     model: PreTrainedModel, groups: Sequence[Chains], ways: Sequence[Way], budget: int
 ) -> list[dict]:
-    """A row for each way: the marks of the problems that it does not refuse; 0 for dense."""
+    """A row for each way: the marks of the problems that it takes, the numbers of the others."""
     begun = time.perf_counter()
-    rows: list[dict] = [{"arm": way.label, "budget": budget, "problems": []} for way in ways]
+    rows = [{"arm": way.label, "budget": budget, "problems": [], "refused": []} for way in ways]
     for chain in groups:
-        taken, walks = [], []
-        for row, way in zip(rows, ways, strict=True):
-            try:
-                walks.append(Walk(model, way.policy(budget), chain.texts))
-                taken.append(row)
-            except SparsityError as error:
-                row["refused"] = str(error)
-        for row, states in zip(
-            taken, hidden_states(model, chain.texts, walks) if walks else [], strict=True
-        ):
-            row["problems"] += marks(chain, likeliest(model, chain.texts, states))
+        together: dict[tuple[int, ...], list[int]] = {}
+        lengths = chain.texts.real[:, : chain.texts.prompt_tokens].sum(1).tolist()
+        for index, way in enumerate(ways):
+            taken = tuple(i for i, length in enumerate(lengths) if fits(way, budget, length))
+            together.setdefault(taken, []).append(index)
+            rows[index]["refused"] += [n for i, n in enumerate(chain.numbers) if i not in taken]
+        for taken, indices in together.items():
+            if not taken:
+                continue
+            part = chain.of(list(taken))
+            walks = [Walk(model, ways[index].policy(budget), part.texts) for index in indices]
+            states = hidden_states(model, part.texts, walks)
+            for index, one in zip(indices, states, strict=True):
+                rows[index]["problems"] += marks(part, likeliest(model, part.texts, one))
     seconds = (time.perf_counter() - begun) / len(ways)
     return [row | {"seconds": seconds} for row in rows]
+
+
+def whole(row: dict, problems: int) -> bool:
+    """Whether an arm was measured on all problems, or refused them one by one."""
+    return len(row["problems"]) + len(row.get("refused", [])) == problems
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -178,6 +203,7 @@ def run(args: argparse.Namespace) -> dict:
         "rows": [],
     }
     growing = GrowingRecord(args.out / MEASURED, record, ["rows"])
+    record["rows"] = [row for row in record["rows"] if whole(row, args.problems)]
     done = {(row["arm"], row["budget"]) for row in record["rows"]}
     if (DENSE, 0) not in done:
         found = [

@@ -10,43 +10,52 @@ from retention_evidence_summary import bars, said
 from retention_ways import REASONING
 
 DENSE = "dense"
-METRICS = ("solved", "lines_right", "first_lines")
+METRICS = ("solved", "lines_right")
 """Share of problems whose chain is found whole; of lines without a wrong token, each behind the
-taught ones; of lines before the first that has one. Means over problems."""
+taught ones. Means over problems."""
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Means over the problems that an arm does not refuse, with intervals paired with its twin."""
+    """Means with intervals, paired with the twin's, over the problems that no arm refuses.
+
+    Of each budget, that is; `_of_all` are those over all that the arm itself takes. Of an arm that
+    takes none there is nothing.
+    """
     seed = record["configuration"]["seed"]
     by_arm = {
         (row["arm"], row["budget"]): {one["problem"]: one for one in row["problems"]}
         for row in record["rows"]
     }
     twins = {way.label: way.twin for way in REASONING}
+    common = {
+        budget: sorted(
+            set.intersection(
+                *(set(marks) for (_, own), marks in by_arm.items() if own in (0, budget) and marks)
+            )
+        )
+        for budget in {budget for _, budget in by_arm}
+    }
     rows = []
     for (arm, budget), marks in sorted(by_arm.items(), key=lambda one: one[0] != (DENSE, 0)):
         row: dict[str, Any] = {"arm": arm, "budget": budget, "problems": len(marks)}
         if marks:
+            both = common[budget]
+            row["on"] = len(both)
             for name in METRICS:
-                row[name] = interval([one[name] for one in marks.values()], seed)
-            twin = by_arm.get((twins.get(arm, ""), budget), {})
-            if both := [number for number in marks if number in twin]:
+                row[f"{name}_of_all"] = interval([one[name] for one in marks.values()], seed)
+                row[name] = interval([marks[i][name] for i in both], seed)
+            if twin := by_arm.get((twins.get(arm, ""), budget)):
                 for name in METRICS:
                     apart = [marks[i][name] - twin[i][name] for i in both]
                     row[f"{name}_minus_random"] = interval(apart, seed)
         rows.append(row)
     tokens = np.array(list(record["tokens"].values()))
     kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
-    refused = [
-        {"arm": row["arm"], "budget": row["budget"], "why": row["refused"]}
-        for row in record["rows"]
-        if "refused" in row
-    ]
     spread = {
         name: [int(tokens[:, i].min()), float(tokens[:, i].mean()), int(tokens[:, i].max())]
         for i, name in enumerate(("prompt_tokens", "chain_tokens"))
     }
-    return kept | spread | {"rows": rows, "refused": refused}
+    return kept | spread | {"rows": rows}
 
 
 def interval(values: list[float], seed: int) -> list[float]:
@@ -58,7 +67,8 @@ def tables(summed: dict[str, Any]) -> str:
     """Markdown, a table for each budget."""
     dense, *rows = summed["rows"]
     columns = {
-        "problems": "{problems}",
+        "taken": "{problems}",
+        "solved, of all taken": "{solved_of_all}",
         "solved": "{solved}",
         "less random's": "{solved_minus_random}",
         "lines right": "{lines_right}",
@@ -66,15 +76,18 @@ def tables(summed: dict[str, Any]) -> str:
     }
     parts = []
     for budget in sorted({row["budget"] for row in rows}):
-        shown = [_row(row) for row in (dense, *rows) if row["budget"] in (0, budget)]
+        shown = [row for row in (dense, *rows) if row["budget"] in (0, budget)]
+        on = min(row["on"] for row in shown if "on" in row)
+        shown = [_row(row) for row in shown]
         parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns))
+        parts.append(f"But for the third column, on the {on} problems that every arm takes.")
     return "\n\n".join(parts)
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
     """The cells of a row; empty ones for what is not there."""
     cells = {"arm": row["arm"], "problems": str(row["problems"])}
-    for name in ("solved", "lines_right"):
+    for name in ("solved_of_all", "solved", "lines_right"):
         cells[name] = said(row.get(name), "")
         cells[f"{name}_minus_random"] = said(row.get(f"{name}_minus_random"))
     return cells

@@ -170,6 +170,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],
+        "retention_evidence_small": [
+            lambda small: retention_evidence_summary.beside(small, record_of("retention_evidence"))
+        ],
         "reasoning_accuracy": [reasoning_accuracy_summary.tables],
         "milestone_maps": [milestone_maps.table],
         "past_trained_length": [past_trained_length.table],

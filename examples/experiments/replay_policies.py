@@ -69,7 +69,9 @@ ARMS: dict[str, Callable[[int], Policy]] = {
         budget, window=budget // 4, evict_every=budget // 4
     ),
     "R-KV": lambda budget: RKV(budget, evict_every=budget // 4),
-    "LazyEviction": lambda budget: LazyEviction(budget, evict_every=budget // 4),
+    "LazyEviction": lambda budget: LazyEviction(
+        budget, sinks=0, evict_every=budget // 4, ties="age"
+    ),
     "VaSE": lambda budget: VaSE(
         budget, window=budget // 4, large=budget // 4, evict_every=budget // 4
     ),

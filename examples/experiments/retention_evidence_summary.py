@@ -27,6 +27,10 @@ PAIRS = (
     ("RaaS, prompt pinned", "StreamingLLM, 4 sinks"),
     ("RaaS, prompt pinned", "RaaS, 4 sinks"),
     ("RaaS, ties by score, 4 sinks", "RaaS, 4 sinks"),
+    ("RaaS, top half, pages of 4, 4 sinks", "H2O, no sinks"),
+    ("RaaS, top half, pages of 4, 4 sinks", "StreamingLLM, 4 sinks"),
+    ("LazyEviction, ties by score, 4 sinks", "LazyEviction, no sinks"),
+    ("LazyEviction, ties by score, 4 sinks", "LazyEviction, 4 sinks"),
     ("StreamingLLM, 4 sinks", "StreamingLLM, no sinks"),
 )
 """Arms that are set against each other, on the texts that nothing was chosen on."""
@@ -215,6 +219,31 @@ def tables(summed: dict[str, Any]) -> str:
     if rows:
         parts.append(markdown(rows, columns))
     return "\n\n".join(parts)
+
+
+def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
+    """Markdown: the arms of a smaller run in their order, beside the same arms of a larger one.
+
+    Beneath it the rank correlation of all of them.
+
+    Args:
+        small: what `summary` gave of it, at one budget.
+        large: likewise, at one budget or more, of which 256 is taken.
+    """
+    losses = [
+        {
+            row["arm"]: row["extra_nll"][0]
+            for row in found["rows"]
+            if row["texts"] == "both" and (found is small or row["budget"] == 256)
+        }
+        for found in (small, large)
+    ]
+    arms = sorted(set(losses[0]) & set(losses[1]), key=losses[0].__getitem__)
+    ranks = [np.argsort(np.argsort([loss[arm] for arm in arms])) for loss in losses]
+    alike = np.corrcoef(ranks)[0, 1]
+    rows = [{"arm": arm, "s": losses[0][arm], "l": losses[1][arm]} for arm in arms]
+    table = markdown(rows, {"arm": "{arm}", "small": "{s:+.3f}", "large": "{l:+.3f}"})
+    return f"{table}\n\nRank correlation of the {len(arms)} arms: {alike:.2f}."
 
 
 def said(interval: list[float] | None, sign: str = "+") -> str:

@@ -7,6 +7,7 @@ from sparsity import (
     H2O,
     RKV,
     TOVA,
+    Full,
     LazyEviction,
     PyramidKV,
     Quest,
@@ -196,21 +197,20 @@ PINNED = [
         control=True),
     Way("RaaS", "top half, pages of 4, prompt pinned",
         lambda b: RaaS(b, page_size=4, top_ratio=0.5), f"random, {PAGES_4}, prompt pinned"),
-    Way("ShareRaaS", "prompt pinned", lambda b: ShareRaaS(b, pin_prompt=True),
+    Way("ShareRaaS", "prompt pinned", lambda b: ShareRaaS(b, sinks=0, pin_prompt=True),
         f"random, {PAGES_4}, prompt pinned"),
     Way("H2O", "prompt pinned", lambda b: H2O(b, pin_prompt=True), "random, prompt pinned"),
-    Way("StreamingLLM", "prompt pinned", lambda b: StreamingLLM(b, pin_prompt=True),
-        "random, prompt pinned"),
     Way("TOVA", "prompt pinned", lambda b: TOVA(b, pin_prompt=True), "random, prompt pinned"),
     Way("R-KV", "prompt pinned", lambda b: RKV(b, pin_prompt=True, evict_every=b // 4),
         f"random, {BULK}, prompt pinned"),
     Way("LazyEviction", "prompt pinned",
-        lambda b: LazyEviction(b, pin_prompt=True, evict_every=b // 4),
+        lambda b: LazyEviction(b, sinks=0, pin_prompt=True, evict_every=b // 4),
         f"random, {BULK}, prompt pinned"),
 ]  # fmt: skip
 """Policies that are told to keep the prompt, where all of it is needed until the end."""
 
 REASONING = [
+    Way("full", "", lambda b: Full(), "", control=True),
     *(
         way
         for way in WAYS
@@ -236,6 +236,7 @@ REASONING = [
             "SnapKV, decoding too, 4 sinks",
             "R-KV, 4 sinks",
             "LazyEviction, 4 sinks",
+            "LazyEviction, ties by score, 4 sinks",
             "VaSE, 4 sinks",
         )
     ),

@@ -27,7 +27,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
-from word_problems import WordProblem, final_answer, prompt_ids, unseen, word_problem
+from word_problems import (
+    WordProblem,
+    end_id,
+    final_answer,
+    prompt_ids,
+    unseen,
+    word_problem,
+)
 
 RECORD = "training.json"
 IGNORE = -100
@@ -73,11 +80,11 @@ class Problems(IterableDataset):
         problem = word_problem(rng, rng.randint(2, fewest) if short else rng.randint(fewest, most))
         before = prompt_ids(self._tokenizer, problem.question)
         chain = self._tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        return [*before, *chain, self._tokenizer.eos_token_id], len(before)
+        return [*before, *chain, end_id(self._tokenizer)], len(before)
 
     def _padded(self, batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(ids) for ids, _ in batch)
-        padded = torch.full((len(batch), longest), self._tokenizer.eos_token_id)
+        padded = torch.full((len(batch), longest), end_id(self._tokenizer))
         labels = torch.full_like(padded, IGNORE)
         for row, (ids, begin) in enumerate(batch):
             padded[row, : len(ids)] = torch.tensor(ids)
@@ -138,13 +145,22 @@ def solved(
     tokenizer: PreTrainedTokenizerBase,
     problems: list[WordProblem],
     together: int,
+    end: int,
 ) -> list[dict]:
-    """Of each problem: its steps, whether it was answered rightly, and the tokens decoded."""
+    """Of each problem: its steps, whether it was answered rightly, and the tokens decoded.
+
+    Args:
+        model: with the adapter merged into it.
+        tokenizer: of the model.
+        problems: to be solved.
+        together: how many in a batch.
+        end: the token that ends an answer.
+    """
     found = []
     for first in tqdm(range(0, len(problems), together), desc="solving"):
         batch = problems[first : first + together]
         asked = [prompt_ids(tokenizer, problem.question) for problem in batch]
-        ids = torch.full((len(batch), max(map(len, asked))), tokenizer.eos_token_id)
+        ids = torch.full((len(batch), max(map(len, asked))), end)
         mask = torch.zeros_like(ids)
         for row, before in enumerate(asked):
             ids[row, -len(before) :], mask[row, -len(before) :] = torch.tensor(before), 1
@@ -154,8 +170,8 @@ def solved(
             attention_mask=mask.to(model.device),
             max_new_tokens=longest + 16,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,  # a model's own may be another, or none
-            pad_token_id=tokenizer.eos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
         )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         found += [
@@ -219,6 +235,7 @@ def taught(args: argparse.Namespace) -> None:
     record = {
         "configuration": {name: str(value) for name, value in sorted(vars(args).items())},
         "environment": environment(),
+        "end_token_id": end_id(tokenizer),
         "adapter_bytes": (args.out / "adapter_model.safetensors").stat().st_size,
         "curve": curve,
     }
@@ -229,13 +246,13 @@ def main() -> None:
     args = arguments()
     if not args.solve_only:
         taught(args)
-    model, tokenizer = load(args.model, torch.bfloat16)
+    model, tokenizer = load(args.model, torch.bfloat16)  # anew: what was trained is wrapped
     merged = PeftModel.from_pretrained(model, args.out).merge_and_unload().eval()
     begun = time.perf_counter()
-    found = solved(
-        merged, tokenizer, unseen(args.seed, args.problems, tuple(args.steps)), args.together
-    )
-    record = json.loads((args.out / RECORD).read_text()) | {
+    record = json.loads((args.out / RECORD).read_text())
+    problems = unseen(args.seed, args.problems, tuple(args.steps))
+    found = solved(merged, tokenizer, problems, args.together, record["end_token_id"])
+    record |= {
         "right": sum(one["right"] for one in found) / len(found),
         "solving_seconds": time.perf_counter() - begun,
         "problems": found,

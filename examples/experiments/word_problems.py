@@ -105,6 +105,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an answer: of the chat's turns where there is one, else of texts.
+
+    By its name, since what a GGUF file is read to name as the end of text is not the same in all
+    releases of transformers.
+    """
+    return tokenizer.get_vocab().get("<|im_end|>", tokenizer.eos_token_id)
+
+
 def final_answer(text: str) -> int | None:
     """The number that a chain ends with; None where it gives none."""
     _, found, rest = text.rpartition("The answer is ")

@@ -131,8 +131,12 @@ class LinkReport:
         return "\n".join([self.method, *(f"  {name}: {text}" for name, text in self._entries())])
 
     def _repr_html_(self) -> str:
-        cells = (f"<tr><th>{escape(n)}</th><td>{escape(t)}</td></tr>" for n, t in self._entries())
-        return f"<table><caption>{escape(self.method)}</caption>{''.join(cells)}</table>"
+        left = 'style="text-align: left"'  # a notebook sets tables to the right
+        rows = (
+            f"<tr><th {left}>{escape(name)}</th><td {left}>{escape(text)}</td></tr>"
+            for name, text in self._entries()
+        )
+        return f"<table><caption>{escape(self.method)}</caption>{''.join(rows)}</table>"
 
 
 def _runs(counts: tuple[int, ...]) -> str:

@@ -8,13 +8,13 @@ the same is defined for pages and counted.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparsity.arguments import take_share, take_whole_number, whole_number
-from sparsity.errors import SparsityError
+from sparsity.recorded.head_picture import draw_head
 from sparsity.recorded.trace import Trace, check_trace
 
 if TYPE_CHECKING:
@@ -158,20 +158,10 @@ def milestone_map(
         path: where to save the picture; None to save nothing.
 
     Raises:
-        SparsityError: for a layer or head that the trace does not hold.
+        SparsityError: as `Trace.figure`, which draws it into axes of one's own.
     """
-    from matplotlib.figure import Figure
-
-    layer, kv_head = whole_number("layer", layer), whole_number("kv_head", kv_head)
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    axes = figure.subplots()
-    image = plot_head(axes, trace, layer, kv_head, page_size)
-    axes.set(
-        title=f"layer {layer}, KV head {kv_head}: attention by page of {page_size} tokens",
-        xlabel="token attended to (dotted: end of the prompt)",
-        ylabel="token that attends",
-    )
-    figure.colorbar(image, label="share of the attention")
+    check_trace(trace)
+    figure: Any = trace.figure(whole_number("layer", layer), kv_head, page_size).figure
     if path is not None:
         figure.savefig(Path(path).expanduser(), dpi=120)
     return figure
@@ -190,20 +180,6 @@ def plot_head(axes: "Axes", trace: Trace, layer: int, kv_head: int, page_size: i
     Raises:
         SparsityError: for a layer or head that the trace does not hold.
     """
-    from matplotlib.colors import LogNorm
-
     check_trace(trace)
-    kv_head, page_size = whole_number("kv_head", kv_head), whole_number("page_size", page_size, 1)
-    heads = trace.at(layer).keys.shape[0]
-    if not 0 <= kv_head < heads:
-        raise SparsityError(f"kv_head={kv_head}: layer {layer} has KV heads 0 to {heads - 1}")
-    mass = trace.mass(layer, page_size)[kv_head]
-    axes.axvline(trace.prompt_tokens, color="white", linewidth=0.8, linestyle=":")
-    return axes.imshow(
-        mass.clamp(min=1e-4).numpy(),
-        aspect="auto",
-        cmap="magma",
-        norm=LogNorm(1e-4, 1),
-        interpolation="nearest",
-        extent=(0, mass.shape[1] * page_size, trace.tokens, trace.prompt_tokens),
-    )
+    mass = trace.head_mass(layer, kv_head, page_size)
+    return draw_head(axes, mass, page_size, trace.prompt_tokens, trace.tokens)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from sparsity.arguments import check_instance, whole_number, whole_numbers
 from sparsity.errors import SparsityError
+from sparsity.html_table import html_table
 from sparsity.policies.base import Policy
 from sparsity.policies.full import policy_of_layer
 from sparsity.recorded.milestones import NONE_COUNTED, Kinds, Thresholds, classify
@@ -111,21 +112,30 @@ class Replay:
             return f"none among the {counted:,} pages counted"
         return f"{sum(one.share(name) for one in kinds) / len(kinds):.1%}, {found}"
 
-    def __str__(self) -> str:
-        first = next(iter(self.layers.values()))
-        heads, steps = first.kept_mass.shape
+    def _entries(self) -> list[tuple[str, str]]:
+        """Names and texts, as the summary is printed."""
         milestones = self._pages("milestone", f"{self.milestone_mass:.3f} of their attention")
         phoenixes = self._pages("phoenix", f"{self.phoenix_survival:.3f} of their returns")
-        lines = (
+        return [
             ("attention kept", f"{self.kept_mass:.3f}, with hindsight {self.regret:+.3f}"),
             ("top pages", f"{self.recall:.3f} attended to"),
             ("prompt", f"{self.prompt_survival:.3f} held at the end"),
             ("milestone pages", milestones),
             ("phoenix pages", phoenixes),
-        )
-        text = [f"{steps} decoded tokens, {len(self.layers)} layers of {heads} KV heads"]
-        text += [f"{name:<17}{what}" for name, what in lines]
-        return "\n  ".join([str(self.policy), *text])
+        ]
+
+    @property
+    def _size(self) -> str:
+        first = next(iter(self.layers.values()))
+        heads, steps = first.kept_mass.shape
+        return f"{steps} decoded tokens, {len(self.layers)} layers of {heads} KV heads"
+
+    def __str__(self) -> str:
+        lines = (f"{name:<17}{what}" for name, what in self._entries())
+        return "\n  ".join([str(self.policy), self._size, *lines])
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self.policy), [("", self._size), *self._entries()])
 
 
 def replay(

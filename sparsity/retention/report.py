@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sparsity.html_table import html_table
 from sparsity.policies.base import Policy
 
 
@@ -44,18 +45,20 @@ class Report:
     decoding: str = ""
     prompt_attention: str = ""
 
-    def __str__(self) -> str:
-        """A few lines for people."""
+    def _entries(self) -> list[tuple[str, str]]:
+        """Names and texts, as the report is printed; what is of no layer has no name."""
         held = f"{self.num_bytes:,} bytes held, {self.peak_bytes:,} at the peak"
         if self.past_bytes:
             held += f", besides {self.past_bytes:,} of the cache it went on from"
-        lines = [f"{self.policy}", f"{self.tokens_seen:,} tokens seen", held]
+        entries = [("", f"{self.tokens_seen:,} tokens seen"), ("", held)]
         if self.decoding:
-            lines.append(f"single tokens are decoded {self.decoding}")
+            entries.append(("", f"single tokens are decoded {self.decoding}"))
         if self.prompt_attention:
-            lines.append(f"the last prompt's attention by {self.prompt_attention}")
+            entries.append(("", f"the last prompt's attention by {self.prompt_attention}"))
         if not any(self.managed):
-            lines.append("no layer has full attention: the policy decides nothing in this model")
+            entries.append(
+                ("", "no layer has full attention: the policy decides nothing in this model")
+            )
         runs: list[tuple[int, int, str]] = []
         for layer, kept in enumerate(self.tokens_kept):
             text = f"{kept:,} tokens kept, {self.evictions[layer]:,} evictions"
@@ -66,5 +69,13 @@ class Report:
                 runs.append((layer, layer, text))
         for first, last, text in runs:
             name = f"layer {first}" if first == last else f"layers {first}-{last}"
-            lines.append(f"  {name}: {text}")
-        return "\n".join(lines)
+            entries.append((name, text))
+        return entries
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = (f"  {name}: {text}" if name else text for name, text in self._entries())
+        return "\n".join([f"{self.policy}", *lines])
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.policy}", self._entries())

@@ -8,6 +8,7 @@ from typing import Any, final
 import numpy as np
 
 from demand.arguments import share
+from demand.html_table import cell, html_table
 from demand.routing.base import Router
 from demand.seconds import Floats
 from demand.simulation.engine.engine import Engine
@@ -158,6 +159,12 @@ class ClusterResult(Result):
             "backend_wait_seconds": sum(report.wait_seconds for report in reports),
             "backend_idle_seconds": sum(report.idle_seconds for report in reports),
         }
+
+    def _repr_html_(self) -> str:
+        names = [name.replace("_", " ") for name in self.table[0]]
+        rows = [[cell(value) for value in row.values()] for row in self.table]
+        engines = html_table(f"{len(self.engines)} engines by {self.router!r}", [names, *rows])
+        return super()._repr_html_() + engines
 
     def __repr__(self) -> str:
         found = f", {self.prefixes.hit_rate:.1%} of prompt tokens found again"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from demand.arguments import share
 from demand.errors import DemandError
 from demand.graph.run_columns import Ints
+from demand.html_table import cell, html_table
 from demand.plotting import axes
 from demand.seconds import Floats, one_of_seconds
 from demand.simulation.engine.request_log import RequestArrays, RequestLog
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Measure = Literal["ttft", "tbt"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
+CAPTION = "TTFT over requests, TBT over gaps between tokens, in seconds"
 LEVELS = (0.5, 0.95, 0.99)
 """Quantiles of the table."""
 
@@ -237,15 +239,21 @@ class ServedRequests:
             ax.legend(fontsize=8)
         return ax
 
-    def __repr__(self) -> str:
+    def _cells(self) -> list[list[str]]:
         cells = [[name.removesuffix("_seconds").replace("_", " ") for name in self.table[0]]]
-        cells += [[_cell(value) for value in row.values()] for row in self.table]
+        return cells + [[cell(value) for value in row.values()] for row in self.table]
+
+    def _repr_html_(self) -> str:
+        return html_table(CAPTION, self._cells())
+
+    def __repr__(self) -> str:
+        cells = self._cells()
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = [
             "  ".join([name.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
             for name, *rest in cells
         ]
-        return "\n".join([*lines, "TTFT over requests, TBT over gaps between tokens, in seconds"])
+        return "\n".join([*lines, CAPTION])
 
     def _each(self, of_groups: Any) -> Any:
         """The numbers of groups as numbers of requests."""
@@ -405,9 +413,3 @@ def _bound(name: str, value: object) -> float:
     if not seconds >= 0.0:
         raise DemandError(f"{name} is {value}; expected seconds of at least 0, infinity for none")
     return seconds
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
