@@ -199,22 +199,33 @@ def moved_attribute(module: str, name: str, moved: Mapping[str, tuple[str, Any]]
     return found
 
 
+_RENAMED: dict[Any, tuple[Callable[..., Any], dict[str, str]]] = {}
+"""Of each function that `renamed_keyword` made: the one inside, and its keywords, old to new."""
+
+
 def renamed_keyword(old: str, new: str) -> Callable[[Function], Function]:
-    """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning."""
+    """Decorator: the keyword `old=` still works for one release, as `new=`, with a warning.
+
+    Several of them make one wrapper, so that the warning is of the line that calls it.
+    """
 
     def decorate(function: Function) -> Function:
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if old in kwargs:
-                name = function.__qualname__
-                if new in kwargs:
-                    raise DemandError(
-                        f"{name} is given {new}= and {old}=, its old name; drop {old}="
-                    )
-                warn_renamed(name, old, new)
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
+        inner, names = _RENAMED.get(function, (function, {}))
+        names = names | {old: new}
 
+        @wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for was in names.keys() & kwargs.keys():
+                name, now = inner.__qualname__, names[was]
+                if now in kwargs:
+                    raise DemandError(
+                        f"{name} is given {now}= and {was}=, its old name; drop {was}="
+                    )
+                warn_renamed(name, was, now)
+                kwargs[now] = kwargs.pop(was)
+            return inner(*args, **kwargs)
+
+        _RENAMED[call] = inner, names
         return cast(Function, call)
 
     return decorate

@@ -180,6 +180,22 @@ def test_what_an_estimator_says_is_asked_at_the_same_moments(executed, arrivals,
         assert outcome() == jumped
 
 
+def test_calls_that_are_over_count_where_others_of_their_unit_have_not_begun():
+    """Two calls one after the other, for want of room, beside a tool that ends between them."""
+    run = [Execution(THINK, 4, 3, 2, after=()), Execution(TEST, seconds=4.0, after=())]
+    one_by_one = Engine.counting_steps(1, preemption="none", scheduling="running_first")
+    seen = []
+
+    def ask(_, progress):
+        seen.append(progress)
+        return Distribution([1.0])
+
+    simulate_engine(one_job(run), FCFS(), one_by_one, estimator=ask, cost=CostModel(0.25, 1.0))
+    (found,) = seen
+    assert len(found.executed) == 0
+    assert found.attained_seconds == 4.0 + 4 * 0.25 + 3 * 1.0  # the tool's, and those of one call
+
+
 def test_what_was_received_is_told_of_all_that_is_underway():
     """Two calls beside a tool: when the tool is over, what the others have received counts."""
     run = waiting(

@@ -74,6 +74,21 @@ def test_refine_is_now_estimator(ask):
         ask(refine=lambda application, progress: KNOWN)
 
 
+def test_of_several_old_names_each_warning_is_of_the_line_that_gives_it():
+    """Python shows a DeprecationWarning of a script's own lines, and hides those of libraries."""
+    for ask, new in (
+        (lambda: simulate_engine(JOBS, FCFS(), service_cost=demand.CostModel(1.0, 1.0)), "cost"),
+        (lambda: simulate_engine(JOBS, FCFS(), refine=lambda *_: KNOWN), "estimator"),
+        (
+            lambda: calibrate(lambda _: KNOWN, JOBS.runs, (0,), demand="sum"),
+            "parallel_calls",
+        ),
+    ):
+        with pytest.warns(DeprecationWarning, match=f"is now {new}=") as seen:
+            ask()
+        assert [one.filename for one in seen] == [__file__]
+
+
 def test_what_is_drawn_is_a_figure():
     graph = PDGraph.fit(JOBS.runs)
     report = calibrate(graph.remaining, JOBS.runs, (0,))

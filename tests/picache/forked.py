@@ -5,8 +5,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
+
+SECONDS = 60
+"""How long a child lives at most."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Child:
         return self.says.readline()
 
     def go_on(self) -> None:
-        self.hears.write(b".")
+        """Let it go on, where it has not ended."""
+        with suppress(BrokenPipeError):
+            self.hears.write(b".")
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -38,17 +44,22 @@ class Child:
 def forked(work: Callable[[Callable[[], None]], None]) -> Child:
     """A child that runs `work(stop)` and ends, without returning to pytest.
 
-    `stop()` says a line and waits until the parent lets it go on.
+    `stop()` says a line and waits until the parent lets it go on. It ends where the parent has, and
+    after `SECONDS` at the latest, also where it waits for a lock that a thread of the parent held.
     """
     says, hears = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.close(says[0])
+        os.close(hears[1])
+        signal.alarm(SECONDS)
         status = 1
         try:
 
             def stop() -> None:
                 os.write(says[1], b"there\n")
-                os.read(hears[0], 1)
+                if not os.read(hears[0], 1):
+                    os._exit(1)  # the parent is gone
 
             work(stop)
             status = 0

@@ -417,7 +417,7 @@ def test_processes_do_not_pass_the_bound_even_when_they_are_killed(tmp_path):
 
     def putter(offset):
         def puts(stop):
-            stop()  # until the watcher is there: a process with threads had better not fork
+            stop()  # until the watcher is there
             warnings.simplefilter("ignore")
             store = ChunkStore(path=path, disk_bytes=bound)
             for turn in range(30 if offset % 2 else 10**6):

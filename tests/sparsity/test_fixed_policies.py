@@ -13,8 +13,8 @@ from tests.sparsity.zoo import SMALL, TIGHT
 PROMPT = {"rows": (5, 0), "prompt": 13}
 
 
-# A graph takes seconds to trace, and other numbers make no other graph: those of TIGHT in whose
-# code another one does not go everywhere.
+# A graph takes seconds to trace, and other numbers make no other graph: those of TIGHT whose code
+# others of it go through, too.
 ELSEWHERE = [
     Random(20),
     RaaS(32, page_size=4, alpha=0.15),

@@ -195,7 +195,7 @@ class _Simulation(Applications):
             progress = waits.progress(ready, partial(job.received, step=step), cost)
             if self.estimator is not None:
                 ask_estimator(job, progress, self.estimator, self.policy)
-            if progress.current is None:
+            if self.predictor is not None and progress.current is None:
                 self.foresee(job, waits.as_ended(), len(waits.ended))
         if job.calls:
             self.one.order.moved(job, now)
