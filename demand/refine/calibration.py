@@ -266,7 +266,7 @@ def _report(
         for number, run in enumerate(runs):
             if len(run) > units and (told := ask(number, units)) is not None:
                 left = seconds_after(run, units, cost, parallel_calls)
-                predicted = instance_of("what predict says", told, Distribution).condition(0.0)
+                predicted = instance_of("what remaining says", told, Distribution).condition(0.0)
                 rows.append(_scores(predicted, left, rng.random()))
         if rows:
             asked.append((units, rows))

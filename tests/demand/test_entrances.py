@@ -123,8 +123,11 @@ MASKED = np.ma.MaskedArray([1.0, 2.0], [False, True])
             r"entries is \['search'\]; expected a mapping",
         ),
         (lambda: DemandEstimator(GRAPH), "graphs is PDGraph.*expected a mapping"),
-        (lambda: calibrate(PDGraph, [RUN]), "predict is the class PDGraph; expected a function"),
-        (lambda: calibrate(lambda p: 5.0, [RUN]), "what predict says is 5.0; expected a Distribut"),
+        (lambda: calibrate(PDGraph, [RUN]), "remaining is the class PDGraph; expected a function"),
+        (
+            lambda: calibrate(lambda p: 5.0, [RUN]),
+            "what remaining says is 5.0; expected a Distribut",
+        ),
         (lambda: calibrate(lambda p: KNOWN["a"], None), "runs is None; expected a list of runs"),
         (lambda: known_of("a", {"a": 1.0}), "distribution of 'a' is 1.0"),
         (lambda: known_of("a", None), "distributions is None; expected a mapping"),
