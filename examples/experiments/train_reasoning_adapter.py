@@ -58,6 +58,7 @@ class Problems(IterableDataset):
         self, tokenizer: PreTrainedTokenizerBase, steps: tuple[int, int], tokens: int, seed: int
     ) -> None:
         self._tokenizer, self._steps, self._tokens, self._seed = tokenizer, steps, tokens, seed
+        self._end = end_id(tokenizer)  # once: it takes the whole vocabulary
 
     @override
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,11 +81,11 @@ class Problems(IterableDataset):
         problem = word_problem(rng, rng.randint(2, fewest) if short else rng.randint(fewest, most))
         before = prompt_ids(self._tokenizer, problem.question)
         chain = self._tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        return [*before, *chain, end_id(self._tokenizer)], len(before)
+        return [*before, *chain, self._end], len(before)
 
     def _padded(self, batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
         longest = max(len(ids) for ids, _ in batch)
-        padded = torch.full((len(batch), longest), end_id(self._tokenizer))
+        padded = torch.full((len(batch), longest), self._end)
         labels = torch.full_like(padded, IGNORE)
         for row, (ids, begin) in enumerate(batch):
             padded[row, : len(ids)] = torch.tensor(ids)
