@@ -104,7 +104,8 @@ def test_a_file_deleted_while_too_many_are_open_to_keep_it_is_compiled_again(
     model, expected, filled, monkeypatch
 ):
     folder, chunks = filled
-    monkeypatch.setattr(chunkfile, "_open_files", chunkfile.threading.BoundedSemaphore(1))
+    # None may stay open: with one, it would be for whichever thread comes first.
+    monkeypatch.setattr(chunkfile, "_open_files", chunkfile.threading.BoundedSemaphore(0))
     store = ChunkStore(device_bytes=1, path=folder)
     prompt = linked(model, store, chunks)
     assert all(prompt.report.chunk_hits)
