@@ -17,6 +17,7 @@ import claims
 import demand_tables
 import engine_tables
 import hermes_samples
+import how_to_tables
 import knowing_demand
 import learning_loop
 import link_evidence_pages
@@ -158,6 +159,18 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "milestone_maps": [claims.of_heads],
         "quickstart": [claims.table],
     },
+    "docs/how_to/choose_a_method.md": {
+        "link_evidence": [how_to_tables.linking],
+        "link": [how_to_tables.linking_times],
+        "retention_evidence": [how_to_tables.long_texts],
+        "reasoning_accuracy": [how_to_tables.chains],
+        "knowing_demand": [how_to_tables.knowing],
+    },
+    "docs/how_to/choose_a_budget.md": {
+        "link_evidence": [how_to_tables.linking_budgets],
+        "decode": [how_to_tables.step_times],
+    },
+    "docs/how_to/behind_a_server.md": {"recomputation": [how_to_tables.displacing]},
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_evidence": [link_evidence_pages.best, link_evidence_pages.pairs],
