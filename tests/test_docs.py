@@ -11,9 +11,11 @@ Two comments in a page, right in front of a block, speak to these tests:
 import ast
 import asyncio
 import builtins
+import importlib
 import inspect
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,6 +229,45 @@ def test_files_of_problems_are_as_the_page_shows_them(tmp_path):
         path = tmp_path / "mine.json"
         path.write_text(block.code)
         assert len(load_problems(path)) == len(json.loads(block.code))
+
+
+def shown_code(described: Any) -> list[str]:
+    """The code in a docstring: indented paragraphs that are Python."""
+    found = []
+    for paragraph in re.split(r"\n\n(?=\S)", inspect.getdoc(described) or ""):
+        for part in re.findall(r"\n\n((?:    .*\n?|\n)+)", paragraph):
+            try:
+                ast.parse(textwrap.dedent(part))
+            except SyntaxError:
+                continue  # what a tool prints, for instance
+            found.append(textwrap.dedent(part))
+    return found
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_code_in_docstrings_fits_the_library(package):
+    """What the reference shows: its imports are there, its calls are of what there is, and fit."""
+    page = (ROOT / "docs" / "reference" / f"{package}.md").read_text()
+    public = dict(inspect.getmembers(importlib.import_module(package)))
+    modules = [importlib.import_module(name) for name in re.findall(r"^::: (\S+)", page, re.M)]
+    described = {id(thing): thing for thing in (*modules, *public.values()) if callable(thing)}
+    described |= {id(module): module for module in modules}
+    described |= {id(x): x for module in modules for x in vars(module).values() if callable(x)}
+    codes = [code for thing in described.values() for code in shown_code(thing)]
+    assert codes, package
+    names = {name: thing for module in modules for name, thing in vars(module).items()} | public
+    names |= {name: importlib.import_module(name) for name in OURS}
+    for code in codes:
+        block = Block(ROOT / "docs" / "reference", 1, "python", code, (), "needs a run")
+        imported(block, names)
+        called = {n.func.id for n in ast.walk(block.tree) if isinstance(n, ast.Call) and _named(n)}
+        made = {*names, *defined(block.tree), *vars(builtins)}
+        assert called <= made, code
+        assert not unfit_calls(block, names), code
+
+
+def _named(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -2,7 +2,8 @@
 
 Python-Markdown, which mkdocs uses, and CommonMark differ: a list right below a paragraph is text to
 the one and a list to the other. What the two take for different numbers of elements is a warning,
-and an error with ``--strict``; a blank line or four columns of indentation settle it.
+and an error with ``--strict``, and so is a list of a docstring that became text; a blank line or
+four columns of indentation settle it.
 """
 
 import re
@@ -29,6 +30,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
     """Hold what came of it against CommonMark's."""
+    for paragraph in re.findall(r"<p>(.*?)</p>", html, re.DOTALL):
+        if re.search(r"^- ", paragraph, re.MULTILINE):
+            log.warning(
+                f"{page.file.src_uri}: put a blank line in front of the list in {paragraph}"
+            )
     markdown = _written.pop(page.file.src_uri, None)
     if markdown is None or re.search(r"^::: ", markdown, re.MULTILINE):
         return  # a notebook, or a page of docstrings
