@@ -1,7 +1,8 @@
 """A hook of mkdocs: links to files of the repository outside docs lead to pages that show them.
 
 A page in docs may so link ``../examples/link_documents.py`` as it does where the repository is
-read. A Markdown file becomes a page as it is; of any other the page shows the text.
+read. A Markdown file becomes a page as it is; of any other the page shows the text. Links of
+notebooks, which mkdocs does not follow, lead where those of pages do, or are warned about.
 """
 
 import posixpath
@@ -9,18 +10,21 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
+log = get_plugin_logger("repository links")
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "repository"  # of the site: where these pages are
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#:\s]+)(?=[)#])")
+_SOURCE = re.compile(r'href="(?P<path>[^"#:]+\.(?:md|ipynb|py|json))(?P<anchor>#[^"]*)?"')
 _LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each file outside docs that a page links to, or one of the pages added."""
-    waiting = [file for file in files.documentation_pages() if file.src_uri.endswith(".md")]
+    waiting = list(files.documentation_pages())
     while waiting:
         source = waiting.pop()
         for path in _outside(source.content_string, _in_repository(source.src_uri)):
@@ -44,6 +48,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(_in_site(path), posixpath.dirname(source))
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let links of a notebook lead to pages of the site."""
+    source = page.file.src_uri
+    if not source.endswith(".ipynb"):
+        return html
+    folder = posixpath.dirname(_in_repository(source))
+
+    def moved(match: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join(folder, match["path"]))
+        target = files.get_file_from_path(_in_site(path))
+        if target is None:
+            log.warning(f"{source} links to {match['path']}, which is not there")
+            return match[0]
+        return f'href="{target.url_relative_to(page.file)}{match["anchor"] or ""}"'
+
+    return _SOURCE.sub(moved, html)
 
 
 def _outside(markdown: str, here: str) -> set[str]:

@@ -24,8 +24,9 @@ def _counts(html: str) -> dict[str, int]:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
-    """Keep the text that mkdocs will render."""
-    _written[page.file.src_uri] = markdown
+    """Keep the text that mkdocs will render; notebooks are rendered by their plugin."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        _written[page.file.src_uri] = markdown
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
