@@ -1,0 +1,120 @@
+"""All three packages in one run: pages linked, answers decoded in bounded memory, calls in order.
+
+    python examples/agents.py [--device cuda] [--repeats 3 --out docs/results]
+
+A stream of applications of several calls each is served eight times, with each of link, retention
+and Gittins on or off. Five minutes on two processor cores; what it means: docs/together.md.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import models
+import torch
+from tqdm import tqdm
+
+from picache import PIC, ChunkStore
+from serving.experiment import BESIDE, EIGHT, LINK, Setting, Way, learn, run
+from serving.prompts import document_ids
+from serving.summary import summary, text_of
+
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+from environment import environment
+
+SETTINGS = {
+    "cpu": Setting(),
+    "cuda": Setting(
+        pages=24,
+        sentences=40,
+        applications=24,
+        training=24,
+        seconds_between=0.5,
+        memory_pages=12,
+        prefill_seconds=0.0001,
+        decode_seconds=0.02,
+    ),
+}
+"""What is served by default; on a GPU longer pages, and more applications."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2", help='"smollm2", "reference" or as of HF')
+    parser.add_argument("--device", default="cpu", help='"cpu", "cuda" or as of torch')
+    parser.add_argument("--setting", choices=SETTINGS, help="what is served; that of the device")
+    parser.add_argument("--applications", type=int, help="in a stream")
+    parser.add_argument("--training", type=int, help="applications that the graphs are learnt from")
+    parser.add_argument("--repeats", type=int, default=1, help="streams, each of other tasks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for agents.json and agents.png")
+    return parser.parse_args()
+
+
+def setting_of(given: argparse.Namespace) -> Setting:
+    """The setting of the device, with what was asked for."""
+    named = given.setting or torch.device(given.device).type
+    asked = {name: getattr(given, name) for name in ("applications", "training")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return replace(SETTINGS[named], seed=given.seed, **asked)
+
+
+def store_of(setting: Setting, model, tokenizer, folder: Path) -> ChunkStore:
+    """All pages on disk, some of them in memory as well."""
+    config = model.config
+    heads = config.num_key_value_heads * config.head_dim
+    token_bytes = 2 * config.num_hidden_layers * heads * model.dtype.itemsize
+    longest = max(len(document_ids(page.text, tokenizer)) for page in setting.library())
+    return ChunkStore(device_bytes=setting.memory_pages * longest * token_bytes, path=folder)
+
+
+def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> dict:
+    """The record of all arms and repeats, in turn, each repeat in an order of its own."""
+    model, tokenizer = models.load(given.model, device=given.device)
+    pic = PIC(model, tokenizer, store_of(setting, model, tokenizer, folder), sinks=LINK.sinks)
+    draw, runs = random.Random(given.seed), []
+    served = setting.training + given.repeats * len(EIGHT + BESIDE) * setting.applications
+    with tqdm(total=served, unit="application", desc="training") as bar:
+        knowledge = learn(pic, setting, lambda running: bar.update())
+        for repeat in range(given.repeats):
+            ways: list[Way] = draw.sample(EIGHT + BESIDE, len(EIGHT + BESIDE))
+            for way in ways:
+                bar.set_description(f"{way.name}, repeat {repeat + 1}")
+                runs.append(run(way, pic, knowledge, setting, repeat, lambda one: bar.update()))
+    return {
+        "configuration": {
+            "model": given.model,
+            "device": given.device,
+            "repeats": given.repeats,
+            **asdict(setting),
+            "link": repr(LINK),
+            "policy": repr(setting.policy),
+        },
+        "environment": environment(),
+        "graphs": {name: str(graph) for name, graph in knowledge.graphs.items()},
+        **summary(runs, setting, knowledge),
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    given = arguments()
+    setting = setting_of(given)
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure(given, setting, Path(folder))
+    print(text_of(record))
+    if given.out:
+        from serving.figure import draw
+
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "agents.json").write_text(json.dumps(record, indent=1) + "\n")
+        draw(record, given.out / "agents.png")
+        print(f"wrote {given.out / 'agents.json'} and agents.png")
+
+
+if __name__ == "__main__":
+    main()

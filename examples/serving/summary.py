@@ -1,0 +1,254 @@
+"""What the runs of all arms say: times, answers, contributions, and what other loads would do."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from serving.experiment import EIGHT, Setting, Way, served_of, tasks_of
+from serving.factorial import PARTS, effects, over_repeats, share_interval
+from serving.knowledge import Knowledge
+from serving.replay import replays
+
+NONE, ALL = Way(False, False, "FCFS"), Way()
+LOADS = (0.5, 0.9)
+"""Of the server without any of the three parts, in replays."""
+TIMES = ("mean completion", "P95 completion", "first token")
+
+
+def summary(runs: Sequence[dict], setting: Setting, knowledge: Knowledge) -> dict:
+    """Rows by arm, contributions and replays of the runs."""
+    return {
+        "arms": [_row(name, runs) for name in dict.fromkeys(run["arm"] for run in runs)],
+        "contributions": _contributions(runs),
+        "replays": _replays(runs, setting, knowledge),
+    }
+
+
+def _row(name: str, runs: Sequence[dict]) -> dict:
+    """Everything on one arm."""
+    own = [run for run in runs if run["arm"] == name]
+    calls = [call for run in own for one in run["applications"] for call in one["calls"]]
+    firsts = [call["waited"] + call["first_token_seconds"] for call in calls]
+    ended = [one for run in own for one in run["applications"] if not one["error"]]
+    right = [each for one in ended for each in one["right"]]
+    equal = _equal_answers(own, [run for run in runs if run["arm"] == NONE.name])
+    counts = [run["prewarming_counts"] for run in own if run["prewarming_counts"]]
+    return {
+        "arm": name,
+        "mean_seconds": [_mean_completion(run) for run in own],
+        "p95_seconds": _p95([one["completion"] for one in ended]),
+        "by_application": {
+            kind: statistics.fmean(o["completion"] for o in ended if o["application"] == kind)
+            for kind in sorted({one["application"] for one in ended})
+        },
+        "first_token_mean": statistics.fmean(call["first_token_seconds"] for call in calls),
+        "first_token_p95": _p95([call["first_token_seconds"] for call in calls]),
+        "waited_first_token_mean": statistics.fmean(firsts),
+        "waited_first_token_p95": _p95(firsts),
+        "call_seconds": statistics.fmean(call["seconds"] for call in calls),
+        "call_processor_seconds": statistics.fmean(call["processor_seconds"] for call in calls),
+        "new_tokens": statistics.fmean(call["new_tokens"] for call in calls),
+        "calls": len(calls),
+        "computed_share": sum(call["computed_tokens"] for call in calls)
+        / sum(call["prompt_tokens"] for call in calls),
+        "kv_bytes": statistics.fmean(call["kv_bytes"] for call in calls),
+        "from_disk": sum(call["on_disk"] for call in calls),
+        "compiled": sum(call["compiled"] for call in calls),
+        "brought": sum(each["brought"] for each in counts),
+        "applications": sum(len(run["applications"]) for run in own),
+        "failed": sum(bool(one["error"]) for run in own for one in run["applications"]),
+        "right": sum(right),
+        "answers": len(right),
+        "right_interval": share_interval(sum(right), len(right)),
+        "equal": sum(equal),
+        "equal_interval": share_interval(sum(equal), len(equal)),
+    }
+
+
+def _equal_answers(own: Sequence[dict], full: Sequence[dict]) -> list[bool]:
+    """For each answer of an arm, whether the arm with nothing on gave the same."""
+    given = {
+        (run["repeat"], one["number"]): one["answers"] for run in full for one in run["applications"]
+    }
+    return [
+        answer == reference
+        for run in own
+        for one in run["applications"]
+        for answer, reference in zip(
+            one["answers"], given[run["repeat"], one["number"]], strict=False
+        )
+    ]
+
+
+def _contributions(runs: Sequence[dict]) -> dict:
+    """Of each time, what each part contributes, over repeats."""
+    measured: dict[str, Callable[[dict], float]] = {
+        "mean completion": _mean_completion,
+        "P95 completion": lambda run: _p95([one["completion"] for one in run["applications"]]),
+        "first token": lambda run: statistics.fmean(
+            call["waited"] + call["first_token_seconds"]
+            for one in run["applications"]
+            for call in one["calls"]
+        ),
+        "call": lambda run: statistics.fmean(
+            call["processor_seconds"] for one in run["applications"] for call in one["calls"]
+        ),
+    }
+    found = {}
+    for name, time_of in measured.items():
+        repeats = [
+            effects(
+                {
+                    (way.link, way.retention, way.order == "Gittins"): time_of(
+                        next(r for r in runs if r["arm"] == way.name and r["repeat"] == repeat)
+                    )
+                    for way in EIGHT
+                }
+            )
+            for repeat in sorted({run["repeat"] for run in runs})
+        ]
+        found[name] = {key: over_repeats([each[key] for each in repeats]) for key in repeats[0]}
+    return found
+
+
+def _replays(runs: Sequence[dict], setting: Setting, knowledge: Knowledge) -> list[dict]:
+    """Calls of the first and the last of the eight arms, in every order and at other loads."""
+    recorded = {}
+    for way in (NONE, Way(order="FCFS")):
+        pool = []
+        for run in (run for run in runs if run["arm"] == way.name):
+            tasks = {task.number: task for task in tasks_of(setting, run["repeat"])}
+            pool += [
+                (tasks[one["number"]], [served_of(call) for call in one["calls"]])
+                for one in run["applications"]
+                if not one["error"]
+            ]
+        recorded[way.name] = pool
+    return replays(recorded, setting.library(), knowledge, LOADS, applications=200, seeds=4)
+
+
+def _mean_completion(run: dict) -> float:
+    """Of the applications that did not fail."""
+    return statistics.fmean(one["completion"] for one in run["applications"] if not one["error"])
+
+
+def _p95(values: Sequence[float]) -> float:
+    """The 95th percentile, by linear interpolation between the values."""
+    ordered = sorted(values)
+    place = 0.95 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _factor(entry: dict) -> str:
+    """A factor with its interval."""
+    text = f"{entry['factor']:.2f}"
+    if entry["interval"]:
+        text += " [{:.2f}, {:.2f}]".format(*entry["interval"])
+    return text
+
+
+def arms_table(record: dict) -> str:
+    """Times of every arm on the clock, in Markdown."""
+    lines = [
+        "| on | mean | P95 | " + " | ".join(_kinds(record)) + " | a call | first token of a call "
+        "| with its wait | its P95 |",
+        "| --- |" + " ---: |" * (6 + len(_kinds(record))),
+    ]
+    lines += [
+        f"| {row['arm']} | {statistics.fmean(row['mean_seconds']):.1f} s "
+        f"| {row['p95_seconds']:.1f} s | "
+        + " | ".join(f"{row['by_application'][kind]:.1f} s" for kind in _kinds(record))
+        + f" | {row['call_seconds']:.2f} s | {row['first_token_mean']:.2f} s "
+        f"| {row['waited_first_token_mean']:.1f} s | {row['waited_first_token_p95']:.1f} s |"
+        for row in record["arms"]
+    ]
+    return "\n".join([*lines, "", _beneath(record)])
+
+
+def answers_table(record: dict) -> str:
+    """What the arms answer and hold, in Markdown."""
+    lines = [
+        "| on | right | as with none | tokens written a call | prompt computed | KV held a call "
+        "| chunks from disk | brought before |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row in record["arms"]:
+        right, equal = (
+            f"{row[what] / row['answers']:.0%} "
+            "[{:.0%}, {:.0%}]".format(*row[f"{what}_interval"])
+            for what in ("right", "equal")
+        )
+        lines.append(
+            f"| {row['arm']} | {right} | {equal} | {row['new_tokens']:.1f} "
+            f"| {row['computed_share']:.0%} | {row['kv_bytes'] / 2**20:.1f} MiB "
+            f"| {row['from_disk']} | {row['brought']} |"
+        )
+    answers = record["arms"][0]["answers"]
+    return "\n".join([*lines, "", f"{answers} answers an arm; 95 % intervals of shares by Wilson."])
+
+
+def contributions_table(record: dict) -> str:
+    """What each part does to each time as a factor, in Markdown."""
+    found = record["contributions"]
+    keys = [
+        *((part, f"{part}, mean over the others") for part in PARTS),
+        *((f"{part} alone", f"{part} alone") for part in PARTS),
+        ("sum", "all three, if they added up"),
+        ("measured", "all three, measured"),
+        ("left over", "measured over added up"),
+        *((f"{a} x {b}", f"{a} x {b}") for a, b in ((PARTS[0], PARTS[1]), (PARTS[0], PARTS[2]))),
+        (f"{PARTS[1]} x {PARTS[2]}", f"{PARTS[1]} x {PARTS[2]}"),
+    ]
+    heads = {"call": "processor time of a call", "first token": "first token with its wait"}
+    lines = [
+        "| part | " + " | ".join(heads.get(name, name) for name in found) + " |",
+        "| --- |" + " ---: |" * len(found),
+    ]
+    lines += [
+        f"| {label} | " + " | ".join(_factor(found[name][key]) for name in found) + " |"
+        for key, label in keys
+    ]
+    return "\n".join(lines)
+
+
+def replays_table(record: dict) -> str:
+    """Mean completion of every order in replays, in Markdown."""
+    orders = list(dict.fromkeys(row["order"] for row in record["replays"]))
+    lines = [
+        "| load | on | FCFS | " + " | ".join(f"{o} / FCFS" for o in orders[1:]) + " |",
+        "| ---: | --- |" + " ---: |" * len(orders),
+    ]
+    for load, arm in dict.fromkeys((row["load"], row["arm"]) for row in record["replays"]):
+        means = {
+            row["order"]: row["means"]
+            for row in record["replays"]
+            if (row["load"], row["arm"]) == (load, arm)
+        }
+        ratios = []
+        for order in orders[1:]:
+            each = [a / b for a, b in zip(means[order], means["FCFS"], strict=True)]
+            ratios.append(f"{statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f})")
+        fcfs = statistics.fmean(means["FCFS"])
+        lines.append(f"| {load} | {arm} | {fcfs:.1f} s | " + " | ".join(ratios) + " |")
+    return "\n".join(lines)
+
+
+def _kinds(record: dict) -> list[str]:
+    return list(record["arms"][0]["by_application"])
+
+
+def _beneath(record: dict) -> str:
+    asked, where = record["configuration"], record["environment"]
+    served = record["arms"][0]["applications"]
+    return (
+        f"{served} applications an arm in {asked['repeats']} streams, {record['arms'][0]['calls']} "
+        f"calls with nothing on; {where['hardware']}, {where['threads']} threads, torch "
+        f"{where['torch']}, transformers {where['transformers']}, seed {asked['seed']}."
+    )
+
+
+def text_of(record: dict) -> str:
+    """All tables, for a terminal."""
+    tables = (arms_table, answers_table, contributions_table, replays_table)
+    return "\n\n".join(table(record) for table in tables)
