@@ -7,21 +7,25 @@ and Gittins on or off. Five minutes on two processor cores; what it means: docs/
 """
 
 import argparse
+import gzip
 import json
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import models
 import torch
+from serving.experiment import BESIDE, EIGHT, LINK, Setting, Way, learn, run
+from serving.figure import draw
+from serving.loop import CLOCKS
+from serving.prompts import document_ids
+from serving.summary import summary, text_of
 from tqdm import tqdm
 
 from picache import PIC, ChunkStore
-from serving.experiment import BESIDE, EIGHT, LINK, Setting, Way, learn, run
-from serving.prompts import document_ids
-from serving.summary import summary, text_of
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 from environment import environment
@@ -49,7 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--setting", choices=SETTINGS, help="what is served; that of the device")
     parser.add_argument("--applications", type=int, help="in a stream")
     parser.add_argument("--training", type=int, help="applications that the graphs are learnt from")
+    parser.add_argument("--seconds-between", type=float, help="mean, from arrival to arrival")
     parser.add_argument("--repeats", type=int, default=1, help="streams, each of other tasks")
+    parser.add_argument("--clock", choices=CLOCKS, help="processor: on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for agents.json and agents.png")
     return parser.parse_args()
@@ -58,7 +64,8 @@ def arguments() -> argparse.Namespace:
 def setting_of(given: argparse.Namespace) -> Setting:
     """The setting of the device, with what was asked for."""
     named = given.setting or torch.device(given.device).type
-    asked = {name: getattr(given, name) for name in ("applications", "training")}
+    names = ("applications", "training", "seconds_between", "clock")
+    asked = {name: getattr(given, name) for name in names}
     asked = {name: value for name, value in asked.items() if value is not None}
     return replace(SETTINGS[named], seed=given.seed, **asked)
 
@@ -72,48 +79,57 @@ def store_of(setting: Setting, model, tokenizer, folder: Path) -> ChunkStore:
     return ChunkStore(device_bytes=setting.memory_pages * longest * token_bytes, path=folder)
 
 
-def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> dict:
-    """The record of all arms and repeats, in turn, each repeat in an order of its own."""
+def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterator[dict]:
+    """After each repeat, in which all arms are run in an order of their own, the record so far."""
     model, tokenizer = models.load(given.model, device=given.device)
     pic = PIC(model, tokenizer, store_of(setting, model, tokenizer, folder), sinks=LINK.sinks)
-    draw, runs = random.Random(given.seed), []
+    shuffle, runs = random.Random(given.seed), []
     served = setting.training + given.repeats * len(EIGHT + BESIDE) * setting.applications
     with tqdm(total=served, unit="application", desc="training") as bar:
         knowledge = learn(pic, setting, lambda running: bar.update())
         for repeat in range(given.repeats):
-            ways: list[Way] = draw.sample(EIGHT + BESIDE, len(EIGHT + BESIDE))
+            ways: list[Way] = shuffle.sample(EIGHT + BESIDE, len(EIGHT + BESIDE))
             for way in ways:
                 bar.set_description(f"{way.name}, repeat {repeat + 1}")
                 runs.append(run(way, pic, knowledge, setting, repeat, lambda one: bar.update()))
-    return {
-        "configuration": {
-            "model": given.model,
-            "device": given.device,
-            "repeats": given.repeats,
-            **asdict(setting),
-            "link": repr(LINK),
-            "policy": repr(setting.policy),
-        },
-        "environment": environment(),
-        "graphs": {name: str(graph) for name, graph in knowledge.graphs.items()},
-        **summary(runs, setting, knowledge),
-        "runs": runs,
-    }
+            configuration = {
+                "model": given.model,
+                "device": given.device,
+                "repeats": repeat + 1,
+                **asdict(setting),
+                "link": repr(LINK),
+                "policy": repr(setting.policy),
+            }
+            yield {
+                "configuration": configuration,
+                "environment": environment(),
+                "graphs": {name: str(graph) for name, graph in knowledge.graphs.items()},
+                **summary(runs, setting, knowledge),
+                "runs": runs,
+            }
+
+
+def write(record: dict, folder: Path) -> None:
+    """The record and its picture; every call of every run in a file beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summed = {name: each for name, each in record.items() if name != "runs"}
+    (folder / "agents.json").write_text(json.dumps(summed, indent=1) + "\n")
+    # No time and no name in its header: the same runs are the same bytes.
+    packed = gzip.compress(json.dumps(record["runs"]).encode(), mtime=0)
+    (folder / "agents_runs.json.gz").write_bytes(packed)
+    draw(record, folder / "agents.png")
 
 
 def main() -> None:
     given = arguments()
     setting = setting_of(given)
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(given, setting, Path(folder))
+        for record in measure(given, setting, Path(folder)):
+            if given.out:
+                write(record, given.out)
     print(text_of(record))
     if given.out:
-        from serving.figure import draw
-
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "agents.json").write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, given.out / "agents.png")
-        print(f"wrote {given.out / 'agents.json'} and agents.png")
+        print(f"wrote {given.out / 'agents.json'}, agents_runs.json.gz and agents.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serving.library import Page, Question, asked_back, question, search
 
-PAGES_A_CALL = 5
+PAGES_A_CALL = 4
 """Pages that a call which reads is given."""
 MIX = {"lookup": 0.6, "brief": 0.2, "checked": 0.2}
 """Share of each application in a stream."""

@@ -4,18 +4,19 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from demand import FCFS, ClassMean, CostModel, Execution, Gittins
-from picache import PIC, LinkMethod, presets
 from serving.applications import Task, contents, is_right, stream
 from serving.knowledge import Knowledge
 from serving.library import Page, pages
-from serving.loop import Running, WallClock, serve_stream
+from serving.loop import CLOCKS, Running, serve_stream
 from serving.model_server import ModelServer, Served
 from serving.prewarming import ChunkPrewarming
+
+from demand import FCFS, ClassMean, CostModel, Execution, Gittins
+from picache import PIC, Arm, DummySinks, LegoLink, LinkMethod
 from sparsity import Policy, SnapKV, detach
 
-LINK = presets.best(0.15)
-"""The way of linking: nearest to full prefill of those that recompute at most 15 % of a prompt."""
+LINK = Arm(LegoLink(4), DummySinks(4))
+"""How pages are linked: the arm with the most right answers in README's table of linking."""
 ORDERS = {"FCFS": FCFS(), "class mean": ClassMean(), "Gittins": Gittins()}
 
 
@@ -34,19 +35,23 @@ class Setting:
         prefill_seconds: of a token computed, as demand is counted.
         decode_seconds: of a token written, as demand is counted.
         warm_seconds: that the planner takes bringing the chunks of a call to memory for.
+        replayed: applications of a stream that is replayed.
+        clock: of `CLOCKS`: that arrivals and completions go by.
         seed: of everything that is drawn.
     """
 
     pages: int = 16
-    sentences: int = 1
+    sentences: int = 2
     applications: int = 6
-    training: int = 8
-    seconds_between: float = 4.0
+    training: int = 6
+    seconds_between: float = 2.0
     budget: int = 256
     memory_pages: int = 8
     prefill_seconds: float = 0.002
     decode_seconds: float = 0.06
     warm_seconds: float = 0.05
+    replayed: int = 100
+    clock: str = "wall"
     seed: int = 0
 
     @property
@@ -120,7 +125,8 @@ def learn(pic: PIC, setting: Setting, ended: Callable[[Running], None]) -> Knowl
     """
     library = setting.library()
     documents = [contents(library), *(page.text for page in library)]
-    server = ModelServer(pic, LINK.method, setting.policy, documents)
+    clock = CLOCKS[setting.clock]()
+    server = ModelServer(pic, LINK.method, setting.policy, documents, clock.timer)
     tasks = [(0.0, task) for task in stream(library, setting.training, f"{setting.seed} training")]
     finished = serve_stream(
         tasks,
@@ -128,7 +134,7 @@ def learn(pic: PIC, setting: Setting, ended: Callable[[Running], None]) -> Knowl
         lambda running, at_token: server.serve(running.call, at_token),
         FCFS(),
         Knowledge({}, setting.cost),
-        WallClock(),
+        clock,
         progress=ended,
     )
     detach(pic.model)
@@ -151,7 +157,9 @@ def run(
     library = setting.library()
     documents = [contents(library), *(page.text for page in library)]
     method: LinkMethod | None = LINK.method if way.link else None
-    server = ModelServer(pic, method, setting.policy if way.retention else None, documents)
+    policy = setting.policy if way.retention else None
+    timer = CLOCKS[setting.clock].timer
+    server = ModelServer(pic, method, policy, documents, timer)
     warms = way.link and way.prewarming
     prewarming = (
         ChunkPrewarming(knowledge, server.prefetch, setting.warm_seconds) if warms else None
@@ -163,7 +171,7 @@ def run(
             lambda running, at_token: server.serve(running.call, at_token),
             ORDERS[way.order],
             knowledge,
-            WallClock(),
+            CLOCKS[setting.clock](),
             seed=setting.seed,
             watcher=prewarming,
             progress=ended,

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serving.applications import Call
+
 from demand import (
     CostModel,
     CurrentUnit,
@@ -13,7 +15,6 @@ from demand import (
     Policy,
     Progress,
 )
-from serving.applications import Call
 
 
 class Knowledge:

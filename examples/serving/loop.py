@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from demand import Execution, Job, Policy, Unit
 from serving.applications import Call, Steps, Task, steps
 from serving.knowledge import Knowledge
 from serving.library import Page
 from serving.model_server import Served
+
+from demand import Execution, Job, Policy, Unit
 
 
 class Clock(Protocol):
@@ -35,17 +36,43 @@ class Clock(Protocol):
 class WallClock:
     """The clock on the wall."""
 
+    timer = staticmethod(time.perf_counter)
+
     def __init__(self) -> None:
-        self._begun = time.monotonic()
+        self._begun = self.timer()
 
     def now(self) -> float:
-        return time.monotonic() - self._begun
+        return self.timer() - self._begun
 
     def wait_until(self, second: float) -> None:
         time.sleep(max(0.0, second - self.now()))
 
     def served(self, seconds: float) -> None:
         """It has passed by itself."""
+
+
+class ProcessorClock:
+    """Processor time of this process, and no time while nothing is there to serve.
+
+    On one thread that is what a machine of one's own would take, whoever else is busy on this one.
+    """
+
+    timer = staticmethod(time.process_time)
+
+    def __init__(self) -> None:
+        self._begun = self.timer()
+
+    def now(self) -> float:
+        return self.timer() - self._begun
+
+    def wait_until(self, second: float) -> None:
+        self._begun -= max(0.0, second - self.now())
+
+    def served(self, seconds: float) -> None:
+        """It has passed by itself."""
+
+
+CLOCKS = {"wall": WallClock, "processor": ProcessorClock}
 
 
 class VirtualClock:

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
+from serving.applications import Call
+from serving.prompts import document_ids, pieces
 from transformers.generation import BaseStreamer
 
 from picache import PIC, LinkMethod
-from serving.applications import Call
-from serving.prompts import document_ids, pieces
 from sparsity import Policy, SparseCache
 
 
@@ -22,13 +23,15 @@ class Served:
         prompt_tokens: of the prompt.
         computed_tokens: of the prompt, those that went through the model.
         new_tokens: written.
-        first_token_seconds: from the beginning of the call to its first token.
-        seconds: that it took in all.
-        processor_seconds: the same in processor time, which other programs on the machine hardly
-            change.
+        first_token_seconds: from the beginning of the call to its first token, by the server's
+            timer.
+        seconds: that it took in all, by that timer.
+        wall_seconds: the same on the wall.
+        processor_seconds: the same in processor time of this process.
         kv_bytes: of the keys and values, and of what a policy needs, as the call ends.
         in_memory: of its documents, how many were in memory as it began; of none without link.
         compiled: of its documents, how many the store did not have.
+        damaged: chunks that were found damaged meanwhile, and compiled again.
         on_disk: of its documents, how many had to be read from disk.
     """
 
@@ -38,11 +41,13 @@ class Served:
     new_tokens: int
     first_token_seconds: float
     seconds: float
+    wall_seconds: float
     processor_seconds: float
     kv_bytes: int
     in_memory: int = 0
     on_disk: int = 0
     compiled: int = 0
+    damaged: int = 0
 
 
 class ModelServer:
@@ -53,6 +58,7 @@ class ModelServer:
         method: how prompts are linked; None to prefill them in full.
         policy: which tokens are kept while decoding; None for all.
         documents: that will be asked for; compiled here, unless the store has them.
+        timer: gives seconds, as `time.perf_counter` or `time.process_time`.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class ModelServer:
         method: LinkMethod | None = None,
         policy: Policy | None = None,
         documents: Sequence[str] = (),
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pic, self.model, self.tokenizer, self.store = pic, pic.model, pic.tokenizer, pic.store
-        self.method, self.policy = method, policy
+        self.method, self.policy, self._timer = method, policy, timer
         self._keys: dict[str, str] = {}
         for document in documents if method is not None else ():
             self._keys[document] = pic.compile(document_ids(document, self.tokenizer)).key
@@ -87,12 +94,14 @@ class ModelServer:
 
     def serve(self, call: Call, at_token: Callable[[], None] = lambda: None) -> Served:
         """Serve a call; `at_token` is called at each token that the model writes."""
-        begun, processor = time.perf_counter(), time.process_time()
+        begun, wall, processor = self._timer(), time.perf_counter(), time.process_time()
         first, documents, query = pieces(call, self.tokenizer)
         tokens = len(first) + sum(map(len, documents)) + len(query)
         tiers: list[str] = []
+        damaged = self.store.stats().corrupt
         if self.method is None:
-            ids = torch.tensor([[*first, *sum(documents, []), *query]], device=self.model.device)
+            whole = [*first, *chain.from_iterable(documents), *query]
+            ids = torch.tensor([whole], device=self.model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             past, computed = None, tokens
         else:
@@ -106,7 +115,7 @@ class ModelServer:
             past, computed = prompt.past_key_values, prompt.report.tokens_recomputed
         if self.policy is not None:
             past = SparseCache(self.model, self.policy, past=past)
-        told = _Told(begun, at_token)
+        told = _Told(self._timer, begun, at_token)
         inputs |= {"past_key_values": past} if past is not None else {}
         with torch.inference_mode():
             out = self.model.generate(
@@ -120,12 +129,16 @@ class ModelServer:
             computed_tokens=computed,
             new_tokens=len(written),
             first_token_seconds=told.first_token_seconds,
-            seconds=time.perf_counter() - begun,
+            seconds=self._timer() - begun,
+            wall_seconds=time.perf_counter() - wall,
             processor_seconds=time.process_time() - processor,
-            kv_bytes=held * self.pic.hf.bytes_per_token if self.policy is None else past.report().num_bytes,
+            kv_bytes=held * self.pic.hf.bytes_per_token
+            if self.policy is None
+            else past.report().num_bytes,
             in_memory=tiers.count("device"),
             on_disk=tiers.count("disk"),
             compiled=tiers.count("nowhere"),
+            damaged=self.store.stats().corrupt - damaged,
         )
 
     def _tier(self, document: str) -> str:
@@ -138,8 +151,10 @@ class ModelServer:
 class _Told(BaseStreamer):
     """Notes the first token, and passes on that there is a token."""
 
-    def __init__(self, begun: float, at_token: Callable[[], None]) -> None:
-        self.begun, self.at_token = begun, at_token
+    def __init__(
+        self, timer: Callable[[], float], begun: float, at_token: Callable[[], None]
+    ) -> None:
+        self.timer, self.begun, self.at_token = timer, begun, at_token
         self.first_token_seconds = 0.0
         self._prompt_seen = False
 
@@ -148,7 +163,7 @@ class _Told(BaseStreamer):
             self._prompt_seen = True
             return
         if not self.first_token_seconds:
-            self.first_token_seconds = time.perf_counter() - self.begun
+            self.first_token_seconds = self.timer() - self.begun
         self.at_token()
 
     def end(self) -> None:

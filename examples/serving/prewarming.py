@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from demand import CallbackBackend, CostModel, Prewarming, PrewarmPlanner
-from picache import CorruptChunk
 from serving.knowledge import Knowledge
 from serving.loop import Running
+
+from demand import CallbackBackend, CostModel, Prewarming, PrewarmPlanner
+from picache import CorruptChunk
 
 
 class ChunkPrewarming:

@@ -1,8 +1,7 @@
 """A call as the token ids of its pieces: the first chunk, one chunk a document, the query."""
 
-from transformers import PreTrainedTokenizerBase
-
 from serving.applications import Call
+from transformers import PreTrainedTokenizerBase
 
 INSTRUCTION = "Read the pages and answer the question in a few words."
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the documents while a template is rendered

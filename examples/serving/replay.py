@@ -8,12 +8,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from demand import FCFS, ClassMean, Execution, Gittins, Oracle, Policy, RandomOrder, Unit
 from serving.applications import Task
 from serving.knowledge import Knowledge
 from serving.library import Page
 from serving.loop import Running, VirtualClock, serve_stream
 from serving.model_server import Served
+
+from demand import FCFS, ClassMean, Execution, Gittins, Oracle, Policy, RandomOrder, Unit
 
 POLICIES: dict[str, Policy] = {
     "FCFS": FCFS(),
@@ -58,9 +59,7 @@ def replays(
                     )
                     means.append(statistics.fmean(times))
                     p95s.append(statistics.quantiles(times, n=20)[-1])
-                rows.append(
-                    {"load": load, "arm": arm, "order": name, "means": means, "p95s": p95s}
-                )
+                rows.append({"load": load, "arm": arm, "order": name, "means": means, "p95s": p95s})
                 done()
     return rows
 

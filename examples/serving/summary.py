@@ -1,25 +1,29 @@
 """What the runs of all arms say: times, answers, contributions, and what other loads would do."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from serving.experiment import EIGHT, Setting, Way, served_of, tasks_of
+from serving.experiment import BESIDE, EIGHT, Setting, Way, served_of, tasks_of
 from serving.factorial import PARTS, effects, over_repeats, share_interval
 from serving.knowledge import Knowledge
 from serving.replay import replays
 
-NONE, ALL = Way(False, False, "FCFS"), Way()
+NONE = Way(False, False, "FCFS")
 LOADS = (0.5, 0.9)
 """Of the server without any of the three parts, in replays."""
-TIMES = ("mean completion", "P95 completion", "first token")
+SEEDS = 8
+"""Streams of each replay."""
 
 
 def summary(runs: Sequence[dict], setting: Setting, knowledge: Knowledge) -> dict:
     """Rows by arm, contributions and replays of the runs."""
+    replayed = _replays(runs, setting, knowledge)
+    names = [way.name for way in EIGHT + BESIDE]
     return {
-        "arms": [_row(name, runs) for name in dict.fromkeys(run["arm"] for run in runs)],
-        "contributions": _contributions(runs),
-        "replays": _replays(runs, setting, knowledge),
+        "arms": [_row(name, runs) for name in names if any(run["arm"] == name for run in runs)],
+        "contributions": _contributions(runs) | _replayed_contributions(replayed),
+        "replays": replayed,
     }
 
 
@@ -53,6 +57,7 @@ def _row(name: str, runs: Sequence[dict]) -> dict:
         "kv_bytes": statistics.fmean(call["kv_bytes"] for call in calls),
         "from_disk": sum(call["on_disk"] for call in calls),
         "compiled": sum(call["compiled"] for call in calls),
+        "damaged": sum(call["damaged"] for call in calls),
         "brought": sum(each["brought"] for each in counts),
         "applications": sum(len(run["applications"]) for run in own),
         "failed": sum(bool(one["error"]) for run in own for one in run["applications"]),
@@ -67,7 +72,9 @@ def _row(name: str, runs: Sequence[dict]) -> dict:
 def _equal_answers(own: Sequence[dict], full: Sequence[dict]) -> list[bool]:
     """For each answer of an arm, whether the arm with nothing on gave the same."""
     given = {
-        (run["repeat"], one["number"]): one["answers"] for run in full for one in run["applications"]
+        (run["repeat"], one["number"]): one["answers"]
+        for run in full
+        for one in run["applications"]
     }
     return [
         answer == reference
@@ -90,7 +97,7 @@ def _contributions(runs: Sequence[dict]) -> dict:
             for call in one["calls"]
         ),
         "call": lambda run: statistics.fmean(
-            call["processor_seconds"] for one in run["applications"] for call in one["calls"]
+            call["seconds"] for one in run["applications"] for call in one["calls"]
         ),
     }
     found = {}
@@ -110,10 +117,34 @@ def _contributions(runs: Sequence[dict]) -> dict:
     return found
 
 
+def _replayed_contributions(replayed: Sequence[dict]) -> dict:
+    """The same of the mean completion in replays at each load, over streams."""
+    found = {}
+    for load in LOADS:
+        means = {
+            (row["arm"], row["order"]): row["means"] for row in replayed if row["load"] == load
+        }
+        streams = [
+            effects(
+                {
+                    (way.link, way.retention, way.order == "Gittins"): means[
+                        Way(way.link, way.retention, "FCFS").name, way.order
+                    ][stream]
+                    for way in EIGHT
+                }
+            )
+            for stream in range(SEEDS)
+        ]
+        found[f"replayed at load {load}"] = {
+            key: over_repeats([each[key] for each in streams]) for key in streams[0]
+        }
+    return found
+
+
 def _replays(runs: Sequence[dict], setting: Setting, knowledge: Knowledge) -> list[dict]:
-    """Calls of the first and the last of the eight arms, in every order and at other loads."""
+    """Calls of the four arms served first come, first served, in other orders at stated loads."""
     recorded = {}
-    for way in (NONE, Way(order="FCFS")):
+    for way in (way for way in EIGHT if way.order == "FCFS"):
         pool = []
         for run in (run for run in runs if run["arm"] == way.name):
             tasks = {task.number: task for task in tasks_of(setting, run["repeat"])}
@@ -123,7 +154,9 @@ def _replays(runs: Sequence[dict], setting: Setting, knowledge: Knowledge) -> li
                 if not one["error"]
             ]
         recorded[way.name] = pool
-    return replays(recorded, setting.library(), knowledge, LOADS, applications=200, seeds=4)
+    return replays(
+        recorded, setting.library(), knowledge, LOADS, applications=setting.replayed, seeds=SEEDS
+    )
 
 
 def _mean_completion(run: dict) -> float:
@@ -168,24 +201,31 @@ def arms_table(record: dict) -> str:
 
 def answers_table(record: dict) -> str:
     """What the arms answer and hold, in Markdown."""
-    lines = [
-        "| on | right | as with none | tokens written a call | prompt computed | KV held a call "
-        "| chunks from disk | brought before |",
-        "| --- |" + " ---: |" * 7,
+    heads = (
+        "on",
+        "right",
+        "as with none",
+        "tokens written a call",
+        "prompt computed",
+        "KV held a call",
+        "chunks from disk",
+        "brought before",
+    )
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    lines += [
+        f"| {row['arm']} | {_share(row, 'right')} | {_share(row, 'equal')} "
+        f"| {row['new_tokens']:.1f} | {row['computed_share']:.0%} "
+        f"| {row['kv_bytes'] / 2**20:.1f} MiB | {row['from_disk']} | {row['brought']} |"
+        for row in record["arms"]
     ]
-    for row in record["arms"]:
-        right, equal = (
-            f"{row[what] / row['answers']:.0%} "
-            "[{:.0%}, {:.0%}]".format(*row[f"{what}_interval"])
-            for what in ("right", "equal")
-        )
-        lines.append(
-            f"| {row['arm']} | {right} | {equal} | {row['new_tokens']:.1f} "
-            f"| {row['computed_share']:.0%} | {row['kv_bytes'] / 2**20:.1f} MiB "
-            f"| {row['from_disk']} | {row['brought']} |"
-        )
     answers = record["arms"][0]["answers"]
     return "\n".join([*lines, "", f"{answers} answers an arm; 95 % intervals of shares by Wilson."])
+
+
+def _share(row: dict, what: str) -> str:
+    """A share of the answers of an arm with its interval."""
+    low, high = row[f"{what}_interval"]
+    return f"{row[what] / row['answers']:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def contributions_table(record: dict) -> str:
@@ -200,7 +240,7 @@ def contributions_table(record: dict) -> str:
         *((f"{a} x {b}", f"{a} x {b}") for a, b in ((PARTS[0], PARTS[1]), (PARTS[0], PARTS[2]))),
         (f"{PARTS[1]} x {PARTS[2]}", f"{PARTS[1]} x {PARTS[2]}"),
     ]
-    heads = {"call": "processor time of a call", "first token": "first token with its wait"}
+    heads = {"call": "a call", "first token": "first token with its wait"}
     lines = [
         "| part | " + " | ".join(heads.get(name, name) for name in found) + " |",
         "| --- |" + " ---: |" * len(found),
@@ -228,7 +268,7 @@ def replays_table(record: dict) -> str:
         ratios = []
         for order in orders[1:]:
             each = [a / b for a, b in zip(means[order], means["FCFS"], strict=True)]
-            ratios.append(f"{statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f})")
+            ratios.append(_factor(over_repeats([math.log(ratio) for ratio in each])))
         fcfs = statistics.fmean(means["FCFS"])
         lines.append(f"| {load} | {arm} | {fcfs:.1f} s | " + " | ".join(ratios) + " |")
     return "\n".join(lines)
@@ -243,8 +283,9 @@ def _beneath(record: dict) -> str:
     served = record["arms"][0]["applications"]
     return (
         f"{served} applications an arm in {asked['repeats']} streams, {record['arms'][0]['calls']} "
-        f"calls with nothing on; {where['hardware']}, {where['threads']} threads, torch "
-        f"{where['torch']}, transformers {where['transformers']}, seed {asked['seed']}."
+        f"calls with nothing on; seconds by the {asked['clock']} clock; {where['hardware']}, "
+        f"{where['threads']} threads, torch {where['torch']}, transformers "
+        f"{where['transformers']}, seed {asked['seed']}."
     )
 
 
