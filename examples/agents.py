@@ -20,6 +20,7 @@ import models
 import torch
 from serving.experiment import BESIDE, EIGHT, LINK, Setting, Way, learn, run
 from serving.figure import draw
+from serving.knowledge import Knowledge
 from serving.loop import CLOCKS
 from serving.prompts import document_ids
 from serving.summary import summary, text_of
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=CLOCKS, help="processor: on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for agents.json and agents.png")
+    parser.add_argument("--again", type=Path, help="a folder whose runs are to be summed up anew")
     return parser.parse_args()
 
 
@@ -100,21 +102,34 @@ def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterat
                 "link": repr(LINK),
                 "policy": repr(setting.policy),
             }
-            yield {
-                "configuration": configuration,
-                "environment": environment(),
-                "graphs": {name: str(graph) for name, graph in knowledge.graphs.items()},
-                **summary(runs, setting, knowledge),
-                "runs": runs,
-            }
+            where, trained = environment(), knowledge.record()
+            yield summed({"configuration": configuration, "environment": where}, trained, runs)
+
+
+def summed(about: dict, trained: dict, runs: list[dict]) -> dict:
+    """The whole record, of what was run, of the training stream and of the runs of all arms."""
+    asked = about["configuration"]
+    setting = Setting(**{name: asked[name] for name in Setting.__dataclass_fields__})
+    knowledge = Knowledge.of_record(trained, setting.cost)
+    graphs = {name: str(graph) for name, graph in knowledge.graphs.items()}
+    of_runs = summary(runs, setting, knowledge)
+    return {**about, "graphs": graphs, **of_runs, "training": trained, "runs": runs}
+
+
+def again(folder: Path) -> dict:
+    """The record of a folder once more, of the runs that it holds."""
+    stored = json.loads((folder / "agents.json").read_text())
+    runs = json.loads(gzip.decompress((folder / "agents_runs.json.gz").read_bytes()))
+    about = {name: stored[name] for name in ("configuration", "environment")}
+    return summed(about, stored["training"], runs)
 
 
 def write(record: dict, folder: Path) -> None:
     """The record and its picture; every call of every run in a file beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    summed = {name: each for name, each in record.items() if name != "runs"}
-    (folder / "agents.json").write_text(json.dumps(summed, indent=1) + "\n")
-    # No time and no name in its header: the same runs are the same bytes.
+    shown = {name: each for name, each in record.items() if name != "runs"}
+    (folder / "agents.json").write_text(json.dumps(shown, indent=1) + "\n")
+    # No time in its header: the same runs are the same bytes.
     packed = gzip.compress(json.dumps(record["runs"]).encode(), mtime=0)
     (folder / "agents_runs.json.gz").write_bytes(packed)
     draw(record, folder / "agents.png")
@@ -122,6 +137,9 @@ def write(record: dict, folder: Path) -> None:
 
 def main() -> None:
     given = arguments()
+    if given.again:
+        write(again(given.again), given.again)
+        return
     setting = setting_of(given)
     with tempfile.TemporaryDirectory() as folder:
         for record in measure(given, setting, Path(folder)):

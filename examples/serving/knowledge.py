@@ -14,6 +14,7 @@ from demand import (
     PDGraph,
     Policy,
     Progress,
+    Unit,
 )
 
 
@@ -30,11 +31,27 @@ class Knowledge:
     """
 
     def __init__(self, runs: Mapping[str, Sequence[Sequence[Execution]]], cost: CostModel) -> None:
-        self.cost = cost
+        self.cost, self.runs = cost, runs
         self.graphs = {name: PDGraph.fit(of, name=name, cost=cost) for name, of in runs.items()}
         self._ask = DemandEstimator(self.graphs, CurrentUnit(), cost=cost)
         self._answers: dict[Any, Distribution] = {}
         self._tables: dict[Any, Any] = {}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Sequence], cost: CostModel) -> "Knowledge":
+        """The same from what `record` gave."""
+        runs = {
+            name: [[Execution(Unit(unit, "llm"), *tokens) for unit, *tokens in run] for run in of]
+            for name, of in record.items()
+        }
+        return cls(runs, cost)
+
+    def record(self) -> dict[str, list]:
+        """The training stream as JSON keeps it: of each execution the unit and its tokens."""
+        return {
+            name: [[[e.unit.name, e.input_tokens, e.output_tokens] for e in run] for run in of]
+            for name, of in self.runs.items()
+        }
 
     def on_arrival(self, application: str) -> Distribution:
         """Seconds that a run of an application needs."""
