@@ -23,7 +23,8 @@ from serving.figure import draw
 from serving.knowledge import Knowledge
 from serving.loop import CLOCKS
 from serving.prompts import document_ids
-from serving.summary import summary, text_of
+from serving.summary import summary
+from serving.tables import text_of
 from tqdm import tqdm
 
 from picache import PIC, ChunkStore
