@@ -5,7 +5,7 @@ import math
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from sparsity import StreamingLLM, detach
 from tests.helpers import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from serving import experiment, summary, tables
+import agents
+from serving import experiment, tables
 from serving.applications import MIX, Call, Task, contents, is_right, steps, stream
 from serving.factorial import effects, over_repeats, share_interval
 from serving.knowledge import Knowledge
@@ -40,7 +41,7 @@ SETTING = experiment.Setting(
     budget=64,
     prefill_seconds=1e-6,  # a unit is shorter than a prefetch, which then begins with it
     decode_seconds=1e-5,
-    replayed=12,
+    replayed=4,
     seed=2,
 )
 LIBRARY = SETTING.library()
@@ -337,7 +338,7 @@ def test_intervals():
     assert share_interval(8, 10) == pytest.approx([0.490, 0.943], abs=1e-3)
 
 
-def test_a_summary_has_a_row_an_arm(pic):
+def test_a_summary_has_a_row_an_arm_and_can_be_made_again(tmp_path):
     small = replace(SETTING, applications=3)
     knowledge = knowing()
 
@@ -358,11 +359,14 @@ def test_a_summary_has_a_row_an_arm(pic):
 
     runs = [ran(way, 1.0 - 0.5 * way.link) for way in experiment.EIGHT]
     random.Random(0).shuffle(runs)
-    record = summary.summary(runs, small, knowledge)
-    record |= {
-        "configuration": {"repeats": 1, "clock": "processor", "seed": 0},
+    about = {
+        "configuration": {**asdict(small), "repeats": 1},
         "environment": dict.fromkeys(("hardware", "threads", "torch", "transformers"), "any"),
     }
+    record = agents.summed(about, knowledge.record(), runs)
+    agents.write(record, tmp_path)
+    assert (tmp_path / "agents.png").stat().st_size > 0
+    assert agents.again(tmp_path) == record
     link = record["contributions"]["mean completion"]["link"]
     assert link["factor"] == pytest.approx(0.5)
     assert all(row["right"] == row["answers"] == row["equal"] for row in record["arms"])
