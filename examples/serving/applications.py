@@ -93,9 +93,13 @@ def steps(task: Task, library: Sequence[Page]) -> Steps:
 
 def is_right(answer: str, expected: str) -> bool:
     """Whether an answer begins with the words expected."""
+    return first_words(answer, expected) == expected.lower().split()
+
+
+def first_words(answer: str, expected: str) -> list[str]:
+    """As many words of an answer as were expected, in small letters without punctuation."""
     words = ["".join(filter(str.isalnum, word)) for word in answer.lower().split()]
-    wanted = expected.lower().split()
-    return words[: len(wanted)] == wanted
+    return words[: len(expected.split())]
 
 
 def _lookup(task: Task, library: Sequence[Page], draw: random.Random) -> Steps:

@@ -42,8 +42,8 @@ class Setting:
 
     pages: int = 16
     sentences: int = 2
-    applications: int = 6
-    training: int = 6
+    applications: int = 4
+    training: int = 4
     seconds_between: float = 2.0
     budget: int = 256
     memory_pages: int = 8

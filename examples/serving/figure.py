@@ -15,7 +15,7 @@ GREY, GREEN, BLUE, RED = "#8a8a8a", "#2f8f5b", "#4c72b0", "#c44e52"
 
 def draw(record: dict, path: Path) -> None:
     """Write the picture of a record."""
-    figure = Figure(figsize=(14, 4.8), layout="constrained")
+    figure = Figure(figsize=(16, 4.8), layout="constrained")
     arms, parts, firsts = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     draw_arms(record, arms)
     draw_contributions(record, parts)
@@ -54,6 +54,7 @@ def draw_contributions(record: dict, ax: "Axes") -> None:
             ax.plot(entry["interval"], [place, place], color=colour)
         ax.text(entry["factor"], place + 0.15, f"{entry['factor']:.2f}", ha="center", fontsize=9)
         labels[key] = label
+    ax.set_ylim(-0.5, len(labels) - 0.3)
     ax.set_yticks(range(len(labels)), list(reversed(labels.values())))
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xscale("log")
@@ -63,8 +64,8 @@ def draw_contributions(record: dict, ax: "Axes") -> None:
     ax.set_xticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
     ax.set(
-        xlabel="mean completion / that with nothing on",
-        title="What does each part contribute? (replayed, load 0.9)",
+        xlabel="mean completion / with nothing on, replayed at load 0.9",
+        title="What does each part contribute?",
     )
 
 
@@ -90,9 +91,13 @@ def draw_orders(record: dict, ax: "Axes") -> None:
         ax.bar(places, heights, 0.18, label=order, color=[GREY, BLUE, GREEN, RED][index])
     ax.set_xticks(
         [place + 0.3 for place in range(len(cases))],
-        [f"{arm}\nload {load:g}" for load, arm in cases],
+        [
+            f"{arm} at load {load:g}".replace(" + ", "\n+ ").replace(" at", "\nat")
+            for load, arm in cases
+        ],
         fontsize=8,
     )
     ax.axhline(1.0, color="black", linewidth=0.8)
-    ax.set(ylabel="mean completion / FCFS", title="Replayed at stated loads: which order?")
-    ax.legend(fontsize=8)
+    ax.set(ylabel="mean completion / FCFS", title="Which order? Replayed at two loads")
+    ax.set_ylim(0.0, 1.35)  # room for the legend
+    ax.legend(fontsize=8, ncols=2, loc="upper center")

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 
+from serving.applications import first_words
 from serving.experiment import BESIDE, EIGHT, Setting, Way, served_of, tasks_of
 from serving.factorial import effects, over_repeats, share_interval
 from serving.knowledge import Knowledge
@@ -69,18 +70,22 @@ def _row(name: str, runs: Sequence[dict]) -> dict:
 
 
 def _equal_answers(own: Sequence[dict], full: Sequence[dict]) -> list[bool]:
-    """For each answer of an arm, whether the arm with nothing on gave the same."""
+    """For each answer of an arm, whether it begins as that of the arm with nothing on does.
+
+    What counts are as many words as the known fact has: a model that goes on behind it, or stops,
+    has answered the same.
+    """
     given = {
         (run["repeat"], one["number"]): one["answers"]
         for run in full
         for one in run["applications"]
     }
     return [
-        answer == reference
+        first_words(answer, expected) == first_words(reference, expected)
         for run in own
         for one in run["applications"]
-        for answer, reference in zip(
-            one["answers"], given[run["repeat"], one["number"]], strict=False
+        for answer, reference, expected in zip(
+            one["answers"], given[run["repeat"], one["number"]], one["expected"], strict=False
         )
     ]
 
