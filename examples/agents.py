@@ -3,7 +3,7 @@
     python examples/agents.py [--device cuda] [--repeats 3 --out docs/results]
 
 A stream of applications of several calls each is served eight times, with each of link, retention
-and Gittins on or off. Five minutes on two processor cores; what it means: docs/together.md.
+and Gittins on or off. At most five minutes on two free cores; what it shows: docs/together.md.
 """
 
 import argparse

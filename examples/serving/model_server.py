@@ -117,10 +117,9 @@ class ModelServer:
             past = SparseCache(self.model, self.policy, past=past)
         told = _Told(self._timer, begun, at_token)
         inputs |= {"past_key_values": past} if past is not None else {}
-        with torch.inference_mode():
-            out = self.model.generate(
-                **inputs, max_new_tokens=call.new_tokens, do_sample=False, streamer=told
-            )
+        out = self.model.generate(
+            **inputs, max_new_tokens=call.new_tokens, do_sample=False, streamer=told
+        )
         written = out[0, tokens:]
         held = tokens + len(written) - 1
         return Served(
