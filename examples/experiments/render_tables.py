@@ -50,6 +50,9 @@ import drawing
 import link_profile
 import link_tables
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serving import tables as together
+
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
 
@@ -249,6 +252,14 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             knowing_demand.worth,
             knowing_demand.tails,
             lambda found: knowing_demand.tables(found)[0],
+        ]
+    },
+    "docs/together.md": {
+        "agents": [
+            together.arms_table,
+            together.answers_table,
+            together.contributions_table,
+            together.replays_table,
         ]
     },
     "docs/when_gittins_helps.md": {
