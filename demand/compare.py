@@ -1,7 +1,7 @@
 """Policies against first come, first served, on the same jobs for every seed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from inspect import signature
 from typing import Any
@@ -19,7 +19,7 @@ from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
 from demand.simulation.queue.simulate import simulate
 from demand.simulation.result import Result
-from demand.sweep import checked_workers, spread
+from demand.sweep import bar, checked_workers, spread
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -69,6 +69,9 @@ HIGHER_IS_BETTER = frozenset({"jain", "deadline_hits"})
 
 REFERENCE = "FCFS"
 
+Served = tuple[str, dict[str, dict[str, float]]]
+"""What the jobs of a seed are, and what was measured of them, by arm."""
+
 
 @renamed_keyword("refine", "estimator")
 def compare(
@@ -88,8 +91,8 @@ def compare(
     """Serve the jobs of every seed under FCFS and under each policy.
 
     All arms serve what is drawn of a seed, so that they share arrivals and demands. Each run starts
-    anew: what a policy remembers of one is gone in the next. With several workers each of them
-    draws what it serves, and has copies of the arguments; the numbers are those of one process.
+    anew: what a policy remembers of one is gone in the next. A worker serves whole seeds, and has
+    copies of the arguments; the numbers are those of one process.
 
     Args:
         workload: called with `seed=`, gives the jobs of that seed, such as
@@ -136,16 +139,21 @@ def compare(
             )
     metrics = _metrics(also, engine)
     workers = checked_workers(workers)
-    runs = _Runs(workload, arms, servers, engine, estimator, predictor)
-    cells = [(each, name) for each in drawn_by for name in arms]
+    seeds_served = _Seeds(workload, arms, servers, engine, estimator, predictor)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""
-    spreading = spread(runs, cells, workers, named=_run, what="runs", progress=progress)
-    with closing(spreading) as served:
-        for done, ((each, name), (jobs, found)) in enumerate(zip(cells, served, strict=True), 1):
-            rows[name].append(found)
+    if workers == 1:
+        serving = seeds_served.one_by_one(drawn_by, progress)
+    else:
+        serving = spread(
+            seeds_served, drawn_by, workers, named=_seed, what="seeds", progress=progress
+        )
+    with closing(serving) as served:
+        for count, (each, (jobs, figures)) in enumerate(zip(drawn_by, served, strict=True), 1):
             described = described or jobs
-            if done == 2 * len(arms) and all(_alike(one, two) for one, two in rows.values()):
+            for name, found in figures.items():
+                rows[name].append(found)
+            if count == 2 and all(_alike(one, two) for one, two in rows.values()):
                 raise DemandError(
                     f"seeds {drawn_by[0]} and {each} gave the same under every policy; expected "
                     "workload to draw other jobs for another seed: pass its seed= on"
@@ -163,8 +171,8 @@ def compare(
     return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)
 
 
-class _Runs:
-    """Serves one seed under one arm; the jobs of a seed are drawn once, where arms follow."""
+class _Seeds:
+    """Draws the jobs of a seed, and serves them under every arm."""
 
     def __init__(
         self,
@@ -177,15 +185,27 @@ class _Runs:
     ) -> None:
         self._workload, self._arms, self._servers = workload, arms, servers
         self._engine, self._estimator, self._predictor = engine, estimator, predictor
-        self._drawn: dict[int, Workload | ClosedLoop] = {}
 
-    def __call__(self, cell: tuple[int, str]) -> tuple[str, dict[str, float]]:
-        """What the jobs are, and what was measured."""
-        seed, name = cell
-        if seed not in self._drawn:
-            self._drawn = {seed: self._workload(seed=seed)}
-        jobs = self._drawn[seed]
-        return repr(jobs), _figures(self._served(jobs, self._arms[name], seed))
+    def __call__(self, seed: int, advance: Callable[[], Any] = lambda: None) -> Served:
+        """What the jobs are, and what was measured under each arm; an error says of which."""
+        at = "the jobs were drawn"
+        try:
+            jobs = self._workload(seed=seed)
+            figures = {}
+            for name, policy in self._arms.items():
+                at = f"{name!r} served them"
+                figures[name] = _figures(self._served(jobs, policy, seed))
+                advance()
+        except Exception as error:
+            error.add_note(f"of seed {seed}, when {at}")
+            raise
+        return repr(jobs), figures
+
+    def one_by_one(self, seeds: Sequence[int], progress: bool) -> Generator[Served, None, None]:
+        """In this process, with a bar of the runs."""
+        with bar(len(seeds) * len(self._arms), "runs", progress) as advance:
+            for seed in seeds:
+                yield self(seed, advance)
 
     def _served(self, jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
         if self._engine is None:
@@ -200,9 +220,8 @@ class _Runs:
         )
 
 
-def _run(cell: tuple[int, str]) -> str:
-    """A run, by what it is of."""
-    return f"{cell[1]!r} on seed {cell[0]}"
+def _seed(seed: int) -> str:
+    return f"seed {seed}"
 
 
 def _settings_of(engine: Engine) -> dict[str, Any]:
