@@ -48,6 +48,7 @@ import decode_tables
 import drawing
 import link_profile
 import link_tables
+import sweeps
 
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
@@ -167,6 +168,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_kernels": [link_tables.kernels],
         "link_profile": [link_profile.table],
     },
+    "docs/how_to/many_machines.md": {"sweeps": [sweeps.table]},
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],

@@ -63,23 +63,26 @@ def test_comparisons_are_those_of_one_process(cluster):
     assert there.to_json() == alone.to_json()
 
 
-def test_comparisons_of_models_are_those_of_one_process(cluster):
-    ray_of = {"workers": "ray", "progress": False}  # by the connection that demand has made
-    model = tiny_model("llama")
+@pytest.mark.parametrize("workers", [2, "ray"])  # by the connection that demand has made
+def test_comparisons_of_models_are_those_of_one_process(cluster, workers):
+    assert workers == 2 or ray.is_initialized()
+    model = tiny_model("llama", vocab_size=6000)  # a mebibyte and more: memory that workers map
     problems = [
         picache.Problem(("the cat sits", "the dog sleeps"), "where is the cat", ("on the mat",)),
         picache.Problem(("the bird sings", "a roof"), "who sings", ("the bird",)),
     ]
     metrics = ["accuracy", "f1", "nll", "extra_nll", "kl", "agreement", "recomputed"]
-    given = dict(new_tokens=4, metrics=metrics)
+    given = dict(new_tokens=4, metrics=metrics, progress=False)
     ways = [picache.LegoLink(2), picache.NaiveReuse()]
-    alone = picache.compare(model, tokenizer_of(), problems, ways, progress=False, **given)
-    there = picache.compare(model, tokenizer_of(), problems, ways, **given, **ray_of)
+    alone = picache.compare(model, tokenizer_of(), problems, ways, **given)
+    there = picache.compare(model, tokenizer_of(), problems, ways, workers=workers, **given)
     assert there.to_json() == alone.to_json()
     policies = [sparsity.RaaS(24, page_size=4), sparsity.Random(24)]
-    given = dict(prompt_tokens=8, metrics=["extra_nll", "kl", "agreement", "kept_bytes"])
-    alone = sparsity.compare(model, numbered_tokenizer(), TEXTS, policies, progress=False, **given)
-    there = sparsity.compare(model, numbered_tokenizer(), TEXTS, policies, **given, **ray_of)
+    metrics = ["extra_nll", "kl", "agreement", "kept_bytes"]
+    given = dict(prompt_tokens=8, metrics=metrics, progress=False)
+    tokenizer = numbered_tokenizer()
+    alone = sparsity.compare(model, tokenizer, TEXTS, policies, **given)
+    there = sparsity.compare(model, tokenizer, TEXTS, policies, workers=workers, **given)
     assert there.to_json() == alone.to_json()
 
 

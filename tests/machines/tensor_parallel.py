@@ -23,6 +23,7 @@ from picache import (
     NaiveReuse,
     OracleDeviation,
     ProphetKV,
+    RandomRecompute,
 )
 from picache.hf.tensor_parallel import Shards
 from sparsity import RaaS, SparseCache, SparsityError, StreamingLLM, record
@@ -41,6 +42,7 @@ METHODS = [
     A3(0.3),
     OracleDeviation(0.3),
     APE(),
+    RandomRecompute(k=3),
 ]
 POLICIES = [RaaS(24, page_size=4, pin_prompt=False), StreamingLLM(16)]
 
