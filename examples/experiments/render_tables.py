@@ -49,6 +49,7 @@ import decode_tables
 import drawing
 import link_profile
 import link_tables
+import sweeps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from serving import tables as together
@@ -183,6 +184,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_kernels": [link_tables.kernels],
         "link_profile": [link_profile.table],
     },
+    "docs/how_to/many_machines.md": {"sweeps": [sweeps.table]},
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],
