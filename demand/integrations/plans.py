@@ -24,7 +24,7 @@ class Planned:
 
     Args:
         unit: what it is; units of kind "llm" are calls to the model, all others the adapter runs.
-        make: is handed what the units that it waits for gave, in the order of `after`, when the
+        make: is handed what the units that it waits for gave, in the order of the plan, when the
             last of them is over. For a call it gives the request, for any other unit what that
             unit gives; the adapter says in which form.
         after: positions in the plan of the units that it waits for, all before its own. `None`:
@@ -189,7 +189,7 @@ class OpenPlan:
                 {at: self._values[at] for at in sorted(self._values)},
                 {at: self._failed[at] for at in sorted(self._failed)},
                 {at: self._causes(at) for at in sorted(self._lost - self._failed.keys())},
-            )
+            ) from next(iter(self._failed.values()))
         return [self._values[at] for at in range(len(self.plan))]
 
     def _causes(self, position: int) -> tuple[int, ...]:

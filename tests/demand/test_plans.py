@@ -268,6 +268,7 @@ async def test_a_unit_may_fail_before_or_after_it_began(planned, error, says) ->
         with controller.start("plan") as run, pytest.raises(PlanError, match=says) as raised:
             await run.execute(plan, "completions")
         assert isinstance(raised.value.failed[0], error)
+        assert raised.value.__cause__ is raised.value.failed[0]
         assert raised.value.never_begun == {1: (0,)}
         assert server.prompts == ["b"]
 
@@ -325,6 +326,16 @@ async def test_the_policy_is_told_what_is_left(parallel_calls, left) -> None:
         with controller.start("plan", deadline_seconds=60.0) as run:
             await run.execute(plan, "completions", parallel_calls=parallel_calls)
     assert seen == [left[0], left[1], left[1], left[2]]
+
+
+@run_async
+async def test_units_may_wait_for_room_in_the_controller() -> None:
+    async with FakeServer() as server:
+        async with controller_of(server, in_flight=1, capacity=1) as controller:
+            with controller.start("plan") as run:
+                plan = calls([(), (0,), (0,), (0,), (1, 2, 3)], seconds=Distribution([4.5]))
+                await run.execute(plan, "completions")
+        assert server.prompts == ["u0", "u1", "u2", "u3", "u4"]
 
 
 @run_async

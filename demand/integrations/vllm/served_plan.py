@@ -62,7 +62,8 @@ class ServedPlan:
                     task.result()  # what was expected of a unit cannot be told: the policy failed
         finally:  # nothing is left of a plan that ended well
             for call in self._calls:
-                call.cancel()
+                if not call.over:
+                    call.cancel()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -114,6 +115,10 @@ class ServedPlan:
         await self._begin_ready()
 
     def _tell(self) -> None:
-        left = self._open.remaining(lambda position: self._received[position]())
+        left = self._open.remaining(self._had)
         if left is not None:
             self._expect(left)
+
+    def _had(self, position: int) -> float:
+        """Seconds of service of a unit that has begun; none while it waits to be held at all."""
+        return self._received[position]() if position in self._received else 0.0
