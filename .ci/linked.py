@@ -1,7 +1,7 @@
 """Links with the installed packages, away from any checkout. Run by an interpreter with -I.
 
     python -I .ci/linked.py readme                     README's linking block, as published
-    python -I .ci/linked.py quickstart EXAMPLES MODEL  the quickstart's linking on eight questions
+    python -I .ci/linked.py quickstart EXAMPLES MODEL  the quickstart's linking on four questions
 
 The README is read from the distribution's own metadata; its block loads examples/reference_model
 from the working directory.
@@ -16,7 +16,7 @@ import demand
 import picache
 import sparsity
 
-QUESTIONS = 8
+QUESTIONS = 4
 
 
 def check_installed() -> None:
