@@ -1,7 +1,7 @@
 """Links with the installed packages, away from any checkout. Run by an interpreter with -I.
 
     python -I .ci/linked.py readme                     README's linking block, as published
-    python -I .ci/linked.py quickstart EXAMPLES MODEL  the quickstart's linking on four questions
+    python -I .ci/linked.py quickstart EXAMPLES MODEL  the quickstart's linking on eight questions
 
 The README is read from the distribution's own metadata; its block loads examples/reference_model
 from the working directory.
@@ -16,7 +16,7 @@ import demand
 import picache
 import sparsity
 
-QUESTIONS = 4
+QUESTIONS = 8
 
 
 def check_installed() -> None:
