@@ -40,7 +40,7 @@ def has_picture(cell):
 
 
 def test_there_are_notebooks():
-    assert {"linking", "scheduling"} <= {path.stem for path in NOTEBOOKS}
+    assert {"linking", "retention", "scheduling"} <= {path.stem for path in NOTEBOOKS}
 
 
 def test_it_is_valid_and_of_moderate_size(notebook, path):
