@@ -156,3 +156,44 @@ def test_an_estimator_learns_the_stages(model):
     graph = estimator.graphs["short"]
     assert sum(len(run) for run in graph.runs) == len(WAITS)
     assert graph.branches("ask 0") == {"ask 1 + ask 3 + math": 1.0}
+
+
+def test_a_chain_is_learned_as_one_though_the_engine_pauses_between_its_requests(model):
+    """A request is over when its output is handed over, not when the engine takes its next step."""
+    estimator = DemandEstimator({})
+    with serve(model, FCFS(), distributions=None, estimator=estimator) as batching:
+        manager, goes_on = batching.manager, threading.Event()
+        router, add_request = manager.output_router, manager.add_request
+        deliver = router.deliver_batch
+
+        def pause():
+            with manager.pause():
+                goes_on.wait(5.0)
+
+        def deliver_and_pause(outputs):
+            goes_on.clear()
+            threading.Thread(target=pause, daemon=True).start()
+            while not manager.background_thread_status.is_pause_requested():
+                time.sleep(0.0001)
+            deliver(outputs)
+
+        def add_and_go_on(*given, **named):
+            request_id = add_request(*given, **named)
+            goes_on.set()
+            return request_id
+
+        def ask(number, *_):
+            return {"input_ids": prompt(6, number), "max_new_tokens": 1}
+
+        router.deliver_batch, manager.add_request = deliver_and_pause, add_and_go_on
+        chain = [Planned(Unit(f"ask {at}", "llm"), partial(ask, at)) for at in range(10)]
+        job = batching.jobs.open("short")
+        try:
+            batching.execute(job, chain)
+            batching.jobs.close(job)
+            assert len(batching.jobs) == 0
+        finally:
+            goes_on.set()
+    (run,) = estimator.graphs["short"].runs
+    assert [one.unit.name for one in run] == [f"ask {at}" for at in range(10)]
+    assert [one.after for one in run] == [None] * 10

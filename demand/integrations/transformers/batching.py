@@ -426,6 +426,11 @@ class Batching:
         if output.error is not None:
             self.jobs.ended(base_id(request_id))
             raise DemandError(f"request {request_id!r} failed in the engine: {output.error}")
+        # The engine delivers an output a step before its scheduler says that the request has ended,
+        # and what is submitted in between would count as side by side with it. Of forked sequences
+        # others may go on.
+        if output.is_finished() and self.manager.num_return_sequences == 1:
+            self.jobs.ended(request_id, finished=True)
         return output
 
     def _keep(self, output: GenerationOutput) -> None:
