@@ -290,12 +290,13 @@ class Batching:
         For a request (a unit of kind "llm") `Planned.make` gives what `request` takes, such as
         {"input_ids": ids, "max_new_tokens": 64}, and the request gives the list of its tokens. For
         any other unit it gives a function of no arguments, which runs in a thread of its own and
-        gives what the unit does; its seconds are counted as service and recorded, as by
-        `jobs.record`. Where the units say their seconds, the job is told what is left as it begins
-        and at the end of each of them, as by `jobs.expect`.
+        gives what the unit does; its seconds are counted as service and, unless it fails, recorded,
+        as by `jobs.record`. Where the units say their seconds, the job is told what is left as it
+        begins and at the end of each of them, as by `jobs.expect`.
 
         A unit that fails takes with it those that wait for it, which are not begun; the others go
-        on. Left by any other error, it cancels its requests.
+        on. Left by any other error, it cancels its requests. An estimator does not learn from the
+        job of a plan that failed, unless it goes on with another request, or records something.
 
         Args:
             job: open, and of this table.
@@ -308,8 +309,8 @@ class Batching:
         Raises:
             PlanError: units failed, or what they were to submit was refused; raised when nothing
                 is underway any more.
-            DemandError: a plan that is none, seconds beside an estimator, which tells them, or
-                requests that give several sequences.
+            DemandError: a plan that is none, seconds beside an estimator or a predictor, which
+                tell them, or requests that give several sequences.
         """
         plan = self.jobs.check_plan(plan)
         if self.manager.num_return_sequences > 1:
@@ -317,17 +318,23 @@ class Batching:
                 f"requests give {self.manager.num_return_sequences} sequences each, and a plan "
                 "goes on with one; set num_return_sequences to 1"
             )
-        return BatchedPlan(
+        batched = BatchedPlan(
             plan,
             parallel_calls,
             submit=lambda unit, request: self.request(job, **request, unit=unit),
             result=lambda request_id: self.result(request_id).generated_tokens,
             cancel=self.cancel,
             record=partial(self.jobs.record, job),
+            serve=partial(self.jobs.serve_in_vain, job),
             over=partial(self.jobs.over, job),
             received=partial(self.jobs.received, job),
             expect=partial(self.jobs.expect, job),
-        ).executed()
+        )
+        try:
+            return batched.executed()
+        except BaseException:
+            self.jobs.failed(job)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request and the sequences forked off it; their KV is freed before the next step.
