@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +201,28 @@ def test_importing_registers_nothing():
         "assert s.SCHEDULER_MAPPING == before"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_many_threads_that_wait_do_not_hold_each_other_up(model):
+    """Each is handed its output soon after the engine delivered it, whoever reads the results."""
+    threads, each = 16, 4
+    with serve(model, config=config(width=threads, blocks=128)) as batching:
+        router = batching.manager.output_router
+        deliver, delivered, waited = router.deliver_batch, {}, []
+
+        def noted(outputs):
+            delivered.update({one.request_id: time.monotonic() for one in outputs})
+            deliver(outputs)
+
+        router.deliver_batch = noted
+
+        def ask(number):
+            for _ in range(each):
+                request_id = batching.submit(prompt(5, number), "short", max_new_tokens=2)
+                batching.result(request_id, SECONDS)
+                waited.append(time.monotonic() - delivered[request_id])
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(ask, range(threads)))
+    assert len(waited) == threads * each
+    assert sorted(waited)[len(waited) // 2] < 0.04
