@@ -25,9 +25,9 @@ class LearningLoop:
 
     The estimator says what is known of a job as it arrives, and what is left of it at the end of
     each of its calls; a job that came to its end by itself is observed as a finished run. One that
-    was closed with a call in progress, or whose last call failed or was cancelled, is not: its last
-    unit would count as one after which runs end. A predictor is asked as a call is submitted, where
-    no other call of the job is in progress.
+    was closed with a call in progress, or whose last call or plan failed or was cancelled, is not:
+    its last unit would count as one after which runs end. A predictor is asked as a call is
+    submitted, where no other call of the job is in progress.
 
     Args:
         estimator: learns, and says what is left; `None` for a predictor alone.
@@ -189,16 +189,17 @@ class LearningLoop:
         return self._records[job.index].over if job.index in self._records else None
 
     def check_plan(self, plan: Sequence[Planned]) -> tuple[Planned, ...]:
-        """`plan`, refused if it tells what is left of a job where an estimator does that.
+        """`plan`, refused if it tells what is left of a job where somebody else does that.
 
         Raises:
             DemandError: it does, or it is no list of units of a plan.
         """
         planned = instances_of("the plan", plan, Planned)
-        if self.learns and any(one.seconds is not None for one in planned):
+        if self.active and any(one.seconds is not None for one in planned):
+            who = "an estimator" if self.learns else "a predictor"
             raise DemandError(
-                "the plan says the seconds of its units beside an estimator, which says at the end "
-                "of each what is left; give seconds to none of them"
+                f"the plan says the seconds of its units beside {who}, which says what is left as "
+                "they go; give seconds to none of them"
             )
         return planned
 
@@ -215,6 +216,11 @@ class LearningLoop:
         if application in self._estimator.graphs:
             self._estimator.graphs[application].check_unit(unit)
         self._units.check(application, unit)
+
+    def failed(self, job: Job) -> None:
+        """Note that the run of `job` went wrong: it is not whole, unless it goes on."""
+        if job.index in self._records:
+            self._records[job.index].fail()
 
     def closed(self, job: Job, whole: bool) -> None:
         """Forget `job`, and observe its run if it is whole."""

@@ -54,6 +54,7 @@ class RunRecord:
     def __init__(self, cost: CostModel) -> None:
         self.executed: list[Execution] = []
         self.cut_off = False
+        self._failed = False
         self._cost = cost
         self._last: tuple[int, ...] = ()  # units over for which none that is over has waited
         self._open: dict[str, _Open] = {}
@@ -74,6 +75,7 @@ class RunRecord:
 
     def begin(self, call: Hashable, unit: Unit) -> None:
         """Note that `call`, of `unit`, is submitted."""
+        self._failed = False
         entry = self._open.setdefault(unit.name, _Open(unit, self._last))
         entry.live.add(call)
         entry.counts[call] = {}
@@ -126,7 +128,14 @@ class RunRecord:
         Unless it says what it waited for, that is taken to be all that are over by now.
         """
         self._append(execution, self._last if execution.after is None else execution.after)
-        self.cut_off = False
+        self.cut_off = self._failed = False
+
+    def fail(self) -> None:
+        """Note that the run went wrong, so that it is not whole unless it goes on.
+
+        What was submitted before and ends later is no going on.
+        """
+        self._failed = True
 
     def _append(self, execution: Execution, after: tuple[int, ...]) -> None:
         """Record a unit that is over; one that waited for the last one alone does not say so."""
@@ -139,7 +148,7 @@ class RunRecord:
     @property
     def whole(self) -> bool:
         """Whether it is a run that came to its end by itself, from which may be learned."""
-        return bool(self.executed) and not self._open and not self.cut_off
+        return bool(self.executed) and not (self._open or self.cut_off or self._failed)
 
     def progress(self) -> Progress:
         """Where the run stands, by the calls that have been counted."""

@@ -357,3 +357,141 @@ async def test_an_estimator_learns_what_a_plan_executed() -> None:
         assert graph.branches("plan") == {"math + search": 1.0}
         assert graph.branches("math + search") == {"join": 1.0}
         assert estimator("plan").mean() > 3 * 3.5  # three calls, and the tool
+
+
+async def gives_all_the_same():
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        return "all the same"
+
+
+@run_async
+async def test_of_a_plan_that_is_cancelled_nothing_more_begins() -> None:
+    """Not even what waits for a tool that gives its value though it is cancelled."""
+    begun = []
+
+    def ask(*_):
+        begun.append("ask")
+        return body("a")
+
+    plan = [Planned(MATH, gives_all_the_same), Planned(ASK, ask)]
+    async with FakeServer() as server, controller_of(server) as controller:
+        with controller.start("plan") as run:
+            task = asyncio.create_task(run.execute(plan, "completions"))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.sleep(0.01)
+            assert (begun, controller.counts.submitted) == ([], 0)
+
+
+@run_async
+async def test_a_tool_is_cancelled_with_its_plan_and_its_seconds_are_service() -> None:
+    ended = []
+
+    async def tool():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("tool")
+
+    async with FakeServer() as server, controller_of(server) as controller:
+        with controller.start("plan") as run:
+            task = asyncio.create_task(run.execute([Planned(MATH, tool)], "completions"))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert ended == ["tool"]
+            assert 0.04 < run.job.attained_service < 5.0
+
+
+@pytest.mark.parametrize("where", ["its tool", "its make"])
+@run_async
+async def test_a_unit_that_raises_cancelled_error_fails_alone(where) -> None:
+    """As when the task that a tool awaits was cancelled, and nobody cancelled the plan."""
+
+    async def tool():
+        task = asyncio.create_task(asyncio.sleep(60.0))
+        task.cancel()
+        await task
+
+    def make():
+        raise asyncio.CancelledError
+
+    first = Planned(MATH, tool if where == "its tool" else make)
+    plan = [first, Planned(ASK, body, (0,)), Planned(Unit("b", "llm"), lambda: body("b", 1), ())]
+    async with FakeServer() as server, controller_of(server) as controller:
+        says = "'math' raised CancelledError"
+        with controller.start("plan") as run, pytest.raises(PlanError, match=says) as raised:
+            await run.execute(plan, "completions")
+    assert raised.value.values == {2: "b.0 "}
+    assert raised.value.never_begun == {1: (0,)}
+    assert isinstance(raised.value.failed[0].__cause__, asyncio.CancelledError)
+
+
+@run_async
+async def test_the_seconds_of_a_tool_that_fails_are_service() -> None:
+    async def tool():
+        await asyncio.sleep(0.05)
+        raise OSError("no calculator")
+
+    estimator = DemandEstimator({}, cost=COST)
+    async with FakeServer() as server, controller_of(server, estimator=estimator) as controller:
+        with controller.start("plan") as run:
+            with pytest.raises(PlanError, match="no calculator"):
+                await run.execute([Planned(MATH, tool)], "completions")
+            assert 0.04 < run.job.attained_service < 5.0
+    assert not estimator.graphs
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+@run_async
+async def test_a_plan_that_failed_is_learned_from_only_if_its_run_goes_on(goes_on) -> None:
+    estimator = DemandEstimator({}, cost=COST)
+    plan = [Planned(MATH, fails), Planned(ASK, lambda: body("a", 1), ())]
+    async with FakeServer() as server, controller_of(server, estimator=estimator) as controller:
+        with controller.start("plan") as run:
+            with pytest.raises(PlanError):
+                await run.execute(plan, "completions")
+            if goes_on:
+                call = await run.submit("completions", body("b", 1), unit="again")
+                await call.text()
+    assert [len(one) for graph in estimator.graphs.values() for one in graph.runs] == [2] * goes_on
+
+
+class Foresees:
+    def predict(self, call):
+        return Distribution([5.0])
+
+
+@run_async
+async def test_seconds_beside_a_predictor_are_refused() -> None:
+    async with FakeServer() as server:
+        async with controller_of(server, predictor=Foresees()) as controller:
+            with controller.start("plan") as run, pytest.raises(DemandError, match="a predictor"):
+                await run.execute(calls([()], seconds=Distribution([1.0])), "completions")
+        assert server.prompts == []
+
+
+@run_async
+async def test_a_tool_does_not_wait_for_a_call_that_waits_for_room() -> None:
+    gated, begun = Gated(), asyncio.Event()
+
+    async def tool(_):
+        begun.set()
+
+    plan = [*calls([(), (0,), (0,)]), Planned(MATH, tool, (0,))]
+    one = {"in_flight": 1, "capacity": 1}
+    async with FakeServer(gated) as server, controller_of(server, **one) as controller:
+        with controller.start("plan") as run:
+            task = asyncio.create_task(run.execute(plan, "completions"))
+            for number in range(3):
+                await until(lambda number=number: f"u{number}" in gated.gates)
+                if number == 1:  # another call of the plan is on the server, and fills it
+                    async with asyncio.timeout(5.0):
+                        await begun.wait()
+                gated.open(number)
+            await task

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -200,3 +201,22 @@ def test_importing_registers_nothing():
         "assert s.SCHEDULER_MAPPING == before"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_many_threads_that_wait_are_each_handed_their_own_output(model):
+    """One of them reads for all."""
+    threads, each = 16, 4
+    with serve(model, config=config(width=threads, blocks=128)) as batching:
+
+        def ask(number):
+            asked = [
+                batching.submit(prompt(5, number), "short", max_new_tokens=2) for _ in range(each)
+            ]
+            outputs = [batching.result(request_id, SECONDS) for request_id in asked[::-1]]
+            assert [output.request_id for output in outputs[::-1]] == asked
+            return [tuple(output.generated_tokens) for output in outputs]
+
+        with ThreadPoolExecutor(threads) as pool:
+            answers = list(pool.map(ask, range(threads)))
+    assert all(len(set(own)) == 1 and len(own[0]) == 2 for own in answers)
+    assert len({own[0] for own in answers}) > 1  # or nothing tells them apart

@@ -29,6 +29,7 @@ class BatchedPlan:
         result: waits for a request, and gives its tokens.
         cancel: cancels a request.
         record: what was executed elsewhere.
+        serve: seconds that were spent elsewhere on a unit that failed.
         over: positions in the run of what is over by now, as `Execution.after` of a unit that
             begins; `None` if nobody records it.
         received: seconds of service that a request has had.
@@ -44,6 +45,7 @@ class BatchedPlan:
         result: Callable[[str], list[int]],
         cancel: Callable[[str], None],
         record: Callable[[Execution], None],
+        serve: Callable[[float], None],
         over: Callable[[], After],
         received: Callable[[str], float],
         expect: Callable[[Distribution], None],
@@ -51,7 +53,7 @@ class BatchedPlan:
         self._open = OpenPlan(plan, parallel_calls)
         self._submit, self._result, self._cancel = submit, result, cancel
         self._record, self._over, self._received = record, over, received
-        self._expect = expect
+        self._serve, self._expect = serve, expect
         self._service: dict[int, Callable[[], float]] = {}
         self._requests: dict[int, str] = {}  # of the units underway
 
@@ -103,7 +105,11 @@ class BatchedPlan:
         return partial(self._elsewhere, unit, made, begun, after)
 
     def _elsewhere(self, unit: Unit, made: Callable[[], Any], begun: float, after: After) -> Any:
-        value = made()
+        try:
+            value = made()
+        except BaseException:
+            self._serve(time.monotonic() - begun)
+            raise
         self._record(Execution(unit, seconds=time.monotonic() - begun, after=after))
         return value
 

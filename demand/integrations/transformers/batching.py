@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from queue import Full
-from threading import Lock
+from threading import TIMEOUT_MAX, Condition, Lock
 from typing import Any, Unpack, final
 
 import torch
@@ -183,7 +183,8 @@ class Batching:
         self.manager = manager
         self.jobs = jobs
         self._lock = Lock()  # of what follows
-        self._reading = Lock()  # of the manager's results
+        self._news = Condition(self._lock)  # told of each output that is kept, and of who reads
+        self._being_read = False  # whether a thread waits for the manager's results, for all
         self._outputs: dict[str, deque[GenerationOutput]] = {}  # of requests not read to their end
         self._submitted = 0
 
@@ -290,12 +291,13 @@ class Batching:
         For a request (a unit of kind "llm") `Planned.make` gives what `request` takes, such as
         {"input_ids": ids, "max_new_tokens": 64}, and the request gives the list of its tokens. For
         any other unit it gives a function of no arguments, which runs in a thread of its own and
-        gives what the unit does; its seconds are counted as service and recorded, as by
-        `jobs.record`. Where the units say their seconds, the job is told what is left as it begins
-        and at the end of each of them, as by `jobs.expect`.
+        gives what the unit does; its seconds are counted as service and, unless it fails, recorded,
+        as by `jobs.record`. Where the units say their seconds, the job is told what is left as it
+        begins and at the end of each of them, as by `jobs.expect`.
 
         A unit that fails takes with it those that wait for it, which are not begun; the others go
-        on. Left by any other error, it cancels its requests.
+        on. Left by any other error, it cancels its requests. An estimator does not learn from the
+        job of a plan that failed, unless it goes on with another request, or records something.
 
         Args:
             job: open, and of this table.
@@ -308,8 +310,8 @@ class Batching:
         Raises:
             PlanError: units failed, or what they were to submit was refused; raised when nothing
                 is underway any more.
-            DemandError: a plan that is none, seconds beside an estimator, which tells them, or
-                requests that give several sequences.
+            DemandError: a plan that is none, seconds beside an estimator or a predictor, which
+                tell them, or requests that give several sequences.
         """
         plan = self.jobs.check_plan(plan)
         if self.manager.num_return_sequences > 1:
@@ -317,17 +319,23 @@ class Batching:
                 f"requests give {self.manager.num_return_sequences} sequences each, and a plan "
                 "goes on with one; set num_return_sequences to 1"
             )
-        return BatchedPlan(
+        batched = BatchedPlan(
             plan,
             parallel_calls,
             submit=lambda unit, request: self.request(job, **request, unit=unit),
             result=lambda request_id: self.result(request_id).generated_tokens,
             cancel=self.cancel,
             record=partial(self.jobs.record, job),
+            serve=partial(self.jobs.serve_in_vain, job),
             over=partial(self.jobs.over, job),
             received=partial(self.jobs.received, job),
             expect=partial(self.jobs.expect, job),
-        ).executed()
+        )
+        try:
+            return batched.executed()
+        except BaseException:
+            self.jobs.failed(job)
+            raise
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request and the sequences forked off it; their KV is freed before the next step.
@@ -340,6 +348,7 @@ class Batching:
             for one in [one for one in self._outputs if base_id(one) == base_id(request_id)]:
                 del self._outputs[one]
                 self.manager.cancel_request(one)
+            self._news.notify_all()
 
     def _check(self, input_ids: Sequence[int] | Tensor, max_new_tokens: int) -> list[int]:
         try:
@@ -412,33 +421,54 @@ class Batching:
 
     def _next(self, request_id: str, give_up: float) -> GenerationOutput:
         """The next output of a request; those of other requests are kept for their readers."""
-        while True:
-            running = self.manager.is_running()
-            with self._reading:
-                if (output := self._kept(request_id)) is not None:
-                    break
+        reads = False  # whether this thread reads for all that wait
+        try:
+            while True:
+                running = self.manager.is_running()
+                with self._news:
+                    while (output := self._kept(request_id)) is None:
+                        if reads or not self._being_read:
+                            break
+                        self._news.wait(min(max(give_up - time.monotonic(), 0.0), TIMEOUT_MAX))
+                        if time.monotonic() > give_up:
+                            raise TimeoutError(f"request {request_id!r} has not ended in time")
+                    else:
+                        break
+                    self._being_read = reads = True
                 if (read := self.manager.get_result(timeout=0.02)) is not None:
                     self._keep(read)
-            if read is None and not running:
-                raise DemandError(f"the engine stopped before request {request_id!r} ended")
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"request {request_id!r} has not ended in time")
+                elif not running:
+                    raise DemandError(f"the engine stopped before request {request_id!r} ended")
+                if time.monotonic() > give_up:
+                    raise TimeoutError(f"request {request_id!r} has not ended in time")
+        finally:
+            if reads:
+                with self._news:
+                    self._being_read = False
+                    self._news.notify_all()
         if output.error is not None:
             self.jobs.ended(base_id(request_id))
             raise DemandError(f"request {request_id!r} failed in the engine: {output.error}")
+        # The engine delivers an output a step before its scheduler says that the request has ended,
+        # and what is submitted in between would count as side by side with it. Of forked sequences
+        # others may go on.
+        if output.is_finished() and self.manager.num_return_sequences == 1:
+            self.jobs.ended(request_id, finished=True)
         return output
 
     def _keep(self, output: GenerationOutput) -> None:
-        with self._lock:
+        with self._news:
             if output.request_id in self._outputs:
                 self._outputs[output.request_id].append(output)
+                self._news.notify_all()
 
     def _kept(self, request_id: str) -> GenerationOutput | None:
-        with self._lock:
-            self._check_open(request_id)
-            if not self._outputs[request_id]:
-                return None
-            output = self._outputs[request_id].popleft()
-            if output.is_finished():
-                del self._outputs[request_id]
-            return output
+        """The next output that was kept, if there is one; `_news` is held."""
+        self._check_open(request_id)
+        if not self._outputs[request_id]:
+            return None
+        output = self._outputs[request_id].popleft()
+        if output.is_finished():
+            del self._outputs[request_id]
+            self._news.notify_all()  # who else waits for it is told that it was taken
+        return output

@@ -234,6 +234,31 @@ class JobTable:
             self._ledger.serve_elsewhere(job, seconds, self.now())
             entry.seconds_outside += seconds
 
+    def serve_in_vain(self, job: Job, seconds: float) -> None:
+        """Count `seconds` that `job` spent outside the engine on a unit that failed.
+
+        It is service, beside an estimator too, and no unit is recorded.
+
+        Raises:
+            DemandError: seconds that are no number, negative or not finite, a job that has
+                departed, or one that another table opened.
+        """
+        with self._lock:
+            entry = self._entry(job)
+            seconds = check_seconds("service", seconds)
+            self._ledger.serve(job, seconds, self.now())
+            entry.seconds_outside += seconds
+
+    def failed(self, job: Job) -> None:
+        """Note that `job` went wrong: an estimator does not learn from it, unless it goes on.
+
+        It does so with another request, or by recording something. No effect on a job that is not
+        in the table.
+        """
+        with self._lock:
+            if any(entry.job is job for entry in self._entries.values()):
+                self._ledger.loop.failed(job)
+
     def record(self, job: Job, execution: Execution) -> None:
         """Count what `job` executed outside the engine, such as a tool, and record its unit.
 
@@ -274,7 +299,7 @@ class JobTable:
             return self._ledger.loop.over(self._entry(job).job)
 
     def check_plan(self, plan: Sequence[Planned]) -> tuple[Planned, ...]:
-        """`plan`, refused if it tells what is left of a job where the estimator does that.
+        """`plan`, refused if it tells what is left of a job where somebody else does that.
 
         Raises:
             DemandError: it does, or it is no list of units of a plan.

@@ -106,11 +106,14 @@ class Run:
 
         For a call (a unit of kind "llm") `Planned.make` gives the body, and the call gives its
         text. For any other unit it gives an awaitable, such as a coroutine; how long that takes is
-        counted as service and recorded, as by `record`. Where the units say their seconds, the run
-        is told what is left as it begins and at the end of each of them, as by `expect`.
+        counted as service and, unless it fails, recorded, as by `record`. Where the units say their
+        seconds, the run is told what is left as it begins and at the end of each of them, as by
+        `expect`.
 
         A unit that fails takes with it those that wait for it, which are not begun; the others go
-        on. If the task that awaits this is cancelled, so are the calls.
+        on. If the task that awaits this is cancelled, so are the calls and the awaitables, and
+        nothing more is begun. An estimator does not learn from the run of a plan that failed,
+        unless it goes on with another call, or records something, after the error was caught.
 
         Args:
             plan: at least one unit, each after those it waits for.
@@ -124,17 +127,23 @@ class Run:
         Raises:
             PlanError: units failed, or what they were to submit was refused; raised when nothing
                 is underway any more.
-            DemandError: a plan that is none, or seconds beside an estimator, which tells them.
+            DemandError: a plan that is none, or seconds beside an estimator or a predictor, which
+                tell them.
         """
         served = ServedPlan(
             self._ledger.loop.check_plan(plan),
             parallel_calls,
             submit=lambda body, unit: self.submit(path, body, restart, unit),
             record=self.record,
+            serve=self._serve_in_vain,
             over=partial(self._ledger.loop.over, self.job),
             expect=self.expect,
         )
-        return await served.executed()
+        try:
+            return await served.executed()
+        except BaseException:
+            self._ledger.loop.failed(self.job)
+            raise
 
     def serve(self, seconds: float) -> None:
         """Count `seconds` of service that the run received elsewhere, such as in a tool.
@@ -146,6 +155,11 @@ class Run:
                 has to know the unit: `record`).
         """
         self._ledger.serve_elsewhere(self.job, seconds, self._clock())
+
+    def _serve_in_vain(self, seconds: float) -> None:
+        """Count service in a tool that failed: it was had, and no unit is over."""
+        if not self.finished:
+            self._ledger.serve(self.job, seconds, self._clock())
 
     def record(self, execution: Execution) -> None:
         """Count what the run executed elsewhere, such as a tool, and record its unit.

@@ -25,6 +25,7 @@ class ServedPlan:
         parallel_calls: as for `OpenPlan`.
         submit: a request and the name of its unit to the controller.
         record: what was executed elsewhere.
+        serve: seconds that were spent elsewhere on a unit that failed.
         over: positions in the run of what is over by now, as `Execution.after` of a unit that
             begins; `None` if nobody records it.
         expect: takes the distribution of the seconds that are left.
@@ -37,14 +38,17 @@ class ServedPlan:
         *,
         submit: Callable[[Any, str], Awaitable[Call]],
         record: Callable[[Execution], None],
+        serve: Callable[[float], None],
         over: Callable[[], After],
         expect: Callable[[Distribution], None],
     ) -> None:
         self._open = OpenPlan(plan, parallel_calls)
         self._submit, self._record, self._over, self._expect = submit, record, over, expect
+        self._serve = serve
         self._received: dict[int, Callable[[], float]] = {}
         self._calls: list[Call] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     async def executed(self) -> list[Any]:
         """What every unit gave: a call its text, any other unit what its awaitable did.
@@ -61,6 +65,7 @@ class ServedPlan:
                 for task in done:
                     task.result()  # what was expected of a unit cannot be told: the policy failed
         finally:  # nothing is left of a plan that ended well
+            self._closing = True  # a tool may give a value though it is cancelled
             for call in self._calls:
                 if not call.over:
                     call.cancel()
@@ -70,17 +75,21 @@ class ServedPlan:
         return self._open.outcome()
 
     async def _begin_ready(self) -> None:
-        for position in self._open.take_ready():
+        """Begin what is ready: first what is no call, since calls may wait for room."""
+        ready = self._open.take_ready()
+        for position in sorted(ready, key=lambda at: self._open.plan[at].unit.kind == "llm"):
+            if self._closing:
+                return
             try:
                 given = await self._begun(position)
-            except Exception as error:
-                self._open.fail(position, error)
+            except (Exception, asyncio.CancelledError) as error:
+                self._open.fail(position, self._failure(position, error))
             else:
                 task = asyncio.get_running_loop().create_task(self._finish(position, given))
                 self._tasks.add(task)
 
     async def _begun(self, position: int) -> Callable[[], Awaitable[Any]]:
-        """Begin a unit; what to await for what it gives."""
+        """Begin a unit; what to await for what it gives. Only a call is awaited."""
         unit = self._open.plan[position].unit
         made = self._open.begin(position)
         if unit.kind == "llm":
@@ -98,7 +107,11 @@ class ServedPlan:
         self._received[position] = lambda: clock() - begun
 
         async def elsewhere() -> Any:
-            value = await made
+            try:
+                value = await made
+            except BaseException:
+                self._serve(clock() - begun)
+                raise
             self._record(Execution(unit, seconds=clock() - begun, after=after))
             return value
 
@@ -107,12 +120,27 @@ class ServedPlan:
     async def _finish(self, position: int, given: Callable[[], Awaitable[Any]]) -> None:
         try:
             value = await given()
-        except Exception as error:
-            self._open.fail(position, error)
+        except (Exception, asyncio.CancelledError) as error:
+            self._open.fail(position, self._failure(position, error))
         else:
             self._open.end(position, value)
-        self._tell()
-        await self._begin_ready()
+        if not self._closing:
+            self._tell()
+            await self._begin_ready()
+
+    def _failure(self, position: int, error: BaseException) -> Exception:
+        """The failure of a unit; raises `error` again if it cancels the plan."""
+        if isinstance(error, Exception):
+            return error
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        failure = DemandError(
+            f"unit {self._open.plan[position].unit.name!r} raised CancelledError, and nobody "
+            "cancelled the plan; a task that it awaited was cancelled"
+        )
+        failure.__cause__ = error
+        return failure
 
     def _tell(self) -> None:
         left = self._open.remaining(self._had)
