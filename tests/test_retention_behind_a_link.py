@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from picache import PIC, LegoLink
+from picache import APE, PIC, LegoLink, PICacheError
 from picache.hf import recorders
 from sparsity import Full, RaaS, SparseCache, detach
 from tests.helpers import random_ids, tiny_model
@@ -58,3 +58,11 @@ def test_an_attached_model_decodes_a_linked_prompt_in_a_growing_cache(linking):
     again = pic.link(chunks, query, LegoLink(3))
     assert again.report.recompute_pass.startswith("captured,")
     assert torch.equal(pic.model.generate(**again, **RUN), expected)
+
+
+def test_a_prompt_whose_method_changes_attention_is_not_taken_over():
+    """Its keys alone would be decoded at other positions, by the model's own attention."""
+    pic = PIC(tiny_model("llama"))
+    prompt = pic.link([pic.compile(random_ids(9, seed=1))], random_ids(4, seed=4), APE())
+    with pytest.raises(PICacheError, match="with the prompt's own cache"):
+        SparseCache(pic.model, Full(), past=prompt.past_key_values)

@@ -101,6 +101,23 @@ class LinkedLayer(DynamicLayer):
             )
         return super().get_mask_sizes(query_length)
 
+    @override
+    def get_seq_length(self) -> int:
+        """Tokens held: asked before a model goes on from them, and before another cache does.
+
+        Raises:
+            PICacheError: when the method's attention is not attached.
+        """
+        self._refuse_unattached()
+        return super().get_seq_length()
+
+    def _refuse_unattached(self) -> None:
+        if self.attach is not None and not self.attach.on:
+            raise PICacheError(
+                "this prompt's method changes positions and attention while decoding too: run "
+                "generate inside `with prompt.attached():`, with the prompt's own cache"
+            )
+
     @property
     def _stored(self) -> KV:
         """The tensors that hold the tokens, with or without room behind them."""
@@ -112,11 +129,7 @@ class LinkedLayer(DynamicLayer):
         Raises:
             PICacheError: where they may not, see `update`.
         """
-        if self.attach is not None and not self.attach.on:
-            raise PICacheError(
-                "this prompt's method changes positions and attention while decoding too: run "
-                "generate inside `with prompt.attached():`"
-            )
+        self._refuse_unattached()
         refuse_other_dtype((new[0], new[1]), self._stored, "the linked cache holds")
         batch, held = new[0].shape[0], self._stored[0].shape[0]
         if batch % held:
