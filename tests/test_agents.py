@@ -367,10 +367,8 @@ def test_files_damaged_under_prewarming_are_counted_and_no_application_fails(
     monkeypatch.setattr(ModelServer, "prefetch", damaging)
     run = experiment.run(experiment.Way(), pic, known_units(), SETTING, 0, served.append)
     assert prefetched
-    counts = run["prewarming_counts"]
-    calls = [call for one in run["applications"] for call in one["calls"]]
-    assert counts["damaged"] + sum(call["damaged"] for call in calls) > 0
-    assert counts["errors"] == []
+    assert run["prewarming_counts"]["damaged"] > 0
+    assert run["prewarming_counts"]["errors"] == []
     for one, other in zip(run["applications"], whole["applications"], strict=True):
         assert one["error"] == ""
         assert one["answers"] == other["answers"]

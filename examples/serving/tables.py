@@ -154,8 +154,8 @@ def _beneath(record: dict) -> str:
     return (
         f"{served} applications an arm in {len(record['repeats'])} streams, "
         f"{record['arms'][0]['calls']} calls with nothing on; seconds by the "
-        f"{asked['clock']} clock; {where['hardware']}, {where['threads']} threads, torch {where['torch']}, transformers "
-        f"{where['transformers']}, seed {asked['seed']}."
+        f"{asked['clock']} clock; {where['hardware']}, {where['threads']} threads, "
+        f"torch {where['torch']}, transformers {where['transformers']}, seed {asked['seed']}."
     )
 
 
