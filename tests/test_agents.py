@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import agents
 from serving import experiment, summary, tables
 from serving.applications import MIX, Call, Task, contents, is_right, steps, stream
-from serving.factorial import effects, over_repeats, share_interval
+from serving.factorial import effects, over_repeats, over_streams, share_interval
 from serving.knowledge import Knowledge
 from serving.library import pages, question, search
 from serving.loop import VirtualClock, serve_stream
@@ -444,6 +444,9 @@ def test_intervals():
     assert entry["factor"] == pytest.approx(1.0)
     assert math.log(entry["interval"][1]) == pytest.approx(4.303 * math.log(2.0) / math.sqrt(3))
     assert over_repeats([0.0])["interval"] is None
+    drawn = over_streams([math.log(2.0), math.log(0.5), 0.0])  # no smaller for more of them
+    assert math.log(drawn["interval"][1]) == pytest.approx(1.96 * math.log(2.0), rel=1e-3)
+    assert over_streams([0.0])["interval"] is None
     assert share_interval(8, 10) == pytest.approx([0.490, 0.943], abs=1e-3)
 
 

@@ -67,16 +67,16 @@ def over_repeats(values: Sequence[float]) -> dict[str, float | list[float] | Non
 
 
 def over_streams(values: Sequence[float]) -> dict[str, float | list[float] | None]:
-    """The mean of log changes over bootstrapped streams as a factor, and where 95 % of them lie.
+    """The mean of log changes over bootstrapped streams as a factor, with its 95 % interval.
 
-    A stream is drawn anew from what was recorded, so that this is the interval of the percentiles
-    (Efron 1979). None where there are fewer than 40 streams, which do not show 2.5 %.
+    Every stream is drawn anew from what was recorded, so that their standard deviation is the
+    standard error (Efron 1979), however many they are. None for an interval of one stream.
     """
-    interval = None
-    if len(values) >= 40:
-        cuts = statistics.quantiles(values, n=40, method="inclusive")
-        interval = [math.exp(cuts[0]), math.exp(cuts[-1])]
-    return {"factor": math.exp(statistics.fmean(values)), "interval": interval}
+    mean, interval = statistics.fmean(values), None
+    if len(values) >= 2:
+        half = 1.959964 * statistics.stdev(values)
+        interval = [math.exp(mean - half), math.exp(mean + half)]
+    return {"factor": math.exp(mean), "interval": interval}
 
 
 def share_interval(right: int, of: int) -> list[float]:

@@ -13,7 +13,7 @@ from serving.replay import replays
 NONE = Way(False, False, "FCFS")
 LOADS = (0.5, 0.9)
 """Of the server without any of the three parts, in replays."""
-SEEDS = 40
+SEEDS = 16
 """Streams of each replay, each drawn anew from what was recorded."""
 
 
