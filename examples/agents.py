@@ -12,13 +12,24 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import models
 import torch
-from serving.experiment import BESIDE, EIGHT, LINK, Setting, Way, learn, run
+from serving.experiment import (
+    BESIDE,
+    EIGHT,
+    LINK,
+    SERVINGS,
+    Setting,
+    Way,
+    compile_library,
+    learn,
+    run,
+)
 from serving.figure import draw
 from serving.knowledge import Knowledge
 from serving.loop import CLOCKS
@@ -46,6 +57,8 @@ SETTINGS = {
     ),
 }
 """What is served by default; on a GPU longer pages, and more applications."""
+RAN = ("configuration", "environment", "compiled", "training")
+"""What a record says beside its runs, before they are summed up."""
 
 
 def arguments() -> argparse.Namespace:
@@ -60,7 +73,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=CLOCKS, help="processor: on a machine that others use")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for agents.json and agents.png")
-    parser.add_argument("--again", type=Path, help="a folder whose runs are to be summed up anew")
+    parser.add_argument(
+        "--first-repeat", type=int, default=0, help="number of the first stream, to run them apart"
+    )
+    parser.add_argument(
+        "--again", type=Path, nargs="+", help="folders whose runs are to be summed up, together"
+    )
     return parser.parse_args()
 
 
@@ -83,71 +101,105 @@ def store_of(setting: Setting, model, tokenizer, folder: Path) -> ChunkStore:
 
 
 def measure(given: argparse.Namespace, setting: Setting, folder: Path) -> Iterator[dict]:
-    """After each repeat, in which all arms are run in an order of their own, the record so far."""
+    """After each arm what was run so far, to be `summed`; each repeat has an order of its own."""
+    if setting.clock == "processor":
+        torch.set_num_threads(1)  # the seconds of several threads would be added up
     model, tokenizer = models.load(given.model, device=given.device)
     pic = PIC(model, tokenizer, store_of(setting, model, tokenizer, folder), sinks=LINK.sinks)
-    shuffle, runs = random.Random(given.seed), []
-    served = setting.training + given.repeats * len(EIGHT + BESIDE) * setting.applications
+    runs = []
+    repeats = range(given.first_repeat, given.first_repeat + given.repeats)
+    served = setting.training * len(SERVINGS)
+    served += len(repeats) * len(EIGHT + BESIDE) * setting.applications
+    compiled = compile_library(pic, setting)
     with tqdm(total=served, unit="application", desc="training") as bar:
-        knowledge = learn(pic, setting, lambda running: bar.update())
-        for repeat in range(given.repeats):
-            ways: list[Way] = shuffle.sample(EIGHT + BESIDE, len(EIGHT + BESIDE))
-            for way in ways:
-                bar.set_description(f"{way.name}, repeat {repeat + 1}")
-                runs.append(run(way, pic, knowledge, setting, repeat, lambda one: bar.update()))
-            configuration = {
+        knowledge = {
+            way.name: learn(pic, setting, lambda one: bar.update(), way) for way in SERVINGS
+        }
+        about = {
+            "configuration": {
                 "model": given.model,
                 "device": given.device,
-                "repeats": repeat + 1,
                 **asdict(setting),
                 "link": repr(LINK),
                 "policy": repr(setting.policy),
-            }
-            where, trained = environment(), knowledge.record()
-            yield summed({"configuration": configuration, "environment": where}, trained, runs)
+            },
+            "environment": environment(),
+            "compiled": compiled,
+            "training": {name: known.record() for name, known in knowledge.items()},
+        }
+        for repeat in repeats:
+            shuffle = random.Random(f"arms {given.seed} {repeat}")
+            ways: list[Way] = shuffle.sample(EIGHT + BESIDE, len(EIGHT + BESIDE))
+            for way in ways:
+                bar.set_description(f"{way.name}, repeat {repeat + 1}")
+                known = knowledge[way.serving]
+                runs.append(run(way, pic, known, setting, repeat, lambda one: bar.update()))
+                yield {**about, "runs": runs}
 
 
-def summed(about: dict, trained: dict, runs: list[dict]) -> dict:
-    """The whole record, of what was run, of the training stream and of the runs of all arms."""
-    asked = about["configuration"]
+def summed(ran: dict) -> dict:
+    """The whole record, of what `measure` gave."""
+    asked = ran["configuration"]
     setting = Setting(**{name: asked[name] for name in Setting.__dataclass_fields__})
-    knowledge = Knowledge.of_record(trained, setting.cost)
-    graphs = {name: str(graph) for name, graph in knowledge.graphs.items()}
-    of_runs = summary(runs, setting, knowledge)
-    return {**about, "graphs": graphs, **of_runs, "training": trained, "runs": runs}
+    knowledge = {
+        name: Knowledge.of_record(trained, setting.cost)
+        for name, trained in ran["training"].items()
+    }
+    graphs = {
+        name: {application: str(graph) for application, graph in known.graphs.items()}
+        for name, known in knowledge.items()
+    }
+    of_runs = summary(ran["runs"], setting, knowledge, ran["compiled"])
+    return {**{name: ran[name] for name in RAN}, "graphs": graphs, **of_runs, "runs": ran["runs"]}
 
 
-def again(folder: Path) -> dict:
-    """The record of a folder once more, of the runs that it holds."""
-    stored = json.loads((folder / "agents.json").read_text())
-    runs = json.loads(gzip.decompress((folder / "agents_runs.json.gz").read_bytes()))
-    about = {name: stored[name] for name in ("configuration", "environment")}
-    return summed(about, stored["training"], runs)
+def again(folders: Sequence[Path]) -> dict:
+    """One record of the runs that folders hold, of the same setting and of other repeats.
+
+    Raises:
+        ValueError: folders whose settings differ, or that hold the same repeat.
+    """
+    each = [json.loads((folder / "agents.json").read_text()) for folder in folders]
+    runs = [
+        json.loads(gzip.decompress((folder / "agents_runs.json.gz").read_bytes()))
+        for folder in folders
+    ]
+    for folder, stored in zip(folders, each, strict=True):
+        for name in ("configuration", "training"):
+            if stored[name] != each[0][name]:
+                raise ValueError(f"{folder} has another {name} than {folders[0]}; expected one")
+    joined = list(chain.from_iterable(runs))
+    if len({(run["arm"], run["repeat"]) for run in joined}) < len(joined):
+        raise ValueError(f"{folders} hold an arm of a repeat twice; expected other repeats in each")
+    return summed({**{name: each[0][name] for name in RAN}, "runs": joined})
 
 
 def write(record: dict, folder: Path) -> None:
-    """The record and its picture; every call of every run in a file beside it."""
+    """The record, and every call of every run in a file beside it; of a whole one the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = {name: each for name, each in record.items() if name != "runs"}
     (folder / "agents.json").write_text(json.dumps(shown, indent=1) + "\n")
     # No time in its header: the same runs are the same bytes.
     packed = gzip.compress(json.dumps(record["runs"]).encode(), mtime=0)
     (folder / "agents_runs.json.gz").write_bytes(packed)
-    draw(record, folder / "agents.png")
+    if "arms" in record:
+        draw(record, folder / "agents.png")
 
 
 def main() -> None:
     given = arguments()
     if given.again:
-        write(again(given.again), given.again)
+        write(again(given.again), given.out or given.again[0])
         return
     setting = setting_of(given)
     with tempfile.TemporaryDirectory() as folder:
-        for record in measure(given, setting, Path(folder)):
+        for ran in measure(given, setting, Path(folder)):
             if given.out:
-                write(record, given.out)
+                write(ran, given.out)
+    record = summed(ran)
     print(text_of(record))
     if given.out:
+        write(record, given.out)
         print(f"wrote {given.out / 'agents.json'}, agents_runs.json.gz and agents.png")
 
 

@@ -17,14 +17,14 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from demand import FCFS, CostModel, Execution, Gittins, Unit
 from picache import PIC, ChunkStore, DummySinks, FullRecompute, LegoLink
-from sparsity import StreamingLLM, detach
+from sparsity import SnapKV, StreamingLLM, detach
 from tests.helpers import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import agents
-from serving import experiment, tables
+from serving import experiment, summary, tables
 from serving.applications import MIX, Call, Task, contents, is_right, steps, stream
-from serving.factorial import effects, over_repeats, share_interval
+from serving.factorial import effects, over_repeats, over_streams, share_interval
 from serving.knowledge import Knowledge
 from serving.library import pages, question, search
 from serving.loop import VirtualClock, serve_stream
@@ -217,11 +217,21 @@ def test_replays_bring_the_recorded_answers_and_an_oracle_is_ahead():
             VirtualClock(),
         )
         recorded[arm] = [
-            (one.task, [replace(served, processor_seconds=speed) for served, _, _ in one.served])
+            (
+                one.task,
+                [
+                    [replace(served, seconds=speed * noise) for served, _, _ in one.served]
+                    for noise in (0.9, 1.1)
+                ],
+            )
             for one in calls
         ]
-    rows = replays(recorded, LIBRARY, knowing(), [0.9], applications=40, seeds=2)
+    known = dict.fromkeys(recorded, knowing())
+    rows = replays(recorded, LIBRARY, known, [0.9], applications=40, seeds=4)
     means = {(row["arm"], row["order"]): sum(row["means"]) for row in rows}
+    loads = {row["arm"]: row["own_load"] for row in rows}
+    assert loads["slow"] == pytest.approx(0.9)
+    assert loads["fast"] == pytest.approx(0.9 / 4, rel=0.2)
     assert means["slow", "oracle"] <= means["slow", "Gittins"] < means["slow", "FCFS"]
     assert means["fast", "FCFS"] < means["slow", "FCFS"]
 
@@ -246,6 +256,20 @@ def test_linked_in_full_and_kept_whole_is_the_full_prompt(pic):
     assert texts(ModelServer(pic, FullRecompute()), calls) == dense
     assert texts(ModelServer(pic, FullRecompute(), StreamingLLM(600)), calls) == dense
     assert texts(ModelServer(pic, LegoLink(0), StreamingLLM(40)), calls) != dense
+
+
+def test_a_policy_behind_a_link_sees_the_whole_question(pic):
+    """Linked in full it keeps what it keeps without link, of the queries of its window."""
+    policy = SnapKV(64, sinks=0, window=8, evict_every=8)
+    calls = [call for call in some_calls() if call.unit == "read"]
+    query = pieces(calls[0], pic.tokenizer)[2]
+    assert len(query) >= policy.window
+    alone = texts(ModelServer(pic, policy=policy), calls)
+    assert texts(ModelServer(pic, FullRecompute(), policy), calls) == alone
+    assert alone != texts(ModelServer(pic), calls)
+    served = ModelServer(pic, LegoLink(2), policy).serve(calls[0])
+    whole = ModelServer(pic, LegoLink(2)).serve(calls[0])
+    assert served.computed_tokens == whole.computed_tokens >= len(query)
 
 
 def test_a_prompt_is_its_pieces(pic):
@@ -286,6 +310,28 @@ def test_the_same_seed_gives_the_same_run_in_any_order_but_for_time(pic):
     assert runs[2]["prewarming_counts"] == {}
 
 
+def damage(folder: Path) -> None:
+    """A byte of every chunk's file is another."""
+    for file in folder.rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-8] ^= 255
+        file.write_bytes(data)
+
+
+def known_units() -> Knowledge:
+    """Of graphs whose units have the names of those that are served, so that there is a next."""
+    names = {
+        "lookup": ("retrieve", "answer"),
+        "brief": ("retrieve", "read", "retrieve", "read", "answer"),
+        "checked": ("retrieve", "answer", "check"),
+    }
+    runs = {
+        name: [[Execution(Unit(unit, "llm"), 10, 2) for unit in units]]
+        for name, units in names.items()
+    }
+    return Knowledge(runs, SETTING.cost)
+
+
 def test_a_chunk_file_damaged_while_serving_is_compiled_again(pic, tmp_path, monkeypatch):
     knowledge, way = knowing(), experiment.Way(prewarming=False)
     whole = experiment.run(way, pic, knowledge, SETTING, 0, lambda running: None)
@@ -294,10 +340,7 @@ def test_a_chunk_file_damaged_while_serving_is_compiled_again(pic, tmp_path, mon
     def damaging(self, call, at_token):
         served.append(call)
         if len(served) == 3:
-            for file in tmp_path.rglob("*.safetensors"):
-                data = bytearray(file.read_bytes())
-                data[-8] ^= 255
-                file.write_bytes(data)
+            damage(tmp_path)
         return serve(self, call, at_token)
 
     monkeypatch.setattr(ModelServer, "serve", damaging)
@@ -307,6 +350,72 @@ def test_a_chunk_file_damaged_while_serving_is_compiled_again(pic, tmp_path, mon
     for one, other in zip(run["applications"], whole["applications"], strict=True):
         assert one["error"] == ""
         assert one["answers"] == other["answers"]
+
+
+def test_files_damaged_under_prewarming_are_counted_and_no_application_fails(
+    pic, tmp_path, monkeypatch
+):
+    knowledge, served, prefetch, prefetched = knowing(), [], ModelServer.prefetch, []
+    whole = experiment.run(experiment.Way(), pic, knowledge, SETTING, 0, served.append)
+
+    def damaging(self, document):
+        if not prefetched:
+            damage(tmp_path)
+        prefetched.append(document)
+        return prefetch(self, document)
+
+    monkeypatch.setattr(ModelServer, "prefetch", damaging)
+    run = experiment.run(experiment.Way(), pic, known_units(), SETTING, 0, served.append)
+    assert prefetched
+    assert run["prewarming_counts"]["damaged"] > 0
+    assert run["prewarming_counts"]["errors"] == []
+    for one, other in zip(run["applications"], whole["applications"], strict=True):
+        assert one["error"] == ""
+        assert one["answers"] == other["answers"]
+
+
+def test_a_prefetch_that_raises_is_counted_and_nothing_is_lost(pic, monkeypatch):
+    def failing(self, document):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(ModelServer, "prefetch", failing)
+    run = experiment.run(experiment.Way(), pic, known_units(), SETTING, 0, lambda running: None)
+    assert set(run["prewarming_counts"]["errors"]) == {"OSError: the disk is gone"}
+    assert [one["error"] for one in run["applications"]] == [""] * SETTING.applications
+
+
+def test_an_application_that_training_has_not_seen_is_served(pic):
+    known = known_units()
+    unseen = Knowledge({"other": next(iter(known.runs.values()))}, COST)
+    run = experiment.run(experiment.Way(), pic, unseen, SETTING, 0, lambda running: None)
+    assert [one["error"] for one in run["applications"]] == [""] * SETTING.applications
+    assert run["prewarming_counts"]["begun"] == 0
+
+
+@pytest.mark.parametrize("where", ["started", "at_token", "finished"])
+def test_a_watcher_that_raises_ends_one_application(where):
+    class Failing:
+        def started(self, running, now) -> None:
+            self.fail_of("started", running)
+
+        def at_token(self, now) -> None:
+            self.fail_of("at_token", self.running)
+
+        def finished(self, running, following) -> None:
+            self.fail_of("finished", running)
+
+        def fail_of(self, place, running) -> None:
+            self.running = running
+            if place == where and running.task.number == 1:
+                raise ConnectionError("nobody looks")
+
+    tasks = [(0.0, brief(0)), (0.0, lookup(1)), (0.0, lookup(2))]
+    clock = VirtualClock()
+    done = serve_stream(
+        tasks, LIBRARY, by_a_perfect_model, FCFS(), knowing(), clock, watcher=Failing()
+    )
+    assert [one.error for one in done] == ["", "ConnectionError: nobody looks", ""]
+    assert [len(one.answers) for one in done] == [3, 0, 1]
 
 
 # What is made of it
@@ -335,10 +444,14 @@ def test_intervals():
     assert entry["factor"] == pytest.approx(1.0)
     assert math.log(entry["interval"][1]) == pytest.approx(4.303 * math.log(2.0) / math.sqrt(3))
     assert over_repeats([0.0])["interval"] is None
+    drawn = over_streams([math.log(2.0), math.log(0.5), 0.0])  # no smaller for more of them
+    assert math.log(drawn["interval"][1]) == pytest.approx(1.96 * math.log(2.0), rel=1e-3)
+    assert over_streams([0.0])["interval"] is None
     assert share_interval(8, 10) == pytest.approx([0.490, 0.943], abs=1e-3)
 
 
-def test_a_summary_has_a_row_an_arm_and_can_be_made_again(tmp_path):
+def test_a_summary_has_a_row_an_arm_and_can_be_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "SEEDS", 2)
     small = replace(SETTING, applications=3)
     knowledge = knowing()
 
@@ -348,28 +461,50 @@ def test_a_summary_has_a_row_an_arm_and_can_be_made_again(tmp_path):
             small.arrivals(0),
             LIBRARY,
             lambda running, at_token: replace(
-                by_a_perfect_model(running, at_token), seconds=seconds, processor_seconds=seconds
+                by_a_perfect_model(running, at_token),
+                seconds=seconds,
+                first_token_seconds=seconds / 2,
+                on_disk=4 * way.link,
             ),
             experiment.ORDERS[way.order],
             knowledge,
             clock,
         )
         records = [experiment.record_of(one) for one in done]
-        return {"arm": way.name, "repeat": 0, "prewarming_counts": {}, "applications": records}
+        about = {"arm": way.name, **asdict(way), "repeat": 0, "prewarming_counts": {}}
+        return {**about, "applications": records}
 
     runs = [ran(way, 1.0 - 0.5 * way.link) for way in experiment.EIGHT]
     random.Random(0).shuffle(runs)
     about = {
-        "configuration": {**asdict(small), "repeats": 1},
+        "configuration": asdict(small),
         "environment": dict.fromkeys(("hardware", "threads", "torch", "transformers"), "any"),
+        "compiled": {"documents": 7, "tokens": 400, "seconds": 1.0},
+        "training": {way.name: knowledge.record() for way in experiment.SERVINGS},
     }
-    record = agents.summed(about, knowledge.record(), runs)
+    agents.write({**about, "runs": runs[:3]}, tmp_path)  # as after the third arm
+    with pytest.raises(ValueError, match="no repeat has all eight"):
+        agents.again([tmp_path])
+    record = agents.summed({**about, "runs": runs})
     agents.write(record, tmp_path)
     assert (tmp_path / "agents.png").stat().st_size > 0
-    assert agents.again(tmp_path) == record
+    assert agents.again([tmp_path]) == record
+    assert record["noise"]["largest"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="an arm of a repeat twice"):
+        agents.again([tmp_path, tmp_path])
     link = record["contributions"]["mean completion"]["link"]
     assert link["factor"] == pytest.approx(0.5)
     assert all(row["right"] == row["answers"] == row["equal"] for row in record["arms"])
+    # What failed in one arm is compared in none.
+    runs[0]["applications"][1] |= {"error": "ConnectionError", "answers": [], "right": []}
+    failed = agents.summed({**about, "runs": runs})
+    assert {row["applications"] for row in failed["arms"]} == {2}
+    assert sum(row["failed"] for row in failed["arms"]) == 1
+    for run in runs:
+        for one in run["applications"]:
+            one["error"] = "ConnectionError"
+    with pytest.raises(ValueError, match="an application that ended in each of them"):
+        agents.summed({**about, "runs": runs})
     text = tables.text_of(record)
     assert all(f"| {way.name} |" in text for way in experiment.EIGHT)
 

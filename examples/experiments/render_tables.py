@@ -260,6 +260,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "agents": [
             together.arms_table,
             together.answers_table,
+            together.compiling_table,
             together.contributions_table,
             together.replays_table,
         ]

@@ -10,9 +10,10 @@ from serving.library import Page, pages
 from serving.loop import CLOCKS, Running, serve_stream
 from serving.model_server import ModelServer, Served
 from serving.prewarming import ChunkPrewarming
+from serving.prompts import document_ids
 
 from demand import FCFS, ClassMean, CostModel, Execution, Gittins
-from picache import PIC, Arm, DummySinks, LegoLink, LinkMethod
+from picache import PIC, Arm, DummySinks, LegoLink
 from sparsity import Policy, SnapKV, detach
 
 LINK = Arm(LegoLink(4), DummySinks(4))
@@ -97,6 +98,11 @@ class Way:
     prewarming: bool = True
 
     @property
+    def serving(self) -> str:
+        """How a call is served, whatever the order: the name of the arm that serves it by FCFS."""
+        return Way(self.link, self.retention, "FCFS").name
+
+    @property
     def name(self) -> str:
         """As tables call it."""
         on = [name for name, is_on in (("link", self.link), ("retention", self.retention)) if is_on]
@@ -114,19 +120,47 @@ EIGHT = [
     for order in ("FCFS", "Gittins")
 ]
 """Every combination of the three parts; pages are prefetched wherever they are linked."""
-BESIDE = [Way(order="class mean"), Way(prewarming=False)]
-"""Two more arms: an order without a distribution, and all three without prefetching."""
+BESIDE = [Way(retention=False, order="class mean"), Way(prewarming=False)]
+"""Two more arms: link in an order without a distribution, and all three without prefetching."""
+SERVINGS = [way for way in EIGHT if way.order == "FCFS"]
+"""Every way to serve a call: an arm each of link and retention."""
 
 
-def learn(pic: PIC, setting: Setting, ended: Callable[[Running], None]) -> Knowledge:
+def documents_of(library: Sequence[Page]) -> list[str]:
+    """Every text that is a chunk: the list of pages, and the pages."""
+    return [contents(library), *(page.text for page in library)]
+
+
+def compile_library(pic: PIC, setting: Setting) -> dict:
+    """Compile what calls will link, and say what it took.
+
+    Returns:
+        `documents`, `tokens` computed (those of the sinks with them) and `seconds` by the clock of
+        the setting.
+    """
+    documents = documents_of(setting.library())
+    ids = [document_ids(document, pic.tokenizer) for document in documents]
+    pic.compile(ids[0][:-1])  # the first forward of a process takes longer than others
+    timer = CLOCKS[setting.clock].timer
+    begun = timer()
+    for each in ids:
+        pic.compile(each)
+    seconds = timer() - begun
+    tokens = sum(len(each) + LINK.sinks.count for each in ids)
+    return {"documents": len(ids), "tokens": tokens, "seconds": seconds}
+
+
+def learn(
+    pic: PIC, setting: Setting, ended: Callable[[Running], None], way: Way = SERVINGS[-1]
+) -> Knowledge:
     """Graphs of the applications, from a training stream that no arm is tested on.
 
-    It is served linked and retained, first come, first served, all at once.
+    It is served as the arms served that the graphs are for, since link and retention change how
+    much is computed and written; first come, first served, all at once.
     """
     library = setting.library()
-    documents = [contents(library), *(page.text for page in library)]
     clock = CLOCKS[setting.clock]()
-    server = ModelServer(pic, LINK.method, setting.policy, documents, clock.timer)
+    server = _server(way, pic, setting)
     tasks = [(0.0, task) for task in stream(library, setting.training, f"{setting.seed} training")]
     finished = serve_stream(
         tasks,
@@ -155,11 +189,7 @@ def run(
 ) -> dict:
     """Serve the stream of a repeat under an arm; the record of it."""
     library = setting.library()
-    documents = [contents(library), *(page.text for page in library)]
-    method: LinkMethod | None = LINK.method if way.link else None
-    policy = setting.policy if way.retention else None
-    timer = CLOCKS[setting.clock].timer
-    server = ModelServer(pic, method, policy, documents, timer)
+    server = _server(way, pic, setting)
     warms = way.link and way.prewarming
     prewarming = (
         ChunkPrewarming(knowledge, server.prefetch, setting.warm_seconds) if warms else None
@@ -181,7 +211,7 @@ def run(
             prewarming.close()
         detach(pic.model)
     counts = (
-        {"begun": prewarming.begun, "brought": prewarming.brought, "damaged": prewarming.damaged}
+        {name: getattr(prewarming, name) for name in ("begun", "brought", "damaged", "errors")}
         if prewarming is not None
         else {}
     )
@@ -192,6 +222,17 @@ def run(
         "prewarming_counts": counts,
         "applications": [record_of(one) for one in finished],
     }
+
+
+def _server(way: Way, pic: PIC, setting: Setting) -> ModelServer:
+    """What serves the calls of an arm."""
+    return ModelServer(
+        pic,
+        LINK.method if way.link else None,
+        setting.policy if way.retention else None,
+        documents_of(setting.library()),
+        CLOCKS[setting.clock].timer,
+    )
 
 
 def record_of(running: Running) -> dict:

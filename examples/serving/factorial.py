@@ -66,6 +66,19 @@ def over_repeats(values: Sequence[float]) -> dict[str, float | list[float] | Non
     return {"factor": math.exp(mean), "interval": interval}
 
 
+def over_streams(values: Sequence[float]) -> dict[str, float | list[float] | None]:
+    """The mean of log changes over bootstrapped streams as a factor, with its 95 % interval.
+
+    Every stream is drawn anew from what was recorded, so that their standard deviation is the
+    standard error (Efron 1979), however many they are. None for an interval of one stream.
+    """
+    mean, interval = statistics.fmean(values), None
+    if len(values) >= 2:
+        half = 1.959964 * statistics.stdev(values)
+        interval = [math.exp(mean - half), math.exp(mean + half)]
+    return {"factor": math.exp(mean), "interval": interval}
+
+
 def share_interval(right: int, of: int) -> list[float]:
     """The 95 % interval of a share by Wilson's score (1927)."""
     z, share = 1.959964, right / of

@@ -34,7 +34,10 @@ def draw_arms(record: dict, ax: "Axes") -> None:
     for name, row in zip(names, rows, strict=True):
         ax.plot(row["mean_seconds"], [name] * len(row["mean_seconds"]), ".", color="black", ms=4)
     ax.plot([], [], ".", color="black", ms=4, label="mean of one stream")
-    ax.set(xlabel="seconds from arrival to completion", title="How long do applications take?")
+    seconds = {"processor": "processor seconds", "wall": "seconds"}[
+        record["configuration"]["clock"]
+    ]
+    ax.set(xlabel=f"{seconds} from arrival to completion", title="How long do applications take?")
     ax.legend(loc="lower right", fontsize=8)
 
 

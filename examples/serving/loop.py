@@ -6,6 +6,7 @@ prompt, so that a linked prompt, whose KV depends on where its chunks were compi
 and it attends by paged attention, which knows no `SparseCache`. docs/together.md says it at length.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,8 +156,9 @@ def serve_stream(
         knowledge: what is known of the demand of an application on arrival and at its progress.
         clock: goes on while calls are served.
         seed: of the numbers that a random order is drawn by.
-        demands: true seconds of each task by its number, for an oracle.
-        watcher: is told which units begin and end.
+        demands: true seconds of each task by its number, for an oracle. Attained service is then
+            counted in the seconds of the calls too, and not by tokens.
+        watcher: is told which units begin and end; what it raises ends that application as well.
         progress: is told of each application that has ended.
 
     Returns:
@@ -208,15 +210,16 @@ def _serve_call(
     """Serve one call, and let its application go on to the next."""
     call, begun = running.call, clock.now()
     assert call is not None
-    if watcher is not None:
-        watcher.started(running, begun)
     with _failing_alone(running):
+        if watcher is not None:
+            watcher.started(running, begun)
         served = serve(running, lambda: watcher.at_token(clock.now()) if watcher else None)
         clock.served(served.seconds)
         running.served.append((served, begun, begun - running.ready))
         execution = Execution(Unit(call.unit, "llm"), served.computed_tokens, served.new_tokens)
         running.executed += (execution,)
-        seconds = knowledge.cost.seconds(execution)
+        known = not math.isnan(running.job.demand)
+        seconds = served.seconds if known else knowledge.cost.seconds(execution)
         running.job.attained_service += seconds
         policy.served(running.job, seconds, clock.now())
         try:
@@ -228,7 +231,8 @@ def _serve_call(
             left = knowledge.remaining(running.task.application, running.executed, running.call)
             running.job.expect(left, knowledge.table(policy, left))
     if watcher is not None:
-        watcher.finished(running, "end" if running.call is None else running.call.unit)
+        with _failing_alone(running):
+            watcher.finished(running, "end" if running.call is None else running.call.unit)
 
 
 @contextmanager

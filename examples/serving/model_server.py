@@ -99,26 +99,31 @@ class ModelServer:
         tokens = len(first) + sum(map(len, documents)) + len(query)
         tiers: list[str] = []
         damaged = self.store.stats().corrupt
-        if self.method is None:
-            whole = [*first, *chain.from_iterable(documents), *query]
-            ids = torch.tensor([whole], device=self.model.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            past, computed = None, tokens
-        else:
+        whole = [*first, *chain.from_iterable(documents), *query]
+        ids = torch.tensor([whole], device=self.model.device)
+        past, computed = None, tokens
+        if self.method is not None:
             tiers = [self._tier(document) for document in call.documents]
             chunks = [self.pic.compile(first, first=True)]
-            chunks += [self.pic.compile(ids) for ids in documents]
+            chunks += [self.pic.compile(document) for document in documents]
             for document, chunk in zip(call.documents, chunks[1:], strict=True):
                 self._keys[document] = chunk.key
-            prompt = self.pic.link(chunks, query, self.method)
-            inputs = {name: prompt[name] for name in ("input_ids", "attention_mask")}
-            past, computed = prompt.past_key_values, prompt.report.tokens_recomputed
+            # A policy has to see the whole question: then no more than its first token is linked,
+            # and generate computes the question behind the linked pages under the policy.
+            linked = query if self.policy is None else query[:1]
+            prompt = self.pic.link(chunks, linked, self.method)
+            past = prompt.past_key_values
+            computed = prompt.report.tokens_recomputed + len(query) - len(linked)
         if self.policy is not None:
             past = SparseCache(self.model, self.policy, past=past)
         told = _Told(self._timer, begun, at_token)
-        inputs |= {"past_key_values": past} if past is not None else {}
         out = self.model.generate(
-            **inputs, max_new_tokens=call.new_tokens, do_sample=False, streamer=told
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=past,
+            max_new_tokens=call.new_tokens,
+            do_sample=False,
+            streamer=told,
         )
         written = out[0, tokens:]
         held = tokens + len(written) - 1

@@ -26,6 +26,7 @@ class ChunkPrewarming:
         begun: prefetches that were started, one for a unit.
         brought: chunks that came from disk.
         damaged: chunks that were found damaged, and are compiled when they are linked.
+        errors: what other prefetches failed with; a call reads what they did not bring.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ChunkPrewarming:
         self._executor = ThreadPoolExecutor(1, "prefetch")
         self._futures: list[Future[bool]] = []
         self.begun = self.brought = self.damaged = 0
+        self.errors: list[str] = []
         self._graphs = knowledge.graphs
 
     def started(self, running: Running, now: float) -> None:
@@ -53,7 +55,8 @@ class ChunkPrewarming:
         assert call is not None
         job, application = str(running.job.index), running.task.application
         self._likely[job] = call.likely
-        if call.unit in {unit.name for unit in self._graphs[application].units}:
+        graph = self._graphs.get(application)  # None where training has not seen the application
+        if graph is not None and call.unit in {unit.name for unit in graph.units}:
             self._driver.unit_started(job, application, call.unit, now)
             self._driver.tick(now)
 
@@ -66,17 +69,15 @@ class ChunkPrewarming:
         self._driver.unit_finished(str(running.job.index), following)
 
     def close(self) -> None:
-        """Wait for what was begun; count it.
-
-        Raises:
-            Exception: what a prefetch raised, other than a chunk that is damaged.
-        """
+        """Wait for what was begun; count it, and what failed: nothing is lost by that but time."""
         self._executor.shutdown()
         for future in self._futures:
             try:
                 self.brought += future.result()
             except CorruptChunk:
                 self.damaged += 1
+            except Exception as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
 
     def _warm(self, job: str, unit: str) -> None:
         self.begun += 1

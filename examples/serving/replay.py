@@ -1,6 +1,6 @@
 """Recorded calls served again on a virtual clock: other orders, other loads, many more arrivals.
 
-A call takes the processor seconds that it took when it was recorded, and brings what it brought.
+A call takes the seconds that it took by the clock of the run, and brings what it brought.
 """
 
 import random
@@ -14,7 +14,7 @@ from serving.library import Page
 from serving.loop import Running, VirtualClock, serve_stream
 from serving.model_server import Served
 
-from demand import FCFS, ClassMean, Execution, Gittins, Oracle, Policy, RandomOrder, Unit
+from demand import FCFS, ClassMean, Gittins, Oracle, Policy, RandomOrder
 
 POLICIES: dict[str, Policy] = {
     "FCFS": FCFS(),
@@ -25,10 +25,15 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+Recorded = Sequence[tuple[Task, Sequence[Sequence[Served]]]]
+"""Tasks, each with one or more recordings of the same calls."""
+Drawn = list[tuple[Task, list[Served]]]
+
+
 def replays(
-    recorded: Mapping[str, Sequence[tuple[Task, Sequence[Served]]]],
+    recorded: Mapping[str, Recorded],
     library: Sequence[Page],
-    knowledge: Knowledge,
+    knowledge: Mapping[str, Knowledge],
     loads: Sequence[float],
     *,
     applications: int,
@@ -37,35 +42,66 @@ def replays(
 ) -> list[dict]:
     """Every policy on every arm at every load, the same applications and arrivals for all.
 
+    Each stream is of a bootstrap sample of what was recorded: of the tasks, and of the recordings
+    of each. Thus streams differ as other tasks and other recordings would.
+
     Args:
-        recorded: by arm, tasks with their calls; the first arm is the one that loads are of.
+        recorded: by arm, the same tasks for all; the first arm is the one that loads are of.
         library: the pages.
-        knowledge: for the policies.
-        loads: processor seconds of the first arm that arrive in a second.
-        applications: of a stream, drawn from the recorded ones.
+        knowledge: for the policies, by arm.
+        loads: seconds of the first arm that arrive in a second.
+        applications: of a stream, drawn from the sample.
         seeds: streams.
         done: is told of each row.
+
+    Returns:
+        Rows of `load`, `arm`, `own_load` (the seconds of this arm that arrive in a second),
+        `order`, and of each stream the mean and the 95th percentile of the completion times.
     """
-    first = next(iter(recorded))
-    mean = statistics.fmean(sum(call.processor_seconds for call in of) for _, of in recorded[first])
+    drawn = {arm: [_sample(arm, pool, s) for s in range(seeds)] for arm, pool in recorded.items()}
+    means_of = {arm: [_mean_seconds(each) for each in of] for arm, of in drawn.items()}
+    first = means_of[next(iter(recorded))]
     rows = []
     for load in loads:
-        for arm, pool in recorded.items():
+        for arm, samples in drawn.items():
+            own = statistics.fmean(m / f for m, f in zip(means_of[arm], first, strict=True)) * load
             for name, policy in POLICIES.items():
                 means, p95s = [], []
-                for seed in range(seeds):
+                for seed, sample in enumerate(samples):
+                    between = first[seed] / load
                     times = _replay(
-                        pool, library, knowledge, policy, mean / load, applications, seed
+                        sample, library, knowledge[arm], policy, between, applications, seed
                     )
                     means.append(statistics.fmean(times))
                     p95s.append(statistics.quantiles(times, n=20)[-1])
-                rows.append({"load": load, "arm": arm, "order": name, "means": means, "p95s": p95s})
+                row = {"load": load, "arm": arm, "own_load": own, "order": name}
+                rows.append({**row, "means": means, "p95s": p95s})
                 done()
     return rows
 
 
+def _sample(arm: str, pool: Recorded, seed: int) -> Drawn:
+    """As many tasks, drawn with replacement and alike for all arms; each call by the mean of its
+    recordings, which are drawn so as well."""
+    draw, recordings = random.Random(f"sample {seed}"), random.Random(f"recordings {arm} {seed}")
+    drawn = []
+    for task, recorded in draw.choices(pool, k=len(pool)):
+        some = recordings.choices(recorded, k=len(recorded))
+        calls = [
+            replace(of[0], seconds=statistics.fmean(each.seconds for each in of))
+            for of in zip(*some, strict=True)
+        ]
+        drawn.append((task, calls))
+    return drawn
+
+
+def _mean_seconds(drawn: Drawn) -> float:
+    """Of an application."""
+    return statistics.fmean(sum(call.seconds for call in calls) for _, calls in drawn)
+
+
 def _replay(
-    pool: Sequence[tuple[Task, Sequence[Served]]],
+    pool: Drawn,
     library: Sequence[Page],
     knowledge: Knowledge,
     policy: Policy,
@@ -80,23 +116,23 @@ def _replay(
         task, served = pool[draw.randrange(len(pool))]
         arrivals.append((second, replace(task, number=number)))
         calls[number] = served
-        demands[number] = sum(
-            knowledge.cost.seconds(Execution(_UNIT, each.computed_tokens, each.new_tokens))
-            for each in served
-        )
+        demands[number] = sum(each.seconds for each in served)
         second += draw.expovariate(1.0 / between)
 
     def serve(running: Running, at_token: Callable[[], None]) -> Served:
-        call = calls[running.task.number][len(running.served)]
-        return replace(call, seconds=call.processor_seconds)
+        return calls[running.task.number][len(running.served)]
 
     finished = serve_stream(
-        arrivals, library, serve, policy, knowledge, VirtualClock(), seed=seed, demands=demands
+        arrivals,
+        library,
+        serve,
+        policy,
+        knowledge,
+        VirtualClock(),
+        seed=seed,
+        demands=demands if isinstance(policy, Oracle) else None,
     )
     failed = [one.error for one in finished if one.error]
     if failed:
         raise RuntimeError(f"{len(failed)} replayed applications failed, the first by {failed[0]}")
     return [one.completion for one in finished]
-
-
-_UNIT = Unit("call", "llm")

@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from serving.factorial import PARTS, over_repeats
+from serving.factorial import PARTS, over_streams
 
 
 def _factor(entry: dict) -> str:
@@ -29,7 +29,12 @@ def arms_table(record: dict) -> str:
         f"| {row['waited_first_token_mean']:.1f} s | {row['waited_first_token_p95']:.1f} s |"
         for row in record["arms"]
     ]
-    return "\n".join([*lines, "", _beneath(record)])
+    noise = record["noise"]
+    floor = (
+        f"No order can change what a call takes: arms that serve identical calls differ by up to "
+        f"{noise['largest']:.2f} in the mean of a call, which is noise."
+    )
+    return "\n".join([*lines, "", _beneath(record), floor])
 
 
 def answers_table(record: dict) -> str:
@@ -37,6 +42,7 @@ def answers_table(record: dict) -> str:
     heads = (
         "on",
         "right",
+        "lost, gained",
         "as with none",
         "tokens written a call",
         "prompt computed",
@@ -46,13 +52,41 @@ def answers_table(record: dict) -> str:
     )
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
     lines += [
-        f"| {row['arm']} | {_share(row, 'right')} | {_share(row, 'equal')} "
+        f"| {row['arm']} | {_share(row, 'right')} | {row['lost']}, {row['gained']} "
+        f"| {_share(row, 'equal')} "
         f"| {row['new_tokens']:.1f} | {row['computed_share']:.0%} "
         f"| {row['kv_bytes'] / 2**20:.1f} MiB | {row['from_disk']} | {row['brought']} |"
         for row in record["arms"]
     ]
     answers = record["arms"][0]["answers"]
-    return "\n".join([*lines, "", f"{answers} answers an arm; 95 % intervals of shares by Wilson."])
+    beneath = (
+        f"{answers} answers an arm; 95 % intervals of shares by Wilson. Lost: right with nothing "
+        "on and wrong here; gained: the other way round."
+    )
+    return "\n".join([*lines, "", beneath])
+
+
+def compiling_table(record: dict) -> str:
+    """What compiling the pages took and when it is paid back, in Markdown."""
+    of, rows = record["compiling"], {row["arm"]: row for row in record["arms"]}
+    uses = of["uses_to_pay_back"]
+    heads = (
+        "documents compiled",
+        "tokens",
+        "seconds",
+        "a use saves",
+        "paid back after",
+        "prompt computed with link",
+        "with compiling counted",
+    )
+    shares = f"{rows['link']['computed_share']:.0%} | {of['computed_share_with_compiling']:.0%}"
+    cells = (
+        f"{of['documents']} | {of['tokens']:,} | {of['seconds']:.1f} s "
+        f"| {of['saved_seconds_a_use']:.2f} s "
+        f"| {'never' if uses is None else f'{uses:.1f} uses of a page'}"
+    )
+    lines = [f"| {' | '.join(heads)} |", "|" + " ---: |" * len(heads), f"| {cells} | {shares} |"]
+    return "\n".join(lines)
 
 
 def _share(row: dict, what: str) -> str:
@@ -89,8 +123,10 @@ def replays_table(record: dict) -> str:
     """Mean completion of every order in replays, in Markdown."""
     orders = list(dict.fromkeys(row["order"] for row in record["replays"]))
     lines = [
-        "| load | on | FCFS | " + " | ".join(f"{o} / FCFS" for o in orders[1:]) + " |",
-        "| ---: | --- |" + " ---: |" * len(orders),
+        "| load of none | on | its own load | FCFS | "
+        + " | ".join(f"{o} / FCFS" for o in orders[1:])
+        + " |",
+        "| ---: | --- |" + " ---: |" * (len(orders) + 1),
     ]
     for load, arm in dict.fromkeys((row["load"], row["arm"]) for row in record["replays"]):
         means = {
@@ -98,12 +134,13 @@ def replays_table(record: dict) -> str:
             for row in record["replays"]
             if (row["load"], row["arm"]) == (load, arm)
         }
+        (own,) = {r["own_load"] for r in record["replays"] if (r["load"], r["arm"]) == (load, arm)}
         ratios = []
         for order in orders[1:]:
             each = [a / b for a, b in zip(means[order], means["FCFS"], strict=True)]
-            ratios.append(_factor(over_repeats([math.log(ratio) for ratio in each])))
+            ratios.append(_factor(over_streams([math.log(ratio) for ratio in each])))
         fcfs = statistics.fmean(means["FCFS"])
-        lines.append(f"| {load} | {arm} | {fcfs:.1f} s | " + " | ".join(ratios) + " |")
+        lines.append(f"| {load} | {arm} | {own:.2f} | {fcfs:.1f} s | " + " | ".join(ratios) + " |")
     return "\n".join(lines)
 
 
@@ -115,14 +152,14 @@ def _beneath(record: dict) -> str:
     asked, where = record["configuration"], record["environment"]
     served = record["arms"][0]["applications"]
     return (
-        f"{served} applications an arm in {asked['repeats']} streams, {record['arms'][0]['calls']} "
-        f"calls with nothing on; seconds by the {asked['clock']} clock; {where['hardware']}, "
-        f"{where['threads']} threads, torch {where['torch']}, transformers "
-        f"{where['transformers']}, seed {asked['seed']}."
+        f"{served} applications an arm in {len(record['repeats'])} streams, "
+        f"{record['arms'][0]['calls']} calls with nothing on; seconds by the "
+        f"{asked['clock']} clock; {where['hardware']}, {where['threads']} threads, "
+        f"torch {where['torch']}, transformers {where['transformers']}, seed {asked['seed']}."
     )
 
 
 def text_of(record: dict) -> str:
     """All tables, for a terminal."""
-    tables = (arms_table, answers_table, contributions_table, replays_table)
+    tables = (arms_table, answers_table, compiling_table, contributions_table, replays_table)
     return "\n\n".join(table(record) for table in tables)
