@@ -317,6 +317,28 @@ def test_problems_together_measure_what_each_does_alone(model, request, template
             np.testing.assert_allclose(measured, alone.measured[arm][metric], rtol=0, atol=2e-5)
 
 
+def test_a_group_measures_to_the_bit_what_it_does_without_those_before(model):
+    """As a worker does that did not work on them: nothing compiled beside others is left."""
+    shared = "the cat sits on the mat where a b c d"
+    problems = [
+        Problem((shared, "e f"), "where is the cat", ("on the mat",)),
+        Problem(("the dog sleeps on a roof e f a b c d e f", "d e"), "who sleeps", ("the dog",)),
+        Problem((shared, "the bird sings on the roof a b c d e"), "who sings", ("the bird",)),
+        Problem(("f", "e d c b a"), "who", ("the bird",)),
+        Problem((shared, "f e d"), "who is where", ("the cat",)),
+    ]
+    metrics = ["nll", "extra_nll", "kl"]
+    given = dict(new_tokens=3, metrics=metrics, progress=False, together=2)
+    ways = [NaiveReuse(), LegoLink(2)]
+    whole = compare(model, tokenizer_of(), problems, ways, **given)
+    for start in (2, 4):
+        group = compare(model, tokenizer_of(), problems[start : start + 2], ways, **given)
+        for arm, of in group.measured.items():
+            for metric in metrics:
+                found = whole.measured[arm][metric][start : start + 2]
+                assert found.tolist() == of[metric].tolist(), (arm, metric)
+
+
 def test_a_pic_is_used_again_with_what_it_has_compiled(model, monkeypatch):
     tokenizer = tokenizer_of()
     pic = PIC(model, tokenizer, flops_per_byte=None)
