@@ -102,8 +102,8 @@ def compare(
             methods, two arms of one name, some arms that keep the BOS of chunks and some that do
             not, a prompt longer than the model's positions, a pic of another model or tokenizer or
             one that may prefill in full, workers beside a pic or for a model that is not on the
-            CPU; before anything runs. Later, with a note that says of which problem, what a worker
-            raised.
+            CPU; before anything runs. Later, with a note that says of which problem, what working
+            on it raised.
     """
     check_problems(problems)
     arms = _named(methods)

@@ -188,6 +188,8 @@ def test_the_fair_arms_are_compared_with_full_prefill_first(model):
             dict(metrics=["first_token_seconds"], together=2),
             "'first_token_seconds' is of a prompt linked alone",
         ),
+        (dict(workers=2, pic=object()), "workers=2 and a pic are given"),
+        (dict(workers=2, metrics=["first_token_seconds"]), "leave out together and workers"),
         (dict(new_tokens=0), "whole number of new_tokens, got 0"),
         (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
     ],
@@ -199,6 +201,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     given = dict(problems=PROBLEMS, methods=[NaiveReuse()]) | arguments
     with pytest.raises(PICacheError, match=message):
         compare(model, tokenizer_of(), progress=False, **given)
+
+
+def test_workers_are_not_sent_a_model_that_is_not_on_the_cpu():
+    there = tiny_model("llama").to("meta")
+    with pytest.raises(PICacheError, match="workers=2 would copy a model on meta into every"):
+        compare(there, tokenizer_of(), PROBLEMS, [NaiveReuse()], workers=2, progress=False)
 
 
 def test_other_ids_are_no_comparison(model):
