@@ -34,6 +34,9 @@ class ArmsLinker:
         tokenizer: of the model.
         arms: by name.
         own: whether the pic's store is for this alone, and may be emptied.
+        together: how many problems are linked at once, at most. If several, each group compiles
+            what it needs: what is padded together, and with it rounding, would else depend on the
+            groups before, which another process may have worked on.
 
     Attributes:
         prompt_tokens: of each problem's prompt so far.
@@ -43,9 +46,14 @@ class ArmsLinker:
     """
 
     def __init__(
-        self, pic: PIC, tokenizer: "PreTrainedTokenizerBase", arms: Mapping[str, Arm], own: bool
+        self,
+        pic: PIC,
+        tokenizer: "PreTrainedTokenizerBase",
+        arms: Mapping[str, Arm],
+        own: bool,
+        together: int,
     ) -> None:
-        self._own = own
+        self._own, self._together = own, together
         self._pic, self._tokenizer, self._arms = pic, tokenizer, arms
         self._pics: dict[Sinks, PIC] = {}
         for name, arm in arms.items():
@@ -64,7 +72,7 @@ class ArmsLinker:
         Raises:
             PICacheError: when an arm refuses, or links other ids than the first one; names it.
         """
-        if self._own and self._pic.store.nbytes > KEPT:
+        if self._own and (self._together > 1 or self._pic.store.nbytes > KEPT):
             self._pic.store.clear()
             self._compiled.clear()
         which = f"problem {start}"

@@ -84,7 +84,7 @@ def compare(
         seed: of the intervals.
         together: how many problems are compiled and linked at once. On a GPU that is faster, most
             of all for problems that are about as long; first_token_seconds, which is of a prompt
-            alone, is then left out.
+            alone, is then left out. What groups share is compiled for each of them.
         pic: what to link by, with chunks compiled and passes captured before; by default a new one.
         workers: how many processes work at once, by joblib, or a Ray cluster, "ray://HOST:PORT":
             see `picache.sweep.spread`. Each holds a copy of the model, which must be on the CPU,
@@ -102,8 +102,8 @@ def compare(
             methods, two arms of one name, some arms that keep the BOS of chunks and some that do
             not, a prompt longer than the model's positions, a pic of another model or tokenizer or
             one that may prefill in full, workers beside a pic or for a model that is not on the
-            CPU; before anything runs. Later, with a note that says of which problem, what a worker
-            raised.
+            CPU; before anything runs. Later, with a note that says of which problem, what working
+            on it raised.
     """
     check_problems(problems)
     arms = _named(methods)
@@ -117,8 +117,10 @@ def compare(
         _check_pic(pic, model, tokenizer)
     own = pic is None
     pic = PIC(model, tokenizer, flops_per_byte=None) if pic is None else pic
-    linker = ArmsLinker(pic, tokenizer, arms, own)  # refuses arms that this model does not serve
-    groups = _Groups(model, tokenizer, arms, new_tokens, linker if workers == 1 else None)
+    # Refuses arms that this model does not serve.
+    linker = ArmsLinker(pic, tokenizer, arms, own, together)
+    here = linker if workers == 1 else None
+    groups = _Groups(model, tokenizer, arms, new_tokens, together, here)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
     prompt_tokens: list[int] = []
@@ -151,6 +153,7 @@ class _Groups:
         tokenizer: of the model.
         arms: by name.
         new_tokens: of an answer.
+        together: how many problems are in a group, at most.
         linker: links the prompts; in another process, which this is sent to, one of its own.
     """
 
@@ -160,10 +163,11 @@ class _Groups:
         tokenizer: "PreTrainedTokenizerBase",
         arms: dict[str, Arm],
         new_tokens: int,
+        together: int,
         linker: ArmsLinker | None,
     ) -> None:
         self._model, self._tokenizer, self._arms = model, tokenizer, arms
-        self._new_tokens, self._linker = new_tokens, linker
+        self._new_tokens, self._together, self._linker = new_tokens, together, linker
         self._threads = torch.get_num_threads()
 
     @torch.no_grad()
@@ -178,7 +182,7 @@ class _Groups:
         if self._linker is None:
             torch.set_num_threads(self._threads)
             pic = PIC(model, tokenizer, flops_per_byte=None)
-            self._linker = ArmsLinker(pic, tokenizer, self._arms, own=True)
+            self._linker = ArmsLinker(pic, tokenizer, self._arms, True, self._together)
         targets = None
         if group[0].answers:
             ids = (answer_ids(problem, tokenizer) for problem in group)

@@ -270,13 +270,14 @@ class PIC:
 
     def _bring(self, form: Form) -> None:
         """Compile a chunk, unless the store has it; bring it to the device if it has room."""
+        whole = True
         if self._fetch(form).tier != "device":
             try:
                 self.store.promote(form.key, self.hf.device)
             except CorruptChunk:  # the store has dropped it
-                if self.hf.shards is not None:
-                    raise  # the other processes have what is theirs, and would not compile it
-                self._fetch(form)
+                whole = False
+        if not self.hf.everywhere(whole):
+            self._fetch(form)
 
     def _chunk(self, document: Document, text: TextIds, form: Form) -> Chunk:
         """What `compile` gives for a document."""

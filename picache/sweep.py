@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -83,7 +84,7 @@ def spread(
             The same goes for Ctrl-C, which ends the workers.
     """
     workers = checked_workers(workers)
-    if workers == 1:
+    if workers == 1 or _TASK:  # or in a cell of another sweep, whose workers are at work
         with bar(len(items), what, progress) as advance:
             for item in items:
                 yield _noted(task, named(item), item)
@@ -118,10 +119,14 @@ def spread(
                         for result in results:
                             done += 1
                             yield result
-        except Exception as error:
-            if not getattr(error, "__notes__", ()):  # of a worker that was killed, not of a cell
+        except _CellError as failed:
+            raise failed.original() from failed.__cause__  # where it was raised, in the worker
+        except Exception as error:  # of a worker that was killed, not of a cell
+            if done < len(items):
                 error.add_note(f"the first cell without a result is {named(items[done])}")
             raise
+        finally:
+            _TASK.clear()  # where joblib ran the cells in this process
 
 
 def _workers(
@@ -138,7 +143,9 @@ def _workers(
         ) from error
     pickled = partial(_pickled, cloudpickle.dumps)
     if isinstance(workers, int):  # results come as they are there
-        return joblib, dict(n_jobs=workers, return_as="generator"), pickled, cells
+        # Named, since threads, which `joblib.parallel_config` may ask for, would share a model.
+        settings = dict(n_jobs=workers, backend="loky", return_as="generator")
+        return joblib, settings, pickled, cells
     ray = _connected(workers)
     count = int(ray.cluster_resources()["CPU"])
     return joblib, dict(n_jobs=count, backend=RAY), lambda t: ray.put(pickled(t)), ROUND * count
@@ -158,14 +165,44 @@ def _cell(token: str, sent: Any, name: str, item: Any) -> Any:
             sent = ray.get(sent)
         _TASK[token] = pickle.loads(sent)
     try:
-        return _noted(_TASK[token], name, item)
+        return _TASK[token](item)
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            said = f"{name}: {type(error).__name__}: {error}"
-            raise PICacheError(said) from None  # what cannot be sent would break the pool
-        raise
+        raise _CellError(name, *_packed(name, error)) from error
+
+
+class _CellError(Exception):
+    """What a cell raised, on its way out of a worker: as bytes, which arrive whatever it is.
+
+    Args:
+        name: of the cell.
+        notes: of the error; one that says itself how it is pickled loses them.
+        packed: the error.
+    """
+
+    def __init__(self, name: str, notes: list[str], packed: bytes) -> None:
+        super().__init__(name, notes, packed)
+        self.name, self.notes, self.packed = name, notes, packed
+
+    def original(self) -> Exception:
+        """The error, with a note that names the cell."""
+        error: Exception = pickle.loads(self.packed)
+        error.__dict__.pop("__notes__", None)
+        for note in (*self.notes, f"the cell is {self.name}"):
+            error.add_note(note)
+        return error
+
+
+def _packed(name: str, error: Exception) -> tuple[list[str], bytes]:
+    """The notes of an error, and itself; one that cannot be sent is told in another's words."""
+    import cloudpickle  # which sends a class of __main__, too
+
+    notes = list(getattr(error, "__notes__", ()))
+    try:
+        packed = cloudpickle.dumps(error)
+        pickle.loads(packed)
+    except Exception:
+        packed = pickle.dumps(PICacheError(f"{name}: {type(error).__name__}: {error}"))
+    return notes, packed
 
 
 def _noted(task: Callable[[Item], Result], name: str, item: Item) -> Result:
@@ -208,30 +245,42 @@ def _connected(workers: str) -> Any:
     return ray
 
 
-_MADE: list[str] = []
-"""The address of the connection that was made here last."""
+_MADE: dict[str, str] = {}
+"""The address that this process connected to last, and which connection that was."""
+
+
+def _connection(ray: Any) -> str:
+    """What tells one connection from another: each client of a cluster is a job of its own."""
+    return str(ray.get_runtime_context().get_job_id())
 
 
 def _connect(ray: Any, address: str) -> None:
     """Connect this process, unless it is connected to the address already."""
     if ray.is_initialized():
-        if address in _MADE:
+        if _MADE.get(address) == _connection(ray):
             return
         raise PICacheError(
             f"workers={address!r}, and this process is connected to a Ray cluster already: give "
             'workers="ray" to use that one, or call ray.shutdown() before'
         )
-    kept = (sys.prefix, sys.base_prefix)  # an environment's own packages are each machine's
-    folders = [os.path.abspath(path) for path in sys.path]
-    shown = os.pathsep.join(path for path in folders if not path.startswith(kept))
+    shown = os.pathsep.join(_own_folders(sys.path, (sys.prefix, sys.base_prefix)))
+    # A worker would see every GPU of its machine, and all of them the first.
+    env_vars = {"PYTHONPATH": shown, "CUDA_VISIBLE_DEVICES": ""}
     try:
-        ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": shown}})
+        ray.init(address, runtime_env={"env_vars": env_vars})
     except ConnectionError as error:
         raise PICacheError(
             f"workers={address!r} cannot be reached ({error}); expected the client server of a Ray "
             "cluster, which `ray start --head` starts at port 10001"
         ) from error
-    _MADE[:] = [address]
+    _MADE.clear()
+    _MADE[address] = _connection(ray)
+
+
+def _own_folders(paths: Sequence[str], environments: Sequence[str]) -> list[str]:
+    """Folders outside of environments, whose own packages are each machine's."""
+    found = [Path(path).absolute() for path in paths]
+    return [str(path) for path in found if not any(map(path.is_relative_to, environments))]
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def compare(
             policy that cannot serve the model or whose budget the prompt fills, either of them
             perhaps only where a batch goes on to its longest, workers for a model that is not on
             the CPU; before anything runs. Later, with a note that says of which text or problem,
-            what a worker raised.
+            what working on it raised.
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, least=1)
     new_tokens = whole_number("new_tokens", new_tokens, least=1)
@@ -145,13 +145,14 @@ def compare(
             _check_room(name, cache, tasks, batches, unit)
         task = _Batches(model, tokenizer, arms, final, right)
         cells = [(batch, [tasks[i] for i in batch]) for batch in batches]
+
+        def named(cell: tuple[Sequence[int], Sequence[Task]]) -> str:
+            return f"{unit} " + ", ".join(map(str, cell[0]))
+
         if workers == 1:
-            values, decoded = _joined(_one_by_one(task, cells, caches, progress), tasks, batches)
+            found = _one_by_one(task, cells, caches, named, progress)
+            values, decoded = _joined(found, tasks, batches)
         else:
-
-            def named(cell: tuple[Sequence[int], Sequence[Task]]) -> str:
-                return f"{unit} " + ", ".join(map(str, cell[0]))
-
             spreading = spread(task, cells, workers, named=named, what="batches", progress=progress)
             with _detached(model), closing(spreading) as done:  # workers attach copies of their own
                 values, decoded = _joined(done, tasks, batches)
@@ -204,15 +205,20 @@ def _one_by_one(
     task: "_Batches",
     cells: Sequence[tuple[Sequence[int], Sequence[Task]]],
     caches: "dict[str, SparseCache]",
+    named: Callable[[tuple[Sequence[int], Sequence[Task]]], str],
     progress: bool,
 ) -> Iterator[ByArm]:
     """In this process, with a bar of the arms of every batch."""
     with bar(len(cells) * (1 + len(caches)), "batches under policies", progress) as advance:
-        for _, batch in cells:
+        for cell in cells:
             by_arm = {}
-            for name, rows in task.runs(batch, caches):
-                by_arm[name] = rows
-                advance()
+            try:
+                for name, rows in task.runs(cell[1], caches):
+                    by_arm[name] = rows
+                    advance()
+            except Exception as error:
+                error.add_note(f"the cell is {named(cell)}")
+                raise
             yield by_arm
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demand import DemandError, Gittins, RandomOrder, bimodal_mix, compare
+from demand import DemandError, Gittins, RandomOrder, bimodal_mix, compare, sweep
 from demand.sweep import spread
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,57 @@ def test_an_error_keeps_its_kind_and_names_the_cell(workers):
         list(spread(partial(fails, TooMuchError), range(9), **given))
     assert "seed 5" in str(raised.value) + str(raised.value.__notes__)
     assert list(spread(square, range(3), 2, progress=False))[2][0] == 2  # the next sweep works
+
+
+class CodedError(Exception):
+    """It says itself how it is pickled, and leaves out its notes."""
+
+    def __reduce__(self):
+        return CodedError, self.args
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_pickles_itself_keeps_its_notes(workers):
+    def cell(item):
+        if item == 3:
+            error = CodedError(item)
+            error.add_note("of the cell's own")
+            raise error
+        return item
+
+    with pytest.raises(CodedError, match="the cell is seed 3") as raised:
+        list(spread(cell, range(5), workers, named=lambda item: f"seed {item}", progress=False))
+    assert raised.value.__notes__ == ["of the cell's own", "the cell is seed 3"]
+
+
+def test_an_error_of_a_class_that_no_module_has_keeps_its_kind():
+    class OwnError(Exception):
+        """As one of a script or a notebook is."""
+
+    def cell(item):
+        raise OwnError(item)
+
+    with pytest.raises(OwnError, match="the cell is 0"):
+        list(spread(cell, range(2), 2, progress=False))
+
+
+def test_cells_run_in_processes_whatever_joblib_was_set_to():
+    with joblib.parallel_config(backend="threading"):
+        assert os.getpid() not in spread(whose, range(3), 2, progress=False)
+
+
+def test_a_sweep_inside_a_cell_stays_in_its_worker():
+    def cell(item):
+        return os.getpid(), set(spread(whose, range(3), 2, progress=False))
+
+    for process, inside in spread(cell, range(2), 2, progress=False):
+        assert inside == {process}
+    assert not sweep._TASK
+
+
+def test_folders_of_an_environment_are_told_by_their_parts():
+    paths = ["/env/lib", "/env", "/environment/code", "/code"]
+    assert sweep._own_folders(paths, ["/env"]) == ["/environment/code", "/code"]
 
 
 def test_a_comparison_is_that_of_one_process():

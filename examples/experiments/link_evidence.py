@@ -18,7 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,31 +28,21 @@ from link_evidence_pages import draw, tables
 from link_evidence_summary import summary
 from link_turns import LONGEST, NEW_TOKENS, Asked, Turn, asked_of, text_ids, turns_of, with_bos
 from link_ways import BOS_KEPT, arms_of, ways
+from linker import linker
 from loaded import loaded
 from paragraph_questions import TASKS
 from parallel import spread
 from workers import add_workers
 
-from picache import PIC, compare
+from picache import compare
 from picache.compare import FULL
 from picache.datasets.formats import INSTRUCTION
 from picache.problem import answer_ids, pieces
 
 METRICS = ("accuracy", "extra_nll", "kl", "recomputed", "operations")
 QUESTIONS = "link_evidence_questions.json.gz"
-ROOM = 256
-"""Tokens of a prompt besides its documents and its question: instruction, template, answer."""
 TIMED = 5
 """Prompts that are linked alone, twice by each way, for its seconds; one where small."""
-
-
-@cache
-def linker(model_name: str, together: int) -> PIC:
-    """What links in this process; on a GPU with memory for the longest prompts from the start."""
-    pic = PIC(*loaded(model_name, torch.float32), flops_per_byte=None)
-    if torch.cuda.is_available():
-        pic.warm_up(LONGEST + ROOM, rows=1, batch=together, progress=False)
-    return pic
 
 
 def measured(

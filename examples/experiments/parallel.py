@@ -30,8 +30,8 @@ def spread(
         return
     if isinstance(workers, str) and torch.cuda.is_available():
         raise PICacheError(
-            f"workers={workers!r} and a GPU here: a worker of a Ray cluster sees no GPU "
-            "that it did not ask for, and would measure on the CPU; give a number of processes on "
+            f"workers={workers!r} and a GPU here: a worker of a Ray cluster sees no GPU, "
+            "and would measure on the CPU; give a number of processes on "
             "each machine"
         )
     task_there = partial(_on_one_device, task)
@@ -45,6 +45,7 @@ def _short(item: object) -> str:
 def _on_one_device(task: Callable[[Item], Result], item: Item) -> Result:
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        _, _, number = multiprocessing.current_process().name.rpartition("-")  # LokyProcess-3
-        torch.cuda.set_device(int(number) % torch.cuda.device_count())
+        name, _, number = multiprocessing.current_process().name.rpartition("-")
+        if name == "LokyProcess":  # LokyProcess-3; joblib may also run the task in this process
+            torch.cuda.set_device(int(number) % torch.cuda.device_count())
     return task(item)

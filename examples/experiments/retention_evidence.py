@@ -18,18 +18,19 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from environment import environment, hardware
 from growing_record import GrowingRecord, read
-from layer_by_layer import Texts, Walk, apart, hidden_states
+from known_texts import Setting, known
+from layer_by_layer import Walk, apart, hidden_states
 from loaded import loaded
 from parallel import spread
 from retention_evidence_summary import draw, summary, tables
-from retention_texts import asked, texts
+from retention_texts import asked
 from retention_ways import FREE, SMALL, WAYS
 from torch import Tensor
 from workers import add_workers
@@ -51,19 +52,6 @@ class Job(NamedTuple):
     budget: int
 
 
-class Setting(NamedTuple):
-    """What all arms share."""
-
-    model: str
-    data: Path
-    texts: int
-    tokens: int
-    prompt: int
-    questions: int
-    answer: int
-    seed: int
-
-
 def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer: int) -> list[Job]:
     """The arms in the order in which they are measured: budget by budget, then those that decode.
 
@@ -77,15 +65,6 @@ def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer:
     if answer:
         found += [Job("free", "full", 0), *(Job("free", name, free_budget) for name in FREE)]
     return found
-
-
-@cache
-def known(setting: Setting) -> tuple[Texts, Tensor]:
-    """The texts, and dense attention's hidden states of them."""
-    model, tokenizer = loaded(setting.model)
-    ids = texts(tokenizer, setting.data, setting.texts, setting.tokens, setting.seed)
-    given = Texts(ids.to(model.device), setting.prompt)
-    return given, hidden_states(model, given)[0]
 
 
 def forced(setting: Setting, jobs: Sequence[Job]) -> list[dict]:

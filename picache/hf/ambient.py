@@ -140,14 +140,24 @@ def refuse_ambient(model: PreTrainedModel, made: ModelState | None = None) -> Mo
             f"{what} is in training mode, where dropout changes keys and values{also}: call "
             "model.eval() first"
         )
-    kinds = {tensor.device.type for _, tensor in now.weights}
+    devices = {tensor.device for _, tensor in now.weights}
+    kinds = {device.type for device in devices}
     if "meta" in kinds:
         away = [where for where, tensor in now.weights if tensor.device.type == "meta"]
         raise PICacheError(
             f"{len(away)} of the {len(now.weights)} weights of {name} are not in memory (the first "
             f"is {away[0]!r}): they were offloaded to disk or to the CPU (device_map, "
             "accelerate's cpu_offload), or never loaded. What is not here cannot be told from "
-            "other weights: load the whole model, on several devices if it fits none"
+            "other weights: load the whole model on one device, or share each layer out over "
+            "processes (tp_plan='auto')"
+        )
+    if len(devices) > 1:  # buffers may lie elsewhere
+        devices = {tensor.device for _, tensor in now.weights[: len(now.dtypes)]}
+    if len(devices) > 1:
+        raise PICacheError(
+            f"the weights of {name} lie on {' and '.join(sorted(map(str, devices)))}, and prompts "
+            "are put together on one device: load the model on one (device_map={'': 0}), or share "
+            "each layer out over processes (tp_plan='auto')"
         )
     for kind in sorted(kinds):
         refuse_autocast(kind)

@@ -29,6 +29,8 @@ def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     Quantised weights are often a tensor subclass, made of integers and scales. Of a weight that is
     shared out it is what this process holds.
     """
+    if type(tensor) in PLAIN:  # as most are: to ask whether it is shared out takes longer
+        return [(name, tensor)]
     tensor = local(tensor)
     if type(tensor) in PLAIN or not is_traceable_wrapper_subclass(tensor):
         return [(name, tensor)]

@@ -108,7 +108,8 @@ class HFModel:
         self.window: int | None = min((w for w in windows if w), default=None)
         self.rotary = RotaryModule(self._find_rotary(), self.config, type(self.model).__name__)
         self.one_token = self._kv_at(torch.tensor([0]), torch.tensor([0]))
-        self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
+        with self.agreed():
+            self.rotations: list[Rotation | None] = calibrate(self._kv_at, self.rotary.cos_sin)
         rotated = [layer for layer, rotation in enumerate(self.rotations) if rotation is not None]
         self.rotary.detect_length_dependence(rotated, 2 * (self.max_length or _FAR))
 
@@ -375,6 +376,29 @@ class HFModel:
         What some of them would compute and others not, they would wait for each other in vain.
         """
         return holds if self.shards is None else self.shards.everywhere(holds)
+
+    @contextmanager
+    def agreed(self, kind: type[PICacheError] = PICacheError) -> Iterator[None]:
+        """What the block raises in one of the processes that share the model, all of them raise.
+
+        Without that the others would go on, and wait for it in vain. The block must not run the
+        model: then they would wait for it inside.
+
+        Args:
+            kind: of the error of those in which nothing went wrong.
+        """
+        met: PICacheError | None = None
+        try:
+            yield
+        except PICacheError as error:
+            if self.shards is None:
+                raise
+            met = error
+        if not self.everywhere(met is None):
+            raise met or kind(
+                "another of the processes that share the model has met an error here: see what it "
+                "says"
+            )
 
     def _run(
         self,

@@ -107,18 +107,21 @@ def _check_scattered(model: "HFModel", ids: Tensor) -> None:
     # The logits belong to the last token: the error it has grown to counts, and a change of expert.
     flip = _FLIP if logits.dtype in (torch.float16, torch.bfloat16) else 0.0
     grown = max(flip, float(torch.stack(last).max()))
-    _refuse_deviation(model, f"logits after {what}", logits, model.logits(ids[None]), grown)
+    right = model.logits(ids[None])
+    with model.agreed():
+        _refuse_deviation(model, f"logits after {what}", logits, right, grown)
 
 
 def _compare(model: "HFModel", what: str, actual: list[KV], expected: list[KV]) -> None:
     """Compare keys and values of every layer; PICacheError at the first that deviates."""
     grown = 0.0
-    for layer, (found, right) in enumerate(zip(actual, expected, strict=True)):
-        errors = [
-            _refuse_deviation(model, f"layer {layer}: {name} of {what}", a, b, grown)
-            for name, a, b in zip(("keys", "values"), found, right, strict=True)
-        ]
-        grown = max(grown, *errors)
+    with model.agreed():
+        for layer, (found, right) in enumerate(zip(actual, expected, strict=True)):
+            errors = [
+                _refuse_deviation(model, f"layer {layer}: {name} of {what}", a, b, grown)
+                for name, a, b in zip(("keys", "values"), found, right, strict=True)
+            ]
+            grown = max(grown, *errors)
 
 
 def _refuse_deviation(

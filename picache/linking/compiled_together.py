@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from picache.chunk import Form
+from picache.errors import StoreFull
 from picache.linking.stopwatch import Stopwatch
 from picache.store import ChunkStore
 
@@ -50,11 +51,13 @@ def compile_together(model: "HFModel", store: ChunkStore, forms: Sequence[Form])
             row[: len(form.ids)] = torch.tensor(form.ids)
         computed = model.prefill(ids)
         seconds = watch.elapsed / sum(len(form.ids) for form in batch)
-        for index, form in enumerate(batch):
-            own = (slice(index, index + 1), slice(None), slice(len(form.ids)))
-            # Copied, so that a chunk does not keep the memory of the whole batch.
-            kv = [(_copied(keys[own]), _copied(values[own])) for keys, values in computed]
-            store.put(form.key, kv, replace(form.header, compile_seconds=seconds * len(form.ids)))
+        with model.agreed(StoreFull):
+            for index, form in enumerate(batch):
+                own = (slice(index, index + 1), slice(None), slice(len(form.ids)))
+                # Copied, so that a chunk does not keep the memory of the whole batch.
+                kv = [(_copied(keys[own]), _copied(values[own])) for keys, values in computed]
+                each = seconds * len(form.ids)
+                store.put(form.key, kv, replace(form.header, compile_seconds=each))
     return set(lacking)
 
 

@@ -55,29 +55,51 @@ class FetchedChunk:
     ) -> None:
         self._model, self._store, self._form, self._watch = model, store, form, watch
         self._device = model.device
-        self._compiled: list[KV] = []
+        self._in_hand: list[KV] = []
+        self._must_store = must_store
         self._damaged = False
         with self._watch.span("look_up"):
             found = store.get(form.key)
-        self._stored = found if model.everywhere(found is not None) else None
+            self._stored = found if model.everywhere(found is not None) else None
+            if self._stored is not None and model.shards is not None and not must_store:
+                self._load_whole()
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         self.nbytes = 0 if self._stored is None else self._stored.nbytes
         if self._stored is None:
             if see is not None:
                 see()
-            with suppress(StoreUnavailable if must_store else StoreFull):
-                self._compile()
+            self._compile()
+
+    def _load_whole(self) -> None:
+        """Load and check all layers of what is one process's share of a chunk.
+
+        A layer found damaged in the middle of a pass could not be mended: the other processes are
+        in that pass. So all agree before it, and compile the chunk where one has found damage.
+        """
+        assert self._stored is not None
+        with suppress(CorruptChunk):
+            layers = range(len(self._model.rotations))
+            self._in_hand = self._stored.layers(layers, self._device)
+        if not self._model.everywhere(bool(self._in_hand)):
+            self._in_hand, self._stored = [], None
 
     def _compile(self) -> None:
-        """Prefill the chunk and store it; on `StoreFull` the KV is in hand all the same."""
+        """Prefill the chunk and store it; without room the KV is in hand all the same.
+
+        Raises:
+            StoreFull: when there is no room, in this process or another that shares the model, and
+                it must be stored.
+        """
         with self._watch.span("compile"):
             own = Stopwatch()
             computed = compile_chunk(self._model, self._form.ids)
             header = replace(self._form.header, compile_seconds=own.elapsed)
             storage = self._store.storage  # a link goes on with what a hit would give
-            self._compiled = [decode(encode(kv, storage), kv[0].dtype) for kv in computed]
-            self._store.put(self._form.key, computed, header)
+            self._in_hand = [decode(encode(kv, storage), kv[0].dtype) for kv in computed]
+            room = self._model.agreed(StoreFull) if self._must_store else suppress(StoreFull)
+            with room, suppress(StoreUnavailable):
+                self._store.put(self._form.key, computed, header)
 
     def layers(self, layers: range) -> list[KV]:
         """Keys and values ``[1, kv_heads, tokens, head_dim]`` of layers, on the model's device.
@@ -85,8 +107,8 @@ class FetchedChunk:
         Raises:
             CorruptChunk: when the file is damaged; the store has dropped it, `mend` compiles it.
         """
-        if self._stored is None:
-            return self._compiled[layers.start : layers.stop]
+        if self._stored is None or self._in_hand:
+            return self._in_hand[layers.start : layers.stop]
         try:
             return self._stored.layers(layers, self._device)
         except CorruptChunk:
@@ -96,12 +118,11 @@ class FetchedChunk:
     def resident(self) -> Resident | None:
         """All layers on the model's device; None where they are to be loaded."""
         if self._stored is None:
-            return Resident.of(self._compiled)
+            return Resident.of(self._in_hand)
         return self._stored.resident(self._device)
 
     def mend(self) -> None:
         """Compile the chunk again if it was found damaged; not while the model runs a pass."""
         if self._damaged:
             self._damaged, self._stored, self.hit = False, None, False
-            with suppress(StoreFull):
-                self._compile()
+            self._compile()

@@ -130,8 +130,6 @@ class Link:
                     with self._places() as (places, reason):
                         return self._linked(sources, places, reason)
                 except CorruptChunk:  # a layer was damaged when it was due: mend, begin again
-                    if self._model.shards is not None:
-                        raise  # the other processes are in the middle of the pass
                     sources.mend()
 
     def _see(self) -> None:

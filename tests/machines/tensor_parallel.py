@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -22,15 +24,20 @@ from picache import (
     LegoLink,
     NaiveReuse,
     OracleDeviation,
+    PICacheError,
     ProphetKV,
     RandomRecompute,
 )
+from picache.errors import StoreFull
+from picache.hf import self_check
 from picache.hf.tensor_parallel import Shards
 from sparsity import RaaS, SparseCache, SparsityError, StreamingLLM, record
 from tests.helpers import random_ids, tiny_model
 from tests.machines.cluster import free_ports
 
 PROCESSES = 2
+SECONDS = 60
+"""That one process waits for another at most."""
 SHAPE = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
 METHODS = [
     LegoLink(4),
@@ -88,8 +95,76 @@ def one_store_forgets(model, rank):
     fresh = [again.compile(random_ids(11, seed=seed)) for seed in range(3)]
     if rank == 1:
         again.store.clear()
-    again.compile_all([random_ids(11, seed=seed) for seed in range(3)])
-    return prompt.logits[0].tolist(), [one.key for one in chunks] == [one.key for one in fresh]
+    passes = []
+    model_prefill = again.hf.prefill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            again.hf, "prefill", lambda ids: passes.append(len(ids)) or model_prefill(ids)
+        )
+        again.compile_all([random_ids(11, seed=seed) for seed in range(3)])
+    same = [one.key for one in chunks] == [one.key for one in fresh]
+    return prompt.logits[0].tolist(), prompt.report.chunk_hits, same, sum(passes)
+
+
+def one_process_finds_damage(model, rank, folder):
+    """First logits of links, and hits of chunks, with a chunk damaged on the first process's disk.
+
+    Each chunk is on disk only, and what is damaged is its last layer: it is found when the first
+    would have been recomputed.
+    """
+
+    def pic():
+        return PIC(model, store=ChunkStore(path=own), flops_per_byte=None)
+
+    def linked():
+        prompt = pic().link(chunks, random_ids(5, seed=9), method=LegoLink(2))
+        return prompt.logits[0].tolist(), prompt.report.chunk_hits
+
+    def damage():
+        if rank == 0:
+            (file,) = own.rglob(f"*{chunks[1].key}*.safetensors")
+            data = bytearray(file.read_bytes())
+            data[-8] ^= 1
+            file.write_bytes(data)
+
+    own = folder / f"damaged-{rank}"
+    chunks = [pic().compile(random_ids(11, seed=seed)) for seed in range(3)]
+    whole = linked()
+    damage()
+    mended = linked()
+    damage()
+    pic().compile(random_ids(11, seed=1))
+    return whole, mended, linked()
+
+
+def one_store_is_full(model, rank):
+    """What compiling says where the second process has no room."""
+    said = []
+    for together in (False, True):
+        store = ChunkStore(device_bytes=64 if rank else None)
+        pic = PIC(model, store=store, flops_per_byte=None)
+        try:
+            if together:
+                pic.compile_all([random_ids(11, seed=seed) for seed in range(3)])
+            else:
+                pic.compile(random_ids(11))
+        except StoreFull as error:
+            said.append(str(error))
+    chunks = [PIC(model).compile(random_ids(11, seed=seed)) for seed in range(2)]
+    pic = PIC(model, store=store, flops_per_byte=None)
+    return said, pic.link(chunks, random_ids(5, seed=9)).logits[0].tolist()  # which needs no room
+
+
+def one_check_fails(model, rank):
+    """What the self-check says where only the second process finds an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setitem(self_check._TOLERANCE, torch.float32, (-1.0, 1.0))
+        try:
+            PIC(model).compile(random_ids(11))
+        except PICacheError as error:
+            return str(error)
+    return ""
 
 
 def other_weights_elsewhere(model, rank):
@@ -115,11 +190,12 @@ def work(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # Where one process waits in vain for the other, that is an error.
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
     config = {"distributed_config": transformers.DistributedConfig(tp_plan="auto")}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **config).eval()
     found, kept = linked(model, Path(folder))
-    total = Shards.of(model).summed(torch.tensor([1.0 + rank, 0.1]))
+    total = Shards.of(model).summed(torch.tensor([1.0 + rank, (0.1, 0.7)[rank]]))
     results = {
         "linked": found,
         "kept": kept,
@@ -127,6 +203,9 @@ def work(rank, port, folder):
         "heads": PIC(model).hf.one_token[0][0].shape[1],
         "groups": PIC(model).hf.groups,
         "forgotten": one_store_forgets(model, rank),
+        "damaged": one_process_finds_damage(model, rank, Path(folder)),
+        "full": one_store_is_full(model, rank),
+        "check": one_check_fails(model, rank),
         "refused": refused(model),
         "keys": other_weights_elsewhere(model, rank),  # changes the model, so it comes last
     }
@@ -143,9 +222,20 @@ def both(tmp_path_factory):
     alone = linked(model, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        mp.start_processes(
-            work, (free_ports(1)[0], str(folder)), nprocs=PROCESSES, start_method="spawn"
+        running = mp.start_processes(
+            work,
+            (free_ports(1)[0], str(folder)),
+            nprocs=PROCESSES,
+            start_method="spawn",
+            join=False,
         )
+        end = time.monotonic() + 10 * SECONDS
+        try:
+            while not running.join(timeout=SECONDS):
+                assert time.monotonic() < end, "the processes hang"
+        finally:
+            for process in running.processes:
+                process.kill()
     shares = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
     return alone, shares
 
@@ -176,6 +266,7 @@ def test_each_process_has_its_heads_and_its_keys(both):
 def test_sums_are_the_same_bits_in_each(both):
     assert [share["summed"][0] for share in both[1]] == [3.0, 3.0]
     assert both[1][0]["summed"] == both[1][1]["summed"]
+    assert both[1][0]["summed"][1] == pytest.approx(0.8)
 
 
 def test_weights_of_another_process_are_part_of_a_key(both):
@@ -187,7 +278,32 @@ def test_weights_of_another_process_are_part_of_a_key(both):
 def test_what_one_process_has_lost_is_compiled_by_both(both):
     first, second = (share["forgotten"] for share in both[1])
     assert first == second
-    assert first[1]
+    _, hits, same_keys, lacked = first
+    assert hits == [False] * 3
+    assert same_keys
+    assert lacked == 3
+
+
+def test_what_one_process_finds_damaged_is_compiled_by_both(both):
+    first, second = (share["damaged"] for share in both[1])
+    assert first == second
+    whole, mended, compiled = first
+    assert whole[1] == compiled[1] == [True] * 3
+    assert mended[1] == [True, False, True]
+    assert whole[0] == mended[0] == compiled[0]
+
+
+def test_no_room_in_one_process_is_an_error_in_both(both):
+    (there, first), (here, second) = (share["full"] for share in both[1])
+    assert ["another of the processes" in said for said in there] == [True] * 2
+    assert ["does not fit a store of 64 bytes" in said for said in here] == [True] * 2
+    assert first == second
+
+
+def test_a_self_check_that_fails_in_one_process_fails_in_both(both):
+    there, here = (share["check"] for share in both[1])
+    assert "another of the processes" in there
+    assert "self-check of" in here
 
 
 def test_a_recording_of_some_heads_is_refused(both):

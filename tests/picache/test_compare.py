@@ -188,6 +188,8 @@ def test_the_fair_arms_are_compared_with_full_prefill_first(model):
             dict(metrics=["first_token_seconds"], together=2),
             "'first_token_seconds' is of a prompt linked alone",
         ),
+        (dict(workers=2, pic=object()), "workers=2 and a pic are given"),
+        (dict(workers=2, metrics=["first_token_seconds"]), "leave out together and workers"),
         (dict(new_tokens=0), "whole number of new_tokens, got 0"),
         (dict(new_tokens=10_000), "positions: give fewer or shorter documents"),
     ],
@@ -199,6 +201,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     given = dict(problems=PROBLEMS, methods=[NaiveReuse()]) | arguments
     with pytest.raises(PICacheError, match=message):
         compare(model, tokenizer_of(), progress=False, **given)
+
+
+def test_workers_are_not_sent_a_model_that_is_not_on_the_cpu():
+    there = tiny_model("llama").to("meta")
+    with pytest.raises(PICacheError, match="workers=2 would copy a model on meta into every"):
+        compare(there, tokenizer_of(), PROBLEMS, [NaiveReuse()], workers=2, progress=False)
 
 
 def test_other_ids_are_no_comparison(model):
@@ -315,6 +323,28 @@ def test_problems_together_measure_what_each_does_alone(model, request, template
     for arm, of in together.measured.items():
         for metric, measured in of.items():
             np.testing.assert_allclose(measured, alone.measured[arm][metric], rtol=0, atol=2e-5)
+
+
+def test_a_group_measures_to_the_bit_what_it_does_without_those_before(model):
+    """As a worker does that did not work on them: nothing compiled beside others is left."""
+    shared = "the cat sits on the mat where a b c d"
+    problems = [
+        Problem((shared, "e f"), "where is the cat", ("on the mat",)),
+        Problem(("the dog sleeps on a roof e f a b c d e f", "d e"), "who sleeps", ("the dog",)),
+        Problem((shared, "the bird sings on the roof a b c d e"), "who sings", ("the bird",)),
+        Problem(("f", "e d c b a"), "who", ("the bird",)),
+        Problem((shared, "f e d"), "who is where", ("the cat",)),
+    ]
+    metrics = ["nll", "extra_nll", "kl"]
+    given = dict(new_tokens=3, metrics=metrics, progress=False, together=2)
+    ways = [NaiveReuse(), LegoLink(2)]
+    whole = compare(model, tokenizer_of(), problems, ways, **given)
+    for start in (2, 4):
+        group = compare(model, tokenizer_of(), problems[start : start + 2], ways, **given)
+        for arm, of in group.measured.items():
+            for metric in metrics:
+                found = whole.measured[arm][metric][start : start + 2]
+                assert found.tolist() == of[metric].tolist(), (arm, metric)
 
 
 def test_a_pic_is_used_again_with_what_it_has_compiled(model, monkeypatch):

@@ -1,9 +1,13 @@
 """Models that accelerate places by a device map: hooks on every module, and what is refused."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from picache import PIC, CacheBlend, LegoLink, PICacheError, ProphetKV
+from picache.hf import ambient
 from tests.helpers import random_ids, tiny_model
 
 accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
@@ -27,6 +31,22 @@ def test_hooks_on_every_module_change_nothing():
         assert found[0][0] == found[1][0]
         assert torch.equal(found[0][1], found[1][1])
         assert found[0][2] == found[1][2]  # where a layer lies is no part of a key
+
+
+def test_layers_on_two_devices_are_refused(monkeypatch):
+    """Of a GPU that need not be there only its name is asked."""
+    model = tiny_model("llama")
+    state = ambient.ModelState.of(model)
+    moved = [(name, SimpleNamespace(device=torch.device("cuda:1"))) for name, _ in state.weights]
+
+    def refuse(first):
+        mixed = replace(state, weights=(*state.weights[:first], *moved[first:]))
+        monkeypatch.setattr(ambient.ModelState, "of", lambda _: mixed)
+        ambient.refuse_ambient(model)
+
+    refuse(len(state.dtypes))  # from there on buffers alone
+    with pytest.raises(PICacheError, match=r"lie on cpu and cuda:1, .*load the model on one"):
+        refuse(3)
 
 
 def test_layers_on_disk_are_refused(tmp_path):

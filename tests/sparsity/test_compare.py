@@ -311,6 +311,25 @@ def test_a_pinned_prompt_may_leave_as_much_room_as_the_text_takes(shallow):
         compare(shallow, numbered_tokenizer(), [text(17)], {"r": RaaS(16)}, **call)
 
 
+def test_workers_are_not_sent_a_model_that_is_not_on_the_cpu():
+    there = tiny_model("llama").to("meta")
+    with pytest.raises(SparsityError, match="workers=2 would copy a model on meta into every"):
+        compare(there, numbered_tokenizer(), TEXTS, [StreamingLLM(40)], workers=2, progress=False)
+
+
+def test_an_error_says_at_which_problems_it_was_met(shallow):
+    def right(said, answer):
+        if answer == "w6":
+            raise KeyError(answer)
+        return 0.0
+
+    with pytest.raises(KeyError, match="the cell is problem 1"):
+        compare(
+            shallow, numbered_tokenizer(), PROBLEMS, [StreamingLLM(40)], new_tokens=2, right=right,
+            progress=False,
+        )  # fmt: skip
+
+
 def test_a_model_without_logits_is_refused(shallow):
     with pytest.raises(SparsityError, match="LlamaModel does not generate text"):
         compare(shallow.model, numbered_tokenizer(), TEXTS, [Full()], prompt_tokens=8)
