@@ -1,0 +1,148 @@
+"""What docs/cap.md shows of cap.json, as Markdown."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cap.summary import OFFERS, Interval
+from quickstart_pages import markdown
+
+NAMES = {"both": "both bounds", "time": "time binds", "memory": "memory binds"}
+LETTERS = "CAP"
+
+
+def map_table(summed: dict[str, Any]) -> str:
+    """C, A and P of every arm."""
+    longest = max(summed["configuration"]["contexts"])
+    rows = [shown(row, longest) for row in summed["rows"]]
+    columns = {
+        "method": "{label}",
+        **{f"C: {NAMES[name]}": f"{{{name}}}" for name in OFFERS},
+        "A: extra nats a token": "{extra}",
+        "agreement": "{agrees}",
+        "P: tokens a second": "{rate}",
+        "of full": "{speed}",
+        "first token": "{first}",
+        "between": "{between}",
+        "in memory": "{held}",
+    }
+    return f"{markdown(rows, columns)}\n\n{about(summed)}"
+
+
+def verdict_table(summed: dict[str, Any]) -> str:
+    """What every arm improves and what it pays with, by what binds."""
+    rows = [
+        {"label": row["label"]} | {name: said(row["verdicts"][name]) for name in OFFERS}
+        for row in summed["rows"][1:]
+    ]
+    columns = {"method": "{label}", **{NAMES[name]: f"{{{name}}}" for name in OFFERS}}
+    return markdown(rows, columns)
+
+
+def principle_table(summed: dict[str, Any]) -> str:
+    """How many arms improve how many of the three, by what binds, and which."""
+    kinds: dict[str, Callable[[dict[str, str]], bool]] = {
+        "all three improved: the principle refuted": lambda v: _count(v, "improved") == 3,
+        "C and P improved, A no different": lambda v: _improved(v, "CP") and v.get("A") == "same",
+        "C and P improved, A open": lambda v: _improved(v, "CP") and v.get("A") == "open",
+        "C and P improved, A paid": lambda v: _improved(v, "CP") and v.get("A") == "paid",
+        "two improved with A among them": lambda v: (
+            _improved(v, "A") and _count(v, "improved") == 2
+        ),
+        "one improved": lambda v: _count(v, "improved") == 1,
+        "none improved": lambda v: _count(v, "improved") == 0,
+    }
+    rows = []
+    for what, counts in kinds.items():
+        found = {
+            name: [row["label"] for row in summed["rows"][1:] if counts(row["verdicts"][name])]
+            for name in OFFERS
+        }
+        rows.append({"what": what} | {name: str(len(labels)) for name, labels in found.items()})
+    columns = {"methods with": "{what}", **{NAMES[name]: f"{{{name}}}" for name in OFFERS}}
+    return markdown(rows, columns)
+
+
+def refused_table(summed: dict[str, Any]) -> str:
+    """What does not go together, and what is said."""
+    rows = [{"arm": one["arm"], "why": one["why"].replace("|", "/")} for one in summed["refused"]]
+    table = markdown(rows, {"asked for": "{arm}", "refused with": "{why}"})
+    return table.replace("| --- | ---: |", "| --- | --- |")
+
+
+def tables(summed: dict[str, Any]) -> str:
+    """All of them."""
+    each = (map_table, verdict_table, principle_table, refused_table)
+    return "\n\n".join(table(summed) for table in each)
+
+
+def about(summed: dict[str, Any]) -> str:
+    """What a reader needs to place the numbers."""
+    asked, where, bounds = summed["configuration"], summed["environment"], summed["bounds"]
+    served = ", ".join(f"{n} of {context}" for context, n in summed["rows"][0]["requests"].items())
+    both = bounds["both"]
+    clock = "seconds of one core" if asked["device"] == "cpu" else "seconds of the clock"
+    return (
+        f"{asked['model']}, {where['hardware']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}, seed {asked['seed']}; {clock}. Requests by tokens: {served}; A "
+        f"and P at {asked['reference_context']}, of {asked['answer']} forced tokens and of an "
+        f"answer of {asked['answer_told']}. Bounds: {both['memory_bytes'] / 1e6:.1f} MB, "
+        f"{both['first_token_seconds']:.2f} s to the first token, "
+        f"{1e3 * bounds['between_tokens_seconds']:.0f} ms between tokens; where one binds the "
+        "other is what full attention takes at twice the context. 95 % intervals in brackets."
+    )
+
+
+def shown(row: dict[str, Any], longest: int) -> dict[str, str]:
+    """The cells of a row."""
+    scored = row["extra_nll"] is not None
+    return {
+        "label": row["label"],
+        **{name: tokens(row["context"][name], longest) for name in OFFERS},
+        "extra": between(row["extra_nll"], "+.2f") if scored else "",
+        "agrees": f"{row['agreement'][0]:.0%}" if scored else "",
+        "rate": f"{row['tokens_a_second']:.1f}",
+        "speed": between(row["speed"], ".2f"),
+        "first": between(row["first_token"], ".2f"),
+        "between": f"{row['between_tokens'][0]:.2f}",
+        "held": f"{(row['resting_bytes'] + row['working_bytes']) / 1e6:.1f} MB",
+    }
+
+
+def tokens(interval: Interval, longest: int) -> str:
+    """Tokens of a context; as at least so many where no longer one was measured."""
+    estimate, low, high = interval
+    if low >= longest:
+        return f"≥ {estimate:.0f}"
+    more = "≥ " if estimate >= longest else ""
+    return f"{more}{estimate:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def between(interval: Interval, form: str) -> str:
+    estimate, low, high = interval
+    if not np.isfinite([low, high]).all():
+        return f"{estimate:{form}}"
+    return f"{estimate:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def said(verdict: dict[str, str]) -> str:
+    """A verdict in words: what is improved, what is paid with, what is open."""
+    found = {kind: [a for a in LETTERS if verdict.get(a) == kind] for kind in
+             ("improved", "paid", "open")}  # fmt: skip
+    parts = []
+    if found["improved"]:
+        parts.append(f"improves {' and '.join(found['improved'])}")
+    if found["paid"]:
+        parts.append(f"pays with {' and '.join(found['paid'])}")
+    if found["open"]:
+        parts.append(f"{' and '.join(found['open'])} open")
+    return "; ".join(parts) or "no different"
+
+
+def _count(verdict: dict[str, str], kind: str) -> int:
+    return Counter(verdict.values())[kind]
+
+
+def _improved(verdict: dict[str, str], letters: str) -> bool:
+    return all(verdict.get(letter) == "improved" for letter in letters)
