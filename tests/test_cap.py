@@ -280,7 +280,8 @@ def test_verdicts_follow_from_the_rows(tmp_path, monkeypatch):
     assert said(rows["more memory"]["verdicts"]["both"]) == "improves P; pays with C and A"
     assert [name for name, row in rows.items() if not row["dominated"]] == ["wonder"]
     text = tables(summed)
-    assert "| all three improved: the principle refuted | 1 | 1 | 1 |" in text
+    assert "| all three improved | 1 | 1 | 1 |" in text
+    assert "improved, their intervals apart from full attention's, by wonder: for these" in text
     assert "| never | SomeError: not / so |" in text
     draw(summed, tmp_path / "picture")
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".svg"}

@@ -47,7 +47,7 @@ BUDGETS = (128, 64, 256)
 """Tokens a policy keeps of each KV head: every policy is measured at the first."""
 STORES = ("exact", "int8", "fp8")
 PREFIX = "the lead"
-"""What stands for the prompt's own first tokens as sinks; `SharedPrefix` is made of their text."""
+"""What stands for the prompt's own first tokens as sinks; `SharedPrefix` is made of their ids."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,6 @@ def arms(budgets: Sequence[int] = BUDGETS) -> list[Arm]:
     return found
 
 
-def sinks_of(arm: Arm, lead: str) -> Sinks:
+def sinks_of(arm: Arm, lead: tuple[int, ...]) -> Sinks:
     """What its chunks are compiled behind, the prompt's own `lead` where the arm says so."""
     return SharedPrefix(lead) if arm.sinks == PREFIX else arm.sinks  # type: ignore[return-value]

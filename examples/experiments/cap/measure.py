@@ -48,6 +48,8 @@ from picache import PICacheError
 from sparsity import SparsityError
 
 MEASURED = "cap_rows.json.gz"
+OFTEN = 15
+"""Arms between two measurements of full attention on the same request."""
 
 
 class Setting(NamedTuple):
@@ -92,7 +94,7 @@ def requests(setting: Setting) -> dict[int, list[Request]]:
         vocabulary = where.model.config.vocab_size
         return random_requests(vocabulary, contexts, setting.answer, setting.seed)
     if setting.data is None:
-        raise SystemExit("--data: name the folder of the data sets (docs/datasets.md)")
+        raise SystemExit("--data: name the folder that has xquad_en/xquad.en.json")
     return asked(where.tokenizer, setting.data, contexts, setting.answer, setting.seed)
 
 
@@ -103,7 +105,11 @@ def measured(setting: Setting, deadline: float, job: Job) -> list[dict]:
         return rows
     where, request = server(setting), requests(setting)[job.context][job.number]
     by_label = {arm.label: arm for arm in arms(setting.budgets)}
-    for label in job.labels:
+    # All are held against full attention, which is therefore measured several times between them.
+    labels = list(job.labels)
+    for place in range(OFTEN, len(labels), OFTEN):
+        labels.insert(place, FULL)
+    for label in labels:
         if time.time() > deadline:
             break
         row = {"arm": label, "context": job.context, "number": job.number}
@@ -128,8 +134,9 @@ def jobs_of(
     ]
     found = []
     for context, number in order:
-        turn = number * len(labels) // 6  # each begins with other arms: what drifts favours none
-        turned = (*labels[turn:], *labels[:turn])
+        # Each begins with other arms behind full attention, so that what drifts favours none.
+        turn = 1 + number * len(labels) // 6
+        turned = (labels[0], *labels[turn:], *labels[1:turn])
         left = tuple(label for label in turned if (label, context, number) not in done)
         found.append(Job(context, number, left))
     return [job for job in found if job.labels]
@@ -142,7 +149,11 @@ def run(args: argparse.Namespace) -> dict:
     setting = Setting(
         args.model, args.device, args.data, contexts, tuple(args.budgets), args.answer, args.seed
     )
-    labels = [arm.label for arm in arms(args.budgets) if args.arms in arm.label or arm.kind == FULL]
+    labels = [
+        arm.label
+        for arm in arms(args.budgets)
+        if arm.kind == FULL or any(part in arm.label for part in args.arms)
+    ]
     shown = setting._asdict() | {
         "contexts": args.contexts,  # how many of each may grow from run to run
         "budgets": args.budgets,
@@ -184,7 +195,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="of policies")
     parser.add_argument("--answer", type=int, default=12, help="tokens that are forced")
     parser.add_argument(
-        "--arms", default="", help="besides full, only those with this in their name"
+        "--arms", nargs="+", default=[""], help="besides full: parts of their names"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")

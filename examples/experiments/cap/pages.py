@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cap.summary import OFFERS, Interval
+from cap.summary import OFFERS, SAME, Interval
 from quickstart_pages import markdown
 
 NAMES = {"both": "both bounds", "time": "time binds", "memory": "memory binds"}
@@ -40,10 +40,63 @@ def verdict_table(summed: dict[str, Any]) -> str:
     return markdown(rows, columns)
 
 
+def principle(summed: dict[str, Any]) -> str:
+    """Whether the principle held, in words and by counts."""
+    rows = summed["rows"][1:]
+
+    def having(test: Callable[[dict[str, Any], str], bool]) -> dict[str, list[str]]:
+        found = {row["label"]: [NAMES[name] for name in OFFERS if test(row, name)] for row in rows}
+        return {label: binding for label, binding in found.items() if binding}
+
+    def three(row: dict[str, Any], name: str) -> bool:
+        return _count(row["verdicts"][name], "improved") == len(LETTERS)
+
+    def estimated(row: dict[str, Any], name: str) -> bool:
+        reference = summed["configuration"]["reference_context"]
+        ahead = row["context"][name][0] > reference and row["speed"][0] > 1
+        return ahead and row["extra_nll"] is not None and row["extra_nll"][0] < 0
+
+    def kept(row: dict[str, Any], name: str) -> bool:
+        verdict = row["verdicts"][name]
+        return _improved(verdict, "CP") and verdict.get("A") == "same"
+
+    refuting, seeming, keeping = having(three), having(estimated), having(kept)
+    if refuting:
+        said = f"{listed(refuting)}: for these the principle is refuted on these requests."
+        first = f"All three are improved, their intervals apart from full attention's, by {said}"
+    else:
+        first = (
+            f"None of the {len(rows)} ways improves all three with intervals apart from full "
+            "attention's: as far as these requests say, the principle holds."
+        )
+    second = (
+        f"By the estimates alone {len(seeming)} do, which these few requests cannot tell from "
+        f"chance: {listed(seeming)}."
+        if seeming
+        else "By the estimates alone none does either."
+    )
+    third = (
+        f"C and P are improved and A is no different within {SAME} nats by {listed(keeping)}: "
+        "what the survey calls CP and enough for its user."
+        if keeping
+        else f"None is told to improve C and P and to lose no more than {SAME} nats."
+    )
+    return "\n\n".join([f"{first} {second} {third}", principle_table(summed)])
+
+
+def listed(found: dict[str, list[str]]) -> str:
+    """Labels, with what binds where that is not the same for all."""
+    each = [
+        label if len(binding) == len(OFFERS) else f"{label} ({', '.join(binding)})"
+        for label, binding in found.items()
+    ]
+    return "; ".join(each)
+
+
 def principle_table(summed: dict[str, Any]) -> str:
-    """How many arms improve how many of the three, by what binds, and which."""
+    """How many arms improve how many of the three, by what binds."""
     kinds: dict[str, Callable[[dict[str, str]], bool]] = {
-        "all three improved: the principle refuted": lambda v: _count(v, "improved") == 3,
+        "all three improved": lambda v: _count(v, "improved") == 3,
         "C and P improved, A no different": lambda v: _improved(v, "CP") and v.get("A") == "same",
         "C and P improved, A open": lambda v: _improved(v, "CP") and v.get("A") == "open",
         "C and P improved, A paid": lambda v: _improved(v, "CP") and v.get("A") == "paid",
@@ -73,7 +126,7 @@ def refused_table(summed: dict[str, Any]) -> str:
 
 def tables(summed: dict[str, Any]) -> str:
     """All of them."""
-    each = (map_table, verdict_table, principle_table, refused_table)
+    each = (principle, map_table, verdict_table, refused_table)
     return "\n\n".join(table(summed) for table in each)
 
 

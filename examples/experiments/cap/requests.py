@@ -77,7 +77,9 @@ def asked(
     """
     file = folder / "xquad_en" / "xquad.en.json"
     if not file.exists():
-        raise SystemExit(f"--data {folder}: there is no {file}; see docs/datasets.md")
+        raise SystemExit(
+            f"--data {folder}: there is no {file}, the file of that name in XQuAD's repository"
+        )
     articles = json.loads(file.read_text())["data"]
     paragraphs = [p["context"] for article in articles for p in article["paragraphs"]]
     found: dict[int, list[Request]] = {context: [] for context in contexts}

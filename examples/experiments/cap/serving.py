@@ -64,7 +64,7 @@ class Server:
 
     Args:
         model: a causal language model.
-        tokenizer: None for random ids, where what needs text is refused.
+        tokenizer: None for random ids.
         generates: whether the seconds between tokens are those of `generate`, in caches of fixed
             size; by default on a GPU.
     """
@@ -185,8 +185,7 @@ class Server:
             self._linkers[where] = PIC(
                 self.model, self.tokenizer, self._stores[where], flops_per_byte=None
             )
-        lead = "" if self.tokenizer is None else self.tokenizer.decode(request.lead)
-        return self._linkers[where].behind(sinks_of(arm, lead))
+        return self._linkers[where].behind(sinks_of(arm, request.lead))
 
     def _at_rest(self, arm: Arm, request: Request) -> tuple[ChunkStore, str]:
         """What a policy keeps of all in front of the query, stored until the query comes."""

@@ -18,6 +18,8 @@ Interval = list[float]
 Rows = dict[int, dict[int, dict[str, Any]]]
 """The rows of an arm by context and number of the request."""
 
+SECONDS = ("first_token_seconds", "between_tokens_seconds")
+"""What is the median where a request was served in the same way several times."""
 ANSWER = 64
 """Tokens of the answer whose tokens a second are told."""
 SLOWEST = 1.5
@@ -39,13 +41,18 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     Args:
         record: as `measure.py` made it: configuration, environment, seconds, arms, rows.
     """
-    by_arm: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
+    served: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     refused: dict[str, str] = {}
     for row in record["rows"]:
         if "refused" in row:
             refused.setdefault(row["arm"], row["refused"])
         else:
-            by_arm[row["arm"]][row["context"]][row["number"]] = row
+            served[row["arm"], row["context"], row["number"]].append(row)
+    by_arm: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
+    for (arm, context, number), rows in served.items():
+        by_arm[arm][context][number] = rows[0] | {
+            name: float(np.median([row[name] for row in rows])) for name in SECONDS
+        }
     full = by_arm[FULL]
     if not full:
         raise SystemExit("no request is served by full attention yet: give more --seconds")
