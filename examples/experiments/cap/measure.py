@@ -134,8 +134,9 @@ def jobs_of(
     ]
     found = []
     for context, number in order:
-        # Each begins with other arms behind full attention, so that what drifts favours none.
-        turn = 1 + number * len(labels) // 6
+        # Each begins with other arms behind full attention, so that what drifts favours none; by
+        # steps of the golden ratio, which spread over all of them, however many requests there are.
+        turn = 1 + int(number * 0.618034 % 1 * len(labels))
         turned = (labels[0], *labels[turn:], *labels[1:turn])
         left = tuple(label for label in turned if (label, context, number) not in done)
         found.append(Job(context, number, left))

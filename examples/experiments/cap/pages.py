@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from cap.summary import OFFERS, SAME, Interval
 from quickstart_pages import markdown
 
@@ -14,8 +13,8 @@ LETTERS = "CAP"
 
 def map_table(summed: dict[str, Any]) -> str:
     """C, A and P of every arm."""
-    longest = max(summed["configuration"]["contexts"])
-    rows = [shown(row, longest) for row in summed["rows"]]
+    reference = summed["configuration"]["reference_context"]
+    rows = [shown(row, reference) for row in summed["rows"]]
     columns = {
         "method": "{label}",
         **{f"C: {NAMES[name]}": f"{{{name}}}" for name in OFFERS},
@@ -26,6 +25,7 @@ def map_table(summed: dict[str, Any]) -> str:
         "first token": "{first}",
         "between": "{between}",
         "in memory": "{held}",
+        "requests": "{requests}",
     }
     return f"{markdown(rows, columns)}\n\n{about(summed)}"
 
@@ -147,11 +147,12 @@ def about(summed: dict[str, Any]) -> str:
     )
 
 
-def shown(row: dict[str, Any], longest: int) -> dict[str, str]:
-    """The cells of a row."""
-    scored = row["extra_nll"] is not None
+def shown(row: dict[str, Any], reference: int) -> dict[str, str]:
+    """The cells of a row; requests are counted at the `reference` context."""
+    scored, longest = row["extra_nll"] is not None, max(map(int, row["requests"]))
     return {
         "label": row["label"],
+        "requests": str(row["requests"][str(reference)]),
         **{name: tokens(row["context"][name], longest) for name in OFFERS},
         "extra": between(row["extra_nll"], "+.2f") if scored else "",
         "agrees": f"{row['agreement'][0]:.0%}" if scored else "",
@@ -174,7 +175,7 @@ def tokens(interval: Interval, longest: int) -> str:
 
 def between(interval: Interval, form: str) -> str:
     estimate, low, high = interval
-    if not np.isfinite([low, high]).all():
+    if low is None or high is None:  # of a single request
         return f"{estimate:{form}}"
     return f"{estimate:{form}} [{low:{form}}, {high:{form}}]"
 

@@ -74,7 +74,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "seconds": record["seconds"],
         "bounds": judged.bounds,
         "arms": record["arms"],
-        "rows": rows,
+        "rows": _without_infinities(rows),
         "refused": [{"arm": arm, "why": why} for arm, why in refused.items()],
     }
 
@@ -199,6 +199,15 @@ class Judge:
         if found["extra_nll"] is not None:
             verdict["A"] = verdict_of([-end for end in found["extra_nll"]])
         return verdict
+
+
+def _without_infinities(of: Any) -> Any:
+    """The same with None for an end that there is not, which JSON has no number for."""
+    if isinstance(of, dict):
+        return {name: _without_infinities(one) for name, one in of.items()}
+    if isinstance(of, list):
+        return [_without_infinities(one) for one in of]
+    return None if isinstance(of, float) and not np.isfinite(of) else of
 
 
 def _value(row: dict[str, Any], name: str) -> float:
