@@ -153,7 +153,11 @@ def instances_of(name: str, values: object, expected: type[Instance]) -> tuple[I
         )
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise DemandError(f"{name} is {values!r:.200}; expected a list of {expected.__name__}")
-    return tuple(instance_of(f"{name}[{at}]", value, expected) for at, value in enumerate(values))
+    found = tuple(values)
+    for at, value in enumerate(found):
+        if not isinstance(value, expected):  # a name for each of them would cost more than this
+            instance_of(f"{name}[{at}]", value, expected)
+    return found
 
 
 def mapping_of(name: str, value: object, expected: str) -> dict[Any, Any]:

@@ -1,7 +1,8 @@
 """Policies against first come, first served, on the same jobs for every seed."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from inspect import signature
 from typing import Any
 
@@ -13,12 +14,12 @@ from demand.comparison import Comparison
 from demand.errors import DemandError
 from demand.policies.base import Policy, check_policy
 from demand.policies.fcfs import FCFS
-from demand.progress_bar import bar
 from demand.refine.base import Estimator
 from demand.refine.predictor import Predictor
 from demand.simulation.engine import Engine, simulate_engine
 from demand.simulation.queue.simulate import simulate
 from demand.simulation.result import Result
+from demand.sweep import bar, checked_workers, spread
 from demand.workloads.closed_loop import ClosedLoop
 from demand.workloads.workload import Workload
 
@@ -68,6 +69,9 @@ HIGHER_IS_BETTER = frozenset({"jain", "deadline_hits"})
 
 REFERENCE = "FCFS"
 
+Served = tuple[str, dict[str, dict[str, float]]]
+"""What the jobs of a seed are, and what was measured of them, by arm."""
+
 
 @renamed_keyword("refine", "estimator")
 def compare(
@@ -80,13 +84,15 @@ def compare(
     estimator: Estimator | None = None,
     predictor: Predictor | None = None,
     also: Sequence[str] = (),
+    workers: int | str = 1,
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
     """Serve the jobs of every seed under FCFS and under each policy.
 
-    A workload is drawn once a seed and served under all arms, so that they share arrivals and
-    demands. Each run starts anew: what a policy remembers of one is gone in the next.
+    All arms serve what is drawn of a seed, so that they share arrivals and demands. Each run starts
+    anew: what a policy remembers of one is gone in the next. A worker serves whole seeds, and has
+    copies of the arguments; the numbers are those of one process.
 
     Args:
         workload: called with `seed=`, gives the jobs of that seed, such as
@@ -102,6 +108,8 @@ def compare(
         predictor: what says it from a call before its first token, for all arms.
         also: what to measure besides `METRICS`, of `FURTHER`, and of `FURTHER_OF_ENGINE` where
             there is an engine.
+        workers: how many processes serve at once, by joblib, or a Ray cluster, "ray://HOST:PORT";
+            see `demand.sweep.spread`.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
 
@@ -113,8 +121,9 @@ def compare(
         DemandError: a workload that is no function of a seed, no policies, what is no policy, two
             arms of one name, fewer than two seeds (an interval over one would have no width, and
             `simulate(...).summary()` gives its figures), a seed given twice, servers that are not a
-            whole number of at least 1 or are given beside an engine, an unknown metric; before
-            anything runs. Later, seeds that change nothing, and as `simulate` or `simulate_engine`.
+            whole number of at least 1 or are given beside an engine, an unknown metric, workers
+            that are none; before anything runs. Later, seeds that change nothing, a cluster that
+            cannot be reached, and as `simulate` or `simulate_engine`, with a note of the run.
     """
     _check_workload(workload)
     arms = _named(policies)
@@ -129,24 +138,22 @@ def compare(
                 "give Engine(max_requests=...), or servers alone"
             )
     metrics = _metrics(also, engine)
-
-    def run(jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
-        if engine is None:
-            return simulate(jobs, policy, servers, seed, estimator, predictor)
-        return simulate_engine(
-            jobs, policy, engine, estimator=estimator, predictor=predictor, seed=seed
-        )
-
+    workers = checked_workers(workers)
+    seeds_served = _Seeds(workload, arms, servers, engine, estimator, predictor)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     described = ""
-    with bar(len(drawn_by) * len(arms), "runs", progress) as advance:
-        for count, each in enumerate(drawn_by, start=1):
-            jobs = workload(seed=each)
-            described = described or repr(jobs)
-            for name, policy in arms.items():
-                rows[name].append(_figures(run(jobs, policy, each)))
-                advance()
-            if count == 2 and all(_alike(first, second) for first, second in rows.values()):
+    if workers == 1:
+        serving = seeds_served.one_by_one(drawn_by, progress)
+    else:
+        serving = spread(
+            seeds_served, drawn_by, workers, named=_seed, what="seeds", progress=progress
+        )
+    with closing(serving) as served:
+        for count, (each, (jobs, figures)) in enumerate(zip(drawn_by, served, strict=True), 1):
+            described = described or jobs
+            for name, found in figures.items():
+                rows[name].append(found)
+            if count == 2 and all(_alike(one, two) for one, two in rows.values()):
                 raise DemandError(
                     f"seeds {drawn_by[0]} and {each} gave the same under every policy; expected "
                     "workload to draw other jobs for another seed: pass its seed= on"
@@ -162,6 +169,59 @@ def compare(
         "seed": seed,
     }
     return Comparison(_measured(rows, metrics), "seeds", HIGHER_IS_BETTER, settings, seed, DRAWN)
+
+
+class _Seeds:
+    """Draws the jobs of a seed, and serves them under every arm."""
+
+    def __init__(
+        self,
+        workload: Callable[..., Workload | ClosedLoop],
+        arms: dict[str, Policy],
+        servers: int,
+        engine: Engine | None,
+        estimator: Estimator | None,
+        predictor: Predictor | None,
+    ) -> None:
+        self._workload, self._arms, self._servers = workload, arms, servers
+        self._engine, self._estimator, self._predictor = engine, estimator, predictor
+
+    def __call__(self, seed: int, advance: Callable[[], Any] = lambda: None) -> Served:
+        """What the jobs are, and what was measured under each arm; an error says of which."""
+        at = "the jobs were drawn"
+        try:
+            jobs = self._workload(seed=seed)
+            figures = {}
+            for name, policy in self._arms.items():
+                at = f"{name!r} served them"
+                figures[name] = _figures(self._served(jobs, policy, seed))
+                advance()
+        except Exception as error:
+            error.add_note(f"of seed {seed}, when {at}")
+            raise
+        return repr(jobs), figures
+
+    def one_by_one(self, seeds: Sequence[int], progress: bool) -> Generator[Served, None, None]:
+        """In this process, with a bar of the runs."""
+        with bar(len(seeds) * len(self._arms), "runs", progress) as advance:
+            for seed in seeds:
+                yield self(seed, advance)
+
+    def _served(self, jobs: Workload | ClosedLoop, policy: Policy, seed: int) -> Result:
+        if self._engine is None:
+            return simulate(jobs, policy, self._servers, seed, self._estimator, self._predictor)
+        return simulate_engine(
+            jobs,
+            policy,
+            self._engine,
+            estimator=self._estimator,
+            predictor=self._predictor,
+            seed=seed,
+        )
+
+
+def _seed(seed: int) -> str:
+    return f"seed {seed}"
 
 
 def _settings_of(engine: Engine) -> dict[str, Any]:

@@ -177,7 +177,8 @@ class Comparison(Mapping[str, Mapping[str, Interval]]):
         """One metric against another, a point an arm, with the interval of `y`.
 
         Args:
-            x, y: names of metrics; those of `drawn` by default.
+            x: name of a metric; the first of `drawn` by default.
+            y: name of another; the second of `drawn` by default.
             ax: axes to draw into; those of a new figure by default, which is ``axes.figure``.
 
         Raises:

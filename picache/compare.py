@@ -1,6 +1,7 @@
 """Link methods against full prefill, on the same questions about the same documents."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from picache.methods.base import LinkMethod
 from picache.methods.presets import Arm
 from picache.pic import PIC
 from picache.problem import Problem, answer_ids, check_problems, pieces
-from picache.progress import bar
+from picache.sweep import checked_workers, spread
 from picache.text_ids import ids_of_text
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def compare(
     seed: int = 0,
     together: int = 1,
     pic: PIC | None = None,
+    workers: int | str = 1,
 ) -> Comparison:
     """Answer every problem under full prefill and under each method.
 
@@ -84,6 +86,11 @@ def compare(
             of all for problems that are about as long; first_token_seconds, which is of a prompt
             alone, is then left out.
         pic: what to link by, with chunks compiled and passes captured before; by default a new one.
+        workers: how many processes work at once, by joblib, or a Ray cluster, "ray://HOST:PORT":
+            see `picache.sweep.spread`. Each holds a copy of the model, which must be on the CPU,
+            and counts as many threads as this process (`torch.set_num_threads`), for the same
+            numbers to the last bit. first_token_seconds, which others at work would change, is left
+            out.
 
     Returns:
         A `Comparison` with the metrics of `METRICS`, full prefill first. Its settings hold the
@@ -94,61 +101,118 @@ def compare(
             that needs answers where there are none or problems alone where they are not, no
             methods, two arms of one name, some arms that keep the BOS of chunks and some that do
             not, a prompt longer than the model's positions, a pic of another model or tokenizer or
-            one that may prefill in full; before anything runs.
+            one that may prefill in full, workers beside a pic or for a model that is not on the
+            CPU; before anything runs. Later, with a note that says of which problem, what a worker
+            raised.
     """
     check_problems(problems)
     arms = _named(methods)
     together = whole_number("compare needs a whole number of problems together", together, least=1)
-    wanted = _wanted(metrics, bool(problems[0].answers), together == 1)
+    workers = _checked(workers, model, pic)
+    wanted = _wanted(metrics, bool(problems[0].answers), together == 1 and workers == 1)
     new_tokens = whole_number("compare needs a whole number of new_tokens", new_tokens, least=1)
     seed = whole_number("compare needs a whole number as its seed", seed, least=0)
     _check_lengths(model, tokenizer, problems, new_tokens)
     if pic is not None:
         _check_pic(pic, model, tokenizer)
-    from picache.hf.decoding import answers  # transformers is loaded with the model
-
     own = pic is None
     pic = PIC(model, tokenizer, flops_per_byte=None) if pic is None else pic
-    linker = ArmsLinker(pic, tokenizer, arms, own)
-    stop = _stop_tokens(model, tokenizer)
+    linker = ArmsLinker(pic, tokenizer, arms, own)  # refuses arms that this model does not serve
+    groups = _Groups(model, tokenizer, arms, new_tokens, linker if workers == 1 else None)
     values: dict[str, dict[str, list[float]]] = {name: {} for name in (FULL, *arms)}
     decoded: dict[str, list[str]] = {name: [] for name in values}
-    groups = range(0, len(problems), together)
-    unit = "problem" if together == 1 else f"{together} problems"
-    for start in bar(groups, f"full prefill and {len(arms)} methods", unit, progress):
-        group = problems[start : start + together]
-        targets = None
-        if group[0].answers:
-            ids = (answer_ids(problem, tokenizer) for problem in group)
-            targets = [torch.tensor(one, device=model.device) for one in ids]
-        found = answers(model, linker.prompts(start, group), new_tokens, stop, targets)
-        full = next(found)
-        if targets is None:
-            targets = [one.tokens for one in full]
-        for name, answered in zip(values, chain([full], found), strict=True):
-            for problem, ours, reference, target in zip(
-                group, answered, full, targets, strict=True
-            ):
-                text = str(tokenizer.decode(ours.tokens, skip_special_tokens=True))
-                decoded[name].append(text)
-                _record(values[name], problem, ours, reference, target, text)
+    prompt_tokens: list[int] = []
+    starts = range(0, len(problems), together)
+    cells = [(start, problems[start : start + together]) for start in starts]
+    what = f"full prefill and {len(arms)} methods"
+    with closing(
+        spread(groups, cells, workers, named=_which, what=what, progress=progress)
+    ) as found:
+        for tokens, by_arm in found:
+            prompt_tokens += tokens
+            for name, (rows, texts) in by_arm.items():
+                decoded[name] += texts
+                for row in rows:
+                    for metric, value in row.items():
+                        values[name].setdefault(metric, []).append(value)
     arrays = {n: {m: np.array(of[m]) for m in wanted} for n, of in values.items()}
     settings: dict[str, Any] = {"model": model.name_or_path, "new_tokens": new_tokens, "seed": seed}
-    settings |= {"prompt_tokens": linker.prompt_tokens, "decoded": decoded}
+    settings |= {"prompt_tokens": prompt_tokens, "decoded": decoded}
     settings["storage"] = pic.store.storage
     drawn = DRAWN if set(DRAWN) <= set(wanted) else None
     return Comparison(arrays, "problems", HIGHER_IS_BETTER, settings, seed, drawn)
 
 
-def _record(
-    into: dict[str, list[float]],
-    problem: Problem,
-    arm: "Answered",
-    full: "Answered",
-    target: Tensor,
-    answer: str,
-) -> None:
-    """Append what an arm measures, held against full prefill, to its lists."""
+class _Groups:
+    """Answers a group of problems under all arms.
+
+    Args:
+        model: answers.
+        tokenizer: of the model.
+        arms: by name.
+        new_tokens: of an answer.
+        linker: links the prompts; in another process, which this is sent to, one of its own.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arms: dict[str, Arm],
+        new_tokens: int,
+        linker: ArmsLinker | None,
+    ) -> None:
+        self._model, self._tokenizer, self._arms = model, tokenizer, arms
+        self._new_tokens, self._linker = new_tokens, linker
+        self._threads = torch.get_num_threads()
+
+    @torch.no_grad()
+    def __call__(
+        self, cell: tuple[int, Sequence[Problem]]
+    ) -> tuple[list[int], dict[str, tuple[list[dict[str, float]], list[str]]]]:
+        """Tokens of the prompts; of every arm, what was measured of each problem, and answers."""
+        from picache.hf.decoding import answers  # transformers is loaded with the model
+
+        start, group = cell
+        model, tokenizer = self._model, self._tokenizer
+        if self._linker is None:
+            torch.set_num_threads(self._threads)
+            pic = PIC(model, tokenizer, flops_per_byte=None)
+            self._linker = ArmsLinker(pic, tokenizer, self._arms, own=True)
+        targets = None
+        if group[0].answers:
+            ids = (answer_ids(problem, tokenizer) for problem in group)
+            targets = [torch.tensor(one, device=model.device) for one in ids]
+        stop = _stop_tokens(model, tokenizer)
+        found = answers(model, self._linker.prompts(start, group), self._new_tokens, stop, targets)
+        full = next(found)
+        if targets is None:
+            targets = [one.tokens for one in full]
+        by_arm = {}
+        for name, answered in zip((FULL, *self._arms), chain([full], found), strict=True):
+            rows, texts = [], []
+            for problem, ours, reference, target in zip(
+                group, answered, full, targets, strict=True
+            ):
+                text = str(tokenizer.decode(ours.tokens, skip_special_tokens=True))
+                texts.append(text)
+                rows.append(_measured(problem, ours, reference, target, text))
+            by_arm[name] = rows, texts
+        return self._linker.prompt_tokens[-len(group) :], by_arm
+
+
+def _which(cell: tuple[int, Sequence[Problem]]) -> str:
+    """A group of problems, by number."""
+    start, group = cell
+    return (
+        f"problem {start}" if len(group) == 1 else f"problems {start} to {start + len(group) - 1}"
+    )
+
+
+def _measured(
+    problem: Problem, arm: "Answered", full: "Answered", target: Tensor, answer: str
+) -> dict[str, float]:
+    """What an arm measures, held against full prefill."""
     ours, reference = arm.log_probabilities, full.log_probabilities
     likelihoods = [-one.gather(1, target[:, None]).mean() for one in (ours, reference)]
     kl = (reference.exp() * (reference - ours)).sum(-1).mean()
@@ -161,7 +225,7 @@ def _record(
             "accuracy": max(map(partial(begins, answer), problem.answers)),
             "f1": max(map(partial(f1, answer), problem.answers)),
         }
-    measured |= {
+    return measured | {
         "nll": nll,
         "extra_nll": nll - own,
         "kl": divergence,
@@ -170,8 +234,24 @@ def _record(
         "operations": arm.operations,
         "first_token_seconds": arm.seconds,
     }
-    for metric, value in measured.items():
-        into.setdefault(metric, []).append(value)
+
+
+def _checked(workers: object, model: "PreTrainedModel", pic: PIC | None) -> int | str:
+    """Who works; refused where the work cannot be sent to others."""
+    found = checked_workers(workers)
+    if found == 1:
+        return found
+    if pic is not None:
+        raise PICacheError(
+            f"workers={workers!r} and a pic are given, and its chunks and passes are of this "
+            "process: leave out one of them"
+        )
+    if model.device.type != "cpu":
+        raise PICacheError(
+            f"workers={workers!r} would copy a model on {model.device} into every worker: move it "
+            "to the CPU, or start a process a device, as examples/experiments/link_evidence.py does"
+        )
+    return found
 
 
 def _wanted(metrics: Sequence[str] | None, answered: bool, alone: bool) -> list[str]:
@@ -187,7 +267,9 @@ def _wanted(metrics: Sequence[str] | None, answered: bool, alone: bool) -> list[
         if name not in METRICS:
             raise PICacheError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
         if name == SECONDS and not alone:
-            raise PICacheError(f"{name!r} is of a prompt linked alone: leave out together")
+            raise PICacheError(
+                f"{name!r} is of a prompt linked alone: leave out together and workers"
+            )
         if name not in known:
             raise PICacheError(f"{name!r} needs answers: give them, or leave it out")
     return [name for name in known if name in metrics]

@@ -274,6 +274,8 @@ class PIC:
             try:
                 self.store.promote(form.key, self.hf.device)
             except CorruptChunk:  # the store has dropped it
+                if self.hf.shards is not None:
+                    raise  # the other processes have what is theirs, and would not compile it
                 self._fetch(form)
 
     def _chunk(self, document: Document, text: TextIds, form: Form) -> Chunk:

@@ -1,9 +1,9 @@
 """Retention policies against dense attention, along the same tokens."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from sparsity.errors import SparsityError
 from sparsity.policies.base import Policy
 from sparsity.problem import Problem, final_answer, is_right, overlap
 from sparsity.retention.batch_rows import BatchRows, plan
+from sparsity.sweep import bar, checked_workers, spread
 from sparsity.tasks import Task, batches_of, check_lengths, steps_of, tasks_of
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from sparsity.hf.cache import SparseCache
     from sparsity.hf.decoding import Run
-
-T = TypeVar("T")
 
 METRICS = {
     "extra_nll": "nats a token of the forced text above dense",
@@ -38,6 +37,8 @@ METRICS = {
 HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "agreement"})
 
 DRAWN = ("kept_bytes", "extra_nll")
+
+SECONDS = "step_seconds"
 
 DENSE = "dense"
 
@@ -55,6 +56,7 @@ def compare(
     final: Callable[[str], str] = final_answer,
     right: Callable[[str, str], float] = is_right,
     metrics: Sequence[str] | None = None,
+    workers: int | str = 1,
     progress: bool = True,
     seed: int = 0,
 ) -> Comparison:
@@ -93,6 +95,10 @@ def compare(
             LaTeX `sparsity.grader.same_value`.
         metrics: which of `METRICS` to measure, so that one that needs answers is refused where
             there are none; by default all that can be.
+        workers: how many processes work at once, by joblib, or a Ray cluster, "ray://HOST:PORT":
+            see `sparsity.sweep.spread`. Each holds a copy of the model, which must be on the CPU,
+            and counts as many threads as this process (`torch.set_num_threads`), for the same
+            numbers to the last bit. step_seconds, which others at work would change, are left out.
         progress: whether to show a bar, where tqdm is installed.
         seed: of the intervals.
 
@@ -104,7 +110,9 @@ def compare(
         SparsityError: no texts, no policies, two arms of one name, a text shorter than its prompt
             and two tokens or longer than the model's positions, answers to some problems only, a
             policy that cannot serve the model or whose budget the prompt fills, either of them
-            perhaps only where a batch goes on to its longest; before anything runs.
+            perhaps only where a batch goes on to its longest, workers for a model that is not on
+            the CPU; before anything runs. Later, with a note that says of which text or problem,
+            what a worker raised.
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, least=1)
     new_tokens = whole_number("new_tokens", new_tokens, least=1)
@@ -114,17 +122,10 @@ def compare(
         raise SparsityError(f"final is {described(final)}: expected a function of a text")
     if not callable(right):
         raise SparsityError(f"right is {described(right)}: expected a function of two texts")
-
-    def marks(text: str, answers: tuple[str, ...]) -> dict[str, float]:
-        said = final(text)
-        return {
-            "accuracy": max(float(right(said, answer)) for answer in answers),
-            "f1": max(overlap(said, answer) for answer in answers),
-        }
-
+    workers = _checked(workers, model)
     arms = _named(policies)
     unit, tasks = tasks_of(texts_or_problems, tokenizer, prompt_tokens, new_tokens)
-    wanted = _wanted(metrics, bool(tasks[0].answers))
+    wanted = _wanted(metrics, bool(tasks[0].answers), workers == 1)
     batches = batches_of(tasks, batch_size)
     from sparsity.hf.attach import decoder_of, keep_attached
     from sparsity.hf.cache import SparseCache
@@ -142,7 +143,18 @@ def compare(
         caches = {name: SparseCache(model, arm, static=False) for name, arm in arms.items()}
         for name, cache in caches.items():
             _check_room(name, cache, tasks, batches, unit)
-        values, decoded = _measured(model, tokenizer, tasks, batches, caches, marks, progress)
+        task = _Batches(model, tokenizer, arms, final, right)
+        cells = [(batch, [tasks[i] for i in batch]) for batch in batches]
+        if workers == 1:
+            values, decoded = _joined(_one_by_one(task, cells, caches, progress), tasks, batches)
+        else:
+
+            def named(cell: tuple[Sequence[int], Sequence[Task]]) -> str:
+                return f"{unit} " + ", ".join(map(str, cell[0]))
+
+            spreading = spread(task, cells, workers, named=named, what="batches", progress=progress)
+            with _detached(model), closing(spreading) as done:  # workers attach copies of their own
+                values, decoded = _joined(done, tasks, batches)
     settings: dict[str, Any] = {
         "model": model.name_or_path,
         "policies": {name: repr(policy) for name, policy in arms.items()},
@@ -159,43 +171,106 @@ def compare(
     return Comparison(arrays, f"{unit}s", HIGHER_IS_BETTER, settings, seed, drawn)
 
 
-def _measured(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    tasks: Sequence[Task],
-    batches: Sequence[Sequence[int]],
-    caches: "dict[str, SparseCache]",
-    marks: Callable[[str, tuple[str, ...]], dict[str, float]],
-    progress: bool,
+ByArm = dict[str, list[tuple[dict[str, float], str]]]
+"""Of every arm, for each task of a batch: what was measured, and what was decoded."""
+
+
+def _joined(
+    found: Iterable[ByArm], tasks: Sequence[Task], batches: Sequence[Sequence[int]]
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[str]]]:
     """By arm, in the order of the tasks: each metric, and what was decoded where there are answers.
 
     Args:
+        found: of each batch.
+        tasks: texts or problems.
         batches: the numbers of the tasks that are worked on together.
-        marks: of what was decoded, by the answers.
     """
-    stop = _stop_tokens(model, tokenizer)
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in (DENSE, *caches)}
-    decoded: dict[str, dict[int, str]] = {name: {} for name in found}
-    runs = (
-        (batch, name, run)
-        for batch in batches
-        for name, run in _runs(model, [tasks[i] for i in batch], caches, stop)
-    )
-    for batch, name, rows in _bar(runs, len(batches) * len(found), progress):
-        for index, run in zip(batch, rows, strict=True):
-            numbers = {"extra_nll": run.extra_nll, "kl": run.kl, "agreement": run.agreement}
-            if answers := tasks[index].answers:
-                text = str(tokenizer.decode(run.decoded, skip_special_tokens=True))
-                decoded[name][index] = text
-                numbers |= marks(text, answers)
-            numbers |= {"kept_bytes": run.kept_bytes, "step_seconds": run.step_seconds}
-            found[name][index] = numbers
+    numbers: dict[str, dict[int, dict[str, float]]] = {}
+    decoded: dict[str, dict[int, str]] = {}
+    for batch, by_arm in zip(batches, found, strict=True):
+        for name, rows in by_arm.items():
+            for index, (measured, text) in zip(batch, rows, strict=True):
+                numbers.setdefault(name, {})[index] = measured
+                if tasks[index].answers:
+                    decoded.setdefault(name, {})[index] = text
     values = {
         name: {metric: [of[i][metric] for i in range(len(tasks))] for metric in of[0]}
-        for name, of in found.items()
+        for name, of in numbers.items()
     }
     return values, {name: [of[i] for i in sorted(of)] for name, of in decoded.items()}
+
+
+def _one_by_one(
+    task: "_Batches",
+    cells: Sequence[tuple[Sequence[int], Sequence[Task]]],
+    caches: "dict[str, SparseCache]",
+    progress: bool,
+) -> Iterator[ByArm]:
+    """In this process, with a bar of the arms of every batch."""
+    with bar(len(cells) * (1 + len(caches)), "batches under policies", progress) as advance:
+        for _, batch in cells:
+            by_arm = {}
+            for name, rows in task.runs(batch, caches):
+                by_arm[name] = rows
+                advance()
+            yield by_arm
+
+
+class _Batches:
+    """Decodes a batch with dense attention and under every policy.
+
+    Args:
+        model: as for `compare`.
+        tokenizer: of the model.
+        arms: policies by name.
+        final: see `compare`.
+        right: see `compare`.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        arms: Mapping[str, Policy],
+        final: Callable[[str], str],
+        right: Callable[[str, str], float],
+    ) -> None:
+        self.arms = arms
+        self._model, self._tokenizer = model, tokenizer
+        self._final, self._right = final, right
+        self._threads = torch.get_num_threads()
+
+        self._caches: dict[str, SparseCache] = {}
+
+    @torch.no_grad()
+    def __call__(self, cell: tuple[Sequence[int], Sequence[Task]]) -> ByArm:
+        """In another process, which this was sent to: with caches of its own."""
+        if not self._caches:
+            from sparsity.hf.cache import SparseCache
+
+            torch.set_num_threads(self._threads)
+            self._caches = {
+                name: SparseCache(self._model, arm, static=False) for name, arm in self.arms.items()
+            }
+        return dict(self.runs(cell[1], self._caches))
+
+    def runs(
+        self, batch: Sequence[Task], caches: "dict[str, SparseCache]"
+    ) -> Iterator[tuple[str, list[tuple[dict[str, float], str]]]]:
+        """An arm at a time."""
+        stop = _stop_tokens(self._model, self._tokenizer)
+        for name, rows in _runs(self._model, batch, caches, stop):
+            yield name, [self._row(task, run) for task, run in zip(batch, rows, strict=True)]
+
+    def _row(self, task: Task, run: "Run") -> tuple[dict[str, float], str]:
+        numbers = {"extra_nll": run.extra_nll, "kl": run.kl, "agreement": run.agreement}
+        text = ""
+        if task.answers:
+            text = str(self._tokenizer.decode(run.decoded, skip_special_tokens=True))
+            said = self._final(text)
+            numbers["accuracy"] = max(float(self._right(said, one)) for one in task.answers)
+            numbers["f1"] = max(overlap(said, one) for one in task.answers)
+        return numbers | {"kept_bytes": run.kept_bytes, "step_seconds": run.step_seconds}, text
 
 
 def _runs(
@@ -239,9 +314,23 @@ def _name(policy: Any) -> str:
     return f"{type(policy).__name__}({', '.join(shown)})"
 
 
-def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
+def _checked(workers: object, model: "PreTrainedModel") -> int | str:
+    """Who works; refused where a model would be copied from a device."""
+    found = checked_workers(workers)
+    if found != 1 and model.device.type != "cpu":
+        raise SparsityError(
+            f"workers={workers!r} would copy a model on {model.device} into every worker: move it "
+            "to the CPU, or start a process a device, as examples/experiments/retention_evidence.py"
+            " does"
+        )
+    return found
+
+
+def _wanted(metrics: Sequence[str] | None, answered: bool, alone: bool) -> list[str]:
     """The metrics asked for, which can be measured; in the order of `METRICS`."""
     known = [name for name in METRICS if answered or name not in ("accuracy", "f1")]
+    if not alone:
+        known.remove(SECONDS)
     if metrics is None:
         return known
     if isinstance(metrics, str) or not metrics:
@@ -249,6 +338,10 @@ def _wanted(metrics: Sequence[str] | None, answered: bool) -> list[str]:
     for name in metrics:
         if name not in METRICS:
             raise SparsityError(f"there is no metric {name!r}; there are {', '.join(METRICS)}")
+        if name == SECONDS and not alone:
+            raise SparsityError(
+                f"{name!r} are of a machine that does nothing else: leave out workers"
+            )
         if name not in known:
             raise SparsityError(f"{name!r} needs answers: give them, or leave it out")
     return [name for name in known if name in metrics]
@@ -311,14 +404,3 @@ def _stop_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase")
     if found is None:
         return frozenset()
     return frozenset(found) if isinstance(found, list) else frozenset({int(found)})
-
-
-def _bar(runs: Iterable[T], total: int, progress: bool) -> Iterable[T]:
-    """The runs, with a bar where one is wanted and tqdm is there."""
-    if not progress:
-        return runs
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return runs
-    return tqdm(runs, desc="batches under policies", total=total)

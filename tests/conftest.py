@@ -20,3 +20,12 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The code of the pages that takes long is run where it is asked for, by .ci/docs."""
+    if "docs" not in config.getoption("markexpr"):
+        left_out = pytest.mark.skip(reason="takes long: .ci/docs runs it, by -m docs")
+        for item in items:
+            if item.get_closest_marker("docs"):
+                item.add_marker(left_out)

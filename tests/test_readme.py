@@ -71,7 +71,7 @@ def test_the_tables_are_those_of_the_result_files(render_tables):
 
 
 def test_every_block_of_every_page_is_rendered(render_tables):
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         found = re.findall(r"<!-- tables of docs/results/(\w+)\.json -->", page.read_text())
         wanted = render_tables.PAGES.get(str(page.relative_to(ROOT)), {})
         assert set(found) == set(wanted), page

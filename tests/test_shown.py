@@ -168,6 +168,7 @@ def test_a_replay_is_its_print():
     (size,), *found = rows(report._repr_html_())
     lines = [f"{name:<17}{what}" for name, what in found]
     assert [str(report.policy), size, *lines] == str(report).split("\n  ")
+    assert repr(report) == str(report)  # what a notebook keeps beside the table
 
 
 @pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])])

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Hashable, Sequence
 from typing import final
 
-from demand.arguments import check_instance
+from demand.arguments import check_instance, instances_of
+from demand.dependencies import After
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.open_units import OpenUnits
+from demand.integrations.plans import Planned
 from demand.integrations.run_record import RunRecord
 from demand.policies.job import Job
 from demand.refine.estimator import DemandEstimator
@@ -178,6 +180,27 @@ class LearningLoop:
         self.check_unit(job.application, execution.unit)
         if job.index in self._records:
             self._records[job.index].check(execution)
+
+    def over(self, job: Job) -> After:
+        """What of the run of `job` a unit that begins now waited for, as `Execution.after`.
+
+        Of those that are over, the ones for which no other has waited; `None` if nobody records.
+        """
+        return self._records[job.index].over if job.index in self._records else None
+
+    def check_plan(self, plan: Sequence[Planned]) -> tuple[Planned, ...]:
+        """`plan`, refused if it tells what is left of a job where an estimator does that.
+
+        Raises:
+            DemandError: it does, or it is no list of units of a plan.
+        """
+        planned = instances_of("the plan", plan, Planned)
+        if self.learns and any(one.seconds is not None for one in planned):
+            raise DemandError(
+                "the plan says the seconds of its units beside an estimator, which says at the end "
+                "of each what is left; give seconds to none of them"
+            )
+        return planned
 
     def check_unit(self, application: str, unit: Unit) -> None:
         """Refuse a unit of another kind than its name has in a run of `application`.

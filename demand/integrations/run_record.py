@@ -60,6 +60,14 @@ class RunRecord:
         self._of_call: dict[Hashable, _Open] = {}
 
     @property
+    def over(self) -> tuple[int, ...]:
+        """What a unit that begins now is taken to have waited for: the units that are over.
+
+        Those for which another has waited that is over are left out.
+        """
+        return self._last
+
+    @property
     def busy(self) -> bool:
         """Whether a call is in progress."""
         return bool(self._open)

@@ -38,8 +38,8 @@ def read_llmcompiler(
     `thought` and `action`, the last thought ending the run. Tokens are the mean of a session's
     calls of one unit: the file has their sums. Attributes are label and answer.
 
-    Never run on a real file: no stored results are published. Written from the code that writes
-    them.
+    Never run on a real file: no stored results are published, the data sets of the repository are
+    questions alone. Written from the code that writes them.
     """
     return Trace(path, json_members, lambda: OneByOne(_session), on_error, line_limit)
 
@@ -119,7 +119,7 @@ def read_llmcompiler_plans(
     side. Plans have no times; tokens are characters over `characters_per_token`. A folder is read
     by its .txt and .log files.
 
-    Tried on the example plans in the prompts of the repository.
+    Tried on the 17 example plans in the prompts of the repository.
     """
     check_characters_per_token(characters_per_token)
     parse = partial(_plan, characters_per_token)

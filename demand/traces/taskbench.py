@@ -28,9 +28,11 @@ def read_taskbench(
     Read are `data_*/data.json` ({id, type, user_request, task_steps, task_nodes, task_links}), the
     form on the Hugging Face hub (instruction, tool_steps, tool_nodes, tool_links, the lists as
     JSON in strings) and predictions of a model ({id, user_request, result: {task_steps,
-    task_nodes}}). A node is {task, arguments}. It waits for the nodes that its arguments name
-    ("<node-0>"), and, by `task_links` ({source, target}), for tools by name; a link whose source
-    or target is in the plan more than once is left to the arguments.
+    task_nodes}}, or without `result`). A node is {task, arguments}. It waits for the nodes that its
+    arguments name ("<node-0>"), and, by `task_links` ({source, target}), for tools by name; a link
+    whose source or target is in the plan more than once is left to the arguments. Where a node
+    names itself or one that is not there, as the data do now and then, no argument of the plan is
+    believed: its links alone are read, or the line is malformed if they do not tell all.
 
     Units are `plan` (kind "llm": reads the request, writes steps and nodes) and each tool by name,
     of kind "tool". Tools stand in an order in which each comes after what it waits for;
@@ -39,8 +41,9 @@ def read_taskbench(
     descriptions of the tools, which a planner reads too, are not in the file. Attributes are type
     (single, chain, dag) if the line says.
 
-    Tried on the first lines of published predictions; `data.json` and the hub's form were never
-    run on a real file: written from the code that writes and reads them.
+    Tried on files of this form that others published with tools of their own, on predictions of
+    four kinds, and on lines of the three `data.json` (docs/traces.md has the counts); those files
+    whole, and the hub's form, were never read.
     """
     check_characters_per_token(characters_per_token)
     parse = partial(_session, characters_per_token)
@@ -100,20 +103,24 @@ def _after(
     plan: Fields, name: str, nodes: list[Fields], links: list[Fields]
 ) -> dict[int, set[int]]:
     """For each node, those it waits for."""
-    after: dict[int, set[int]] = {}
-    for at, node in enumerate(nodes):
-        named = {int(found) for found in _REFERENCE.findall(json.dumps(node.values))}
-        strangers = sorted(found for found in named if found >= len(nodes) or found == at)
-        if strangers:
-            problem = f"waits for node {strangers[0]}, which is itself or none"
-            raise plan.malformed(f"{name}[{at}].arguments", problem)
-        after[at] = named
+    named = [{int(found) for found in _REFERENCE.findall(json.dumps(n.values))} for n in nodes]
+    linked: dict[int, set[int]] = {at: set() for at in range(len(nodes))}
     tools = [node.text("task") for node in nodes]
+    all_told = len(nodes) == 1 or bool(links)  # whether links say what waits for what
     for link in links:
         ends = {side: link.text(side) for side in ("source", "target")}
         for side, tool in ends.items():
             if tool not in tools:
                 raise link.malformed(side, "expected a tool of the plan", f"seen: {tool!r:.60}")
         if all(tools.count(tool) == 1 for tool in ends.values()):
-            after[tools.index(ends["target"])].add(tools.index(ends["source"]))
-    return after
+            linked[tools.index(ends["target"])].add(tools.index(ends["source"]))
+        else:
+            all_told = False
+    for at, before in enumerate(named):
+        strangers = sorted(found for found in before if found >= len(nodes) or found == at)
+        if strangers and not (all_told and plan.has(name.replace("nodes", "links"))):
+            problem = f"waits for node {strangers[0]}, which is itself or none"
+            raise plan.malformed(f"{name}[{at}].arguments", problem)
+        if strangers:  # numbered in another way, from 1 perhaps
+            return linked
+    return {at: before | linked[at] for at, before in enumerate(named)}

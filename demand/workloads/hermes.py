@@ -42,6 +42,7 @@ def hermes_applications(training_runs: int = 1000, seed: int = 1) -> tuple[Appli
     variation (cv) of total demand.
 
     Our choice, where the profiles are silent or disagree with their own totals:
+
     - tokens of `collapse` (langchain_mapreduce) and of all units of got_docmerge but the first;
       the loops of its scores as p = 1/2 per round; seconds of the container of factool_code;
     - one factor per application on all tokens and seconds, so that mean total demand is the

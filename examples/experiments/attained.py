@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from environment import environment
-from tqdm import tqdm
+from workers import add_workers
 
 from demand import (
     FCFS,
@@ -36,6 +36,7 @@ from demand import (
     recorded_applications,
     simulate,
 )
+from demand.sweep import spread
 from demand.traces import read_agent_sessions
 
 
@@ -83,13 +84,19 @@ def figures(workload: Workload, policy: Policy, seed: int) -> dict[str, float]:
     }
 
 
-def experiment(draw: Callable[[int, int], Workload], jobs: int, seeds: int) -> dict:
+def served(
+    drawn: dict[str, Callable[[int, int], Workload]], jobs: int, cell: tuple[str, int]
+) -> dict[str, dict[str, float]]:
+    """The figures of all arms on one workload of one seed."""
+    name, seed = cell
+    workload = drawn[name](jobs, seed)
+    policies = arms(float(workload.demands.mean()))
+    return {arm: figures(workload, policy, seed) for arm, policy in policies.items()}
+
+
+def summed(seeds: list[dict[str, dict[str, float]]]) -> dict:
     """Ratios to FCFS by arm, with intervals over the seeds."""
-    rows: dict[str, list[dict[str, float]]] = {}
-    for seed in range(seeds):
-        workload = draw(jobs, seed)
-        for name, policy in arms(float(workload.demands.mean())).items():
-            rows.setdefault(name, []).append(figures(workload, policy, seed))
+    rows = {name: [of[name] for of in seeds] for name in seeds[0]}
     found: dict[str, dict] = {}
     for name, mine in rows.items():
         found[name] = {"preemptions": float(np.mean([row["preemptions"] for row in mine]))}
@@ -122,10 +129,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[3] / "shared" / "data")
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=6)
+    add_workers(parser)
     args = parser.parse_args()
-    run = partial(experiment, jobs=args.jobs, seeds=args.seeds)
     drawn = workloads(args.data)
-    results = {name: run(draw) for name, draw in tqdm(drawn.items(), desc="workloads")}
+    cells = [(name, seed) for name in drawn for seed in range(args.seeds)]
+    found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in drawn}
+    each = spread(partial(served, drawn, args.jobs), cells, args.workers, what="seeds")
+    for (name, _), figures_of_arms in zip(cells, each, strict=True):
+        found[name].append(figures_of_arms)
+    results = {name: summed(seeds) for name, seeds in found.items()}
     record = {
         "configuration": {"jobs": args.jobs, "seeds": args.seeds, "load": 0.9},
         "environment": environment(),

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,12 @@ from demand.simulation.engine import (
     Scheduling,
     simulate_engine,
 )
+from demand.sweep import spread
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import demand_tables
 from environment import environment
+from workers import add_workers
 
 POLICIES: dict[str, Policy] = {
     "random": RandomOrder(),
@@ -105,18 +108,23 @@ def compare(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     workloads = [poisson_workload(mix, args.load, args.jobs, seed) for seed in range(args.seeds)]
     ample = Engine(max_requests=args.width, blocks=AMPLE)
     baseline = serve(workloads, RequestFCFS(), ample)
-    policies = []
-    for name, policy in tqdm(POLICIES.items(), desc="policies"):
-        results = serve(workloads, policy, ample)
-        policies.append({"policy": name} | figures(results, baseline))
-    modes = []
-    for scheduling, mode in tqdm(MODES, desc="preemption"):
-        engine = replace(ample, blocks=SCARCE, preemption=mode, scheduling=scheduling)
-        for name in ("request FCFS", "FCFS", "Gittins"):
-            results = serve(workloads, POLICIES[name], engine)
-            named = {"scheduling": scheduling, "preemption": mode, "policy": name}
-            modes.append(named | figures(results, baseline))
-    return policies, modes
+    arms = [({"policy": name}, name, ample) for name in POLICIES] + [
+        (
+            {"scheduling": scheduling, "preemption": mode, "policy": name},
+            name,
+            replace(ample, blocks=SCARCE, preemption=mode, scheduling=scheduling),
+        )
+        for scheduling, mode in MODES
+        for name in ("request FCFS", "FCFS", "Gittins")
+    ]
+    served = spread(partial(_served, workloads), arms, args.workers, what="policies and modes")
+    rows = [of | figures(each, baseline) for (of, _, _), each in zip(arms, served, strict=True)]
+    return rows[: len(POLICIES)], rows[len(POLICIES) :]
+
+
+def _served(workloads: list[Workload], arm: tuple[dict, str, Engine]) -> list[EngineResult]:
+    """What `serve` gives of an arm."""
+    return serve(workloads, POLICIES[arm[1]], arm[2])
 
 
 def timed(workload: Workload, name: str) -> tuple[EngineResult, float]:
@@ -183,8 +191,10 @@ def main() -> None:
     parser.add_argument("--growth-jobs", type=int, default=GROWTH_JOBS[-1], help="at most")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", choices=("engine", "engine_speed"), help="which record to write")
+    add_workers(parser)
     args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
+    apart = ("out", "only", "workers")
+    given = {name: value for name, value in vars(args).items() if name not in apart}
     about = {
         "configuration": {
             **given,

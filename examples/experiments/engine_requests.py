@@ -12,24 +12,26 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from demand import (
     EngineResult,
+    Workload,
     bootstrap_interval,
     hermes_applications,
     poisson_workload,
     with_deadlines,
 )
 from demand.simulation.engine import Engine
+from demand.sweep import spread
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import demand_tables
 from engine import AMPLE, POLICIES, serve
 from environment import environment
+from workers import add_workers
 
 TTFT, TBT = 5.0, 0.5
 FACTOR = 2.0
@@ -63,12 +65,18 @@ def picture(drawn: dict[str, EngineResult], path: Path) -> None:
     canvas.savefig(path, dpi=80)
 
 
+def served(workloads: list[Workload], engine: Engine, name: str) -> list[EngineResult]:
+    """A result for each seed."""
+    return serve(workloads, POLICIES[name], engine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--load", type=float, default=50.0, help="seconds of demand a second")
+    add_workers(parser)
     args = parser.parse_args()
     mix, engine = hermes_applications(), Engine(blocks=AMPLE)
     workloads = [
@@ -76,15 +84,16 @@ def main() -> None:
         for seed in range(args.seeds)
     ]
     rows, applications, drawn = [], [], {}
-    for name, policy in tqdm(POLICIES.items(), desc="policies"):
-        results = serve(workloads, policy, engine)
+    serve_all = partial(served, workloads, engine)
+    found = spread(serve_all, list(POLICIES), args.workers, what="policies")
+    for name, results in zip(POLICIES, found, strict=True):
         rows.append({"policy": name} | figures(results))
         if name in DRAWN:
             drawn[name] = results[0]
             applications += [{"policy": name} | row for row in results[0].requests.table]
     record = {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name != "out"},
+            **{name: value for name, value in vars(args).items() if name not in ("out", "workers")},
             "engine": asdict(engine),
             "ttft_seconds": TTFT,
             "tbt_seconds": TBT,

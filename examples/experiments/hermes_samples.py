@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from environment import environment
 from schedule_arms import ENGINE_JOBS, ENGINE_REQUESTS
+from workers import add_workers
 
 from demand import (
     FCFS,
@@ -81,7 +82,12 @@ def demands(applications: Sequence[Application], jobs: int) -> dict[str, dict[st
 
 
 def served(
-    applications: Sequence[Application], load: float, jobs: int, seeds: int, engine: Engine | None
+    applications: Sequence[Application],
+    load: float,
+    jobs: int,
+    seeds: int,
+    workers: int | str,
+    engine: Engine | None = None,
 ) -> dict[str, dict]:
     """By policy: seconds, and how far they are below those of the baselines."""
     mean = np.average(
@@ -99,7 +105,7 @@ def served(
     }
     servers = 1 if engine is None else ENGINE_REQUESTS
     draw = partial(poisson_workload, applications, load, jobs, servers=servers)
-    result = compare(draw, policies, range(seeds), engine=engine)
+    result = compare(draw, policies, range(seeds), engine=engine, workers=workers)
     rows = {}
     for name in policies:
         measured = {metric: result[name][metric]._asdict() for metric in METRICS}
@@ -194,6 +200,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000, help="jobs of a run on one server")
     parser.add_argument("--engine-jobs", type=int, default=ENGINE_JOBS)
     parser.add_argument("--seeds", type=int, default=15)
+    add_workers(parser)
     args = parser.parse_args()
     begun = time.perf_counter()
     engine = Engine(max_requests=ENGINE_REQUESTS, preemption="none", scheduling="running_first")
@@ -208,11 +215,13 @@ def main() -> None:
     for name, applications in sources(args.data).items():
         print(name, flush=True)
         places = {
-            f"one server, load {load}": served(applications, load, args.jobs, args.seeds, None)
+            f"one server, load {load}": served(
+                applications, load, args.jobs, args.seeds, args.workers
+            )
             for load in LOADS
         }
         places[f"engine, load {LOADS[-1]}"] = served(
-            applications, LOADS[-1], args.engine_jobs, args.seeds, engine
+            applications, LOADS[-1], args.engine_jobs, args.seeds, args.workers, engine
         )
         record["sources"][name] = {
             "demands": demands(applications, args.jobs), "served": places

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from environment import environment
 from knowing_mixes import NO_LABELS, Mix, drawing, mixes
+from workers import add_workers
 
 from demand import (
     FCFS,
@@ -52,10 +53,13 @@ def policies(mix: Mix) -> dict[str, Policy]:
     }
 
 
-def served(mix: Mix, labelling: str, load: float, jobs: int, seeds: int) -> dict:
+def served(
+    mix: Mix, labelling: str, load: float, jobs: int, seeds: int, workers: int | str
+) -> dict:
     """Of every policy: seconds, and ratios to class mean, LAS and FCFS, with their intervals."""
     chosen = policies(mix)
-    result = compare(drawing(mix, labelling, load, jobs), chosen, range(seeds), progress=False)
+    draw = drawing(mix, labelling, load, jobs)
+    result = compare(draw, chosen, range(seeds), workers=workers, progress=False)
     rows = {}
     for name in chosen:
         rows[name] = {metric: result[name][metric]._asdict() for metric in METRICS} | {
@@ -189,12 +193,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.7, 0.9])
+    add_workers(parser)
     args = parser.parse_args()
     begun = time.perf_counter()
     found = []
     for mix in mixes(args.data):
         for labelling in mix.labels:
-            found += [served(mix, labelling, load, args.jobs, args.seeds) for load in args.loads]
+            found += [
+                served(mix, labelling, load, args.jobs, args.seeds, args.workers)
+                for load in args.loads
+            ]
             print(f"{time.perf_counter() - begun:4.0f} s: {mix.name}, {labelling}", flush=True)
     record = {
         "configuration": {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from environment import environment
-from tqdm import tqdm
+from workers import add_workers
 
 from demand import (
     FCFS,
@@ -41,6 +41,7 @@ from demand import (
 )
 from demand.policies.base import Rank
 from demand.policies.wrapper import Wrapper
+from demand.sweep import spread
 
 QUARTERS = 4
 
@@ -94,9 +95,14 @@ def served(workload: Workload) -> dict[str, np.ndarray]:
     return {name: result.completion_times for name, result in results.items()}
 
 
-def experiment(workloads: Sequence[Workload]) -> dict:
+def served_of_seed(jobs: int, seed: int) -> dict[str, np.ndarray]:
+    """The same of the mix that is drawn of a seed."""
+    return served(hermes_mix(load=0.9, jobs=jobs, seed=seed))
+
+
+def experiment(jobs: int, seeds: int, workers: int | str) -> dict:
     """By arm: ratios to FCFS of each quarter, and of all jobs, with intervals over the seeds."""
-    rows = [served(workload) for workload in tqdm(workloads, desc="seeds")]
+    rows = list(spread(partial(served_of_seed, jobs), range(seeds), workers, what="seeds"))
     found: dict[str, list[list[float]]] = {}
     for name in rows[0]:
         parts = [*(partial(_quarter, at) for at in range(QUARTERS)), lambda times: times]
@@ -131,12 +137,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--jobs", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=12)
+    add_workers(parser)
     args = parser.parse_args()
-    drawn = [hermes_mix(load=0.9, jobs=args.jobs, seed=seed) for seed in range(args.seeds)]
     record = {
         "configuration": {"jobs": args.jobs, "seeds": args.seeds, "load": 0.9},
         "environment": environment(),
-        "results": experiment(drawn),
+        "results": experiment(args.jobs, args.seeds, args.workers),
     }
     print(markdown(record))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ from link_ways import BOS_KEPT, arms_of, ways
 from loaded import loaded
 from paragraph_questions import TASKS
 from parallel import spread
+from workers import add_workers
 
 from picache import PIC, compare
 from picache.compare import FULL
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the data sets' files")
     parser.add_argument("--questions", type=int, default=200, help="of each task, at most")
     parser.add_argument("--together", type=int, default=16, help="questions of a worker's turn")
-    parser.add_argument("--workers", type=int, default=1)
+    add_workers(parser)
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no turn begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a few arms")

@@ -14,13 +14,11 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from demand import (
     CostModel,
@@ -43,12 +41,14 @@ from demand.simulation.engine import (
     simulate_engine,
 )
 from demand.simulation.engine.retention import LeftKV
+from demand.sweep import spread
 from demand.traces import read_agent_sessions
 from demand.units import Execution
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import engine_tables
 from environment import environment
+from workers import add_workers
 
 APPLICATION = "coding_agent"
 ASSUMED = {"human": 10.0, "tool": 10.0}
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=8192)
     parser.add_argument("--blocks", type=int, default=16_384)
     parser.add_argument("--block-tokens", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2, help="arms served at once")
+    add_workers(parser)
     args = parser.parse_args()
     begun = time.perf_counter()
     arms = {
@@ -206,10 +206,10 @@ def main() -> None:
     rows = []
     for seconds, policy in SERVED:
         drawn = workloads(args, seconds)
-        with ProcessPoolExecutor(args.processes) as pool:
-            found = pool.map(partial(serve, drawn, POLICIES[policy]), arms.values())
-            bar = tqdm(found, desc=f"{policy}, {seconds:.0f} s", total=len(arms))
-            served = dict(zip(arms, bar, strict=True))
+        what = f"{policy}, {seconds:.0f} s"
+        task = partial(serve, drawn, POLICIES[policy])
+        found = spread(task, list(arms.values()), args.workers, what=what)
+        served = dict(zip(arms, found, strict=True))
         of = {"seconds_between_arrivals": seconds, "policy": policy}
         rows += [
             of | {"retention": name} | figures(results, served["LRU"])
@@ -217,7 +217,11 @@ def main() -> None:
         ]
     record = {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name not in ("out", "data")},
+            **{
+                name: value
+                for name, value in vars(args).items()
+                if name not in ("out", "data", "workers")
+            },
             "engine": asdict(engine(args, None)),
             "retentions": {name: repr(retention) for name, retention in ARMS.items()},
             "assumed_seconds": ASSUMED,

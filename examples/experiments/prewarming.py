@@ -13,10 +13,10 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from demand import (
     FCFS,
@@ -47,11 +47,13 @@ from demand.prewarm import (
     WaitingQueue,
 )
 from demand.simulation.engine import Engine, EngineResult, Pool, simulate_engine
+from demand.sweep import spread
 from demand.workloads.hermes import hermes_generator
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 from environment import environment
 from prewarming_figure import figure
+from workers import add_workers
 
 POLICIES: dict[str, Policy] = {
     "FCFS": FCFS(),
@@ -179,6 +181,17 @@ def measured_pace(results: list[EngineResult]) -> CostModel:
     return CostModel(Engine().prefill_seconds_per_token, seconds / sum(r.steps for r in results))
 
 
+def served(
+    args: argparse.Namespace,
+    workloads: dict[float, list[Workload]],
+    paces: dict[float, CostModel],
+    cell: tuple[float, Policy, Arm, str],
+) -> list[EngineResult]:
+    """A result for each seed, at a load."""
+    load, policy, arm, scenario = cell
+    return serve(args, policy, arm, scenario, paces[load], workloads[load])
+
+
 def run(args: argparse.Namespace) -> dict:
     """Everything that the JSON holds."""
     mix = applications()
@@ -190,26 +203,30 @@ def run(args: argparse.Namespace) -> dict:
     paces, rows, policies = {}, [], []
     for load, drawn in workloads.items():
         paces[load] = measured_pace(serve(args, Gittins(), none, "tools", CostModel(), drawn))
-    for scenario in ("tools", "adapters"):
-        baseline = None
-        for arm in tqdm(arms(), desc=scenario):
-            results = serve(
-                args, Gittins(), arm, scenario, paces[args.load], workloads[args.load]
-            )  # fmt: skip
-            baseline = baseline or results
-            row = {"scenario": scenario, "prewarmer": arm.name, "family": arm.family}
-            rows.append(row | {"kept": arm.kept} | figures(results, baseline))
-    for load, drawn in workloads.items():
-        baseline = None
-        for name, policy in POLICIES.items():
-            for arm in (none, Arm("K = 0.5", PrewarmPlanner(0.5)), Arm("oracle", OraclePrewarm())):
-                results = serve(args, policy, arm, "tools", paces[load], drawn)
-                baseline = baseline or results
-                row = {"load": load, "policy": name, "prewarmer": arm.name}
-                policies.append(row | figures(results, baseline))
+    known = Gittins()
+    cells = [
+        (args.load, known, arm, scenario) for scenario in ("tools", "adapters") for arm in arms()
+    ]
+    spreading = partial(spread, partial(served, args, workloads, paces), workers=args.workers)
+    for cell, results in zip(cells, spreading(cells, what="prewarmers"), strict=True):
+        _, _, arm, scenario = cell
+        if arm.name == none.name:  # the first of a scenario
+            baseline = results
+        row = {"scenario": scenario, "prewarmer": arm.name, "family": arm.family}
+        rows.append(row | {"kept": arm.kept} | figures(results, baseline))
+    few = (none, Arm("K = 0.5", PrewarmPlanner(0.5)), Arm("oracle", OraclePrewarm()))
+    named = [(load, name, arm) for load in workloads for name in POLICIES for arm in few]
+    cells = [(load, POLICIES[name], arm, "tools") for load, name, arm in named]
+    first: dict[float, list[EngineResult]] = {}
+    for (load, name, arm), results in zip(
+        named, spreading(cells, what="policies and prewarmers"), strict=True
+    ):
+        baseline = first.setdefault(load, results)
+        row = {"load": load, "policy": name, "prewarmer": arm.name}
+        policies.append(row | figures(results, baseline))
     return {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name != "out"},
+            **{name: value for name, value in vars(args).items() if name not in ("out", "workers")},
             "containers": CONTAINERS, "container_seconds": CONTAINER_SECONDS,
             "models": MODELS, "model_seconds": MODEL_SECONDS, "popularity": POPULARITY.tolist(),
             "adapters": ADAPTERS, "adapter_seconds": ADAPTER_SECONDS,
@@ -263,6 +280,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=18.0, help="seconds of demand a second")
     parser.add_argument("--busy-load", type=float, default=45.0)
     parser.add_argument("--width", type=int, default=64)
+    add_workers(parser)
     args = parser.parse_args()
     record = run(args)
     print(tables(record))

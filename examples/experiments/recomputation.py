@@ -13,10 +13,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from demand import (
     FCFS,
@@ -35,10 +35,12 @@ from demand import (
 )
 from demand.policies import LAS, Hysteresis, RequestFCFS, TimeSlice
 from demand.simulation.engine import Engine, EngineResult, Preemption, Scheduling, simulate_engine
+from demand.sweep import spread
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import engine_tables
 from environment import environment
+from workers import add_workers
 
 BLOCKS = 65_536
 SECONDS = 100.0
@@ -93,12 +95,27 @@ def figures(results: list[EngineResult], baseline: list[EngineResult]) -> dict:
     }
 
 
+def served(
+    mixes: dict[str, list[Workload]], arm: tuple[str, str, str]
+) -> tuple[list[EngineResult], list[EngineResult]]:
+    """Of each seed: what all arms of an engine are held against, of its first one, and the arm."""
+    which, engine, name = arm
+    scheduling, preemption = ENGINES[engine]
+    run = partial(
+        simulate_engine,
+        engine=Engine(blocks=BLOCKS, preemption=preemption, scheduling=scheduling),
+    )
+    baseline = [run(w, RequestFCFS()) for w in mixes[which]] if name == "random" else []
+    return baseline, [run(w, policies()[name], seed=i) for i, w in enumerate(mixes[which])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--load", type=float, default=50.0, help="seconds of demand a second")
+    add_workers(parser)
     args = parser.parse_args()
     mix = hermes_applications()
     labelled = [poisson_workload(mix, args.load, args.jobs, seed) for seed in range(args.seeds)]
@@ -106,17 +123,13 @@ def main() -> None:
     rows = []
     arms = [(mix, engine, name) for mix in mixes for engine in ENGINES for name in policies()]
     baseline: list[EngineResult] = []
-    for which, engine, name in tqdm(arms, desc="arms"):
-        scheduling, preemption = ENGINES[engine]
-        served = Engine(blocks=BLOCKS, preemption=preemption, scheduling=scheduling)
-        policy = policies()[name]
-        if name == "random":  # the first of its engine
-            baseline = [simulate_engine(w, RequestFCFS(), served) for w in mixes[which]]
-        results = [simulate_engine(w, policy, served, seed=i) for i, w in enumerate(mixes[which])]
+    found = spread(partial(served, mixes), arms, args.workers, what="arms")
+    for (which, engine, name), (first, results) in zip(arms, found, strict=True):
+        baseline = first or baseline
         rows.append({"mix": which, "engine": engine, "policy": name} | figures(results, baseline))
     record = {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name != "out"},
+            **{name: value for name, value in vars(args).items() if name not in ("out", "workers")},
             "engine": asdict(Engine(blocks=BLOCKS)),
             "engines": ENGINES,
             "quantum_seconds": SECONDS,

@@ -17,6 +17,7 @@ import claims
 import demand_tables
 import engine_tables
 import hermes_samples
+import how_to_tables
 import knowing_demand
 import learning_loop
 import link_evidence_pages
@@ -48,6 +49,10 @@ import decode_tables
 import drawing
 import link_profile
 import link_tables
+import sweeps
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from serving import tables as together
 
 ROOT = Path(__file__).parents[2]
 END = "<!-- end of the tables -->"
@@ -166,6 +171,18 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             cap_pages.refused_table,
         ]
     },
+    "docs/how_to/choose_a_method.md": {
+        "link_evidence": [how_to_tables.linking],
+        "link": [how_to_tables.linking_times],
+        "retention_evidence": [how_to_tables.long_texts],
+        "reasoning_accuracy": [how_to_tables.chains],
+        "knowing_demand": [how_to_tables.knowing],
+    },
+    "docs/how_to/choose_a_budget.md": {
+        "link_evidence": [how_to_tables.linking_budgets],
+        "decode": [how_to_tables.step_times],
+    },
+    "docs/how_to/behind_a_server.md": {"recomputation": [how_to_tables.displacing]},
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_evidence": [link_evidence_pages.best, link_evidence_pages.pairs],
@@ -175,6 +192,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_kernels": [link_tables.kernels],
         "link_profile": [link_profile.table],
     },
+    "docs/how_to/many_machines.md": {"sweeps": [sweeps.table]},
     "docs/picache.md": {"hashes": [hashes_table], "store": [store_table]},
     "docs/retention.md": {
         "retention_evidence": [retention_evidence_summary.tables],
@@ -244,6 +262,14 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             knowing_demand.worth,
             knowing_demand.tails,
             lambda found: knowing_demand.tables(found)[0],
+        ]
+    },
+    "docs/together.md": {
+        "agents": [
+            together.arms_table,
+            together.answers_table,
+            together.contributions_table,
+            together.replays_table,
         ]
     },
     "docs/when_gittins_helps.md": {

@@ -32,6 +32,7 @@ from retention_evidence_summary import draw, summary, tables
 from retention_texts import asked, texts
 from retention_ways import FREE, SMALL, WAYS
 from torch import Tensor
+from workers import add_workers
 
 from sparsity import Full, SparseCache, SparsityError
 from sparsity.hf.attach import keep_attached
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--arms", default="", help="only those whose name has this in it")
     parser.add_argument("--only", default="", choices=("forced", "free"), help="both if not given")
     parser.add_argument("--together", type=int, default=6, help="forced arms side by side")
-    parser.add_argument("--workers", type=int, default=1, help="processes; on GPUs one a device")
+    add_workers(parser)
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a setting for a CPU, and fewer arms")

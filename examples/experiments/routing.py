@@ -15,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from demand import (
     FCFS,
@@ -39,11 +39,13 @@ from demand import (
     simulate_cluster,
 )
 from demand.simulation.engine import LRU
+from demand.sweep import spread
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts, not a package
 import engine_tables
 import prefix_reuse
 from environment import environment
+from workers import add_workers
 
 ROUTERS: dict[str, Callable[[int], Router]] = {
     "random": RandomEngine,
@@ -145,6 +147,22 @@ def picture(rows: list[dict], path: Path) -> None:
     canvas.savefig(path, dpi=100)
 
 
+def routed(
+    at_work: dict[str, Mix], engines: int, cell: tuple[str, str, str]
+) -> tuple[list[ClusterResult], float]:
+    """A result for each seed, and the seconds of processor time that they took."""
+    begun = time.process_time()
+    name, policy, router = cell
+    mix = at_work[name]
+    results = [
+        simulate_cluster(
+            workload, POLICIES[policy], mix.engine, engines, ROUTERS[router](seed), seed=seed
+        )
+        for seed, workload in enumerate(mix.workloads)
+    ]
+    return results, time.process_time() - begun
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -162,35 +180,35 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=180.0, help="seconds of demand a second")
     parser.add_argument("--hermes-seeds", type=int, default=5)
     parser.add_argument("--hermes-blocks", type=int, default=65_536)
+    add_workers(parser)
     args = parser.parse_args()
     begun = time.process_time()
-    rows, served = [], mixes(args)
-    total = len(served) * len(POLICIES) * len(ROUTERS)
-    with tqdm(total=total, desc="mixes, policies and routers") as advance:
-        for mix in served:
-            for policy in POLICIES:
-                results: dict[str, list[ClusterResult]] = {}
-                for name, router in ROUTERS.items():
-                    results[name] = [
-                        simulate_cluster(
-                            workload, POLICIES[policy], mix.engine, args.engines, router(seed),
-                            seed=seed,
-                        )
-                        for seed, workload in enumerate(mix.workloads)
-                    ]  # fmt: skip
-                    of = {"mix": mix.name, "policy": policy, "router": name}
-                    rows.append(of | figures(results[name], results[BASELINE]))
-                    advance.update()
+    served, spent = mixes(args), 0.0
+    at_work = {mix.name: mix for mix in served}
+    cells = [(mix, policy, router) for mix in at_work for policy in POLICIES for router in ROUTERS]
+    task = partial(routed, at_work, args.engines)
+    found = spread(task, cells, args.workers, what="mixes, policies and routers")
+    rows, baseline = [], []
+    for (mix, policy, router), (results, seconds) in zip(cells, found, strict=True):
+        if router == BASELINE:  # the first of a policy
+            baseline = results
+        of = {"mix": mix, "policy": policy, "router": router}
+        rows.append(of | figures(results, baseline))
+        spent += 0.0 if args.workers == 1 else seconds
     record = {
         "configuration": {
-            **{name: value for name, value in vars(args).items() if name not in ("out", "data")},
+            **{
+                name: value
+                for name, value in vars(args).items()
+                if name not in ("out", "data", "workers")
+            },
             "routers": {name: repr(router(0)) for name, router in ROUTERS.items()},
             "mixes": {mix.name: asdict(mix.engine) for mix in served},
             "assumed_seconds": prefix_reuse.ASSUMED,
         },
         "environment": environment(),
         "rows": rows,
-        "processor_seconds": time.process_time() - begun,
+        "processor_seconds": time.process_time() - begun + spent,
     }
     print(engine_tables.routing(record))
     args.out.mkdir(parents=True, exist_ok=True)

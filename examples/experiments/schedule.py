@@ -22,6 +22,7 @@ from pathlib import Path
 from environment import environment
 from schedule_arms import ENGINE_JOBS, SWEPT, Arm, Scenario, mean_seconds, policies, scenarios
 from schedule_figure import figure
+from workers import add_workers
 
 from demand import (
     Application,
@@ -38,7 +39,7 @@ COMPARED = ("mean_seconds", "p95_seconds", "p99_seconds")
 BASELINES = ("FCFS", "request FCFS", "class mean", "oracle")
 
 
-def compared(scenario: Scenario, arms: Sequence[Arm], seeds: int) -> list[dict]:
+def compared(scenario: Scenario, arms: Sequence[Arm], seeds: int, workers: int | str) -> list[dict]:
     """A row for each policy: figures over seeds, and ratios to the baselines."""
     print(scenario.name)
     result = compare(
@@ -47,6 +48,7 @@ def compared(scenario: Scenario, arms: Sequence[Arm], seeds: int) -> list[dict]:
         range(seeds),
         engine=scenario.engine,
         also=[*FURTHER, *(FURTHER_OF_ENGINE if scenario.engine else ())],
+        workers=workers,
     )
     return [row(arm, result) for arm in arms]
 
@@ -63,7 +65,9 @@ def row(arm: Arm, result: Comparison) -> dict:
     return {"policy": arm.name, "knows": arm.knows, **figures, **ratios}
 
 
-def against_load(applications: Sequence[Application], jobs: int, seeds: int) -> list[dict]:
+def against_load(
+    applications: Sequence[Application], jobs: int, seeds: int, workers: int | str
+) -> list[dict]:
     """The same jobs, arriving faster."""
     unit = mean_seconds(applications)
     arms = [arm for arm in policies(unit, timed=False) if arm.name in SWEPT]
@@ -71,7 +75,7 @@ def against_load(applications: Sequence[Application], jobs: int, seeds: int) -> 
     for load in LOADS:
         drawn = partial(poisson_workload, applications, load, jobs)
         scenario = Scenario(f"hermes {load}", f"Hermes mix, load {load}", unit, drawn)
-        swept.append({"load": load, "rows": compared(scenario, arms, seeds)})
+        swept.append({"load": load, "rows": compared(scenario, arms, seeds, workers)})
     return swept
 
 
@@ -166,6 +170,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.9, help="of Hermes' mix and of sessions")
     again = "scenarios to measure alone; the rest is what the record in --out has"
     parser.add_argument("--again", nargs="+", default=[], help=again)
+    add_workers(parser)
     args = parser.parse_args()
     begun = time.perf_counter()
     hermes = hermes_applications()
@@ -178,13 +183,15 @@ def main() -> None:
             "name": scenario.name,
             "title": scenario.title,
             "mean_demand_seconds": scenario.unit,
-            "rows": compared(scenario, scenario.arms(), args.seeds),
+            "rows": compared(scenario, scenario.arms(), args.seeds, args.workers),
         }
         if not args.again or scenario.name in args.again
         else kept[scenario.name]
         for scenario in chosen
     ]
-    swept = before["loads"] if args.again else against_load(hermes, args.jobs, args.seeds)
+    swept = (
+        before["loads"] if args.again else against_load(hermes, args.jobs, args.seeds, args.workers)
+    )
     claims = {f"load {each['load']}": claim(each["rows"]) for each in swept} | {
         each["name"]: claim(each["rows"]) for each in results if "engine" in each["name"]
     }

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from picache.chunk import KV
 from picache.errors import PICacheError
 from picache.hf.fingerprint import PLAIN
+from picache.hf.tensor_parallel import local
 
 _SAME_IN_TRAINING = (nn.Linear, nn.Embedding)
 _PACKING = "torch.ao.nn.quantized"  # modules with weights in no parameter or buffer
@@ -110,6 +111,9 @@ def _fewer_bits(name: str, tensor: Tensor) -> str:
     """Names the type of a quantised weight; empty for one that is not."""
     if type(tensor) in PLAIN and tensor.is_floating_point() and tensor.itemsize > 1:
         return ""  # as most are, and this is asked at every link
+    tensor = local(tensor)
+    if type(tensor) in PLAIN and tensor.is_floating_point() and tensor.itemsize > 1:
+        return ""
     if is_traceable_wrapper_subclass(tensor):
         return f"{type(tensor).__name__} ({name})"
     packed = tensor.itemsize == 1 or not tensor.is_floating_point()  # int32 holds several (GPTQ)

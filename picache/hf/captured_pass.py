@@ -103,6 +103,8 @@ class CapturedPasses:
     def why_no_device(self) -> str:
         """Why nothing is captured where the model is; empty where passes are. Needs no turn."""
         kind = self._model.device.type
+        if self._model.shards is not None:
+            return "processes share each layer (tensor parallelism)"
         return "" if kind in RECORDERS else f"nothing is captured on a {kind}"
 
     @property

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from picache.hf.tensor_parallel import local
+
 PLAIN = (nn.Parameter, Tensor)
 """Types of tensors that are no subclass that wraps others, as quantised weights are."""
 
@@ -24,8 +26,10 @@ def settings(config: Any) -> dict[str, Any]:
 def plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """The plain tensors, by name, of a parameter: itself, or the parts of a tensor subclass.
 
-    Quantised weights are often a tensor subclass, made of integers and scales.
+    Quantised weights are often a tensor subclass, made of integers and scales. Of a weight that is
+    shared out it is what this process holds.
     """
+    tensor = local(tensor)
     if type(tensor) in PLAIN or not is_traceable_wrapper_subclass(tensor):
         return [(name, tensor)]
     inner = tensor.__tensor_flatten__()[0]

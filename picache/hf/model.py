@@ -27,6 +27,7 @@ from picache.hf.fingerprint import fingerprint, middles, plain, settings
 from picache.hf.rope import Angles, Rotation, calibrate, frequencies
 from picache.hf.rotary_module import RotaryModule
 from picache.hf.sparse_pass import KVByLayer, Narrow, SparsePass, Stop, current, enter_layer
+from picache.hf.tensor_parallel import Shards
 from picache.hf.weights_in_memory import WeightsInMemory
 from picache.kernels.queued import queued
 
@@ -49,6 +50,7 @@ class HFModel:
         attention: switches the model's attention function.
         config: configuration of the decoder.
         settings: the fields of it that KV may depend on, when the model was measured.
+        shards: the processes that share each layer, by tensor parallelism; None for a whole model.
         modules: of the model, by name, as the last `header` saw them.
         max_length: positions the model has; None where it states no limit.
         window: tokens of the smallest attention window of any layer; None without windows.
@@ -77,6 +79,7 @@ class HFModel:
         self.decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self.attention = AttentionSwitch(model, self.decoder)
         self.config = model.config.get_text_config(decoder=True)
+        self.shards = Shards.of(model)
         self.modules: tuple[tuple[str, nn.Module], ...] = ()
         self._digest: tuple[object, str] = (None, "")
         self._in_memory: WeightsInMemory | None = None
@@ -154,7 +157,9 @@ class HFModel:
     def groups(self) -> int:
         """Query heads that share a KV head, in a layer whose heads are the configuration's."""
         heads: int = self.config.num_attention_heads
-        return max(1, heads // self.one_token[0][0].shape[1])
+        held = self.one_token[0][0].shape[1]
+        whole: int = getattr(self.config, "num_key_value_heads", None) or heads
+        return max(1, heads // (held if self.shards is None else max(held, whole)))
 
     @cached_property
     def loading(self) -> "torch.cuda.Stream":
@@ -344,13 +349,32 @@ class HFModel:
         running = SparsePass(
             positions,
             self.device,
-            observe=lambda layer, mass: masses.append(mass.cpu()),
+            observe=lambda layer, mass: masses.append(self.over_heads(mass, mean=True).cpu()),
             value_norm=value_norm,
             stop=layers,
         )
         with suppress(Stop):
             self._run(ids, kv, int(positions[-1]) + 1, running)
         return torch.stack(masses)
+
+    def over_heads(self, tensor: Tensor, mean: bool = False) -> Tensor:
+        """What was summed over the KV heads that this process holds, over those of all processes.
+
+        Args:
+            tensor: the sum over the heads here; or the mean.
+            mean: which it is.
+        """
+        if self.shards is None:
+            return tensor
+        total = self.shards.summed(tensor)
+        return total / self.shards.size if mean else total
+
+    def everywhere(self, holds: bool) -> bool:
+        """Whether it holds in all processes that share the model, which is this one if it is whole.
+
+        What some of them would compute and others not, they would wait for each other in vain.
+        """
+        return holds if self.shards is None else self.shards.everywhere(holds)
 
     def _run(
         self,
@@ -442,7 +466,7 @@ class HFModel:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token in all layers."""
+        """Bytes of the keys and values of one token in all layers, as this process holds them."""
         return sum(tensor.nbytes for layer in self.one_token for tensor in layer)
 
     def header(self, namespace: str, storage: str) -> Header:
@@ -502,7 +526,8 @@ class HFModel:
         if seen != self._digest[0]:
             self._angle_tables.clear()
             self._digest = (seen, fingerprint(self.settings, tensors))
-        return self._digest[1]
+        here = self._digest[1]
+        return here if self.shards is None else self.shards.fingerprint(here)
 
 
 def _first_parameter(module: nn.Module) -> Tensor | None:

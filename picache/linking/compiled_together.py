@@ -41,7 +41,7 @@ def compile_together(model: "HFModel", store: ChunkStore, forms: Sequence[Form])
     lacking = {
         key: form
         for key, form in different.items()
-        if key not in store and store.get(key) is None  # which counts it
+        if not model.everywhere(key in store or store.get(key) is not None)  # which counts it
     }
     for batch in _batches(sorted(lacking.values(), key=lambda form: len(form.ids))):
         watch = Stopwatch()

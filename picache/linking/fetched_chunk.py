@@ -58,7 +58,8 @@ class FetchedChunk:
         self._compiled: list[KV] = []
         self._damaged = False
         with self._watch.span("look_up"):
-            self._stored = store.get(form.key)
+            found = store.get(form.key)
+        self._stored = found if model.everywhere(found is not None) else None
         self.hit = self._stored is not None
         self.tier = "device" if self._stored is None else self._stored.tier
         self.nbytes = 0 if self._stored is None else self._stored.nbytes

@@ -130,6 +130,8 @@ class Link:
                     with self._places() as (places, reason):
                         return self._linked(sources, places, reason)
                 except CorruptChunk:  # a layer was damaged when it was due: mend, begin again
+                    if self._model.shards is not None:
+                        raise  # the other processes are in the middle of the pass
                     sources.mend()
 
     def _see(self) -> None:
@@ -239,7 +241,8 @@ class Link:
         linking.measured = evidence.entered
         if self._flops_per_byte is None or narrows(method) or method.parallel is not None:
             return
-        nbytes = model.bytes_per_token * sources.compiled_tokens(linking.row)
+        processes = 1 if model.shards is None else model.shards.size
+        nbytes = processes * model.bytes_per_token * sources.compiled_tokens(linking.row)
         linked = model.flops([linking.positions] * layout.num_layers)
         ratio = (linked + self._flops_per_byte * nbytes) / model.flops(linking.everything)
         if ratio >= 1:
@@ -333,7 +336,7 @@ class Link:
                 linking.ids[linking.positions],
                 linking.positions,
                 kv,
-                narrowing(method, layout),
+                narrowing(method, layout, model.over_heads),
                 rotary_positions,
                 parallel,
             )

@@ -75,10 +75,12 @@ class MeasuredEvidence(Evidence):
         true = self._model.prefill(self._ids[None])
         context = self._layout.context_length
         by_layer = [
-            squared_distance(
-                (keys[:, :, :context], values[:, :, :context]),
-                (self._kv[layer][0][:, :, :context], self._kv[layer][1][:, :, :context]),
-                metric,
+            self._model.over_heads(
+                squared_distance(
+                    (keys[:, :, :context], values[:, :, :context]),
+                    (self._kv[layer][0][:, :, :context], self._kv[layer][1][:, :, :context]),
+                    metric,
+                )
             ).cpu()
             for layer, (keys, values) in enumerate(true)
         ]

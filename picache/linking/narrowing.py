@@ -1,5 +1,7 @@
 """Methods that choose again in each layer, as the pass that recomputes their tokens asks them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,18 @@ def why_never_captured(method: LinkMethod) -> str:
     return "" if method.parallel is None else "the method places chunks side by side"
 
 
-def narrowing(method: LinkMethod, layout: Layout) -> Narrow | None:
+def narrowing(
+    method: LinkMethod, layout: Layout, over_heads: Callable[[Tensor], Tensor]
+) -> Narrow | None:
     """The method's `narrow` as `HFModel.scattered_forward` calls it; None if it has none.
 
     What must be recomputed in every layer, the query or its last token, is left out of what the
     method sees and added to what it chose.
+
+    Args:
+        method: chooses.
+        layout: where the chunks and the query stand.
+        over_heads: of a sum over the KV heads of this process, the sum over all.
     """
     if not narrows(method):
         return None
@@ -40,7 +49,7 @@ def narrowing(method: LinkMethod, layout: Layout) -> Narrow | None:
         )
 
         def deviation(metric: Metric) -> Tensor:
-            return squared_distance(fresh_free, reused_free, metric).cpu()
+            return over_heads(squared_distance(fresh_free, reused_free, metric)).cpu()
 
         chosen = method.narrow(layer, layout, positions[:free].cpu(), deviation)
         if chosen is None:

@@ -108,12 +108,18 @@ def record(
 
     Raises:
         SparsityError: for more than one sequence, padding, layers without full attention, a
-            recording that grows over `max_bytes`, a cache or embeddings among the inputs, and as
-            `SparseCache` does.
+            recording that grows over `max_bytes`, a cache or embeddings among the inputs, a model
+            that several processes share, and as `SparseCache` does.
     """
     from sparsity.hf.attach import keep_attached
     from sparsity.hf.cache import SparseCache
+    from sparsity.hf.tensor_parallel import tensor_rank
 
+    if tensor_rank(model) is not None:
+        raise SparsityError(
+            "record would see the heads of this process alone, since tensor parallelism shares "
+            "each layer out over several: record with the model in one process"
+        )
     if refused := {"past_key_values", "inputs_embeds", "return_dict_in_generate"} & set(inputs):
         raise SparsityError(
             f"record takes no {', '.join(sorted(refused))}: give input_ids, of one row; it brings "

@@ -134,6 +134,8 @@ class Replay:
         lines = (f"{name:<17}{what}" for name, what in self._entries())
         return "\n  ".join([str(self.policy), self._size, *lines])
 
+    __repr__ = __str__  # the tensors of all layers are a megabyte of text
+
     def _repr_html_(self) -> str:
         return html_table(str(self.policy), [("", self._size), *self._entries()])
 

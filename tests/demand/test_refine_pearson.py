@@ -1,5 +1,8 @@
 """Which samples the filter of Hermes keeps, against a twin that goes through the runs."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -132,3 +135,40 @@ def test_weights_of_runs_carry_over_to_the_samples_kept():
     weights = own.weights[own.offsets[node] : own.offsets[node + 1]]
     before = arrays.weights[arrays.offsets[node] + kept[node]]
     assert weights == pytest.approx(before / before.sum())
+
+
+def test_what_the_docstring_says_is_what_was_measured():
+    results = Path(__file__).parents[2] / "docs" / "results"
+    said = " ".join(PearsonFilter.__doc__.split())
+    sets = json.loads((results / "refinement.json").read_text())["results"]
+    crps = [one["calibration"] for one in sets.values()]
+    better = [
+        round(
+            100
+            - 100
+            * c["Pearson filter"]["crps_ratio_to_none"]
+            / c["current unit"]["crps_ratio_to_none"]
+        )
+        for c in crps
+    ]
+    assert len(sets) == 7
+    assert sorted(better)[-1] == 3
+    assert f"({max(better)} % better on one of them)" in said
+    closed = {
+        (name, policy): {who: round(100 * found["share"]) for who, found in arms.items()}
+        for name, one in sets.items()
+        for policy, arms in one["gap_closed"].items()
+    }
+    gpt = closed["ReAct gpt35", "SERPT"]
+    assert f"closes {gpt['Pearson filter']} % on ReAct's gpt35" in said
+    assert f"FCFS closes {gpt['FCFS']} %" in said
+    assert closed["ReAct gpt35", "Gittins"]["Pearson filter"] == 0
+    for (name, policy), arms in closed.items():
+        if "ReAct" in name and (name, policy) != ("ReAct gpt35", "SERPT"):
+            assert arms["Pearson filter"] <= max(arms["FCFS"], arms["nearest runs"])
+    lost = [-arms["Pearson filter"] for (name, _), arms in closed.items() if "ReAct" not in name]
+    assert f"loses {min(lost)} to {max(lost)} %" in said
+    speed = json.loads((results / "estimator.json").read_text())["rows"]
+    took = {row["refinement"]: row["after"]["between_units"] for row in speed}
+    assert max(took, key=took.__getitem__) == "PearsonFilter"
+    assert f"{took['PearsonFilter']:.1f} ms an answer" in said

@@ -61,18 +61,26 @@ def test_applications_are_what_the_page_says(example):
 
 def test_the_code_of_the_page_runs(capsys):
     names: dict = {}
+    answers = []
     for block in CODE:
         exec(compile(block, "side_by_side.md", "exec"), names)
+        answers.append(names.get("answer"))
+    _, by_hand, planned = answers
     out = capsys.readouterr().out
     assert "['plan', 'search', 'join']" in out
     assert names["cost"].run_seconds(names["run"]) == pytest.approx(13.16)
     assert names["cost"].run_seconds(names["run"], "critical_path") == pytest.approx(10.16)
 
-    async def served():
+    async def served(answer):
+        names["answer"] = answer
         async with FakeServer() as server:
             await names["serve"](server.url)
 
-    asyncio.run(served())
+    asyncio.run(served(by_hand))
+    asyncio.run(served(planned))
+    assert "on a Monday" in capsys.readouterr().out
+    graph = names["estimator"].graphs["planned answers"]
+    assert graph.branches("plan") == {"calendar + search where + search who": 1.0}
     learnt = names["estimator"].graphs["answers"].runs[-1]
     assert [execution.after for execution in learnt] == [None, None, (0,), (0,), (1, 2, 3)]
     assert learnt[-1].unit.name == "join"

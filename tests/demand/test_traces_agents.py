@@ -253,13 +253,31 @@ def test_taskbench_links_and_its_other_forms(tmp_path):
     assert ("b", (0,)) in waits
 
 
+def test_taskbench_counted_from_one(tmp_path):
+    """As in published data: where references cannot be meant, the links alone are believed."""
+    chain = [node("draw", "a.txt"), node("colour", "<node-1>"), node("show", "<node-1>")]
+    alone = taskbench([{"task": "simplify", "arguments": "<node-0>"}])
+    linked = taskbench(chain, [("draw", "colour"), ("colour", "show")])
+    first, second = read(tmp_path / "data.json", linked, alone)
+    assert [s.parents for s in first.spans] == [(), (0,), (1,), (2,)]
+    assert [s.parents for s in second.spans] == [(), (0,)]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         (taskbench([]), "'task_nodes': has no nodes"),
         (taskbench([node("a", "<node-1>"), node("b", "<node-0>")]), "tools wait for each other"),
-        (taskbench([node("a", "<node-0>")]), r"waits for node 0, which is itself or none"),
-        (taskbench([node("a", "<node-5>")]), r"'task_nodes\[0\].arguments'"),
+        (taskbench([node("a", "<node-0>"), node("b")]), r"waits for node 0, which is itself or"),
+        (taskbench([node("a"), node("b", "<node-5>")]), r"'task_nodes\[1\].arguments'"),
+        (
+            taskbench([node("a", "<node-0>"), node("a"), node("b")], [("a", "b")]),
+            r"'task_nodes\[0\].arguments'",  # links do not tell which of the two
+        ),
+        (
+            {"id": "1", "user_request": "x", "result": {"task_nodes": [node("a", "<node-0>")]}},
+            "waits for node 0, which is itself or none",
+        ),
         (taskbench([node("a")], [("a", "z")]), r"target': expected a tool of the plan"),
         ({"id": "1", "instruction": "x", "tool_nodes": "[{]"}, "expected a list, or one as JSON"),
         ({"id": "1", "instruction": "x", "tool_nodes": "{}"}, "expected a list, or one as JSON"),

@@ -89,7 +89,7 @@ def test_one_compilation_serves_every_class_those_of_later_links_too(monkeypatch
     assert traces() == 2
 
 
-@pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_what_inductor_makes_of_it_differs_by_rounding_and_copies_no_arena(monkeypatch, eagerly):
     use(monkeypatch, INDUCTOR)

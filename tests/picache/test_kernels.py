@@ -28,7 +28,7 @@ CASES = Path(__file__).with_name("kernel_cases.py")
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.compiled
 def test_kernels_equal_their_twins_in_tritons_interpreter():
     interpreted(CASES)
 
@@ -97,7 +97,7 @@ def test_one_graph_serves_other_rows_and_chunks():
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.compiled
 def test_kernels_build_for_a_gpu(monkeypatch):
     """The interpreter takes what the compiler refuses, which needs no device to say so."""
     from tests.picache.kernel_builds import launches

@@ -31,8 +31,8 @@ def compile_forward(model, backend):
 
 CASES = [
     (compile_model, "eager", "before", POLICY),
-    (compile_model, "eager", "after", StreamingLLM(8)),
-    (compile_forward, "eager", "after", POLICY),
+    pytest.param(compile_model, "eager", "after", StreamingLLM(8), marks=pytest.mark.compiled),
+    pytest.param(compile_forward, "eager", "after", POLICY, marks=pytest.mark.compiled),
     (compile_forward, "aot_eager", "before", POLICY),
 ]
 

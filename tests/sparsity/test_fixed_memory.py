@@ -53,6 +53,7 @@ def test_a_cache_that_lives_keeps_its_memory(model):
     assert torch.equal(*texts)
 
 
+@pytest.mark.compiled
 def test_memory_that_does_not_fit_is_not_taken(model):
     """That of another batch, of other policies, and of one that keeps all."""
     cache = fixed(model, POLICY)

@@ -34,6 +34,7 @@ from tests.sparsity.helpers import padded_inputs
 from tests.sparsity.zoo import SCORES, TIGHT, shallow_model
 
 
+@pytest.mark.compiled
 def test_another_text_is_no_other_graph_and_another_policy_is(shallow, fresh):
     def graphs(policy=POLICY, rows=(7, 0), prompt=21):
         expected = generate(shallow, SparseCache(shallow, policy), 10, rows, prompt)
@@ -55,7 +56,7 @@ def test_another_text_is_no_other_graph_and_another_policy_is(shallow, fresh):
     assert graphs() == 5
 
 
-@pytest.mark.slow
+@pytest.mark.compiled
 def test_inductor_makes_the_same_tokens(shallow, fresh):
     """Of one policy; on a GPU of every one, in test_cuda_compiled."""
     expected = generate(shallow, SparseCache(shallow, POLICY))
@@ -249,7 +250,14 @@ def of_config(name):
 
 
 @pytest.mark.parametrize(
-    "family", ["gemma3", "qwen3", "mistral_sliding", "phi3", "GPTNeoX", *SCORES]
+    "family",
+    [
+        "gemma3",
+        *(
+            pytest.param(name, marks=pytest.mark.compiled)
+            for name in ("qwen3", "mistral_sliding", "phi3", "GPTNeoX", *SCORES)
+        ),
+    ],
 )
 def test_sliding_windows_soft_caps_and_sinks(family, fresh):
     """Layers with a window keep just the window."""
@@ -307,6 +315,7 @@ def class_of_a_notebook(sign):
     return Ours
 
 
+@pytest.mark.compiled
 def test_what_a_graph_was_traced_from_may_change(shallow, fresh):
     """Hooks and what they read, plain objects in a module, tied weights, a class defined anew."""
     global SCALE
@@ -327,6 +336,7 @@ def test_what_a_graph_was_traced_from_may_change(shallow, fresh):
         assert decodes_alike(shallow, class_of_a_notebook(sign)(12, positions="absolute"))
 
 
+@pytest.mark.compiled
 def test_more_policies_than_torch_lets_one_function_be_traced_for(shallow, fresh):
     for seed in range(10):
         assert decodes_alike(shallow, Random(12, recent=2, pin_prompt=False, seed=seed))

@@ -26,6 +26,7 @@ CASES = Path(__file__).with_name("kernel_cases.py")
 
 
 @needs_triton
+@pytest.mark.compiled
 def test_kernels_equal_their_twins_in_tritons_interpreter():
     interpreted(CASES)
 

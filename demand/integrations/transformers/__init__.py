@@ -13,6 +13,7 @@ from demand.integrations.transformers.compat import check_features, check_versio
 check_version(transformers.__version__)
 check_features(_engine)
 
+from demand.integrations.plans import PlanError, Planned  # noqa: E402
 from demand.integrations.transformers.batching import (  # noqa: E402  # they import parts that were checked above
     Batching,
     continuous_batching,
@@ -24,6 +25,8 @@ from demand.integrations.transformers.scheduler import RankScheduler  # noqa: E4
 __all__ = [
     "Batching",
     "JobTable",
+    "PlanError",
+    "Planned",
     "RankScheduler",
     "check_installed",
     "continuous_batching",

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from queue import Full
 from threading import Lock
-from typing import Unpack, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor
@@ -24,14 +25,16 @@ from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails
 from demand.integrations.learning import CALL
+from demand.integrations.plans import Planned
 from demand.integrations.transformers.attention import check_attention
+from demand.integrations.transformers.batched_plan import BatchedPlan
 from demand.integrations.transformers.install import check_installed, install
 from demand.integrations.transformers.jobs import CHILD, JobTable, base_id
 from demand.policies.base import Policy
 from demand.policies.job import Job
 from demand.refine.estimator import DemandEstimator
 from demand.refine.predictor import Predictor
-from demand.units import CostModel
+from demand.units import CostModel, ParallelCalls
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -278,6 +281,53 @@ class Batching:
             output = self._next(request_id, give_up)
             yield from output.generated_tokens[given:]
             given, finished = len(output.generated_tokens), output.is_finished()
+
+    def execute(
+        self, job: Job, plan: Sequence[Planned], *, parallel_calls: ParallelCalls = "sum"
+    ) -> list[Any]:
+        """Execute a plan as part of `job`: each unit begins as soon as those it waits for are over.
+
+        For a request (a unit of kind "llm") `Planned.make` gives what `request` takes, such as
+        {"input_ids": ids, "max_new_tokens": 64}, and the request gives the list of its tokens. For
+        any other unit it gives a function of no arguments, which runs in a thread of its own and
+        gives what the unit does; its seconds are counted as service and recorded, as by
+        `jobs.record`. Where the units say their seconds, the job is told what is left as it begins
+        and at the end of each of them, as by `jobs.expect`.
+
+        A unit that fails takes with it those that wait for it, which are not begun; the others go
+        on. Left by any other error, it cancels its requests.
+
+        Args:
+            job: open, and of this table.
+            plan: at least one unit, each after those it waits for.
+            parallel_calls: what is told to be left, the "sum" or the "critical_path".
+
+        Returns:
+            What each unit gave, in the order of the plan.
+
+        Raises:
+            PlanError: units failed, or what they were to submit was refused; raised when nothing
+                is underway any more.
+            DemandError: a plan that is none, seconds beside an estimator, which tells them, or
+                requests that give several sequences.
+        """
+        plan = self.jobs.check_plan(plan)
+        if self.manager.num_return_sequences > 1:
+            raise DemandError(
+                f"requests give {self.manager.num_return_sequences} sequences each, and a plan "
+                "goes on with one; set num_return_sequences to 1"
+            )
+        return BatchedPlan(
+            plan,
+            parallel_calls,
+            submit=lambda unit, request: self.request(job, **request, unit=unit),
+            result=lambda request_id: self.result(request_id).generated_tokens,
+            cancel=self.cancel,
+            record=partial(self.jobs.record, job),
+            over=partial(self.jobs.over, job),
+            received=partial(self.jobs.received, job),
+            expect=partial(self.jobs.expect, job),
+        ).executed()
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request and the sequences forked off it; their KV is freed before the next step.

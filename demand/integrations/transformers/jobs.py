@@ -12,11 +12,13 @@ from demand.arguments import (
     warn_renamed_method,
     whole_number,
 )
+from demand.dependencies import After
 from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.graph.pdgraph import PDGraph
 from demand.integrations.job_ledger import JobDetails, JobLedger
 from demand.integrations.learning import CALL
+from demand.integrations.plans import Planned
 from demand.policies.base import Policy, Rank
 from demand.policies.job import Job
 from demand.refine.estimator import DemandEstimator
@@ -244,6 +246,40 @@ class JobTable:
             before = job.attained_service
             self._ledger.record(job, execution, self.now())
             entry.seconds_outside += job.attained_service - before
+
+    def received(self, job: Job, request_id: str) -> float:
+        """Seconds of service that a request of `job` has had so far, its forked sequences included.
+
+        Raises:
+            DemandError: a job that has departed, or that another table opened.
+        """
+        with self._lock:
+            counts = [
+                tokens
+                for one, tokens in self._entry(job).tokens.items()
+                if base_id(one) == request_id
+            ]
+        return (
+            sum(read for read, _ in counts) * self.cost.prefill_seconds_per_token
+            + sum(made for _, made in counts) * self.cost.decode_seconds_per_token
+        )
+
+    def over(self, job: Job) -> After:
+        """What of the run of `job` a unit that begins now waited for, as `Execution.after`.
+
+        Of those that are over, the ones for which no other has waited; `None` without an estimator
+        and a predictor, when nobody records it.
+        """
+        with self._lock:
+            return self._ledger.loop.over(self._entry(job).job)
+
+    def check_plan(self, plan: Sequence[Planned]) -> tuple[Planned, ...]:
+        """`plan`, refused if it tells what is left of a job where the estimator does that.
+
+        Raises:
+            DemandError: it does, or it is no list of units of a plan.
+        """
+        return self._ledger.loop.check_plan(plan)
 
     # What follows is for the scheduler of the engine.
 

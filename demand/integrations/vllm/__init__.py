@@ -5,6 +5,7 @@ sent next; it needs the package openai. `make_scheduler` makes a scheduler class
 inside its engine, where it can also preempt a running request for a better one; it needs vLLM.
 """
 
+from demand.integrations.plans import PlanError, Planned
 from demand.integrations.vllm.admission import AdmissionController, Counts
 from demand.integrations.vllm.annotation import annotation
 from demand.integrations.vllm.call import Call
@@ -19,6 +20,8 @@ __all__ = [
     "Call",
     "CallError",
     "Counts",
+    "PlanError",
+    "Planned",
     "Retry",
     "Run",
     "Server",

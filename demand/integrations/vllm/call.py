@@ -108,6 +108,11 @@ class Call:
         return "".join(map(text_of, await self.chunks()))
 
     @property
+    def service_seconds(self) -> float:
+        """Seconds of service that it has had so far, over all attempts."""
+        return self._meter.seconds
+
+    @property
     def over(self) -> bool:
         """Whether the call has ended: finished, failed or cancelled."""
         return self._ended.is_set()

@@ -2,7 +2,8 @@
 
 import json
 import reprlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self, final, get_args
 
 from demand.arguments import warn_renamed_method
@@ -10,9 +11,11 @@ from demand.distribution.distribution import Distribution
 from demand.errors import DemandError
 from demand.integrations.job_ledger import JobLedger
 from demand.integrations.learning import CALL
+from demand.integrations.plans import Planned
 from demand.integrations.vllm.call import Call, Restart
+from demand.integrations.vllm.served_plan import ServedPlan
 from demand.policies.job import Job
-from demand.units import Execution
+from demand.units import Execution, ParallelCalls
 
 _PATHS = ("chat/completions", "completions")
 _OWN_FIELDS = ("priority", "stream")
@@ -90,6 +93,48 @@ class Run:
         call = await self._submit(self, path, sent, restart, unit)
         self._calls.append(call)
         return call
+
+    async def execute(
+        self,
+        plan: Sequence[Planned],
+        path: str = "chat/completions",
+        *,
+        restart: Restart = "raise",
+        parallel_calls: ParallelCalls = "sum",
+    ) -> list[Any]:
+        """Execute a plan: each unit begins as soon as those it waits for are over.
+
+        For a call (a unit of kind "llm") `Planned.make` gives the body, and the call gives its
+        text. For any other unit it gives an awaitable, such as a coroutine; how long that takes is
+        counted as service and recorded, as by `record`. Where the units say their seconds, the run
+        is told what is left as it begins and at the end of each of them, as by `expect`.
+
+        A unit that fails takes with it those that wait for it, which are not begun; the others go
+        on. If the task that awaits this is cancelled, so are the calls.
+
+        Args:
+            plan: at least one unit, each after those it waits for.
+            path: of the endpoint of all its calls.
+            restart: of all its calls, as for `submit`.
+            parallel_calls: what is told to be left, the "sum" or the "critical_path".
+
+        Returns:
+            What each unit gave, in the order of the plan.
+
+        Raises:
+            PlanError: units failed, or what they were to submit was refused; raised when nothing
+                is underway any more.
+            DemandError: a plan that is none, or seconds beside an estimator, which tells them.
+        """
+        served = ServedPlan(
+            self._ledger.loop.check_plan(plan),
+            parallel_calls,
+            submit=lambda body, unit: self.submit(path, body, restart, unit),
+            record=self.record,
+            over=partial(self._ledger.loop.over, self.job),
+            expect=self.expect,
+        )
+        return await served.executed()
 
     def serve(self, seconds: float) -> None:
         """Count `seconds` of service that the run received elsewhere, such as in a tool.

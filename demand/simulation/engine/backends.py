@@ -31,6 +31,9 @@ class Backends:
         graphs: by application.
         agenda: of the simulation.
         place: order of jobs that wait for an instance.
+
+    Attributes:
+        any: whether there are any: without, each unit is warm.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Backends:
         agenda: Agenda,
         place: PlaceOf,
     ) -> None:
+        self.any = bool(pools)
         self._configured = pools
         self._pools = {name: WarmPool(pool, agenda, place) for name, pool in pools.items()}
         self._prewarmer = prewarmer
@@ -61,12 +65,13 @@ class Backends:
 
     def waits_for_its_turn(self, job: JobOnEngine) -> bool:
         """Whether the backend of the present unit is to be warmed only when its turn has come."""
-        unit = job.execution.unit
-        return not self._prewarmer.at_submission and backend_of(self._pools, unit) is not None
+        if not self.any or self._prewarmer.at_submission:
+            return False
+        return backend_of(self._pools, job.execution.unit) is not None
 
     def release(self, job: JobOnEngine, now: float) -> None:
         """The unit of `job` is over: free its instance, and what was warmed for units not taken."""
-        if not self._pools:
+        if not self.any:
             return
         job.alarms = []
         held = self._held.pop(job, None)
@@ -87,7 +92,7 @@ class Backends:
         Returns:
             The other warm-ups: (seconds from the start of the unit, what to do), earliest first.
         """
-        if not self._pools or self._prewarmer.knows == "nothing":
+        if not self.any or self._prewarmer.knows == "nothing":
             return []
         remaining, successors = self._what_follows(job)
         later = []

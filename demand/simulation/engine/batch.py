@@ -66,14 +66,15 @@ class Batch:
         self.room -= calls.count
         self.budget -= calls.count * tokens
         step, history, computed = self.step, calls.history, calls.computed
-        pending = calls.input_tokens + calls.generated - computed
-        if pending > 1 or not calls.generated:
+        generated = calls.generated
+        pending = calls.input_tokens + generated - computed
+        if pending > 1 or not generated:
             calls.formed = self.formed
             history += (step if tokens == pending else ~step, computed + tokens)
             self.prefilling.append((calls, tokens))
             return
         job = calls.job
-        calls.over = step + calls.output_tokens - calls.generated
+        calls.over = step + calls.output_tokens - generated
         if job.since_step != step:
             job.generated, job.since_step = job.produced(step), step
         job.decoding += calls.count
@@ -137,27 +138,29 @@ class Batch:
         Returns:
             Whether those were the last of its unit.
         """
+        step, blocks = self.step, self.blocks
         over = [
             calls
             for calls in job.calls
-            if calls.over == self.step or calls.generated == calls.output_tokens
+            if calls.over == step or calls.generated == calls.output_tokens
         ]
         if not over:
             return False
-        job.generated, job.since_step = job.produced(self.step), self.step
+        job.generated, job.since_step = job.produced(step), step
         job.check_step = 0
         for calls in over:
             if calls.over:
                 self._leave(calls, ahead=False)
                 job.decoding -= calls.count
-            self.log.add(calls, self.step)
+            self.log.add(calls, step)
             self.over += calls.count
-            self.blocks.release(calls)
+            blocks.release(calls)
             job.calls.remove(calls)
             job.requests -= calls.count
-        if not job.calls:
-            self.blocks.forget(job)
-        return not job.calls
+        if job.calls:
+            return False
+        blocks.forget(job)
+        return True
 
     def _stop(self, job: JobOnEngine, ahead: bool) -> None:
         for calls in job.calls:

@@ -77,8 +77,10 @@ class Batcher:
             else:
                 self._serve_all(lacking)
             (passed_over if batch.room == room else served).append(job)
-        batch.blocks.trim(batch.step)
-        passed_over += [job for _, job in again]
+        if batch.blocks.trims:
+            batch.blocks.trim(batch.step)
+        if again:
+            passed_over += [job for _, job in again]
         self._part_running_from_waiting(served, passed_over, now)
         self._find_checks(now)
         batch.close()
@@ -102,8 +104,10 @@ class Batcher:
             elif job.waits is not None and job.requests < before:
                 ended.append(job)
         alarmed = [job for job in touched if job.alarms and job.calls]
-        ended.sort(key=_index)
-        alarmed.sort(key=_index)
+        if len(ended) > 1:
+            ended.sort(key=_index)
+        if len(alarmed) > 1:
+            alarmed.sort(key=_index)
         return ended, alarmed
 
     def add(self, job: JobOnEngine, now: float) -> None:
@@ -136,14 +140,15 @@ class Batcher:
         for calls, _ in batch.prefilling:
             job = calls.job
             over = calls.generated == calls.output_tokens  # its job may be on another engine by now
-            if not over and job not in anew and job.running and not job.steady:
+            if not over and job not in anew and job.running and job.decoding != job.requests:
                 anew[job] = self._asked(job)
         if self.partial is not None and self.partial not in anew:
             anew[self.partial] = (0, 0)
-        for job in self._joined:
-            if job.running:
-                anew.setdefault(job, (0, 0))
-        self._joined = []
+        if self._joined:
+            for job in self._joined:
+                if job.running:
+                    anew.setdefault(job, (0, 0))
+            self._joined = []
         budget = batch.engine.token_budget - batch.decoding
         free = blocks.free - blocks.growth(batch.step, 1)
         for tokens, needed in anew.values():
@@ -163,7 +168,8 @@ class Batcher:
         if order.reranks:
             order.rerank(now)
         again = [(order.rank(job, now), job) for job in anew]
-        heapify(again)
+        if len(again) > 1:
+            heapify(again)
         return again
 
     def _asked(self, job: JobOnEngine) -> tuple[int, int]:

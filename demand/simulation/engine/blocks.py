@@ -19,6 +19,7 @@ class Blocks:
         moved: blocks copied to or from the host since the last step.
         swapped: blocks copied to or from the host.
         prefilled_again: tokens whose KV was lost, to be computed again.
+        trims: whether no more than `max_requests` requests may hold KV.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -30,6 +31,7 @@ class Blocks:
         self.swapped = 0
         self.prefilled_again = 0
         self.block_tokens = engine.block_tokens  # looked up less often
+        self.trims = engine.preemption in ("recompute", "swap")
         self._jobs: dict[JobOnEngine, None] = {}  # that may hold blocks
         # Calls that decode, by the steps, modulo `block_tokens`, that take them a block further.
         self._phases = [0] * engine.block_tokens
@@ -121,13 +123,12 @@ class Blocks:
         del self._jobs[job]
 
     def trim(self, step: int) -> None:
-        """Under "recompute" and "swap", let no more than `max_requests` requests hold KV.
+        """Let no more than `max_requests` requests hold KV, where the engine `trims`.
 
         `step` steps have been carried out.
         """
-        if self.engine.preemption in ("recompute", "swap"):
-            while (excess := self.holders - self.engine.max_requests) > 0:
-                self.lose(max(self._all(), key=_place), excess, step)
+        while (excess := self.holders - self.engine.max_requests) > 0:
+            self.lose(max(self._all(), key=_place), excess, step)
 
     def take_moved(self) -> int:
         """How many blocks were copied to or from the host since this was last asked."""

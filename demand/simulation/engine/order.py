@@ -1,6 +1,7 @@
 """The order in which the jobs of an engine are served, kept while their ranks change."""
 
 import math
+from collections.abc import Iterable
 from heapq import heapify, heappop, heappush
 from typing import final
 
@@ -126,25 +127,30 @@ class RankOrder:
         job.exact = True
         return place
 
-    def carry_out(self, steps: int, now: float) -> list[JobOnEngine]:
+    def carry_out(self, steps: int, now: float) -> Iterable[JobOnEngine]:
         """Carry out the step formed, `steps` times over, so that it ends at second `now`.
 
         Returns:
             The jobs of which something may be due: calls that were prefilled or are over, alarms.
         """
-        self._batch.advance(steps)
-        step = self._batch.step
-        touched = {calls.job: None for calls, _ in self._batch.prefilling}
-        for job in self.running:
+        batch, running = self._batch, self.running
+        batch.advance(steps)
+        step = batch.step
+        touched = {calls.job: None for calls, _ in batch.prefilling}
+        for job in running:
             if job.check_step <= step:
                 touched[job] = None
         if self.reranks:  # who is served moves others, or when
-            for job in self.running:
+            for job in running:
                 self.count_service(job, now)
         for job in touched:
-            if job.bound is not None and job.attained(step) >= job.bound_until:
+            if (
+                job.bound is not None
+                and job.bound_until < math.inf
+                and job.attained(step) >= job.bound_until
+            ):
                 job.bound, job.exact = None, False
-        return list(touched)
+        return touched
 
     def count_service(self, job: JobOnEngine, now: float) -> None:
         """Count what `job` attained in the steps carried out."""

@@ -114,11 +114,12 @@ class _Simulation(Applications):
     def run(self) -> EngineResult:
         now, engine, order, count = 0.0, self.one, self.one.order, len(self.workload)
         while self.finished < count:
+            upcoming = self.next_second()
             if not order:
-                now = self.next_second()
+                now = upcoming
                 assert now < math.inf, "jobs are left, and nothing is left to happen"
                 engine.rest(now)
-            if self.next_second() <= now:
+            if upcoming <= now:
                 self.happen(now)
             if order and engine.form(now, self.warm):
                 upcoming = self.next_second()
@@ -153,15 +154,16 @@ class _Simulation(Applications):
 
     def submit(self, job: JobOnEngine, now: float) -> None:
         batcher = self.one.batcher
-        requests = sum(calls.count for calls in job.calls if calls.position == job.position)
-        if requests < job.requests:
-            batcher.join(job, requests)
-        else:
-            batcher.add(job, now)
+        if job.waits is not None:
+            requests = sum(calls.count for calls in job.calls if calls.position == job.position)
+            if requests < job.requests:
+                batcher.join(job, requests)
+                return
+        batcher.add(job, now)
 
     def end_served(self, job: JobOnEngine, now: float) -> None:
         if job.waits is None:
-            super().end_served(job, now)
+            super().end_unit(job, job.position, now)
             return
         served = {calls.position for calls in job.calls}
         for position in sorted(job.waits.underway):

@@ -103,7 +103,7 @@ def policies() -> dict[str, Callable[[int], Policy]]:
     }
 
 
-SEVERAL = ("StreamingLLM", "SnapKV", "RaaS")
+SEVERAL = ("StreamingLLM", "H2O", "SnapKV", "RaaS", "Quest")
 """Policies that are measured at every budget."""
 PAIRED = ("StreamingLLM", "H2O", "SnapKV", "RaaS", "Quest")
 """Policies behind a link."""
@@ -117,11 +117,13 @@ def linked() -> Iterator[Arm]:
     one = DummySinks(1)
     yield Arm(LINK, "naive", "", NaiveReuse())
     yield Arm(LINK, "naive, 1 dummy", "", NaiveReuse(), one)
+    yield Arm(LINK, "LegoLink", "k = 4", LegoLink(4))
     for k in (4, 16, 64):
         yield Arm(LINK, "LegoLink, 1 dummy", f"k = {k}", LegoLink(k), one)
     yield Arm(LINK, "random tokens computed", "16 a chunk", RandomRecompute(16))
     for ratio in (0.05, 0.15, 0.3):
         yield Arm(LINK, "ProphetKV", f"{ratio:.0%}", ProphetKV(ratio))
+    yield Arm(LINK, "ProphetKV, 1 dummy", "15%", ProphetKV(0.15), one)
     yield Arm(
         LINK,
         "LegoLink-1 + ProphetKV, 1 dummy",

@@ -12,12 +12,15 @@ defined in `definitions.py` and put together in `summary.py`.
 
 Beyond `--seconds` no arm begins; the next call goes on from what stands in --out. A model of random
 weights (a shape of `examples/benchmarks/shapes.py`) has no A. On a CPU each process counts its own
-seconds on one thread, so that what else runs beside it does not count. Writes `cap.json`, and
-`cap.png` and `cap.svg` where there is an A.
+seconds on one thread, so that what else runs beside it does not count but for the caches and the
+clock rate that it shares. Full attention therefore comes first on every request, after every few
+arms, and anew when a run goes on, and each arm is held against the one nearest in time. Writes
+`cap.json`, and `cap.png` and `cap.svg` where there is an A.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +51,7 @@ from picache import PICacheError
 from sparsity import SparsityError
 
 MEASURED = "cap_rows.json.gz"
-OFTEN = 15
+OFTEN = 5
 """Arms between two measurements of full attention on the same request."""
 
 
@@ -105,14 +108,12 @@ def measured(setting: Setting, deadline: float, job: Job) -> list[dict]:
         return rows
     where, request = server(setting), requests(setting)[job.context][job.number]
     by_label = {arm.label: arm for arm in arms(setting.budgets)}
-    # All are held against full attention, which is therefore measured several times between them.
-    labels = list(job.labels)
-    for place in range(OFTEN, len(labels), OFTEN):
-        labels.insert(place, FULL)
-    for label in labels:
+    piece = f"{time.time():.3f} {os.getpid()}"  # what one process measured without a break
+    for label in with_full(job.labels):
         if time.time() > deadline:
             break
-        row = {"arm": label, "context": job.context, "number": job.number}
+        row = {"arm": label, "context": job.context, "number": job.number,
+               "piece": piece, "at": round(time.time(), 3)}  # fmt: skip
         try:
             row |= where.serve(by_label[label], request)
         except (PICacheError, SparsityError, NotComposedError) as error:
@@ -122,10 +123,22 @@ def measured(setting: Setting, deadline: float, job: Job) -> list[dict]:
     return rows
 
 
+def with_full(labels: Sequence[str]) -> list[str]:
+    """The labels with full attention first, last, and after every few of them."""
+    others = [label for label in labels if label != FULL]
+    found = [FULL]
+    for place in range(0, len(others), OFTEN):
+        found += [*others[place : place + OFTEN], FULL]
+    return found
+
+
 def jobs_of(
     contexts: Sequence[tuple[int, int]], labels: Sequence[str], done: set[tuple[str, int, int]]
 ) -> list[Job]:
-    """What is left, a request after the other, the first of each context first."""
+    """What is left, a request after the other, the first of each context first.
+
+    Full attention is among what is left wherever another arm is, whether it was measured or not.
+    """
     order = [
         (context, number)
         for number in range(max(count for _, count in contexts))
@@ -138,9 +151,10 @@ def jobs_of(
         # steps of the golden ratio, which spread over all of them, however many requests there are.
         turn = 1 + int(number * 0.618034 % 1 * len(labels))
         turned = (labels[0], *labels[turn:], *labels[1:turn])
-        left = tuple(label for label in turned if (label, context, number) not in done)
-        found.append(Job(context, number, left))
-    return [job for job in found if job.labels]
+        left = [label for label in turned if (label, context, number) not in done]
+        if left:
+            found.append(Job(context, number, (FULL, *(one for one in left if one != FULL))))
+    return found
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -150,11 +164,7 @@ def run(args: argparse.Namespace) -> dict:
     setting = Setting(
         args.model, args.device, args.data, contexts, tuple(args.budgets), args.answer, args.seed
     )
-    labels = [
-        arm.label
-        for arm in arms(args.budgets)
-        if arm.kind == FULL or any(part in arm.label for part in args.arms)
-    ]
+    labels = chosen(arms(args.budgets), args.arms)
     shown = setting._asdict() | {
         "contexts": args.contexts,  # how many of each may grow from run to run
         "budgets": args.budgets,
@@ -174,6 +184,17 @@ def run(args: argparse.Namespace) -> dict:
         record["rows"] += rows
         growing.write()
     return record
+
+
+def chosen(every: Sequence[Arm], parts: Sequence[str]) -> list[str]:
+    """Labels of full attention and of the arms asked for, by whole labels or by parts of them."""
+    whole = {arm.label for arm in every}
+    return [
+        arm.label
+        for arm in every
+        if arm.kind == FULL
+        or any(part == arm.label or (part not in whole and part in arm.label) for part in parts)
+    ]
 
 
 def described(arm: Arm) -> dict:
@@ -196,7 +217,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="of policies")
     parser.add_argument("--answer", type=int, default=12, help="tokens that are forced")
     parser.add_argument(
-        "--arms", nargs="+", default=[""], help="besides full: parts of their names"
+        "--arms", nargs="+", default=[""], help="besides full: their names, or parts of names"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
@@ -206,6 +227,12 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.contexts) != len(args.requests):
         parser.error(f"{len(args.contexts)} --contexts and {len(args.requests)} --requests")
+    cores = os.cpu_count() or 1
+    if args.device == "cpu" and args.workers > cores:
+        parser.error(
+            f"--workers {args.workers} on {cores} cores: seconds are those of a process on one "
+            "thread, and only one a core measures them; give no more than there are cores"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     record = run(args) if args.measured is None else read(args.measured)
     record["arms"] = [described(arm) for arm in arms(record["configuration"]["budgets"])]

@@ -1,14 +1,16 @@
 """What is served: passages, a question, and the sentence of the passages that answers it.
 
 All of an exact number of tokens, so that what is held at a context is exact. Texts are paragraphs
-of XQuAD (English); the answer that is forced is the sentence in which the data set's answer stands.
+of XQuAD (English). Behind the question comes the sentence in which the data set's answer stands:
+its beginning as a part of the prompt; what is forced is a window of tokens that holds the answer.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,8 +34,8 @@ class Request:
     Attributes:
         lead: ids in front of the passages: the template and the instruction.
         passages: ids of each.
-        query: ids behind the passages.
-        answer: ids that follow the query.
+        query: ids behind the passages, with the beginning of the sentence that answers.
+        answer: ids that follow the query: those that are forced.
     """
 
     lead: Ids
@@ -90,7 +92,7 @@ def asked(
             one = next(questions, None)
             if one is None:
                 raise SystemExit(f"{file} has too few questions of {context} tokens: ask for fewer")
-            request = _request(tokenizer, *one, paragraphs, context, answer, draw)
+            request = _request(tokenizer, one, paragraphs, context, answer, draw)
             found[context] += [request] if request is not None else []
     return found
 
@@ -119,49 +121,95 @@ def random_requests(
     return found
 
 
-def _questions(articles: list[dict], draw: random.Random) -> Iterator[tuple[str, str, str]]:
-    """Paragraph, question and the sentence with the answer; one question a paragraph."""
+class Asked(NamedTuple):
+    """A question, and where it is answered.
+
+    Attributes:
+        paragraph: that answers it.
+        question: as the data set has it.
+        sentence: of the paragraph, the one that the answer stands in.
+        begin: character of the sentence that the answer begins with.
+        end: the one behind it.
+    """
+
+    paragraph: str
+    question: str
+    sentence: str
+    begin: int
+    end: int
+
+
+def _questions(articles: list[dict], draw: random.Random) -> Iterator[Asked]:
+    """One question a paragraph."""
     every = [p for article in articles for p in article["paragraphs"]]
     for paragraph in draw.sample(every, len(every)):
         text, question = paragraph["context"], draw.choice(paragraph["qas"])
         at = question["answers"][0]["answer_start"]
+        behind = at + len(question["answers"][0]["text"])
         begin = text.rfind(". ", 0, at) + 2 if ". " in text[:at] else 0
-        end = text.find(". ", at)
-        yield text, question["question"], text[begin:] if end < 0 else text[begin : end + 1]
+        end = text.find(". ", behind)
+        sentence = text[begin:] if end < 0 else text[begin : end + 1]
+        yield Asked(text, question["question"], sentence, at - begin, behind - begin)
+
+
+def window(offsets: Sequence[tuple[int, int]], begin: int, end: int, size: int) -> int | None:
+    """The first of `size` tokens that hold the characters from begin to before end.
+
+    They end with the last token of the answer, or are the first ones where that is near the front.
+
+    Args:
+        offsets: begin and end of each token, in characters.
+        begin: the answer's first character.
+        end: the character behind its last.
+        size: tokens.
+
+    Returns:
+        Its index, or None where the answer is longer than that or the text shorter.
+    """
+    inside = [place for place, (one, other) in enumerate(offsets) if one < end and other > begin]
+    if len(offsets) < size or not inside:
+        return None
+    first = max(0, inside[-1] + 1 - size)
+    return first if first <= inside[0] else None
 
 
 def _request(
     tokenizer: PreTrainedTokenizerBase,
-    own: str,
-    question: str,
-    sentence: str,
+    one: Asked,
     paragraphs: list[str],
     context: int,
     answer: int,
     draw: random.Random,
 ) -> Request | None:
-    """The request, or None where its own passage or the sentence does not fit."""
-    problem = Problem((own,), question, (sentence,), INSTRUCTION, LEAD)
+    """The request, or None where its own passage does not fit, or the answer not the window."""
+    own = one.paragraph
+    problem = Problem((own,), one.question, (one.sentence,), INSTRUCTION, LEAD)
     cut = pieces(problem, tokenizer)
 
     def ids(text: str) -> Ids:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    lead, query, forced = ids(cut.prefix), ids(cut.query), ids(f" {sentence}")[:answer]
+    told = tokenizer(f" {one.sentence}", add_special_tokens=False, return_offsets_mapping=True)
+    first = window(told["offset_mapping"], one.begin + 1, one.end + 1, answer)
+    if first is None:
+        return None
+    said = tuple(told["input_ids"])
+    lead, query = ids(cut.prefix), (*ids(cut.query), *said[:first])
+    forced = said[first : first + answer]
     passages = [ids(cut.documents[0])]
     left = context - len(lead) - len(query) - answer - len(passages[0])
-    if left < SHORTEST or len(forced) < answer:
+    if left < SHORTEST:
         return None
     for text in draw.sample(paragraphs, len(paragraphs)):
         if text == own:
             continue
-        one = ids(f"{text}\n")
-        if len(one) >= left:
-            one = one[:left]
-        elif left - len(one) < SHORTEST:  # what is left is enough for another
-            one = one[: left - SHORTEST]
-        passages.insert(draw.randrange(len(passages) + 1), one)
-        left -= len(one)
+        more = ids(f"{text}\n")
+        if len(more) >= left:
+            more = more[:left]
+        elif left - len(more) < SHORTEST:  # what is left is enough for another
+            more = more[: left - SHORTEST]
+        passages.insert(draw.randrange(len(passages) + 1), more)
+        left -= len(more)
         if left == 0:
             return Request(lead, tuple(passages), query, forced)
     return None

@@ -1,8 +1,12 @@
 """One request served in one way: the seconds, the bytes, and what the right answer loses.
 
 By the public names of picache, sparsity and transformers alone. On a CPU seconds are those of the
-process on one thread, so that what else runs on the machine does not count; on a GPU they are those
-of the clock, the device waited for, and tokens come from `generate`, which compiles its steps.
+process on one thread, so that what else runs on the machine does not count, and neither does what
+the process waits for: what it takes to wait for a disk is in a GPU's rows alone. There seconds are
+those of the clock, the device waited for, and tokens come from `generate`, which compiles steps.
+
+What is prepared before a request comes (chunks compiled, a prompt stored, tokens kept of it) takes
+no time of the request, and the memory it takes is a figure of its own.
 """
 
 import hashlib
@@ -79,12 +83,20 @@ class Server:
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
         self._generates = self._on_gpu if generates is None else generates
+        self._token_bytes = self._bytes_a_token()
         self._folder = tempfile.TemporaryDirectory()
         self._stores: dict[tuple[str, bool], ChunkStore] = {}
         self._linkers: dict[tuple[str, bool], PIC] = {}
         if self._on_gpu:
             torch.cuda.synchronize()
             self._before = torch.cuda.memory_allocated()
+
+    @torch.no_grad()
+    def _bytes_a_token(self) -> float:
+        """Of keys and values as the model computes them; its first forward is behind it, too."""
+        cache = DynamicCache()
+        self._fed([0] * 64, cache)
+        return working_bytes(cache) / 64
 
     def forget(self) -> None:
         """Drop all that is stored, in memory and on disk."""
@@ -104,7 +116,7 @@ class Server:
             row: dict[str, Any] = {}
             # The second time steps are compiled and graphs captured, the third time they are there.
             for after in [self._forced, *([self._generated] * 2 if self._generates else [])]:
-                given = self._prepared(arm, request)
+                given, preparing = self._prepared(arm, request)
                 if self._on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                 begun_at = self._now()
@@ -115,6 +127,7 @@ class Server:
                     row |= after(begun, request)
                 row |= {
                     "first_token_seconds": first_token,
+                    "preparing_bytes": preparing,
                     "resting_bytes": begun.resting,
                     "working_bytes": working_bytes(begun.cache),
                 }
@@ -130,21 +143,30 @@ class Server:
             return time.perf_counter()
         return time.process_time()
 
-    def _prepared(self, arm: Arm, request: Request) -> Any:
-        """What is there before the request comes: compiled chunks, a stored prompt, a cache."""
+    def _prepared(self, arm: Arm, request: Request) -> tuple[Any, int]:
+        """What is there before the request comes, and the most bytes that preparing it held.
+
+        That is compiled chunks, a stored prompt, or an empty cache. While a chunk is compiled its
+        keys and values are there as computed, beside those that are stored already.
+        """
         if arm.kind == AT_REST:
             return self._at_rest(arm, request)
         if arm.link is not None:
             pic = self._linker(arm, request)
-            if arm.kind == STORE:
-                return pic, [pic.compile(list(request.before_query), first=True)]
-            lead = pic.compile(list(request.lead), first=True)
-            return pic, [lead, *(pic.compile(list(passage)) for passage in request.passages)]
+            whole = arm.kind == STORE
+            parts = [request.before_query] if whole else [request.lead, *request.passages]
+            chunks, most, stored = [], 0.0, 0
+            for place, ids in enumerate(parts):
+                most = max(most, stored + len(ids) * self._token_bytes)
+                chunks.append(pic.compile(list(ids), first=place == 0))
+                stored += 0 if arm.on_disk else self._stored(pic, chunks[-1])
+            return (pic, chunks), int(most)
         if arm.policy is not None:
-            return SparseCache(self.model, arm.policy, max_tokens=self._longest(request))
+            return SparseCache(self.model, arm.policy, max_tokens=self._longest(request)), 0
         if self._generates:
-            return StaticCache(config=self.model.config, max_cache_len=self._longest(request))
-        return DynamicCache()
+            longest = self._longest(request)
+            return StaticCache(config=self.model.config, max_cache_len=longest), 0
+        return DynamicCache(), 0
 
     def _longest(self, request: Request) -> int | None:
         """Tokens that a cache of fixed size has room for; None where caches grow."""
@@ -187,11 +209,14 @@ class Server:
             )
         return self._linkers[where].behind(sinks_of(arm, request.lead))
 
-    def _at_rest(self, arm: Arm, request: Request) -> tuple[ChunkStore, str]:
-        """What a policy keeps of all in front of the query, stored until the query comes."""
+    def _at_rest(self, arm: Arm, request: Request) -> tuple[tuple[ChunkStore, str], int]:
+        """What a policy keeps of all in front of the query, stored until the query comes.
+
+        With the most bytes held: the cache's own while the prompt was computed.
+        """
         cache = SparseCache(self.model, arm.policy)
         self._fed(request.before_query, cache)
-        kept, layers = cache.report().tokens_kept, cache.layers
+        kept, layers, most = cache.report().tokens_kept, cache.layers, working_bytes(cache)
         for index, layer in enumerate(layers):
             if layer.keys.shape[2] != kept[index]:
                 raise NotComposedError(
@@ -202,7 +227,7 @@ class Server:
         key = hashlib.sha256(repr((arm, request)).encode()).hexdigest()
         store.put(key, [(layer.keys, layer.values) for layer in layers])
         detach(self.model)
-        return store, key
+        return (store, key), most
 
     def _restored(self, given: tuple[ChunkStore, str], request: Request) -> Begun:
         """The stored tokens in a plain cache; the query and the answer at their own positions."""

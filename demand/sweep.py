@@ -1,0 +1,249 @@
+"""The independent cells of a sweep, one after the other, over processes, or on a Ray cluster.
+
+The packages do not import each other, so this file stands in each of them, the same but for the
+error; `tests/test_sweep.py` holds the copies together.
+"""
+
+import os
+import pickle
+import sys
+import uuid
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from demand.errors import DemandError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+RAY = "ray"
+ADDRESS = "ray://"
+
+ROUND = 8
+"""Cells a worker before a Ray cluster's results are handed on: joblib gives them all together."""
+
+
+def checked_workers(workers: object) -> int | str:
+    """What `spread` takes as its workers; text that is a number, as from a command line, too.
+
+    Raises:
+        DemandError: anything else.
+    """
+    if isinstance(workers, str):
+        if workers == RAY or (workers.startswith(ADDRESS) and len(workers) > len(ADDRESS)):
+            return workers
+        if workers.strip().isdecimal():
+            workers = int(workers)
+    if isinstance(workers, int) and not isinstance(workers, bool) and workers >= 1:
+        return workers
+    raise DemandError(
+        f"workers is {workers!r:.200}; expected how many processes, such as 4, or a Ray cluster: "
+        'its address, such as "ray://127.0.0.1:10001", or "ray" for the one that this process is '
+        "connected to"
+    )
+
+
+def spread(
+    task: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int | str = 1,
+    *,
+    named: Callable[[Item], str] = repr,
+    what: str = "cells",
+    progress: bool = True,
+) -> Generator[Result, None, None]:
+    """What `task` gives for each item, in the order of the items, whoever works on them.
+
+    Whatever is drawn has to be drawn by a seed that stands in the item: then the results are those
+    of one process, however many there are. `task` goes to each worker once, an item when it is its
+    turn. Processes on this machine are joblib's and see what this one imported; they stay for a few
+    minutes for the next sweep. The machines of a Ray cluster need the same packages, of the same
+    versions, and folders that this process imports from at the same paths, if there are any.
+
+    Args:
+        task: a function of an item. It and what it gives back can be pickled; functions of a
+            notebook can.
+        items: the cells.
+        workers: 1 for this process, which needs no joblib; how many others; or a Ray cluster, as
+            "ray://HOST:PORT" (of its client server). The connection stays, since making one takes
+            seconds, until `ray.shutdown()`. "ray" takes the one that `ray.init` has made, with the
+            runtime environment that it was given.
+        named: what an item is called in an error.
+        what: the cells are, in front of the bar.
+        progress: whether to show a bar of the cells that are done, where tqdm is installed.
+
+    Raises:
+        DemandError: workers that are none, no joblib or Ray where they are needed, a cluster that
+            cannot be reached.
+        Exception: what a cell raised, with a note that names it; what else was to do is dropped.
+            The same goes for Ctrl-C, which ends the workers.
+    """
+    workers = checked_workers(workers)
+    if workers == 1:
+        with bar(len(items), what, progress) as advance:
+            for item in items:
+                yield _noted(task, named(item), item)
+                advance()
+        return
+    if not items:
+        return
+    joblib, settings, send, at_once = _workers(workers, len(items))
+    sent = send(task)
+    token = uuid.uuid4().hex
+    done = 0
+    with bar(len(items), what, progress) as advance:
+
+        class Shown(joblib.Parallel):  # type: ignore[name-defined]
+            """Tells the bar, which joblib would print itself."""
+
+            shown = 0
+
+            def print_progress(self) -> None:
+                advance(self.n_completed_tasks - self.shown)
+                self.shown = self.n_completed_tasks
+
+        try:
+            with Shown(**settings) as pool:
+                for first in range(0, len(items), at_once):
+                    part = items[first : first + at_once]
+                    pool.shown = 0
+                    found = pool(joblib.delayed(_cell)(token, sent, named(i), i) for i in part)
+                    with (
+                        nullcontext(found) if isinstance(found, list) else closing(found) as results
+                    ):
+                        for result in results:
+                            done += 1
+                            yield result
+        except Exception as error:
+            if not getattr(error, "__notes__", ()):  # of a worker that was killed, not of a cell
+                error.add_note(f"the first cell without a result is {named(items[done])}")
+            raise
+
+
+def _workers(
+    workers: int | str, cells: int
+) -> tuple[Any, dict[str, Any], Callable[[Any], Any], int]:
+    """The module joblib, its settings, how a task is handed over, and how many cells at once."""
+    try:
+        import cloudpickle
+        import joblib
+    except ImportError as error:
+        raise DemandError(
+            f"workers={workers!r} needs joblib and cloudpickle, which are not both installed: pip "
+            "install joblib cloudpickle"
+        ) from error
+    pickled = partial(_pickled, cloudpickle.dumps)
+    if isinstance(workers, int):  # results come as they are there
+        return joblib, dict(n_jobs=workers, return_as="generator"), pickled, cells
+    ray = _connected(workers)
+    count = int(ray.cluster_resources()["CPU"])
+    return joblib, dict(n_jobs=count, backend=RAY), lambda t: ray.put(pickled(t)), ROUND * count
+
+
+_TASK: dict[str, Any] = {}
+"""The task that this worker had last, by its token: one may hold a model."""
+
+
+def _cell(token: str, sent: Any, name: str, item: Any) -> Any:
+    """In a worker: the task of one item."""
+    if token not in _TASK:
+        _TASK.clear()
+        if not isinstance(sent, np.ndarray):
+            import ray
+
+            sent = ray.get(sent)
+        _TASK[token] = pickle.loads(sent)
+    try:
+        return _noted(_TASK[token], name, item)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            said = f"{name}: {type(error).__name__}: {error}"
+            raise DemandError(said) from None  # what cannot be sent would break the pool
+        raise
+
+
+def _noted(task: Callable[[Item], Result], name: str, item: Item) -> Result:
+    """The task of one item; its error says of which."""
+    try:
+        return task(item)
+    except Exception as error:
+        error.add_note(f"the cell is {name}")
+        raise
+
+
+def _pickled(dumps: Callable[[Any], bytes], task: Any) -> Any:
+    """As an array of bytes, which joblib puts into memory that all its workers map."""
+    try:
+        return np.frombuffer(dumps(task), np.uint8)
+    except Exception as error:
+        raise DemandError(
+            f"what every worker is given cannot be pickled ({type(error).__name__}: {error}): give "
+            "what can be, or workers=1"
+        ) from error
+
+
+def _connected(workers: str) -> Any:
+    """The module ray, connected to a cluster, and known to joblib."""
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise DemandError(
+            f"workers={workers!r} needs Ray, which is not installed: pip install 'ray[client]'"
+        ) from error
+    if workers == RAY and not ray.is_initialized():
+        raise DemandError(
+            'workers="ray" takes the cluster that this process is connected to, and it is to none: '
+            'call ray.init(...), or give the address, such as "ray://127.0.0.1:10001"'
+        )
+    if workers != RAY:
+        _connect(ray, workers)
+    register_ray()
+    return ray
+
+
+_MADE: list[str] = []
+"""The address of the connection that was made here last."""
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect this process, unless it is connected to the address already."""
+    if ray.is_initialized():
+        if address in _MADE:
+            return
+        raise DemandError(
+            f"workers={address!r}, and this process is connected to a Ray cluster already: give "
+            'workers="ray" to use that one, or call ray.shutdown() before'
+        )
+    kept = (sys.prefix, sys.base_prefix)  # an environment's own packages are each machine's
+    folders = [os.path.abspath(path) for path in sys.path]
+    shown = os.pathsep.join(path for path in folders if not path.startswith(kept))
+    try:
+        ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": shown}})
+    except ConnectionError as error:
+        raise DemandError(
+            f"workers={address!r} cannot be reached ({error}); expected the client server of a Ray "
+            "cluster, which `ray start --head` starts at port 10001"
+        ) from error
+    _MADE[:] = [address]
+
+
+@contextmanager
+def bar(total: int, what: str, progress: bool) -> Iterator[Callable[..., Any]]:
+    """What to call when one of `total` parts is done, or with how many are; it moves the bar."""
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            progress = False
+    if not progress:
+        yield lambda parts=1: None
+        return
+    with tqdm(total=total, desc=what) as shown:
+        yield shown.update
