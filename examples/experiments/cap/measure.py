@@ -244,4 +244,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from cap import measure  # workers import what they run, which __main__ cannot be
+
+    measure.main()
