@@ -1,11 +1,14 @@
 """Each arm's context, accuracy and performance beside full attention's, with 95 % intervals.
 
 Bounds are what full attention takes at some context, so that there is one scale for any machine;
-that of the context with most requests is the one where accuracy and speed are told.
+that of the context with most requests is the one where accuracy and speed are told. Seconds of an
+arm are those relative to full attention's nearest in time, on the same request in the same process,
+times what full attention takes on these requests: a machine that drifts makes neither faster.
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from cap.arms import FULL
@@ -14,25 +17,36 @@ from numpy.typing import NDArray
 from scipy import stats
 
 Interval = list[float]
-"""Estimate, lower and upper end."""
-Rows = dict[int, dict[int, dict[str, Any]]]
-"""The rows of an arm by context and number of the request."""
+"""Estimate, lower and upper end; infinite ends where there are none."""
+Pairs = dict[int, dict[int, tuple[dict[str, Any], dict[str, Any]]]]
+"""By context and number of the request: a row of the arm, and of full attention near it in time."""
 
 SECONDS = ("first_token_seconds", "between_tokens_seconds")
-"""What is the median where a request was served in the same way several times."""
 ANSWER = 64
 """Tokens of the answer whose tokens a second are told."""
 SLOWEST = 1.5
 """Times full attention's seconds between tokens that a reader takes."""
 SAME = 0.05
 """Share of C and P, and nats a token, within which an arm counts as no different."""
+LEVEL = 0.05
+"""Of all tests together, by Holm, at which the principle is called refuted for an arm."""
 DRAWS = 400
-OFFERS = {
-    "both": (1, 1),
-    "time": (2, 1),
-    "memory": (1, 2),
-}
-"""What binds: times the context at which full attention just meets the bound on memory, on time."""
+
+
+class Offer(NamedTuple):
+    """What a user allows, in terms of what full attention takes at the reference context or beyond.
+
+    Attributes:
+        memory: times its bytes at the reference.
+        reach: the bound on the first token is its seconds at so many times the reference.
+    """
+
+    memory: int
+    reach: int
+
+
+OFFERS = {"both": Offer(1, 1), "time": Offer(2, 1), "memory": Offer(1, 2)}
+"""By what binds."""
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -41,21 +55,26 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     Args:
         record: as `measure.py` made it: configuration, environment, seconds, arms, rows.
     """
-    served: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     refused: dict[str, str] = {}
+    measured: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    served = []
     for row in record["rows"]:
         if "refused" in row:
             refused.setdefault(row["arm"], row["refused"])
+        elif row["arm"] == FULL:
+            measured[row["context"], row["number"]].append(row)
         else:
-            served[row["arm"], row["context"], row["number"]].append(row)
-    by_arm: dict[str, Rows] = defaultdict(lambda: defaultdict(dict))
-    for (arm, context, number), rows in served.items():
-        by_arm[arm][context][number] = rows[0] | {
-            name: float(np.median([row[name] for row in rows])) for name in SECONDS
-        }
-    full = by_arm[FULL]
-    if not full:
+            served.append(row)
+    if not measured:
         raise SystemExit("no request is served by full attention yet: give more --seconds")
+    by_arm: dict[str, Pairs] = defaultdict(lambda: defaultdict(dict))
+    for (context, number), rows in measured.items():
+        typical = rows[0] | {n: float(np.median([row[n] for row in rows])) for n in SECONDS}
+        by_arm[FULL][context][number] = typical, typical
+    for row in served:
+        beside = nearest(row, measured[row["context"], row["number"]])
+        by_arm[row["arm"]][row["context"]][row["number"]] = row, beside
+    full = by_arm[FULL]
     reference = max(full, key=lambda context: (len(full[context]), -context))
     judged = Judge(full, reference, record["configuration"]["seed"])
     scored = not record["configuration"]["random_weights"]  # they have no accuracy to tell of
@@ -67,11 +86,14 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     ]
     for row in rows:
         row["dominated"] = scored and any(dominates(other, row) for other in rows)
+    if scored:
+        _adjust([row for row in rows if row["kind"] != FULL])
     return {
         "configuration": record["configuration"]
         | {"reference_context": reference, "answer_told": ANSWER, "same": SAME},
         "environment": record["environment"],
         "seconds": record["seconds"],
+        "full_measurements": sum(map(len, measured.values())),
         "bounds": judged.bounds,
         "arms": record["arms"],
         "rows": _without_infinities(rows),
@@ -79,126 +101,231 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def nearest(row: dict[str, Any], full: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Full attention's row of the same piece of measuring that is nearest in time.
+
+    Raises:
+        ValueError: there is none, so that the row cannot be held against anything.
+    """
+    found = [one for one in full if one["piece"] == row["piece"]]
+    if not found:
+        raise ValueError(
+            f"{row['arm']} at {row['context']} tokens, request {row['number']}, has no full "
+            f"attention of its piece {row['piece']!r} beside it: measure it again"
+        )
+    return min(found, key=lambda one: abs(one["at"] - row["at"]))
+
+
 class Judge:
     """Full attention's rows, against which arms are held.
 
     Args:
-        full: its rows.
+        full: its rows, each beside itself.
         reference: the context where accuracy and speed are told.
         seed: of the intervals of C.
     """
 
-    def __init__(self, full: Rows, reference: int, seed: int) -> None:
+    def __init__(self, full: Pairs, reference: int, seed: int) -> None:
         self._full, self._reference, self._seed = full, reference, seed
-        memory, seconds = (self._curve(full, name) for name in ("bytes", "first_token_seconds"))
-        at = full[reference].values()
-        between = float(np.median([row["between_tokens_seconds"] for row in at]))
-        self._first, self._between = cost(*seconds, reference), SLOWEST * between
+        first, self._between = (
+            float(np.mean([row[name] for row, _ in full[reference].values()])) for name in SECONDS
+        )
+        self._first = first
         self.bounds = {
-            name: {
-                "memory_bytes": times * cost(*memory, reference),
-                "first_token_seconds": cost(*seconds, longer * reference),
-            }
-            for name, (times, longer) in OFFERS.items()
-        } | {"between_tokens_seconds": self._between}
+            name: dict(zip(("memory_bytes", "first_token_seconds"), bounds, strict=True))
+            for name, bounds in self._bounds(full).items()
+        } | {"between_tokens_seconds": SLOWEST * self._between}
 
-    def of(self, rows: Rows, scored: bool) -> dict[str, Any]:
+    def _of_full(self, pairs: Pairs, name: str) -> dict[int, float]:
+        """Full attention's mean by context: over the arm's requests, over all where it has none."""
+        found = {}
+        for context, every in self._full.items():
+            numbers = pairs.get(context, every)
+            found[context] = float(np.mean([_value(every[number][0], name) for number in numbers]))
+        return found
+
+    def _bounds(self, pairs: Pairs) -> dict[str, tuple[float, float]]:
+        """Bytes and seconds to the first token of each offer, by the requests of these pairs."""
+        held, late = (self._of_full(pairs, name) for name in ("bytes", "first_token_seconds"))
+        memory = held[self._reference]
+        return {
+            name: (
+                offer.memory * memory,
+                cost([*late], [*late.values()], offer.reach * self._reference),
+            )
+            for name, offer in OFFERS.items()
+        }
+
+    def of(self, pairs: Pairs, scored: bool) -> dict[str, Any]:
         """What is told of an arm with these rows; `scored` where it has an accuracy."""
-        at = rows[self._reference]
-        pairs = [(at[number], self._full[self._reference][number]) for number in sorted(at)
-                 if number in self._full[self._reference]]  # fmt: skip
-        rates = [(self._rate(own), self._rate(full)) for own, full in pairs]
+        at = [pairs[self._reference][number] for number in sorted(pairs[self._reference])]
+        rates = {name: [self._rate(*pair, name) for pair in at] for name in OFFERS}
+        own = ANSWER / (self._first + (ANSWER - 1) * self._between)  # full meets every bound
         found: dict[str, Any] = {
-            "requests": {str(context): len(there) for context, there in sorted(rows.items())},
-            "context": self._contexts(rows),
-            "tokens_a_second": float(np.mean([own for own, _ in rates])),
-            "speed": ratio(rates),
+            "requests": {str(context): len(there) for context, there in sorted(pairs.items())},
+            "context": self._contexts(pairs),
+            "tokens_a_second": {name: float(np.mean(each)) for name, each in rates.items()},
+            "speed": {name: mean([rate / own for rate in each]) for name, each in rates.items()},
             **{
-                name: ratio([(own[key], full[key]) for own, full in pairs])
-                for name, key in (
-                    ("first_token", "first_token_seconds"),
-                    ("between_tokens", "between_tokens_seconds"),
-                )
-            },
-            **{
-                f"{name}_seconds": float(np.median([own[f"{name}_seconds"] for own, _ in pairs]))
+                name: mean([row[f"{name}_seconds"] / full[f"{name}_seconds"] for row, full in at])
                 for name in ("first_token", "between_tokens")
             },
             **{
-                name: float(np.mean([own[name] for own, _ in pairs]))
-                for name in ("resting_bytes", "working_bytes")
+                name: float(np.mean([row[name] for row, _ in at]))
+                for name in ("resting_bytes", "working_bytes", "preparing_bytes")
             },
         }
-        if "allocated_bytes" in pairs[0][0]:
-            found["allocated_bytes"] = float(np.mean([own["allocated_bytes"] for own, _ in pairs]))
+        if "allocated_bytes" in at[0][0]:
+            found["allocated_bytes"] = float(np.mean([row["allocated_bytes"] for row, _ in at]))
         found |= dict.fromkeys(("extra_nll", "agreement"))
         if scored:
             found |= {
-                "extra_nll": mean([extra_loss(own["nats"], full["nats"]) for own, full in pairs]),
+                "extra_nll": mean([extra_loss(row["nats"], full["nats"]) for row, full in at]),
                 "agreement": mean(
-                    [agreement(own["likeliest"], full["likeliest"]) for own, full in pairs]
+                    [agreement(row["likeliest"], full["likeliest"]) for row, full in at]
                 ),
+            }
+            found["p"] = {
+                name: max(
+                    self._chance_of_context(pairs, name),
+                    chance([1 - rate / own for rate in rates[name]]),
+                    chance([extra_loss(row["nats"], full["nats"]) for row, full in at]),
+                )
+                for name in OFFERS
             }
         found["verdicts"] = {name: self._verdict(found, name) for name in OFFERS}
         return found
 
-    def _rate(self, row: dict[str, Any]) -> float:
-        """Tokens a second of the answer that is told, both bounds kept."""
-        first, between = row["first_token_seconds"], row["between_tokens_seconds"]
-        return tokens_a_second(first, between, ANSWER, self._first, self._between)
-
-    def _curve(self, rows: Rows, name: str) -> tuple[list[float], list[float]]:
-        """Contexts, and the median of the requests there."""
-        contexts = sorted(rows)
-        values = [
-            float(np.median([_value(one, name) for one in rows[c].values()])) for c in contexts
-        ]
-        return [float(context) for context in contexts], values
-
-    def _drawn(self, rows: Rows, name: str) -> tuple[list[float], NDArray[np.float64]]:
-        """The same of requests drawn again: medians `[draws, contexts]`; all arms draw alike."""
-        random = np.random.default_rng(self._seed)
-        contexts, medians = sorted(rows), []
-        for context in contexts:
-            values = np.array([_value(rows[context][n], name) for n in sorted(rows[context])])
-            picked = random.integers(0, len(values), (DRAWS, len(values)))
-            medians.append(np.median(values[picked], axis=1))
-        return [float(context) for context in contexts], np.stack(medians, 1)
-
-    def _contexts(self, rows: Rows) -> dict[str, Interval]:
-        """C within each offer, with an interval from requests drawn again, full attention's too."""
-        names = ("bytes", "first_token_seconds")
-        memory, seconds, held, first = (
-            self._drawn(of, name) for of in (rows, self._full) for name in names
+    def _rate(self, row: dict[str, Any], full: dict[str, Any], offer: str) -> float:
+        """Tokens a second of the answer that is told, both bounds of an offer kept."""
+        first, between = (
+            row[name] / full[name] * typical
+            for name, typical in zip(SECONDS, (self._first, self._between), strict=True)
         )
-        once = [self._curve(of, name) for of in (rows, self._full) for name in names]
+        bounds = self.bounds[offer]["first_token_seconds"], self.bounds["between_tokens_seconds"]
+        return tokens_a_second(first, between, ANSWER, *bounds)
+
+    def _relative(self, pairs: Pairs, name: str, context: int) -> list[float]:
+        """An arm's bytes or seconds over those of full attention beside it, a request after one."""
+        there = pairs[context]
+        return [_value(there[n][0], name) / _value(there[n][1], name) for n in sorted(there)]
+
+    def _contexts(self, pairs: Pairs) -> dict[str, Interval]:
+        """C within each offer. Its interval is of curves drawn around the measured one.
+
+        At each context the mean of an arm's cost over full attention's moves by its standard error
+        times Student's t, which is as wide as few requests ask for; one request has no interval.
+        Where a curve stays within the bounds up to the arm's own longest context there is no upper
+        end, since what is beyond it was not measured.
+        """
+        contexts = sorted(pairs)
+        random = np.random.default_rng(self._seed)
+        drawn, estimates = [], []
+        for name in ("bytes", "first_token_seconds"):
+            of_full = self._of_full(pairs, name)
+            relative = [self._relative(pairs, name, context) for context in contexts]
+            scale = np.array([of_full[context] for context in contexts])
+            estimates.append(scale * np.array([np.mean(each) for each in relative]))
+            drawn.append(scale * np.stack([_around(each, random) for each in relative], 1))
+        told = min(map(len, pairs.values())) > 1
         found = {}
-        for offer, (times, longer) in OFFERS.items():
-
-            def longest(
-                own: Any, late: Any, full: Any, slow: Any, at: Any = (times, longer)
-            ) -> float:
-                return longest_context(
-                    memory[0], own, late,
-                    at[0] * cost(held[0], full, self._reference),
-                    cost(first[0], slow, at[1] * self._reference),
-                )  # fmt: skip
-
-            estimate = longest(*(values for _, values in once))
-            draws = zip(memory[1], seconds[1], held[1], first[1], strict=True)
-            ends = np.quantile([longest(*drawn) for drawn in draws], [0.025, 0.975])
-            found[offer] = [estimate, *(float(end) for end in ends)]
+        for name, bounds in self._bounds(pairs).items():
+            estimate = longest_context(contexts, *estimates, *bounds)
+            low, high = -np.inf, np.inf
+            if told:
+                each = [
+                    longest_context(contexts, *one, *bounds) for one in zip(*drawn, strict=True)
+                ]
+                low, high = (float(end) for end in np.quantile(each, [0.025, 0.975]))
+                high = np.inf if high >= contexts[-1] else high
+            found[name] = [estimate, low, high]
         return found
+
+    def _chance_of_context(self, pairs: Pairs, name: str) -> float:
+        """Of what was seen or more where C is not above the reference: the costs there decide."""
+        if max(pairs) <= self._reference:
+            return 1.0
+        of_full = [
+            self._of_full(pairs, what)[self._reference] for what in ("bytes", "first_token_seconds")
+        ]
+        return max(
+            chance([one - bound / full for one in self._relative(pairs, what, self._reference)])
+            for what, bound, full in zip(
+                ("bytes", "first_token_seconds"), self._bounds(pairs)[name], of_full, strict=True
+            )
+        )
 
     def _verdict(self, found: dict[str, Any], offer: str) -> dict[str, str]:
         """Of C, A and P: improved, paid, same, or open where the interval does not say."""
         verdict = {
             "C": verdict_of([end / self._reference - 1 for end in found["context"][offer]]),
-            "P": verdict_of([end - 1 for end in found["speed"]]),
+            "P": verdict_of([end - 1 for end in found["speed"][offer]]),
         }
         if found["extra_nll"] is not None:
             verdict["A"] = verdict_of([-end for end in found["extra_nll"]])
         return verdict
+
+
+def _around(values: list[float], random: np.random.Generator) -> NDArray[np.float64]:
+    """Draws of the mean of these, none below 0; the mean itself where there is one value alone."""
+    middle = float(np.mean(values))
+    if len(values) < 2:
+        return np.full(DRAWS, middle)
+    t = random.standard_t(len(values) - 1, DRAWS)
+    return np.maximum(middle + stats.sem(values) * t, 0.0)
+
+
+def chance(values: list[float]) -> float:
+    """Of a mean this far below 0 or farther where it is not below 0; one-sided Student's t.
+
+    1 for a single value, which says nothing. Values that are all the same leave no doubt.
+    """
+    if len(values) < 2:
+        return 1.0
+    middle, error = float(np.mean(values)), float(stats.sem(values))
+    if error < 1e-12:
+        return 0.0 if middle < -1e-9 else 1.0
+    return float(stats.t.cdf(middle / error, len(values) - 1))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Chances of several tests, adjusted so that any false one among them is as rare as stated.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    adjusted, highest = [1.0] * len(chances), 0.0
+    for rank, place in enumerate(np.argsort(chances)):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def _adjust(rows: list[dict[str, Any]]) -> None:
+    """Write to each row its chances among those of all arms and offers."""
+    every = [(row, name) for row in rows for name in OFFERS]
+    for (row, name), adjusted in zip(every, holm([r["p"][n] for r, n in every]), strict=True):
+        row.setdefault("p_of_all", {})[name] = adjusted
+
+
+def smallest_seen(rows: Sequence[dict[str, Any]], reference: int) -> dict[str, float]:
+    """The gain that the arms' intervals would have shown at the first step of Holm's procedure.
+
+    Of A in nats a token and of P as a share of full attention's (both bounds): the median of the
+    arms' standard errors times Student's t at the level over the number of tests.
+
+    Args:
+        rows: of the arms, as `summary` told them; those with one request say nothing.
+        reference: the context where A and P are told.
+    """
+    tests = len(rows) * len(OFFERS)
+    found: dict[str, list[float]] = {"A": [], "P": []}
+    for row in rows:
+        counted = row["requests"][str(reference)]
+        for letter, interval in (("A", row["extra_nll"]), ("P", row["speed"]["both"])):
+            if interval is not None and interval[1] is not None and counted > 1:
+                error = (interval[2] - interval[1]) / 2 / stats.t.ppf(0.975, counted - 1)
+                found[letter].append(error * stats.t.ppf(1 - LEVEL / tests, counted - 1))
+    return {letter: float(np.median(each)) for letter, each in found.items() if each}
 
 
 def _without_infinities(of: Any) -> Any:
@@ -211,8 +338,9 @@ def _without_infinities(of: Any) -> Any:
 
 
 def _value(row: dict[str, Any], name: str) -> float:
-    if name == "bytes":  # of all that is in memory for the request
-        return float(row["resting_bytes"] + row["working_bytes"])
+    if name == "bytes":  # of all that is in memory for the request, before it comes and after
+        served = row["resting_bytes"] + row["working_bytes"]
+        return float(max(row["preparing_bytes"], served))
     return float(row[name])
 
 
@@ -235,16 +363,9 @@ def mean(values: list[float]) -> Interval:
     return [middle, middle - half, middle + half]
 
 
-def ratio(pairs: list[tuple[float, float]]) -> Interval:
-    """Geometric mean of the first over the second, and its interval; 0 where a first is 0."""
-    if any(own <= 0 for own, _ in pairs):
-        return [0.0, 0.0, max(own / full for own, full in pairs)]
-    return [float(np.exp(end)) for end in mean([np.log(own / full) for own, full in pairs])]
-
-
 def three(row: dict[str, Any]) -> NDArray[np.float64]:
     """C, A and P of a row as estimated, more of each being better."""
-    return np.array([row["context"]["both"][0], -row["extra_nll"][0], row["speed"][0]])
+    return np.array([row["context"]["both"][0], -row["extra_nll"][0], row["speed"]["both"][0]])
 
 
 def dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
