@@ -87,7 +87,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     for row in rows:
         row["dominated"] = scored and any(dominates(other, row) for other in rows)
     if scored:
-        _adjust([row for row in rows if row["kind"] != FULL])
+        _adjust([row for row in rows if row["kind"] != FULL], reference)
     return {
         "configuration": record["configuration"]
         | {"reference_context": reference, "answer_told": ANSWER, "same": SAME},
@@ -300,31 +300,38 @@ def holm(chances: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _adjust(rows: list[dict[str, Any]]) -> None:
-    """Write to each row its chances among those of all arms and offers."""
-    every = [(row, name) for row in rows for name in OFFERS]
+def tested(rows: Sequence[dict[str, Any]], reference: int) -> list[dict[str, Any]]:
+    """The rows with an accuracy and with more than one request, without which there is no test."""
+    return [r for r in rows if r["extra_nll"] is not None and r["requests"][str(reference)] > 1]
+
+
+def _adjust(rows: list[dict[str, Any]], reference: int) -> None:
+    """Write to each row its chances among those of all arms and offers that are tested."""
+    for row in rows:
+        row["p_of_all"] = dict.fromkeys(OFFERS, 1.0)
+    every = [(row, name) for row in tested(rows, reference) for name in OFFERS]
     for (row, name), adjusted in zip(every, holm([r["p"][n] for r, n in every]), strict=True):
-        row.setdefault("p_of_all", {})[name] = adjusted
+        row["p_of_all"][name] = adjusted
 
 
 def smallest_seen(rows: Sequence[dict[str, Any]], reference: int) -> dict[str, float]:
     """The gain that the arms' intervals would have shown at the first step of Holm's procedure.
 
     Of A in nats a token and of P as a share of full attention's (both bounds): the median of the
-    arms' standard errors times Student's t at the level over the number of tests.
+    arms' standard errors times Student's t at the level over the number of tests. Empty where no
+    arm is tested.
 
     Args:
-        rows: of the arms, as `summary` told them; those with one request say nothing.
+        rows: of the arms, as `summary` told them.
         reference: the context where A and P are told.
     """
-    tests = len(rows) * len(OFFERS)
     found: dict[str, list[float]] = {"A": [], "P": []}
-    for row in rows:
-        counted = row["requests"][str(reference)]
-        for letter, interval in (("A", row["extra_nll"]), ("P", row["speed"]["both"])):
-            if interval is not None and interval[1] is not None and counted > 1:
-                error = (interval[2] - interval[1]) / 2 / stats.t.ppf(0.975, counted - 1)
-                found[letter].append(error * stats.t.ppf(1 - LEVEL / tests, counted - 1))
+    counted = tested(rows, reference)
+    for row in counted:
+        degrees = row["requests"][str(reference)] - 1
+        step = stats.t.ppf(1 - LEVEL / (len(counted) * len(OFFERS)), degrees)
+        for letter, (_, low, high) in (("A", row["extra_nll"]), ("P", row["speed"]["both"])):
+            found[letter].append((high - low) / 2 / stats.t.ppf(0.975, degrees) * step)
     return {letter: float(np.median(each)) for letter, each in found.items() if each}
 
 
