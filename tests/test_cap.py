@@ -375,6 +375,8 @@ def test_one_request_decides_nothing():
     assert row["context"]["both"][1:] == [None, None]
     assert set(row["verdicts"]["both"].values()) == {"open"}
     assert row["p"]["both"] == 1
+    both = summed_up(crafted("once", 0.4, -0.3, 0.4, requests=1), crafted("often", 0.5, 0, 0.5))
+    assert not by_label(both)["often"]["dominated"]  # what one request seems to say counts not
     assert "no effect could have been seen" in principle(
         summed_up(crafted("once", 0.5, -0.3, 0.5, requests=1))
     )
@@ -460,7 +462,8 @@ def test_an_interval_decides(gain, said):
 def test_a_run_goes_on_from_its_file(tmp_path, monkeypatch, capsys):
     """On random weights, as on a GPU: C and P alone; nothing is measured twice."""
     given = ["measure.py", "--model", "llama-tiny", "--contexts", "220", "--requests", "1",
-             "--answer", "4", "--arms", "k = 4", "--out", str(tmp_path)]  # fmt: skip
+             "--answer", "4", "--arms", "LegoLink, 1 dummy, k = 4",
+             "--out", str(tmp_path)]  # fmt: skip
     monkeypatch.setattr("cap.summary.DRAWS", 40)
     monkeypatch.setattr(sys, "argv", [*given, "--seconds", "-1"])
     with pytest.raises(SystemExit, match="no request is served"):

@@ -168,7 +168,6 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             cap_pages.principle,
             cap_pages.map_table,
             cap_pages.verdict_table,
-            cap_pages.refused_table,
         ]
     },
     "docs/how_to/choose_a_method.md": {

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.lines
 from cap.arms import AT_REST, BOTH, FULL, LINK, RETAIN, STORE
+from cap.summary import tested
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -47,7 +48,8 @@ def size(row: dict[str, Any]) -> float:
 def draw(summed: dict[str, Any], path: Path) -> None:
     """Write the picture as `path`.png and `path`.svg."""
     rows = summed["rows"]
-    best = [row for row in rows if not row["dominated"] and row["kind"] != FULL]
+    told = tested(rows, summed["configuration"]["reference_context"])
+    best = [row for row in told if not row["dominated"] and row["kind"] != FULL]
     best.sort(key=lambda row: (list(COLOURS).index(row["kind"]), row["label"]))
     numbers = {row["label"]: number for number, row in enumerate(best, 1)}
     figure = Figure(figsize=(15, 8.4), layout="constrained")
@@ -69,7 +71,8 @@ def draw(summed: dict[str, Any], path: Path) -> None:
             axis.errorbar(there[across], there[up], xerr=whisker(ends[across], longest),
                           yerr=whisker(ends[up], longest), color=colour, linewidth=0.8,
                           alpha=0.8 if shown else 0.5, zorder=2 if shown else 1)  # fmt: skip
-            axis.plot(there[across], there[up], "*" if full else "o", color=colour,
+            marker = "*" if full else "o" if row in told else "x"
+            axis.plot(there[across], there[up], marker, color=colour,
                       markersize=17 if full else 13 if shown else 5,
                       zorder=3 if shown or full else 2)  # fmt: skip
             if shown:
@@ -96,6 +99,8 @@ def draw(summed: dict[str, Any], path: Path) -> None:
                                 label="full attention"),
         matplotlib.lines.Line2D([], [], marker="o", color="silver", markersize=5,
                                 label="dominated: another is as good in all three (as estimated)"),
+        matplotlib.lines.Line2D([], [], marker="x", linestyle="", color="silver", markersize=5,
+                                label="of one request: no interval, dominates nothing"),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9.5)
     figure.suptitle(

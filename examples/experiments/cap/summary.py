@@ -85,7 +85,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         if reference in by_arm.get(arm["label"], {})
     ]
     for row in rows:
-        row["dominated"] = scored and any(dominates(other, row) for other in rows)
+        row["dominated"] = any(dominates(other, row) for other in tested(rows, reference))
     if scored:
         _adjust([row for row in rows if row["kind"] != FULL], reference)
     return {
