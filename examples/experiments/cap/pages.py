@@ -52,9 +52,11 @@ def principle(summed: dict[str, Any]) -> str:
             f"three is not told.\n\n{principle_table(summed)}"
         )
     reference = summed["configuration"]["reference_context"]
+    judged = tested(scored, reference)
+    tests = len(judged) * len(OFFERS)
 
     def having(test: Callable[[dict[str, Any], str], bool]) -> dict[str, list[str]]:
-        found = {row["label"]: [n for n in OFFERS if test(row, n)] for row in scored}
+        found = {row["label"]: [n for n in OFFERS if test(row, n)] for row in judged}
         return {label: [NAMES[n] for n in binding] for label, binding in found.items() if binding}
 
     def estimated(row: dict[str, Any], name: str) -> bool:
@@ -67,8 +69,6 @@ def principle(summed: dict[str, Any]) -> str:
 
     refuting = having(lambda row, name: row["p_of_all"][name] <= LEVEL)
     seeming, keeping = having(estimated), having(kept)
-    judged = tested(scored, reference)
-    tests = len(judged) * len(OFFERS)
     if refuting:
         first = (
             f"All three are improved by {listed(refuting)}: for these the principle is refuted on "

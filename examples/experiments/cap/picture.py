@@ -54,7 +54,7 @@ def draw(summed: dict[str, Any], path: Path) -> None:
     numbers = {row["label"]: number for number, row in enumerate(best, 1)}
     figure = Figure(figsize=(15, 8.4), layout="constrained")
     curves = defaultdict(list)
-    for row in rows:
+    for row in told:
         curves[row["method"]].append(row)
     for axis, (across, up) in zip(figure.subplots(1, 3), PANELS, strict=True):
         for curve in curves.values():
