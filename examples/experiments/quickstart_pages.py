@@ -107,36 +107,3 @@ def sinks(record: dict) -> str:
     columns = {"arm": "{arm}", "mean of layers": "{mean:.1%}", "largest layer": "{largest:.1%}"}
     count = record["configuration"]["sink_problems"]
     return f"{markdown(rows, columns)}\n\n{count} questions, spread over the passages."
-
-
-CAP = """# Where each method stands: context, accuracy, performance
-
-The CAP principle (arXiv 2405.11299): serving context (C), accuracy (A) and performance (P) trade
-off. What each method does to the three, from `docs/results/quickstart.json` (SmolLM2-135M-Instruct;
-[what was asked](real_model.md)).
-
-| method | C: tokens served | A: against the first row of its kind | P: cost against it |
-| --- | ---: | ---: | ---: |
-{rows}
-
-Of linking A is the share of questions answered right, of retention nats a token above dense.
-Scheduling changes no context and no answer; its P is the mean completion time on the bimodal mix.
-"""
-
-
-def cap_page(record: dict) -> str:
-    """docs/cap.md."""
-    rows = []
-    for row in record["linking"]:
-        tokens, ratio = f"{row['prompt_tokens']:.0f}", f"{row['time_of_full']:.2f} of the time"
-        rows.append((f"link: {row['arm']}", tokens, f"{row['accuracy']:.0%}", ratio))
-    dense = record["retention"][0]["kept_bytes"]
-    for row in record["retention"]:
-        ratio = f"{row['kept_bytes'] / dense:.2f} of the bytes"
-        tokens = str(record["configuration"]["tokens"])
-        rows.append((f"retain: {row['arm']}", tokens, f"+{row['extra_nll']:.3f} nats", ratio))
-    for row in record["scheduling"]:
-        if row["mix"] == "bimodal":
-            ratio = f"{row['mean_to_fcfs']:.2f} of the time"
-            rows.append((f"schedule: {row['arm']}", "same", "same", ratio))
-    return CAP.format(rows="\n".join(f"| {' | '.join(row)} |" for row in rows))

@@ -33,9 +33,9 @@ import retention_evidence_summary
 import schedule
 import side_by_side
 import sink_share
+from cap import pages as cap_pages
 from quickstart_pages import (
     answers,
-    cap_page,
     markdown,
     sinks,
     six_rows_linking,
@@ -162,6 +162,13 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "reasoning_accuracy": [claims.of_chains],
         "milestone_maps": [claims.of_heads],
         "quickstart": [claims.table],
+    },
+    "docs/cap.md": {
+        "cap": [
+            cap_pages.principle,
+            cap_pages.map_table,
+            cap_pages.verdict_table,
+        ]
     },
     "docs/how_to/choose_a_method.md": {
         "link_evidence": [how_to_tables.linking],
@@ -306,7 +313,6 @@ def rendered(path: str) -> str:
 
 
 def main() -> None:
-    (ROOT / "docs" / "cap.md").write_text(cap_page(record_of("quickstart")))
     for path in PAGES:
         (ROOT / path).write_text(rendered(path))
 
