@@ -322,7 +322,7 @@ def test_the_example_of_the_page_runs(capsys, monkeypatch, tmp_path):
     assert len(blocks) == 1
     exec(blocks[0].replace("2000", "50"), {})
     printed = capsys.readouterr().out
-    assert "8 seeds, 95 % intervals of the mean" in printed
+    assert "4 seeds, 95 % intervals of the mean" in printed
     assert (tmp_path / "compared.json").exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demand import Execution, PendingCall, Unit, bimodal_mix, hermes_mix
+from demand import Execution, PendingCall, Unit, bimodal_mix
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,9 +50,11 @@ def test_an_embedding_that_tells_all_closes_the_gap(examples):
 
 def test_policies_that_know_nothing_are_compared(examples):
     _, attained, _ = examples
-    found = attained.experiment(
-        lambda jobs, seed: bimodal_mix(load=0.9, jobs=jobs, seed=seed), 60, 2
-    )
+
+    def mix(jobs, seed):
+        return bimodal_mix(load=0.9, jobs=jobs, seed=seed)
+
+    found = attained.summed([attained.served({"x": mix}, 60, ("x", seed)) for seed in range(2)])
     assert found["FCFS"]["mean"] == [1.0, 1.0, 1.0]
     assert found["oracle"]["mean"][0] < found["LAS"]["mean"][0] < 1.0
     assert found["MLFQ"]["preemptions"] < found["LAS"]["preemptions"] / 5
@@ -62,7 +64,7 @@ def test_policies_that_know_nothing_are_compared(examples):
 
 def test_who_starts_from_nothing_has_learned_by_the_end(examples):
     *_, learning_loop = examples
-    found = learning_loop.experiment([hermes_mix(load=0.9, jobs=120, seed=seed) for seed in (0, 1)])
+    found = learning_loop.experiment(jobs=120, seeds=2, workers=1)
     learning, knowing, las = (
         found[name]
         for name in ("Gittins, learning from nothing", "Gittins, graphs from the start", "LAS")

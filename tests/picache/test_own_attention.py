@@ -89,7 +89,7 @@ def test_flash_attention_computes_all_but_scattered_tokens(family, implementatio
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention call", "ignore:_compile flag")
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.compiled)])
 def test_flex_attention_computes_them_and_is_compiled(family, monkeypatch):
     """Not compiled it would hold the scores of all queries and keys, which is not to be seen."""
     # Of a layer of each kind: every call of the attention compiles something.

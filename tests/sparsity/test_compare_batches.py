@@ -72,7 +72,7 @@ FEW = {name: ARMS[name] for name in ("Full", "H2O", "RaaS")}
 MODELS = {family: shallow_model(family) for family in ("llama", "qwen3")}
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(st.integers(11, 37), min_size=3, max_size=3), st.integers(2, 3), st.integers(2, 9))
 def test_texts_in_batches_measure_what_they_do_alone(lengths, batch_size, prompt_tokens):
     texts = [text(length, seed=seed) for seed, length in enumerate(lengths)]
@@ -90,7 +90,7 @@ drawn = st.builds(Drawn, st.integers(1, 19), st.none() | st.integers(1, 16))
 
 
 @pytest.mark.parametrize("answered", [False, True])
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 @given(st.lists(drawn, min_size=3, max_size=3), st.integers(2, 3))
 def test_problems_in_batches_measure_what_they_do_alone(answered, drawn, batch_size):
     """Prompts of unlike length, with continuations and without."""

@@ -15,7 +15,7 @@ from tests.sparsity.fixed import POLICY, compiles, fixed, generate
 from tests.sparsity.helpers import padded_inputs
 
 
-@pytest.fixture(params=["llama", "mistral"])
+@pytest.fixture(params=["llama", pytest.param("mistral", marks=pytest.mark.compiled)])
 def either(request):
     """Without sliding windows, and with."""
     return tiny_model(request.param, torch.float32, num_hidden_layers=2)
@@ -46,6 +46,7 @@ def test_the_next_cache_has_the_memory_and_nothing_of_what_was_in_it(either):
         assert addresses(cache) == before
 
 
+@pytest.mark.compiled
 def test_a_cache_that_lives_keeps_its_memory(model):
     caches = [fixed(model, POLICY) for _ in range(2)]
     texts = [generate(model, cache, compile_config=compiles()) for cache in caches]
@@ -66,6 +67,7 @@ def test_memory_that_does_not_fit_is_not_taken(model):
         assert torch.equal(generate(model, cache, compile_config=compiles(), **given), expected)
 
 
+@pytest.mark.compiled
 def test_a_cache_that_goes_on_from_another_takes_it_too(model):
     ids = padded_inputs(20, 3, 0)
     before, texts = [], []
@@ -92,6 +94,7 @@ def test_a_cache_that_is_reset_keeps_its_own(model):
     assert addresses(first) == own
 
 
+@pytest.mark.compiled
 def test_what_comes_between_does_not_lose_it(model):
     """A single token, a second turn, a reset, and a prompt that fails."""
     cache = fixed(model, POLICY)
@@ -153,6 +156,7 @@ def alive(pool):
     return pool() is not None
 
 
+@pytest.mark.compiled
 def test_nothing_is_kept_without_a_graph_nor_past_detach(model):
     for how in ({"disable_compile": True}, {"compile_config": compiles()}):
         cache = fixed(model, POLICY)
@@ -171,6 +175,7 @@ def test_nothing_is_kept_without_a_graph_nor_past_detach(model):
     assert not alive(pool)
 
 
+@pytest.mark.compiled
 def test_what_is_kept_goes_with_its_model():
     model = tiny_model("llama", torch.float32)
     cache = fixed(model, POLICY)

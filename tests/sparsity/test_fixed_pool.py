@@ -65,6 +65,7 @@ def test_inductor_makes_the_same_tokens(shallow, fresh):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("policy", [POLICY, TIGHT[12]], ids=str)
 def test_several_turns_reset_and_forks(policy, shallow, fresh):
     """Buffers stay where they are over turns and resets, so that nothing is captured anew."""
@@ -227,6 +228,7 @@ def test_detached_the_model_is_as_before(shallow):
     assert "_prepare_cache_for_generation" not in vars(shallow)
 
 
+@pytest.mark.compiled
 def test_a_second_model_of_the_same_shape(fresh):
     """A graph is of its own model's weights."""
     config, outputs = compiles(), []
@@ -380,6 +382,7 @@ def test_a_step_that_was_prepared_and_did_not_run(shallow):
     torch.testing.assert_close(*logits)
 
 
+@pytest.mark.compiled
 def test_a_compiled_step_that_fails(shallow, fresh):
     """What was stored of it is seen, and the cache refused until it is reset."""
     runs = []
