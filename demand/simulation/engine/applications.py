@@ -197,8 +197,7 @@ class Applications(ABC):
 
     def warm(self, job: JobOnEngine, now: float) -> bool:
         """Whether the backend of an llm unit is warm; if not, the unit is submitted once it is."""
-        backends = self.backends
-        return not backends.any or backends.acquire(job, now, partial(self.submit, job))
+        return self.backends.acquire(job, now, partial(self.submit, job))
 
     def begin(self, job: JobOnEngine, later: Sequence[tuple[float, Action]], now: float) -> None:
         """Begin a unit that is executed outside of engines."""

@@ -31,9 +31,6 @@ class Backends:
         graphs: by application.
         agenda: of the simulation.
         place: order of jobs that wait for an instance.
-
-    Attributes:
-        any: whether there are any: without, each unit is warm.
     """
 
     def __init__(
@@ -45,7 +42,6 @@ class Backends:
         agenda: Agenda,
         place: PlaceOf,
     ) -> None:
-        self.any = bool(pools)
         self._configured = pools
         self._pools = {name: WarmPool(pool, agenda, place) for name, pool in pools.items()}
         self._prewarmer = prewarmer
@@ -56,6 +52,8 @@ class Backends:
 
     def acquire(self, job: JobOnEngine, now: float, begin: Action) -> bool:
         """Whether the backend of the unit of `job` is warm; if not, `begin` is called later."""
+        if not self._pools:
+            return True
         unit = job.execution.unit
         pool = backend_of(self._pools, unit)
         if pool is None:
@@ -65,13 +63,13 @@ class Backends:
 
     def waits_for_its_turn(self, job: JobOnEngine) -> bool:
         """Whether the backend of the present unit is to be warmed only when its turn has come."""
-        if not self.any or self._prewarmer.at_submission:
+        if not self._pools or self._prewarmer.at_submission:
             return False
         return backend_of(self._pools, job.execution.unit) is not None
 
     def release(self, job: JobOnEngine, now: float) -> None:
         """The unit of `job` is over: free its instance, and what was warmed for units not taken."""
-        if not self.any:
+        if not self._pools:
             return
         job.alarms = []
         held = self._held.pop(job, None)
@@ -92,7 +90,7 @@ class Backends:
         Returns:
             The other warm-ups: (seconds from the start of the unit, what to do), earliest first.
         """
-        if not self.any or self._prewarmer.knows == "nothing":
+        if not self._pools or self._prewarmer.knows == "nothing":
             return []
         remaining, successors = self._what_follows(job)
         later = []
