@@ -52,6 +52,8 @@ def load(
     except (OSError, ValueError) as error:  # what transformers raises for what is not there
         said = str(error).strip().splitlines()[0]
         raise ModelMissingError(f"{name!r} cannot be loaded as a model: {said}") from error
+    if tokenizer.pad_token is None:  # not every release of transformers finds it in the file
+        tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 

@@ -136,13 +136,13 @@ def reasoner(name: str, adapter: Path) -> tuple[PreTrainedModel, PreTrainedToken
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), tokenizer
 
 
-def fits(way: Way, budget: int, prompt_tokens: int) -> bool:
-    """Whether a policy takes a prompt of so many tokens, or says that it leaves no room."""
+def fits(way: Way, budget: int, prompt_tokens: int, tokens: int) -> bool:
+    """Whether a policy takes a prompt of so many tokens and so many more behind it."""
     try:
-        plan(BatchRows(), way.policy(budget), 1, prompt_tokens, None, torch.device("cpu"))
+        step = plan(BatchRows(), way.policy(budget), 1, prompt_tokens, None, torch.device("cpu"))
     except SparsityError:
         return False
-    return True
+    return step.then.room is None or step.then.room >= tokens
 
 
 def measured(
@@ -153,9 +153,10 @@ def measured(
     rows = [{"arm": way.label, "budget": budget, "problems": [], "refused": []} for way in ways]
     for chain in groups:
         together: dict[tuple[int, ...], list[int]] = {}
-        lengths = chain.texts.real[:, : chain.texts.prompt_tokens].sum(1).tolist()
+        first = chain.texts.prompt_tokens
+        lengths, behind = chain.texts.real[:, :first].sum(1).tolist(), chain.lines.shape[1]
         for index, way in enumerate(ways):
-            taken = tuple(i for i, length in enumerate(lengths) if fits(way, budget, length))
+            taken = tuple(i for i, one in enumerate(lengths) if fits(way, budget, one, behind))
             together.setdefault(taken, []).append(index)
             rows[index]["refused"] += [n for i, n in enumerate(chain.numbers) if i not in taken]
         for taken, indices in together.items():

@@ -26,10 +26,15 @@ def uniform(seed: int, pages: PageView) -> Tensor:
         float32 `[batch, kv_heads, P]`.
     """
     heads = torch.arange(pages.start.shape[1], device=pages.start.device) + pages.first_head
-    draw = mix(mix(seed * 0x9E3779B1 + pages.layer) + heads[None, :, None])
+    draw = mix(_signed(mix(seed * 0x9E3779B1 + pages.layer)) + heads[None, :, None])
     draw = mix(draw ^ (pages.start.long() & _LOW32))
     draw = mix(draw ^ (pages.now.long() & _LOW32))
     return (draw >> 8).float() / 2**24
+
+
+def _signed(bits: int) -> int:
+    """The same 32 bits as a signed number: what a compiled step adds to an index has to be one."""
+    return bits - (bits >> 31 << 32)
 
 
 def mix(value: _Bits) -> _Bits:
