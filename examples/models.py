@@ -52,8 +52,6 @@ def load(
     except (OSError, ValueError) as error:  # what transformers raises for what is not there
         said = str(error).strip().splitlines()[0]
         raise ModelMissingError(f"{name!r} cannot be loaded as a model: {said}") from error
-    if tokenizer.pad_token is None:  # not every release of transformers finds it in the file
-        tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
@@ -119,7 +117,11 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(source.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes the beginning of a turn for its end.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
 
 
 def _whole(folder: Path) -> bool:

@@ -35,14 +35,14 @@ def best(budget: float, prefix: str | tuple[int, ...] | None = None) -> _compari
 
     | budget | arm | KL to full prefill | less than random tokens in the same number |
     |---|---|---|---|
-    | 0 | naive, behind one dummy | 0.53 | |
-    | 0.02 | ProphetKV by value norms | 0.36 | 0.48 |
-    | 0.05 | LegoLink-1, then ProphetKV, behind one dummy | 0.31 | 0.20 |
-    | 0.15 | LegoLink-4, then ProphetKV | 0.17 | 0.58 |
-    | 0.3 | LegoLink-4, then ProphetKV | 0.09 | 0.57 |
-    | 0, with a prefix | naive | 0.45 | |
-    | 0.02, with a prefix | ProphetKV | 0.32 | 0.12 |
-    | 0.05, with a prefix | ProphetKV | 0.26 | 0.18 |
+    | 0 | naive, behind one dummy | 0.57 | |
+    | 0.02 | ProphetKV by value norms | 0.40 | 0.49 |
+    | 0.05 | LegoLink-1, then ProphetKV, behind one dummy | 0.33 | 0.23 |
+    | 0.15 | LegoLink-4, then ProphetKV | 0.18 | 0.63 |
+    | 0.3 | LegoLink-4, then ProphetKV | 0.09 | 0.62 |
+    | 0, with a prefix | naive | 0.46 | |
+    | 0.02, with a prefix | ProphetKV | 0.35 | 0.11 |
+    | 0.05, with a prefix | ProphetKV | 0.28 | 0.18 |
 
     Those that come next are often within a tenth of it: at 0.05 plain ProphetKV is as near.
     Another model may have another best: ``examples/experiments/link_evidence.py --model`` measures

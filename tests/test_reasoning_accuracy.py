@@ -145,12 +145,15 @@ def test_the_summary_sets_every_arm_against_its_twin(tmp_path):
     rows = {(row["arm"], row["budget"]): row for row in summed["rows"]}
     for budget, on in ((64, 6), (128, 8)):  # at 64 one arm takes six problems, so all are set there
         row = rows["H2O, 4 sinks", budget]
-        assert row["on"] == on
+        assert row["in_common"] == on
         assert row["lines_right"] == pytest.approx([0.5, 0.5, 0.5])
+        assert row["lines_right_in_common"] == pytest.approx([0.5, 0.5, 0.5])
         assert row["lines_right_minus_random"] == pytest.approx([0.25, 0.25, 0.25])
-        assert f"on the {on} problems that every arm takes" in tables(summed)
+    # Beside each other only where one takes fewer problems than another does.
+    assert "solved of the 6 that all take" in tables(summed)
+    assert tables(summed).count("that all take") == 1
     last = REASONING[-1].label
-    assert rows[last, 64]["problems"] == 6
+    assert rows[last, 64]["problems"] == rows[last, 64]["in_common"] == 6
     assert "solved" not in rows[last, 128]
     assert tables(summed).count("| dense | 8 | 1.000 (1.000 to 1.000) |") == 2
     assert f"| {last} | 0 |  |  |" in tables(summed)
@@ -159,6 +162,25 @@ def test_the_summary_sets_every_arm_against_its_twin(tmp_path):
         shown = [row for row in summed["rows"] if row["budget"] in (0, *budgets)]
         draw(summed | {"rows": shown}, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_means_are_of_what_an_arm_takes_and_pairs_of_what_both_take():
+    """The twin solves the two problems that its policy refuses, and half of the lines elsewhere."""
+    record = made()
+    pinned = next(way for way in REASONING if way.label == "RaaS, prompt pinned")
+    record["rows"] = [row for row in record["rows"] if row["budget"] != 128]
+    for row in record["rows"]:
+        if row["arm"] == pinned.label:
+            row["problems"] = [_mark(i, 0.75) for i in range(2, 8)]
+        if row["arm"] == pinned.twin:
+            row["problems"] = [_mark(i, 1.0 if i < 2 else 0.5) for i in range(8)]
+    rows = {row["arm"]: row for row in summary(record)["rows"]}
+    own, twin = rows[pinned.label], rows[pinned.twin]
+    assert twin["solved"][0] == 0.25
+    assert twin["solved_in_common"][0] == own["solved"][0] == 0
+    assert own["lines_right"][0] == 0.75
+    assert own["lines_right_minus_random"] == pytest.approx([0.25, 0.25, 0.25])
+    assert twin["in_common"] == 4  # two are refused by one arm, and two by another
 
 
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
@@ -183,6 +205,21 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert ample["problems"] == dense["problems"] == 4
     assert ample["lines_right"] == dense["lines_right"]
     assert run("--budgets", "16", "1024")["rows"] == found["rows"]
+
+    # An arm that was measured on some problems stays until it is measured on all.
+    growing = reasoning_accuracy.GrowingRecord
+    file = tmp_path / reasoning_accuracy.MEASURED
+    record = reasoning_accuracy.read(file)
+    part = next(row for row in record["rows"] if (row["arm"], row["budget"]) == (few[0].label, 16))
+    whole = part["problems"]
+    part["problems"] = whole[:3]
+    writing = growing(tmp_path / "part.json.gz", record, [])
+    writing.write()
+    (tmp_path / "part.json.gz").replace(file)
+    kept = {(r["arm"], r["budget"]): r for r in run("--budgets", "16", "--seconds", "-1")["rows"]}
+    assert kept[few[0].label, 16]["problems"] == 3
+    anew = run("--budgets", "16", "1024")["rows"]
+    assert sorted(anew, key=str) == sorted(found["rows"], key=str)
     assert "budget 1024" in capsys.readouterr().out
 
 
@@ -225,6 +262,16 @@ def test_a_prompt_is_refused_alone_and_the_others_are_measured(tmp_path, monkeyp
     alone = chain.of(taken[-1:])
     again = measured(model, [alone], ways[1:], budget)[0]
     assert again["problems"] == pinned["problems"][-1:]
+
+
+def test_a_prompt_that_leaves_too_little_room_for_the_chain_is_refused():
+    """Pages that are pinned but for a few tokens hold the prompt, and not all that is behind it."""
+    way = next(way for way in REASONING if way.label == "RaaS, prompt pinned")
+    page = way.policy(64).page_size
+    assert reasoning_accuracy.fits(way, 64, 64 - page, 1000)  # one page is left, which goes round
+    assert reasoning_accuracy.fits(way, 64, 64 - page + 1, page - 1)
+    assert not reasoning_accuracy.fits(way, 64, 64 - page + 1, page)
+    assert not reasoning_accuracy.fits(way, 64, 64, 1)
 
 
 def test_claims_say_nothing_of_what_was_not_measured():

@@ -206,6 +206,11 @@ def test_what_an_answer_repeats():
     assert retention_evidence.repeated([1]) == 0
 
 
+@pytest.mark.parametrize(("ends", "answer"), [(2, [5, 1]), ([7, 1], [5]), (None, [5, 1, 2, 2])])
+def test_an_answer_stops_at_what_ends_it_for_generate(ends, answer):
+    assert retention_evidence.ended([5, 1, 2, 2], ends) == answer
+
+
 def made(loss, texts=16):
     """A record of made-up numbers: `loss(arm, text)`."""
     rows = []

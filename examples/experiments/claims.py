@@ -134,7 +134,7 @@ def of_chains(record: dict) -> str:
                     papers[row["arm"]],
                     f"{row['arm']}: as good as dense on chains of thought, at {row['budget']}",
                     "at least 0.95 of the chains written as taught, which dense writes all",
-                    f"{_of_problems(Interval(*row['solved']), '')} of {row['on']}",
+                    f"{_of_problems(Interval(*row['solved']), '')} of {row['problems']}",
                     _at_most(_negative(Interval(*row["solved"])), -0.95),
                 )
             )

@@ -12,6 +12,8 @@ AT = 0.15
 """The budget of linking, a share of the prompt, at which methods are set side by side."""
 LENGTH = 32_768
 """The tokens of a prompt at which times are."""
+TEXT_BUDGET, CHAIN_BUDGET = 256, 512
+"""The tokens kept of a long text, and of a chain of thought, at which policies are compared."""
 CHAINS = (
     "dense",
     "Quest",
@@ -85,20 +87,39 @@ def linking_times(record: dict) -> str:
 
 
 def long_texts(record: dict) -> str:
-    """Of retention_evidence.json: each policy in its best setting."""
+    """Of retention_evidence.json: each policy in its best setting, at one budget."""
     rows = [["dense", "0", "everything"]]
     rows += [
         [row["arm"], _interval(row["extra_nll"], "+.3f"), f"{row['budget']:,} tokens"]
         for row in sorted(record["chosen"], key=lambda row: row["extra_nll"][0])
+        if row["budget"] == TEXT_BUDGET
     ]
     return grid(["policy", "nats a token above dense", "attends to"], rows)
 
 
+def text_budgets(record: dict) -> str:
+    """Of retention_evidence.json: each policy in its best setting, by budget."""
+    found = {(row["policy"], row["budget"]): row["extra_nll"] for row in record["chosen"]}
+    budgets = sorted({budget for _, budget in found})
+    policies = sorted({policy for policy, _ in found}, key=lambda one: found[one, budgets[0]][0])
+    rows = [
+        [one, *(f"{found[one, b][0]:+.3f}" if (one, b) in found else "" for b in budgets)]
+        for one in policies
+    ]
+    tokens = record["configuration"]["tokens"]
+    heads = [f"{budget:,} of {tokens:,}" for budget in budgets]
+    return grid(["policy, nats a token above dense", *heads], rows)
+
+
 def chains(record: dict) -> str:
     """Of reasoning_accuracy.json: chains of thought written to their end as taught."""
-    found = {row["arm"]: row for row in record["rows"]}
+    found = {row["arm"]: row for row in record["rows"] if row["budget"] in (0, CHAIN_BUDGET)}
     rows = [
-        [arm, _interval(found[arm]["solved"]), f"{found[arm]['lines_right'][0]:.2f}"]
+        [
+            arm,
+            _interval(found[arm]["solved_in_common"]),
+            f"{found[arm]['lines_right_in_common'][0]:.2f}",
+        ]
         for arm in CHAINS
     ]
     return grid(["policy", "chains written as taught", "lines right"], rows)

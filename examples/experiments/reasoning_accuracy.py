@@ -204,8 +204,7 @@ def run(args: argparse.Namespace) -> dict:
         "rows": [],
     }
     growing = GrowingRecord(args.out / MEASURED, record, ["rows"])
-    record["rows"] = [row for row in record["rows"] if whole(row, args.problems)]
-    done = {(row["arm"], row["budget"]) for row in record["rows"]}
+    done = {(row["arm"], row["budget"]) for row in record["rows"] if whole(row, args.problems)}
     if (DENSE, 0) not in done:
         found = [
             mark
@@ -228,6 +227,8 @@ def run(args: argparse.Namespace) -> dict:
     for budget, ways in tqdm(turns, desc="turns"):
         if time.time() > begun + args.seconds:
             break
+        anew = {(way.label, budget) for way in ways}
+        record["rows"] = [row for row in record["rows"] if (row["arm"], row["budget"]) not in anew]
         record["rows"] += measured(model, groups, ways, budget)
         growing.write()
     return record

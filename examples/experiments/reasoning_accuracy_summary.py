@@ -16,10 +16,10 @@ taught ones. Means over problems."""
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Means with intervals, paired with the twin's, over the problems that no arm refuses.
+    """Means with intervals over the problems that an arm takes; of one that takes none nothing.
 
-    Of each budget, that is; `_of_all` are those over all that the arm itself takes. Of an arm that
-    takes none there is nothing.
+    `_minus_random` are over those that its twin takes as well, and `_in_common` over those that
+    every arm takes at this budget, of which there are `in_common`.
     """
     seed = record["configuration"]["seed"]
     by_arm = {
@@ -39,13 +39,14 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     for (arm, budget), marks in sorted(by_arm.items(), key=lambda one: one[0] != (DENSE, 0)):
         row: dict[str, Any] = {"arm": arm, "budget": budget, "problems": len(marks)}
         if marks:
-            both = common[budget]
-            row["on"] = len(both)
+            row["in_common"] = len(common[budget])
+            twin = by_arm.get((twins.get(arm, ""), budget), {})
+            both = sorted(marks.keys() & twin.keys())
             for name in METRICS:
-                row[f"{name}_of_all"] = interval([one[name] for one in marks.values()], seed)
-                row[name] = interval([marks[i][name] for i in both], seed)
-            if twin := by_arm.get((twins.get(arm, ""), budget)):
-                for name in METRICS:
+                row[name] = interval([one[name] for one in marks.values()], seed)
+                every = [marks[i][name] for i in common[budget]]
+                row[f"{name}_in_common"] = interval(every, seed)
+                if both:
                     apart = [marks[i][name] - twin[i][name] for i in both]
                     row[f"{name}_minus_random"] = interval(apart, seed)
         rows.append(row)
@@ -68,7 +69,6 @@ def tables(summed: dict[str, Any]) -> str:
     dense, *rows = summed["rows"]
     columns = {
         "taken": "{problems}",
-        "solved, of all taken": "{solved_of_all}",
         "solved": "{solved}",
         "less random's": "{solved_minus_random}",
         "lines right": "{lines_right}",
@@ -77,24 +77,34 @@ def tables(summed: dict[str, Any]) -> str:
     parts = []
     for budget in sorted({row["budget"] for row in rows}):
         shown = [row for row in (dense, *rows) if row["budget"] in (0, budget)]
-        on = min(row["on"] for row in shown if "on" in row)
+        taken = {row["problems"] for row in shown if row["problems"]}
+        more = {}
+        if len(taken) > 1:
+            on = min(row["in_common"] for row in shown if "in_common" in row)
+            more = {
+                f"solved of the {on} that all take": "{solved_in_common}",
+                "lines right there": "{lines_right_in_common}",
+            }
         shown = [_row(row) for row in shown]
-        parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns))
-        parts.append(f"But for the third column, on the {on} problems that every arm takes.")
+        parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns | more))
     return "\n\n".join(parts)
 
 
 def _row(row: dict[str, Any]) -> dict[str, str]:
     """The cells of a row; empty ones for what is not there."""
     cells = {"arm": row["arm"], "problems": str(row["problems"])}
-    for name in ("solved_of_all", "solved", "lines_right"):
+    for name in METRICS:
         cells[name] = said(row.get(name), "")
         cells[f"{name}_minus_random"] = said(row.get(f"{name}_minus_random"))
+        cells[f"{name}_in_common"] = said(row.get(f"{name}_in_common"), "")
     return cells
 
 
 def draw(summed: dict[str, Any], path: Path) -> None:
-    """Problems solved and lines right over the budget, of each arm that is no control."""
+    """Problems solved and lines right over the budget, of each arm that is no control.
+
+    Of the problems that the arm takes there; a hollow mark tells that these are not all.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,18 +127,17 @@ def draw(summed: dict[str, Any], path: Path) -> None:
         axis.axhline(dense[name][0], color="black", linestyle="--", label="dense")
         for index, arm in enumerate(arm for arm in arms if arm not in controls):
             own = sorted((row for row in shown if row["arm"] == arm), key=lambda row: row["budget"])
-            axis.plot(
-                [row["budget"] for row in own],
-                [row[name][0] for row in own],
-                label=arm,
-                color=f"C{index % 10}",
-                marker="os^vD*PxX<>"[index % 11],
-                linewidth=1,
-            )
+            look = {"color": f"C{index % 10}", "marker": "os^vD*Ph8<>"[index % 11]}
+            at = [row["budget"] for row in own]
+            axis.plot(at, [row[name][0] for row in own], label=arm, linewidth=1, **look)
+            for row in own:
+                if row["problems"] < dense["problems"]:
+                    axis.plot(row["budget"], row[name][0], markerfacecolor="white", **look)
         axis.set(xlabel="budget, tokens a KV head", ylabel=what, ylim=(-0.02, 1.02))
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
     if len(budgets) > 1:
-        axes[0].legend(fontsize=7)
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -180,6 +180,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/how_to/choose_a_budget.md": {
         "link_evidence": [how_to_tables.linking_budgets],
         "decode": [how_to_tables.step_times],
+        "retention_evidence": [how_to_tables.text_budgets],
     },
     "docs/how_to/behind_a_server.md": {"recomputation": [how_to_tables.displacing]},
     "docs/reference_model.md": {"quickstart_reference": [whole]},

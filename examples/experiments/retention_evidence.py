@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,15 +120,19 @@ def answered(setting: Setting, job: Job) -> dict:
             top_p=1.0,
         )
         decoding = cache.report().decoding
-    answers = []
-    for row in out[:, given["input_ids"].shape[1] :].tolist():
-        end = tokenizer.eos_token_id
-        answers.append(row[: row.index(end)] if end in row else row)
+    rows = out[:, given["input_ids"].shape[1] :].tolist()
+    answers = [ended(row, model.generation_config.eos_token_id) for row in rows]
     return {
         "length": [len(answer) for answer in answers],
         "repeated": [repeated(answer) for answer in answers],
         "decoding": decoding,
     }
+
+
+def ended(row: list[int], ends: int | list[int] | None) -> list[int]:
+    """A row up to what ended it; `generate` fills up behind it, where other rows went on."""
+    every = ends if isinstance(ends, list) else [ends]
+    return list(takewhile(lambda token: token not in every, row))
 
 
 def repeated(answer: list[int]) -> float:

@@ -4,6 +4,15 @@ import re
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+
+def test_the_tokenizer_ends_a_turn_where_the_model_does(kv_model_name):
+    """Whatever release of transformers made them of one file."""
+    tokenizer = AutoTokenizer.from_pretrained(kv_model_name)
+    model_says = GenerationConfig.from_pretrained(kv_model_name)
+    assert tokenizer.eos_token_id == model_says.eos_token_id
+    assert tokenizer.pad_token_id == model_says.pad_token_id
 
 
 def test_the_example_of_the_adapter_solves_its_problem(kv_model_name, pytestconfig, monkeypatch):
