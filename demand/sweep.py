@@ -4,9 +4,11 @@ The packages do not import each other, so this file stands in each of them, the 
 error; `tests/test_sweep.py` holds the copies together.
 """
 
+import gc
 import os
 import pickle
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -26,6 +28,9 @@ ADDRESS = "ray://"
 
 ROUND = 8
 """Cells a worker before a Ray cluster's results are handed on: joblib gives them all together."""
+
+IDLE = 10.0
+"""Seconds without a cell after which a worker lets go of its task, which may hold a model."""
 
 
 def checked_workers(workers: object) -> int | str:
@@ -84,7 +89,7 @@ def spread(
             The same goes for Ctrl-C, which ends the workers.
     """
     workers = checked_workers(workers)
-    if workers == 1 or _TASK:  # or in a cell of another sweep, whose workers are at work
+    if workers == 1 or _WORKER.in_cell:  # of another sweep, whose workers are at work
         with bar(len(items), what, progress) as advance:
             for item in items:
                 yield _noted(task, named(item), item)
@@ -126,7 +131,7 @@ def spread(
                 error.add_note(f"the first cell without a result is {named(items[done])}")
             raise
         finally:
-            _TASK.clear()  # where joblib ran the cells in this process
+            _WORKER.let_go()  # where joblib ran the cells in this process
 
 
 def _workers(
@@ -151,23 +156,64 @@ def _workers(
     return joblib, dict(n_jobs=count, backend=RAY), lambda t: ray.put(pickled(t)), ROUND * count
 
 
-_TASK: dict[str, Any] = {}
-"""The task that this worker had last, by its token: one may hold a model."""
+class _Worker:
+    """What this process has as a worker: the task of its last cell, until it has been idle.
+
+    Attributes:
+        in_cell: whether it is in a cell just now.
+    """
+
+    def __init__(self) -> None:
+        self.in_cell = False
+        self._kept: tuple[str, Any] = "", None  # the token of a sweep, and its task
+        self._idle = threading.Timer(IDLE, self.let_go)
+
+    @contextmanager
+    def cell(self, token: str, sent: Any) -> Iterator[Any]:
+        """The task of a sweep, for one of its cells."""
+        self._idle.cancel()
+        kept, task = self._kept  # once: the timer may have run out just now
+        if kept != token:
+            task = None
+            self.let_go()  # of the last sweep's before the next takes memory
+            task = _received(sent)
+        self._kept = token, task
+        self.in_cell = True
+        try:
+            yield task
+        finally:
+            self.in_cell = False
+            self._idle = threading.Timer(IDLE, self.let_go)
+            self._idle.daemon = True
+            self._idle.start()
+
+    def let_go(self) -> None:
+        """Forget the task, and free what it holds."""
+        self._idle.cancel()
+        if self._kept[0]:
+            self._kept = "", None
+            gc.collect()  # models refer to themselves
+
+
+_WORKER = _Worker()
 
 
 def _cell(token: str, sent: Any, name: str, item: Any) -> Any:
     """In a worker: the task of one item."""
-    if token not in _TASK:
-        _TASK.clear()
-        if not isinstance(sent, np.ndarray):
-            import ray
+    with _WORKER.cell(token, sent) as task:
+        try:
+            return task(item)
+        except Exception as error:
+            raise _CellError(name, *_packed(name, error)) from error
 
-            sent = ray.get(sent)
-        _TASK[token] = pickle.loads(sent)
-    try:
-        return _TASK[token](item)
-    except Exception as error:
-        raise _CellError(name, *_packed(name, error)) from error
+
+def _received(sent: Any) -> Any:
+    """In a worker: a task as it was sent."""
+    if not isinstance(sent, np.ndarray):
+        import ray
+
+        sent = ray.get(sent)
+    return pickle.loads(sent)
 
 
 class _CellError(Exception):
@@ -245,19 +291,12 @@ def _connected(workers: str) -> Any:
     return ray
 
 
-_MADE: dict[str, str] = {}
-"""The address that this process connected to last, and which connection that was."""
-
-
-def _connection(ray: Any) -> str:
-    """What tells one connection from another: each client of a cluster is a job of its own."""
-    return str(ray.get_runtime_context().get_job_id())
-
-
 def _connect(ray: Any, address: str) -> None:
     """Connect this process, unless it is connected to the address already."""
+    # A connection is told by its namespace: those of two clusters may be jobs of the same number.
+    namespace = f"sweeps at {address}"
     if ray.is_initialized():
-        if _MADE.get(address) == _connection(ray):
+        if ray.get_runtime_context().namespace == namespace:
             return
         raise DemandError(
             f"workers={address!r}, and this process is connected to a Ray cluster already: give "
@@ -267,14 +306,12 @@ def _connect(ray: Any, address: str) -> None:
     # A worker would see every GPU of its machine, and all of them the first.
     env_vars = {"PYTHONPATH": shown, "CUDA_VISIBLE_DEVICES": ""}
     try:
-        ray.init(address, runtime_env={"env_vars": env_vars})
+        ray.init(address, namespace=namespace, runtime_env={"env_vars": env_vars})
     except ConnectionError as error:
         raise DemandError(
             f"workers={address!r} cannot be reached ({error}); expected the client server of a Ray "
             "cluster, which `ray start --head` starts at port 10001"
         ) from error
-    _MADE.clear()
-    _MADE[address] = _connection(ray)
 
 
 def _own_folders(paths: Sequence[str], environments: Sequence[str]) -> list[str]:

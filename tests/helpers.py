@@ -1,6 +1,7 @@
-"""What every test shares: a tolerance by root-mean-square error and a zoo of tiny random models."""
+"""What tests share: a tolerance by root-mean-square error, a zoo of tiny random models, a port."""
 
 import ast
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,13 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **o
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def random_ids(length: int, batch: int | None = None, seed: int = 1) -> Tensor:

@@ -29,32 +29,57 @@ from environment import environment
 from demand import SERPT, ClassMean, Gittins, Oracle, compare, hermes_mix
 
 POLICIES = [ClassMean(), SERPT(), Gittins(), Oracle()]
-PORT = 9345
 
 
 @contextmanager
 def cluster(processors: int) -> Iterator[str]:
-    """The address of a Ray cluster of one machine, which is ended afterwards."""
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+    """The address of a Ray cluster of this machine, which this process leaves before it ends."""
+    import ray
+
+    port, client = _free_ports(2)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path: sockets are in it
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-            f"--num-cpus={processors}", f"--port={PORT}", f"--ray-client-server-port={PORT + 1}",
+            f"--num-cpus={processors}", f"--port={port}", f"--ray-client-server-port={client}",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
             f"--temp-dir={folder}",
         ]  # fmt: skip
-        head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # The client server forks a process for each connection, and gRPC, which goes on in a fork
+        # unless told otherwise, at times crashes it before it has begun (Ray's issue 63202).
+        variables = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+        quiet = subprocess.DEVNULL
+        head = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=variables)
         try:
-            while True:
-                if head.poll() is not None:
-                    raise SystemExit(f"ray start ended with {head.returncode}")
-                with socket.socket() as tried:
-                    if not tried.connect_ex(("127.0.0.1", PORT + 1)):
-                        break
-                time.sleep(0.2)
-            yield f"ray://127.0.0.1:{PORT + 1}"
+            _wait_for(client, head)
+            yield f"ray://127.0.0.1:{client}"
         finally:
-            head.terminate()
-            head.wait()
+            ray.shutdown()  # before: a client would try for half a minute to reach it again
+            head.terminate()  # --block ends the processes of the node with this one
+            head.wait(60)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports below those that Ray's workers take."""
+    found: list[int] = []
+    port = 9200 + os.getpid() % 700
+    while len(found) < count:
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)):
+                found.append(port)
+        port += 1
+    return found
+
+
+def _wait_for(port: int, head: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if head.poll() is not None:
+            raise SystemExit(f"ray start ended with {head.returncode}")
+        with socket.socket() as tried:
+            if not tried.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.2)
+    raise SystemExit(f"no client server at port {port} after {seconds} s")
 
 
 def timed(jobs: int, seeds: int, workers: int | str, progress: bool = True) -> tuple[float, str]:
@@ -90,9 +115,6 @@ def main() -> None:
     if importlib.util.find_spec("ray"):
         with cluster(args.processes) as address:
             measure(f"Ray, {args.processes} processors", address)
-            import ray
-
-            ray.shutdown()
     if len(found) != 1:
         raise SystemExit(f"{len(found)} different results: they must be one")
     record = {

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,20 +14,19 @@ import picache
 import sparsity
 from demand import DemandError, Gittins, RandomOrder, bimodal_mix, compare
 from demand.sweep import spread
-from tests.helpers import tiny_model
-from tests.machines.cluster import free_ports, local_cluster
+from tests.helpers import free_port, tiny_model
 from tests.picache.test_compare import tokenizer_of
 from tests.sparsity.test_compare import TEXTS, numbered_tokenizer
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+import sweeps  # noqa: E402 - the examples are scripts, not a package
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short path: sockets are in it
-        with local_cluster(Path(folder)) as address:
-            yield address
-        ray.shutdown()
+    with sweeps.cluster(2) as address:
+        yield address
 
 
 def where(item):
@@ -66,6 +64,7 @@ def test_comparisons_are_those_of_one_process(cluster):
 @pytest.mark.parametrize("workers", [2, "ray"])  # by the connection that demand has made
 def test_comparisons_of_models_are_those_of_one_process(cluster, workers):
     assert workers == 2 or ray.is_initialized()
+    again = cluster if workers == "ray" else workers  # by its address, too
     model = tiny_model("llama", vocab_size=6000)  # a mebibyte and more: memory that workers map
     problems = [
         picache.Problem(("the cat sits", "the dog sleeps"), "where is the cat", ("on the mat",)),
@@ -82,7 +81,7 @@ def test_comparisons_of_models_are_those_of_one_process(cluster, workers):
     given = dict(prompt_tokens=8, metrics=metrics, progress=False)
     tokenizer = numbered_tokenizer()
     alone = sparsity.compare(model, tokenizer, TEXTS, policies, **given)
-    there = sparsity.compare(model, tokenizer, TEXTS, policies, workers=workers, **given)
+    there = sparsity.compare(model, tokenizer, TEXTS, policies, workers=again, **given)
     assert there.to_json() == alone.to_json()
 
 
@@ -108,6 +107,19 @@ def test_a_connection_that_another_made_is_not_taken_for_the_address(cluster):
         list(spread(fails, range(4), cluster, progress=False))
     ray.shutdown()
     assert next(spread(fails, range(4), cluster, progress=False)) == 0
+
+
+def test_a_connection_to_another_cluster_is_not_taken_for_the_address():
+    """Both connections are the first of their cluster, and jobs of the same number."""
+    with sweeps.cluster(1) as one, sweeps.cluster(1) as other:
+        ray.shutdown()
+        assert next(spread(fails, range(4), one, progress=False)) == 0
+        number = ray.get_runtime_context().get_job_id()
+        ray.shutdown()
+        ray.init(other)
+        assert ray.get_runtime_context().get_job_id() == number
+        with pytest.raises(DemandError, match="connected to a Ray cluster already: give workers"):
+            list(spread(fails, range(4), one, progress=False))
 
 
 def test_another_address_is_refused_where_one_is_connected(cluster):
@@ -173,7 +185,7 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing():
         "import sys\nfrom demand.sweep import spread\n"
         "list(spread(abs, [1], sys.argv[1], progress=False))"
     )
-    command = [sys.executable, "-c", code, f"ray://127.0.0.1:{free_ports(1)[0]}"]
+    command = [sys.executable, "-c", code, f"ray://127.0.0.1:{free_port()}"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert "DemandError: workers='ray://127.0.0.1:" in done.stderr

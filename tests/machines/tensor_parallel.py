@@ -32,8 +32,7 @@ from picache.errors import StoreFull
 from picache.hf import self_check
 from picache.hf.tensor_parallel import Shards
 from sparsity import RaaS, SparseCache, SparsityError, StreamingLLM, record
-from tests.helpers import random_ids, tiny_model
-from tests.machines.cluster import free_ports
+from tests.helpers import free_port, random_ids, tiny_model
 
 PROCESSES = 2
 SECONDS = 60
@@ -224,7 +223,7 @@ def both(tmp_path_factory):
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         running = mp.start_processes(
             work,
-            (free_ports(1)[0], str(folder)),
+            (free_port(), str(folder)),
             nprocs=PROCESSES,
             start_method="spawn",
             join=False,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.multiprocessing as mp
 import transformers
 
 from sparsity import SparseCache, SparsityError
-from tests.helpers import random_ids, tiny_model
+from tests.helpers import free_port, random_ids, tiny_model
 from tests.sparsity.zoo import TIGHT
 
 PROCESSES = 2
@@ -86,12 +85,6 @@ def work(rank, port, folder, ways):
             results[way] = decode(model.eval())
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
