@@ -61,13 +61,13 @@ def draw_contributions(record: dict, ax: "Axes") -> None:
     ax.set_yticks(range(len(labels)), list(reversed(labels.values())))
     ax.axvline(1.0, color="black", linewidth=0.8)
     ax.set_xscale("log")
-    ticks = [0.1, 0.2, 0.5, 1.0, 2.0]
+    ticks = [0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0]
     low, high = ax.get_xlim()
     shown = [tick for tick in ticks if low <= tick <= high]
     ax.set_xticks(shown, [f"{tick:g}" for tick in shown])
     ax.minorticks_off()
     ax.set(
-        xlabel="mean completion / with nothing on, replayed at load 0.9",
+        xlabel="mean completion / with nothing on, at load 0.9",
         title="What does each part contribute?",
     )
 
