@@ -21,7 +21,7 @@ import link_evidence  # noqa: E402 - the examples are scripts, not a package
 import link_turns  # noqa: E402
 import link_ways  # noqa: E402
 import paragraph_questions  # noqa: E402
-from link_evidence_pages import draw, tables  # noqa: E402
+from link_evidence_pages import beside, draw, tables  # noqa: E402
 from link_evidence_summary import Sample, summary  # noqa: E402
 from link_ways import BOS_KEPT, ways  # noqa: E402
 
@@ -69,6 +69,19 @@ def test_every_arm_has_a_name_of_its_own_and_a_twin_that_is_measured():
             way.twin for way in some if way.family not in ("naive", "random", "APE, T = S = 0.9")
         )
     assert {way.behind for way in WAYS if way.family == "LegoLink"} == set(link_ways.BEHIND)
+
+
+def test_a_smaller_run_in_its_order_beside_a_larger_one():
+    order = {label: place for place, label in enumerate(LABELS)}
+    small, large = (
+        summary(made(lambda task, number, label, sign=sign: sign * order[label], {}), WAYS)
+        for sign in (1, -1)
+    )
+    table = beside(small, large)
+    assert f"Rank correlation of the {len(LABELS)} arms: -1.00." in table
+    assert table.endswith("Small: 16 questions; none.")
+    shown = [line.split(" | ")[0] for line in table.splitlines()[2 : 2 + len(LABELS)]]
+    assert shown == [f"| {label}" for label in LABELS]
 
 
 def test_tasks_count_alike():

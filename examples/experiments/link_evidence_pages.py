@@ -6,6 +6,7 @@ from typing import Any
 
 from link_ways import NOTHING
 from quickstart_pages import markdown
+from two_sizes import in_both
 
 
 def _spelled(interval: list[float], digits: int = 2) -> str:
@@ -105,6 +106,16 @@ def pairs(summed: dict[str, Any]) -> str:
         "questions": "{questions}",
     }
     return markdown(lines, columns)
+
+
+def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
+    """KL to full prefill over all tasks of the arms of a smaller run, beside a larger one's."""
+    found = [
+        {row["arm"]: row["kl"][0] for row in run["rows"] if row["task"] == "all"}
+        for run in (small, large)
+    ]
+    _, asked = small["prompt_tokens"]["all"]
+    return f"{in_both(*found)}\n\nSmall: {asked} questions; {small['environment']['hardware']}."
 
 
 def tables(summed: dict[str, Any]) -> str:

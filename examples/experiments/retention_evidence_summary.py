@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from quickstart_pages import markdown
 from retention_texts import KINDS
 from retention_ways import WAYS
+from two_sizes import in_both
 
 LEAST = 4
 """Texts of a kind, or answers, from which on there is an interval: one of fewer is too narrow."""
@@ -222,9 +223,7 @@ def tables(summed: dict[str, Any]) -> str:
 
 
 def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
-    """Markdown: the arms of a smaller run in their order, beside the same arms of a larger one.
-
-    Beneath it the rank correlation of all of them.
+    """Nats a token above dense of the arms of a smaller run, beside those of a larger one.
 
     Args:
         small: what `summary` gave of it, at one budget.
@@ -238,12 +237,7 @@ def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
         }
         for found in (small, large)
     ]
-    arms = sorted(set(losses[0]) & set(losses[1]), key=losses[0].__getitem__)
-    ranks = [np.argsort(np.argsort([loss[arm] for arm in arms])) for loss in losses]
-    alike = np.corrcoef(ranks)[0, 1]
-    rows = [{"arm": arm, "s": losses[0][arm], "l": losses[1][arm]} for arm in arms]
-    table = markdown(rows, {"arm": "{arm}", "small": "{s:+.3f}", "large": "{l:+.3f}"})
-    return f"{table}\n\nRank correlation of the {len(arms)} arms: {alike:.2f}."
+    return in_both(*losses, "+.3f")
 
 
 def said(interval: list[float] | None, sign: str = "+") -> str:
