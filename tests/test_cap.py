@@ -404,7 +404,10 @@ def test_the_principle_is_not_said_to_hold():
     assert "Not refuted" in text
     limit = 0.2 / np.sqrt(3) * stats.t.ppf(1 - 0.05 / 3, 3)  # an arm by three offers
     assert f"{limit:.2f} nats a token of A" in text
-    assert "By the estimates alone all three are improved by noisy." in text
+    assert "and by more than 5% (A: 0.05 nats) all three are improved by noisy." in text
+    # Rounding is no gain: a stored prompt is computed in other shapes than one that is prefilled.
+    text = principle(summed_up(crafted("rounded", 0.5, -1e-4, 0.5, noise=1e-5)))
+    assert "(A: 0.05 nats) none improves all three either" in text
 
 
 def test_many_tests_are_adjusted_by_holm():
