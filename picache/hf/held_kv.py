@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from picache.chunk import KV
 
@@ -77,3 +78,34 @@ class HeldKV:
     def arena_lengths(self) -> list[Tensor] | None:
         """Numbers on the device that who appends in place counts tokens in; None elsewhere."""
         return None
+
+
+class FirstTokens(HeldKV):
+    """The first tokens of a batch that another holds, who may go on being lent.
+
+    Args:
+        held: the whole batch.
+        tokens: how many of its places, padding included.
+    """
+
+    def __init__(self, held: HeldKV, tokens: int) -> None:
+        super().__init__([], tokens)
+        self._whole = held
+
+    @override
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    @override
+    def __getitem__(self, layer: int) -> KV:
+        keys, values = self._whole[layer]
+        return keys[:, :, : self.tokens], values[:, :, : self.tokens]
+
+    @override
+    def on(self, device: torch.device) -> HeldKV:
+        return FirstTokens(self._whole.on(device), self.tokens)
+
+    @property
+    @override
+    def lent(self) -> bool:
+        return self._whole.lent

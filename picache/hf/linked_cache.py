@@ -318,7 +318,7 @@ def _refuse_other_tensors(tensor: Tensor | None) -> None:
 
 
 class LinkedCache(Cache):
-    """The cache that `PIC.link` hands to `generate`: it holds every prompt token but the last.
+    """The cache that `PIC.link` hands to `generate`: it holds a prompt's tokens but the last ones.
 
     Where the prompt lies in an arena its layers are of fixed size, so that `generate` compiles its
     steps of decoding on a CUDA device; elsewhere they grow.

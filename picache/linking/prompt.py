@@ -10,7 +10,7 @@ from torch import Tensor
 
 from picache.errors import PICacheError
 from picache.hf.attention_functions import Attached
-from picache.hf.held_kv import HeldKV
+from picache.hf.held_kv import FirstTokens, HeldKV
 from picache.kernels.queued import queued
 from picache.linking.report import LinkReport, total
 from picache.linking.row import LinkedRow
@@ -43,11 +43,13 @@ class LinkedPrompt(Mapping[str, Any]):
         inputs: dict[str, Tensor],
         held: "HeldKV",
         logits: Tensor,
+        query_length: int,
         reports: tuple[LinkReport, ...],
         seconds: float,
         attach: "Attachment | None" = None,
     ) -> None:
         self._inputs, self._held, self._attach = inputs, held, attach
+        self._query_length = query_length
         self.logits = logits
         self.reports = reports
         self.report = total(reports, seconds)
@@ -76,6 +78,21 @@ class LinkedPrompt(Mapping[str, Any]):
         from picache.hf.linked_cache import LinkedCache  # transformers is loaded with the model
 
         return LinkedCache(self._held, self._attach)
+
+    @property
+    def past_before_query(self) -> "LinkedCache":
+        """A fresh cache at each access that holds the tokens in front of the query alone.
+
+        For a cache that has to see the query itself: retention policies ask the last queries, of
+        which a `past` has none. ``SparseCache(model, SnapKV(...), past=prompt.past_before_query)``
+        and ``model.generate(prompt.input_ids, attention_mask=prompt.attention_mask,
+        past_key_values=cache)`` compute the query anew, under the policy. Of a batch whose queries
+        differ in length it holds what stands in front of the shortest one.
+        """
+        from picache.hf.linked_cache import LinkedCache
+
+        tokens = self.input_ids.shape[1] - self._query_length
+        return LinkedCache(FirstTokens(self._held, tokens), self._attach)
 
     def to(self, device: torch.device | str | int) -> "LinkedPrompt":
         """Move the tensors to a device, in place, and return the prompt, as `BatchEncoding.to`.
@@ -162,7 +179,8 @@ def batched(
         ]
         held = HeldKV(kv, width - 1)
     logits = torch.cat([row.logits for row in rows])
-    return partial(LinkedPrompt, inputs, held, logits, attach=attach)
+    shortest = min(row.layout.query_length for row in rows)
+    return partial(LinkedPrompt, inputs, held, logits, shortest, attach=attach)
 
 
 def _side_by_side(
