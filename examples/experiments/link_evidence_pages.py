@@ -109,9 +109,17 @@ def pairs(summed: dict[str, Any]) -> str:
 
 
 def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
-    """KL to full prefill over all tasks of the arms of a smaller run, beside a larger one's."""
+    """KL to full prefill over all tasks of the arms of a smaller run, beside a larger one's.
+
+    Of those that link, on every question that was asked.
+    """
     found = [
-        {row["arm"]: row["kl"][0] for row in run["rows"] if row["task"] == "all"}
+        {
+            row["arm"]: row["kl"][0]
+            for row in run["rows"]
+            if (row["task"], row["questions"]) == ("all", run["prompt_tokens"]["all"][1])
+            and "family" in row
+        }
         for run in (small, large)
     ]
     _, asked = small["prompt_tokens"]["all"]

@@ -186,6 +186,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
     "docs/reference_model.md": {"quickstart_reference": [whole]},
     "docs/linking.md": {
         "link_evidence": [link_evidence_pages.best, link_evidence_pages.pairs],
+        "link_evidence_small": [
+            lambda small: link_evidence_pages.beside(small, record_of("link_evidence"))
+        ],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
         "link": [link_tables.tables, link_tables.aims],
