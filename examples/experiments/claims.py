@@ -69,7 +69,7 @@ def of_questions(record: dict) -> str:
             "CacheBlend 15 %",
             "LegoLink 32",
             "EPIC",
-            "LegoLink is nearer to full prefill than CacheBlend, at twice its share",
+            "LegoLink is nearer to full prefill than CacheBlend, at 25 % of the prompt and 22 %",
         ),
         ("CacheBlend 15 %", "ProphetKV 15 %", "ProphetKV", "the query says better what to compute"),
         ("true deviation 15 %", "ProphetKV 15 %", "ProphetKV", "better than true deviation does"),
@@ -87,13 +87,13 @@ def of_long_texts(record: dict) -> str:
     """Of a record of `retention_evidence.py`: claims on policies along long texts, as Markdown."""
     tokens = f"{record['configuration']['tokens']:,}"
     rows = []
-    for row in record["chosen"]:
+    for row in by_budget(record["chosen"]):
         if row["policy"] in ("RaaS", "Quest"):
             loss = Interval(*row["of_default"])
             said = f"{row['policy']} is as accurate as dense, at {row['budget']} of {tokens} tokens"
             rule = "at most 0.05 nats a token lost"
             rows.append(Claim(row["policy"], said, rule, _nats(loss), _at_most(loss, 0.05)))
-    for row in record["rows"]:
+    for row in by_budget(record["rows"]):
         if (row["arm"], row["texts"]) == ("RaaS, prompt pinned", "both") and "minus_random" in row:
             loss = Interval(*row["minus_random"])
             said = f"RaaS keeps what is needed better than random pages, at {row['budget']}"
@@ -111,12 +111,17 @@ def of_long_texts(record: dict) -> str:
             "a window needs the first tokens",
         ),
     }
-    for row in record["pairs"]:
+    for row in by_budget(record["pairs"]):
         if (row["arm"], row["against"]) in pairs:
             paper, said = pairs[row["arm"], row["against"]]
             loss, at = Interval(*row["extra_nll"]), f"{said}, at {row['budget']}"
             rows.append(Claim(paper, at, "fewer nats a token", _nats(loss), _better(loss)))
     return _markdown(rows)
+
+
+def by_budget(rows: Iterable[dict]) -> list[dict]:
+    """The rows in the order of their budgets, those of one budget as they stand."""
+    return sorted(rows, key=lambda row: row["budget"])
 
 
 def of_chains(record: dict) -> str:

@@ -1,5 +1,6 @@
 """Short tables of the how-to pages, as Markdown: rows of records that other pages show whole."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -101,7 +102,10 @@ def text_budgets(record: dict) -> str:
     """Of retention_evidence.json: each policy in its best setting, by budget."""
     found = {(row["policy"], row["budget"]): row["extra_nll"] for row in record["chosen"]}
     budgets = sorted({budget for _, budget in found})
-    policies = sorted({policy for policy, _ in found}, key=lambda one: found[one, budgets[0]][0])
+    named = {policy for policy, _ in found}
+    policies = sorted(
+        named, key=lambda one: [found.get((one, budget), [math.inf])[0] for budget in budgets]
+    )
     rows = [
         [one, *(f"{found[one, b][0]:+.3f}" if (one, b) in found else "" for b in budgets)]
         for one in policies
@@ -122,7 +126,9 @@ def chains(record: dict) -> str:
         ]
         for arm in CHAINS
     ]
-    return grid(["policy", "chains written as taught", "lines right"], rows)
+    on = found[CHAINS[0]]["in_common"]
+    beneath = f"Of the {on} problems that every policy takes: a pinned prompt has to fit."
+    return f"{grid(['policy', 'chains written as taught', 'lines right'], rows)}\n\n{beneath}"
 
 
 def step_times(record: dict) -> str:

@@ -213,6 +213,7 @@ def run(args: argparse.Namespace) -> dict:
                 chain, likeliest(model, chain.texts, hidden_states(model, chain.texts)[0])
             )
         ]
+        record["rows"] = [row for row in record["rows"] if row["arm"] != DENSE]
         record["rows"].append({"arm": DENSE, "budget": 0, "problems": found})
         growing.write()
     left = [

@@ -36,7 +36,9 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         for budget in {budget for _, budget in by_arm}
     }
     rows = []
-    for (arm, budget), marks in sorted(by_arm.items(), key=lambda one: one[0] != (DENSE, 0)):
+    labels = [DENSE, *(way.label for way in REASONING)]
+    ordered = sorted(by_arm.items(), key=lambda one: (one[0][1], labels.index(one[0][0])))
+    for (arm, budget), marks in ordered:
         row: dict[str, Any] = {"arm": arm, "budget": budget, "problems": len(marks)}
         if marks:
             row["in_common"] = len(common[budget])
@@ -128,11 +130,18 @@ def draw(summed: dict[str, Any], path: Path) -> None:
         for index, arm in enumerate(arm for arm in arms if arm not in controls):
             own = sorted((row for row in shown if row["arm"] == arm), key=lambda row: row["budget"])
             look = {"color": f"C{index % 10}", "marker": "os^vD*Ph8<>"[index % 11]}
-            at = [row["budget"] for row in own]
-            axis.plot(at, [row[name][0] for row in own], label=arm, linewidth=1, **look)
-            for row in own:
-                if row["problems"] < dense["problems"]:
-                    axis.plot(row["budget"], row[name][0], markerfacecolor="white", **look)
+            some = [row for row in own if row["problems"] < dense["problems"]]
+            every = [row for row in own if row not in some]
+            for rows, fill in ((every, look["color"]), (some, "white")):
+                if rows:  # no line where it would join other problems at each budget
+                    axis.plot(
+                        [row["budget"] for row in rows],
+                        [row[name][0] for row in rows],
+                        label=arm if rows is every or not every else None,
+                        linewidth=1 if rows is every else 0,
+                        markerfacecolor=fill,
+                        **look,
+                    )
         axis.set(xlabel="budget, tokens a KV head", ylabel=what, ylim=(-0.02, 1.02))
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [str(budget) for budget in budgets])

@@ -45,7 +45,7 @@ class Setting:
     sentences: int = 2
     applications: int = 4
     training: int = 4
-    seconds_between: float = 2.0
+    seconds_between: float = 1.0
     budget: int = 256
     memory_pages: int = 8
     prefill_seconds: float = 0.002
