@@ -149,15 +149,44 @@ def test_the_job_is_told_what_is_left(batching):
 
 def test_an_estimator_learns_the_stages(model):
     estimator = DemandEstimator({})
+    asked, answered = [], set()
+    all_asked, all_answered = threading.Event(), threading.Event()
+
+    def math():
+        all_answered.wait(20.0)  # what begins beside it: ask 1 and ask 3
+        return [7]
+
     with serve(model, FCFS(), distributions=None, estimator=estimator) as batching:
+        manager = batching.manager
+        router, add_request = manager.output_router, manager.add_request
+        deliver = router.deliver_batch
+
+        def add(*given, **named):
+            asked.append(add_request(*given, **named))
+            if len(asked) == 3:  # ask 0, 1 and 3
+                all_asked.set()
+            return asked[-1]
+
+        def deliver_late(outputs):
+            """None of those that go side by side is over before all of them have begun."""
+            if answered:
+                all_asked.wait(20.0)
+            deliver(outputs)
+            answered.update(one.request_id for one in outputs if one.is_finished())
+            if len(answered) == 3:
+                all_answered.set()
+
+        router.deliver_batch, manager.add_request = deliver_late, add
         job = batching.jobs.open("short")
         mixed = Watched().plan()
-        mixed[2] = Planned(MATH, lambda _: lambda: time.sleep(0.2) or [7], (0,))
+        mixed[2] = Planned(MATH, lambda _: math, (0,))
         batching.execute(job, mixed)
         told = [Planned(MATH, lambda: 1, (), Distribution([1.0]))]
         with pytest.raises(DemandError, match="beside an estimator"):
             batching.execute(job, told)
         batching.jobs.close(job)
+    assert all_asked.is_set()
+    assert all_answered.is_set()
     graph = estimator.graphs["short"]
     assert sum(len(run) for run in graph.runs) == len(WAITS)
     assert graph.branches("ask 0") == {"ask 1 + ask 3 + math": 1.0}
