@@ -95,7 +95,8 @@ def test_requests_are_made_in_the_order_of_the_simulator(batching):
             give_up = time.monotonic() + 20.0
             while len(begun) < len(expected) and time.monotonic() < give_up:
                 time.sleep(0.001)
-            assert begun == expected
+            # Unit 4 is a request and ends by itself: what waits for it may have begun.
+            assert (begun[: len(expected)] if at == 4 else begun) == expected
             gates[at].set()
             for ready in waits.end(at):
                 waits.begin(ready)
@@ -104,7 +105,8 @@ def test_requests_are_made_in_the_order_of_the_simulator(batching):
         for gate in gates:
             gate.set()
         thread.join(20.0)
-    batching.jobs.close(job)
+        batching.jobs.close(job)
+    assert begun == expected
     assert values == [True] * 4 + [generated(prompt(10, 4), NEW[4]), True]
 
 
