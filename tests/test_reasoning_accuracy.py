@@ -13,6 +13,7 @@ from sparsity.hf.attach import keep_attached
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "experiments"))  # scripts
 
 import claims
+import how_to_tables
 import milestone_maps
 import reasoning_accuracy
 from layer_by_layer import Texts, Walk, hidden_states
@@ -181,6 +182,12 @@ def test_means_are_of_what_an_arm_takes_and_pairs_of_what_both_take():
     assert own["lines_right"][0] == 0.75
     assert own["lines_right_minus_random"] == pytest.approx([0.25, 0.25, 0.25])
     assert twin["in_common"] == 4  # two are refused by one arm, and two by another
+
+
+def test_the_short_table_tells_of_how_many_problems(monkeypatch):
+    """Those that every arm takes at its budget, and not those of dense, which has none."""
+    monkeypatch.setattr(how_to_tables, "CHAIN_BUDGET", 64)
+    assert "Of the 6 problems" in how_to_tables.chains(summary(made()))
 
 
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

@@ -176,6 +176,12 @@ def whole(row: dict, problems: int) -> bool:
     return len(row["problems"]) + len(row.get("refused", [])) == problems
 
 
+def put(rows: list[dict], new: list[dict]) -> list[dict]:
+    """The rows with new ones, which stand for those of the same arm and budget."""
+    anew = {(row["arm"], row["budget"]) for row in new}
+    return [row for row in rows if (row["arm"], row["budget"]) not in anew] + new
+
+
 def run(args: argparse.Namespace) -> dict:
     """Every arm, written as it comes; a later call of the same configuration goes on from there."""
     begun = time.time()
@@ -213,8 +219,7 @@ def run(args: argparse.Namespace) -> dict:
                 chain, likeliest(model, chain.texts, hidden_states(model, chain.texts)[0])
             )
         ]
-        record["rows"] = [row for row in record["rows"] if row["arm"] != DENSE]
-        record["rows"].append({"arm": DENSE, "budget": 0, "problems": found})
+        record["rows"] = put(record["rows"], [{"arm": DENSE, "budget": 0, "problems": found}])
         growing.write()
     left = [
         (budget, [way for way in REASONING if (way.label, budget) not in done])
@@ -228,9 +233,7 @@ def run(args: argparse.Namespace) -> dict:
     for budget, ways in tqdm(turns, desc="turns"):
         if time.time() > begun + args.seconds:
             break
-        anew = {(way.label, budget) for way in ways}
-        record["rows"] = [row for row in record["rows"] if (row["arm"], row["budget"]) not in anew]
-        record["rows"] += measured(model, groups, ways, budget)
+        record["rows"] = put(record["rows"], measured(model, groups, ways, budget))
         growing.write()
     return record
 
