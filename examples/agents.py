@@ -47,9 +47,9 @@ SETTINGS = {
     "cpu": Setting(),
     "cuda": Setting(
         pages=24,
-        sentences=40,
-        applications=24,
-        training=24,
+        sentences=100,
+        applications=12,
+        training=12,
         seconds_between=0.5,
         memory_pages=12,
         prefill_seconds=0.0001,

@@ -123,6 +123,7 @@ class ModelServer:
             past_key_values=past,
             max_new_tokens=call.new_tokens,
             do_sample=False,
+            disable_compile=True,  # answers are short, and only some of the ways would be compiled
             streamer=told,
         )
         written = out[0, tokens:]
