@@ -52,8 +52,8 @@ SETTINGS = {
         training=12,
         seconds_between=0.5,
         memory_pages=12,
-        prefill_seconds=0.0001,
-        decode_seconds=0.02,
+        prefill_seconds=0.00003,
+        decode_seconds=0.03,
     ),
 }
 """What is served by default; on a GPU longer pages, and more applications."""

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 TOWNS = (
     "Belford Corvale Dunmore Eastwick Farley Glenholm Harrow Innsby Keldale Lynmouth Marle "
@@ -59,6 +60,11 @@ class Page:
     town: str
     facts: dict[str, str]
     text: str
+
+    @cached_property
+    def words(self) -> set[str]:
+        """What a search finds it by, in small letters."""
+        return set(self.text.lower().replace(".", " ").split())
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,6 @@ def search(library: Sequence[Page], words: str, count: int) -> list[Page]:
     wanted = set(words.lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
 
     def score(page: Page) -> tuple[bool, int]:
-        said = set(page.text.lower().replace(".", " ").split())
-        return page.town.lower() in wanted, len(said & wanted)
+        return page.town.lower() in wanted, len(page.words & wanted)
 
     return sorted(library, key=score, reverse=True)[:count]

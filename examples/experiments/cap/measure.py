@@ -1,8 +1,8 @@
 """The CAP principle, measured: what every method does to context, accuracy and performance.
 
     python examples/experiments/cap/measure.py --data FOLDER --out docs/results
-    python examples/experiments/cap/measure.py --model llama-3.1-8b --device cuda --out out \\
-        --contexts 16384 4096 32768 --requests 3 1 1 --budgets 2048 1024 4096
+    python examples/experiments/cap/measure.py --model llama-3.1-8b --device cuda --generate \\
+        --contexts 8192 32768 --requests 3 1 --budgets 2048 --out out
 
 The survey (arXiv 2405.11299) says that an optimisation improves at most two of context (C),
 accuracy (A) and performance (P). Here every link method, every retention policy, storage in 8 bits
@@ -65,6 +65,7 @@ class Setting(NamedTuple):
     budgets: tuple[int, ...]
     answer: int
     seed: int
+    generates: bool
 
 
 class Job(NamedTuple):
@@ -84,9 +85,10 @@ def server(setting: Setting) -> Server:
         torch.set_num_threads(1)  # seconds are the process's: threads that wait would count
     if setting.model in SHAPES:
         dtype = "bfloat16" if setting.device == "cuda" else "float32"
-        return Server(build_model(setting.model, setting.seed, setting.device, dtype), None)
+        model = build_model(setting.model, setting.seed, setting.device, dtype)
+        return Server(model, None, setting.generates)
     model, tokenizer = models.load(setting.model)
-    return Server(model.to(setting.device), tokenizer)
+    return Server(model.to(setting.device), tokenizer, setting.generates)
 
 
 @cache
@@ -162,8 +164,9 @@ def run(args: argparse.Namespace) -> dict:
     begun = time.time()
     contexts = tuple(zip(args.contexts, args.requests, strict=True))
     setting = Setting(
-        args.model, args.device, args.data, contexts, tuple(args.budgets), args.answer, args.seed
-    )
+        args.model, args.device, args.data, contexts, tuple(args.budgets), args.answer, args.seed,
+        args.generate,
+    )  # fmt: skip
     labels = chosen(arms(args.budgets), args.arms)
     shown = setting._asdict() | {
         "contexts": args.contexts,  # how many of each may grow from run to run
@@ -216,6 +219,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[4, 1, 1], help="of each")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="of policies")
     parser.add_argument("--answer", type=int, default=12, help="tokens that are forced")
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="time the tokens of `generate`, which compiles steps on a GPU",
+    )
     parser.add_argument(
         "--arms", nargs="+", default=[""], help="besides full: their names, or parts of names"
     )

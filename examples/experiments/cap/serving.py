@@ -3,7 +3,8 @@
 By the public names of picache, sparsity and transformers alone. On a CPU seconds are those of the
 process on one thread, so that what else runs on the machine does not count, and neither does what
 the process waits for: what it takes to wait for a disk is in a GPU's rows alone. There seconds are
-those of the clock, the device waited for, and tokens come from `generate`, which compiles steps.
+those of the clock, the device waited for. Tokens come one forward after the other, or, if that is
+asked for, from `generate`, which compiles steps on a GPU.
 
 What is prepared before a request comes (chunks compiled, a prompt stored, tokens kept of it) takes
 no time of the request, and the memory it takes is a figure of its own.
@@ -70,19 +71,22 @@ class Server:
         model: a causal language model.
         tokenizer: None for random ids.
         generates: whether the seconds between tokens are those of `generate`, in caches of fixed
-            size; by default on a GPU.
+            size, and not those of single forwards.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        generates: bool | None = None,
+        generates: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.device = model.device
         self._on_gpu = self.device.type == "cuda"
-        self._generates = self._on_gpu if generates is None else generates
+        self._generates = generates
+        # On a GPU the first time graphs are captured and steps compiled, which the next ones find.
+        self._passes = [self._forced] * (2 if self._on_gpu and not generates else 1)
+        self._passes += [self._generated] * (2 if generates else 0)
         self._token_bytes = self._bytes_a_token()
         self._folder = tempfile.TemporaryDirectory()
         self._stores: dict[tuple[str, bool], ChunkStore] = {}
@@ -114,8 +118,7 @@ class Server:
         """
         try:
             row: dict[str, Any] = {}
-            # The second time steps are compiled and graphs captured, the third time they are there.
-            for after in [self._forced, *([self._generated] * 2 if self._generates else [])]:
+            for after in self._passes:
                 given, preparing = self._prepared(arm, request)
                 if self._on_gpu:
                     torch.cuda.reset_peak_memory_stats()
@@ -170,7 +173,8 @@ class Server:
 
     def _longest(self, request: Request) -> int | None:
         """Tokens that a cache of fixed size has room for; None where caches grow."""
-        return len(request.prompt) + GENERATED + 1 if self._generates else None
+        fixed = self._generates or self._on_gpu
+        return len(request.prompt) + GENERATED + 1 if fixed else None
 
     def _begin(self, arm: Arm, request: Request, given: Any) -> Begun:
         """The first token; `given` as `_prepared` made it."""
@@ -214,7 +218,7 @@ class Server:
 
         With the most bytes held: the cache's own while the prompt was computed.
         """
-        cache = SparseCache(self.model, arm.policy)
+        cache = SparseCache(self.model, arm.policy, static=False)
         self._fed(request.before_query, cache)
         kept, layers, most = cache.report().tokens_kept, cache.layers, working_bytes(cache)
         for index, layer in enumerate(layers):
