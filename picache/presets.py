@@ -36,11 +36,11 @@ def best(budget: float, prefix: str | tuple[int, ...] | None = None) -> _compari
     | budget | arm | KL to full prefill | less than random tokens in the same number |
     |---|---|---|---|
     | 0 | naive, behind one dummy | 0.57 | |
-    | 0.02 | ProphetKV by value norms | 0.40 | 0.49 |
+    | 0.02 | ProphetKV by value norms | 0.40 | 0.51 |
     | 0.05 | LegoLink-1, then ProphetKV, behind one dummy | 0.33 | 0.23 |
-    | 0.15 | LegoLink-4, then ProphetKV | 0.18 | 0.63 |
-    | 0.3 | LegoLink-4, then ProphetKV | 0.09 | 0.62 |
-    | 0, with a prefix | naive | 0.46 | |
+    | 0.15 | LegoLink-4, then ProphetKV | 0.19 | 0.62 |
+    | 0.3 | LegoLink-4, then ProphetKV | 0.10 | 0.61 |
+    | 0, with a prefix | naive | 0.47 | |
     | 0.02, with a prefix | ProphetKV | 0.35 | 0.11 |
     | 0.05, with a prefix | ProphetKV | 0.28 | 0.18 |
 

@@ -184,6 +184,23 @@ def test_means_are_of_what_an_arm_takes_and_pairs_of_what_both_take():
     assert twin["in_common"] == 4  # two are refused by one arm, and two by another
 
 
+def test_arms_with_a_pinned_prompt_are_set_against_each_other_on_what_both_take():
+    record = made()
+    record["rows"] = [row for row in record["rows"] if row["budget"] != 128]
+    for row in record["rows"]:
+        if row["arm"] == "RaaS, prompt pinned":
+            row["problems"] = [_mark(i, 0.5 if i % 2 else 1.0) for i in range(2, 8)]
+        if row["arm"] == "H2O, prompt pinned":
+            row["problems"] = [_mark(i, 1.0) for i in range(4)] + [_mark(i, 0.5) for i in (6, 7)]
+    summed = summary(record)
+    row = next(row for row in summed["pairs"] if row["less"] == "H2O, prompt pinned")
+    assert (row["arm"], row["budget"], row["problems"]) == ("RaaS, prompt pinned", 64, 4)
+    assert row["solved"][0] == (1 + 0 + 1 + 0) / 4 - (1 + 1 + 0 + 0) / 4
+    assert row["lines_right"][0] == pytest.approx((1 + 0.5 + 1 + 0.5) / 4 - (1 + 1 + 1) / 4)
+    assert "| RaaS, prompt pinned | H2O, prompt pinned | 64 | +0.000" in tables(summed)
+    assert "it solves more than H2O, at 64" in claims.of_chains(summed)
+
+
 def test_the_short_table_tells_of_how_many_problems(monkeypatch):
     """Those that every arm takes at its budget, and not those of dense, which has none."""
     monkeypatch.setattr(how_to_tables, "CHAIN_BUDGET", 64)

@@ -154,6 +154,18 @@ def of_chains(record: dict) -> str:
                     _better(_negative(gain)),
                 )
             )
+    for row in record["pairs"]:
+        if (row["arm"], row["less"]) == ("RaaS, prompt pinned", "H2O, prompt pinned"):
+            gain = Interval(*row["solved"])
+            rows.append(
+                Claim(
+                    "RaaS",
+                    f"it solves more than H2O, at {row['budget']}",
+                    "more chains written as taught, the prompt pinned in both",
+                    _of_problems(gain, "+"),
+                    _better(_negative(gain)),
+                )
+            )
     return _markdown(rows)
 
 

@@ -18,7 +18,11 @@ TEXT_BUDGET, CHAIN_BUDGET = 256, 512
 CHAINS = (
     "dense",
     "Quest",
+    "H2O, prompt pinned",
+    "R-KV, prompt pinned",
+    "TOVA, prompt pinned",
     "Quest on the prompt, RaaS behind",
+    "ShareRaaS, prompt pinned",
     "RaaS, prompt pinned",
     "random, a quarter at a time, prompt pinned",
     "R-KV, 4 sinks",

@@ -13,6 +13,18 @@ DENSE = "dense"
 METRICS = ("solved", "lines_right")
 """Share of problems whose chain is found whole; of lines without a wrong token, each behind the
 taught ones. Means over problems."""
+PINNED = ", prompt pinned"
+PAIRS = tuple(
+    (f"{arm}{PINNED}", f"{less}{PINNED}")
+    for arm, less in (
+        ("RaaS", "H2O"),
+        ("RaaS", "TOVA"),
+        ("RaaS", "R-KV"),
+        ("RaaS", "ShareRaaS"),
+        ("R-KV", "H2O"),
+    )
+)
+"""Arms that are set against each other, on the problems that both take."""
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +70,24 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         name: [int(tokens[:, i].min()), float(tokens[:, i].mean()), int(tokens[:, i].max())]
         for i, name in enumerate(("prompt_tokens", "chain_tokens"))
     }
-    return kept | spread | {"rows": rows}
+    return kept | spread | {"rows": rows, "pairs": pairs(by_arm, seed)}
+
+
+def pairs(by_arm: dict[tuple[str, int], dict[int, dict]], seed: int) -> list[dict[str, Any]]:
+    """What the first arm of each of `PAIRS` solves more than the second, by budget."""
+    found = []
+    for arm, less in PAIRS:
+        for budget in sorted({budget for _, budget in by_arm}):
+            own, other = (by_arm.get((label, budget), {}) for label in (arm, less))
+            both = sorted(own.keys() & other.keys())
+            if both:
+                apart = {
+                    name: interval([own[i][name] - other[i][name] for i in both], seed)
+                    for name in METRICS
+                }
+                row = {"arm": arm, "less": less, "budget": budget, "problems": len(both)}
+                found.append(row | apart)
+    return found
 
 
 def interval(values: list[float], seed: int) -> list[float]:
@@ -89,6 +118,11 @@ def tables(summed: dict[str, Any]) -> str:
             }
         shown = [_row(row) for row in shown]
         parts.append(markdown(shown, {f"budget {budget}": "{arm}"} | columns | more))
+    if summed["pairs"]:
+        apart = [row | {name: said(row[name]) for name in METRICS} for row in summed["pairs"]]
+        columns = {"arm": "{arm}", "less": "{less}", "budget": "{budget}", "solved": "{solved}",
+                   "lines right": "{lines_right}", "problems": "{problems}"}  # fmt: skip
+        parts.append(markdown(apart, columns))
     return "\n\n".join(parts)
 
 
