@@ -140,7 +140,7 @@ class Walk:
             if between and column == due:
                 if not steps_left(pool, policy, clock):
                     make_room(pool, policy, clock, retention.weigh)
-                due = column + max(1, steps_left(pool, policy, clock))
+                due = column + max(1, int(steps_left(pool, policy, clock)))
             if column > began and burst is None:  # the first step has built all that it needs
                 one, burst = replayed(step, 1), replayed(step, BURST)
             left = min(tokens, due if between else tokens) - column

@@ -177,7 +177,7 @@ class AllLayers:
             for retention in self.retentions.values()
             if retention.pool is not None and evicts_between_steps(retention.policy)
         ]
-        self._due = column + max(0, min(left)) if left else None
+        self._due = column + max(0, int(torch.stack(left).min())) if left else None
 
     def plan(self, arguments: dict[str, Any]) -> tuple[Step, int]:
         """What a forward of the decoder does to the batch; changes nothing.

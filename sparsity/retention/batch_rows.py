@@ -234,7 +234,8 @@ def plan(
     if single:
         then = replace(then, longest=rows.longest + 1, room=_room_left(rows, policy))
     else:  # several tokens at once: waiting for the device is affordable
-        then = replace(then, longest=int(after.max()))
+        longest = int(after.max()) if then.ragged else rows.longest + stop - first
+        then = replace(then, longest=longest)
         order = torch.arange(stop - first, device=device).expand(batch, -1)
         if valid is not None:
             order = valid.logical_not().to(torch.int8).argsort(dim=-1, stable=True)

@@ -203,14 +203,14 @@ def make_room(pool: PagePool, policy: Policy, clock: Clock, weigh: Weigh) -> Non
     pool.slots.unflatten(-1, (-1, pool.size)).masked_fill_(gone[..., None], -1)
 
 
-def steps_left(pool: PagePool, policy: Policy, clock: Clock) -> int:
-    """Tokens that may come before `make_room` is due, at least; waits for the device."""
+def steps_left(pool: PagePool, policy: Policy, clock: Clock) -> Tensor:
+    """Tokens that may come before `make_room` is due, at least; a number on the device."""
     pages = pool.view(clock.rank)
     most = policy.decoding.pages_held
     assert most is not None
     free = (most - _counted(pages, policy)).amin((1, 2)).clamp(min=0)  # of each row
     inside = -clock.rank % pool.size  # places left in the newest page
-    return int((free * pool.size + inside).min())
+    return (free * pool.size + inside).min()
 
 
 def _worth(pool: PagePool, policy: Policy, clock: Clock) -> Tensor | None:

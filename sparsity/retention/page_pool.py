@@ -15,6 +15,7 @@ from sparsity.retention.several_tokens import (
     SeveralTokens,
     kept_places,
     lay_out,
+    left_of_a_prompt,
     prune,
     take_pages,
     take_tokens,
@@ -232,8 +233,11 @@ class PagePool:
         pages = observe(policy, layout.pages, new.newest, new.scaling, new.step.goes_on)
         queries, asked = keep_last(self.queries, self.asked, new.query, new.step)
         keep, pinned = prune(layout, pages, new, policy, queries, asked)
-        held = int(keep.sum(-1).max())
-        outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
+        if new.step.then.ragged or self.start.shape[-1]:
+            held = int(keep.sum(-1).max())
+            outside = 0 if policy.pins_count else int((pinned & keep).sum(-1).max())
+        else:
+            held, outside = left_of_a_prompt(policy, keep.shape[-1])
         kept, is_page = kept_places(pages.start, keep, held)
         source = take_pages(layout.source, kept, self.size)
         filled = take_pages(pages.filled, kept, self.size) & is_page.repeat_interleave(

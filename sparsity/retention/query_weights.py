@@ -90,7 +90,28 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
         The new `queries` and `asked`, in memory of their own.
     """
     size, batch = asked.shape[1], asked.shape[0]
-    index = torch.arange(size, device=query.device)
+    if not size:
+        return queries, asked
+    key = (keep_last, size, query.device)  # the same in all layers
+    if key not in step.shared:
+        step.shared[key] = _newest_ranks(step, size, query.device)
+    fresh, known, rank, column = step.shared[key]
+    asking = column[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    new = query.gather(2, asking)
+    queries = torch.where(known[:, None, :, None], new, queries)
+    return queries, torch.where(fresh, rank, asked.expand(batch, -1))
+
+
+def _newest_ranks(
+    step: Step, size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a forward brings to each of the W indices of `keep_last`, all `[batch, W]`.
+
+    Returns:
+        Whether it brings a token, whether with a query, its rank (-1 without a query), and its
+        query's index among those of the forward (0 without).
+    """
+    index = torch.arange(size, device=device)
     after, before = step.after[:, None], step.before[:, None]
     rank = after - 1 - (after - 1 - index) % size  # the newest rank that belongs at this index
     fresh = rank >= before
@@ -101,10 +122,7 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
         column = step.order.gather(1, column.clamp(max=step.order.shape[1] - 1))
         column = column - (step.order.shape[1] - step.queries)
     known = fresh & (column >= 0)  # tokens of a past cache come without a query
-    asking = column.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    new = query.gather(2, asking)
-    queries = torch.where(known[:, None, :, None], new, queries)
-    return queries, torch.where(fresh, torch.where(known, rank, -1), asked.expand(batch, -1))
+    return fresh, known, torch.where(known, rank, -1), column.clamp(min=0)
 
 
 def keep_newest(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> None:

@@ -72,8 +72,7 @@ def lay_out(old: PageView, new: SeveralTokens, policy: Policy) -> Layout:
         policy: of the layer.
     """
     size, needs, step = old.page_size, policy.needs, new.step
-    start, newest = _starts(old.start, step, size)
-    source, filled = _source(start, step, size, old.filled.shape[-1])
+    start, newest, source, filled = _places(old, step, size)
     known = old.start.shape[-1]
     stamp = start.clone()
     sums = old.sums.new_zeros((*start.shape, needs.sums))
@@ -139,6 +138,22 @@ def prune(
     return keep, pinned
 
 
+def left_of_a_prompt(policy: Policy, pages: int) -> tuple[int, int]:
+    """What `prune` leaves of a first prompt whose rows are alike; the device need not be asked.
+
+    Args:
+        policy: of the layer.
+        pages: of each row.
+
+    Returns:
+        Pages held, and those of them that do not count against the budget.
+    """
+    kept, pins_all = policy.pages_kept, policy.pin_prompt and not policy.pins_kept
+    held = pages if kept is None or (pins_all and not policy.pins_count) else min(pages, kept)
+    pins = policy.pin_prompt or policy.pins_kept
+    return held, held if pins and not policy.pins_count else 0
+
+
 def kept_places(start: Tensor, keep: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The pages of `keep`, oldest first, on `count` places.
 
@@ -168,6 +183,18 @@ def take_pages(tokens: Tensor, pages: Tensor, size: int) -> Tensor:
     return paged.gather(2, pages[..., None].expand(-1, -1, -1, size)).flatten(2)
 
 
+def _places(old: PageView, step: Step, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_starts` gives, and then `_source`; layers that hold nothing yet share it."""
+    key = (_places, size, old.start.shape, old.start.device)
+    if key not in step.shared:
+        start, newest = _starts(old.start, step, size)
+        found = (start, newest, *_source(start, step, size, old.filled.shape[-1]))
+        if old.start.shape[-1]:
+            return found
+        step.shared[key] = found
+    return step.shared[key]
+
+
 def _starts(old: Tensor, step: Step, size: int) -> tuple[Tensor, Tensor]:
     """Rank of the first token of each page, of the `old` pages and then of each row's new ones.
 
@@ -177,7 +204,11 @@ def _starts(old: Tensor, step: Step, size: int) -> tuple[Tensor, Tensor]:
     """
     before, after = step.before[:, None, None], step.after[:, None, None]
     known, total = -(-before // size), -(-after // size)
-    place = torch.arange(int((total - known).max()), device=before.device)
+    if step.then.ragged:
+        most = int((total - known).max())
+    else:  # the device need not be asked
+        most = -(-step.longest_after // size) - -(-step.longest_before // size)
+    place = torch.arange(most, device=before.device)
     start = torch.where(place < total - known, (known + place) * size, -1).to(torch.int32)
     start = torch.cat([old, start.expand(-1, old.shape[1], -1)], dim=-1)
     return start, (start >= 0) & (start == start.amax(-1, keepdim=True))
