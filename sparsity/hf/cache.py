@@ -32,7 +32,7 @@ from sparsity.hf.layers import (
     stock_layers,
     stock_tokens,
 )
-from sparsity.hf.rotation_proof import find_moves
+from sparsity.hf.rotation_proof import moves_of
 from sparsity.hf.tensor_parallel import first_head, kv_heads, tensor_rank
 from sparsity.policies import Full
 from sparsity.policies.base import Policy
@@ -376,7 +376,7 @@ def _check_past(past: object) -> None:
 def _moves(model: PreTrainedModel, decoder: PreTrainedModel) -> dict[int, Move]:
     """How to move each layer's keys between positions; the model is left as it was."""
     with keep_attached(model):
-        return find_moves(decoder, SparseCache(model, Full()))
+        return moves_of(decoder, lambda: SparseCache(model, Full()))
 
 
 def _dropped_at(config: Any) -> int | None:

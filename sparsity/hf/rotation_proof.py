@@ -8,8 +8,10 @@ which no known rotation does is refused.
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,66 @@ class Angles:
         return self
 
 
+@dataclass(frozen=True)
+class Proof:
+    """What was found for a decoder.
+
+    Attributes:
+        likeness: what `_likeness` said of it then.
+        named: what that names by `id`, which is nobody else's as long as this is there.
+        moves: see `find_moves`.
+    """
+
+    likeness: object
+    named: list[object]
+    moves: dict[int, Move]
+
+
+_PROVED: WeakKeyDictionary[nn.Module, Proof] = WeakKeyDictionary()
+
+
+def moves_of(decoder: Any, new_cache: Callable[[], Probed]) -> dict[int, Move]:
+    """`find_moves`, once for a model whose rotary modules stay as they are: it takes a forward.
+
+    Args:
+        decoder: of an attached model.
+        new_cache: makes the cache for `find_moves`.
+    """
+    likeness = _likeness(decoder)
+    known = _PROVED.get(decoder)
+    if known is not None and known.likeness == likeness:
+        return known.moves
+    moves = find_moves(decoder, new_cache())
+    rotary = _rotary(decoder)
+    named = [*rotary, *(buffer for module in rotary for buffer in module.buffers())]
+    _PROVED[decoder] = Proof(_likeness(decoder), named, moves)
+    return moves
+
+
+def _rotary(decoder: Any) -> list[nn.Module]:
+    """The rotary modules of a decoder."""
+    return [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+
+
+def _likeness(decoder: Any) -> object:
+    """What differs where the rotation may: modules, their numbers, dtypes, devices, the config."""
+    rotary = []
+    for module in _rotary(decoder):
+        attributes = {k: v for k, v in vars(module).items() if _compares(v)}
+        buffers = [
+            (id(b), b.dtype, b.device, None if b.is_inference() else b._version)  # noqa: SLF001
+            for b in module.buffers()
+        ]
+        rotary.append((id(module), attributes, buffers))
+    weights = {(p.dtype, p.device) for p in decoder.parameters()}
+    return rotary, weights, [type(module) for module in decoder.modules()], str(decoder.config)
+
+
+def _compares(value: object) -> bool:
+    """Whether an attribute is a number, a text or a function."""
+    return isinstance(value, int | float | str) or callable(value)
+
+
 def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
     """How the keys of each managed layer are moved from one position to another.
 
@@ -152,7 +214,7 @@ def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:
 
 def _angles(decoder: Any, layer: int, name: str) -> Angles:
     """The angles of a layer; SparsityError where there are none, or they change with the length."""
-    modules = [m for m in decoder.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    modules = _rotary(decoder)
     if not modules:
         raise SparsityError(
             f"{name} has no rotary embedding module, so its keys cannot be moved; {_REMEDY}"

@@ -105,3 +105,52 @@ def test_only_who_moves_keys_looks_at_the_model(llama):
     handle.remove()
     assert calls == [(10, 1)]
     assert fork.get_seq_length() == 0
+
+
+@pytest.fixture
+def forwards(llama, monkeypatch):
+    """A model, and the forwards of its decoder that there were."""
+    seen, forward = [], llama.model.forward
+
+    def counted(*args, **kwargs):
+        seen.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llama.model, "forward", counted)
+    return llama, seen
+
+
+def moves_of(model):
+    return [x.move for x in SparseCache(model, StreamingLLM(8)).retentions.values()]
+
+
+def test_the_rotation_is_looked_for_once(forwards):
+    """A forward for the cache of each request would be lost."""
+    model, seen = forwards
+    first = moves_of(model)
+    sparsity.detach(model)
+    assert moves_of(model) == first
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.rotary_emb.inv_freq.mul_(0.5),
+        lambda model: setattr(
+            model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq * 0.5
+        ),
+        lambda model: setattr(model.model, "rotary_emb", copy.deepcopy(model.model.rotary_emb)),
+        lambda model: setattr(model.model.rotary_emb, "attention_scaling", 1.5),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: setattr(model.config, "rope_theta", 3e5),
+    ],
+    ids=["in place", "another buffer", "another module", "a number", "a dtype", "the config"],
+)
+def test_a_model_that_was_changed_is_looked_at_again(forwards, change):
+    model, seen = forwards
+    moves_of(model)
+    change(model)
+    moves = moves_of(model)
+    assert len(seen) == 2
+    assert {move.angles.module for move in moves} == {model.model.rotary_emb}

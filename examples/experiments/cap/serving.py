@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from picache import PIC, Chunk, ChunkStore
-from sparsity import SparseCache, detach
+from sparsity import SparseCache, attach, detach
 
 GENERATED = 64
 """Tokens that `generate` is timed over."""
@@ -154,6 +154,8 @@ class Server:
         """
         if arm.kind == AT_REST:
             return self._at_rest(arm, request)
+        if arm.policy is not None:
+            attach(self.model)  # as it is between the requests of a server
         if arm.link is not None:
             pic = self._linker(arm, request)
             whole = arm.kind == STORE
