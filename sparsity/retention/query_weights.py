@@ -9,6 +9,7 @@ from sparsity.retention.batch_rows import Step
 from sparsity.retention.lazy_mask import LazyMask
 
 BLOCK = 128  # queries whose weights are in memory at once
+AT_ONCE = 2**24  # weights in memory at once on a device, where every operation costs a launch
 FIRST = 4  # tokens of a text among which its attention sinks are (StreamingLLM, arXiv 2309.17453)
 OF_AT_LEAST = 64  # tokens of a prompt; of fewer the first ones have a large share anyway
 
@@ -40,8 +41,9 @@ def forward_weights(
         return reduce_group(weigh(newest[:, :, None], keys, allowed), needs.group)[:, :, 0]
     first, length = step.stop - step.queries, keys.shape[2]
     total = keys.new_zeros(keys.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-    for start in range(0, step.queries, BLOCK):
-        block = slice(start, min(start + BLOCK, step.queries))
+    size = block_size(query, keys)
+    for start in range(0, step.queries, size):
+        block = slice(start, min(start + size, step.queries))
         columns = torch.arange(first + block.start, first + block.stop, device=keys.device)
         reach = slice(length if mask.rule is not None else length - (step.queries - block.stop))
         allowed = mask(columns, slots[..., reach])
@@ -52,6 +54,16 @@ def forward_weights(
             weights = weights * real[:, None, :, None]
         total[..., reach] += weights.sum(2)
     return total
+
+
+def block_size(query: Tensor, keys: Tensor) -> int:
+    """Queries of a block of `forward_weights`: as many as fit `AT_ONCE`, `BLOCK` at least.
+
+    On a CPU `BLOCK`, whose weights stay in its caches.
+    """
+    if keys.device.type == "cpu":
+        return BLOCK
+    return max(BLOCK, AT_ONCE // (query.shape[0] * query.shape[1] * keys.shape[2]))
 
 
 def on_first(newest: Tensor, keys: Tensor, slots: Tensor, step: Step, weigh: Weigh) -> Tensor:

@@ -14,7 +14,14 @@ from sparsity.policies import rkv
 from sparsity.policies.base import Needs
 from sparsity.retention.attention import attention_weights
 from sparsity.retention.batch_rows import BatchRows, plan
-from sparsity.retention.query_weights import BLOCK, forward_weights, keep_last, keep_newest
+from sparsity.retention.query_weights import (
+    AT_ONCE,
+    BLOCK,
+    block_size,
+    forward_weights,
+    keep_last,
+    keep_newest,
+)
 from tests.helpers import assert_close
 from tests.sparsity.helpers import DrivenLayer, causal_mask
 
@@ -68,6 +75,17 @@ def test_blocks_of_queries_meet_no_keys_that_come_after_them():
     slots, needs = torch.arange(query.shape[2]).expand(1, 1, -1), Needs(attention="all")
     forward_weights(query, query[:, :, -1], query, slots, step, causal_mask(), needs, weigh)
     assert blocks == [(BLOCK, BLOCK * (i + 1)) for i in range(12)]
+
+
+def test_a_device_weighs_as_many_queries_at_once_as_fit():
+    def of(tokens, device):
+        query = torch.empty(2, 9, tokens, 8, device=device)
+        return block_size(query, query[:, :3])
+
+    assert of(4096, "cpu") == of(2**20, "meta") == BLOCK
+    size = of(4096, "meta")
+    assert size > BLOCK
+    assert 2 * 9 * 4096 * size <= AT_ONCE < 2 * 9 * 4096 * (size + 1)
 
 
 def redundancies_of_all_pairs(keys, start, threshold):
