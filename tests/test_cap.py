@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from picache import LegoLink, NaiveReuse
+from picache import PIC, LegoLink, NaiveReuse
 from sparsity import RaaS, SnapKV, SparseCache, StreamingLLM
+from sparsity.hf.attach import is_attached
 from tests.helpers import tiny_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -29,7 +30,7 @@ from cap.definitions import (  # noqa: E402
     tokens_a_second,
     within,
 )
-from cap.pages import principle, said, tables  # noqa: E402
+from cap.pages import device_table, principle, said, tables  # noqa: E402
 from cap.picture import draw  # noqa: E402
 from cap.serving import NotComposedError, Server  # noqa: E402
 from cap.summary import chance, holm, nearest, summary, verdict_of  # noqa: E402
@@ -191,6 +192,37 @@ def test_a_link_that_is_retained_counts_what_it_went_on_from(served):
     linked = server.serve(link, request)
     assert both["working_bytes"] > linked["working_bytes"]  # the linked prompt and what is kept
     assert both["resting_bytes"] == linked["resting_bytes"] > 0
+
+
+def test_a_retained_link_is_made_on_a_model_that_is_attached_already(served, monkeypatch):
+    """As between the requests of a server, whose captured passes are of the attached model."""
+    server, request = served
+    seen, link = [], PIC.link
+
+    def linked(self, *args, **kwargs):
+        seen.append(is_attached(self.model))
+        return link(self, *args, **kwargs)
+
+    monkeypatch.setattr(PIC, "link", linked)
+    server.serve(Arm(LINK, "x", link=LegoLink(4)), request)
+    server.serve(Arm(LINK, "x", link=LegoLink(4), policy=SnapKV(48, window=8)), request)
+    assert seen == [False, True]
+    assert not is_attached(server.model)
+
+
+def test_generate_is_timed_where_that_is_asked_for(served):
+    server, request = served
+    timed = Server(server.model, None, generates=True)
+    for arm in (
+        Arm(FULL, FULL),
+        Arm(LINK, "x", link=LegoLink(4)),
+        Arm(LINK, "x", link=LegoLink(4), policy=SnapKV(48, window=8)),
+    ):
+        own, forwards = timed.serve(arm, request), server.serve(arm, request)
+        assert own["nats"] == pytest.approx(forwards["nats"], abs=1e-3)
+        assert own["between_tokens_seconds"] > 0
+    with pytest.raises(NotComposedError, match="this one holds a part"):
+        timed.serve(Arm(AT_REST, "x", policy=SnapKV(48, window=8)), request)
 
 
 def test_requests_have_the_tokens_asked_for(tmp_path):
@@ -462,6 +494,17 @@ def test_an_interval_decides(gain, said):
     assert verdict_of(gain) == said
 
 
+def test_times_between_tokens_are_told_where_generate_was_timed():
+    summed = summed_up(crafted("one", 0.5, 0.1, 0.5, requests=1))
+    for generates in (False, True):
+        summed["configuration"]["generates"] = generates
+        table = device_table(summed)
+        assert ("between" in table) == generates
+        assert "| one | 0.50 |" in table
+        assert "| full |" not in table
+        assert "853 ms to the first token" in table
+
+
 def test_a_run_goes_on_from_its_file(tmp_path, monkeypatch, capsys):
     """On random weights, as on a GPU: C and P alone; nothing is measured twice."""
     given = ["measure.py", "--model", "llama-tiny", "--contexts", "220", "--requests", "1",
@@ -471,6 +514,10 @@ def test_a_run_goes_on_from_its_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*given, "--seconds", "-1"])
     with pytest.raises(SystemExit, match="no request is served"):
         measure.main()
+    monkeypatch.setattr(sys, "argv", [*given, "--name", "other"])
+    measure.main()
+    assert (tmp_path / "other.json").exists()
+    assert not (tmp_path / "cap.json").exists()
     monkeypatch.setattr(sys, "argv", given)
     measure.main()
     first = json.loads((tmp_path / "cap.json").read_text())

@@ -168,7 +168,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
             cap_pages.principle,
             cap_pages.map_table,
             cap_pages.verdict_table,
-        ]
+        ],
+        "cap_gpu": [cap_pages.device_table],
+        "cap_8b": [cap_pages.device_table],
     },
     "docs/how_to/choose_a_method.md": {
         "link_evidence": [how_to_tables.linking],

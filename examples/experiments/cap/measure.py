@@ -15,7 +15,7 @@ weights (a shape of `examples/benchmarks/shapes.py`) has no A. On a CPU each pro
 seconds on one thread, so that what else runs beside it does not count but for the caches and the
 clock rate that it shares. Full attention therefore comes first on every request, after every few
 arms, and anew when a run goes on, and each arm is held against the one nearest in time. Writes
-`cap.json`, and `cap.png` and `cap.svg` where there is an A.
+`cap.json` (or of another `--name`), and `cap.png` and `cap.svg` where there is an A.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from shapes import SHAPES, build_model
 from picache import PICacheError
 from sparsity import SparsityError
 
-MEASURED = "cap_rows.json.gz"
+MEASURED = "{}_rows.json.gz"
 OFTEN = 5
 """Arms between two measurements of full attention on the same request."""
 
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> dict:
         "seconds": 0.0,
         "rows": [],
     }
-    growing = GrowingRecord(args.out / MEASURED, record, ["rows"])
+    growing = GrowingRecord(args.out / MEASURED.format(args.name), record, ["rows"])
     done = {(row["arm"], row["context"], row["number"]) for row in record["rows"]}
     task = partial(measured, setting, begun + args.seconds)
     for rows in spread(task, jobs_of(contexts, labels, done), args.workers, "requests"):
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no arm begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--name", default="cap", help="of the files in --out")
     parser.add_argument("--measured", type=Path, help="what --out wrote before: only sum it up")
     args = parser.parse_args()
     if len(args.contexts) != len(args.requests):
@@ -245,9 +246,9 @@ def main() -> None:
     record = run(args) if args.measured is None else read(args.measured)
     record["arms"] = [described(arm) for arm in arms(record["configuration"]["budgets"])]
     summed = summary(record)
-    (args.out / "cap.json").write_text(json.dumps(summed, indent=1) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(summed, indent=1) + "\n")
     if any(row["extra_nll"] is not None for row in summed["rows"]):
-        draw(summed, args.out / "cap")
+        draw(summed, args.out / args.name)
     print(tables(summed))
 
 

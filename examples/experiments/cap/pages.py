@@ -141,6 +141,36 @@ def principle_table(summed: dict[str, Any]) -> str:
     return markdown(rows, columns)
 
 
+def device_table(summed: dict[str, Any]) -> str:
+    """Of a run with a few requests what needs no more of them: times as ratios, and bytes.
+
+    The time between tokens is told where `generate` was timed: single forwards on a GPU take as
+    long as the processor needs to launch them, which varies by half from one to the next.
+    """
+    asked, where = summed["configuration"], summed["environment"]
+    rows = [
+        shown(row) | {"first": f"{row['first_token'][0]:.2f}"}
+        for row in summed["rows"]
+        if row["kind"] != FULL
+    ]
+    columns = {
+        "method": "{label}",
+        "first token": "{first}",
+        **({"between": "{between}"} if asked["generates"] else {}),
+        "in memory, serving": "{held}",
+        "preparing": "{preparing}",
+        "requests": "{requests}",
+    }
+    full = next(row for row in summed["rows"] if row["kind"] == FULL)
+    beneath = (
+        f"{asked['model']}, {where['hardware']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}, seed {asked['seed']}; times are shares of full attention's "
+        f"({1e3 * summed['bounds']['both']['first_token_seconds']:.0f} ms to the first token), "
+        f"told at {asked['reference_context']} tokens; full attention holds {shown(full)['held']}."
+    )
+    return f"{markdown(rows, columns)}\n\n{beneath}"
+
+
 def refused_table(summed: dict[str, Any]) -> str:
     """What does not go together, and what is said."""
     rows = [{"arm": one["arm"], "why": one["why"].replace("|", "/")} for one in summed["refused"]]
