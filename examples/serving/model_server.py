@@ -115,7 +115,7 @@ class ModelServer:
             past = prompt.past_key_values
             computed = prompt.report.tokens_recomputed + len(query) - len(linked)
         if self.policy is not None:
-            past = SparseCache(self.model, self.policy, past=past)
+            past = SparseCache(self.model, self.policy, past=past, static=False)
         told = _Told(self._timer, begun, at_token)
         out = self.model.generate(
             ids,

@@ -167,7 +167,7 @@ class Server:
                 stored += 0 if arm.on_disk else self._stored(pic, chunks[-1])
             return (pic, chunks), int(most)
         if arm.policy is not None:
-            return SparseCache(self.model, arm.policy, max_tokens=self._longest(request)), 0
+            return self._retaining(arm, request), 0
         if self._generates:
             longest = self._longest(request)
             return StaticCache(config=self.model.config, max_cache_len=longest), 0
@@ -175,8 +175,12 @@ class Server:
 
     def _longest(self, request: Request) -> int | None:
         """Tokens that a cache of fixed size has room for; None where caches grow."""
-        fixed = self._generates or self._on_gpu
-        return len(request.prompt) + GENERATED + 1 if fixed else None
+        return len(request.prompt) + GENERATED + 1 if self._generates else None
+
+    def _retaining(self, arm: Arm, request: Request, past: Cache | None = None) -> SparseCache:
+        """A cache under the arm's policy; single forwards are faster in memory that grows."""
+        most, static = self._longest(request), None if self._generates else False
+        return SparseCache(self.model, arm.policy, past, max_tokens=most, static=static)
 
     def _begin(self, arm: Arm, request: Request, given: Any) -> Begun:
         """The first token; `given` as `_prepared` made it."""
@@ -194,8 +198,7 @@ class Server:
             return Begun(cache, prompt.logits[0], resting, last, places, inside)
         # The linked prompt holds all in front of the query, which comes under the policy.
         prompt = pic.link(chunks, list(request.query[:1]), arm.link)
-        most = self._longest(request)
-        cache = SparseCache(self.model, arm.policy, past=prompt.past_key_values, max_tokens=most)
+        cache = self._retaining(arm, request, prompt.past_key_values)
         del prompt
         return Begun(cache, self._fed(request.query, cache), resting)
 
