@@ -230,6 +230,11 @@ def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert ample["lines_right"] == dense["lines_right"]
     assert run("--budgets", "16", "1024")["rows"] == found["rows"]
 
+    # How many go through the model at once, and how they are padded, changes nothing.
+    run("--budgets", "16", "1024", "--rows", "3", "--out", str(tmp_path / "by three"))
+    threes = json.loads((tmp_path / "by three" / "reasoning_accuracy.json").read_text())
+    assert threes["rows"] == found["rows"]
+
     # An arm that was measured on some problems stays until it is measured on all.
     growing = reasoning_accuracy.GrowingRecord
     file = tmp_path / reasoning_accuracy.MEASURED

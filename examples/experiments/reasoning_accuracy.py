@@ -168,7 +168,8 @@ def measured(
             for index, one in zip(indices, states, strict=True):
                 rows[index]["problems"] += marks(part, likeliest(model, part.texts, one))
     seconds = (time.perf_counter() - begun) / len(ways)
-    return [row | {"seconds": seconds} for row in rows]
+    at_once = max(len(chain.numbers) for chain in groups)
+    return [row | {"seconds": seconds, "at_once": at_once} for row in rows]
 
 
 def whole(row: dict, problems: int) -> bool:
@@ -192,7 +193,7 @@ def run(args: argparse.Namespace) -> dict:
         chains(tokenizer, problems, order[first : first + args.rows], model.device)
         for first in range(0, len(order), args.rows)
     ]
-    names = ("model", "seed", "problems", "steps", "rows")
+    names = ("model", "seed", "problems", "steps")
     record = {
         "configuration": {name: getattr(args, name) for name in names},
         "environment": environment(),
@@ -247,7 +248,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--steps", type=int, nargs=2, default=[13, 46], help="of a problem")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 256, 1024, 128])
-    parser.add_argument("--rows", type=int, default=50, help="problems at once")
+    parser.add_argument("--rows", type=int, default=100, help="problems at once")
     parser.add_argument("--together", type=int, default=6, help="arms side by side")
     parser.add_argument("--seconds", type=float, default=3e7, help="after which nothing begins")
     parser.add_argument("--seed", type=int, default=0)
