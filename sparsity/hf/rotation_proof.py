@@ -8,13 +8,15 @@ which no known rotation does is refused.
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from typing_extensions import override
 
 from sparsity.errors import SparsityError
@@ -97,26 +99,26 @@ class Angles:
         return self
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was found for a decoder.
+class Same:
+    """Equal to another `Same` of the very same thing, as long as that thing is there."""
 
-    Attributes:
-        likeness: what `_likeness` said of it then.
-        named: what that names by `id`, which is nobody else's as long as this is there.
-        moves: see `find_moves`.
-    """
+    __hash__ = None  # type: ignore[assignment]
 
-    likeness: object
-    named: list[object]
-    moves: dict[int, Move]
+    def __init__(self, thing: object) -> None:
+        self._thing = ref(thing)
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        thing = self._thing()
+        return isinstance(other, Same) and thing is not None and thing is other._thing()
 
 
-_PROVED: WeakKeyDictionary[nn.Module, Proof] = WeakKeyDictionary()
+_PROVED: WeakKeyDictionary[nn.Module, tuple[object, dict[int, Move]]] = WeakKeyDictionary()
+"""Of a decoder what `_likeness` said of it when it was looked at, and what was found."""
 
 
 def moves_of(decoder: Any, new_cache: Callable[[], Probed]) -> dict[int, Move]:
-    """`find_moves`, once for a model whose rotary modules stay as they are: it takes a forward.
+    """`find_moves`, once for a model that stays as it is: it takes a forward.
 
     Args:
         decoder: of an attached model.
@@ -124,12 +126,10 @@ def moves_of(decoder: Any, new_cache: Callable[[], Probed]) -> dict[int, Move]:
     """
     likeness = _likeness(decoder)
     known = _PROVED.get(decoder)
-    if known is not None and known.likeness == likeness:
-        return known.moves
+    if known is not None and known[0] == likeness:
+        return known[1]
     moves = find_moves(decoder, new_cache())
-    rotary = _rotary(decoder)
-    named = [*rotary, *(buffer for module in rotary for buffer in module.buffers())]
-    _PROVED[decoder] = Proof(_likeness(decoder), named, moves)
+    _PROVED[decoder] = _likeness(decoder), moves
     return moves
 
 
@@ -139,22 +139,43 @@ def _rotary(decoder: Any) -> list[nn.Module]:
 
 
 def _likeness(decoder: Any) -> object:
-    """What differs where the rotation may: modules, their numbers, dtypes, devices, the config."""
+    """What differs where the rotation may: rotary modules and their numbers, code, dtypes, config.
+
+    The code is every module's `forward`, and what the files that they are from call rotary.
+    """
     rotary = []
     for module in _rotary(decoder):
-        attributes = {k: v for k, v in vars(module).items() if _compares(v)}
+        numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str)}
         buffers = [
-            (id(b), b.dtype, b.device, None if b.is_inference() else b._version)  # noqa: SLF001
+            (Same(b), b.dtype, b.device, None if b.is_inference() else b._version)  # noqa: SLF001
             for b in module.buffers()
         ]
-        rotary.append((id(module), attributes, buffers))
+        rotary.append((Same(module), numbers, buffers))
+    code = []
+    for module in decoder.modules():
+        forward = vars(module).get("forward", type(module).forward)
+        code.append((type(module), Same(forward)))
+    files = sorted({kind.__module__ for kind, _ in code})
+    named = [
+        (name, Same(value))
+        for file in files
+        for name, value in vars(sys.modules[file]).items()
+        if "rotary" in name and callable(value)
+    ]
     weights = {(p.dtype, p.device) for p in decoder.parameters()}
-    return rotary, weights, [type(module) for module in decoder.modules()], str(decoder.config)
+    return rotary, code, named, weights, _settings(decoder.config)
 
 
-def _compares(value: object) -> bool:
-    """Whether an attribute is a number, a text or a function."""
-    return isinstance(value, int | float | str) or callable(value)
+def _settings(config: PretrainedConfig) -> dict[str, object]:
+    """What a configuration says, those inside it too, but for how it attends: that is `attach`'s.
+
+    Anything may stand in one, and need not be comparable.
+    """
+    return {
+        name: _settings(value) if isinstance(value, PretrainedConfig) else repr(value)
+        for name, value in vars(config).items()
+        if "attn_implementation" not in name
+    }
 
 
 def find_moves(decoder: Any, cache: Probed) -> dict[int, Move]:

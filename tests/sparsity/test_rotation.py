@@ -1,6 +1,9 @@
 """The rotation of a model: found on the model itself, or refused."""
 
 import copy
+import gc
+import sys
+import weakref
 
 import pytest
 import torch
@@ -144,8 +147,11 @@ def test_the_rotation_is_looked_for_once(forwards):
         lambda model: setattr(model.model.rotary_emb, "attention_scaling", 1.5),
         lambda model: model.to(torch.bfloat16),
         lambda model: setattr(model.config, "rope_theta", 3e5),
+        lambda model: setattr(
+            model.model.layers[0].self_attn, "forward", model.model.layers[0].self_attn.forward
+        ),
     ],
-    ids=["in place", "another buffer", "another module", "a number", "a dtype", "the config"],
+    ids="in place|another buffer|another module|a number|a dtype|the config|a forward".split("|"),
 )
 def test_a_model_that_was_changed_is_looked_at_again(forwards, change):
     model, seen = forwards
@@ -154,3 +160,43 @@ def test_a_model_that_was_changed_is_looked_at_again(forwards, change):
     moves = moves_of(model)
     assert len(seen) == 2
     assert {move.angles.module for move in moves} == {model.model.rotary_emb}
+
+
+def test_another_rotary_function_is_looked_for_again(forwards, monkeypatch):
+    model, seen = forwards
+    before = moves_of(model)
+    modeling = sys.modules[type(model).__module__]
+    plain = modeling.apply_rotary_pos_emb
+
+    def interleaved(q, k, cos, sin):
+        def halves(x):
+            return torch.cat([x[..., ::2], x[..., 1::2]], -1)
+
+        def pairs(x):
+            return torch.stack(x.chunk(2, -1), -1).flatten(-2)
+
+        return tuple(map(pairs, plain(halves(q), halves(k), cos, sin)))
+
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", interleaved)
+    after = moves_of(model)
+    assert {m.pairing for m in before} == {"half"}
+    assert {m.pairing for m in after} == {"interleaved"}
+    assert len(seen) == 2
+
+
+def test_a_configuration_that_json_cannot_write_is_no_error(forwards):
+    model, seen = forwards
+    model.config.of_mine = {1, 2}
+    model.config.another = object()
+    assert moves_of(model) == moves_of(model)
+    assert len(seen) == 1
+
+
+def test_what_was_proved_of_a_model_goes_with_it():
+    model = build("Qwen3")
+    moves_of(model)
+    sparsity.detach(model)
+    decoder = weakref.ref(model.get_decoder())
+    del model
+    gc.collect()
+    assert decoder() is None
