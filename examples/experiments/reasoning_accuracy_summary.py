@@ -13,14 +13,18 @@ DENSE = "dense"
 METRICS = ("solved", "lines_right")
 """Share of problems whose chain is found whole; of lines without a wrong token, each behind the
 taught ones. Means over problems."""
-PINNED = ", prompt pinned"
 PAIRS = tuple(
-    (f"{arm}{PINNED}", f"{less}{PINNED}")
+    (f"{arm}, prompt pinned", f"{less}, prompt pinned")
     for arm, less in (
         ("RaaS", "H2O"),
         ("RaaS", "TOVA"),
         ("RaaS", "R-KV"),
         ("RaaS", "ShareRaaS"),
+        ("RaaS", "RaaS, top half, pages of 4"),
+        ("RaaS", "random"),
+        ("RaaS", "random, a quarter at a time"),
+        ("ShareRaaS", "H2O"),
+        ("ShareRaaS", "random"),
         ("R-KV", "H2O"),
     )
 )

@@ -17,6 +17,8 @@ LEAST = 4
 """Texts of a kind, or answers, from which on there is an interval: one of fewer is too narrow."""
 
 METRICS = ("extra_nll", "kl", "agreement")
+DENSE = "full"
+"""The arm whose free answers the others' are set against."""
 PAIRS = (
     ("ShareRaaS, 4 sinks", "RaaS, top half, pages of 4, 4 sinks"),
     ("ShareRaaS, 4 sinks", "H2O, no sinks"),
@@ -64,12 +66,18 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
                 row["minus_random"] = sample(apart[at].mean(1))
             rows.append(row)
     refused = [row for row in record["rows"] if "refused" in row]
-    free = [
-        {"arm": row["arm"], "budget": row["budget"], "decoding": row["decoding"]}
-        | {name: mean_of(row[name], seed) for name in ("length", "repeated")}
-        for row in record["rows"]
-        if row["kind"] == "free" and "refused" not in row
-    ]
+    answers = {
+        row["arm"]: row for row in record["rows"] if row["kind"] == "free" and "refused" not in row
+    }
+    free = []
+    for arm, row in answers.items():
+        told = {"arm": arm, "budget": row["budget"], "decoding": row["decoding"]}
+        for name in ("length", "repeated"):
+            told[name] = mean_of(row[name], seed)
+            if arm != DENSE and DENSE in answers:
+                apart = np.subtract(row[name], answers[DENSE][name])
+                told[f"{name}_minus_full"] = mean_of(apart, seed)
+        free.append(told)
     kept = {name: record[name] for name in ("configuration", "environment", "seconds")}
     best = chosen(forced, kinds, seed)
     measured = {"chosen": best, "pairs": pairs(forced, kinds, seed), "rows": rows, "free": free}
@@ -81,7 +89,7 @@ def twins() -> dict[str, str]:
     return {way.label: way.twin for way in WAYS}
 
 
-def mean_of(values: list[float], seed: int) -> list[float]:
+def mean_of(values: Sequence[float] | np.ndarray, seed: int) -> list[float]:
     """Mean over answers, with its interval where there are `LEAST`."""
     return Estimate(["answers"] * len(values), seed)(np.array(values, dtype=float))
 
@@ -213,10 +221,22 @@ def tables(summed: dict[str, Any]) -> str:
     )
     parts.append(table("agreement", "both", lambda row: said(row["agreement"], "")))
     rows = [
-        row | {"tokens": f"{row['length'][0]:.0f}", "share": said(row["repeated"], "")}
+        {
+            "arm": row["arm"],
+            "tokens": f"{row['length'][0]:.0f}",
+            "more": said(row.get("length_minus_full"), digits=0),
+            "share": said(row["repeated"], ""),
+            "above": said(row.get("repeated_minus_full")),
+        }
         for row in summed["free"]
     ]
-    columns = {"decoding freely": "{arm}", "tokens": "{tokens}", "share repeated": "{share}"}
+    columns = {
+        "decoding freely": "{arm}",
+        "tokens": "{tokens}",
+        "less full's": "{more}",
+        "share repeated": "{share}",
+        "less full's share": "{above}",
+    }
     if rows:
         parts.append(markdown(rows, columns))
     return "\n\n".join(parts)
@@ -240,11 +260,11 @@ def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
     return in_both(*losses, "+.3f")
 
 
-def said(interval: list[float] | None, sign: str = "+") -> str:
+def said(interval: list[float] | None, sign: str = "+", digits: int = 3) -> str:
     """A mean with its interval, where it has one; nothing where there is none."""
     if interval is None:
         return ""
-    mean, *ends = (f"{number:{sign}.3f}" for number in interval)
+    mean, *ends = (f"{number:{sign}.{digits}f}" for number in interval)
     return f"{mean} ({' to '.join(ends)})" if ends else mean
 
 

@@ -91,9 +91,6 @@ class Server:
         self._folder = tempfile.TemporaryDirectory()
         self._stores: dict[tuple[str, bool], ChunkStore] = {}
         self._linkers: dict[tuple[str, bool], PIC] = {}
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            self._before = torch.cuda.memory_allocated()
 
     @torch.no_grad()
     def _bytes_a_token(self) -> float:
@@ -120,8 +117,6 @@ class Server:
             row: dict[str, Any] = {}
             for after in self._passes:
                 given, preparing = self._prepared(arm, request)
-                if self._on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
                 begun_at = self._now()
                 begun = self._begin(arm, request, given)
                 int(begun.logits.argmax())
@@ -134,8 +129,7 @@ class Server:
                     "resting_bytes": begun.resting,
                     "working_bytes": working_bytes(begun.cache),
                 }
-                if self._on_gpu:
-                    row["allocated_bytes"] = torch.cuda.max_memory_allocated() - self._before
+                del given, begun  # or their memory would be beside that of the next
             return row
         finally:
             detach(self.model)

@@ -175,8 +175,6 @@ class Judge:
                 for name in ("resting_bytes", "working_bytes", "preparing_bytes")
             },
         }
-        if "allocated_bytes" in at[0][0]:
-            found["allocated_bytes"] = float(np.mean([row["allocated_bytes"] for row, _ in at]))
         found |= dict.fromkeys(("extra_nll", "agreement"))
         if scored:
             found |= {
