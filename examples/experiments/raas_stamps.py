@@ -1,28 +1,35 @@
 """When the time stamps of RaaS tell pages apart: on the attention of a real model along real texts.
 
     python examples/experiments/raas_stamps.py --data FOLDER --out docs/results
+    python examples/experiments/raas_stamps.py --data FOLDER --out docs/results --workers 2 \\
+        --name raas_stamps_long --texts 2 --tokens 8000 --budgets 1024 2048
 
 Some layers' queries and keys of a dense forward; RaaS then keeps pages of them with one threshold
 or another, page size and budget, without the model. Of the pages held: the share that carries the
 newest stamp (where it is near 1, the oldest page goes, whatever it holds), how old they are,
 whether the text's first token is among them, and the share of the dense attention that they have.
-Writes `raas_stamps.json`.
+Given `--budgets`, three thresholds at these in place of the grid. Writes `raas_stamps.json`, or of
+another `--name`.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from environment import environment
 from layer_by_layer import PLAIN, Texts, through
 from loaded import loaded
+from parallel import spread
 from quickstart_pages import markdown
 from retention_texts import texts
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
+from workers import add_workers
 
 from sparsity import RaaS, ShareRaaS
 from sparsity.retention.attention import attend, attention_weights
@@ -54,6 +61,51 @@ def arms() -> list[tuple[str, RaaS]]:
             found.append(("0.0001", RaaS(budget, size, pin_prompt=False)))
             found.append(("1 / pages", ShareRaaS(budget, size, sinks=0)))
     return found
+
+
+def at_budgets(budgets: Sequence[int]) -> list[tuple[str, RaaS]]:
+    """The paper's two settings and an equal share, at every page size."""
+    return [
+        arm
+        for budget in budgets
+        for size in (16, 4, 1)
+        for arm in (
+            ("0.0001", RaaS(budget, size, pin_prompt=False)),
+            ("top half", RaaS(budget, size, pin_prompt=False, top_ratio=0.5)),
+            ("1 / pages", ShareRaaS(budget, size, sinks=0)),
+        )
+    ]
+
+
+class Setting(NamedTuple):
+    """What all arms share."""
+
+    model: str
+    data: Path
+    texts: int
+    tokens: int
+    prompt: int
+    layers: int
+    seed: int
+
+
+@cache
+def seen_by(setting: Setting) -> Seen:
+    """What the layers of a dense forward attend with, once in a process."""
+    model, tokenizer = loaded(setting.model)
+    ids = texts(tokenizer, setting.data, setting.texts, setting.tokens, setting.seed)
+    depth = model.config.num_hidden_layers
+    layers = [(i + 1) * depth // setting.layers - 1 for i in range(setting.layers)]
+    return recorded(model, ids.to(model.device), layers)
+
+
+def row_of(setting: Setting, arm: tuple[str, RaaS]) -> dict:
+    """The means of all looks at one arm's pages."""
+    (label, policy), seen = arm, seen_by(setting)
+    found = [look for layer in seen for look in looks(policy, seen, layer, setting.prompt)]
+    means = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    row = {"arm": label, "page_size": policy.page_size, "budget": policy.budget}
+    return row | dict(zip(MEASURES, means, strict=True))
 
 
 def recorded(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Seen:
@@ -135,32 +187,31 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--layers", type=int, default=6, help="how many, evenly apart")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--budgets", type=int, nargs="+", help="three thresholds at these")
+    add_workers(parser)
+    parser.add_argument("--name", default="raas_stamps", help="of the file in --out")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     begun = time.perf_counter()
-    model, tokenizer = loaded(args.model)
-    ids = texts(tokenizer, args.data, args.texts, args.tokens, args.seed).to(model.device)
-    depth = model.config.num_hidden_layers
-    layers = [(i + 1) * depth // args.layers - 1 for i in range(args.layers)]
-    seen = recorded(model, ids, layers)
-    rows = []
-    for label, policy in tqdm(arms(), desc="thresholds"):
-        found = [look for layer in layers for look in looks(policy, seen, layer, args.prompt)]
-        means = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
-        row = {"arm": label, "page_size": policy.page_size, "budget": policy.budget}
-        rows.append(row | dict(zip(MEASURES, means, strict=True)))
-    shown = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    setting = Setting(
+        args.model, args.data, args.texts, args.tokens, args.prompt, args.layers, args.seed
+    )
+    every = arms() if args.budgets is None else at_budgets(args.budgets)
+    rows = list(spread(partial(row_of, setting), every, args.workers, "thresholds"))
+    shown = {name: value for name, value in setting._asdict().items() if name != "data"}
     record = {
-        "configuration": shown | {"layers": layers},
+        "configuration": shown | {"layers": list(seen_by(setting))},
         "environment": environment(),
         "measures": MEASURES,
         "rows": rows,
         "seconds": time.perf_counter() - begun,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "raas_stamps.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 
 if __name__ == "__main__":
-    main()
+    import raas_stamps  # workers import what they run, which __main__ cannot be
+
+    raas_stamps.main()
