@@ -360,6 +360,24 @@ def test_a_threshold_that_every_page_passes_is_first_in_first_out(reference):
     assert all(kept == pytest.approx(1) for *_, kept in whole)
 
 
+def test_stamps_at_given_budgets_are_three_thresholds_at_every_page_size(
+    folder, tmp_path, monkeypatch
+):
+    given = ["--model", "reference", "--data", str(folder), "--texts", "2", "--tokens", "120"]
+    more = ["--layers", "1", "--budgets", "32", "--name", "long", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["raas_stamps.py", *given, *more])
+    raas_stamps.main()
+    record = json.loads((tmp_path / "long.json").read_text())
+    rows = record["rows"]
+    assert [(row["arm"], row["page_size"]) for row in rows] == [
+        (arm, size) for size in (16, 4, 1) for arm in ("0.0001", "top half", "1 / pages")
+    ]
+    assert {row["budget"] for row in rows} == {32}
+    halves = [row["newest_stamp"] for row in rows if row["arm"] == "top half"]
+    assert halves == pytest.approx([0.5] * 3, abs=0.15)
+    assert len(record["configuration"]["layers"]) == 1
+
+
 def test_the_share_of_the_first_tokens_is_that_of_the_models_own_weights(reference, monkeypatch):
     """The last query of the beginnings of a text, as eager attention of the model weighs it."""
     model, tokenizer, texts = reference
