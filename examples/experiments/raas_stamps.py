@@ -94,9 +94,13 @@ def seen_by(setting: Setting) -> Seen:
     """What the layers of a dense forward attend with, once in a process."""
     model, tokenizer = loaded(setting.model)
     ids = texts(tokenizer, setting.data, setting.texts, setting.tokens, setting.seed)
-    depth = model.config.num_hidden_layers
-    layers = [(i + 1) * depth // setting.layers - 1 for i in range(setting.layers)]
-    return recorded(model, ids.to(model.device), layers)
+    return recorded(model, ids.to(model.device), layers_of(setting))
+
+
+def layers_of(setting: Setting) -> list[int]:
+    """The layers that are looked at."""
+    depth = loaded(setting.model)[0].config.num_hidden_layers
+    return [(i + 1) * depth // setting.layers - 1 for i in range(setting.layers)]
 
 
 def row_of(setting: Setting, arm: tuple[str, RaaS]) -> dict:
@@ -200,7 +204,7 @@ def main() -> None:
     rows = list(spread(partial(row_of, setting), every, args.workers, "thresholds"))
     shown = {name: value for name, value in setting._asdict().items() if name != "data"}
     record = {
-        "configuration": shown | {"layers": list(seen_by(setting))},
+        "configuration": shown | {"layers": layers_of(setting)},
         "environment": environment(),
         "measures": MEASURES,
         "rows": rows,

@@ -209,6 +209,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "past_trained_length": [past_trained_length.table],
         "replay": [replay_policies.table],
         "raas_stamps": [raas_stamps.table],
+        "raas_stamps_long": [raas_stamps.table],
         "sink_share": [sink_share.table],
         "cpu_step": [cpu_step_table],
         "decode": decode_tables.BLOCKS,
