@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import answer_begins
 import attained
 import claims
 import demand_tables
@@ -191,6 +192,7 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_evidence_small": [
             lambda small: link_evidence_pages.beside(small, record_of("link_evidence"))
         ],
+        "answer_begins": [answer_begins.table],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
         "link": [link_tables.tables, link_tables.aims],
