@@ -11,6 +11,7 @@ import torch
 from tokenizers import processors
 
 from picache import PIC, LegoLink, Problem
+from picache.datasets.formats import LEAD
 from picache.problem import pieces
 from tests.helpers import tiny_model
 from tests.picache.test_compare import tokenizer_of
@@ -170,6 +171,18 @@ def test_turns_are_of_one_size_and_leave_nothing_out():
         assert mixed or max(documents) - min(documents) <= 12
     assert link_turns.turns_of(every, 8) == turns
     assert [len(turn.asked) for turn in link_turns.turns_of(every[:3], 8)] == [3]
+
+
+def test_a_lead_stands_in_front_of_answers_that_have_none_of_their_own(monkeypatch):
+    plain = Problem(("the cat sits",), "who sits", ("cat",), lead=LEAD)
+    own = Problem(("the cat sits",), "who sits", ("cat",), lead="on the mat sits")
+    monkeypatch.setattr(link_turns, "questions", lambda *_: [plain, own])
+    asked = link_turns.asked_of(Path(), tokenizer_of(), 2, 0, "So:")
+    assert [one.problem.lead for one in asked[:2]] == ["So:", own.lead]
+    assert [one.problem for one in link_turns.asked_of(Path(), tokenizer_of(), 2, 0)[:2]] == [
+        plain,
+        own,
+    ]
 
 
 def test_a_kept_bos_is_that_of_a_pic_that_keeps_it():

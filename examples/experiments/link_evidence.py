@@ -36,7 +36,7 @@ from workers import add_workers
 
 from picache import compare
 from picache.compare import FULL
-from picache.datasets.formats import INSTRUCTION
+from picache.datasets.formats import INSTRUCTION, LEAD
 from picache.problem import answer_ids, pieces
 
 METRICS = ("accuracy", "extra_nll", "kl", "recomputed", "operations")
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="a model of examples/models.py")
     parser.add_argument("--data", type=Path, help="folder of the data sets' files")
     parser.add_argument("--questions", type=int, default=200, help="of each task, at most")
+    parser.add_argument("--lead", default=LEAD, help="in front of answers that have none of theirs")
     parser.add_argument("--together", type=int, default=16, help="questions of a worker's turn")
     add_workers(parser)
     parser.add_argument("--seconds", type=float, default=3e7, help="after which no turn begins")
@@ -150,13 +151,14 @@ def run(args: argparse.Namespace) -> dict:
     the same configuration, ends.
     """
     begun = time.time()
-    every = asked_of(args.data, loaded(args.model)[1], args.questions, args.seed)
+    every = asked_of(args.data, loaded(args.model)[1], args.questions, args.seed, args.lead)
     turns = turns_of(every, args.together)
     record = {
         "configuration": {
             "model": args.model,
             "tasks": {task: sum(one.task == task for one in every) for task in TASKS},
             "instruction": INSTRUCTION,
+            "lead": args.lead,
             "new_tokens": NEW_TOKENS,
             "longest": LONGEST,
             "seed": args.seed,

@@ -1,6 +1,7 @@
 """The questions of link_evidence.py, in turns of as many that are linked at once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from paragraph_questions import TASKS, questions
 from transformers import PreTrainedTokenizerBase
 
 from picache import Problem
+from picache.datasets.formats import LEAD
 from picache.problem import answer_ids, pieces
 
 NEW_TOKENS = 8
@@ -35,9 +37,12 @@ class Turn(NamedTuple):
 
 
 def asked_of(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    folder: Path, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, lead: str = LEAD
 ) -> list[Asked]:
-    """The questions of all tasks that fit."""
+    """The questions of all tasks that fit; `lead` in front of answers that have none of their own.
+
+    Which ones fit does not depend on the lead.
+    """
 
     def fits(problem: Problem) -> bool:
         whole = "".join([*pieces(problem, tokenizer).documents, problem.question])
@@ -47,8 +52,11 @@ def asked_of(
             and min(len(text_ids(answer, tokenizer)) for answer in problem.answers) <= NEW_TOKENS
         )
 
+    def led(problem: Problem) -> Problem:
+        return replace(problem, lead=lead) if problem.lead == LEAD else problem
+
     return [
-        Asked(task, number, problem)
+        Asked(task, number, led(problem))
         for task in TASKS
         for number, problem in enumerate(questions(task, folder, count, seed, fits))
     ]
