@@ -22,7 +22,7 @@ import link_evidence  # noqa: E402 - the examples are scripts, not a package
 import link_turns  # noqa: E402
 import link_ways  # noqa: E402
 import paragraph_questions  # noqa: E402
-from link_evidence_pages import beside, draw, tables  # noqa: E402
+from link_evidence_pages import beside, draw, tables, two_leads  # noqa: E402
 from link_evidence_summary import Sample, summary  # noqa: E402
 from link_ways import BOS_KEPT, ways  # noqa: E402
 
@@ -84,6 +84,12 @@ def test_a_smaller_run_in_its_order_beside_a_larger_one():
     assert table.endswith("Small: 16 questions; none.")
     shown = [line.split(" | ")[0] for line in table.splitlines()[2 : 2 + len(asked)]]
     assert shown == [f"| {label}" for label in asked]
+
+
+def test_the_same_questions_behind_two_leads():
+    run = summary(made(lambda *_: 0.5, {}), WAYS)
+    runs = [run | {"configuration": run["configuration"] | {"lead": lead}} for lead in ("a", "a:")]
+    assert two_leads(*runs).startswith('| arm | KL behind "a" | KL behind "a:" |')
 
 
 def test_tasks_count_alike():

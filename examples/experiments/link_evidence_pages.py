@@ -113,17 +113,25 @@ def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
 
     Of those that link, on every question that was asked.
     """
-    found = [
-        {
-            row["arm"]: row["kl"][0]
-            for row in run["rows"]
-            if (row["task"], row["questions"]) == ("all", run["prompt_tokens"]["all"][1])
-            and "family" in row
-        }
-        for run in (small, large)
-    ]
     _, asked = small["prompt_tokens"]["all"]
-    return f"{in_both(*found)}\n\nSmall: {asked} questions; {small['environment']['hardware']}."
+    table = in_both(losses(small, "kl"), losses(large, "kl"))
+    return f"{table}\n\nSmall: {asked} questions; {small['environment']['hardware']}."
+
+
+def two_leads(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """The same of two runs on the same questions, behind one lead and another."""
+    names = tuple(f'KL behind "{run["configuration"]["lead"]}"' for run in (one, other))
+    return in_both(losses(one, "kl"), losses(other, "kl"), names=names)
+
+
+def losses(run: dict[str, Any], metric: str) -> dict[str, float]:
+    """Of each way that was measured on every question the mean of a metric over all tasks."""
+    every = ("all", run["prompt_tokens"]["all"][1])
+    return {
+        row["arm"]: row[metric][0]
+        for row in run["rows"]
+        if (row["task"], row["questions"]) == every and "family" in row
+    }
 
 
 def tables(summed: dict[str, Any]) -> str:
