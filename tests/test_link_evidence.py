@@ -87,9 +87,11 @@ def test_a_smaller_run_in_its_order_beside_a_larger_one():
 
 
 def test_the_same_questions_behind_two_leads():
-    run = summary(made(lambda *_: 0.5, {}), WAYS)
+    run = summary(made(lambda task, number, label: float(LABELS.index(label)), {}), WAYS)
     runs = [run | {"configuration": run["configuration"] | {"lead": lead}} for lead in ("a", "a:")]
-    assert two_leads(*runs).startswith('| arm | KL behind "a" | KL behind "a:" |')
+    table = two_leads(*runs)
+    assert table.startswith('| arm | KL behind "a" | KL behind "a:" |')
+    assert table.endswith("arms: 1.00.")
 
 
 def test_tasks_count_alike():
