@@ -192,6 +192,9 @@ PAGES: dict[str, dict[str, list[Callable[[dict], str]]]] = {
         "link_evidence_small": [
             lambda small: link_evidence_pages.beside(small, record_of("link_evidence"))
         ],
+        "link_evidence_colon": [
+            lambda colon: link_evidence_pages.two_leads(colon, record_of("link_evidence_small"))
+        ],
         "answer_begins": [answer_begins.table],
         "link_scaling": [scaling_table],
         "cpu_link": [cpu_link_table],
