@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from environment import environment
 from link_evidence_summary import Sample
-from link_turns import NEW_TOKENS, text_ids
+from link_turns import NEW_TOKENS, asked_tokens, text_ids
 from loaded import loaded
 from paragraph_questions import questions
 from quickstart_pages import markdown
@@ -45,9 +45,8 @@ def asked(tokenizer: PreTrainedTokenizerBase, data: Path, count: int, seed: int)
     """So many questions of each task, whose answers have two tokens at least."""
 
     def fits(problem: Problem) -> bool:
-        whole = "".join([*pieces(problem, tokenizer).documents, problem.question])
         answer = len(answer_ids(problem, tokenizer))
-        return len(text_ids(whole, tokenizer)) <= LONGEST and 1 < answer <= NEW_TOKENS
+        return asked_tokens(problem, tokenizer) <= LONGEST and 1 < answer <= NEW_TOKENS
 
     return [one for task in TASKS for one in questions(task, data, count, seed, fits)]
 

@@ -144,29 +144,19 @@ def of_chains(record: dict) -> str:
                 )
             )
         if row["arm"] == "RaaS, prompt pinned" and "solved_minus_random" in row:
-            gain = Interval(*row["solved_minus_random"])
-            rows.append(
-                Claim(
-                    "RaaS",
-                    f"it keeps what a chain needs better than random pages, at {row['budget']}",
-                    "more chains written as taught, the prompt pinned in both",
-                    _of_problems(gain, "+"),
-                    _better(_negative(gain)),
-                )
-            )
+            claim = f"it keeps what a chain needs better than random pages, at {row['budget']}"
+            rows.append(_of_raas(claim, Interval(*row["solved_minus_random"])))
     for row in record["pairs"]:
         if (row["arm"], row["less"]) == ("RaaS, prompt pinned", "H2O, prompt pinned"):
-            gain = Interval(*row["solved"])
-            rows.append(
-                Claim(
-                    "RaaS",
-                    f"it solves more than H2O, at {row['budget']}",
-                    "more chains written as taught, the prompt pinned in both",
-                    _of_problems(gain, "+"),
-                    _better(_negative(gain)),
-                )
-            )
+            claim = f"it solves more than H2O, at {row['budget']}"
+            rows.append(_of_raas(claim, Interval(*row["solved"])))
     return _markdown(rows)
+
+
+def _of_raas(claim: str, gain: Interval) -> Claim:
+    """That RaaS writes more chains than another way, by what it writes more."""
+    rule = "more chains written as taught, the prompt pinned in both"
+    return Claim("RaaS", claim, rule, _of_problems(gain, "+"), _better(_negative(gain)))
 
 
 def _negative(gain: Interval) -> Interval:

@@ -114,21 +114,21 @@ def beside(small: dict[str, Any], large: dict[str, Any]) -> str:
     Of those that link, on every question that was asked.
     """
     _, asked = small["prompt_tokens"]["all"]
-    table = in_both(losses(small, "kl"), losses(large, "kl"))
+    table = in_both(distances(small), distances(large))
     return f"{table}\n\nSmall: {asked} questions; {small['environment']['hardware']}."
 
 
 def two_leads(one: dict[str, Any], other: dict[str, Any]) -> str:
     """The same of two runs on the same questions, behind one lead and another."""
     names = tuple(f'KL behind "{run["configuration"]["lead"]}"' for run in (one, other))
-    return in_both(losses(one, "kl"), losses(other, "kl"), names=names)
+    return in_both(distances(one), distances(other), names=names)
 
 
-def losses(run: dict[str, Any], metric: str) -> dict[str, float]:
-    """Of each way that was measured on every question the mean of a metric over all tasks."""
+def distances(run: dict[str, Any]) -> dict[str, float]:
+    """Of each way that was measured on every question its KL to full prefill over all tasks."""
     every = ("all", run["prompt_tokens"]["all"][1])
     return {
-        row["arm"]: row[metric][0]
+        row["arm"]: row["kl"][0]
         for row in run["rows"]
         if (row["task"], row["questions"]) == every and "family" in row
     }

@@ -45,9 +45,8 @@ def asked_of(
     """
 
     def fits(problem: Problem) -> bool:
-        whole = "".join([*pieces(problem, tokenizer).documents, problem.question])
         return (
-            len(text_ids(whole, tokenizer)) <= LONGEST
+            asked_tokens(problem, tokenizer) <= LONGEST
             and 0 < len(answer_ids(problem, tokenizer)) <= NEW_TOKENS
             and min(len(text_ids(answer, tokenizer)) for answer in problem.answers) <= NEW_TOKENS
         )
@@ -60,6 +59,12 @@ def asked_of(
         for task in TASKS
         for number, problem in enumerate(questions(task, folder, count, seed, fits))
     ]
+
+
+def asked_tokens(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a problem's documents and of its question."""
+    whole = "".join([*pieces(problem, tokenizer).documents, problem.question])
+    return len(text_ids(whole, tokenizer))
 
 
 def turns_of(every: Sequence[Asked], together: int) -> list[Turn]:

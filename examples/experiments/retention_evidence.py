@@ -30,7 +30,7 @@ from known_texts import Setting, known
 from layer_by_layer import Walk, apart, hidden_states
 from loaded import loaded
 from parallel import spread
-from retention_evidence_summary import draw, summary, tables
+from retention_evidence_summary import DENSE, draw, summary, tables
 from retention_texts import asked
 from retention_ways import FREE, SMALL, WAYS
 from torch import Tensor
@@ -64,7 +64,7 @@ def jobs_of(labels: Sequence[str], budgets: list[int], free_budget: int, answer:
     """
     found = [Job("forced", label, budget) for budget in budgets for label in labels]
     if answer:
-        found += [Job("free", "full", 0), *(Job("free", name, free_budget) for name in FREE)]
+        found += [Job("free", DENSE, 0), *(Job("free", name, free_budget) for name in FREE)]
     return found
 
 
@@ -105,7 +105,7 @@ def answered(setting: Setting, job: Job) -> dict:
     """
     model, tokenizer = loaded(setting.model)
     given = asked(tokenizer, setting.data, setting.questions, setting.seed).to(model.device)
-    policy = Full() if job.arm == "full" else policies()[job.arm](job.budget)
+    policy = Full() if job.arm == DENSE else policies()[job.arm](job.budget)
     with keep_attached(model):
         most = given["input_ids"].shape[1] + setting.answer
         cache = SparseCache(model, policy, max_tokens=most)

@@ -129,6 +129,7 @@ def moves_of(decoder: Any, new_cache: Callable[[], Probed]) -> dict[int, Move]:
     if known is not None and known[0] == likeness:
         return known[1]
     moves = find_moves(decoder, new_cache())
+    # Anew: a rotary module may note how far it was asked.
     _PROVED[decoder] = _likeness(decoder), moves
     return moves
 

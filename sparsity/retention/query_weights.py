@@ -99,7 +99,7 @@ def keep_last(queries: Tensor, asked: Tensor, query: Tensor, step: Step) -> tupl
         step: the forward.
 
     Returns:
-        The new `queries` and `asked`, in memory of their own.
+        The new `queries` and `asked`, in memory of their own; of length 0 the same ones.
     """
     size, batch = asked.shape[1], asked.shape[0]
     if not size:
